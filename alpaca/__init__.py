@@ -1,0 +1,8 @@
+"""Mechanisms behind the scripts. Nothing in here imports a script; importing this package loads no heavy library."""
+
+
+class UserError(Exception):
+    """Bad input from the user: the message is one line that names the cause and the cure.
+
+    The scripts print it as ``error: …`` and exit with code 1 (utils.run_cli); a library caller can catch it.
+    """

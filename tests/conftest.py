@@ -1,0 +1,208 @@
+"""Tiny models, made once a session, and a real HTTP teacher on 127.0.0.1 that can misbehave."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# Nothing here may reach a hub, and two cores are shared by up to two processes.
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+    os.environ.pop(name, None)
+
+
+def run_script(*argv, env=None, cwd=ROOT, timeout=300, input=None) -> subprocess.CompletedProcess:
+    """Runs ``python argv…`` from the repository root, as a user would; output is text."""
+    return subprocess.run(
+        [sys.executable, *map(str, argv)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=cwd,
+        input=input,
+        stdin=subprocess.DEVNULL if input is None else None,
+        env=os.environ | (env or {}),
+    )
+
+
+def torchrun(processes: int, *argv, env=None, timeout=300) -> subprocess.CompletedProcess:
+    """Runs a script under torchrun with static ranks on a free port, one thread a process."""
+    return run_script(
+        *("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"),
+        *argv,
+        env={"OMP_NUM_THREADS": "1"} | (env or {}),
+        timeout=timeout,
+    )
+
+
+def assert_one_line_error(result: subprocess.CompletedProcess, *words: str) -> None:
+    """Bad input: exit code ≠ 0, a last line ``error: …`` with the cause and the cure, and no traceback."""
+    assert result.returncode not in (0, None), result.stdout
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert lines and lines[-1].startswith("error: "), result.stderr
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in lines[-1], lines[-1]
+
+
+def make_records(count: int) -> list[dict]:
+    """Records of varied length; every third has an input."""
+    return [
+        {
+            "instruction": f"Count from {i} to {i + 3} in words.",
+            "input": f"Start at {i}." if i % 3 == 0 else "",
+            "output": " ".join(f"number {j}" for j in range(i, i + 2 + i % 5)),
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """A byte-level BPE of 300 tokens with LLaMA's special tokens, BOS in front, and no pad token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<unk>", "<s>", "</s>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator([(ROOT / "prompt.txt").read_text()], trainer)
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tokenizer, tmp_path_factory) -> Path:
+    """A folder with a random LLaMA: 2 layers, hidden 64, 4 heads, 2 key/value heads, 300 rows, float32, no pad token."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+    )
+    path = tmp_path_factory.mktemp("models") / "tiny-llama"
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_opt(tokenizer, tmp_path_factory) -> Path:
+    """A folder with a random OPT: 2 layers, hidden 64, tied embeddings, float32, no pad token."""
+    import torch
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        ffn_dim=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+        word_embed_proj_dim=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=None,
+    )
+    path = tmp_path_factory.mktemp("models") / "tiny-opt"
+    OPTForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+class Teacher:
+    """An OpenAI-compatible server. ``answer(n, body)`` gives the n-th reply: text, or a fault.
+
+    A fault is an int (HTTP status), "reset" (connection closed), "half" (body cut off), "null" (null content),
+    "empty" (no choices), or a (text, finish_reason) pair for a reply that is not a fault at all.
+    """
+
+    def __init__(self, answer):
+        self.answer, self.requests, self.headers = answer, [], []
+        lock = threading.Lock()
+        teacher = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_):
+                pass
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    number = len(teacher.requests)
+                    teacher.requests.append(body)
+                    teacher.headers.append(dict(self.headers))
+                reply = teacher.answer(number, body)
+                if reply == "reset":
+                    self.close_connection = True
+                    self.connection.close()
+                    return
+                status, headers = 200, {}
+                if isinstance(reply, int):
+                    status, headers = reply, {"Retry-After": "0"} if reply == 429 else {}
+                    data = json.dumps({"error": {"message": f"fault {reply}", "code": reply}}).encode()
+                else:
+                    text, reason = reply if isinstance(reply, tuple) else (reply, "stop")
+                    text = None if reply == "null" else text
+                    chat = self.path.endswith("/chat/completions")
+                    choice = {"index": 0, "finish_reason": reason}
+                    choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+                    data = {"id": "x", "object": "chat.completion" if chat else "text_completion", "created": 0}
+                    data |= {"model": body["model"], "choices": [] if reply == "empty" else [choice]}
+                    data |= {"usage": {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}}
+                    data = json.dumps(data).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data[: len(data) // 2] if reply == "half" else data)
+                if reply == "half":
+                    self.close_connection = True
+                    self.connection.close()
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.base_url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def teacher():
+    """``teacher(answer)`` starts a server; all are stopped at the end of the test."""
+    running = []
+
+    def start(answer) -> Teacher:
+        running.append(Teacher(answer))
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.server.shutdown()
+        server.server.server_close()
