@@ -45,7 +45,7 @@ FIELD = re.compile(r"(\d+)\.\s*(Instruction|Input|Output):")
 
 
 def encode_prompt(seed_tasks: list[dict], prompt: str) -> str:
-    """The request: the prompt, then the seed tasks as numbered examples, then the number that the teacher goes on with."""
+    """The request: the prompt, the seed tasks as numbered examples, and the number that the teacher goes on with."""
     text = prompt.rstrip("\n") + "\n"
     for number, task in enumerate(seed_tasks, 1):
         instance = task["instances"][0]
@@ -221,13 +221,8 @@ def generate_instruction_following_data(
                 encode_prompt(rng.sample(seed_tasks, num_prompt_instructions), prompt)
                 for _ in range(request_batch_size)
             ]
-            decoding = utils.OpenAIDecodingArguments(
-                max_tokens,
-                temperature,
-                top_p,
-                stop,
-                None if seed is None else rng.randrange(2**31 - request_batch_size),
-            )
+            request_seed = None if seed is None else rng.randrange(2**31 - request_batch_size)
+            decoding = utils.OpenAIDecodingArguments(max_tokens, temperature, top_p, stop, request_seed)
             replies = utils.openai_completion(client, prompts, model_name, decoding, api)
             requests += len(replies)
             failures.update(reply.error for reply in replies if reply.error)

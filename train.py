@@ -324,6 +324,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     if training_args.fsdp and not trainer.is_fsdp_enabled:
         raise UserError("--fsdp was asked for, but the library did not enable it: nothing was trained")
 
+    training_args.eval_on_start = eval_dataset is not None  # "before", to compare with
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint or None)
     after = trainer.evaluate()["eval_loss"] if eval_dataset else None
     save_model(trainer, output_dir)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -198,7 +197,7 @@ def _matching_specs(raw: CheckpointReader, other: CheckpointReader, flag: str) -
         )
         if shape != raw_shape and not grown:
             raise UserError(
-                f"{name} is {list(raw_shape)} in --path_raw but {list(shape)} in {flag} {other.folder}: another base model?"
+                f"{name} is {list(raw_shape)} in --path_raw but {list(shape)} in {flag}: another base model?"
             )
     return specs
 

@@ -66,8 +66,8 @@ def check_model_folder(path: str | os.PathLike, flag: str, tokenizer: bool = Tru
         raise UserError(f"{flag} {path} holds no weights: none of {', '.join(WEIGHTS)} is there")
     if tokenizer and not any((path / name).exists() for name in TOKENIZER):
         raise UserError(
-            f"{flag} {path} holds no tokenizer: copy {', '.join(TOKENIZER[:-1])} or {TOKENIZER[-1]} there from the model "
-            "it was trained from"
+            f"{flag} {path} holds no tokenizer: copy {', '.join(TOKENIZER[:-1])} or {TOKENIZER[-1]} there "
+            "from the model it was trained from"
         )
     if not diff and (path / MANIFEST).exists():
         raise UserError(f"{flag} {path} is a weight diff: recover it first (python weight_diff.py recover --help)")

