@@ -288,6 +288,23 @@ def load_data(data_args: DataArguments, seed: int) -> tuple[list[dict], list[dic
 # The run.
 
 
+class Trainer(transformers.Trainer):
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Under FSDP a tied output embedding is gathered as a tensor of its own; saved, it would be stored twice."""
+        for name in getattr(self.model, "all_tied_weights_keys", {}) if state_dict else ():
+            state_dict.pop(name, None)
+        super()._save(output_dir, state_dict)
+
+    def save_whole_model(self, output_dir: Path) -> None:
+        """Writes the model as safetensors, gathered tensor by tensor in CPU memory on rank 0."""
+        if self.is_fsdp_enabled:
+            # With SHARDED_STATE_DICT save_model writes nothing, and says nothing.
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        self.save_model(output_dir)
+        if self.is_world_process_zero() and not any((output_dir / name).exists() for name in WEIGHTS):
+            raise RuntimeError(f"the library saved no weights in {output_dir}; the checkpoints there are whole")
+
+
 def train(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
     output_dir = Path(training_args.output_dir)
     if not model_args.model_name_or_path or not data_args.data_path:
@@ -313,7 +330,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     train_dataset = SupervisedDataset(train_records, tokenizer, max_length, "training")
     eval_dataset = SupervisedDataset(eval_records, tokenizer, max_length, "held-out") if eval_records else None
     training_args.remove_unused_columns = False
-    trainer = transformers.Trainer(
+    trainer = Trainer(
         model=model,
         args=training_args,
         train_dataset=train_dataset,
@@ -327,22 +344,12 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     training_args.eval_on_start = eval_dataset is not None  # "before", to compare with
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint or None)
     after = trainer.evaluate()["eval_loss"] if eval_dataset else None
-    save_model(trainer, output_dir)
+    trainer.save_whole_model(output_dir)
     trainer.save_state()
+    _say(f"{trainer.state.global_step} steps on {len(train_dataset)} examples; model in {output_dir}")
     if eval_dataset:
         losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
         _say(f"eval loss on {len(eval_dataset)} held-out examples: {losses[0]:.4f} before, {after:.4f} after")
-    _say(f"{trainer.state.global_step} steps on {len(train_dataset)} examples; model in {output_dir}")
-
-
-def save_model(trainer: transformers.Trainer, output_dir: Path) -> None:
-    """Writes the whole model as safetensors, gathered tensor by tensor in CPU memory on rank 0."""
-    if trainer.is_fsdp_enabled:
-        # With SHARDED_STATE_DICT save_model writes nothing, and says nothing.
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(output_dir)
-    if trainer.is_world_process_zero() and not any((output_dir / name).exists() for name in WEIGHTS):
-        raise RuntimeError(f"the library saved no weights in {output_dir}; the checkpoints there are whole")
 
 
 class ArgumentParser(transformers.HfArgumentParser):
@@ -375,6 +382,10 @@ def main() -> None:
         sys.exit(130)
     except OSError as e:
         sys.exit(f"error: {utils.os_error_message(e)}")
+    if torch.distributed.is_initialized():
+        # Leave together: a rank that exits while another still writes tears down connections under it.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ OUT="${DEMO_DIR:-demo}"
 CACHE="${DEMO_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/alpaca}"
 BASE="$CACHE/smollm2-135m-instruct"
 RECORDS="${RECORDS:-64}"
-QUESTION="${QUESTION:-Give three tips for staying healthy.}"
+QUESTION="${QUESTION:-What is the capital of France?}"
 TABLE=""
 
-# stage NAME WHERE COMMAND… runs a command; the last line that it prints is what it made, for the table at the end.
+# stage NAME WHERE COMMAND… runs a command; the last line that it prints is what it made, for the table at the end
+# (an answer, which may have many lines, goes there as one).
 stage() {
   local name="$1" where="$2" started=$SECONDS made log
   shift 2
@@ -26,7 +27,10 @@ stage() {
     printf '\nerror: the stage "%s" failed; what it printed is above and in %s\n' "$name" "$log" >&2
     exit 1
   fi
-  made=$(grep -v '^[[:space:]]*$' "$log" | tail -n 1 | cut -c1-100)
+  case "$name" in
+    chat*) made="“$(tr -s '\n' ' ' <"$log" | cut -c1-70)…”" ;;
+    *) made=$(grep -v '^[[:space:]]*$' "$log" | tail -n 1) ;;
+  esac
   TABLE+="$name"$'\t'"$((SECONDS - started)) s"$'\t'"$where"$'\t'"$made"$'\n'
 }
 
@@ -90,15 +94,22 @@ for when in before after; do
 done
 
 printf '\n'
-python - "$SECONDS" <<PYTHON
-import sys
-rows = [line.split("\t") for line in """stage	time	where	what it made
-$(printf '%s' "$TABLE" | sed 's/\\/\\\\/g; s/"/\\"/g')""".splitlines()]
-widths = [max(len(row[i]) for row in rows) for i in range(3)]
-for number, row in enumerate(rows):
+printf '%s' "$TABLE" | python -c '
+import importlib.metadata, json, os, platform, subprocess, sys
+out, seconds = sys.argv[1], int(sys.argv[2])
+rows = [line.rstrip("\n").split("\t") for line in sys.stdin]
+shown = [["stage", "time", "where", "what it made"], *rows]
+widths = [max(len(row[i]) for row in shown) for i in range(3)]
+for number, row in enumerate(shown):
     print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]))
     if number == 0:
         print("  ".join("─" * width for width in [*widths, 12]))
-print(f"\nAll of it took {int(sys.argv[1]) // 60} min {int(sys.argv[1]) % 60} s. Talk to the result: "
-      "python chat.py --model_path $OUT/recovered")
-PYTHON
+commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate")}
+summary = {"command": "make demo", "commit": commit, "seconds": seconds, "versions": versions}
+summary |= {"python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+summary["stages"] = [{"stage": row[0], "seconds": int(row[1].split()[0]), "made": row[3]} for row in rows]
+json.dump(summary, open(f"{out}/summary.json", "w"), indent=2, ensure_ascii=False)
+print(f"\nAll of it took {seconds // 60} min {seconds % 60} s. Talk to the result:\n"
+      f"  .venv/bin/python chat.py --model_path {out}/recovered")
+' "$OUT" "$SECONDS"
