@@ -194,9 +194,12 @@ def generate_instruction_following_data(
         prompt = Path(prompt_path).read_text(encoding="utf-8")
     except OSError as e:
         raise UserError(f"--prompt_path {prompt_path}: {e.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--prompt_path {prompt_path} is not UTF-8 text: convert it to UTF-8") from None
     client = utils.openai_client(base_url, request_timeout)
 
     output_path = Path(output_dir) / "regen.json"
+    output_path.parent.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is told before any request
     kept = utils.load_records(output_path) if output_path.exists() else []
     if kept:
         print(f"continuing {output_path}: {len(kept)} instructions are there")

@@ -10,12 +10,14 @@ import difflib
 import errno
 import inspect
 import json
+import math
 import os
 import sys
 import tempfile
+import threading
 import typing
+import urllib.parse
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -230,9 +232,12 @@ def _typed(name: str, text: str, kinds: tuple):
     for kind, what in ((int, "a whole number"), (float, "a number")):
         if kind in kinds:
             try:
-                return kind(text)
-            except ValueError:
-                raise UserError(f"--{name} takes {what}, not {text!r}") from None
+                value = kind(text)
+                if math.isfinite(value):  # Fire would hand on inf and nan as text
+                    return value
+            except (ValueError, OverflowError):
+                pass
+            raise UserError(f"--{name} takes {what}, not {text!r}")
     return text
 
 
@@ -277,10 +282,19 @@ def openai_client(base_url: str | None = None, request_timeout: float = 600.0, m
     key = os.environ.get("OPENAI_API_KEY")
     if not key and not base_url:
         raise UserError("no teacher: set OPENAI_API_KEY, or --base_url (OPENAI_BASE_URL) for a server of your own")
-    if base_url and not base_url.startswith(("http://", "https://")):
+    if base_url and not _is_url(base_url):
         raise UserError(f"--base_url {base_url!r} is not a URL: it looks like http://127.0.0.1:8000/v1")
     # A local server asks for no key, but the client refuses to start without one.
     return openai.OpenAI(base_url=base_url, api_key=key or "none", timeout=request_timeout, max_retries=max_retries)
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(text)
+        parts.port  # noqa: B018  raises ValueError when it is no port
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and text.isprintable() and " " not in text
 
 
 def openai_completion(
@@ -296,12 +310,25 @@ def openai_completion(
     Raises:
         UserError: what no retry can mend: wrong key, no permission, unknown model, or no server at that address.
     """
-    with ThreadPoolExecutor(max_workers=max(1, len(prompts))) as pool:
-        futures = []
-        for i, prompt in enumerate(prompts):
-            seeded = decoding if decoding.seed is None else dataclasses.replace(decoding, seed=decoding.seed + i)
-            futures.append(pool.submit(_complete, client, prompt, model_name, seeded, api))
-        return [future.result() for future in futures]
+    replies: list = [None] * len(prompts)
+
+    def send(i: int) -> None:
+        seeded = decoding if decoding.seed is None else dataclasses.replace(decoding, seed=decoding.seed + i)
+        try:
+            replies[i] = _complete(client, prompts[i], model_name, seeded, api)
+        except BaseException as e:
+            replies[i] = e
+
+    # Daemons, unlike the threads of a pool: Ctrl-C does not wait for their replies, which may take minutes.
+    threads = [threading.Thread(target=send, args=(i,), daemon=True) for i in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for reply in replies:
+        if isinstance(reply, BaseException):
+            raise reply
+    return replies
 
 
 def _complete(client, prompt: str, model_name: str, decoding: OpenAIDecodingArguments, api: str) -> Completion:
@@ -318,6 +345,7 @@ def _complete(client, prompt: str, model_name: str, decoding: OpenAIDecodingArgu
         text = choice.message.content if api == "chat" else choice.text
         if not text:
             return Completion(None, error=f"empty reply (finish_reason {choice.finish_reason})")
+        text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair could not be written to a file
         usage = reply.usage
         return Completion(
             text, choice.finish_reason, getattr(usage, "prompt_tokens", 0), getattr(usage, "completion_tokens", 0)

@@ -61,7 +61,7 @@ def make_diff(path_raw: str, path_tuned: str, path_diff: str, method: str = "sub
         manifest["dtypes"] = {name: DTYPE_NAMES[dtype] for name, (dtype, _) in specs.items()}
         specs = {name: (BITS[dtype], shape) for name, (dtype, shape) in specs.items()}
     else:
-        specs = {name: (torch.float32, shape) for name, (_, shape) in specs.items()}
+        specs = _as_float32(specs, tuned)
 
     def differences() -> Iterator[torch.Tensor]:
         for name in tqdm(specs, desc="make_diff", unit="tensor"):
@@ -105,12 +105,15 @@ def recover(
         raise UserError(f"{diff.folder / MANIFEST} names the method {method!r}, which this version does not know")
     specs = _matching_specs(raw, diff, "--path_diff")
     if method == "exact":
-        try:
-            specs = {name: (DTYPES[manifest["dtypes"][name]], shape) for name, (_, shape) in specs.items()}
-        except KeyError as e:
-            raise UserError(f"{diff.folder / MANIFEST} does not say what type {e} had: download it again") from None
+        for name, (bits, shape) in specs.items():
+            dtype = DTYPES.get(manifest.get("dtypes", {}).get(name))
+            if BITS.get(dtype) != bits:
+                raise UserError(
+                    f"{diff.folder / MANIFEST} does not fit the weights beside it ({name}): download both again"
+                )
+            specs[name] = (dtype, shape)
     else:
-        specs = {name: (torch.float32, shape) for name, (_, shape) in specs.items()}
+        specs = _as_float32(specs, diff)
     released = check_integrity_naively and not manifest and _is_alpaca_7b(diff.config)
     sums = []
 
@@ -163,14 +166,14 @@ def compare(path_a: str, path_b: str) -> None:
     b = CheckpointReader(check_model_folder(path_b, "--path_b", tokenizer=False))
     if a.names() != b.names():
         raise UserError(f"the models have different tensors: {_some(set(a.names()) ^ set(b.names()))}")
-    unequal, largest = [], 0.0
+    unequal, largest = [], torch.zeros((), dtype=torch.float64)
     for name in tqdm(a.names(), desc="compare", unit="tensor"):
         x, y = a.get(name), b.get(name)
         same = x.dtype == y.dtype and x.shape == y.shape
         if not same or not torch.equal(_bytes(x), _bytes(y)):
             unequal.append(name)
-            if x.shape == y.shape:
-                largest = max(largest, (x.double() - y.double()).abs().max().item())
+            if x.shape == y.shape and x.numel():
+                largest = torch.maximum(largest, (x.double() - y.double()).abs().max())  # NaN stays NaN
     if unequal:
         raise UserError(f"{len(unequal)} of {len(a.names())} tensors differ (by up to {largest:.2g}): {_some(unequal)}")
     print(f"all {len(a.names())} tensors are equal, bit for bit")
@@ -187,10 +190,12 @@ def _matching_specs(raw: CheckpointReader, other: CheckpointReader, flag: str) -
         raise UserError(f"{flag} {other.folder} has tensors that --path_raw lacks: {_some(extra)}; another base model?")
     specs = {name: other.spec(name) for name in names}
     for name, (_, shape) in specs.items():
-        raw_shape = raw.spec(name)[1]
+        raw_dtype, raw_shape = raw.spec(name)
+        if not raw_dtype.is_floating_point:
+            raise UserError(f"{raw.folder}: {name} is {raw_dtype}: weights are floating point; a quantized model?")
         vocabularies = raw.config.get("vocab_size"), other.config.get("vocab_size")
         grown = (
-            len(shape) == 2
+            len(raw_shape) == len(shape) == 2
             and (raw_shape[0], shape[0]) == vocabularies
             and raw_shape[0] < shape[0]
             and raw_shape[1:] == shape[1:]
@@ -200,6 +205,14 @@ def _matching_specs(raw: CheckpointReader, other: CheckpointReader, flag: str) -
                 f"{name} is {list(raw_shape)} in --path_raw but {list(shape)} in {flag}: another base model?"
             )
     return specs
+
+
+def _as_float32(specs: dict, reader: CheckpointReader) -> dict:
+    """``specs`` of what is written for the method subtract."""
+    for name, (dtype, _) in specs.items():
+        if not dtype.is_floating_point:
+            raise UserError(f"{reader.folder}: {name} is {dtype}: weights are floating point; a quantized model?")
+    return {name: (torch.float32, shape) for name, (_, shape) in specs.items()}
 
 
 def _grow(raw: torch.Tensor, shape: torch.Size, mean: bool) -> torch.Tensor:

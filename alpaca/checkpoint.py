@@ -86,7 +86,9 @@ class CheckpointReader:
         if not files:
             raise UserError(f"{self.folder} holds no weights")
         if files[0].endswith(".index.json"):
-            self.shard_of = read_json(self.folder / files[0]).get("weight_map", {})
+            self.shard_of = read_json(self.folder / files[0]).get("weight_map")
+            if not isinstance(self.shard_of, dict) or not all(isinstance(file, str) for file in self.shard_of.values()):
+                raise UserError(f"{self.folder / files[0]} has no weight_map from names to files: download it again")
         else:
             self.shard_of = {name: files[0] for name in self._open(files[0]).keys()}
         for name, shard in self.shard_of.items():
@@ -101,7 +103,8 @@ class CheckpointReader:
         Left out: rotary ``inv_freq`` buffers, which old checkpoints hold and today's models compute, and an output
         embedding that is tied to the input's.
         """
-        tied = self.config.get("tie_word_embeddings", False)
+        # OPT as published does not say that it is tied, and holds the output embedding all the same
+        tied = self.config.get("tie_word_embeddings", self.config.get("model_type") == "opt")
         return sorted(
             name
             for name in self.shard_of
@@ -132,28 +135,40 @@ class CheckpointReader:
                     self._shards[file] = safe_open(path, framework="pt")
                 else:
                     self._shards[file] = _load_bin(path)
-            except (SafetensorError, RuntimeError, EOFError, ValueError) as e:
-                raise UserError(f"{path} cannot be read (truncated?): {str(e).splitlines()[0]}") from None
+            except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as e:
+                cause = (str(e) or type(e).__name__).splitlines()[0]
+                raise UserError(f"{path} cannot be read (truncated, or a Git LFS pointer?): {cause}") from None
         return self._shards[file]
 
 
 def _load_bin(path: Path) -> dict[str, torch.Tensor]:
     import pickle
 
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    zipped = magic == b"PK\3\4"  # since PyTorch 1.6; a bare pickle, as before it, cannot be memory-mapped
+    if not zipped and magic[:1] != pickle.PROTO:
+        raise ValueError("not a PyTorch file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
         raise UserError(f"{path} holds more than tensors (its pickle asks to run code) and was not loaded") from None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise UserError(f"{path} is not a model's state dict: it holds something else than tensors by name")
+    return tensors
 
 
 def read_json(path: Path) -> dict:
     """A small JSON file of a checkpoint, or a one-line UserError."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except ValueError as e:
         raise UserError(f"{path} is malformed: {e}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} is malformed: it holds a {type(data).__name__}, not an object")
+    return data
 
 
 @contextmanager

@@ -57,13 +57,13 @@ def prepare(model_path: str | os.PathLike) -> bool:
         return False
     if model_path.exists():
         raise UserError(f"{model_path} is there but is no model: move it away, or choose another --model_path")
+    for leftover in model_path.parent.glob(f".{model_path.name}.*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
     source = gguf_path()
     if importlib.util.find_spec("gguf") is None:
         raise UserError("reading the embedded model needs the package gguf: pip install '.[demo]'")
 
     model_path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in model_path.parent.glob(f".{model_path.name}.*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(dir=model_path.parent, prefix=f".{model_path.name}.", suffix=".tmp"))
     try:
         _convert(source, temporary)

@@ -53,7 +53,7 @@ def test_the_package_never_imports_a_script(path):
 
 
 def test_the_prompt_template_is_written_once():
-    """"### Response:" stands in utils.py alone, among all that is not a test."""
+    """ "### Response:" stands in utils.py alone, among all that is not a test."""
     files = [*ROOT.glob("*.py"), *(ROOT / "alpaca").glob("*.py")]
     assert [file.name for file in files if "### Response:" in file.read_text()] == ["utils.py"]
 

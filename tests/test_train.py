@@ -207,7 +207,9 @@ def test_the_originals_flags_are_translated_and_told(monkeypatch, tmp_path, caps
 
 def test_bad_input_is_one_line(tiny_llama, tmp_path):
     data = write_data(tmp_path / "data.json")
-    assert_one_line_error(run_script("train.py", "--learning_rat", "1"), "--learning_rat", "did you mean --learning_rate")
+    assert_one_line_error(
+        run_script("train.py", "--learning_rat", "1"), "--learning_rat", "did you mean --learning_rate"
+    )
     assert_one_line_error(run_script("train.py", "--learning_rate", "fast"), "--learning_rate")
     assert_one_line_error(run_script("train.py"), "--model_name_or_path and --data_path are needed")
     assert_one_line_error(run_script(*arguments(tmp_path / "none", data, tmp_path / "o")), "does not exist")

@@ -1,0 +1,74 @@
+"""Every command that a newcomer reads is one that works: README and docstrings, parsed by the scripts' own parsers."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+import train
+import utils
+
+FIRE = {
+    "generate_instruction": ["generate_instruction_following_data"],
+    "weight_diff": ["make_diff", "recover", "compare"],
+    "chat": None,
+    "analyze_data": ["fetch", "stats", "lint", "plot"],
+}
+
+
+def commands(text: str) -> list[str]:
+    lines = text.replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if re.match(r"\s*(python|torchrun) ", line)]
+
+
+def all_commands() -> list[tuple[str, str]]:
+    readme = "\n".join(re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S))
+    found = [("README.md", command) for command in commands(readme)]
+    for script in [*FIRE, "train"]:
+        found += [(f"{script}.py", command) for command in commands(importlib.import_module(script).__doc__)]
+    return found
+
+
+@pytest.mark.parametrize("where, command", all_commands(), ids=lambda text: text[:60])
+def test_a_documented_command_parses(where, command, monkeypatch, tmp_path):
+    words = shlex.split(command, comments=True)
+    script = next(word for word in words if word.endswith(".py"))
+    argv = [str(tmp_path) if word == "OUT" else word for word in words[words.index(script) + 1 :]]
+    if script == "train.py":
+        for flag in ("--bf16", "--tf32"):  # these ask for the hardware at once
+            if flag in argv:
+                del argv[argv.index(flag) : argv.index(flag) + 2]
+        monkeypatch.setattr(train.TrainingArguments, "_set_up_fsdp", lambda self: setattr(self, "fsdp", None))
+        model_args, _, _ = train.parse_args(argv)
+        assert model_args.model_name_or_path == "MODEL"
+        return
+    module = importlib.import_module(script.removesuffix(".py"))
+    tasks = FIRE[module.__name__]
+    functions = module.chat if tasks is None else {task: getattr(module, task) for task in tasks}
+    typed = utils._typed_argv(functions, argv)
+    assert len(typed) > 1 or tasks is None
+
+
+def test_the_readme_shows_every_script():
+    shown = " ".join(command for where, command in all_commands() if where == "README.md")
+    for script in (*FIRE, "train"):
+        assert f"{script}.py" in shown, script
+
+
+def test_every_make_target_of_the_readme_exists():
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
+    named = set(re.findall(r"\bmake ([a-z]+)", (ROOT / "README.md").read_text()))
+    assert named and named <= set(targets)
+
+
+def test_every_path_of_the_readme_exists():
+    text = (ROOT / "README.md").read_text()
+    for path in re.findall(r"\]\(([^)#:]+)\)|src=\"([^\":]+)\"", text):
+        path = "".join(path)
+        assert (ROOT / path).exists(), path
+    for line in re.search(r"## Files\n+```\n(.*?)```", text, re.S).group(1).splitlines():
+        assert (ROOT / line.split()[0]).exists(), line
