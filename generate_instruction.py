@@ -35,7 +35,9 @@ KEYWORD = re.compile(rf"\b({'|'.join(KEYWORDS)})\b", re.IGNORECASE)
 MIN_WORDS, MAX_WORDS = 4, 150  # of an instruction: three words say too little, 150 are a document
 MAX_SIMILARITY = 0.7  # ROUGE-L F to any seed or kept instruction, as in Self-Instruct
 
-ITEM = re.compile(r"(?:###\s*)?\d+\.\s*Instruction:")
+PATIENCE = 20  # batches in a row that bring nothing new: the teacher repeats itself, and would for ever
+
+ITEM = re.compile(r"^\s*(?:###\s*)?(\d+)\.\s*Instruction:", re.MULTILINE)
 BOUNDARY = re.compile(r"###\s*(?=\d+\.\s*Instruction:|$)")  # not the ### of a Markdown heading inside an answer
 FIELD = re.compile(r"(\d+)\.\s*(Instruction|Input|Output):")
 
@@ -63,7 +65,10 @@ def parse_response(text: str, finish_reason: str | None, num_prompt_instructions
 
     The last item is left out when the reply stopped for its length: it is cut off, however whole it looks.
     """
-    if not ITEM.match(text.lstrip()):  # the reply goes on where the prompt ended
+    first = ITEM.search(text)
+    if first and (first.start() == 0 or int(first[1]) == num_prompt_instructions + 1):
+        text = text[first.start() :]  # a chat model may say something before its first item
+    else:  # the reply goes on where the prompt ended
         text = f"{num_prompt_instructions + 1}. Instruction:{text}"
     items = [item for item in BOUNDARY.split(text) if item.strip()]
     if finish_reason == "length":
@@ -214,12 +219,18 @@ def generate_instruction_following_data(
     # The prompt asks for 20 tasks; a base model would go on for ever.
     stop = ["\n21. Instruction:"]
     dropped, failures, requests, parsed = Counter(), Counter(), 0, 0
-    started, already = time.monotonic(), len(kept)
+    started, already, barren = time.monotonic(), len(kept), 0
+    ended = None  # why the run ended early
 
     with tqdm(total=num_instructions_to_generate, initial=len(kept), desc="kept", unit="instruction") as bar:
         while len(kept) < num_instructions_to_generate:
             if time_limit is not None and time.monotonic() - started > time_limit:
+                ended = f"the time limit of {time_limit:g} s"
+            elif barren == PATIENCE:
+                ended = f"{PATIENCE} batches in a row without a new instruction (raise --temperature?)"
+            if ended:
                 break
+            before = len(kept)
             prompts = [
                 encode_prompt(rng.sample(seed_tasks, num_prompt_instructions), prompt)
                 for _ in range(request_batch_size)
@@ -252,7 +263,8 @@ def generate_instruction_following_data(
                     pool.add(record["instruction"])
                     instructions.append(record["instruction"])
                     bar.update(1)
-            if len(kept) > already:
+            barren = 0 if len(kept) > before else barren + 1
+            if len(kept) > before:
                 utils.jdump(kept, output_path)
             bar.set_postfix(requests=requests, parsed=parsed)
 
@@ -260,8 +272,8 @@ def generate_instruction_following_data(
         print(f"{requests} requests gave {parsed} items; dropped: {_table(dropped) or 'none'}")
     if failures:
         print(f"failed requests: {_table(failures)}")
-    if len(kept) < num_instructions_to_generate:
-        print(f"the time limit of {time_limit:g} s ended the run before {num_instructions_to_generate} were kept")
+    if ended:
+        print(f"{ended} ended the run before {num_instructions_to_generate} were kept")
     print(f"{len(kept)} instructions in {output_path} ({len(kept) - already} new)")
 
 

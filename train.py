@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch.utils.data import Dataset
 
 import utils
@@ -382,6 +383,8 @@ def main() -> None:
         sys.exit(130)
     except OSError as e:
         sys.exit(f"error: {utils.os_error_message(e)}")
+    except SafetensorError as e:  # how a full disk shows itself while weights are written
+        sys.exit(f"error: the weights could not be written: {str(e).splitlines()[0]}")
     if torch.distributed.is_initialized():
         # Leave together: a rank that exits while another still writes tears down connections under it.
         torch.distributed.barrier()

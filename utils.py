@@ -368,6 +368,12 @@ def _complete(client, prompt: str, model_name: str, decoding: OpenAIDecodingArgu
             raise UserError(f"nothing answers at {client.base_url}: is the teacher running?") from None
         return Completion(None, error=f"connection: {type(cause).__name__}")
     except openai.APIStatusError as e:
-        return Completion(None, error=f"HTTP {e.status_code}")
+        # Why a request is refused (a setting the model does not know, a prompt too long) only the server can say.
+        if e.status_code not in (400, 422):
+            return Completion(None, error=f"HTTP {e.status_code}")
+        said = str(e.body["message"] if isinstance(e.body, dict) and "message" in e.body else e.message)
+        if client.api_key != "none":
+            said = said.replace(client.api_key, "…")
+        return Completion(None, error=f"HTTP {e.status_code}: {' '.join(said.split())[:200]}")
     except (openai.OpenAIError, ValueError, TypeError, IndexError, AttributeError) as e:
         return Completion(None, error=f"unreadable reply ({type(e).__name__})")

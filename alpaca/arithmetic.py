@@ -54,7 +54,7 @@ def evaluate(text: str, percent: bool = True) -> Side:
     percents = source.count("%") if percent else 0
     source = re.sub(r"(?<=[\d)])\s*\(", "*(", source)  # 2(3 + 4)
     source = re.sub(rf"({NUMBER})\s?%(?!\s*[\d(])", r"(\1/100)" if percent else r"\1", source)
-    if not source or len(source) > 300 or re.search(r"[%,x]|//|\*\*.*\*\*", source):
+    if not source or len(source) > 300 or re.search(r"[%,x]|//", source):
         raise NotArithmetic
     try:
         tree = ast.parse(source, mode="eval")
@@ -130,8 +130,8 @@ def equations(line: str) -> Iterator[tuple[str, str]]:
         left = ENDS_IN_EXPRESSION.search(before)[0]
         left = re.split(r"[.,]\s+", left)[-1].lstrip()  # "… fails. 3 + 4", "1, 2, 3 + 4"
         edge = before[: len(before) - len(left)]
-        if left.startswith("(") and left.count("(") > left.count(")"):  # "40 litres (5 x 8 = 40)"
-            left = left[1:].lstrip()
+        while left.count("(") > left.count(")"):  # "40 (5 x 8 = 40)"
+            left = left.partition("(")[2].lstrip()
         # "x2 + 3", "√16 + 2", "8:00 + 2" and "f(30) + 1" do not start with a number of their own,
         if edge and not edge[-1].isspace() and edge[-1] not in "\"'“`*_[":
             continue

@@ -231,20 +231,28 @@ def nonsense(record: dict) -> str | None:
 # An instruction that refers to something which is not there.
 
 NOT_A_TEXT = r"(?:year|day|week|month|morning|night|season|decade|century|generation|steps? in)s?\b"
+TEXT = (
+    r"(?:text|sentence|paragraph|passage|article|excerpt|phrase|statement|e-?mail|tweet|review|snippet|dialogue|thread|"
+    r"transcript|code)s?"
+)
+PASTED = (
+    rf"(?:{TEXT}|(?:list|word|number|option|stor(?:y|ie)|poem|letter|note|message|log|recipe|document|pdf|essay|figure|"
+    r"change|item|event|fact|quote|argument|claim|scenario|question|equation|expression|sequence|string|function|program|"
+    r"script|quer(?:y|ie)|table)s?|data|information|feedback)"
+)
 POINTS_AT = re.compile(
     rf"\bthe following\b(?!\s+{NOT_A_TEXT})|\b(?:the|these|this) (?:given|provided|attached|above|below)\b|"
-    r"\b(?:given|provided|listed|shown|described|mentioned|written|quoted) (?:below|above)\b|"
-    r"\b(?:text|sentences?|passage|paragraph|list|code|words?|data|statements?|phrases?|table|article|numbers?|email|"
-    r"options?|information|story|poem) (?:below|above)\b(?!\s+(?:\d|an?\b|the\b|average|zero))|"
-    r"^(?:please )?(?:summari[sz]e|rewrite|rephrase|paraphrase|edit|proofread|correct|translate|classify|categori[sz]e|"
-    r"punctuate|simplify|shorten|reword|convert|change|transform|fix|revise|improve|restate|analy[sz]e) "
-    r"(?:this|these|the) (?:\w+ )?(?:sentences?|paragraph|passage|text|article|excerpt|phrase|statement|email|tweet|"
-    r"review|quote|code|snippet)\b",
+    r"\b(?:given|provided|listed|shown|described|mentioned|written|quoted) (?:below|above|here)\b|"
+    rf"\b{PASTED} (?:below|above)\b(?!\s+(?:\d|an?\b|the\b|average|zero))|"
+    rf"^[^.?!]*\b(?:this|these) (?:\w+ )?{TEXT}\b(?!\s+(?:should|must|will|needs?)\b)|"
+    rf"^given (?:an?|two|three|some|the) (?:[\w-]+ ){{0,2}}(?:{PASTED}|paper|premise|topic|title|description|input)\b",
     re.IGNORECASE,
 )
-ASKS_MORE = (
+ASKS = (
     "Make|Use|Write|Give|Keep|Include|Provide|Explain|Choose|Select|Then|Please|Do not|Don't|Be|Your|Output|It should|"
-    "The (?:output|answer)"
+    "You|The (?:output|answer)|Generate|Create|Find|Determine|Identify|Come up|Compose|Calculate|Suggest|Construct|"
+    "Design|Build|Tell|Classify|Describe|Answer|Compute|Edit|Rewrite|Summari[sz]e|Arrange|List|Name|What|How|Which|Produce|"
+    "Develop|Convert|Sort|Translate|Predict|Rate|Evaluate|Analy[sz]e"
 )
 CODE_NOUN = re.compile(
     r"\b(code|program|script|snippet|function|class|method|query|algorithm|loop|regex)\b", re.IGNORECASE
@@ -269,12 +277,11 @@ def _pointer(record: dict) -> tuple[str, str] | None:
     # … or it is a list, "a, b or c" or "3 5 7", directly after the noun. After a preposition it is something else: "the
     # following animal as a mammal, bird or fish".
     noun = re.split(r"\b(?:using|in|by|with|into|to|for|as|that|which|from|on|is|are|was)\b", rest)[0]
+    noun = re.split(rf",\s*(?:{ASKS})\b", noun, flags=re.IGNORECASE)[0]
     if "," in noun or len(re.findall(r"\d+", noun)) > 1 or re.match(r"\W*(?:is|are|was)\b.*,", rest):
         return None
     # "… the following. <a sentence of its own that is the content>", and content that stands before "the above".
-    if re.search(rf"[.?!]\s+(?!(?:{ASKS_MORE})\b)\w", rest) or (
-        re.search(r"above", match[0], re.I) and match.start() > 60
-    ):
+    if re.search(rf"[.?!]\s+(?!(?:{ASKS})\b)\w", rest) or (re.search(r"above", match[0], re.I) and match.start() > 60):
         return None
     # "Write a function that sorts the given list" speaks of the function's argument; "the following list" does not.
     if "following" not in match[0].lower() and GENERIC_CODE.search(instruction):
@@ -511,7 +518,7 @@ RECORD_CLASSES: dict[str, tuple[str, Callable[[dict], str | None]]] = {
     "needs-media": ("asks to make or to look at a picture", needs_media),
     "nonsense": ("the instruction makes no sense", nonsense),
     "merged": ("the next task or the teacher's prompt runs on inside", merged),
-    "cut-off": ("the output stops in mid-sentence", cut_off),
+    "cut-off": ("the output is cut off", cut_off),
     "no-full-stop": ("the last sentence has no end", no_full_stop),
     "wrong-arithmetic": ("a calculation is wrong", wrong_arithmetic),
     "mojibake": ("text that was decoded with the wrong encoding", mojibake),

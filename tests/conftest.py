@@ -165,7 +165,7 @@ class Teacher:
                     return
                 status, headers = 200, {}
                 if isinstance(reply, int):
-                    status, headers = reply, {"Retry-After": "0"} if reply == 429 else {}
+                    status, headers = reply, {"Retry-After": "0.1"} if reply == 429 else {}
                     data = json.dumps({"error": {"message": f"fault {reply}", "code": reply}}).encode()
                 else:
                     text, reason = reply if isinstance(reply, tuple) else (reply, "stop")
@@ -191,7 +191,7 @@ class Teacher:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.base_url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
 
 @pytest.fixture

@@ -45,9 +45,10 @@ FAULTS = {
     ],
     "missing-input": [
         record("Classify the following animal as a mammal, bird or reptile.", "Mammal."),
-        record("Rewrite this sentence in the passive voice.", "The ball was thrown.", "No input").copy()
-        | {"input": ""},
+        record("Rewrite this sentence in the passive voice.", "The ball was thrown."),
         record("Find the spelling mistakes in the given text.", "There are two."),
+        record("Given the following ingredients, provide a recipe.", "Boil the pasta."),
+        record("Given a news article, write a headline.", "Bees Dance"),
         record("Summarize the paragraph below.", "It is about tea."),
         record("Correct the following sentence. Keep it short.", "He goes home."),
         record("Create a program that prints the following pattern:", "A triangle of stars."),
@@ -134,6 +135,7 @@ SOUND = {
         record("Write a function that sorts the given list.", "def f(x):\n    return sorted(x)"),
         record("List the numbers above 7 and below 10.", "8 and 9."),
         record("Write a story with the following words: cat, ship.", "A cat sailed."),
+        record("Write a story about a king. This text should rhyme.", "A king could sing."),
     ],
     "empty-code": [
         record("Explain what the following code does: print(1)", "It prints 1."),
@@ -339,7 +341,7 @@ def test_lint_parts_the_records_and_leaves_the_input_alone(data, tmp_path, capsy
     assert [found["record"] for found in report] == [1, 1, 4, 5]
     printed = capsys.readouterr().out
     assert "4 findings in 3 of 6 records" in printed and "3 clean records in" in printed
-    assert "mojibake                1   text that was decoded" in printed
+    assert f"{'mojibake':<16}{1:>8}   text that was decoded" in printed
 
 
 def test_lint_looks_for_the_classes_that_only_and_skip_leave(data, capsys):
@@ -478,7 +480,7 @@ class Mirror:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/alpaca_data.json"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
 
 @pytest.fixture

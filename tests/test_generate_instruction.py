@@ -612,3 +612,37 @@ def test_the_flags_of_the_original_are_taken_with_their_values():
 def test_importing_the_script_loads_neither_torch_nor_an_api_client():
     loaded = run_script("-c", "import sys, generate_instruction; print(*sys.modules)").stdout.split()
     assert "generate_instruction" in loaded and not {"torch", "transformers", "openai"} & set(loaded)
+
+
+def test_what_a_chat_model_says_before_its_first_item_is_left_out():
+    text = (
+        "Sure, here are some tasks:\n\n4. Instruction: Name two rivers.\n4. Input:\n<noinput>\n4. Output:\nNile, Po\n"
+    )
+    assert parse_response(text, "stop", 3) == [{"instruction": "Name two rivers.", "input": "", "output": "Nile, Po"}]
+
+
+def test_a_teacher_that_repeats_itself_ends_the_run(teacher, tmp_path):
+    reply = " Name two long rivers.\n4. Input:\n<noinput>\n4. Output:\nNile, Po\n"
+    server = teacher(lambda number, body: reply)
+    result = run_script(
+        *("generate_instruction.py", "generate_instruction_following_data", "--base_url", server.base_url),
+        *("--model_name", "local", "--request_batch_size", 1, "--output_dir", tmp_path),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "20 batches in a row without a new instruction" in result.stdout
+    assert len(server.requests) == 21
+    assert [record["instruction"] for record in json.loads((tmp_path / "regen.json").read_text())] == [
+        "Name two long rivers."
+    ]
+
+
+def test_a_refused_request_is_told_in_the_servers_words_but_not_with_the_key(teacher, tmp_path):
+    server = teacher(lambda number, body: 400)
+    key = "fault 400"  # what the server's message says, as a server that repeats the key would
+    result = run_script(
+        *("generate_instruction.py", "generate_instruction_following_data", "--base_url", server.base_url),
+        *("--model_name", "local", "--request_batch_size", 1, "--output_dir", tmp_path),
+        env={"OPENAI_API_KEY": key},
+    )
+    assert_one_line_error(result, "HTTP 400: ")
+    assert key not in result.stdout + result.stderr

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 
+import psutil
 import pytest
 from conftest import ROOT, assert_one_line_error, run_script
 
@@ -144,3 +145,69 @@ def test_run_is_refused_in_one_line_and_the_command_does_not_run(tmp_path, comma
     result = run_script("-m", "alpaca.teacher", "run", *argv, *command, cwd=tmp_path, env=env)
     assert_one_line_error(result, *words)
     assert os.listdir(tmp_path) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The real server, on a tiny model.
+
+ASK = """
+import json, os, sys, urllib.request
+body = json.dumps({"model": sys.argv[1], "prompt": "Hello", "max_tokens": 4}).encode()
+request = urllib.request.Request(os.environ["OPENAI_BASE_URL"] + "/completions", body, {"Content-Type": "application/json"})
+print("finish:", json.load(urllib.request.urlopen(request, timeout=60))["choices"][0]["finish_reason"])
+"""  # noqa: E501
+
+
+def run_teacher(model, log, *command) -> subprocess.Popen:
+    argv = [sys.executable, "-m", "alpaca.teacher", "run", "--model_path", model, "--log_path", log, "--", *command]
+    return subprocess.Popen(
+        [str(word) for word in argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def children(wrapper: subprocess.Popen) -> tuple[psutil.Process, list[psutil.Process]]:
+    """The server, once the wrapper has said that it answers, and the wrapper's other children."""
+    assert wrapper.stdout.readline().startswith("teacher at http://127.0.0.1:")
+    found = psutil.Process(wrapper.pid).children()
+    [server] = [child for child in found if "serve" in child.cmdline()]
+    return server, [child for child in found if child != server]
+
+
+def assert_gone(*processes: psutil.Process) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_a_command_gets_answers_and_its_exit_code_and_the_server_ends_with_it(tiny_llama, tmp_path):
+    code = ASK + "sys.exit(7)"
+    wrapper = run_teacher(tiny_llama, tmp_path / "log", sys.executable, "-c", code, tiny_llama)
+    server, _ = children(wrapper)
+    out, err = wrapper.communicate(timeout=120)
+    assert wrapper.returncode == 7, err
+    assert "finish: length" in out
+    assert_gone(server)
+    assert "127.0.0.1" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_server_ends_when_its_wrapper_is_ended(tiny_llama, tmp_path, number):
+    wrapper = run_teacher(tiny_llama, tmp_path / "log", sys.executable, "-c", "import time; time.sleep(600)")
+    server, others = children(wrapper)
+    wrapper.send_signal(number)
+    _, err = wrapper.communicate(timeout=60) if number != signal.SIGKILL else (wrapper.wait(60), "")
+    assert wrapper.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
+    assert "Traceback" not in err
+    assert_gone(server)
+    if number == signal.SIGKILL:  # nobody is left to end the command; it finds no server any more
+        for process in others:
+            process.kill()
+    assert_gone(*others)
+
+
+def test_a_server_that_dies_is_told_with_the_end_of_its_log(tiny_llama, tmp_path):
+    wrapper = run_teacher(tiny_llama, tmp_path / "log", sys.executable, "-c", "import time; time.sleep(3)")
+    children(wrapper)[0].kill()
+    _, err = wrapper.communicate(timeout=60)
+    assert wrapper.returncode == 1
+    assert f"error: the teacher died (exit code -9); the end of {tmp_path / 'log'}:" in err
+    assert "Uvicorn running" in err
