@@ -262,6 +262,7 @@ def generate_instruction_following_data(
                     kept.append(record)
                     pool.add(record["instruction"])
                     instructions.append(record["instruction"])
+                    bar.total = max(bar.total, len(kept))  # a reply may hold more than was asked for
                     bar.update(1)
             barren = 0 if len(kept) > before else barren + 1
             if len(kept) > before:

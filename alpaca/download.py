@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -14,8 +15,8 @@ from tqdm import tqdm
 
 from alpaca import UserError
 
-ATTEMPTS = 8  # requests that brought nothing new, in a row
-WAIT = 1.0  # seconds before the second of them; doubled each time, 64 s at the end
+ATTEMPTS = 6  # requests that brought nothing new, in a row
+WAIT = 1.0  # seconds before the second of them; doubled each time, 31 s in all
 TIMEOUT = 30  # seconds without a byte
 CHUNK = 1 << 18
 
@@ -42,7 +43,9 @@ def download(url: str, part: Path, blob_id: str) -> None:
             return
     while idle < ATTEMPTS:
         if idle:
-            time.sleep(WAIT * 2 ** (idle - 1))
+            wait = WAIT * 2 ** (idle - 1)
+            print(f"{problem or 'the content is not right yet'}; asking again in {wait:g} s", file=sys.stderr)
+            time.sleep(wait)
         size = part.stat().st_size if part.exists() else 0
         try:
             ended, problem = _request(url, part, size)

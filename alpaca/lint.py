@@ -30,9 +30,10 @@ NO_INPUT = re.compile(
     re.IGNORECASE,
 )
 CODE = re.compile(
-    r"```|^\s*(def|class|import|from|#include|public|private|function|var|let|const|for|while|if|return|print|SELECT|"
-    r"INSERT|UPDATE|CREATE|DELETE|ALTER|echo)\b.*[\w\])'\"][;:{)]\s*$|^\s*(SELECT|INSERT INTO|CREATE TABLE)\b|"
-    r"^\s*(import|from) [\w.]+( import .*)?$|</\w+>|<(html|div|p|a|br|img|head|body|\?php|!DOCTYPE)\b|[;{]\s*$|"
+    r"```|^[ \t]*(def|class|import|from|#include|public|private|function|var|let|const|for|while|if|return|print|"
+    r"SELECT|INSERT|UPDATE|CREATE|DELETE|ALTER|echo)\b.*[\w\])'\"][;:{)][ \t]*$|"
+    r"^[ \t]*(SELECT|INSERT INTO|CREATE TABLE)\b|"
+    r"^[ \t]*(import|from) [\w.]+( import .*)?$|</\w+>|<(html|div|p|a|br|img|head|body|\?php|!DOCTYPE)\b|[;{][ \t]*$|"
     r"\w+\([^()]*\)\s*(;|\{|=>)|=>|[!=]==?\s|:=|\+=|\bdef \w+\(|\bprint\(|console\.log|"
     r"\\(begin|frac|text|sqrt|times)\b",
     re.MULTILINE,
@@ -296,7 +297,7 @@ def missing_input(record: dict) -> str | None:
 
 
 EMPTY_CODE = re.compile(
-    r"```[\w+#-]*\s*```|^\s*(?:#|//)\s*(?:your |insert |put |write |add )?(?:code|logic|implementation)"
+    r"```[\w+#-]*\s*```|^[ \t]*(?:#|//)\s*(?:your |insert |put |write |add )?(?:code|logic|implementation)"
     r"(?: goes)? here\W*$|\[(?:insert )?code here\]",
     re.IGNORECASE | re.MULTILINE,
 )

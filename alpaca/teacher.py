@@ -227,8 +227,8 @@ def main() -> None:
         if args.task == "prepare":
             made = prepare(args.model_path)
             size = sum(file.stat().st_size for file in Path(args.model_path).iterdir()) / 1e6
-            parameters = json.loads((Path(args.model_path) / "config.json").read_text())["num_hidden_layers"]
-            print(f"{'converted' if made else 'reused'}: {parameters} layers, {size:.0f} MB in {args.model_path}")
+            layers = json.loads((Path(args.model_path) / "config.json").read_text())["num_hidden_layers"]
+            print(f"{'converted' if made else 'reused as it is'}: {layers} layers, {size:.0f} MB")
         else:
             command = args.command[1:] if args.command[:1] == ["--"] else args.command
             sys.exit(run(args.model_path, args.log_path, args.port, command))

@@ -28,10 +28,14 @@ stage() {
     exit 1
   fi
   case "$name" in
-    chat*) made="“$(tr -s '\n' ' ' <"$log" | cut -c1-70)…”" ;;
+    chat*)
+      made=$(tr -s '\n' ' ' <"$log" | sed 's/ $//')
+      [ "${#made}" -gt 70 ] && made="${made:0:70}…"
+      made="“$made”"
+      ;;
     *) made=$(grep -v '^[[:space:]]*$' "$log" | tail -n 1) ;;
   esac
-  TABLE+="$name"$'\t'"$((SECONDS - started)) s"$'\t'"$where"$'\t'"$made"$'\n'
+  TABLE+="$name"$'\t'"$((SECONDS - started)) s"$'\t'"${where/#$HOME/\~}"$'\t'"$made"$'\n'
 }
 
 mkdir -p "$OUT/logs"
