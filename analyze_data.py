@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 
 import utils
-from alpaca import UserError
+from alpaca import UserError, cli
 from alpaca.download import download, git_blob_id
 from alpaca.lint import CLASSES, OPT_IN, find
 
@@ -270,4 +270,4 @@ def plot(data_path: str, output_dir: str) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_cli({"fetch": fetch, "stats": stats, "lint": lint, "plot": plot})
+    cli.run_cli({"fetch": fetch, "stats": stats, "lint": lint, "plot": plot})

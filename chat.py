@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 
 import utils
-from alpaca import UserError
+from alpaca import UserError, cli
 
 HELP = (
     "Type an instruction. /input TEXT sets an input for the next one, /quit (or Ctrl-D) leaves, Ctrl-C stops an answer."
@@ -87,4 +87,4 @@ def _ask(prompt: str) -> str:
 
 
 if __name__ == "__main__":
-    utils.run_cli(chat)
+    cli.run_cli(chat)

@@ -8,24 +8,39 @@ A teacher of your own, behind any OpenAI-compatible server:
 
     python generate_instruction.py generate_instruction_following_data --base_url http://127.0.0.1:8000/v1 --model_name MODEL --output_dir ./
 
-Use --api completions for a base model, which continues a text, and --api chat (the default) for everything else. A run
-goes on from the regen.json that it finds in --output_dir.
+Use --api completions for a base model, which continues a text, and --api chat (the default) for everything else.
+
+Data that is there already, without its near-duplicates:
+
+    python generate_instruction.py dedup --input_path IN.json --output_path OUT.json
+
+Every reply is in OUTPUT_DIR/regen.journal, on disk, before it counts, and regen.json is made from it: after Ctrl-C,
+a crash or kill -9 the same command goes on, asks for nothing twice, and ends where an uninterrupted run would have.
 """  # noqa: E501
 
 from __future__ import annotations
 
+import asyncio
+import json
+import math
 import random
 import re
 import string
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
+from alpaca.dedup import dedup, similarity_fields
 from tqdm import tqdm
 
 import utils
 from alpaca import UserError
-from alpaca.rouge import RougePool
+from alpaca.budget import Budget, in_words
+from alpaca.cli import run_cli
+from alpaca.journal import Journal
+from alpaca.rouge import RougePool, is_mostly_unseen
 
 # A reply whose task cannot be done in text alone, judged by a word of its instruction.
 KEYWORDS = (
@@ -35,7 +50,9 @@ KEYWORD = re.compile(rf"\b({'|'.join(KEYWORDS)})\b", re.IGNORECASE)
 MIN_WORDS, MAX_WORDS = 4, 150  # of an instruction: three words say too little, 150 are a document
 MAX_SIMILARITY = 0.7  # ROUGE-L F to any seed or kept instruction, as in Self-Instruct
 
-PATIENCE = 20  # batches in a row that bring nothing new: the teacher repeats itself, and would for ever
+
+PATIENCE = 100  # replies in a row that bring nothing new: the teacher repeats itself, and would for ever
+SAVE_EVERY = 30.0  # seconds between two regen.json: the journal is what nothing is lost from
 
 ITEM = re.compile(r"^\s*(?:###\s*)?(\d+)\.\s*Instruction:", re.MULTILINE)
 BOUNDARY = re.compile(r"###\s*(?=\d+\.\s*Instruction:|$)")  # not the ### of a Markdown heading inside an answer
@@ -90,17 +107,19 @@ def _parse_item(item: str) -> dict | None:
     }
 
 
-def filter_reason(record: dict | None) -> str | None:
+def filter_reason(
+    record: dict | None, keyword: re.Pattern = KEYWORD, min_words: int = MIN_WORDS, max_words: int = MAX_WORDS
+) -> str | None:
     """Why a parsed record is dropped, or None when it is kept. The order is the original's; empty output is ours."""
     if record is None:
         return "malformed"
     instruction = record["instruction"]
     words = len(instruction.split())
-    if words < MIN_WORDS:
+    if words < min_words or not instruction:
         return "too short"
-    if words > MAX_WORDS:
+    if words > max_words:
         return "too long"
-    if KEYWORD.search(instruction):
+    if keyword.search(instruction):
         return "not doable in text"
     if instruction.startswith("Write a program"):  # ambiguous: is the answer the program or what it prints?
         return "asks for a program"
@@ -111,6 +130,67 @@ def filter_reason(record: dict | None) -> str | None:
     if not record["output"]:
         return "empty output"
     return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Replies → records. A fold: what is kept depends on the replies and their order alone.
+
+
+@dataclass
+class Rules:
+    """What is dropped. ``stats`` adds the two similarity fields to what is kept; it changes no decision."""
+
+    num_prompt_instructions: int = 3
+    keyword: re.Pattern = KEYWORD
+    min_words: int = MIN_WORDS
+    max_words: int = MAX_WORDS
+    stats: bool = True
+    tokenizer: str = "rouge"
+
+
+class Selection:
+    """Takes replies one by one and keeps what passes the filters and is new: kept + Σ dropped = parsed, always."""
+
+    def __init__(self, seed_tasks: list[dict], start: list[dict], target: int, rules: Rules, rejected: TextIO):
+        self.kept, self.target, self.rules, self.rejected = list(start), target, rules, rejected
+        self.parsed, self.dropped = 0, Counter()
+        self.barren = self.unused = 0  # replies in a row that brought nothing; replies after the target was reached
+        self.instructions = [record["instruction"] for record in seed_tasks + self.kept]  # in the order of the pool
+        self.pool = RougePool(self.instructions, rules.tokenizer)
+
+    def feed(self, reply: utils.Completion) -> None:
+        if len(self.kept) >= self.target:
+            self.unused += 1
+            return
+        before = len(self.kept)
+        if not reply.error:
+            for record in parse_response(reply.text, reply.finish_reason, self.rules.num_prompt_instructions):
+                self._take(record)
+        self.barren = 0 if len(self.kept) > before else self.barren + 1
+
+    def _take(self, record: dict | None) -> None:
+        rules, nearest = self.rules, None
+        self.parsed += 1
+        reason = filter_reason(record, rules.keyword, rules.min_words, rules.max_words)
+        if reason is None:
+            if rules.stats:
+                scores = self.pool.scores(record["instruction"])
+                nearest = int(scores.argmax()) if scores.max() > MAX_SIMILARITY else None
+            else:
+                nearest = self.pool.exceeds(record["instruction"], MAX_SIMILARITY)
+            reason = None if nearest is None else "near-duplicate"
+        if reason:
+            self.dropped[reason] += 1
+            note = {"reason": reason, "record": record}
+            if nearest is not None:
+                note["nearest"] = self.instructions[nearest]
+            self.rejected.write(json.dumps(note, ensure_ascii=False) + "\n")
+            return
+        if rules.stats:
+            record |= similarity_fields(scores, self.instructions)
+        self.kept.append(record)
+        self.instructions.append(record["instruction"])
+        self.pool.add(record["instruction"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,6 +215,33 @@ def load_seed_tasks(path: str) -> list[dict]:
     return tasks
 
 
+def read_prompt(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"--prompt_path {path}: {e.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--prompt_path {path} is not UTF-8 text: convert it to UTF-8") from None
+
+
+def begin(journal: Journal, regen_path: Path, seed: int | None, num_prompt_instructions: int) -> tuple[dict, list]:
+    """The run's own entry in the journal, made when that is new, and the records that were there before the run."""
+    there = utils.load_records(regen_path) if regen_path.exists() else []
+    if not journal.entries:
+        run = {"seed": random.randrange(2**31) if seed is None else seed, "seeded": seed is not None}
+        journal.append([run | {"start": len(there), "num_prompt_instructions": num_prompt_instructions}])
+    run = journal.entries[0]
+    for name, given in (("num_prompt_instructions", num_prompt_instructions), ("seed", seed)):
+        if given is not None and given != run[name]:
+            raise UserError(f"this run was begun with --{name} {run[name]}: keep that, or take another --output_dir")
+    if len(there) < run["start"]:
+        raise UserError(
+            f"{regen_path} held {run['start']} records when this run began and holds {len(there)} now: "
+            "put it back, or take another --output_dir"
+        )
+    return run, there[: run["start"]]
+
+
 def generate_instruction_following_data(
     output_dir: str = "./",
     seed_tasks_path: str = "./seed_tasks.jsonl",
@@ -142,51 +249,79 @@ def generate_instruction_following_data(
     num_instructions_to_generate: int = 100,
     model_name: str | None = None,
     num_prompt_instructions: int = 3,
-    request_batch_size: int = 5,
+    max_concurrency: int = 32,
     temperature: float = 1.0,
     top_p: float = 1.0,
     max_tokens: int = 3072,
     api: str = "chat",
     base_url: str | None = None,
     request_timeout: float = 600.0,
-    time_limit: float | None = None,
     seed: int | None = None,
+    time_limit: float | None = None,
+    max_total_tokens: int | None = None,
+    max_cost_usd: float | None = None,
+    prompt_price: float = 0.0,
+    completion_price: float = 0.0,
+    max_failure_rate: float = 0.5,
+    filter_keywords: str = ",".join(KEYWORDS),
+    min_words: int = MIN_WORDS,
+    max_words: int = MAX_WORDS,
+    similarity_stats: bool = True,
+    tokenizer: str = "rouge",
+    request_batch_size: int | None = None,
     num_cpus: int | None = None,
 ) -> None:
     """Asks a teacher for new instructions until enough are kept, and writes them to OUTPUT_DIR/regen.json.
 
     Each kept record also has its 10 nearest instructions with their ROUGE-L (most_similar_instructions) and its mean
-    ROUGE-L to all seeds and kept instructions (avg_similarity_score). Ctrl-C loses nothing that was kept.
+    ROUGE-L to all seeds and kept instructions (avg_similarity_score). Beside it: regen.journal (every reply),
+    rejected.jsonl (what was dropped, and why), report.json (the counts). Stop it as you like: the same command goes on.
 
     Args:
-        output_dir: where regen.json is written; one that is there is continued.
+        output_dir: where the results go; a run that is there is continued, and so is a regen.json alone.
         seed_tasks_path: JSON Lines of seed tasks; examples are drawn from it for each request.
         prompt_path: the text that opens each request.
         num_instructions_to_generate: stop when this many are kept, those of an earlier run included.
         model_name: the teacher, by the name that its server knows.
         num_prompt_instructions: seed tasks shown in each request.
-        request_batch_size: requests in flight at once.
+        max_concurrency: requests in flight at once.
         temperature: sampling temperature; 0 asks for the likeliest text.
         top_p: nucleus sampling.
         max_tokens: the longest reply, in tokens.
         api: chat, or completions for a base model.
         base_url: the server, e.g. http://127.0.0.1:8000/v1 (default: OPENAI_BASE_URL, then api.openai.com).
-        request_timeout: seconds until a request is tried again.
-        time_limit: stop asking after this many seconds and keep what there is (default: no limit).
+        request_timeout: seconds until a request is tried again (5 times at most, with growing pauses).
         seed: draws the same examples, and asks the teacher to sample the same way, each time.
+        time_limit: send nothing more after this many seconds.
+        max_total_tokens: send nothing more when prompts and replies, earlier runs included, have used this many tokens.
+        max_cost_usd: the same for a sum in dollars; needs the two prices.
+        prompt_price: dollars for a million prompt tokens.
+        completion_price: dollars for a million reply tokens.
+        max_failure_rate: end the run when more than this share of its requests (10 at least) failed for good.
+        filter_keywords: drop an instruction with one of these words, separated by commas ("" for none).
+        min_words: drop shorter instructions.
+        max_words: drop longer ones.
+        similarity_stats: False leaves the two similarity fields out and is faster; what is kept stays the same.
+        tokenizer: rouge compares as the original does, by a-z and 0-9 alone; unicode by the words of any script.
+        request_batch_size: now --max_concurrency; accepted and ignored.
         num_cpus: no longer needed (similarity takes microseconds in one process); accepted and ignored.
     """
-    if api not in ("chat", "completions"):
-        raise UserError(f"--api takes chat or completions, not {api!r}")
-    for name, value in (
-        ("num_prompt_instructions", num_prompt_instructions),
-        ("request_batch_size", request_batch_size),
-        ("max_tokens", max_tokens),
+    for wrong, message in (
+        (api not in ("chat", "completions"), f"--api takes chat or completions, not {api!r}"),
+        (tokenizer not in ("rouge", "unicode"), f"--tokenizer takes rouge or unicode, not {tokenizer!r}"),
+        (num_prompt_instructions < 1, "--num_prompt_instructions must be at least 1"),
+        (max_concurrency < 1, "--max_concurrency must be at least 1"),
+        (max_tokens < 1, "--max_tokens must be at least 1"),
+        (not model_name, "no teacher named: --model_name takes the name that its server knows"),
+        (
+            max_cost_usd is not None and not prompt_price + completion_price,
+            "--max_cost_usd needs --prompt_price and --completion_price, in dollars a million tokens",
+        ),
     ):
-        if value < 1:
-            raise UserError(f"--{name} must be at least 1, not {value}")
-    if not model_name:
-        raise UserError("no teacher named: --model_name takes the name that its server knows")
+        if wrong:
+            raise UserError(message)
+    if request_batch_size is not None:
+        print("note: --request_batch_size is now --max_concurrency, the requests in flight at once")
     if num_cpus is not None:
         print("note: --num_cpus has no effect any more: one process is enough")
     seed_tasks = load_seed_tasks(seed_tasks_path)
@@ -195,92 +330,131 @@ def generate_instruction_following_data(
             f"--num_prompt_instructions {num_prompt_instructions} is more than the {len(seed_tasks)} tasks "
             f"in {seed_tasks_path}"
         )
-    try:
-        prompt = Path(prompt_path).read_text(encoding="utf-8")
-    except OSError as e:
-        raise UserError(f"--prompt_path {prompt_path}: {e.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--prompt_path {prompt_path} is not UTF-8 text: convert it to UTF-8") from None
-    client = utils.openai_client(base_url, request_timeout)
-
-    output_path = Path(output_dir) / "regen.json"
-    output_path.parent.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is told before any request
-    kept = utils.load_records(output_path) if output_path.exists() else []
-    if kept:
-        print(f"continuing {output_path}: {len(kept)} instructions are there")
-    pool = RougePool()
-    instructions = []  # the texts of the pool, in its order: seeds, then kept
-    for record in seed_tasks + kept:
-        pool.add(record["instruction"])
-        instructions.append(record["instruction"])
-
-    # A random state for each number of records at the start, so that a continued run does not ask the same again.
-    rng = random.Random(None if seed is None else f"{seed}/{len(kept)}")
+    prompt = read_prompt(prompt_path)
+    words = "|".join(re.escape(word.strip()) for word in filter_keywords.split(",") if word.strip())
+    keyword = re.compile(rf"\b({words})\b" if words else r"(?!)", re.IGNORECASE)
+    rules = Rules(num_prompt_instructions, keyword, min_words, max_words, similarity_stats, tokenizer)
     # The prompt asks for 20 tasks; a base model would go on for ever.
-    stop = ["\n21. Instruction:"]
-    dropped, failures, requests, parsed = Counter(), Counter(), 0, 0
-    started, already, barren = time.monotonic(), len(kept), 0
-    ended = None  # why the run ended early
+    decoding = utils.OpenAIDecodingArguments(max_tokens, temperature, top_p, stop=["\n21. Instruction:"])
+    teacher = utils.Teacher(model_name, decoding, api, base_url, request_timeout)
+    budget = Budget(time_limit, max_total_tokens, max_cost_usd, prompt_price, completion_price, max_failure_rate)
 
-    with tqdm(total=num_instructions_to_generate, initial=len(kept), desc="kept", unit="instruction") as bar:
-        while len(kept) < num_instructions_to_generate:
-            if time_limit is not None and time.monotonic() - started > time_limit:
-                ended = f"the time limit of {time_limit:g} s"
-            elif barren == PATIENCE:
-                ended = f"{PATIENCE} batches in a row without a new instruction (raise --temperature?)"
-            if ended:
-                break
-            before = len(kept)
-            prompts = [
-                encode_prompt(rng.sample(seed_tasks, num_prompt_instructions), prompt)
-                for _ in range(request_batch_size)
-            ]
-            request_seed = None if seed is None else rng.randrange(2**31 - request_batch_size)
-            decoding = utils.OpenAIDecodingArguments(max_tokens, temperature, top_p, stop, request_seed)
-            replies = utils.openai_completion(client, prompts, model_name, decoding, api)
-            requests += len(replies)
-            failures.update(reply.error for reply in replies if reply.error)
-            if all(reply.error for reply in replies):
-                raise UserError(f"all {len(replies)} requests of a batch failed: {_table(failures)}; {len(kept)} kept")
+    output = Path(output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    rejects = output / "rejected.jsonl"
+    with Journal(output / "regen.journal") as journal, open(rejects, "w", encoding="utf-8") as rejected:
+        if journal.repaired_bytes:
+            print(f"{journal.path}: the last {journal.repaired_bytes} bytes were torn by a crash and are cut off")
+        run, start = begin(journal, output / "regen.json", seed, num_prompt_instructions)
+        if start or len(journal.entries) > 1:
+            print(f"continuing {output}: {len(start)} records at its start, {len(journal.entries) - 1} replies since")
+        selection = Selection(seed_tasks, start, num_instructions_to_generate, rules, rejected)
 
-            for reply in replies:
-                if reply.error:
-                    continue
-                for record in parse_response(reply.text, reply.finish_reason, num_prompt_instructions):
-                    parsed += 1
-                    reason = filter_reason(record)
-                    if reason is None:
-                        scores = pool.scores(record["instruction"])
-                        if scores.max() > MAX_SIMILARITY:
-                            reason = "near-duplicate"
-                    if reason:
-                        dropped[reason] += 1
-                        continue
-                    nearest = scores.argsort(kind="stable")[::-1][:10]
-                    record["most_similar_instructions"] = {instructions[i]: float(scores[i]) for i in nearest}
-                    record["avg_similarity_score"] = float(scores.mean())
-                    kept.append(record)
-                    pool.add(record["instruction"])
-                    instructions.append(record["instruction"])
-                    bar.total = max(bar.total, len(kept))  # a reply may hold more than was asked for
-                    bar.update(1)
-            barren = 0 if len(kept) > before else barren + 1
-            if len(kept) > before:
-                utils.jdump(kept, output_path)
-            bar.set_postfix(requests=requests, parsed=parsed)
+        def request(i: int) -> tuple[str, int | None]:
+            rng = random.Random(f"{run['seed']}/{i}")
+            text = encode_prompt(rng.sample(seed_tasks, num_prompt_instructions), prompt)
+            return text, rng.randrange(2**31) if run["seeded"] else None
 
-    if requests:
-        print(f"{requests} requests gave {parsed} items; dropped: {_table(dropped) or 'none'}")
-    if failures:
-        print(f"failed requests: {_table(failures)}")
-    if ended:
-        print(f"{ended} ended the run before {num_instructions_to_generate} were kept")
-    print(f"{len(kept)} instructions in {output_path} ({len(kept) - already} new)")
+        try:
+            asyncio.run(collect(teacher, request, journal, budget, selection, output, max_concurrency))
+        finally:  # after Ctrl-C and errors too: what was learned is written
+            if len(selection.kept) > len(start):
+                utils.jdump(selection.kept, output / "regen.json")
+            utils.jdump(report(selection, budget, len(start), model_name), output / "report.json")
+            print_report(selection, budget)
+    new = f"{len(selection.kept)} instructions in {output / 'regen.json'} ({len(selection.kept) - len(start)} new)"
+    if why := budget.failing():
+        raise UserError(f"{why}: the run ended; {new}")
+    if len(selection.kept) < num_instructions_to_generate:
+        why = budget.exhausted() or f"{selection.barren} replies in a row without a new one (raise --temperature?)"
+        print(f"{why} ended the run before {num_instructions_to_generate} were kept")
+    print(new)
 
 
-def _table(counts: Counter) -> str:
-    return ", ".join(f"{name} {count}" for name, count in counts.most_common())
+async def collect(teacher, request, journal, budget, selection, output, max_concurrency) -> None:
+    """Asks until the selection has enough or may not go on; keeps regen.json and the progress bar up to date."""
+    start = len(selection.kept)
+    first_tokens = len(request(0)[0]) // 4  # English has about 4 characters a token
+    saved = time.monotonic()
+
+    def per_reply() -> float:
+        """New instructions a reply: as if 4 replies with 2 each had been there, until there are enough to tell."""
+        return (len(selection.kept) - start + 8) / (budget.replies - selection.unused + 4)
+
+    def in_order(reply: utils.Completion) -> None:
+        nonlocal saved
+        selection.feed(reply)
+        if time.monotonic() - saved > SAVE_EVERY:
+            utils.jdump(selection.kept, output / "regen.json")
+            saved = time.monotonic()
+
+    def want(in_flight: int) -> bool:
+        missing = selection.target - len(selection.kept)
+        if missing <= 0 or selection.barren >= PATIENCE or budget.exhausted() or budget.failing():
+            return False
+        # Near the end no more requests than it should take: each is paid for.
+        return in_flight < missing / per_reply()
+
+    async def show(bar: tqdm) -> None:
+        while True:
+            kept = bar.n = len(selection.kept)
+            bar.total = max(bar.total, kept)  # a reply may hold more than was asked for
+            figures = f"{budget.replies} replies, {(kept - start) / max(budget.replies, 1):.1f} kept each"
+            figures += f", {budget.tokens():,} tokens" + (f", ${budget.dollars():.2f}" if any(budget.prices) else "")
+            figures += f", {sum(budget.failures.values())} failed" if budget.failures else ""
+            bar.set_postfix_str(figures)
+            await asyncio.sleep(0.5)
+
+    requests = math.ceil(max(selection.target - start, 0) / 10)
+    most = requests * (first_tokens + teacher.decoding.max_tokens)
+    cost = budget.dollars(requests * first_tokens, requests * teacher.decoding.max_tokens)
+    print(
+        f"forecast: about {first_tokens:,} prompt tokens a request; at 10 new instructions a reply {requests} "
+        f"requests, at most {most:,} tokens" + (f", ${cost:.2f}" if cost else "") + "; the bar corrects it"
+    )
+    with tqdm(total=selection.target, initial=start, desc="kept", unit="instruction") as bar:
+        shown = asyncio.create_task(show(bar))
+        try:
+            await utils.ask_all(teacher, request, journal, budget.arrived, in_order, want, max_concurrency)
+        finally:
+            shown.cancel()
+            bar.n = len(selection.kept)
+            bar.refresh()
+
+
+def report(selection: Selection, budget: Budget, start: int, model_name: str) -> dict:
+    """The counts of a run, earlier ones in the same folder included; seconds are those of this one."""
+    return {
+        "model_name": model_name,
+        "requests": budget.replies,
+        "failed": dict(budget.failures.most_common()),
+        "unused_replies": selection.unused,
+        "parsed": selection.parsed,
+        "dropped": dict(selection.dropped.most_common()),
+        "kept": len(selection.kept) - start,
+        "kept_before": start,
+        "prompt_tokens": budget.prompt_tokens,
+        "completion_tokens": budget.completion_tokens,
+        "cost_usd": round(budget.dollars(), 4),
+        "seconds": round(budget.seconds(), 1),
+    }
+
+
+def print_report(selection: Selection, budget: Budget) -> None:
+    print(f"{budget.replies} requests gave {selection.parsed} items; dropped: {in_words(selection.dropped)}")
+    if budget.failures:
+        print(f"failed requests: {in_words(budget.failures)}")
+    if selection.rules.tokenizer == "rouge" and (
+        unseen := sum(is_mostly_unseen(record["instruction"]) for record in selection.kept)
+    ):
+        print(
+            f"warning: {unseen} of {len(selection.kept)} kept instructions are mostly not ASCII, which is all that "
+            "--tokenizer rouge sees: their near-duplicates are not found (--tokenizer unicode sees all scripts)"
+        )
+    cost = f", ${budget.dollars():.2f}" if any(budget.prices) else ""
+    tokens = f"{budget.prompt_tokens:,} prompt and {budget.completion_tokens:,} reply tokens"
+    print(f"{tokens}{cost}, {budget.seconds():.0f} s")
 
 
 if __name__ == "__main__":
-    utils.run_cli({"generate_instruction_following_data": generate_instruction_following_data})
+    run_cli({"generate_instruction_following_data": generate_instruction_following_data, "dedup": dedup})

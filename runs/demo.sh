@@ -60,7 +60,7 @@ stage "self-instruct" "$OUT/regen.json" \
   python -m alpaca.teacher run --model_path "$BASE" --log_path "$OUT/logs/teacher.log" -- \
   python generate_instruction.py generate_instruction_following_data --output_dir "$OUT" \
   --seed_tasks_path "$OUT/short_seed_tasks.jsonl" --model_name "$(cd "$BASE" && pwd -P)" --api completions \
-  --num_instructions_to_generate 8 --request_batch_size 8 --max_tokens 128 --temperature 0.7 --top_p 0.9 --seed 0 \
+  --num_instructions_to_generate 8 --max_concurrency 8 --max_tokens 128 --temperature 0.7 --top_p 0.9 --seed 0 \
   --time_limit 180
 
 # 3. Fine-tuning on the shipped data (a subset) and what was generated; a fifth is held out.

@@ -138,7 +138,8 @@ class Teacher:
     """An OpenAI-compatible server. ``answer(n, body)`` gives the n-th reply: text, or a fault.
 
     A fault is an int (HTTP status), "reset" (connection closed), "half" (body cut off), "null" (null content),
-    "empty" (no choices), or a (text, finish_reason) pair for a reply that is not a fault at all.
+    "empty" (no choices), ("context", 400) (the context is too long), or a (text, finish_reason) pair for a reply that
+    is not a fault at all.
     """
 
     def __init__(self, answer):
@@ -164,7 +165,11 @@ class Teacher:
                     self.connection.close()
                     return
                 status, headers = 200, {}
-                if isinstance(reply, int):
+                if reply == ("context", 400):
+                    status = 400
+                    message = "maximum context length is 1024 tokens"
+                    data = json.dumps({"error": {"message": message, "code": "context_length_exceeded"}}).encode()
+                elif isinstance(reply, int):
                     status, headers = reply, {"Retry-After": "0.1"} if reply == 429 else {}
                     data = json.dumps({"error": {"message": f"fault {reply}", "code": reply}}).encode()
                 else:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import analyze_data
 import utils
-from alpaca import UserError, arithmetic, download, lint
+from alpaca import UserError, arithmetic, cli, download, lint
 from alpaca.rouge import RougePool
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -617,4 +617,4 @@ def test_the_documented_commands_are_accepted(monkeypatch):
     lines = [line.split()[2:] for line in analyze_data.__doc__.splitlines() if line.startswith("    python ")]
     assert [line[0] for line in lines] == ["fetch", "stats", "lint", "plot"]
     for line in lines:
-        assert utils._typed_argv({line[0]: getattr(analyze_data, line[0])}, line)
+        assert cli._typed_argv({line[0]: getattr(analyze_data, line[0])}, line)

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import chat
 import utils
-from alpaca import UserError, inference
+from alpaca import UserError, cli, inference
 from alpaca.inference import cut_at, decode_pieces, stream
 
 STOP = "### Instruction:"
@@ -340,7 +340,7 @@ def run_chat(monkeypatch, *argv, stdin: str = "") -> None:
     """``python chat.py argv…`` in this process."""
     monkeypatch.setattr(sys, "argv", ["chat.py", *map(str, argv)])
     monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-    utils.run_cli(chat.chat)
+    cli.run_cli(chat.chat)
 
 
 def test_an_instruction_on_the_command_line_is_answered_on_stdout(paris):

@@ -10,10 +10,10 @@ import pytest
 from conftest import ROOT
 
 import train
-import utils
+from alpaca import cli
 
 FIRE = {
-    "generate_instruction": ["generate_instruction_following_data"],
+    "generate_instruction": ["generate_instruction_following_data", "dedup"],
     "weight_diff": ["make_diff", "recover", "compare"],
     "chat": None,
     "analyze_data": ["fetch", "stats", "lint", "plot"],
@@ -49,7 +49,7 @@ def test_a_documented_command_parses(where, command, monkeypatch, tmp_path):
     module = importlib.import_module(script.removesuffix(".py"))
     tasks = FIRE[module.__name__]
     functions = module.chat if tasks is None else {task: getattr(module, task) for task in tasks}
-    typed = utils._typed_argv(functions, argv)
+    typed = cli._typed_argv(functions, argv)
     assert len(typed) > 1 or tasks is None
 
 

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 
 import generate_instruction
 import utils
-from alpaca import UserError
+from alpaca import UserError, cli
 from generate_instruction import encode_prompt, filter_reason, parse_response
 
 quick = settings(deadline=None, database=None, max_examples=100)
@@ -247,7 +248,7 @@ def run(tmp_path, seeds):
     """``run(server, …)`` makes instructions in tmp_path/out and returns regen.json's records."""
 
     def call(server, **flags) -> list[dict]:
-        settings = {"base_url": getattr(server, "base_url", server), "model_name": "m", "request_batch_size": 1}
+        settings = {"base_url": getattr(server, "base_url", server), "model_name": "m", "max_concurrency": 1}
         settings |= {"seed_tasks_path": str(seeds), "prompt_path": str(ROOT / "prompt.txt")}
         generate_instruction.generate_instruction_following_data(str(tmp_path / "out"), **(settings | flags))
         return json.loads((tmp_path / "out" / "regen.json").read_text())
@@ -331,7 +332,7 @@ def test_a_run_goes_on_from_a_regen_json_of_the_original(teacher, run, tmp_path,
     assert texts(records[2:]) == [fresh(0)]
     assert ORIGINALS[0]["instruction"] in records[2]["most_similar_instructions"]
     printed = capsys.readouterr().out
-    assert "2 instructions are there" in printed and "(1 new)" in printed
+    assert "2 records at its start, 0 replies since" in printed and "(1 new)" in printed
 
 
 def test_a_run_that_has_enough_asks_nothing_and_writes_nothing(teacher, run, tmp_path, capsys):
@@ -357,14 +358,15 @@ def test_the_same_seed_and_the_same_replies_give_the_same_bytes_and_another_seed
         return reply(fresh(body["seed"]))
 
     path, bytes_, prompts = tmp_path / "out" / "regen.json", [], []
-    for seed in (7, 7, 8):
+    for seed, concurrency in ((7, 1), (7, 5), (8, 5)):
         server = teacher(answer)
-        run(server, num_instructions_to_generate=6, request_batch_size=3, seed=seed)
+        run(server, num_instructions_to_generate=6, max_concurrency=concurrency, seed=seed)
         bytes_.append(path.read_bytes())
-        prompts.append(sorted(body["messages"][0]["content"] for body in server.requests))
-        path.unlink()
+        prompts.append({body["messages"][0]["content"] for body in server.requests})
+        shutil.rmtree(path.parent)
     assert bytes_[0] == bytes_[1] != bytes_[2]
-    assert prompts[0] == prompts[1] != prompts[2]
+    assert prompts[0] <= prompts[1]  # with many in flight some more may have been asked
+    assert prompts[0] != prompts[2]
 
 
 def test_a_continued_run_with_the_same_seed_does_not_ask_the_same_again(teacher, run):
@@ -412,7 +414,7 @@ def test_the_time_limit_ends_a_run_with_a_plain_statement(teacher, run, capsys):
     assert "the time limit of 0.5 s ended the run before 100 were kept\n1 instructions in" in capsys.readouterr().out
 
 
-def test_the_run_goes_on_through_faults_and_ends_with_enough(teacher, run, capsys):
+def test_the_run_goes_on_through_faults_and_ends_with_enough(teacher, run, tmp_path):
     """Six requests at once, each with its fault: four pass when tried again, null content and no choices count."""
     faults = iter([429, 500, "reset", "half", "null", "empty"])
     asked, lock = set(), threading.Lock()
@@ -424,13 +426,12 @@ def test_the_run_goes_on_through_faults_and_ends_with_enough(teacher, run, capsy
         return fault or reply(fresh(body["seed"]))
 
     server = teacher(answer)
-    records = run(server, num_instructions_to_generate=5, request_batch_size=6, seed=1)
-    assert len(records) == 4 + 6  # the first batch gives 4, the second 6
-    assert len(server.requests) == 6 + 4 + 6
-    printed = capsys.readouterr().out
-    assert "12 requests gave 20 items; dropped: malformed 10\n" in printed
-    assert "failed requests: " in printed
-    assert "empty reply (finish_reason stop) 1" in printed and "unreadable reply (IndexError) 1" in printed
+    records = run(server, num_instructions_to_generate=5, max_concurrency=6, seed=1)
+    assert len(records) == 5
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["failed"] == {"empty reply (finish_reason stop)": 1, "unreadable reply (IndexError)": 1}
+    assert report["kept"] + sum(report["dropped"].values()) == report["parsed"] >= 5
+    assert len(server.requests) == report["requests"] + 4  # four were tried again
 
 
 @pytest.mark.parametrize(
@@ -438,7 +439,7 @@ def test_the_run_goes_on_through_faults_and_ends_with_enough(teacher, run, capsy
     [
         ({"api": "responses"}, ["--api takes chat or completions"]),
         ({"model_name": None}, ["no teacher named", "--model_name"]),
-        ({"request_batch_size": 0}, ["--request_batch_size must be at least 1, not 0"]),
+        ({"max_concurrency": 0}, ["--max_concurrency must be at least 1"]),
         ({"num_prompt_instructions": 0}, ["--num_prompt_instructions must be at least 1"]),
         ({"num_prompt_instructions": 5}, ["--num_prompt_instructions 5 is more than the 4 tasks"]),
         ({"max_tokens": 0}, ["--max_tokens must be at least 1"]),
@@ -503,7 +504,7 @@ def generate(server, out, *flags, env=None) -> subprocess.CompletedProcess:
 def test_a_refusal_ends_the_command_at_once_and_the_key_is_nowhere(teacher, tmp_path, status, word):
     server = teacher(lambda n, body: reply(fresh(0)) if n == 0 else status)
     env = {"OPENAI_API_KEY": "sk-secret-7261"}
-    result = generate(server, tmp_path, "--request_batch_size", "1", env=env)
+    result = generate(server, tmp_path, "--max_concurrency", "1", env=env)
     assert_one_line_error(result, f"({status})", word)
     assert len(server.requests) == 2
     assert any("sk-secret-7261" in value for value in server.headers[0].values())
@@ -513,9 +514,10 @@ def test_a_refusal_ends_the_command_at_once_and_the_key_is_nowhere(teacher, tmp_
 
 
 def test_when_every_request_of_a_batch_fails_the_command_ends_with_the_reasons(teacher, tmp_path):
-    result = generate(teacher(lambda n, body: "empty" if n == 2 else "null"), tmp_path, "--request_batch_size", "3")
-    assert_one_line_error(result, "all 3 requests of a batch failed", "empty reply (finish_reason stop) 2", "0 kept")
-    assert list(tmp_path.iterdir()) == []
+    result = generate(teacher(lambda n, body: "empty" if n == 2 else "null"), tmp_path, "--max_concurrency", "3")
+    assert_one_line_error(result, "requests failed", "empty reply (finish_reason stop) ", "0 instructions in")
+    assert not (tmp_path / "regen.json").exists()
+    assert json.loads((tmp_path / "report.json").read_text())["kept"] == 0
 
 
 def test_an_unknown_flag_is_one_line_with_a_suggestion_and_contacts_no_teacher(teacher, tmp_path):
@@ -550,7 +552,7 @@ def test_ctrl_c_keeps_what_was_kept_without_a_traceback_and_without_waiting_for_
         ended.wait(60)
         return "too late"
 
-    argv = ["generate_instruction.py", TASK, "--output_dir", tmp_path, "--model_name", "m", "--request_batch_size", "1"]
+    argv = ["generate_instruction.py", TASK, "--output_dir", tmp_path, "--model_name", "m", "--max_concurrency", "1"]
     process = subprocess.Popen(
         [sys.executable, *argv, "--base_url", teacher(answer).base_url],
         cwd=ROOT,
@@ -569,7 +571,8 @@ def test_ctrl_c_keeps_what_was_kept_without_a_traceback_and_without_waiting_for_
     assert process.returncode == 130
     assert "Traceback" not in errors and errors.endswith("\ninterrupted\n")
     assert texts(json.loads((tmp_path / "regen.json").read_text())) == [fresh(0)]
-    assert [path.name for path in tmp_path.iterdir()] == ["regen.json"]
+    names = ["regen.journal", "regen.json", "rejected.jsonl", "report.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def documented_commands() -> list[list[str]]:
@@ -579,13 +582,13 @@ def documented_commands() -> list[list[str]]:
 
 def test_every_documented_command_is_one_that_the_script_takes():
     commands = documented_commands()
-    assert len(commands) == 2
+    assert len(commands) == 3
     for script, *argv in commands:
         assert script == "generate_instruction.py"
-        tasks = {TASK: generate_instruction.generate_instruction_following_data}
-        assert len(utils._typed_argv(tasks, argv)) > 1
+        tasks = {TASK: generate_instruction.generate_instruction_following_data, "dedup": generate_instruction.dedup}
+        assert len(cli._typed_argv(tasks, argv)) > 1
         with pytest.raises(UserError, match="unknown flag"):  # a wrong name would be found
-            utils._typed_argv(tasks, [*argv, "--model_nam", "x"])
+            cli._typed_argv(tasks, [*argv, "--model_nam", "x"])
 
 
 def test_the_flags_of_the_original_are_taken_with_their_values():
@@ -595,7 +598,7 @@ def test_the_flags_of_the_original_are_taken_with_their_values():
         "--seed_tasks_path ./seed_tasks.jsonl --num_prompt_instructions 3 --request_batch_size 5 "
         "--temperature 1.0 --top_p 1.0 --num_cpus 16"
     )
-    assert utils._typed_argv({TASK: generate_instruction.generate_instruction_following_data}, argv.split()) == [
+    assert cli._typed_argv({TASK: generate_instruction.generate_instruction_following_data}, argv.split()) == [
         TASK,
         "--output_dir='./'",
         "--num_instructions_to_generate=10",
@@ -626,11 +629,11 @@ def test_a_teacher_that_repeats_itself_ends_the_run(teacher, tmp_path):
     server = teacher(lambda number, body: reply)
     result = run_script(
         *("generate_instruction.py", "generate_instruction_following_data", "--base_url", server.base_url),
-        *("--model_name", "local", "--request_batch_size", 1, "--output_dir", tmp_path),
+        *("--model_name", "local", "--max_concurrency", 1, "--output_dir", tmp_path),
     )
     assert result.returncode == 0, result.stderr
-    assert "20 batches in a row without a new instruction" in result.stdout
-    assert len(server.requests) == 21
+    assert "100 replies in a row without a new one (raise --temperature?)" in result.stdout
+    assert len(server.requests) == 101
     assert [record["instruction"] for record in json.loads((tmp_path / "regen.json").read_text())] == [
         "Name two long rivers."
     ]
@@ -641,7 +644,7 @@ def test_a_refused_request_is_told_in_the_servers_words_but_not_with_the_key(tea
     key = "fault 400"  # what the server's message says, as a server that repeats the key would
     result = run_script(
         *("generate_instruction.py", "generate_instruction_following_data", "--base_url", server.base_url),
-        *("--model_name", "local", "--request_batch_size", 1, "--output_dir", tmp_path),
+        *("--model_name", "local", "--max_concurrency", 1, "--output_dir", tmp_path),
         env={"OPENAI_API_KEY": key},
     )
     assert_one_line_error(result, "HTTP 400: ")

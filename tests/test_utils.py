@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import random
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 
@@ -17,6 +20,8 @@ from hypothesis import strategies as st
 
 import utils
 from alpaca import UserError
+from alpaca.cli import _typed_argv, run_cli
+from alpaca.journal import Journal
 
 quick = settings(deadline=None, database=None, max_examples=60)
 
@@ -165,7 +170,7 @@ def cli(monkeypatch):
             got.append(dict(text=text, count=count, rate=rate, web=web, path=path, limit=limit, node=node))
 
         monkeypatch.setattr(sys, "argv", ["show.py", *([task] if task else []), *argv])
-        utils.run_cli({"show": show, "other": print} if task else show)
+        run_cli({"show": show, "other": print} if task else show)
         return got[0] if got else None
 
     return call
@@ -193,7 +198,7 @@ def test_any_text_stays_text(text):
     def echo(text: str, more: str | None = None) -> str:
         return text
 
-    argv = utils._typed_argv(echo, [f"--text={text}"])
+    argv = _typed_argv(echo, [f"--text={text}"])
     assert fire.Fire(echo, command=argv, serialize=lambda _: None) == text
 
 
@@ -259,7 +264,7 @@ def test_a_missing_value_without_a_default_is_one_line(monkeypatch):
 
     monkeypatch.setattr(sys, "argv", ["copy.py", "--target", "b"])
     with pytest.raises(SystemExit) as exit:
-        utils.run_cli(copy)
+        run_cli(copy)
     assert exit.value.code == "error: --source is missing: it has no default (--help explains it)"
 
 
@@ -295,7 +300,7 @@ def test_an_error_of_the_users_ends_in_one_line(monkeypatch, raised, code):
 
     monkeypatch.setattr(sys, "argv", ["fail.py"])
     with pytest.raises(SystemExit) as exit:
-        utils.run_cli(fail)
+        run_cli(fail)
     assert exit.value.code == code
 
 
@@ -305,13 +310,14 @@ def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
 
     monkeypatch.setattr(sys, "argv", ["fail.py"])
     with pytest.raises(ZeroDivisionError):
-        utils.run_cli(fail)
+        run_cli(fail)
 
 
 def test_a_reader_that_goes_away_is_no_traceback(tmp_path):
     script = tmp_path / "long.py"
     script.write_text(
-        "import utils\ndef long():\n    for _ in range(99999):\n        print('x' * 99)\nutils.run_cli(long)\n"
+        "from alpaca.cli import run_cli\n"
+        "def long():\n    for _ in range(99999):\n        print('x' * 99)\nrun_cli(long)\n"
     )
     process = subprocess.Popen(
         [sys.executable, script],
@@ -335,10 +341,22 @@ def test_importing_utils_loads_neither_torch_nor_an_api_client():
 # Completions.
 
 
-def ask(teacher, prompts=("p",), api="chat", max_retries=0, timeout=30.0, **decoding) -> list[utils.Completion]:
-    """One call; ``teacher`` is a server or a base URL."""
-    client = utils.openai_client(getattr(teacher, "base_url", teacher), timeout, max_retries)
-    return utils.openai_completion(client, list(prompts), "m", utils.OpenAIDecodingArguments(**decoding), api)
+def ask(
+    teacher, prompts=("p",), api="chat", max_retries=0, timeout=30.0, seed=None, **decoding
+) -> list[utils.Completion]:
+    """All prompts at once; ``teacher`` is a server or a base URL. Prompt i is sent with seed + i."""
+    settings = utils.OpenAIDecodingArguments(**decoding)
+    asked = utils.Teacher("m", settings, api, getattr(teacher, "base_url", teacher), timeout, max_retries)
+
+    async def all_of_them():
+        try:
+            return await asyncio.gather(
+                *(asked.ask(prompt, None if seed is None else seed + i) for i, prompt in enumerate(prompts))
+            )
+        finally:
+            await asked.close()
+
+    return asyncio.run(all_of_them())
 
 
 def prompt_of(body: dict) -> str:
@@ -398,7 +416,9 @@ def test_the_base_url_of_the_environment_is_taken_when_none_is_given(teacher, mo
 
 
 def test_without_a_key_and_without_a_base_url_there_is_no_teacher():
-    assert_user_error(lambda: utils.openai_client(), "no teacher", "OPENAI_API_KEY", "--base_url")
+    assert_user_error(
+        lambda: utils.Teacher("m", utils.OpenAIDecodingArguments()), "no teacher", "OPENAI_API_KEY", "--base_url"
+    )
 
 
 @pytest.mark.parametrize(
@@ -409,7 +429,11 @@ def test_without_a_key_and_without_a_base_url_there_is_no_teacher():
     ],
 )
 def test_what_is_no_url_is_refused_before_any_request(url):
-    assert_user_error(lambda: utils.openai_client(url), "is not a URL", "http://127.0.0.1:8000/v1")
+    assert_user_error(
+        lambda: utils.Teacher("m", utils.OpenAIDecodingArguments(), base_url=url),
+        "is not a URL",
+        "http://127.0.0.1:8000/v1",
+    )
 
 
 @pytest.mark.parametrize(("status", "word"), [(401, "OPENAI_API_KEY"), (403, "'m'"), (404, "--model_name")])
@@ -475,3 +499,110 @@ def test_half_of_a_surrogate_pair_in_a_reply_becomes_a_question_mark(teacher):
     """A server that cuts a reply for its length can cut an emoji in two: no file could hold the half."""
     assert ask(teacher(lambda n, body: "tree \ud83c"))[0].text == "tree ?"
     assert ask(teacher(lambda n, body: "tree \U0001f333"))[0].text == "tree \U0001f333"
+
+
+def test_a_context_that_is_too_long_halves_max_tokens_for_good(teacher):
+    """800 tokens do not fit, 400 neither, 200 do; the next request starts with 200."""
+
+    def answer(n, body):
+        return "fits" if body["max_tokens"] <= 250 else ("context", 400)
+
+    server = teacher(answer)
+    asked = utils.Teacher("m", utils.OpenAIDecodingArguments(max_tokens=800), "chat", server.base_url, 30.0, 0)
+
+    async def twice():
+        replies = [await asked.ask("p"), await asked.ask("p")]
+        await asked.close()
+        return replies
+
+    assert [reply.text for reply in asyncio.run(twice())] == ["fits", "fits"]
+    assert [body["max_tokens"] for body in server.requests] == [800, 400, 200, 200]
+
+
+def test_a_context_that_is_too_long_for_any_reply_is_a_failure(teacher):
+    server = teacher(lambda n, body: ("context", 400))
+    [reply] = ask(server, max_tokens=256)
+    assert reply.error.startswith("HTTP 400: maximum context length")
+    assert [body["max_tokens"] for body in server.requests] == [256, 128, 64]
+
+
+def test_what_a_content_filter_took_is_a_failure_that_was_paid_for(teacher):
+    assert ask(teacher(lambda n, body: ("", "content_filter"))) == [
+        utils.Completion(None, "content_filter", 7, 5, error="content filter")
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many requests.
+
+
+def collect(server, journal, count, concurrency=4, max_retries=0):
+    """Asks "0", "1", … until ``count`` replies have been handed on; returns their texts or errors, in that order."""
+    asked = utils.Teacher("m", utils.OpenAIDecodingArguments(), "chat", server.base_url, 30.0, max_retries)
+    handed, arrived = [], []
+    asyncio.run(
+        utils.ask_all(
+            asked,
+            lambda i: (str(i), None),
+            journal,
+            lambda reply, new: arrived.append(new),
+            lambda reply: handed.append(reply.text or reply.error),
+            lambda in_flight: len(handed) + in_flight < count,
+            concurrency,
+        )
+    )
+    return handed, arrived
+
+
+def test_replies_are_handed_on_in_the_order_of_the_requests_whatever_the_order_of_arrival(teacher, tmp_path):
+    def answer(n, body):
+        time.sleep(random.random() / 20)
+        return "r" + prompt_of(body)
+
+    with Journal(tmp_path / "j") as journal:
+        handed, arrived = collect(teacher(answer), journal, 40, concurrency=8)
+        assert handed == [f"r{i}" for i in range(len(handed))] and len(handed) >= 40
+        assert sorted(entry["i"] for entry in journal.entries) == list(range(len(handed)))
+        assert arrived == [True] * len(handed)
+
+
+def test_what_the_journal_holds_is_handed_on_and_not_asked_again(teacher, tmp_path):
+    server = teacher(lambda n, body: "new" + prompt_of(body))
+    with Journal(tmp_path / "j") as journal:
+        journal.append({"i": i, "text": f"old{i}"} for i in (0, 1, 3))
+        handed, arrived = collect(server, journal, 6, concurrency=1)
+    assert handed == ["old0", "old1", "new2", "old3", "new4", "new5"]
+    assert arrived == [False] * 3 + [True] * 3
+    assert [prompt_of(body) for body in server.requests] == ["2", "4", "5"]
+
+
+def test_requests_in_flight_are_as_many_as_allowed_and_no_more(teacher, tmp_path):
+    now, most, lock = [0], [0], threading.Lock()
+
+    def answer(n, body):
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.05)
+        with lock:
+            now[0] -= 1
+        return "x"
+
+    with Journal(tmp_path / "j") as journal:
+        collect(teacher(answer), journal, 24, concurrency=6)
+    assert most[0] == 6
+
+
+def test_an_error_that_no_retry_mends_leaves_the_other_replies_in_the_journal(teacher, tmp_path):
+    def answer(n, body):
+        if prompt_of(body) == "3":
+            time.sleep(0.3)
+            return 401
+        return "ok"
+
+    with Journal(tmp_path / "j") as journal:
+        with pytest.raises(UserError, match="401"):
+            collect(teacher(answer), journal, 10, concurrency=4)
+        assert {0, 1, 2} <= {entry["i"] for entry in journal.entries} and all(
+            entry["text"] == "ok" for entry in journal.entries
+        )

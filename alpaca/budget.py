@@ -1,0 +1,77 @@
+"""What a run of many requests has used, and whether it may go on."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+
+class Budget:
+    """Counts replies, tokens, dollars and failures against limits. Replies of an earlier run count, but not its time.
+
+    Args:
+        time_limit: seconds from now.
+        max_total_tokens: prompts and replies together.
+        max_cost_usd: dollars, at ``prompt_price`` and ``completion_price`` a million tokens.
+        max_failure_rate: the share of this run's replies that may be failures, once there are 10.
+    """
+
+    def __init__(
+        self,
+        time_limit: float | None = None,
+        max_total_tokens: int | None = None,
+        max_cost_usd: float | None = None,
+        prompt_price: float = 0.0,
+        completion_price: float = 0.0,
+        max_failure_rate: float = 0.5,
+    ):
+        self.time_limit, self.max_total_tokens, self.max_cost_usd = time_limit, max_total_tokens, max_cost_usd
+        self.prices, self.max_failure_rate = (prompt_price, completion_price), max_failure_rate
+        self.started = time.monotonic()
+        self.replies = self.prompt_tokens = self.completion_tokens = 0
+        self.new_replies = self.new_failures = 0
+        self.failures: Counter[str] = Counter()
+
+    def arrived(self, reply, new: bool) -> None:
+        """Counts a utils.Completion; ``new`` is False for one that an earlier run has paid for."""
+        self.replies += 1
+        self.prompt_tokens += reply.prompt_tokens
+        self.completion_tokens += reply.completion_tokens
+        if reply.error:
+            self.failures[reply.error] += 1
+        if new:
+            self.new_replies += 1
+            self.new_failures += bool(reply.error)
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+    def dollars(self, prompt_tokens: float | None = None, completion_tokens: float | None = None) -> float:
+        """The cost of these tokens; by default of all that have been used."""
+        if prompt_tokens is None:
+            prompt_tokens, completion_tokens = self.prompt_tokens, self.completion_tokens
+        return (prompt_tokens * self.prices[0] + completion_tokens * self.prices[1]) / 1e6
+
+    def exhausted(self) -> str | None:
+        """Which limit is reached, in words, or None. Asked before each request, it overshoots by those in flight."""
+        if self.time_limit is not None and self.seconds() > self.time_limit:
+            return f"the time limit of {self.time_limit:g} s"
+        if self.max_total_tokens is not None and self.tokens() >= self.max_total_tokens:
+            return f"the budget of {self.max_total_tokens:,} tokens"
+        if self.max_cost_usd is not None and self.dollars() >= self.max_cost_usd:
+            return f"the budget of ${self.max_cost_usd:g}"
+        return None
+
+    def failing(self) -> str | None:
+        """Says so when too many of this run's requests failed for good."""
+        if self.new_replies >= 10 and self.new_failures > self.max_failure_rate * self.new_replies:
+            return f"{self.new_failures} of {self.new_replies} requests failed ({in_words(self.failures)})"
+        return None
+
+
+def in_words(counts: Counter) -> str:
+    """ "malformed 3, too short 1", the most frequent first; "none" when there is nothing."""
+    return ", ".join(f"{name} {count}" for name, count in counts.most_common()) or "none"

@@ -1,0 +1,112 @@
+"""Command lines from functions: ``fire`` without its traps, and errors of one line."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import inspect
+import math
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+
+from alpaca import UserError
+
+
+def run_cli(commands: Callable | dict[str, Callable]) -> None:
+    """``fire.Fire`` without its traps: flags are checked and typed before anything runs, errors are one line.
+
+    Fire alone calls the function first and complains about an unknown flag afterwards, and it turns
+    ``--instruction "1, 2"`` into a tuple. Here a parameter annotated str stays text.
+    """
+    import fire
+
+    try:
+        argv = _typed_argv(commands, sys.argv[1:])
+        fire.Fire(commands, command=argv, name=Path(sys.argv[0]).name)
+    except UserError as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader (head, less) went away
+        sys.stdout = None
+        sys.exit(141)
+    except OSError as e:
+        sys.exit(f"error: {os_error_message(e)}")
+
+
+def os_error_message(e: OSError) -> str:
+    """One line for a failed file operation: which file, why, and for a full disk the cure."""
+    cure = ": free some, or choose another folder" if e.errno == errno.ENOSPC else ""
+    return f"{e.filename or 'writing'}: {e.strerror or e}{cure}"
+
+
+def unknown_flag(name: str, known: typing.Iterable[str]) -> UserError:
+    """The error for a flag that is not there, with the nearest one that is."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return UserError(f"unknown flag --{name}" + (f": did you mean --{near[0]}?" if near else "; --help lists them"))
+
+
+def _typed_argv(commands, argv: list[str]) -> list[str]:
+    """Checks the flags in argv against the command's signature and quotes text, so that Fire leaves it alone."""
+    head, rest = [], list(argv)
+    if isinstance(commands, dict):
+        if not rest or rest[0] in ("-h", "--help"):
+            return rest
+        if rest[0] not in commands:
+            raise UserError(f"no task named {rest[0]!r}: choose from {', '.join(commands)}")
+        head, function = [rest[0]], commands[rest.pop(0)]
+    else:
+        function = commands
+    parameters = inspect.signature(function, eval_str=True).parameters
+    out, given = [], set()
+    while rest:
+        token = rest.pop(0)
+        if token in ("-h", "--help"):
+            return [*head, "--help"]
+        if not token.startswith("--"):
+            raise UserError(f"unexpected argument {token!r}: values follow a flag, as in --{next(iter(parameters))} …")
+        name, has_value, value = token[2:].partition("=")
+        name = name.replace("-", "_")
+        if name.startswith("no") and name[2:] in parameters and not has_value:
+            name, has_value, value = name[2:], "=", "False"
+        if name not in parameters:
+            raise unknown_flag(name, parameters)
+        annotation = parameters[name].annotation
+        kinds = typing.get_args(annotation) or (annotation,)
+        if not has_value:
+            if rest and not rest[0].startswith("--"):
+                value = rest.pop(0)
+            elif bool in kinds:
+                value = "True"
+            else:
+                raise UserError(f"--{name} needs a value")
+        given.add(name)
+        out.append(f"--{name}={_typed(name, value, kinds)!r}")
+    for name, parameter in parameters.items():
+        if parameter.default is inspect.Parameter.empty and name not in given:
+            raise UserError(f"--{name} is missing: it has no default (--help explains it)")
+    return head + out
+
+
+def _typed(name: str, text: str, kinds: tuple):
+    if type(None) in kinds and text == "None":
+        return None
+    if bool in kinds:
+        if text.lower() in ("true", "1", "yes"):
+            return True
+        if text.lower() in ("false", "0", "no"):
+            return False
+        raise UserError(f"--{name} takes True or False, not {text!r}")
+    for kind, what in ((int, "a whole number"), (float, "a number")):
+        if kind in kinds:
+            try:
+                value = kind(text)
+                if math.isfinite(value):  # Fire would hand on inf and nan as text
+                    return value
+            except (ValueError, OverflowError):
+                pass
+            raise UserError(f"--{name} takes {what}, not {text!r}")
+    return text
