@@ -32,13 +32,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from alpaca.dedup import dedup, similarity_fields
 from tqdm import tqdm
 
 import utils
 from alpaca import UserError
 from alpaca.budget import Budget, in_words
 from alpaca.cli import run_cli
+from alpaca.dedup import dedup, similarity_fields
 from alpaca.journal import Journal
 from alpaca.rouge import RougePool, is_mostly_unseen
 
@@ -366,7 +366,8 @@ def generate_instruction_following_data(
     if why := budget.failing():
         raise UserError(f"{why}: the run ended; {new}")
     if len(selection.kept) < num_instructions_to_generate:
-        why = budget.exhausted() or f"{selection.barren} replies in a row without a new one (raise --temperature?)"
+        most = "".join(f", most often {reason}" for reason, _ in selection.dropped.most_common(1))
+        why = budget.exhausted() or f"{selection.barren} replies in a row without a new one (dropped{most})"
         print(f"{why} ended the run before {num_instructions_to_generate} were kept")
     print(new)
 

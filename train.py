@@ -34,7 +34,7 @@ from torch.utils.data import Dataset
 
 import utils
 from alpaca import UserError, cli
-from alpaca.checkpoint import WEIGHTS, check_model_folder
+from alpaca.checkpoint import WEIGHTS, check_model_folder, read_json
 from alpaca.inference import load_model, load_tokenizer
 
 IGNORE_INDEX = -100  # torch's cross entropy passes over it
@@ -88,6 +88,8 @@ class TrainingArguments(transformers.TrainingArguments):
         self.evaluation_strategy = self.warmup_ratio = self.fsdp_transformer_layer_cls_to_wrap = None
         if self.fsdp:
             self._set_up_fsdp()
+        elif int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True  # else each process would train alone, and all of them write the result
         super().__post_init__()
         if self.fsdp and self.bf16:
             from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -103,8 +105,7 @@ class TrainingArguments(transformers.TrainingArguments):
                 "--fsdp shards over processes, and there is one: start with torchrun --nproc_per_node=N, or drop --fsdp"
             )
         if isinstance(self.fsdp_config, (str, os.PathLike)) and not str(self.fsdp_config).lstrip().startswith("{"):
-            if not Path(self.fsdp_config).exists():
-                raise UserError(f"--fsdp_config {self.fsdp_config} does not exist: configs/fsdp.json is a good one")
+            self.fsdp_config = read_json(Path(self.fsdp_config))
         if isinstance(self.fsdp, str) and self.fsdp != "True":
             words = self.fsdp.split()
             if unknown := set(words) - {"full_shard", "shard_grad_op", "auto_wrap", "offload"}:
@@ -273,8 +274,10 @@ def load_data(data_args: DataArguments, seed: int) -> tuple[list[dict], list[dic
     records = utils.load_records(data_args.data_path)
     if data_args.eval_data_path:
         return records, utils.load_records(data_args.eval_data_path)
+    if not 0 <= data_args.eval_fraction < 1:  # NaN fails too
+        raise UserError(f"--eval_fraction {data_args.eval_fraction} must leave records to train on: take 0 to 0.5")
     held_out = round(len(records) * data_args.eval_fraction)
-    if not 0 <= data_args.eval_fraction < 1 or held_out == len(records):
+    if held_out == len(records):
         raise UserError(f"--eval_fraction {data_args.eval_fraction} must leave records to train on: take 0 to 0.5")
     if data_args.eval_fraction and not held_out:
         raise UserError(f"--eval_fraction {data_args.eval_fraction} of {len(records)} records is none: raise it")
@@ -307,14 +310,26 @@ class Trainer(transformers.Trainer):
 
 
 def train(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
-    output_dir = Path(training_args.output_dir)
-    if not model_args.model_name_or_path or not data_args.data_path:
-        raise UserError("--model_name_or_path and --data_path are needed (--help shows an example)")
+    output_dir = Path(training_args.output_dir or "")
+    if not training_args.output_dir or not model_args.model_name_or_path or not data_args.data_path:
+        raise UserError("--model_name_or_path, --data_path and --output_dir are needed (--help shows an example)")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(training_args, name) < 1:
+            raise UserError(f"--{name} must be at least 1")
+    if training_args.model_max_length < 8:
+        raise UserError("--model_max_length must leave room for a prompt and an answer: 512 is the recipe's")
+    if training_args.eval_strategy != "no" and not (data_args.eval_data_path or data_args.eval_fraction):
+        raise UserError("--eval_strategy needs held-out data: --eval_data_path or --eval_fraction")
+    resume = training_args.resume_from_checkpoint
+    if resume and not (Path(resume) / "trainer_state.json").exists():
+        raise UserError(f"--resume_from_checkpoint {resume} is no checkpoint (no trainer_state.json)")
+    output_dir.mkdir(parents=True, exist_ok=True)  # what cannot be made is told before the model is loaded
     if not training_args.resume_from_checkpoint and any((output_dir / name).exists() for name in WEIGHTS):
         raise UserError(f"--output_dir {output_dir} holds a trained model: remove it, or choose another folder")
     if os.path.exists(model_args.model_name_or_path) or model_args.model_name_or_path.startswith((".", "/")):
         check_model_folder(model_args.model_name_or_path, "--model_name_or_path")
-    train_records, eval_records = load_data(data_args, training_args.data_seed or training_args.seed)
+    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+    train_records, eval_records = load_data(data_args, seed)
 
     tokenizer = load_tokenizer(
         model_args.model_name_or_path,
@@ -377,8 +392,8 @@ def main() -> None:
     try:
         train(*parse_args())
     except UserError as e:
-        # Under torchrun each process finds the same error; one says it.
-        sys.exit(f"error: {e}" if _rank() == 0 else 1)
+        # Under torchrun each process finds the same error; one on each node says it.
+        sys.exit(f"error: {e}" if int(os.environ.get("LOCAL_RANK", 0)) == 0 else 1)
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as e:

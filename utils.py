@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 import urllib.parse
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -195,8 +196,10 @@ class Teacher:
         if not key and not base_url:
             raise UserError("no teacher: set OPENAI_API_KEY, or --base_url (OPENAI_BASE_URL) for a server of your own")
         if base_url and not _is_url(base_url):
-            raise UserError(f"--base_url {base_url!r} is not a URL: it looks like http://127.0.0.1:8000/v1")
+            raise UserError("--base_url is not a URL: it looks like http://127.0.0.1:8000/v1")
         self.model_name, self.decoding, self.api, self._key = model_name, dataclasses.replace(decoding), api, key
+        parts = urllib.parse.urlsplit(base_url or "https://api.openai.com/v1")
+        self._where = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # without user:password@
         # A local server asks for no key, but the client refuses to start without one.
         self._client = openai.AsyncOpenAI(
             base_url=base_url, api_key=key or "none", timeout=request_timeout, max_retries=max_retries
@@ -210,7 +213,7 @@ class Teacher:
         """
         import openai
 
-        where, model = self._client.base_url, self.model_name
+        where, model = self._where, self.model_name
         max_tokens = self.decoding.max_tokens
         try:
             return await self._send(prompt, seed)
@@ -342,24 +345,31 @@ async def ask_all(
         return [task.result() for task in tasks if not task.cancelled() and not task.exception()]
 
     pending: set[asyncio.Task] = set()
+    filed: deque[asyncio.Future] = deque()  # batches of replies that the clerk has not finished with
     loop = asyncio.get_running_loop()
-    # One thread, so that replies are journalled and handed on one batch after the other.
+    # One thread, so that replies are journalled and handed on one batch after the other, while requests go on.
     with ThreadPoolExecutor(max_workers=1) as clerk:
         try:
-            await loop.run_in_executor(clerk, hand_on, [])
+            filed.append(loop.run_in_executor(clerk, hand_on, []))
             while True:
+                # Far behind, or nothing else to do: wait for the clerk. Its errors come out here.
+                while filed and (filed[0].done() or len(filed) > 4 or not pending):
+                    await asyncio.shield(filed[0])
+                    filed.popleft()
                 # A request that hangs must not let the others run away from it: their replies wait for its turn.
                 while len(pending) < max_concurrency and sent < handed_on + 8 * max_concurrency and want(len(pending)):
                     if sent not in known:
                         pending.add(asyncio.create_task(ask(sent)))
                     sent += 1
                 if not pending:
+                    if filed:
+                        continue
                     return
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 new = finished(done)
                 for _, reply in new:
                     arrived(reply, True)
-                await asyncio.shield(loop.run_in_executor(clerk, hand_on, new))
+                filed.append(loop.run_in_executor(clerk, hand_on, new))
                 for task in done:
                     task.result()  # raises what it raised
         finally:

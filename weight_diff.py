@@ -2,6 +2,7 @@
 
     python weight_diff.py make_diff --path_raw RAW --path_tuned TUNED --path_diff DIFF
     python weight_diff.py recover --path_raw RAW --path_diff DIFF --path_tuned TUNED
+    python weight_diff.py compare --path_a TUNED --path_b RECOVERED
 
 RAW is the base model in Hugging Face format. Tensors are streamed: neither model is ever whole in memory.
 """
@@ -97,6 +98,10 @@ def recover(
         test_inference: answer one instruction with the recovered model.
         check_integrity_naively: for the released Alpaca-7B diff, check the sum of all recovered values.
     """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {device} is not there: cpu is") from None
     raw = CheckpointReader(check_model_folder(path_raw, "--path_raw", tokenizer=False))
     diff = CheckpointReader(check_model_folder(path_diff, "--path_diff", diff=True))
     manifest = read_json(diff.folder / MANIFEST) if (diff.folder / MANIFEST).exists() else {}
@@ -114,6 +119,10 @@ def recover(
             specs[name] = (dtype, shape)
     else:
         specs = _as_float32(specs, diff)
+    if not manifest and not _is_alpaca_7b(diff.config):
+        print(
+            f"note: {diff.folder} has no {MANIFEST}, so nothing proves that it is a diff; it is taken for tuned - raw"
+        )
     released = check_integrity_naively and not manifest and _is_alpaca_7b(diff.config)
     sums = []
 

@@ -40,7 +40,7 @@ def run_cli(commands: Callable | dict[str, Callable]) -> None:
 def os_error_message(e: OSError) -> str:
     """One line for a failed file operation: which file, why, and for a full disk the cure."""
     cure = ": free some, or choose another folder" if e.errno == errno.ENOSPC else ""
-    return f"{e.filename or 'writing'}: {e.strerror or e}{cure}"
+    return f"{e.filename2 or e.filename or 'writing'}: {e.strerror or e}{cure}"
 
 
 def unknown_flag(name: str, known: typing.Iterable[str]) -> UserError:

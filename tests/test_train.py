@@ -211,7 +211,7 @@ def test_bad_input_is_one_line(tiny_llama, tmp_path):
         run_script("train.py", "--learning_rat", "1"), "--learning_rat", "did you mean --learning_rate"
     )
     assert_one_line_error(run_script("train.py", "--learning_rate", "fast"), "--learning_rate")
-    assert_one_line_error(run_script("train.py"), "--model_name_or_path and --data_path are needed")
+    assert_one_line_error(run_script("train.py"), "--model_name_or_path, --data_path and --output_dir are needed")
     assert_one_line_error(run_script(*arguments(tmp_path / "none", data, tmp_path / "o")), "does not exist")
     assert_one_line_error(run_script(*arguments(tiny_llama, data, tmp_path / "o", "--fsdp")), "torchrun")
     assert not (tmp_path / "o").exists() or not list((tmp_path / "o").iterdir())

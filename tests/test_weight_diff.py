@@ -345,12 +345,16 @@ def test_every_documented_command_runs(tiny_llama, tmp_path):
     paths = {"RAW": tiny_llama, "DIFF": tmp_path / "diff", "TUNED": tmp_path / "recovered"}
     trained = write_model(tmp_path / "tuned", tuned, like=tiny_llama, vocab_size=301)
     commands = [line.split() for line in weight_diff.__doc__.splitlines() if line.strip().startswith("python ")]
-    assert [command[2] for command in commands] == ["make_diff", "recover"]
-    for command, places in zip(commands, [paths | {"TUNED": trained}, paths], strict=True):
+    assert [command[2] for command in commands] == ["make_diff", "recover", "compare"]
+    paths["RECOVERED"] = paths["TUNED"]
+    printed = []
+    for command, places in zip(commands, [paths | {"TUNED": trained}, paths, paths], strict=True):
         result = run_script(*(places.get(word, word) for word in command[1:]))
         assert (result.returncode, "Traceback" in result.stderr) == (0, False), result.stderr
-    assert result.stdout.startswith("List three technologies that make life easier.\n")
-    assert result.stdout.endswith(f"21 tensors recovered in {tmp_path / 'recovered'}\n")
+        printed.append(result.stdout)
+    assert printed[1].startswith("List three technologies that make life easier.\n")
+    assert printed[1].endswith(f"21 tensors recovered in {tmp_path / 'recovered'}\n")
+    assert printed[2] == "all 21 tensors are equal, bit for bit\n"
     assert_same_bits(load_tensors(tmp_path / "diff"), original_diff(tiny_llama, trained))
     assert_same_bits(load_tensors(tmp_path / "recovered"), original_recover(tiny_llama, tmp_path / "diff"))
     assert_one_line_error(
