@@ -409,10 +409,11 @@ async def collect(teacher, request, journal, budget, selection, output, max_conc
     requests = math.ceil(max(selection.target - start, 0) / 10)
     most = requests * (first_tokens + teacher.decoding.max_tokens)
     cost = budget.dollars(requests * first_tokens, requests * teacher.decoding.max_tokens)
-    print(
-        f"forecast: about {first_tokens:,} prompt tokens a request; at 10 new instructions a reply {requests} "
-        f"requests, at most {most:,} tokens" + (f", ${cost:.2f}" if cost else "") + "; the bar corrects it"
-    )
+    if requests:
+        print(
+            f"forecast: about {first_tokens:,} prompt tokens a request; at 10 new instructions a reply {requests} "
+            f"requests, at most {most:,} tokens" + (f", ${cost:.2f}" if cost else "") + "; the bar corrects it"
+        )
     with tqdm(total=selection.target, initial=start, desc="kept", unit="instruction") as bar:
         shown = asyncio.create_task(show(bar))
         try:
