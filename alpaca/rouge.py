@@ -74,12 +74,6 @@ def is_mostly_unseen(text: str) -> bool:
     return 2 * sum(c.isascii() for c in letters) < len(letters)
 
 
-def share_mostly_unseen(texts: Iterable[str]) -> float:
-    """The share of texts, 0 to 1, that the tokenizer "rouge" mostly drops: de-duplication of these means little."""
-    unseen = [is_mostly_unseen(text) for text in texts]
-    return sum(unseen) / max(1, len(unseen))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The pool.
 

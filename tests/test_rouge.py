@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rouge_score import tokenize as rouge_score_tokenize
 
 from alpaca import UserError, rouge
-from alpaca.rouge import RougePool, is_mostly_unseen, share_mostly_unseen, tokenize, tokenize_unicode
+from alpaca.rouge import RougePool, is_mostly_unseen, tokenize, tokenize_unicode
 
 # The bit-parallel kernel works in words of 64 tokens.
 LENGTHS = (0, 1, 2, 7, 63, 64, 65, 128, 129)
@@ -290,4 +290,3 @@ def test_what_the_default_tokenizer_does_not_see_is_said():
         "": 0,
     }
     assert {text: is_mostly_unseen(text) for text in expected} == expected
-    assert share_mostly_unseen(expected) == 3 / 8 and share_mostly_unseen([]) == 0
