@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import utils  # noqa: E402
 from alpaca.cli import run_cli  # noqa: E402
+from alpaca.inflight import ask_all  # noqa: E402
 from alpaca.journal import Journal  # noqa: E402
 
 REPLY = json.dumps(
@@ -77,11 +78,13 @@ def measure(port: int, in_flight: int, seconds: float) -> float:
         count += 1
 
     settings = utils.OpenAIDecodingArguments()
-    teacher = utils.Teacher("m", settings, base_url=f"http://127.0.0.1:{port}/v1", max_retries=0)
+    teacher = utils.Teacher(
+        "m", settings, base_url=f"http://127.0.0.1:{port}/v1", max_retries=0, max_concurrency=in_flight
+    )
     with tempfile.TemporaryDirectory() as folder, Journal(Path(folder) / "journal") as journal:
         started = time.monotonic()
         asyncio.run(
-            utils.ask_all(
+            ask_all(
                 teacher,
                 lambda i: ("word " * 700, i),
                 journal,
