@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,6 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from provenance import provenance  # noqa: E402
 
 import utils  # noqa: E402
 from alpaca.cli import run_cli  # noqa: E402
@@ -119,10 +119,7 @@ def main(latency: float = 0.5, seconds: float = 6.0, repeat: int = 3) -> None:
     finally:
         server.kill()
         server.wait()
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT).stdout
-    result = {"command": " ".join(["python", "benchmarks/bench_client.py", *sys.argv[1:]]), "commit": commit.strip()}
-    result |= {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "python": platform.python_version()}
-    result |= {"latency_s": latency, "rows": rows}
+    result = provenance("openai") | {"latency_s": latency, "rows": rows}
     utils.jdump(result, ROOT / "benchmarks" / "results" / "client.json", indent=2)
 
 
