@@ -475,7 +475,7 @@ def test_faults_that_stay_are_named_and_never_an_empty_answer(teacher):
         "HTTP 429": 429,
         "HTTP 500": 500,
         "HTTP 400: fault 400": 400,
-        "connection: RemoteProtocolError": "half",
+        "connection: ReadError": "half",
         "empty reply (finish_reason stop)": "null",
         "empty reply (finish_reason length)": ("", "length"),
         "empty reply (finish_reason None)": "empty",
