@@ -42,11 +42,10 @@ from alpaca.journal import Journal
 from alpaca.progress import counts, print_forecast, print_report, progress_bar
 from alpaca.rouge import is_mostly_unseen, tokenize_unicode, tokenizer_named
 
-# A reply whose task cannot be done in text alone, judged by a word of its instruction.
+# Tasks that cannot be done in text alone, judged by a word of their instruction.
 KEYWORDS = (
-    "image images graph graphs picture pictures file files map maps draw plot video audio music flowchart diagram"
-).split() + ["go to"]
-KEYWORD = re.compile(rf"\b({'|'.join(KEYWORDS)})\b", re.IGNORECASE)
+    "image,images,graph,graphs,picture,pictures,file,files,map,maps,draw,plot,go to,video,audio,music,flowchart,diagram"
+)
 MIN_WORDS, MAX_WORDS = 4, 150  # of an instruction: three words say too little, 150 are a document
 MAX_SIMILARITY = 0.7  # ROUGE-L F to any seed or kept instruction, as in Self-Instruct
 
@@ -60,6 +59,12 @@ FIELD = re.compile(r"(\d+)\.\s*(Instruction|Input|Output):")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pure functions: text in, text or records out.
+
+
+def keyword_pattern(words: str) -> re.Pattern:
+    """Finds any of the words, separated by commas, as whole words in upper or lower case."""
+    alternatives = "|".join(re.escape(word.strip()) for word in words.split(",") if word.strip())
+    return re.compile(rf"\b({alternatives})\b" if alternatives else r"(?!)", re.IGNORECASE)
 
 
 def encode_prompt(seed_tasks: list[dict], prompt: str) -> str:
@@ -110,7 +115,7 @@ def _parse_item(item: str) -> dict | None:
 class Rules:
     """What is dropped. The tokenizer "unicode" also counts the words of any script, and any letter may come first."""
 
-    keyword: re.Pattern = KEYWORD
+    keyword: re.Pattern = keyword_pattern(KEYWORDS)
     min_words: int = MIN_WORDS
     max_words: int = MAX_WORDS
     tokenizer: str = "rouge"
@@ -170,13 +175,17 @@ class Selection:
         self.start, self.num_prompt_instructions = len(start), num_prompt_instructions
         self.parsed, self.dropped = 0, Counter()
         self.unseen = 0  # kept, but the tokenizer "rouge" sees so little of it that near-duplicates get through
-        self.barren = self.unused = 0  # replies in a row that brought nothing; replies after the target was reached
+        self.barren = self.unused = 0  # replies in a row that brought nothing; replies after it was over
         self.seeds = [task["instruction"] for task in seed_tasks]
         instructions = self.seeds + [record["instruction"] for record in start]
         self.pool = DistinctPool(instructions, MAX_SIMILARITY, stats, rules.tokenizer)
 
+    def is_over(self) -> bool:
+        """Whether enough is kept, or the teacher only repeats itself. Later replies change nothing."""
+        return len(self.kept) >= self.target or self.barren >= PATIENCE
+
     def feed(self, reply: utils.Completion) -> None:
-        if len(self.kept) >= self.target:
+        if self.is_over():
             self.unused += 1
             return
         before, records = len(self.kept), []
@@ -207,24 +216,6 @@ class Selection:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run.
-
-
-def load_seed_tasks(path: str) -> list[dict]:
-    """Reads seed tasks, one JSON object a line, each with an instruction and at least one instance."""
-    tasks = utils.jload(path)
-    if not tasks:
-        raise UserError(f"{path} holds no seed tasks: give a file with at least one")
-    for number, task in enumerate(tasks, 1):
-        try:
-            instance = task["instances"][0]
-            texts = (task["instruction"], instance["input"], instance["output"])
-        except (KeyError, IndexError, TypeError):
-            texts = (None,)
-        if not all(isinstance(text, str) for text in texts):
-            raise UserError(
-                f'{path}, task {number}: needs an "instruction" and "instances": [{{"input": …, "output": …}}]'
-            )
-    return tasks
 
 
 def begin(journal: Journal, regen_path: Path, seed: int | None, num_prompt_instructions: int) -> tuple[dict, list]:
@@ -266,7 +257,7 @@ def generate_instruction_following_data(
     prompt_price: float = 0.0,
     completion_price: float = 0.0,
     max_failure_rate: float = 0.5,
-    filter_keywords: str = ",".join(KEYWORDS),
+    filter_keywords: str = KEYWORDS,
     min_words: int = MIN_WORDS,
     max_words: int = MAX_WORDS,
     similarity_stats: bool = True,
@@ -306,8 +297,8 @@ def generate_instruction_following_data(
         max_words: drop longer ones.
         similarity_stats: False leaves the two similarity fields out and is faster; what is kept stays the same.
         tokenizer: rouge compares as the original does, by a-z and 0-9 alone; unicode by the words of any script.
-        request_batch_size: now --max_concurrency; accepted and ignored.
-        num_cpus: no longer needed (similarity takes microseconds in one process); accepted and ignored.
+        request_batch_size: the original's; accepted and ignored, --max_concurrency takes its place.
+        num_cpus: the original's; accepted and ignored, similarity takes microseconds in one process.
     """
     for wrong, message in (
         (api not in ("chat", "completions"), f"--api takes chat or completions, not {api!r}"),
@@ -316,27 +307,23 @@ def generate_instruction_following_data(
         (max_tokens < 1, "--max_tokens must be at least 1"),
         (not model_name, "no teacher named: --model_name takes the name that its server knows"),
         (
-            max_cost_usd is not None and not prompt_price + completion_price,
+            max_cost_usd and not prompt_price + completion_price,
             "--max_cost_usd needs --prompt_price and --completion_price, in dollars a million tokens",
         ),
     ):
         if wrong:
             raise UserError(message)
     tokenizer_named(tokenizer)
-    if request_batch_size is not None:
-        print("note: --request_batch_size is now --max_concurrency, the requests in flight at once")
-    if num_cpus is not None:
-        print("note: --num_cpus has no effect any more: one process is enough")
-    seed_tasks = load_seed_tasks(seed_tasks_path)
+    if request_batch_size is not None or num_cpus is not None:
+        print("note: --request_batch_size and --num_cpus have no effect: --max_concurrency is what takes their place")
+    seed_tasks = utils.load_seed_tasks(seed_tasks_path)
     if num_prompt_instructions > len(seed_tasks):
         raise UserError(
             f"--num_prompt_instructions {num_prompt_instructions} is more than the {len(seed_tasks)} tasks "
             f"in {seed_tasks_path}"
         )
     prompt = utils.read_text(prompt_path)
-    words = "|".join(re.escape(word.strip()) for word in filter_keywords.split(",") if word.strip())
-    keyword = re.compile(rf"\b({words})\b" if words else r"(?!)", re.IGNORECASE)
-    rules = Rules(keyword, min_words, max_words, tokenizer)
+    rules = Rules(keyword_pattern(filter_keywords), min_words, max_words, tokenizer)
     # The prompt asks for 20 tasks; a base model would go on for ever.
     decoding = utils.OpenAIDecodingArguments(max_tokens, temperature, top_p, stop=["\n21. Instruction:"])
     teacher = utils.Teacher(model_name, decoding, api, base_url, request_timeout, max_concurrency=max_concurrency)
@@ -392,11 +379,10 @@ async def collect(teacher, request, journal, budget, selection, output, max_conc
             saved = time.monotonic()
 
     def want(in_flight: int) -> bool:
-        missing = selection.target - len(selection.kept)
-        if missing <= 0 or selection.barren >= PATIENCE or budget.exhausted() or budget.failing():
+        if selection.is_over() or budget.exhausted() or budget.failing():
             return False
         # Near the end no more requests than it should take: each is paid for.
-        return in_flight < missing / per_reply()
+        return in_flight < (selection.target - len(selection.kept)) / per_reply()
 
     print_forecast(selection, budget, len(request(0)[0]), teacher.decoding.max_tokens)
     async with progress_bar(selection, budget, per_reply, told_after=max(8, max_concurrency)):

@@ -138,6 +138,28 @@ def load_records(path: str | os.PathLike) -> list[dict]:
     return records
 
 
+def load_seed_tasks(path: str) -> list[dict]:
+    """Reads seed tasks, one JSON object a line: ``{"instruction": str, "instances": [{"input": str, "output": str}]}``.
+
+    Raises:
+        UserError: see jload; also no task at all, or one without these texts (with its number).
+    """
+    tasks = jload(path)
+    if not tasks:
+        raise UserError(f"{path} holds no seed tasks: give a file with at least one")
+    for number, task in enumerate(tasks, 1):
+        try:
+            instance = task["instances"][0]
+            texts = (task["instruction"], instance["input"], instance["output"])
+        except (KeyError, IndexError, TypeError):
+            texts = (None,)
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(
+                f'{path}, task {number}: needs an "instruction" and "instances": [{{"input": …, "output": …}}]'
+            )
+    return tasks
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Completions from any OpenAI-compatible teacher.
 

@@ -377,7 +377,7 @@ def test_a_run_that_has_enough_asks_nothing_and_writes_nothing(teacher, run, tmp
 
 def test_num_cpus_is_accepted_with_a_note(teacher, run, capsys):
     run(teacher(always_fresh()), num_instructions_to_generate=1, num_cpus=16)
-    assert "note: --num_cpus has no effect any more" in capsys.readouterr().out
+    assert "note: --request_batch_size and --num_cpus have no effect" in capsys.readouterr().out
 
 
 def test_the_same_seed_and_the_same_replies_give_the_same_bytes_and_another_seed_other_prompts(teacher, run, tmp_path):
@@ -510,17 +510,17 @@ def test_a_bad_seed_task_is_told_with_its_number(tmp_path, task):
     path = tmp_path / "seeds.jsonl"
     path.write_text(json.dumps(seed_task("Name a tree.")) + "\n" + json.dumps(task))
     with pytest.raises(UserError, match=r"seeds\.jsonl, task 2: needs an \"instruction\" and \"instances\""):
-        generate_instruction.load_seed_tasks(str(path))
+        utils.load_seed_tasks(str(path))
 
 
 def test_no_seed_tasks_are_refused(tmp_path):
     (tmp_path / "seeds.jsonl").write_text("\n")
     with pytest.raises(UserError, match="holds no seed tasks"):
-        generate_instruction.load_seed_tasks(str(tmp_path / "seeds.jsonl"))
+        utils.load_seed_tasks(str(tmp_path / "seeds.jsonl"))
 
 
 def test_the_seed_tasks_and_the_prompt_in_the_repository_are_fit_for_use():
-    tasks = generate_instruction.load_seed_tasks(str(ROOT / "seed_tasks.jsonl"))
+    tasks = utils.load_seed_tasks(str(ROOT / "seed_tasks.jsonl"))
     assert len(tasks) == 175
     text = encode_prompt(tasks[:3], (ROOT / "prompt.txt").read_text())
     assert text.endswith("###\n4. Instruction:") and "List of 20 tasks:\n###\n1. Instruction: " in text
