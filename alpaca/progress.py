@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -34,7 +36,9 @@ def print_forecast(selection, budget: Budget, prompt_characters: int, max_tokens
 async def progress_bar(
     selection, budget: Budget, per_reply: Callable[[], float], told_after: int
 ) -> AsyncIterator[None]:
-    """Shows a bar of kept instructions with replies, tokens, dollars and failures, and twice a second renews it.
+    """Shows a bar of kept instructions with replies, tokens, dollars and failures.
+
+    It is renewed twice a second on a terminal and twice a minute in a file, which would fill with it.
 
     Args:
         per_reply: new instructions that one more reply should bring.
@@ -43,12 +47,15 @@ async def progress_bar(
 
     async def renew() -> None:
         told = warned = False
+        interval, due = 0.5 if sys.stderr.isatty() else 30, 0.0
         while True:
-            kept = bar.n = len(selection.kept)
-            bar.total = max(bar.total, kept)  # a reply may hold more than was asked for
-            each = (kept - selection.start) / max(budget.replies, 1)
-            failed = f", {sum(budget.failures.values())} failed" if budget.failures else ""
-            bar.set_postfix_str(f"{budget.replies} replies, {each:.1f} kept each, {budget.used()} tokens{failed}")
+            kept = len(selection.kept)
+            if time.monotonic() >= due:
+                due = time.monotonic() + interval
+                bar.n, bar.total = kept, max(bar.total, kept)  # a reply may hold more than was asked for
+                each = (kept - selection.start) / max(budget.replies, 1)
+                failed = f", {sum(budget.failures.values())} failed" if budget.failures else ""
+                bar.set_postfix_str(f"{budget.replies} replies, {each:.1f} kept each, tokens {budget.used()}{failed}")
             if not told and budget.new_replies >= told_after and kept < selection.target:
                 told = True
                 more = (selection.target - kept) / per_reply()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -674,6 +675,31 @@ def test_a_teacher_that_repeats_itself_ends_the_run(teacher, tmp_path):
     assert [record["instruction"] for record in json.loads((tmp_path / "regen.json").read_text())] == [
         "Name two long rivers."
     ]
+
+
+def test_after_a_run_is_over_a_late_reply_changes_nothing():
+    """How many are still in flight then depends on the clock; what is kept may not."""
+    rejected = io.StringIO()
+    selection = generate_instruction.Selection([seed_task(SEEDS[0])], [], 2, 3, Rules(), True, rejected)
+    for _ in range(generate_instruction.PATIENCE):
+        selection.feed(utils.Completion(None, error="timeout"))
+    assert selection.is_over()
+    selection.feed(utils.Completion(item(fresh(0)), "stop"))
+    assert (selection.kept, selection.parsed, selection.unused) == ([], 0, 1)
+
+
+def test_a_rejected_record_is_kept_with_its_reason_its_text_and_its_nearest():
+    rejected = io.StringIO()
+    selection = generate_instruction.Selection([seed_task(SEEDS[0])], [], 9, 3, Rules(), True, rejected)
+    selection.feed(utils.Completion(reply(fresh(0), SEEDS[0] + " Now", fresh(0) + " now"), "stop"))
+    notes = [json.loads(line) for line in rejected.getvalue().splitlines()]
+    assert [(note["reason"], note.get("nearest")) for note in notes] == [
+        ("near-duplicate", SEEDS[0]),
+        ("near-duplicate", fresh(0)),
+        ("malformed", None),
+    ]
+    assert notes[0]["record"]["instruction"] == SEEDS[0] + " Now" and notes[2]["record"] == "7. Instruction:"
+    assert texts(selection.kept) == [fresh(0)]
 
 
 def test_a_refused_request_is_told_in_the_servers_words_but_not_with_the_key(teacher, tmp_path):
