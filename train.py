@@ -34,7 +34,7 @@ from torch.utils.data import Dataset
 import utils
 from alpaca import UserError, cli, launch
 from alpaca.checkpoint import WEIGHTS, check_model_folder
-from alpaca.inference import load_model, load_tokenizer
+from alpaca.inference import check_tokenizer, load_model, load_tokenizer
 from alpaca.launch import say as _say
 
 IGNORE_INDEX = -100  # torch's cross entropy passes over it
@@ -261,7 +261,9 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     resume = training_args.resume_from_checkpoint
     if resume and not (Path(resume) / "trainer_state.json").exists():
         raise UserError(f"--resume_from_checkpoint {resume} is no checkpoint (no trainer_state.json)")
-    output_dir.mkdir(parents=True, exist_ok=True)  # what cannot be made is told before the model is loaded
+    nearest = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):  # told before the model is loaded
+        raise UserError(f"--output_dir {output_dir} cannot be written: {nearest} is no folder, or read-only")
     if not training_args.resume_from_checkpoint and any((output_dir / name).exists() for name in WEIGHTS):
         raise UserError(f"--output_dir {output_dir} holds a trained model: remove it, or choose another folder")
     if os.path.exists(model_args.model_name_or_path) or model_args.model_name_or_path.startswith((".", "/")):
@@ -278,6 +280,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     # float32 whatever the checkpoint's type: at a learning rate of 2e-5 most updates are lost in bf16's 8 bits.
     # --bf16 computes in bf16 over float32 weights.
     model = load_model(model_args.model_name_or_path, torch.float32, cache_dir=training_args.cache_dir)
+    check_tokenizer(tokenizer, launch.rows(model.get_input_embeddings().weight), model_args.model_name_or_path)
     add_special_tokens(tokenizer, model)
 
     max_length = training_args.model_max_length

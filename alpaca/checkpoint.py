@@ -60,6 +60,8 @@ def check_model_folder(path: str | os.PathLike, flag: str, tokenizer: bool = Tru
     if not path.is_dir():
         kind = "is a file, not a folder" if path.exists() else "does not exist"
         raise UserError(f"{flag} {path} {kind}: give the folder of a model")
+    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        raise UserError(f"{flag} {path} is a LoRA adapter, not a model: merge it into its base model first")
     if not (path / "config.json").exists():
         raise UserError(f"{flag} {path} holds no model: it has no config.json")
     if not any((path / name).exists() for name in WEIGHTS):
