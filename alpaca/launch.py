@@ -176,6 +176,11 @@ def _set_up_fsdp(args, gpu: bool) -> None:
         file = "fsdp_offload.json" if "offload" in words else "fsdp.json"
         say(f'warning: --fsdp "{args.fsdp}" is now --fsdp --fsdp_config configs/{file}')
     args.fsdp = True
+    if args.fsdp_config.get("cpu_offload"):
+        # While gradients accumulate, each GPU would hold all of them, unsharded: 27 GB for 7B in float32.
+        config = _config(args.accelerator_config)
+        more = config.get("gradient_accumulation_kwargs") or {}
+        args.accelerator_config = config | {"gradient_accumulation_kwargs": {"sync_each_batch": True} | more}
     if gpu and args.fsdp_config.get("cpu_offload"):
         # The norm of gradients that are in the CPU's memory is summed over the processes there: NCCL alone cannot.
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}
@@ -228,7 +233,7 @@ def _configure_cpu_state(args, distributed_type) -> None:
     state = PartialState(cpu=True, backend="gloo")
     state.device, state.distributed_type = torch.device("cpu"), distributed_type
     args.use_cpu = True
-    args.accelerator_config = {"use_configured_state": True}
+    args.accelerator_config = _config(args.accelerator_config) | {"use_configured_state": True}
 
 
 def _config(config) -> dict:
@@ -236,7 +241,7 @@ def _config(config) -> dict:
     if config is None:
         return {}
     if not isinstance(config, (str, os.PathLike)):
-        return copy.deepcopy(config)
+        return copy.deepcopy(config if isinstance(config, dict) else config.to_dict())
     if str(config).lstrip().startswith("{"):
         try:
             return json.loads(config)
