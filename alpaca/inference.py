@@ -54,9 +54,7 @@ def load_model(path: str | os.PathLike, dtype: torch.dtype | str, **kwargs):
         raise UserError(f"{path} lacks {len(missing)} of the model's tensors ({missing[0]}, …): copy it again")
     kinds = {re.sub(r"\d+", "N", name) for name, _ in model.named_parameters()}
     if beyond := sorted(name for name in report["unexpected_keys"] if re.sub(r"\d+", "N", name) in kinds):
-        raise UserError(
-            f"{path} has a layer that config.json does not count ({beyond[0]}, …): copy both from one model"
-        )
+        raise UserError(f"{path} has layers that config.json does not count ({beyond[0]}, …): copy both from one model")
     if any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in model.config.architectures or ()):
         raise UserError(
             f"{path} is a {model.config.architectures[0]}, which sees the words to come: take a causal model"

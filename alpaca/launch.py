@@ -215,8 +215,6 @@ def _set_up_deepspeed(args, gpu: bool) -> None:
     if not gpu:
         for part in ("offload_optimizer", "offload_param"):  # pinned memory and a second home are a GPU's
             zero.pop(part, None)
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         from accelerate.utils import DistributedType
 
         _configure_cpu_state(args, DistributedType.DEEPSPEED)
@@ -225,6 +223,7 @@ def _set_up_deepspeed(args, gpu: bool) -> None:
 def _configure_cpu_state(args, distributed_type) -> None:
     """Makes the process group of CPUs, under the name by which the library tells what it may do with it."""
     if distributed_type == "DEEPSPEED":
+        os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"}
         import deepspeed
 
         deepspeed.comm.init_distributed("gloo", auto_mpi_discovery=False)
