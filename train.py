@@ -33,7 +33,7 @@ from torch.utils.data import Dataset
 
 import utils
 from alpaca import UserError, cli, launch
-from alpaca.checkpoint import WEIGHTS, check_model_folder
+from alpaca.checkpoint import WEIGHTS, check_model_folder, check_writable
 from alpaca.inference import check_tokenizer, load_model, load_tokenizer
 from alpaca.launch import say as _say
 
@@ -88,6 +88,8 @@ def add_special_tokens(tokenizer, model) -> int:
     Returns:
         The number of tokens added to the vocabulary.
     """
+    rows = launch.rows(model.get_input_embeddings().weight)
+    check_tokenizer(tokenizer, rows)
     missing = {}
     if not tokenizer.pad_token:
         missing["pad_token"] = DEFAULT_PAD_TOKEN
@@ -104,7 +106,7 @@ def add_special_tokens(tokenizer, model) -> int:
         tokenizer.add_special_tokens(missing)
         _say(f"note: the tokenizer lacked {', '.join(missing)}; added {', '.join(missing.values())}")
 
-    if (new := len(tokenizer) - launch.rows(model.get_input_embeddings().weight)) > 0:
+    if (new := len(tokenizer) - rows) > 0:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         weights = [model.get_input_embeddings().weight]
         if not model.config.tie_word_embeddings and model.get_output_embeddings() is not None:
@@ -261,9 +263,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     resume = training_args.resume_from_checkpoint
     if resume and not (Path(resume) / "trainer_state.json").exists():
         raise UserError(f"--resume_from_checkpoint {resume} is no checkpoint (no trainer_state.json)")
-    nearest = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):  # told before the model is loaded
-        raise UserError(f"--output_dir {output_dir} cannot be written: {nearest} is no folder, or read-only")
+    check_writable(output_dir, "--output_dir")
     if not training_args.resume_from_checkpoint and any((output_dir / name).exists() for name in WEIGHTS):
         raise UserError(f"--output_dir {output_dir} holds a trained model: remove it, or choose another folder")
     if os.path.exists(model_args.model_name_or_path) or model_args.model_name_or_path.startswith((".", "/")):
@@ -280,7 +280,6 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     # float32 whatever the checkpoint's type: at a learning rate of 2e-5 most updates are lost in bf16's 8 bits.
     # --bf16 computes in bf16 over float32 weights.
     model = load_model(model_args.model_name_or_path, torch.float32, cache_dir=training_args.cache_dir)
-    check_tokenizer(tokenizer, launch.rows(model.get_input_embeddings().weight), model_args.model_name_or_path)
     add_special_tokens(tokenizer, model)
 
     max_length = training_args.model_max_length

@@ -62,7 +62,7 @@ def load_model(path: str | os.PathLike, dtype: torch.dtype | str, **kwargs):
     return model
 
 
-def check_tokenizer(tokenizer, rows: int, path: str | os.PathLike) -> None:
+def check_tokenizer(tokenizer, rows: int) -> None:
     """Raises UserError if the tokenizer's own vocabulary has ids beyond the model's embedding rows.
 
     A token that was added to a tokenizer (such as [PAD]) may lack its row and gets one; a model that lacks rows of
@@ -71,11 +71,10 @@ def check_tokenizer(tokenizer, rows: int, path: str | os.PathLike) -> None:
     Args:
         tokenizer: what ``load_tokenizer`` gave.
         rows: the number of rows of the model's input embedding.
-        path: where both came from, for the message.
     """
     if tokenizer.vocab_size > rows:
         raise UserError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {rows} rows: it is another "
+            f"{tokenizer.name_or_path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {rows} rows: it is another "
             "model's, copy the model's own tokenizer there"
         )
 
