@@ -74,8 +74,8 @@ def check_tokenizer(tokenizer, rows: int) -> None:
     """
     if tokenizer.vocab_size > rows:
         raise UserError(
-            f"{tokenizer.name_or_path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {rows} rows: it is another "
-            "model's, copy the model's own tokenizer there"
+            f"{tokenizer.name_or_path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {rows} rows: "
+            "it is another model's, copy the model's own tokenizer there"
         )
 
 
