@@ -19,7 +19,6 @@ Two processes on a CPU, as in `make demo`:
 
 from __future__ import annotations
 
-import copy
 import os
 import random
 import sys
@@ -33,9 +32,10 @@ from safetensors import SafetensorError
 from torch.utils.data import Dataset
 
 import utils
-from alpaca import UserError, cli
-from alpaca.checkpoint import WEIGHTS, check_model_folder, read_json
-from alpaca.inference import load_model, load_tokenizer
+from alpaca import UserError, cli, launch
+from alpaca.checkpoint import WEIGHTS, check_model_folder, check_writable
+from alpaca.inference import check_tokenizer, load_model, load_tokenizer
+from alpaca.launch import say as _say
 
 IGNORE_INDEX = -100  # torch's cross entropy passes over it
 
@@ -68,81 +68,11 @@ class TrainingArguments(transformers.TrainingArguments):
     model_max_length: int = field(
         default=512, metadata={"help": "Longest example in tokens, prompt and answer; longer ones are cut."}
     )
-    # The original's flags that the library has since renamed: accepted, translated, told.
-    evaluation_strategy: str | None = field(default=None, metadata={"help": "Old name of --eval_strategy."})
-    warmup_ratio: float | None = field(default=None, metadata={"help": "Old name of --warmup_steps below 1."})
-    fsdp_transformer_layer_cls_to_wrap: str | None = field(
-        default=None, metadata={"help": "Not needed any more: the layer class is found by itself."}
-    )
 
     def __post_init__(self):
-        if self.evaluation_strategy is not None:
-            _renamed("evaluation_strategy", "eval_strategy")
-            self.eval_strategy = self.evaluation_strategy
-        if self.warmup_ratio is not None:
-            _renamed("warmup_ratio", f"warmup_steps {self.warmup_ratio:g} (below 1 it is a ratio)")
-            self.warmup_steps = self.warmup_ratio
-        if self.fsdp_transformer_layer_cls_to_wrap is not None:
-            _say("--fsdp_transformer_layer_cls_to_wrap is not needed any more: the layer class is found by itself")
-        # Cleared, so that a copy of these arguments does not translate them again over newer values.
-        self.evaluation_strategy = self.warmup_ratio = self.fsdp_transformer_layer_cls_to_wrap = None
-        if self.fsdp:
-            self._set_up_fsdp()
-        elif int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
-            self.use_cpu = True  # else each process would train alone, and all of them write the result
+        launch.before_init(self)
         super().__post_init__()
-        if self.fsdp and self.bf16:
-            from torch.distributed.fsdp import MixedPrecisionPolicy
-
-            # The default output type is bf16 as well, and that rounds the loss itself to 8 bits of mantissa.
-            self.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy(
-                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
-            )
-
-    def _set_up_fsdp(self) -> None:
-        if int(os.environ.get("WORLD_SIZE", 1)) < 2:
-            raise UserError(
-                "--fsdp shards over processes, and there is one: start with torchrun --nproc_per_node=N, or drop --fsdp"
-            )
-        if isinstance(self.fsdp_config, (str, os.PathLike)) and not str(self.fsdp_config).lstrip().startswith("{"):
-            self.fsdp_config = read_json(Path(self.fsdp_config))
-        if isinstance(self.fsdp, str) and self.fsdp != "True":
-            words = self.fsdp.split()
-            if unknown := set(words) - {"full_shard", "shard_grad_op", "auto_wrap", "offload"}:
-                raise UserError(
-                    f"--fsdp {' '.join(sorted(unknown))} is not known: use --fsdp --fsdp_config configs/fsdp.json"
-                )
-            if self.fsdp_config is None:
-                self.fsdp_config = {}
-                if "shard_grad_op" in words:
-                    self.fsdp_config["reshard_after_forward"] = False
-                if "offload" in words:
-                    self.fsdp_config["cpu_offload"] = True
-            _renamed(f'fsdp "{self.fsdp}"', "fsdp --fsdp_config configs/fsdp.json")
-        self.fsdp = True
-        if self.use_cpu or not torch.accelerator.is_available():
-            # Without an accelerator the library would quietly train with DDP instead: FSDP is enabled only for a
-            # process group that calls itself MULTI_GPU. The group is made here, so that it does.
-            from accelerate import PartialState
-            from accelerate.utils import DistributedType
-
-            state = PartialState(cpu=True, backend="gloo")
-            state.device, state.distributed_type = torch.device("cpu"), DistributedType.MULTI_GPU
-            self.use_cpu = True
-            self.accelerator_config = {"use_configured_state": True}
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
-def _say(message: str) -> None:
-    if _rank() == 0:
-        print(message, flush=True)
-
-
-def _renamed(old: str, new: str) -> None:
-    _say(f"warning: --{old} is now --{new}")
+        launch.after_init(self)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,6 +88,8 @@ def add_special_tokens(tokenizer, model) -> int:
     Returns:
         The number of tokens added to the vocabulary.
     """
+    rows = launch.rows(model.get_input_embeddings().weight)
+    check_tokenizer(tokenizer, rows)
     missing = {}
     if not tokenizer.pad_token:
         missing["pad_token"] = DEFAULT_PAD_TOKEN
@@ -174,13 +106,12 @@ def add_special_tokens(tokenizer, model) -> int:
         tokenizer.add_special_tokens(missing)
         _say(f"note: the tokenizer lacked {', '.join(missing)}; added {', '.join(missing.values())}")
 
-    rows = model.get_input_embeddings().weight.shape[0]
     if (new := len(tokenizer) - rows) > 0:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         weights = [model.get_input_embeddings().weight]
         if not model.config.tie_word_embeddings and model.get_output_embeddings() is not None:
             weights.append(model.get_output_embeddings().weight)
-        with torch.no_grad():
+        with torch.no_grad(), launch.gathered(weights):
             for weight in weights:
                 weight[-new:] = weight[:-new].mean(dim=0, keepdim=True)
     for config in (model.config, model.generation_config):
@@ -293,6 +224,15 @@ def load_data(data_args: DataArguments, seed: int) -> tuple[list[dict], list[dic
 
 
 class Trainer(transformers.Trainer):
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
+        """The number of supervised tokens, as a whole number.
+
+        The library's is a float, FSDP casts floats to the type that it computes in, and bf16 makes 268 of 267: with
+        --bf16 every loss and gradient was off by up to 0.4%.
+        """
+        count = super()._get_num_items_in_batch(batch_samples, device)
+        return count.long() if torch.is_tensor(count) else count
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Under FSDP a tied output embedding is gathered as a tensor of its own; saved, it would be stored twice."""
         for name in getattr(self.model, "all_tied_weights_keys", {}) if state_dict else ():
@@ -323,7 +263,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     resume = training_args.resume_from_checkpoint
     if resume and not (Path(resume) / "trainer_state.json").exists():
         raise UserError(f"--resume_from_checkpoint {resume} is no checkpoint (no trainer_state.json)")
-    output_dir.mkdir(parents=True, exist_ok=True)  # what cannot be made is told before the model is loaded
+    check_writable(output_dir, "--output_dir")
     if not training_args.resume_from_checkpoint and any((output_dir / name).exists() for name in WEIGHTS):
         raise UserError(f"--output_dir {output_dir} holds a trained model: remove it, or choose another folder")
     if os.path.exists(model_args.model_name_or_path) or model_args.model_name_or_path.startswith((".", "/")):
@@ -378,12 +318,13 @@ class ArgumentParser(transformers.HfArgumentParser):
 def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     parser = ArgumentParser((ModelArguments, DataArguments, TrainingArguments), description=__doc__, allow_abbrev=False)
     known = {name for action in parser._actions for name in action.option_strings}
-    for token in sys.argv[1:] if argv is None else argv:
+    argv = launch.translate_flags(sys.argv[1:] if argv is None else argv, known)
+    for token in argv:
         flag = token.split("=")[0]
         if flag.startswith("--") and flag not in known:
             raise cli.unknown_flag(flag[2:], sorted(name[2:] for name in known))
     try:
-        return parser.parse_args_into_dataclasses(args=copy.copy(argv))
+        return parser.parse_args_into_dataclasses(args=argv)
     except (ValueError, ImportError) as e:  # TrainingArguments' own checks
         raise UserError(" ".join(str(e).split())) from None
 

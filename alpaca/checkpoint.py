@@ -60,6 +60,8 @@ def check_model_folder(path: str | os.PathLike, flag: str, tokenizer: bool = Tru
     if not path.is_dir():
         kind = "is a file, not a folder" if path.exists() else "does not exist"
         raise UserError(f"{flag} {path} {kind}: give the folder of a model")
+    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        raise UserError(f"{flag} {path} is a LoRA adapter, not a model: merge it into its base model first")
     if not (path / "config.json").exists():
         raise UserError(f"{flag} {path} holds no model: it has no config.json")
     if not any((path / name).exists() for name in WEIGHTS):
@@ -72,6 +74,13 @@ def check_model_folder(path: str | os.PathLike, flag: str, tokenizer: bool = Tru
     if not diff and (path / MANIFEST).exists():
         raise UserError(f"{flag} {path} is a weight diff: recover it first (python weight_diff.py recover --help)")
     return path
+
+
+def check_writable(path: str | os.PathLike, flag: str) -> None:
+    """Raises UserError unless ``path`` is a writable folder or can be made one; makes nothing."""
+    nearest = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {path} cannot be written: {nearest} is a file or read-only, choose another folder")
 
 
 class CheckpointReader:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import queue
+import re
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -30,19 +31,52 @@ def load_tokenizer(path: str | os.PathLike, **kwargs):
 
 
 def load_model(path: str | os.PathLike, dtype: torch.dtype | str, **kwargs):
-    """AutoModelForCausalLM with a one-line UserError for what cannot be read.
+    """AutoModelForCausalLM with a one-line UserError for what cannot be read, or is another model's.
 
-    Also for a tensor that is not there: from_pretrained fills it with random numbers and goes on.
+    Left to itself, from_pretrained fills a tensor that is not there with random numbers, leaves out layers that
+    config.json does not count, makes a BERT a causal model, and goes on.
     """
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **kwargs)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
     except pickle.UnpicklingError:
         raise UserError(f"{path} holds more than tensors (its pickle asks to run code) and was not loaded") from None
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as e:
         raise UserError(f"{path}: the model cannot be loaded: {str(e).strip().splitlines()[0]}") from None
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, found, expected = mismatched[0]
+        raise UserError(
+            f"{path}: {name} is {tuple(found)}, but config.json makes it {tuple(expected)}: weights and config.json "
+            "are of different models, copy both from one"
+        )
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{path} lacks {len(missing)} of the model's tensors ({missing[0]}, …): copy it again")
+    kinds = {re.sub(r"\d+", "N", name) for name, _ in model.named_parameters()}
+    if beyond := sorted(name for name in report["unexpected_keys"] if re.sub(r"\d+", "N", name) in kinds):
+        raise UserError(f"{path} has layers that config.json does not count ({beyond[0]}, …): copy both from one model")
+    if any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in model.config.architectures or ()):
+        raise UserError(
+            f"{path} is a {model.config.architectures[0]}, which sees the words to come: take a causal model"
+        )
     return model
+
+
+def check_tokenizer(tokenizer, rows: int) -> None:
+    """Raises UserError if the tokenizer's own vocabulary has ids beyond the model's embedding rows.
+
+    A token that was added to a tokenizer (such as [PAD]) may lack its row and gets one; a model that lacks rows of
+    the vocabulary itself was never trained with it.
+
+    Args:
+        tokenizer: what ``load_tokenizer`` gave.
+        rows: the number of rows of the model's input embedding.
+    """
+    if tokenizer.vocab_size > rows:
+        raise UserError(
+            f"{tokenizer.name_or_path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {rows} rows: "
+            "it is another model's, copy the model's own tokenizer there"
+        )
 
 
 def load(path: str | os.PathLike, device: str | None = None):

@@ -181,14 +181,14 @@ def test_every_documented_command_parses(monkeypatch, tmp_path):
         for flag in ("--bf16", "--tf32"):
             if flag in argv:
                 del argv[argv.index(flag) : argv.index(flag) + 2]
-        monkeypatch.setattr(train.TrainingArguments, "_set_up_fsdp", lambda self: setattr(self, "fsdp", None))
+        monkeypatch.setattr(train.launch, "_set_up_fsdp", lambda args, gpu: setattr(args, "fsdp", None))
         _, data_args, training_args = train.parse_args(argv)
         assert data_args.data_path == "./alpaca_data.json"
         assert training_args.model_max_length == 512
 
 
 def test_the_originals_flags_are_translated_and_told(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(train.TrainingArguments, "_set_up_fsdp", lambda self: setattr(self, "fsdp", None))
+    monkeypatch.setattr(train.launch, "_set_up_fsdp", lambda args, gpu: setattr(args, "fsdp", None))
     command = (
         f"--model_name_or_path m --data_path ./alpaca_data.json --output_dir {tmp_path} --num_train_epochs 3 "
         "--per_device_train_batch_size 4 --per_device_eval_batch_size 4 --gradient_accumulation_steps 8 "

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# The recipe under Slurm; what it needs is in runs/alpaca_7b.sh:
+#
+#   sbatch --export=ALL,MODEL=/shared/llama-7b,OUT=/shared/alpaca-7b runs/slurm.sh
+#
+# Five minutes before its time is up the job saves a checkpoint and puts itself into the queue again; after a
+# preemption or the failure of a node, Slurm does. It goes on from the newest complete checkpoint in OUT.
+#SBATCH --job-name=alpaca
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=32
+#SBATCH --time=04:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@300
+set -uo pipefail
+cd "${SLURM_SUBMIT_DIR:-.}"
+
+stop=""
+srun --kill-on-bad-exit=1 bash runs/alpaca_7b.sh "$@" &
+step=$!
+# srun hands SIGTERM on to its tasks, and torchrun to its processes: they finish their step, save and end.
+trap 'stop=time; kill -TERM "$step"' USR1
+trap 'kill -TERM "$step"' TERM
+while kill -0 "$step" 2>/dev/null; do
+  wait "$step" # a signal ends it early
+  code=$?
+done
+if [ "$stop" = time ] && [ "$code" != 0 ]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
