@@ -73,14 +73,14 @@ def test_cutting_to_the_maximum_drops_the_end_and_its_eos(tokenizer):
     assert tokenizer.eos_token_id not in example["input_ids"]
 
 
-def test_an_example_whose_prompt_fills_the_maximum_is_left_out(tokenizer, capsys):
+def test_an_example_whose_prompt_fills_the_maximum_is_left_out(tokenizer):
     records = [
         {"instruction": "word " * 400, "input": "", "output": "x"},
         {"instruction": "Say x.", "input": "", "output": "x"},
     ]
     dataset = train.SupervisedDataset(records, tokenizer, 256, "training")
     assert len(dataset) == 1
-    assert "1 left out" in capsys.readouterr().out
+    assert "1 left out" in dataset.summary
     with pytest.raises(UserError, match="raise --model_max_length"):
         train.SupervisedDataset(records[:1], tokenizer, 256, "training")
 
