@@ -16,7 +16,26 @@ from oracles_train import tokenize_one_by_one
 from alpaca import UserError, tokens
 
 # What may merge with the colon, or the text, that ends a prompt.
-AWKWARD = ["-", ":", ")", "\n", "\n\n", " ", "  x", "\t", "...", "é", "日本", "🙂", "\u0301", "0", "'s", ".", "//", "=>"]
+AWKWARD = [
+    "-",
+    ":",
+    ")",
+    "\n",
+    "\n\n",
+    " ",
+    "  x",
+    "\t",
+    "...",
+    "é",
+    "日本",
+    "🙂",
+    "\u0301",
+    "0",
+    "'s",
+    ".",
+    "//",
+    "=>",
+]
 
 
 @pytest.fixture(autouse=True)
