@@ -22,22 +22,20 @@ from __future__ import annotations
 import os
 import random
 import sys
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch.utils.data import Dataset
 
 import utils
-from alpaca import UserError, cli, launch
+from alpaca import UserError, cli, launch, packing
 from alpaca.checkpoint import WEIGHTS, check_model_folder, check_writable
 from alpaca.inference import check_tokenizer, load_model, load_tokenizer
 from alpaca.launch import say as _say
-
-IGNORE_INDEX = -100  # torch's cross entropy passes over it
+from alpaca.tokens import IGNORE_INDEX, SupervisedDataset, preprocess  # noqa: F401  (the original has them here)
 
 # What a LLaMA tokenizer calls them. A missing one may be None or "" (some conversions of LLaMA have "").
 DEFAULT_PAD_TOKEN, DEFAULT_EOS_TOKEN, DEFAULT_BOS_TOKEN, DEFAULT_UNK_TOKEN = "[PAD]", "</s>", "<s>", "<unk>"
@@ -58,6 +56,21 @@ class DataArguments:
     eval_data_path: str | None = field(default=None, metadata={"help": "Held-out data, in the same format."})
     eval_fraction: float = field(
         default=0.0, metadata={"help": "Hold out this share of --data_path instead (drawn with --data_seed or --seed)."}
+    )
+    padding: Literal["free", "longest"] = field(
+        default="free",
+        metadata={
+            "help": "free: the examples of a batch in one row, without pad tokens; same examples a step and same loss. "
+            "longest: the original's way, each example padded to the longest of its batch."
+        },
+    )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Fill bins of model_max_length tokens with examples; a batch size then counts bins. Faster, but "
+            "another recipe: several times more examples a step, so fewer steps (scale the batch size down to make "
+            "up for it)."
+        },
     )
 
 
@@ -122,82 +135,18 @@ def add_special_tokens(tokenizer, model) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Records → tokens → batches.
-
-
-def preprocess(records: list[dict], tokenizer, max_length: int) -> list[dict]:
-    """Tokenises records into ``{"input_ids": [int], "labels": [int]}``, cut to max_length tokens.
-
-    The text is prompt + output + EOS, tokenised as a whole. Labels are IGNORE_INDEX for each token that starts inside
-    the prompt; that is the original's rule (a prompt's own tokens need not be a prefix of the whole's), in one pass
-    instead of two. A special token that is written out in the data, such as "</s>", stays text.
-    """
-    if not tokenizer.is_fast:
-        raise UserError("this tokenizer has no offsets: convert it to a tokenizer.json (AutoTokenizer, use_fast)")
-    prompts = [utils.format_prompt(record["instruction"], record["input"]) for record in records]
-    texts = [prompt + record["output"] for prompt, record in zip(prompts, records, strict=True)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "longer than the maximum": cut below, after EOS is in place
-        encoded = tokenizer(
-            texts, return_offsets_mapping=True, return_attention_mask=False, split_special_tokens=True, verbose=False
-        )
-    examples = []
-    for prompt, ids, offsets in zip(prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        labels = [
-            IGNORE_INDEX if start < len(prompt) else token for token, (start, _) in zip(ids, offsets, strict=True)
-        ]
-        if ids[-1] != tokenizer.eos_token_id:  # else the tokenizer itself appends it
-            ids, labels = ids + [tokenizer.eos_token_id], labels + [tokenizer.eos_token_id]
-        else:
-            labels = labels[:-1] + [tokenizer.eos_token_id]
-        examples.append({"input_ids": ids[:max_length], "labels": labels[:max_length]})
-    return examples
-
-
-class SupervisedDataset(Dataset):
-    """Tokenised records. Those whose prompt alone fills max_length have nothing to learn from and are left out."""
-
-    def __init__(self, records: list[dict], tokenizer, max_length: int, name: str):
-        examples = preprocess(records, tokenizer, max_length)
-        self.examples = [example for example in examples if set(example["labels"]) != {IGNORE_INDEX}]
-        dropped = len(examples) - len(self.examples)
-        cut = sum(example["input_ids"][-1] != tokenizer.eos_token_id for example in self.examples)
-        tokens = sum(len(example["input_ids"]) for example in self.examples)
-        _say(
-            f"{name}: {len(self.examples)} examples, {tokens} tokens; {cut} cut to {max_length} tokens, "
-            f"{dropped} left out (the prompt alone is longer)"
-        )
-        if not self.examples:
-            raise UserError(f"no example of the {name} data fits in {max_length} tokens: raise --model_max_length")
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, i: int) -> dict:
-        return self.examples[i]
+# Records → batches (tokens: alpaca/tokens.py, packing: alpaca/packing.py).
 
 
 @dataclass
 class DataCollatorForSupervisedDataset:
-    """Pads on the right to the longest of the batch: int64 tensors of shape (batch, longest).
-
-    The attention mask comes from the lengths: where pad and EOS are one token, comparing ids would hide EOS.
-    """
+    """Examples → a batch: padded to the longest of them, or one after the other in one row."""
 
     pad_token_id: int
+    padding_free: bool = False
 
-    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
-        longest = int(lengths.max())
-
-        def padded(key: str, value: int) -> torch.Tensor:
-            return torch.tensor([example[key] + [value] * (longest - len(example[key])) for example in examples])
-
-        return {
-            "input_ids": padded("input_ids", self.pad_token_id),
-            "labels": padded("labels", IGNORE_INDEX),
-            "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
-        }
+    def __call__(self, examples: list) -> dict[str, torch.Tensor]:
+        return packing.flatten(examples) if self.padding_free else packing.pad(examples, self.pad_token_id)
 
 
 def load_data(data_args: DataArguments, seed: int) -> tuple[list[dict], list[dict]]:
@@ -217,6 +166,44 @@ def load_data(data_args: DataArguments, seed: int) -> tuple[list[dict], list[dic
         [record for i, record in enumerate(records) if i not in chosen],
         [record for i, record in enumerate(records) if i in chosen],
     )
+
+
+def make_batches(model, dataset, pad_token_id: int, data_args: DataArguments, training_args: TrainingArguments):
+    """What Trainer gets for --padding and --packing: the rows to draw from, a collator, and callbacks.
+
+    Whether a model can do without padding is measured before the first step, not looked up in a list.
+    """
+    collator = DataCollatorForSupervisedDataset(pad_token_id, padding_free=data_args.padding == "free")
+    if not collator.padding_free:
+        if data_args.packing:
+            raise UserError("--packing puts examples into one row, and --padding longest does not: drop one of them")
+        return dataset, collator, []
+
+    def fall_back(reason: str) -> None:
+        if data_args.packing:
+            raise UserError(f"--packing cannot be had here ({reason}): leave it out")
+        _say(f"warning: examples are padded, as with --padding longest: {reason}")
+        collator.padding_free = False
+        packing.set_attention(model, packing.library_attention(model))
+
+    if training_args.label_smoothing_factor:
+        fall_back("--label_smoothing_factor needs the logits of prompts")
+    elif training_args.n_gpu > 1:
+        fall_back(f"one process drives {training_args.n_gpu} GPUs, which splits a batch by rows (use torchrun)")
+    elif not packing.set_attention(model, packing.SEGMENTS):
+        fall_back(f"the attention of {type(model).__name__} cannot be chosen")
+    if not collator.padding_free:
+        return dataset, collator, []
+    callbacks = [packing.SelfCheck(packing.examples_to_check(dataset), fall_back)]
+    if not data_args.packing:
+        return dataset, collator, callbacks
+    bins = packing.PackedDataset(dataset, training_args.model_max_length)
+    _say(
+        f"packing: {len(dataset)} examples in {len(bins)} bins of {training_args.model_max_length} tokens, "
+        f"{sum(dataset.lengths) / (len(bins) * training_args.model_max_length):.1%} full; a batch size counts bins, "
+        f"of {len(dataset) / len(bins):.1f} examples each"
+    )
+    return bins, collator, callbacks
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -285,14 +272,17 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     max_length = training_args.model_max_length
     train_dataset = SupervisedDataset(train_records, tokenizer, max_length, "training")
     eval_dataset = SupervisedDataset(eval_records, tokenizer, max_length, "held-out") if eval_records else None
+    _say("\n".join(dataset.summary for dataset in (train_dataset, eval_dataset) if dataset))
+    rows, collator, callbacks = make_batches(model, train_dataset, tokenizer.pad_token_id, data_args, training_args)
     training_args.remove_unused_columns = False
     trainer = Trainer(
         model=model,
         args=training_args,
-        train_dataset=train_dataset,
+        train_dataset=rows,
         eval_dataset=eval_dataset,
-        data_collator=DataCollatorForSupervisedDataset(tokenizer.pad_token_id),
+        data_collator=collator,
         processing_class=tokenizer,
+        callbacks=callbacks,
     )
     if training_args.fsdp and not trainer.is_fsdp_enabled:
         raise UserError("--fsdp was asked for, but the library did not enable it: nothing was trained")

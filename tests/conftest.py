@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +19,8 @@ sys.path.insert(0, str(ROOT))
 
 # Nothing here may reach a hub, and two cores are shared by up to two processes.
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+_cache = tempfile.TemporaryDirectory(prefix="alpaca-cache-")  # gone at exit: no test reads or fills the user's own
+os.environ["XDG_CACHE_HOME"] = _cache.name
 for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
     os.environ.pop(name, None)
 

