@@ -29,13 +29,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch.utils.data import Dataset
 
 import utils
 from alpaca import UserError, cli
-from alpaca.checkpoint import WEIGHTS, check_model_folder, read_json
+from alpaca.checkpoint import check_model_folder, read_json
 from alpaca.inference import load_model, load_tokenizer
+from alpaca.resume import ResumableTrainer, SaveFailed, Stopped, check_fits, choose_checkpoint
 
 IGNORE_INDEX = -100  # torch's cross entropy passes over it
 
@@ -292,21 +292,8 @@ def load_data(data_args: DataArguments, seed: int) -> tuple[list[dict], list[dic
 # The run.
 
 
-class Trainer(transformers.Trainer):
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Under FSDP a tied output embedding is gathered as a tensor of its own; saved, it would be stored twice."""
-        for name in getattr(self.model, "all_tied_weights_keys", {}) if state_dict else ():
-            state_dict.pop(name, None)
-        super()._save(output_dir, state_dict)
-
-    def save_whole_model(self, output_dir: Path) -> None:
-        """Writes the model as safetensors, gathered tensor by tensor in CPU memory on rank 0."""
-        if self.is_fsdp_enabled:
-            # With SHARDED_STATE_DICT save_model writes nothing, and says nothing.
-            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        self.save_model(output_dir)
-        if self.is_world_process_zero() and not any((output_dir / name).exists() for name in WEIGHTS):
-            raise RuntimeError(f"the library saved no weights in {output_dir}; the checkpoints there are whole")
+class Trainer(ResumableTrainer):
+    pass
 
 
 def train(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
@@ -320,12 +307,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         raise UserError("--model_max_length must leave room for a prompt and an answer: 512 is the recipe's")
     if training_args.eval_strategy != "no" and not (data_args.eval_data_path or data_args.eval_fraction):
         raise UserError("--eval_strategy needs held-out data: --eval_data_path or --eval_fraction")
-    resume = training_args.resume_from_checkpoint
-    if resume and not (Path(resume) / "trainer_state.json").exists():
-        raise UserError(f"--resume_from_checkpoint {resume} is no checkpoint (no trainer_state.json)")
     output_dir.mkdir(parents=True, exist_ok=True)  # what cannot be made is told before the model is loaded
-    if not training_args.resume_from_checkpoint and any((output_dir / name).exists() for name in WEIGHTS):
-        raise UserError(f"--output_dir {output_dir} holds a trained model: remove it, or choose another folder")
+    checkpoint = choose_checkpoint(training_args.resume_from_checkpoint, output_dir)
     if os.path.exists(model_args.model_name_or_path) or model_args.model_name_or_path.startswith((".", "/")):
         check_model_folder(model_args.model_name_or_path, "--model_name_or_path")
     seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
@@ -341,6 +324,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     # --bf16 computes in bf16 over float32 weights.
     model = load_model(model_args.model_name_or_path, torch.float32, cache_dir=training_args.cache_dir)
     add_special_tokens(tokenizer, model)
+    if checkpoint:
+        check_fits(checkpoint, model)
 
     max_length = training_args.model_max_length
     train_dataset = SupervisedDataset(train_records, tokenizer, max_length, "training")
@@ -358,7 +343,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         raise UserError("--fsdp was asked for, but the library did not enable it: nothing was trained")
 
     training_args.eval_on_start = eval_dataset is not None  # "before", to compare with
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint or None)
+    trainer.train(resume_from_checkpoint=checkpoint)
     after = trainer.evaluate()["eval_loss"] if eval_dataset else None
     trainer.save_whole_model(output_dir)
     trainer.save_state()
@@ -389,21 +374,25 @@ def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArgum
 
 
 def main() -> None:
+    code = 0
     try:
         train(*parse_args())
+    except Stopped as e:
+        code = e.code
+        _say(str(e))
     except UserError as e:
-        # Under torchrun each process finds the same error; one on each node says it.
-        sys.exit(f"error: {e}" if int(os.environ.get("LOCAL_RANK", 0)) == 0 else 1)
+        # Under torchrun each process finds the same error; one on each node says it. A full disk is found by one.
+        sys.exit(f"error: {e}" if int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(e, SaveFailed) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as e:
         sys.exit(f"error: {cli.os_error_message(e)}")
-    except SafetensorError as e:  # how a full disk shows itself while weights are written
-        sys.exit(f"error: the weights could not be written: {str(e).splitlines()[0]}")
     if torch.distributed.is_initialized():
         # Leave together: a rank that exits while another still writes tears down connections under it.
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":
