@@ -25,6 +25,7 @@ import random
 import sys
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ import transformers
 from torch.utils.data import Dataset
 
 import utils
-from alpaca import UserError, cli
+from alpaca import UserError, cli, lora
 from alpaca.checkpoint import check_model_folder, read_json
 from alpaca.inference import load_model, load_tokenizer
 from alpaca.resume import ResumableTrainer, SaveFailed, Stopped, check_fits, choose_checkpoint
@@ -68,6 +69,10 @@ class TrainingArguments(transformers.TrainingArguments):
     model_max_length: int = field(
         default=512, metadata={"help": "Longest example in tokens, prompt and answer; longer ones are cut."}
     )
+    lora_r: int = field(default=0, metadata={"help": "Rank of LoRA matrices, 16 is usual; 0 trains all weights."})
+    lora_alpha: float = field(default=32.0, metadata={"help": "LoRA's update is scaled by alpha / r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the LoRA matrices."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Keep the frozen weights in 4 bits (QLoRA)."})
     # The original's flags that the library has since renamed: accepted, translated, told.
     evaluation_strategy: str | None = field(default=None, metadata={"help": "Old name of --eval_strategy."})
     warmup_ratio: float | None = field(default=None, metadata={"help": "Old name of --warmup_steps below 1."})
@@ -307,6 +312,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         raise UserError("--model_max_length must leave room for a prompt and an answer: 512 is the recipe's")
     if training_args.eval_strategy != "no" and not (data_args.eval_data_path or data_args.eval_fraction):
         raise UserError("--eval_strategy needs held-out data: --eval_data_path or --eval_fraction")
+    lora.check_arguments(training_args)
     output_dir.mkdir(parents=True, exist_ok=True)  # what cannot be made is told before the model is loaded
     checkpoint = choose_checkpoint(training_args.resume_from_checkpoint, output_dir)
     if os.path.exists(model_args.model_name_or_path) or model_args.model_name_or_path.startswith((".", "/")):
@@ -320,10 +326,20 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         model_max_length=training_args.model_max_length,
         padding_side="right",
     )
+
+    def load_base(dtype: torch.dtype = torch.float32, **options):
+        model = load_model(model_args.model_name_or_path, dtype, cache_dir=training_args.cache_dir, **options)
+        rows = model.get_input_embeddings().weight.shape[0]
+        add_special_tokens(tokenizer, model)
+        if training_args.lora_r:
+            lora.check_tokenizer(tokenizer, rows)
+        return model
+
     # float32 whatever the checkpoint's type: at a learning rate of 2e-5 most updates are lost in bf16's 8 bits.
-    # --bf16 computes in bf16 over float32 weights.
-    model = load_model(model_args.model_name_or_path, torch.float32, cache_dir=training_args.cache_dir)
-    add_special_tokens(tokenizer, model)
+    # --bf16 computes in bf16 over float32 weights. LoRA leaves these weights as they are.
+    model = load_base(**(lora.base_options(training_args) if training_args.lora_r else {}))
+    if training_args.lora_r:
+        model = lora.add_adapter(model, training_args)
     if checkpoint:
         check_fits(checkpoint, model)
 
@@ -345,7 +361,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     training_args.eval_on_start = eval_dataset is not None  # "before", to compare with
     trainer.train(resume_from_checkpoint=checkpoint)
     after = trainer.evaluate()["eval_loss"] if eval_dataset else None
-    trainer.save_whole_model(output_dir)
+    write = partial(lora.save, trainer, load_base=load_base) if training_args.lora_r else None
+    trainer.save_whole_model(output_dir, write)
     trainer.save_state()
     _say(f"{trainer.state.global_step} steps on {len(train_dataset)} examples; model in {output_dir}")
     if eval_dataset:

@@ -480,7 +480,8 @@ def _told(what: str, output_dir: Path):
         else:
             causes = [e]
         # torch.save writes through C++, which forgets the errno
-        if not all(isinstance(c, (OSError, SafetensorError)) or "PytorchStreamWriter" in str(c) for c in causes):
+        stream = ("PytorchStreamWriter", "iostream error", "write failed")
+        if not all(isinstance(c, (OSError, SafetensorError)) or any(s in str(c) for s in stream) for c in causes):
             raise
         free = shutil.disk_usage(output_dir).free
         shutil.rmtree(output_dir / STAGING, ignore_errors=True)
