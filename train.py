@@ -36,7 +36,9 @@ import utils
 from alpaca import UserError, cli, lora
 from alpaca.checkpoint import check_model_folder, read_json
 from alpaca.inference import load_model, load_tokenizer
-from alpaca.resume import ResumableTrainer, SaveFailed, Stopped, check_fits, choose_checkpoint
+from alpaca.resume import check_fits, choose_checkpoint
+from alpaca.saving import ResumableTrainer, SaveFailed
+from alpaca.stop import Stopped
 
 IGNORE_INDEX = -100  # torch's cross entropy passes over it
 

@@ -6,10 +6,12 @@ arXiv:2106.09685). The result is two folders: the adapter alone, and the model w
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import safe_open
 
 from alpaca import UserError
@@ -53,10 +55,8 @@ def base_options(args) -> dict:
         import bitsandbytes  # noqa: F401
     except ImportError:
         raise UserError("--load_in_4bit needs bitsandbytes: pip install 'alpaca-reproduced[qlora]'") from None
-    from transformers import BitsAndBytesConfig
-
     # nf4, twice quantised: Dettmers et al., 2023, arXiv:2305.14314
-    quantization = BitsAndBytesConfig(
+    quantization = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=half
     )
     return {"dtype": half, "quantization_config": quantization, "device_map": {"": args.device}}
@@ -74,6 +74,7 @@ def add_adapter(model, args):
         target_modules="all-linear",  # found by their class; peft leaves the output embedding out
         task_type="CAUSAL_LM",
     )
+    transformers.set_seed(args.seed)  # A is random: the same on each rank, and in each run with this seed
     model = peft.get_peft_model(model, config)
     # Where peft knows the base it finds that the vocabulary grew by [PAD], and stores the embeddings in each checkpoint
     # too: 1 GB at 7B for rows that are not trained. save() puts the name back.
@@ -138,6 +139,8 @@ def save(trainer, output_dir: Path, load_base: Callable[[], torch.nn.Module]) ->
     model.active_peft_config.base_model_name_or_path = None
     tokenizer.save_pretrained(adapter)
     check_adapter(adapter)
-    merged = _peft().PeftModel.from_pretrained(load_base(), adapter).merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the vocabulary grew
+        merged = _peft().PeftModel.from_pretrained(load_base(), adapter).merge_and_unload()
     merged.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)

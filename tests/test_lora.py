@@ -102,6 +102,14 @@ def test_only_lora_matrices_changed(trained):
     }
 
 
+def test_the_same_seed_gives_the_same_adapter(trained, data, tmp_path):
+    base, out, _ = trained
+    torch.manual_seed(1)
+    run(base, data, tmp_path)
+    a, b = load_file(out / "adapter" / lora.ADAPTER), load_file(tmp_path / "adapter" / lora.ADAPTER)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_a_resumed_adapter_equals_an_uninterrupted_one(trained, data, tmp_path):
     base, out, _ = trained
     run(base, data, tmp_path, "--resume_from_checkpoint", out / "checkpoint-2")

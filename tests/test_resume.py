@@ -20,7 +20,7 @@ from conftest import ROOT, make_records, torchrun
 from safetensors.torch import load_file
 
 import train
-from alpaca import UserError, resume
+from alpaca import UserError, resume, saving, stop
 
 STEPS = 5  # 3 steps an epoch: the last one is inside the second
 
@@ -129,10 +129,10 @@ def test_a_run_killed_in_a_save_equals_an_uninterrupted_one(model, data, whole, 
 @pytest.mark.parametrize(
     "owner, name, newest",
     [
-        (resume.ResumableTrainer, "_save_optimizer_and_scheduler", 2),  # the weights are there
-        (resume, "fsync_tree", 2),  # all is written, nothing is on the disk for sure
-        (resume.os, "rename", 2),  # … and checkpoint.json too
-        (resume, "_fsync", 3),  # renamed, the older one not yet deleted
+        (saving.ResumableTrainer, "_save_optimizer_and_scheduler", 2),  # the weights are there
+        (saving, "fsync_tree", 2),  # all is written, nothing is on the disk for sure
+        (saving.os, "rename", 2),  # … and checkpoint.json too
+        (saving, "_fsync", 3),  # renamed, the older one not yet deleted
     ],
 )
 def test_whenever_a_save_is_killed_a_whole_checkpoint_is_chosen(
@@ -161,7 +161,7 @@ def test_the_limit_keeps_the_newest_and_the_best(model, data, tmp_path):
     evals = [(entry["eval_loss"], entry["step"]) for entry in state["log_history"] if "eval_loss" in entry]
     best = min(evals[1:])[1]  # the first was before training
     assert best < 3
-    assert [path.name for path in resume._checkpoints(tmp_path)] == ["checkpoint-4", f"checkpoint-{best}"]
+    assert [path.name for path in resume.checkpoints(tmp_path)] == ["checkpoint-4", f"checkpoint-{best}"]
     assert state["best_model_checkpoint"] == str(tmp_path / f"checkpoint-{best}")
 
 
@@ -284,16 +284,16 @@ def test_a_signal_saves_and_exits_and_the_resumed_run_equals_an_uninterrupted_on
 def test_a_second_signal_ends_the_process_at_once_and_its_echo_does_not(monkeypatch):
     """torchrun passes a Ctrl-C on to workers that the terminal has sent it to already."""
     killed, clock = [], [100.0]
-    monkeypatch.setattr(resume.os, "kill", lambda pid, number: killed.append((pid, number)))
-    monkeypatch.setattr(resume.signal, "signal", lambda number, handler: killed.append(handler))
-    monkeypatch.setattr(resume.time, "monotonic", lambda: clock[0])
-    stop = resume.StopOnSignal()
-    stop._handle(signal.SIGINT, None)
+    monkeypatch.setattr(stop.os, "kill", lambda pid, number: killed.append((pid, number)))
+    monkeypatch.setattr(stop.signal, "signal", lambda number, handler: killed.append(handler))
+    monkeypatch.setattr(stop.time, "monotonic", lambda: clock[0])
+    listener = stop.StopOnSignal()
+    listener._handle(signal.SIGINT, None)
     clock[0] += 0.2
-    stop._handle(signal.SIGINT, None)
-    assert stop.received == signal.SIGINT and not killed
+    listener._handle(signal.SIGINT, None)
+    assert listener.received == signal.SIGINT and not killed
     clock[0] += 3
-    stop._handle(signal.SIGINT, None)
+    listener._handle(signal.SIGINT, None)
     assert killed == [signal.SIG_DFL, (os.getpid(), signal.SIGINT)]
 
 
@@ -312,11 +312,11 @@ def file_size_limit():
 def test_a_full_disk_leaves_the_previous_checkpoint(model, data, interrupted, monkeypatch, file_size_limit, full_in):
     size = (interrupted / "checkpoint-2" / full_in).stat().st_size
     send_at_step(monkeypatch, 3, lambda: file_size_limit(size - 1000))
-    with pytest.raises(resume.SaveFailed) as failure:
+    with pytest.raises(saving.SaveFailed) as failure:
         run(model, data, interrupted, "--resume_from_checkpoint", "auto", "--save_total_limit", 1)
     assert "checkpoint-3 could not be saved" in str(failure.value) and "\n" not in str(failure.value)
     assert "free some; checkpoint-2 is whole: go on with --resume_from_checkpoint auto" in str(failure.value)
-    assert [path.name for path in resume._checkpoints(interrupted)] == ["checkpoint-2", "checkpoint-1"]
+    assert [path.name for path in resume.checkpoints(interrupted)] == ["checkpoint-2", "checkpoint-1"]
     assert not (interrupted / ".saving").exists()
 
 
@@ -330,7 +330,7 @@ def test_a_full_disk_in_the_final_save_leaves_no_model(model, data, whole, tmp_p
 
     with monkeypatch.context() as patch:
         patch.setattr(train.Trainer, "save_whole_model", save_whole_model)
-        with pytest.raises(resume.SaveFailed, match="the model could not be saved"):
+        with pytest.raises(saving.SaveFailed, match="the model could not be saved"):
             run(model, data, tmp_path, "--resume_from_checkpoint", "auto")
     assert [path.name for path in tmp_path.iterdir()] == [f"checkpoint-{STEPS}"]
 
@@ -348,11 +348,7 @@ def training_step(self, *args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
     return inner(self, *args, **kwargs)
 train.Trainer.training_step = training_step
-try:
-    train.main()
-except SystemExit as e:
-    print("exit code", e.code, flush=True)
-    raise
+train.main()
 """
 FSDP = ("--fsdp", "--fsdp_config", "configs/fsdp.json", "--per_device_train_batch_size", 4)
 
@@ -379,7 +375,7 @@ def test_a_signal_to_one_of_two_ranks_stops_both_and_one_rank_goes_on(tiny_llama
     stopped = torchrun(
         2, tmp_path / "stop_one_rank.py", ROOT, *arguments(tiny_llama, data, out, "--save_steps", 100, *FSDP)
     )
-    assert stopped.stdout.count("exit code 75") == 2, stopped.stderr
+    assert re.search(r"exitcode *: 75", stopped.stderr), stopped.stderr  # of the rank that left first
     assert "stopped by SIGTERM with checkpoint-2" in stopped.stdout
     checkpoint = out / "checkpoint-2"
     files = {path.name for path in checkpoint.rglob("*") if path.is_file()}
