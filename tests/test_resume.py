@@ -344,7 +344,7 @@ sys.path.insert(0, sys.argv.pop(1))
 import train
 inner = train.Trainer.training_step
 def training_step(self, *args, **kwargs):
-    if self.state.global_step == 1 and os.environ["RANK"] == "1":
+    if self.state.global_step == 2 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGTERM)
     return inner(self, *args, **kwargs)
 train.Trainer.training_step = training_step
@@ -368,32 +368,43 @@ def assert_close(a: Path, b: Path) -> None:
     assert losses(a) == pytest.approx(losses(b), abs=1e-5)
 
 
-def test_a_signal_to_one_of_two_ranks_stops_both_and_one_rank_goes_on(tiny_llama, data, one_rank, tmp_path, capsys):
-    """Two ranks under FSDP write a sharded checkpoint; one process without FSDP goes on from it."""
-    out = tmp_path / "out"
-    (tmp_path / "stop_one_rank.py").write_text(SIGNAL_ONE_RANK)
-    stopped = torchrun(
-        2, tmp_path / "stop_one_rank.py", ROOT, *arguments(tiny_llama, data, out, "--save_steps", 100, *FSDP)
-    )
-    assert re.search(r"exitcode *: 75", stopped.stderr), stopped.stderr  # of the rank that left first
-    assert "stopped by SIGTERM with checkpoint-2" in stopped.stdout
-    checkpoint = out / "checkpoint-2"
+@pytest.fixture(scope="module")
+def stopped(tiny_llama, data, one_rank, tmp_path_factory):
+    """Two ranks under FSDP go on from the first checkpoint of one process; a signal to one of them stops both."""
+    out = tmp_path_factory.mktemp("stopped") / "out"
+    shutil.copytree(one_rank / "checkpoint-1", out / "checkpoint-1")
+    script = out.parent / "stop_one_rank.py"
+    script.write_text(SIGNAL_ONE_RANK)
+    auto = ("--resume_from_checkpoint", "auto", "--save_steps", 100)
+    result = torchrun(2, script, ROOT, *arguments(tiny_llama, data, out, *FSDP, *auto))
+    assert re.search(r"exitcode *: 75", result.stderr), result.stderr  # of the rank that left first
+    assert "checkpoint-1 was written by 1 processes, this run has 2" in result.stdout
+    assert "stopped by SIGTERM with checkpoint-3 of 5 steps saved" in result.stdout
+    return out
+
+
+def test_two_ranks_write_a_shard_each_and_all_of_it_is_needed(stopped, tmp_path):
+    checkpoint = tmp_path / "checkpoint-3"
+    shutil.copytree(stopped / "checkpoint-3", checkpoint)
     files = {path.name for path in checkpoint.rglob("*") if path.is_file()}
     assert {"__0_0.distcp", "__1_0.distcp", ".metadata", "rng_state_0.pth", "rng_state_1.pth"} < files
-    assert not list(checkpoint.glob("*.safetensors")) and not list(checkpoint.glob("*.bin"))
+    assert not list(checkpoint.glob("*.safetensors")) and not list(checkpoint.glob("*.bin"))  # no second copy
+    for path in [path for path in checkpoint.rglob("*") if path.is_file() and path.name != resume.MANIFEST]:
+        path.rename(tmp_path / "aside")
+        assert resume.newest_complete_checkpoint(tmp_path) is None, path
+        (tmp_path / "aside").rename(path)
+    assert resume.newest_complete_checkpoint(tmp_path) == checkpoint
 
-    for name in (resume.MANIFEST, "rng_state_0.pth", "optimizer_0/.metadata", "pytorch_model_fsdp_0/.metadata"):
-        (checkpoint / name).rename(tmp_path / "aside")
-        assert (resume.what_is_missing(checkpoint) is None) == (name == resume.MANIFEST), name
-        (tmp_path / "aside").rename(checkpoint / name)
 
-    run(tiny_llama, data, out, "--resume_from_checkpoint", "auto")
+def test_one_rank_goes_on_from_a_checkpoint_of_two(tiny_llama, data, one_rank, stopped, tmp_path, capsys):
+    shutil.copytree(stopped / "checkpoint-3", tmp_path / "checkpoint-3")
+    run(tiny_llama, data, tmp_path, "--resume_from_checkpoint", "auto")
     assert "was written by 2 processes, this run has 1" in capsys.readouterr().out
-    assert_close(out, one_rank)
+    assert_close(tmp_path, one_rank)
 
 
-def test_two_ranks_go_on_from_a_checkpoint_of_one(tiny_llama, data, one_rank, tmp_path):
-    shutil.copytree(one_rank / "checkpoint-2", tmp_path / "checkpoint-2")
+def test_two_ranks_go_on_from_a_checkpoint_of_two(tiny_llama, data, one_rank, stopped, tmp_path):
+    shutil.copytree(stopped / "checkpoint-3", tmp_path / "checkpoint-3")
     argv = arguments(tiny_llama, data, tmp_path, "--save_steps", 100, *FSDP, "--resume_from_checkpoint", "auto")
     result = torchrun(2, "train.py", *argv)
     assert result.returncode == 0, result.stderr
