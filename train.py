@@ -15,6 +15,9 @@ Two processes on a CPU, as in `make demo`:
 
     torchrun --nproc_per_node=2 train.py --model_name_or_path MODEL --data_path ./alpaca_data.json --output_dir OUT \\
         --eval_fraction 0.1 --fsdp --fsdp_config configs/fsdp.json
+
+A run that was killed goes on with the same command and --resume_from_checkpoint auto, on another number of GPUs too.
+SIGTERM and SIGUSR1 make it save a checkpoint and exit with 75 ("try again"), Ctrl-C with 130; torchrun exits with 1.
 """
 
 from __future__ import annotations

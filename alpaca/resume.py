@@ -31,8 +31,8 @@ def say(message: str) -> None:
 def what_is_missing(folder: Path) -> str | None:
     """Why a folder is not a complete checkpoint, in a few words; None if it is one.
 
-    With a checkpoint.json every file must be there in its size. A folder without one was written by a plain Trainer:
-    the parts that each resume needs must be there, and the state must parse (the library writes it last).
+    The parts that each resume needs must be there (--save_only_model leaves some out), and the state must parse: the
+    library writes it last. With a checkpoint.json every file must be there in its size; a plain Trainer writes none.
     """
     try:
         read_json(folder / TRAINER_STATE_NAME)["global_step"]
@@ -43,7 +43,6 @@ def what_is_missing(folder: Path) -> str | None:
                     return f"{name} is missing"
                 if (folder / name).stat().st_size != size:
                     return f"{name} has {(folder / name).stat().st_size} bytes, not {size}"
-            return None
     except UserError as e:
         return str(e).removeprefix(f"{folder}/")
     except (KeyError, AttributeError):

@@ -53,6 +53,7 @@ class ResumableTrainer(transformers.Trainer):
     def train(self, resume_from_checkpoint: str | os.PathLike | None = None, **kwargs):
         """As the library's; raises Stopped when a signal ended it early."""
         checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        self._saved_step = -1
         self._check_resumed(checkpoint)
         if checkpoint and self.is_fsdp_enabled and not (checkpoint / SHARDED_MODEL).is_dir():
             self.is_fsdp_enabled = False  # each rank loads the whole model, as it loaded the base
@@ -300,6 +301,9 @@ def _is_failed_write(e: BaseException, frames: traceback.StackSummary) -> bool:
 
 def _move_files(source: Path, target: Path) -> None:
     """Moves what is in a folder into another, the names that make it a model last."""
+    os.umask(umask := os.umask(0))
+    for path in source.rglob("*.safetensors"):
+        path.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
     fsync_tree(source)
     for name in WEIGHTS:
         (target / name).unlink(missing_ok=True)

@@ -153,6 +153,12 @@ def test_whenever_a_save_is_killed_a_whole_checkpoint_is_chosen(
     assert {path: path.read_bytes() for path in (interrupted / "checkpoint-2").iterdir()} == before
 
 
+def test_a_finished_run_leaves_no_scraps_and_is_readable_by_others(whole):
+    assert not (whole / ".saving").exists()
+    assert (whole / "model.safetensors").stat().st_mode == (whole / "config.json").stat().st_mode
+    assert {"tokenizer.json", "generation_config.json"} < {path.name for path in whole.iterdir()}
+
+
 def test_the_limit_keeps_the_newest_and_the_best(model, data, tmp_path):
     keep = ("--save_total_limit", 2, "--max_steps", 4, "--eval_fraction", 0.3, "--load_best_model_at_end", "True")
     evaluate = ("--eval_strategy", "steps", "--eval_steps", 1, "--learning_rate", 1.0)  # diverges
@@ -190,6 +196,11 @@ def test_a_checkpoint_with_a_truncated_file_is_passed_over(interrupted, capsys, 
     os.truncate(interrupted / "checkpoint-2" / name, size)
     assert resume.newest_complete_checkpoint(interrupted) == interrupted / "checkpoint-1"
     assert re.search(f"checkpoint-2 is not complete .*{name}.*passed over", capsys.readouterr().out)
+
+
+def test_a_checkpoint_of_the_weights_alone_is_no_place_to_go_on_from(model, data, tmp_path):
+    run(model, data, tmp_path, "--max_steps", 1, "--save_only_model", "True")
+    assert resume.what_is_missing(tmp_path / "checkpoint-1") == "the optimizer is missing"
 
 
 def test_a_folder_with_an_interrupted_run_is_not_overwritten(interrupted):
