@@ -15,6 +15,9 @@ Two processes on a CPU, as in `make demo`:
 
     torchrun --nproc_per_node=2 train.py --model_name_or_path MODEL --data_path ./alpaca_data.json --output_dir OUT \\
         --eval_fraction 0.1 --fsdp --fsdp_config configs/fsdp.json
+
+A run that was killed goes on with the same command and --resume_from_checkpoint auto, on another number of GPUs too.
+SIGTERM and SIGUSR1 make it save a checkpoint and exit with 75 ("try again"), Ctrl-C with 130; torchrun exits with 1.
 """
 
 from __future__ import annotations
@@ -23,18 +26,21 @@ import os
 import random
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 import transformers
-from safetensors import SafetensorError
 
 import utils
-from alpaca import UserError, cli, launch, packing
-from alpaca.checkpoint import WEIGHTS, check_model_folder, check_writable
+from alpaca import UserError, cli, launch, lora, packing
+from alpaca.checkpoint import check_model_folder, check_writable
 from alpaca.inference import check_tokenizer, load_model, load_tokenizer
 from alpaca.launch import say as _say
+from alpaca.resume import check_fits, choose_checkpoint
+from alpaca.saving import ResumableTrainer, SaveFailed
+from alpaca.stop import Stopped
 from alpaca.tokens import IGNORE_INDEX, SupervisedDataset, preprocess  # noqa: F401  (the original has them here)
 
 # What a LLaMA tokenizer calls them. A missing one may be None or "" (some conversions of LLaMA have "").
@@ -81,6 +87,10 @@ class TrainingArguments(transformers.TrainingArguments):
     model_max_length: int = field(
         default=512, metadata={"help": "Longest example in tokens, prompt and answer; longer ones are cut."}
     )
+    lora_r: int = field(default=0, metadata={"help": "Rank of LoRA matrices, 16 is usual; 0 trains all weights."})
+    lora_alpha: float = field(default=32.0, metadata={"help": "LoRA's update is scaled by alpha / r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the LoRA matrices."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Keep the frozen weights in 4 bits (QLoRA)."})
 
     def __post_init__(self):
         launch.before_init(self)
@@ -210,7 +220,7 @@ def make_batches(model, dataset, pad_token_id: int, data_args: DataArguments, tr
 # The run.
 
 
-class Trainer(transformers.Trainer):
+class Trainer(ResumableTrainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         """The number of supervised tokens, as a whole number.
 
@@ -219,21 +229,6 @@ class Trainer(transformers.Trainer):
         """
         count = super()._get_num_items_in_batch(batch_samples, device)
         return count.long() if torch.is_tensor(count) else count
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Under FSDP a tied output embedding is gathered as a tensor of its own; saved, it would be stored twice."""
-        for name in getattr(self.model, "all_tied_weights_keys", {}) if state_dict else ():
-            state_dict.pop(name, None)
-        super()._save(output_dir, state_dict)
-
-    def save_whole_model(self, output_dir: Path) -> None:
-        """Writes the model as safetensors, gathered tensor by tensor in CPU memory on rank 0."""
-        if self.is_fsdp_enabled:
-            # With SHARDED_STATE_DICT save_model writes nothing, and says nothing.
-            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        self.save_model(output_dir)
-        if self.is_world_process_zero() and not any((output_dir / name).exists() for name in WEIGHTS):
-            raise RuntimeError(f"the library saved no weights in {output_dir}; the checkpoints there are whole")
 
 
 def train(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
@@ -247,12 +242,9 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         raise UserError("--model_max_length must leave room for a prompt and an answer: 512 is the recipe's")
     if training_args.eval_strategy != "no" and not (data_args.eval_data_path or data_args.eval_fraction):
         raise UserError("--eval_strategy needs held-out data: --eval_data_path or --eval_fraction")
-    resume = training_args.resume_from_checkpoint
-    if resume and not (Path(resume) / "trainer_state.json").exists():
-        raise UserError(f"--resume_from_checkpoint {resume} is no checkpoint (no trainer_state.json)")
+    lora.check_arguments(training_args)
     check_writable(output_dir, "--output_dir")
-    if not training_args.resume_from_checkpoint and any((output_dir / name).exists() for name in WEIGHTS):
-        raise UserError(f"--output_dir {output_dir} holds a trained model: remove it, or choose another folder")
+    checkpoint = choose_checkpoint(training_args.resume_from_checkpoint, output_dir)
     if os.path.exists(model_args.model_name_or_path) or model_args.model_name_or_path.startswith((".", "/")):
         check_model_folder(model_args.model_name_or_path, "--model_name_or_path")
     seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
@@ -264,10 +256,22 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         model_max_length=training_args.model_max_length,
         padding_side="right",
     )
+
+    def load_base(dtype: torch.dtype = torch.float32, **options):
+        model = load_model(model_args.model_name_or_path, dtype, cache_dir=training_args.cache_dir, **options)
+        rows = model.get_input_embeddings().weight.shape[0]
+        add_special_tokens(tokenizer, model)
+        if training_args.lora_r:
+            lora.check_tokenizer(tokenizer, rows)
+        return model
+
     # float32 whatever the checkpoint's type: at a learning rate of 2e-5 most updates are lost in bf16's 8 bits.
-    # --bf16 computes in bf16 over float32 weights.
-    model = load_model(model_args.model_name_or_path, torch.float32, cache_dir=training_args.cache_dir)
-    add_special_tokens(tokenizer, model)
+    # --bf16 computes in bf16 over float32 weights. LoRA leaves these weights as they are.
+    model = load_base(**(lora.base_options(training_args) if training_args.lora_r else {}))
+    if training_args.lora_r:
+        model = lora.add_adapter(model, training_args)
+    if checkpoint:
+        check_fits(checkpoint, model)
 
     max_length = training_args.model_max_length
     train_dataset = SupervisedDataset(train_records, tokenizer, max_length, "training")
@@ -288,9 +292,10 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         raise UserError("--fsdp was asked for, but the library did not enable it: nothing was trained")
 
     training_args.eval_on_start = eval_dataset is not None  # "before", to compare with
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint or None)
+    trainer.train(resume_from_checkpoint=checkpoint)
     after = trainer.evaluate()["eval_loss"] if eval_dataset else None
-    trainer.save_whole_model(output_dir)
+    write = partial(lora.save, trainer, load_base=load_base) if training_args.lora_r else None
+    trainer.save_whole_model(output_dir, write)
     trainer.save_state()
     _say(f"{trainer.state.global_step} steps on {len(train_dataset)} examples; model in {output_dir}")
     if eval_dataset:
@@ -320,21 +325,25 @@ def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArgum
 
 
 def main() -> None:
+    code = 0
     try:
         train(*parse_args())
+    except Stopped as e:
+        code = e.code
+        _say(str(e))
     except UserError as e:
-        # Under torchrun each process finds the same error; one on each node says it.
-        sys.exit(f"error: {e}" if int(os.environ.get("LOCAL_RANK", 0)) == 0 else 1)
+        # Under torchrun each process finds the same error; one on each node says it. A full disk is found by one.
+        sys.exit(f"error: {e}" if int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(e, SaveFailed) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as e:
         sys.exit(f"error: {cli.os_error_message(e)}")
-    except SafetensorError as e:  # how a full disk shows itself while weights are written
-        sys.exit(f"error: the weights could not be written: {str(e).splitlines()[0]}")
     if torch.distributed.is_initialized():
         # Leave together: a rank that exits while another still writes tears down connections under it.
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,159 @@
+"""Which checkpoint a run goes on from: the newest that is complete, and of this model.
+
+saving.py writes checkpoints so that whatever is called checkpoint-N is whole. This module is for what happens to them
+afterwards (a copy that lost a file), and for those that a plain Trainer left half-written when it was killed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+
+from alpaca import UserError
+from alpaca.checkpoint import WEIGHTS, read_json
+
+MANIFEST = "checkpoint.json"  # each file of a checkpoint with its size, and what wrote it
+ADAPTER = "adapter_model.safetensors"
+# Folders of torch.distributed.checkpoint under FSDP, as accelerate names them: each rank writes its own shard.
+SHARDED_MODEL, SHARDED_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
+
+
+def say(message: str) -> None:
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(message, flush=True)
+
+
+def what_is_missing(folder: Path) -> str | None:
+    """Why a folder is not a complete checkpoint, in a few words; None if it is one.
+
+    The parts that each resume needs must be there (--save_only_model leaves some out), and the state must parse: the
+    library writes it last. With a checkpoint.json every file must be there in its size; a plain Trainer writes none.
+    """
+    try:
+        read_json(folder / TRAINER_STATE_NAME)["global_step"]
+        manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else None
+        if manifest is not None:
+            for name, size in manifest["files"].items():
+                if not (folder / name).is_file():
+                    return f"{name} is missing"
+                if (folder / name).stat().st_size != size:
+                    return f"{name} has {(folder / name).stat().st_size} bytes, not {size}"
+    except UserError as e:
+        return str(e).removeprefix(f"{folder}/")
+    except (KeyError, AttributeError):
+        return f"{TRAINER_STATE_NAME} or {MANIFEST} is malformed"
+    if (folder / "latest").exists():  # DeepSpeed keeps model and optimizer in a folder that this file names
+        return None if (folder / (folder / "latest").read_text().strip()).is_dir() else "what `latest` names is missing"
+    weights = (*WEIGHTS, ADAPTER, "pytorch_model_fsdp.bin", f"{SHARDED_MODEL}/.metadata")
+    optimizer = (OPTIMIZER_NAME, "optimizer.bin", f"{SHARDED_OPTIMIZER}/.metadata")
+    for what, names in (("weights", weights), ("optimizer", optimizer), ("scheduler", (SCHEDULER_NAME,))):
+        if not any((folder / name).is_file() for name in names):
+            return f"the {what} are missing" if what == "weights" else f"the {what} is missing"
+    ranks = sorted(int(file.stem.split("_")[2]) for file in folder.glob("rng_state_*.pth"))
+    if not (folder / "rng_state.pth").exists() and (not ranks or ranks != list(range(len(ranks)))):
+        return "random states (rng_state*.pth) are missing"
+    return None
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Folders named checkpoint-N, newest first."""
+    found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := numbered(path))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def numbered(path: Path) -> re.Match | None:
+    return re.fullmatch(r"checkpoint-(\d+)", path.name) if path.is_dir() else None
+
+
+def newest_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
+    """The complete checkpoint of the highest step in a folder; tells which newer ones it passes over, and why."""
+    for path in checkpoints(Path(output_dir)):
+        if (missing := what_is_missing(path)) is None:
+            return path
+        say(f"note: {path} is not complete ({missing}): passed over")
+    return None
+
+
+def choose_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
+    """Where a run starts: a checkpoint, or None for the beginning.
+
+    Args:
+        resume: --resume_from_checkpoint: a folder, "auto" for the newest complete one of output_dir if there is one,
+            or None.
+        output_dir: exists.
+
+    Raises:
+        UserError: the run would overwrite a finished model or an interrupted run, or what it names is not complete.
+    """
+    if resume in (None, "", "auto") and any((output_dir / name).exists() for name in WEIGHTS):
+        done = "the run there is finished" if resume else "remove it"
+        raise UserError(f"--output_dir {output_dir} holds a trained model: {done}, or choose another folder")
+    if not resume:
+        if newest := newest_complete_checkpoint(output_dir):
+            raise UserError(
+                f"--output_dir {output_dir} holds {newest.name} of an interrupted run: go on with "
+                "--resume_from_checkpoint auto, or choose another folder"
+            )
+        return None
+    if resume == "auto":
+        newest = newest_complete_checkpoint(output_dir)
+        say(f"going on from {newest}" if newest else f"no complete checkpoint in {output_dir}: from the beginning")
+        return newest
+    if not (Path(resume) / TRAINER_STATE_NAME).exists():
+        raise UserError(f"--resume_from_checkpoint {resume} is no checkpoint (no {TRAINER_STATE_NAME})")
+    if missing := what_is_missing(Path(resume)):
+        newest = newest_complete_checkpoint(Path(resume).parent)
+        cure = f"{newest} is" if newest else "there is no complete one beside it"
+        raise UserError(f"--resume_from_checkpoint {resume} is not complete ({missing}): {cure}")
+    return Path(resume)
+
+
+def check_fits(checkpoint: Path, model: torch.nn.Module) -> None:
+    """Raises UserError if the checkpoint's tensors are not those of the model: other names or other shapes."""
+    here = {name: tuple(tensor.shape) for name, tensor in state_dict(model).items()}
+    there = _shapes(checkpoint)
+    flag = f"--resume_from_checkpoint {checkpoint}"
+    if there is None:  # DeepSpeed's own format, or a pickle: the library finds out
+        return
+    if hasattr(model, "peft_config") != any(".lora_" in name for name in there):
+        raise UserError(f"{flag} holds {'no' if hasattr(model, 'peft_config') else 'an'} adapter: --lora_r must match")
+    for name in sorted(there):
+        if there[name] != here.get(name):
+            what = f"has the shape {here[name]} here" if name in here else "is not in this model"
+            raise UserError(f"{flag} is of another model: {name}, there {there[name]}, {what}")
+    # A tied output embedding is stored once, by either name.
+    if missing := sorted(set(here) - set(there) - set(getattr(model, "all_tied_weights_keys", None) or {})):
+        raise UserError(f"{flag} is of another model: it lacks {missing[0]}")
+
+
+def _shapes(checkpoint: Path) -> dict[str, tuple[int, ...]] | None:
+    """Tensor name → shape, from headers alone; None in a format that has no header."""
+    if (checkpoint / SHARDED_MODEL / ".metadata").exists():
+        from torch.distributed.checkpoint import FileSystemReader
+
+        stored = FileSystemReader(checkpoint / SHARDED_MODEL).read_metadata().state_dict_metadata
+        return {name.removeprefix("model."): tuple(entry.size) for name, entry in stored.items()}
+    for name in (WEIGHTS[1], WEIGHTS[0], ADAPTER):
+        if (checkpoint / name).exists():
+            indexed = name.endswith(".index.json")
+            files = set(read_json(checkpoint / name)["weight_map"].values()) if indexed else {name}
+            shapes = {}
+            for file in files:
+                with safe_open(checkpoint / file, framework="pt") as shard:
+                    shapes |= {key: tuple(shard.get_slice(key).get_shape()) for key in shard.keys()}
+            return shapes
+    return None
+
+
+def state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A model's tensors under the names in which a checkpoint has them: of an adapter, its own alone."""
+    if not hasattr(model, "peft_config"):
+        return model.state_dict()
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(model)

@@ -1,0 +1,330 @@
+"""Checkpoints and models that a kill or a full disk cannot spoil.
+
+A checkpoint is written into ``OUT/.saving`` and becomes ``OUT/checkpoint-N`` by one rename when every process has
+written its part and all of it is on the disk; only then are older ones deleted. So whatever is called checkpoint-N is
+whole, at any moment. The final model takes its place file by file, the weights (or their index) last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import traceback
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+
+from alpaca import UserError
+from alpaca.checkpoint import WEIGHTS, read_json
+from alpaca.resume import (
+    MANIFEST,
+    SHARDED_MODEL,
+    SHARDED_OPTIMIZER,
+    checkpoints,
+    newest_complete_checkpoint,
+    numbered,
+    say,
+    state_dict,
+)
+from alpaca.stop import EXIT_INTERRUPTED, EXIT_REQUEUE, StopOnSignal, Stopped
+
+STAGING = ".saving"  # what is not whole yet; a run removes what an earlier one left there
+
+
+class SaveFailed(UserError):
+    """A checkpoint or the model could not be written by this rank, maybe by no other; those before it are whole."""
+
+
+class ResumableTrainer(transformers.Trainer):
+    """Trainer whose checkpoints are whole or not there, and resume on another number of ranks."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._staging: Path | None = None
+        self._saved_step = -1
+
+    def train(self, resume_from_checkpoint: str | os.PathLike | None = None, **kwargs):
+        """As the library's; raises Stopped when a signal ended it early."""
+        checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        self._saved_step = -1
+        self._check_resumed(checkpoint)
+        if checkpoint and self.is_fsdp_enabled and not (checkpoint / SHARDED_MODEL).is_dir():
+            self.is_fsdp_enabled = False  # each rank loads the whole model, as it loaded the base
+            try:
+                super()._load_from_checkpoint(str(checkpoint))
+            finally:
+                self.is_fsdp_enabled = True
+        stop, staging = StopOnSignal(), Path(self.args.output_dir) / STAGING
+        if self.is_world_process_zero() and staging.exists():
+            shutil.rmtree(staging)
+            say(f"note: removed {staging}, which a save that was interrupted had left")
+        if self.args.save_strategy == "no":  # then a signal ends the process, as it does everywhere
+            return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+        self.add_callback(stop)
+        try:
+            with stop.listening():
+                result = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+        finally:
+            self.remove_callback(stop)
+        if stop.received and self.state.global_step < self.state.max_steps:
+            raise Stopped(
+                f"stopped by {signal.Signals(stop.received).name} with checkpoint-{self.state.global_step} of "
+                f"{self.state.max_steps} steps saved; to go on: the same command with --resume_from_checkpoint auto",
+                EXIT_INTERRUPTED if stop.received == signal.SIGINT else EXIT_REQUEUE,
+            )
+        return result
+
+    def _run_epoch(self, **kwargs):
+        # The library would train one step more than asked for where the last one is not the last of its epoch.
+        if self.state.global_step >= self.state.max_steps:
+            say(f"all {self.state.max_steps} steps were done already: nothing is trained")
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
+    def _examples_per_step(self) -> int:
+        return self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    def _check_resumed(self, checkpoint: Path | None) -> None:
+        if self.args.world_size > 1:
+            step = int(checkpoint.name.rpartition("-")[2]) if checkpoint and numbered(checkpoint) else -1
+            seen = torch.tensor([step, -step], device=self.args.device)
+            torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
+            if seen[0] != -seen[1]:
+                raise UserError(f"the nodes see different checkpoints: {self.args.output_dir} must be shared by all")
+        if not checkpoint or not (checkpoint / MANIFEST).exists():
+            return
+        manifest = read_json(checkpoint / MANIFEST)
+        here, there = self._examples_per_step(), manifest["examples_per_step"]
+        if here != there:
+            steps, left = divmod(there, here // self.args.gradient_accumulation_steps)
+            cure = f"--gradient_accumulation_steps {steps}" if not left else "the batch size and the number of ranks"
+            raise UserError(
+                f"{checkpoint} was trained with {there} examples a step, this run has {here}: {cure} makes them equal"
+            )
+        if manifest["world_size"] != self.args.world_size:
+            say(
+                f"note: {checkpoint.name} was written by {manifest['world_size']} processes, this run has "
+                f"{self.args.world_size}: the order of the data goes on, random states (dropout) start anew"
+            )
+
+    # A checkpoint, whole or not there.
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self._staging) if self._staging else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        step, output_dir = self.state.global_step, Path(super()._get_output_dir(trial))
+        if step == self._saved_step:  # a stop at the end of an epoch asks twice
+            return
+        self._staging = output_dir / STAGING
+        unfinished = self._staging / f"checkpoint-{step}"
+        try:
+            with _told(f"checkpoint-{step}", output_dir):
+                if self.is_world_process_zero():
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                self.accelerator.wait_for_everyone()
+                super()._save_checkpoint(model, trial)
+                if self.state.best_model_checkpoint == str(unfinished):
+                    self.state.best_model_checkpoint = str(output_dir / unfinished.name)
+                    if self.is_world_process_zero():
+                        self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
+                self.accelerator.wait_for_everyone()
+                if self.args.local_process_index == 0:
+                    fsync_tree(unfinished)  # on each node what its ranks have written
+                self.accelerator.wait_for_everyone()
+                if self.is_world_process_zero():
+                    self._publish(unfinished, output_dir / unfinished.name)
+        finally:
+            self._staging = None
+        self._saved_step = step
+
+    def _publish(self, unfinished: Path, target: Path) -> None:
+        missing = [
+            f"rng_state_{rank}.pth"
+            for rank in range(self.args.world_size)
+            if self.args.world_size > 1 and not (unfinished / f"rng_state_{rank}.pth").exists()
+        ]
+        if missing and not self.args.save_only_model:
+            raise SaveFailed(f"{missing[0]} is missing in {unfinished}: --output_dir must be shared by all nodes")
+        files = {
+            str(path.relative_to(unfinished)): path.stat().st_size
+            for path in sorted(unfinished.rglob("*"))
+            if path.is_file()
+        }
+        manifest = {
+            "step": self.state.global_step,
+            "world_size": self.args.world_size,
+            "examples_per_step": self._examples_per_step(),
+            "files": files,
+        }
+        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        fsync_tree(unfinished / MANIFEST)
+        if target.exists():  # of a branch that was left: somebody resumed from an older one
+            os.rename(target, unfinished.with_suffix(".old"))
+        os.rename(unfinished, target)
+        _fsync(target.parent)
+        shutil.rmtree(target.parent / STAGING, ignore_errors=True)
+        keep = {target.name, Path(self.state.best_model_checkpoint or "").name}
+        others = [path for path in checkpoints(target.parent) if path.name not in keep]
+        limit = self.args.save_total_limit
+        if limit and limit > 0:
+            for path in others[max(0, limit - len(keep - {""})) :]:
+                shutil.rmtree(path, ignore_errors=True)
+
+    # Loading on another number of ranks: sharded checkpoints without FSDP, whole ones with it.
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        sharded = (Path(resume_from_checkpoint) / SHARDED_MODEL).is_dir()
+        if sharded and not self.is_fsdp_enabled:
+            self._load_sharded_weights(Path(resume_from_checkpoint))
+        elif sharded or not self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # else train() has loaded it, before the model was sharded
+
+    def _load_sharded_weights(self, checkpoint: Path) -> None:
+        state = {"model": state_dict(self.model)}
+        torch.distributed.checkpoint.load(state, checkpoint_id=checkpoint / SHARDED_MODEL, no_dist=True)
+        if hasattr(self.model, "peft_config"):
+            from peft import set_peft_model_state_dict
+
+            set_peft_model_state_dict(self.model, state["model"])
+        else:
+            self.model.load_state_dict(state["model"])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        sharded = checkpoint is not None and (Path(checkpoint) / SHARDED_OPTIMIZER).is_dir()
+        if checkpoint is None or self.is_deepspeed_enabled or sharded == self.is_fsdp_enabled:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        from torch.distributed.checkpoint import load
+        from torch.distributed.checkpoint import state_dict as dcp
+
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        if sharded:
+            state = {"optimizer": dcp.get_optimizer_state_dict(self.model, self.optimizer)}
+            load(state, checkpoint_id=Path(checkpoint) / SHARDED_OPTIMIZER, no_dist=True)
+            dcp.set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+            return
+        # optimizer.pt numbers the parameters in the order of the groups, which is the same here; shards go by name.
+        whole = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        named = {}
+        for group, stored in zip(self.optimizer.param_groups, whole["param_groups"], strict=True):
+            for parameter, number in zip(group["params"], stored["params"], strict=True):
+                named[number] = names[id(parameter)]
+            stored["params"] = [named[number] for number in stored["params"]]
+        whole["state"] = {named[number]: entry for number, entry in whole["state"].items()}
+        dcp.set_optimizer_state_dict(
+            self.model, self.optimizer, whole, options=dcp.StateDictOptions(full_state_dict=True)
+        )
+
+    # The result.
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Under FSDP a tied output embedding is gathered as a tensor of its own; saved, it would be stored twice."""
+        for name in getattr(self.model, "all_tied_weights_keys", {}) if state_dict else ():
+            state_dict.pop(name, None)
+        super()._save(output_dir, state_dict)
+
+    def save_whole_model(self, output_dir: Path, write: Callable[[Path], None] | None = None) -> None:
+        """Writes a folder that ``from_pretrained`` reads, gathered tensor by tensor in CPU memory on rank 0.
+
+        Its weights (or their index) take their place last, by a rename: a folder that has them is whole.
+
+        Args:
+            output_dir: exists.
+            write: writes into the folder that it is given, on every rank; by default the library's save_model.
+        """
+        staging = output_dir / STAGING / "model"
+        with _told("the model", output_dir):
+            if self.is_world_process_zero():
+                shutil.rmtree(staging, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            with self._gathered():
+                (write or self.save_model)(staging)
+            if self.is_world_process_zero():
+                if not any((staging / name).exists() for name in WEIGHTS):
+                    raise RuntimeError(f"the library saved no weights in {staging}; the checkpoints there are whole")
+                _move_files(staging, output_dir)
+        self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _gathered(self):
+        """With SHARDED_STATE_DICT save_model writes nothing, and says nothing."""
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        before = plugin.state_dict_type if plugin else None
+        if plugin:
+            plugin.set_state_dict_type("FULL_STATE_DICT")
+        try:
+            yield
+        finally:
+            if plugin:
+                plugin.set_state_dict_type(before)
+
+
+@contextmanager
+def _told(what: str, output_dir: Path):
+    """Turns a failed write into one line, and gives the room that it took back."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, SafetensorError, CheckpointException, RuntimeError) as e:
+        everywhere = isinstance(e, CheckpointException)  # raised on each rank, with the cause of each that failed
+        causes = list(e.failures.values()) if everywhere else [(e, traceback.extract_tb(e.__traceback__))]
+        if not all(_is_failed_write(*cause) for cause in causes):
+            raise
+        free = shutil.disk_usage(output_dir).free
+        shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+        newest = newest_complete_checkpoint(output_dir)
+        go_on = f"; {newest.name} is whole: go on with --resume_from_checkpoint auto" if newest else ""
+        raise (UserError if everywhere else SaveFailed)(
+            f"{what} could not be saved in {output_dir}, which had {free / 1e9:.1f} GB free "
+            f"({str(causes[0][0]).strip().splitlines()[0]}): free some{go_on}"
+        ) from None
+
+
+def _is_failed_write(e: BaseException, frames: traceback.StackSummary) -> bool:
+    """torch.save writes through C++, where a full disk is one of several RuntimeErrors without an errno."""
+    serialization = any(frame.filename.endswith("torch/serialization.py") for frame in frames)
+    return isinstance(e, (OSError, SafetensorError)) or (isinstance(e, RuntimeError) and serialization)
+
+
+def _move_files(source: Path, target: Path) -> None:
+    """Moves what is in a folder into another, the names that make it a model last."""
+    os.umask(umask := os.umask(0))
+    for path in source.rglob("*.safetensors"):
+        path.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
+    fsync_tree(source)
+    for name in WEIGHTS:
+        (target / name).unlink(missing_ok=True)
+    for path in sorted(source.iterdir(), key=lambda path: (path.name in WEIGHTS, path.name)):
+        if path.is_dir():
+            shutil.rmtree(target / path.name, ignore_errors=True)
+        os.rename(path, target / path.name)
+    _fsync(target)
+    shutil.rmtree(target / STAGING, ignore_errors=True)
+
+
+def fsync_tree(path: Path) -> None:
+    """Puts a file, or a folder and all in it, on the disk."""
+    for entry in path.iterdir() if path.is_dir() else ():
+        fsync_tree(entry)
+    _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,69 @@
+"""A run that is asked to stop (SIGTERM, SIGUSR1, Ctrl-C) finishes its step, saves a checkpoint and exits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from contextlib import contextmanager
+
+import torch
+import transformers
+
+# sysexits.h: "temporary failure, try again". What a scheduler should start again; 1 is an error, 130 a Ctrl-C.
+EXIT_REQUEUE = 75
+EXIT_INTERRUPTED = 130
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved a checkpoint. ``code`` is the exit code."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+class StopOnSignal(transformers.TrainerCallback):
+    """Ends training with a checkpoint after the step in which SIGTERM, SIGUSR1 or Ctrl-C arrived at any rank.
+
+    A second signal ends the process at once. One within two seconds is the same request: a terminal and a scheduler
+    send it to torchrun and to its workers, and torchrun passes it on to them once more.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
+
+    def __init__(self):
+        self.received = 0  # the number of the signal: here first, from on_step_end on the same on every rank
+        self._since = 0.0
+
+    @contextmanager
+    def listening(self):
+        """Handles the signals while in it, in the main thread (only that one may)."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame) -> None:
+        now = time.monotonic()
+        if not self.received:
+            self.received, self._since = number, now
+            if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # os.write: print may be what was interrupted
+                os.write(2, f"\n{signal.Signals(number).name}: saving a checkpoint after this step\n".encode())
+        elif now - self._since > 2:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1:  # all ranks must leave after the same step
+            received = torch.tensor(self.received, device=args.device)
+            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+            self.received = int(received)
+        if self.received and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
