@@ -36,6 +36,7 @@ import utils
 from alpaca import UserError, cli
 from alpaca.checkpoint import WEIGHTS, check_model_folder, read_json
 from alpaca.inference import load_model, load_tokenizer
+from alpaca.meter import Metered
 
 IGNORE_INDEX = -100  # torch's cross entropy passes over it
 
@@ -292,7 +293,7 @@ def load_data(data_args: DataArguments, seed: int) -> tuple[list[dict], list[dic
 # The run.
 
 
-class Trainer(transformers.Trainer):
+class Trainer(Metered, transformers.Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Under FSDP a tied output embedding is gathered as a tensor of its own; saved, it would be stored twice."""
         for name in getattr(self.model, "all_tied_weights_keys", {}) if state_dict else ():

@@ -31,7 +31,7 @@ def arguments(model, data, out, *extra):
 
 
 def losses(output: str) -> list[float]:
-    return [float(value) for value in re.findall(r"'loss': '?([\d.e-]+)", output)]
+    return [float(value) for value in re.findall(r"\| loss ([\d.e-]+)", output)]
 
 
 def weights(folder):
