@@ -11,7 +11,6 @@ import time
 from dataclasses import asdict, dataclass
 
 import torch
-import transformers
 from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback
@@ -21,8 +20,8 @@ from transformers.trainer_utils import has_length
 
 IGNORE_INDEX = -100
 
-# bf16 (V100, T4: fp16) FLOP/s of one GPU without sparsity, from NVIDIA's data sheets; a sheet that gives only the figure
-# with sparsity is halved. A card is known by the words of its name; the first line whose words all occur counts.
+# FLOP/s of one GPU at bf16 (V100, T4: fp16) without sparsity, from NVIDIA's data sheets; where a sheet has the figure
+# with sparsity alone, half of it. A card is known by the words of its name: the first line whose words all occur.
 PEAK_FLOPS = {
     ("GB200",): 2500e12,
     ("B200",): 2250e12,
@@ -81,7 +80,7 @@ def model_flops(model: nn.Module) -> tuple[int, int]:
 
 
 def count_tokens(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Counts a batch without waiting for the device: int64 (3,), on the device of the inputs.
+    """Counts a batch without waiting for the device: int64 (4,), on the device of the inputs.
 
     Args:
         inputs: ``input_ids`` (rows, columns) and one of
@@ -91,20 +90,20 @@ def count_tokens(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
             ``labels`` or ``shift_labels``: IGNORE_INDEX where nothing is learnt.
 
     Returns:
-        Real tokens; supervised ones; the sum of the squares of the examples' lengths.
+        Real tokens; supervised ones; the sum of the squares of the examples' lengths; examples.
     """
     ids, mask, positions = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids")
     if mask is not None and mask.dim() == 2:
         lengths = mask.sum(dim=1)
-        real, squares = lengths.sum(), (lengths * lengths).sum()
+        real, squares, examples = lengths.sum(), (lengths * lengths).sum(), (lengths > 0).sum()
     else:
-        real = torch.full((), ids.numel(), dtype=torch.int64, device=ids.device)
         if positions is None:
-            squares = real * ids.shape[-1]
-        else:
-            squares = (2 * positions + 1).sum()  # 1 + 3 + … + (2n − 1) = n²
+            positions = torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
+        real = torch.ones_like(positions).sum()
+        squares = (2 * positions + 1).sum()  # 1 + 3 + … + (2n − 1) = n²
+        examples = (positions == 0).sum()
     labels = inputs["shift_labels"] if inputs.get("shift_labels") is not None else inputs["labels"]
-    return torch.stack([real, (labels != IGNORE_INDEX).sum(), squares]).long()
+    return torch.stack([real, (labels != IGNORE_INDEX).sum(), squares, examples]).long()
 
 
 @dataclass
@@ -114,9 +113,10 @@ class Totals:
     tokens: int = 0  # real ones
     padding: int = 0
     supervised: int = 0
+    examples: int = 0
     flops: int = 0  # for real tokens
     train_seconds: float = 0.0  # without evaluation and saving
-    wall_seconds: float = 0.0  # with them, from the start of the script
+    wall_seconds: float = 0.0  # with them, from the making of the trainer
     peak_memory: int = 0  # bytes on the fullest rank
 
 
@@ -148,12 +148,15 @@ class Meter(TrainerCallback):
 
     def __init__(self, model: nn.Module, device: torch.device, devices: int):
         self.per_token, self.per_square = model_flops(model)
+        self.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ds_numel: ZeRO-3
+        self.trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
         self.device, self.devices = device, devices
         self.peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.totals, self._logged = Totals(), Totals()
-        self._slots, self._counts = 0, torch.zeros(3, dtype=torch.int64, device=device)
+        self._slots, self._counts = 0, torch.zeros(4, dtype=torch.int64, device=device)
         self._started = self._begun = self._step_ended = time.monotonic()
-        self._paused = self._before = self._wall_before = 0.0
+        self.earlier_seconds = 0.0  # of the sessions before this one, as far as they are in the checkpoint
+        self._paused = self._before = 0.0
         self._first_step = 0
         self._bar = self._eval_bar = None
 
@@ -166,22 +169,23 @@ class Meter(TrainerCallback):
         """Adds what all ranks have counted since the last time to ``totals``. Every rank must call it.
 
         Args:
-            gather: (1, 5) int64 of each rank → (ranks, 5), as ``accelerator.gather``.
+            gather: (1, 6) int64 of each rank → (ranks, 6), as ``accelerator.gather``.
             state: the trainer's, which takes the totals into the next checkpoint.
         """
         row = torch.tensor([self._slots, peak_memory(self.device)], dtype=torch.int64, device=self.device)
         rows = gather(torch.cat([self._counts, row])[None]).tolist()
         self._slots = 0
         self._counts.zero_()
-        tokens, supervised, squares, slots, _ = (sum(column) for column in zip(*rows, strict=True))
+        tokens, supervised, squares, examples, slots, _ = (sum(column) for column in zip(*rows, strict=True))
         totals = self.totals
         totals.tokens += tokens
         totals.supervised += supervised
+        totals.examples += examples
         totals.padding += slots - tokens
         totals.flops += self.per_token * tokens + self.per_square * squares
         totals.peak_memory = max(totals.peak_memory, *(row[-1] for row in rows))
         totals.train_seconds = self._before + self._step_ended - self._begun - self._paused
-        totals.wall_seconds = self._wall_before + time.monotonic() - self._started
+        totals.wall_seconds = self.earlier_seconds + time.monotonic() - self._started
         state.stateful_callbacks[self.KEY] = {"args": {}, "attributes": asdict(totals)}
 
     def mfu(self, totals: Totals) -> float | None:
@@ -217,7 +221,7 @@ class Meter(TrainerCallback):
         if saved := (state.stateful_callbacks or {}).get(self.KEY):
             self.totals = Totals(**saved["attributes"])
             self._logged = Totals(**saved["attributes"])
-            self._before, self._wall_before = self.totals.train_seconds, self.totals.wall_seconds
+            self._before, self.earlier_seconds = self.totals.train_seconds, self.totals.wall_seconds
         self._first_step = state.global_step
         self._begun = self._step_ended = time.monotonic()
         self._paused = 0.0

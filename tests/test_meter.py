@@ -74,12 +74,12 @@ def trainer(model, out, collate=padded, **kwargs):
 def test_a_padded_batch_counts_what_its_mask_shows():
     """
     ids   [[5, 5, 5, 5, 5], [5, 5, 0, 0, 0]]     mask [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
-    real  5 + 2, supervised 3 + 1, squares 25 + 4
+    real  5 + 2, supervised 3 + 1, squares 25 + 4, 2 examples
     """
     labels = [[-100, -100, 5, 5, 5], [-100, 5, -100, -100, -100]]
     batch = {"input_ids": torch.tensor([[5] * 5, [5, 5, 0, 0, 0]]), "labels": torch.tensor(labels)}
     batch["attention_mask"] = torch.tensor([[1] * 5, [1, 1, 0, 0, 0]])
-    assert count_tokens(batch).tolist() == [7, 4, 29]
+    assert count_tokens(batch).tolist() == [7, 4, 29, 2]
 
 
 def test_a_padding_free_row_counts_the_same_as_its_padded_batch():
@@ -90,13 +90,13 @@ def test_a_padding_free_row_counts_the_same_as_its_padded_batch():
 
 def test_a_4d_mask_beside_positions_is_no_padding():
     batch = flat(EXAMPLES[:2]) | {"attention_mask": torch.ones(1, 1, 13, 13, dtype=torch.bool)}
-    assert count_tokens(batch).tolist() == [13, 9, 16 + 81]
+    assert count_tokens(batch).tolist() == [13, 9, 16 + 81, 2]
 
 
 def test_shift_labels_count_as_labels_do():
     batch = flat(EXAMPLES[:2])
     batch["shift_labels"] = torch.nn.functional.pad(batch.pop("labels"), (0, 1), value=-100)[:, 1:]
-    assert count_tokens(batch).tolist() == [13, 9, 97]
+    assert count_tokens(batch).tolist() == [13, 9, 97, 2]
 
 
 @pytest.mark.parametrize("collate", [padded, flat])
@@ -104,7 +104,7 @@ def test_an_epoch_with_accumulation_counts_each_token_once(tiny_llama, tmp_path,
     run = trainer(tiny_llama, tmp_path, collate)
     run.train()
     totals = run.meter.totals
-    assert (totals.tokens, totals.supervised) == (TOKENS, TOKENS - 24)
+    assert (totals.tokens, totals.supervised, totals.examples) == (TOKENS, TOKENS - 24, 12)
     assert (totals.padding > 0) == (collate is padded)
     squares = sum(len(example["input_ids"]) ** 2 for example in EXAMPLES)
     assert totals.flops == 557_568 * TOKENS + 1_536 * squares
@@ -127,7 +127,7 @@ def test_evaluation_does_not_count_as_training(tiny_llama, tmp_path):
 def test_the_counts_of_all_ranks_are_added_and_the_fullest_rank_is_shown(tiny_llama, tmp_path):
     run = trainer(tiny_llama, tmp_path)
     run.meter.count(padded(EXAMPLES[:2]))  # 4 + 9 tokens in 2 rows of 9
-    other = torch.tensor([[10, 3, 100, 12, 2**50]])  # tokens, supervised, squares, slots, bytes
+    other = torch.tensor([[10, 3, 100, 1, 12, 2**50]])  # tokens, supervised, squares, examples, slots, bytes
     run.meter.gather(lambda mine: torch.cat([mine, other]), run.state)
     totals = run.meter.totals
     assert (totals.tokens, totals.supervised, totals.padding) == (13 + 10, 9 + 3, 5 + 2)
