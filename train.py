@@ -20,6 +20,8 @@ Two processes on a CPU, as in `make demo`:
 from __future__ import annotations
 
 import copy
+import importlib.util
+import math
 import os
 import random
 import sys
@@ -33,7 +35,7 @@ from safetensors import SafetensorError
 from torch.utils.data import Dataset
 
 import utils
-from alpaca import UserError, cli
+from alpaca import UserError, cli, receipt
 from alpaca.checkpoint import WEIGHTS, check_model_folder, read_json
 from alpaca.inference import load_model, load_tokenizer
 from alpaca.meter import Metered
@@ -69,6 +71,12 @@ class TrainingArguments(transformers.TrainingArguments):
     model_max_length: int = field(
         default=512, metadata={"help": "Longest example in tokens, prompt and answer; longer ones are cut."}
     )
+    report_to: None | str | list[str] = field(
+        default=None, metadata={"help": "tensorboard, wandb, trackio, …; by default tensorboard where it is installed."}
+    )
+    gpu_hour_price: float = field(
+        default=0.0, metadata={"help": "US dollars for an hour of one GPU, for the cost in training_receipt.json."}
+    )
     # The original's flags that the library has since renamed: accepted, translated, told.
     evaluation_strategy: str | None = field(default=None, metadata={"help": "Old name of --eval_strategy."})
     warmup_ratio: float | None = field(default=None, metadata={"help": "Old name of --warmup_steps below 1."})
@@ -77,6 +85,10 @@ class TrainingArguments(transformers.TrainingArguments):
     )
 
     def __post_init__(self):
+        if not 0 <= self.gpu_hour_price < math.inf:  # NaN fails too
+            raise UserError(f"--gpu_hour_price {self.gpu_hour_price} is no price: give dollars, as in 2.5")
+        if self.report_to is None:
+            self.report_to = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
         if self.evaluation_strategy is not None:
             _renamed("evaluation_strategy", "eval_strategy")
             self.eval_strategy = self.evaluation_strategy
@@ -331,6 +343,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         check_model_folder(model_args.model_name_or_path, "--model_name_or_path")
     seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
     train_records, eval_records = load_data(data_args, seed)
+    begun = receipt.begin(data_args.data_path, data_args.eval_data_path)
 
     tokenizer = load_tokenizer(
         model_args.model_name_or_path,
@@ -363,6 +376,11 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     after = trainer.evaluate()["eval_loss"] if eval_dataset else None
     trainer.save_whole_model(output_dir)
     trainer.save_state()
+    if trainer.is_world_process_zero():
+        arguments = {**vars(model_args), **vars(data_args), **training_args.to_dict()}
+        counts = (len(train_dataset), len(eval_dataset) if eval_dataset else 0)
+        written = receipt.write(receipt.collect(begun, trainer, arguments, counts), output_dir)
+        _say(f"{', '.join(written)} in {output_dir}")
     _say(f"{trainer.state.global_step} steps on {len(train_dataset)} examples; model in {output_dir}")
     if eval_dataset:
         losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
