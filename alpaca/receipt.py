@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 import utils
+from alpaca.meter import clock
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "alpaca_data.json"
@@ -284,7 +285,7 @@ def _recipe(receipt: dict, arguments: dict) -> str:
     schedule = str(arguments.get("lr_scheduler_type", "")).rpartition(".")[2].lower()
     numbers = "bfloat16" if arguments.get("bf16") else "float16" if arguments.get("fp16") else "float32"
     parts = [
-        f"{receipt['epochs']:g} epochs",
+        f"{receipt['epochs']:g} epoch{'s' * (receipt['epochs'] != 1)}",
         f"{receipt['examples_per_step']:g} examples a step",
         f"learning rate {arguments['learning_rate']:g} ({schedule}, {warmup})",
         f"weight decay {arguments.get('weight_decay', 0):g}",
@@ -312,12 +313,12 @@ def _effort(receipt: dict) -> str:
     where = f"{machine['gpus']} × {machine['gpu']}" if machine["gpus"] else f"{machine['cpu']} (no GPU)"
     padded = tokens["padding"] / max(tokens["real"] + tokens["padding"], 1)
     text = (
-        f"{where}; {receipt['wall_seconds'] / 60:.1f} minutes in all, {receipt['train_seconds'] / 60:.1f} of them "
+        f"{where}; {clock(receipt['wall_seconds'])} (h:mm:ss) in all, {clock(receipt['train_seconds'])} of it "
         f"training; {tokens['real']:,} tokens at {tokens['real_per_second']:,.0f} a second, {padded:.1%} padding"
     )
     if receipt["mfu"] is not None:
         text += f"; {receipt['mfu']:.1%} of the GPUs' peak used (MFU)"
-    text += f"; {receipt['peak_memory_gib']:.1f} GiB of memory at most on each. "
+    text += f"; {receipt['peak_memory_gib']:.1f} GiB of memory at most. "
     if cost["usd"] is not None:
         return text + f"{cost['gpu_hours']:.2f} GPU-hours at ${cost['gpu_hour_price_usd']:g}: ${cost['usd']:.2f}."
     return text + (f"{cost['gpu_hours']:.2f} GPU-hours." if machine["gpus"] else "No GPU-hours were paid for.")
@@ -364,8 +365,8 @@ def loss_plot(receipt: dict) -> bytes | None:
         axes.plot(steps, running_mean(losses, window), color=strong, linewidth=2, label=label)
     if evals := receipt["eval_losses"]:
         x, y = [e["step"] for e in evals], [e["loss"] for e in evals]
-        axes.plot(x, y, color=eval_colour, linewidth=1, linestyle=":", marker="o", markersize=6, label="held out")
-        axes.annotate(f"{y[-1]:.3f}", (x[-1], y[-1]), (0, 9), textcoords="offset points", ha="right", color=eval_colour)
+        label = f"held out: {y[0]:.3f} → {y[-1]:.3f}" if len(y) > 1 else f"held out: {y[0]:.3f}"
+        axes.plot(x, y, color=eval_colour, linewidth=1, linestyle=":", marker="o", markersize=6, label=label)
     axes.set_xlabel(f"optimizer step ({receipt['examples_per_step']:g} examples each)", color=ink)
     axes.set_ylabel("cross entropy (nats per supervised token)", color=ink)
     base, data = _public_name(receipt["model"]["started_from"]), Path(receipt["data"]["train"]["path"]).name
