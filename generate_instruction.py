@@ -22,25 +22,25 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import random
 import re
 import string
 import time
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from tqdm import tqdm
-
 import utils
 from alpaca import UserError
-from alpaca.budget import Budget, in_words
+from alpaca.budget import Budget
 from alpaca.cli import run_cli
-from alpaca.dedup import dedup, similarity_fields
+from alpaca.dedup import DistinctPool, dedup
+from alpaca.inflight import ask_all
 from alpaca.journal import Journal
-from alpaca.rouge import RougePool, is_mostly_unseen
+from alpaca.progress import counts, print_forecast, print_report, progress_bar
+from alpaca.rouge import is_mostly_unseen, tokenize_unicode, tokenizer_named
 
 # A reply whose task cannot be done in text alone, judged by a word of its instruction.
 KEYWORDS = (
@@ -49,7 +49,6 @@ KEYWORDS = (
 KEYWORD = re.compile(rf"\b({'|'.join(KEYWORDS)})\b", re.IGNORECASE)
 MIN_WORDS, MAX_WORDS = 4, 150  # of an instruction: three words say too little, 150 are a document
 MAX_SIMILARITY = 0.7  # ROUGE-L F to any seed or kept instruction, as in Self-Instruct
-
 
 PATIENCE = 100  # replies in a row that bring nothing new: the teacher repeats itself, and would for ever
 SAVE_EVERY = 30.0  # seconds between two regen.json: the journal is what nothing is lost from
@@ -77,8 +76,8 @@ def encode_prompt(seed_tasks: list[dict], prompt: str) -> str:
     return text + f"###\n{len(seed_tasks) + 1}. Instruction:"
 
 
-def parse_response(text: str, finish_reason: str | None, num_prompt_instructions: int) -> list[dict | None]:
-    """Cuts a reply into records; an item that is not exactly instruction, input and output comes back as None.
+def parse_response(text: str, finish_reason: str | None, num_prompt_instructions: int) -> list[dict | str]:
+    """Cuts a reply into records; an item that is not exactly instruction, input and output stays text.
 
     The last item is left out when the reply stopped for its length: it is cut off, however whole it looks.
     """
@@ -90,7 +89,7 @@ def parse_response(text: str, finish_reason: str | None, num_prompt_instructions
     items = [item for item in BOUNDARY.split(text) if item.strip()]
     if finish_reason == "length":
         items = items[:-1]
-    return [_parse_item(item) for item in items]
+    return [_parse_item(item) or item for item in items]
 
 
 def _parse_item(item: str) -> dict | None:
@@ -107,25 +106,33 @@ def _parse_item(item: str) -> dict | None:
     }
 
 
-def filter_reason(
-    record: dict | None, keyword: re.Pattern = KEYWORD, min_words: int = MIN_WORDS, max_words: int = MAX_WORDS
-) -> str | None:
+@dataclass
+class Rules:
+    """What is dropped. The tokenizer "unicode" also counts the words of any script, and any letter may come first."""
+
+    keyword: re.Pattern = KEYWORD
+    min_words: int = MIN_WORDS
+    max_words: int = MAX_WORDS
+    tokenizer: str = "rouge"
+
+
+def filter_reason(record: dict | str, rules: Rules = Rules()) -> str | None:  # noqa: B008  never changed
     """Why a parsed record is dropped, or None when it is kept. The order is the original's; empty output is ours."""
-    if record is None:
+    if isinstance(record, str):
         return "malformed"
-    instruction = record["instruction"]
-    words = len(instruction.split())
-    if words < min_words or not instruction:
+    instruction, any_script = record["instruction"], rules.tokenizer == "unicode"
+    words = len(tokenize_unicode(instruction) if any_script else instruction.split())
+    if words < rules.min_words or not instruction:
         return "too short"
-    if words > max_words:
+    if words > rules.max_words:
         return "too long"
-    if keyword.search(instruction):
+    if rules.keyword.search(instruction):
         return "not doable in text"
     if instruction.startswith("Write a program"):  # ambiguous: is the answer the program or what it prints?
         return "asks for a program"
-    if instruction[0] in string.punctuation:
+    if instruction[0] in string.punctuation or any_script and unicodedata.category(instruction[0])[0] == "P":
         return "starts with punctuation"
-    if not instruction[0].isascii():
+    if not instruction[0].isascii() and not any_script:
         return "starts with non-ASCII"
     if not record["output"]:
         return "empty output"
@@ -136,61 +143,66 @@ def filter_reason(
 # Replies → records. A fold: what is kept depends on the replies and their order alone.
 
 
-@dataclass
-class Rules:
-    """What is dropped. ``stats`` adds the two similarity fields to what is kept; it changes no decision."""
-
-    num_prompt_instructions: int = 3
-    keyword: re.Pattern = KEYWORD
-    min_words: int = MIN_WORDS
-    max_words: int = MAX_WORDS
-    stats: bool = True
-    tokenizer: str = "rouge"
-
-
 class Selection:
-    """Takes replies one by one and keeps what passes the filters and is new: kept + Σ dropped = parsed, always."""
+    """Takes replies one by one and keeps what passes the filters and is new: kept + Σ dropped = parsed, always.
 
-    def __init__(self, seed_tasks: list[dict], start: list[dict], target: int, rules: Rules, rejected: TextIO):
+    Args:
+        seed_tasks: instructions that count as kept, and are not written.
+        start: records that were there before the run.
+        target: how many to keep in all.
+        num_prompt_instructions: examples in the prompt, after which a reply goes on counting.
+        stats: whether kept records gain the two similarity fields; it changes no decision.
+        rejected: gets a JSON line for each record that is dropped, with the reason and, of a near-duplicate, the
+            instruction that is nearest.
+    """
+
+    def __init__(
+        self,
+        seed_tasks: list[dict],
+        start: list[dict],
+        target: int,
+        num_prompt_instructions: int,
+        rules: Rules,
+        stats: bool,
+        rejected: TextIO,
+    ):
         self.kept, self.target, self.rules, self.rejected = list(start), target, rules, rejected
+        self.start, self.num_prompt_instructions = len(start), num_prompt_instructions
         self.parsed, self.dropped = 0, Counter()
+        self.unseen = 0  # kept, but the tokenizer "rouge" sees so little of it that near-duplicates get through
         self.barren = self.unused = 0  # replies in a row that brought nothing; replies after the target was reached
-        self.instructions = [record["instruction"] for record in seed_tasks + self.kept]  # in the order of the pool
-        self.pool = RougePool(self.instructions, rules.tokenizer)
+        self.seeds = [task["instruction"] for task in seed_tasks]
+        instructions = self.seeds + [record["instruction"] for record in start]
+        self.pool = DistinctPool(instructions, MAX_SIMILARITY, stats, rules.tokenizer)
 
     def feed(self, reply: utils.Completion) -> None:
         if len(self.kept) >= self.target:
             self.unused += 1
             return
-        before = len(self.kept)
+        before, records = len(self.kept), []
         if not reply.error:
-            for record in parse_response(reply.text, reply.finish_reason, self.rules.num_prompt_instructions):
-                self._take(record)
+            records = parse_response(reply.text, reply.finish_reason, self.num_prompt_instructions)
+        reasons = [filter_reason(record, self.rules) for record in records]
+        passed = [record["instruction"] for record, reason in zip(records, reasons, strict=True) if reason is None]
+        verdicts = iter(self.pool.take(passed))
+        for record, reason in zip(records, reasons, strict=True):
+            self.parsed += 1
+            if reason:
+                self._drop(reason, record)
+                continue
+            nearest, similarity = next(verdicts)
+            if nearest is None:
+                self.kept.append(record | similarity)
+                self.unseen += self.rules.tokenizer == "rouge" and is_mostly_unseen(record["instruction"])
+            else:  # numbered as the pool is: seeds, then all that was kept
+                kept = nearest - len(self.seeds)
+                text = self.seeds[nearest] if kept < 0 else self.kept[kept]["instruction"]
+                self._drop("near-duplicate", record, nearest=text)
         self.barren = 0 if len(self.kept) > before else self.barren + 1
 
-    def _take(self, record: dict | None) -> None:
-        rules, nearest = self.rules, None
-        self.parsed += 1
-        reason = filter_reason(record, rules.keyword, rules.min_words, rules.max_words)
-        if reason is None:
-            if rules.stats:
-                scores = self.pool.scores(record["instruction"])
-                nearest = int(scores.argmax()) if scores.max() > MAX_SIMILARITY else None
-            else:
-                nearest = self.pool.exceeds(record["instruction"], MAX_SIMILARITY)
-            reason = None if nearest is None else "near-duplicate"
-        if reason:
-            self.dropped[reason] += 1
-            note = {"reason": reason, "record": record}
-            if nearest is not None:
-                note["nearest"] = self.instructions[nearest]
-            self.rejected.write(json.dumps(note, ensure_ascii=False) + "\n")
-            return
-        if rules.stats:
-            record |= similarity_fields(scores, self.instructions)
-        self.kept.append(record)
-        self.instructions.append(record["instruction"])
-        self.pool.add(record["instruction"])
+    def _drop(self, reason: str, record: dict | str, **more: str) -> None:
+        self.dropped[reason] += 1
+        self.rejected.write(json.dumps({"reason": reason, "record": record} | more, ensure_ascii=False) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,15 +225,6 @@ def load_seed_tasks(path: str) -> list[dict]:
                 f'{path}, task {number}: needs an "instruction" and "instances": [{{"input": …, "output": …}}]'
             )
     return tasks
-
-
-def read_prompt(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as e:
-        raise UserError(f"--prompt_path {path}: {e.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--prompt_path {path} is not UTF-8 text: convert it to UTF-8") from None
 
 
 def begin(journal: Journal, regen_path: Path, seed: int | None, num_prompt_instructions: int) -> tuple[dict, list]:
@@ -308,7 +311,6 @@ def generate_instruction_following_data(
     """
     for wrong, message in (
         (api not in ("chat", "completions"), f"--api takes chat or completions, not {api!r}"),
-        (tokenizer not in ("rouge", "unicode"), f"--tokenizer takes rouge or unicode, not {tokenizer!r}"),
         (num_prompt_instructions < 1, "--num_prompt_instructions must be at least 1"),
         (max_concurrency < 1, "--max_concurrency must be at least 1"),
         (max_tokens < 1, "--max_tokens must be at least 1"),
@@ -320,6 +322,7 @@ def generate_instruction_following_data(
     ):
         if wrong:
             raise UserError(message)
+    tokenizer_named(tokenizer)
     if request_batch_size is not None:
         print("note: --request_batch_size is now --max_concurrency, the requests in flight at once")
     if num_cpus is not None:
@@ -330,13 +333,13 @@ def generate_instruction_following_data(
             f"--num_prompt_instructions {num_prompt_instructions} is more than the {len(seed_tasks)} tasks "
             f"in {seed_tasks_path}"
         )
-    prompt = read_prompt(prompt_path)
+    prompt = utils.read_text(prompt_path)
     words = "|".join(re.escape(word.strip()) for word in filter_keywords.split(",") if word.strip())
     keyword = re.compile(rf"\b({words})\b" if words else r"(?!)", re.IGNORECASE)
-    rules = Rules(num_prompt_instructions, keyword, min_words, max_words, similarity_stats, tokenizer)
+    rules = Rules(keyword, min_words, max_words, tokenizer)
     # The prompt asks for 20 tasks; a base model would go on for ever.
     decoding = utils.OpenAIDecodingArguments(max_tokens, temperature, top_p, stop=["\n21. Instruction:"])
-    teacher = utils.Teacher(model_name, decoding, api, base_url, request_timeout)
+    teacher = utils.Teacher(model_name, decoding, api, base_url, request_timeout, max_concurrency=max_concurrency)
     budget = Budget(time_limit, max_total_tokens, max_cost_usd, prompt_price, completion_price, max_failure_rate)
 
     output = Path(output_dir)
@@ -348,7 +351,8 @@ def generate_instruction_following_data(
         run, start = begin(journal, output / "regen.json", seed, num_prompt_instructions)
         if start or len(journal.entries) > 1:
             print(f"continuing {output}: {len(start)} records at its start, {len(journal.entries) - 1} replies since")
-        selection = Selection(seed_tasks, start, num_instructions_to_generate, rules, rejected)
+        target, shown = num_instructions_to_generate, num_prompt_instructions
+        selection = Selection(seed_tasks, start, target, shown, rules, similarity_stats, rejected)
 
         def request(i: int) -> tuple[str, int | None]:
             rng = random.Random(f"{run['seed']}/{i}")
@@ -360,7 +364,7 @@ def generate_instruction_following_data(
         finally:  # after Ctrl-C and errors too: what was learned is written
             if len(selection.kept) > len(start):
                 utils.jdump(selection.kept, output / "regen.json")
-            utils.jdump(report(selection, budget, len(start), model_name), output / "report.json")
+            utils.jdump(counts(selection, budget) | {"model_name": model_name}, output / "report.json")
             print_report(selection, budget)
     new = f"{len(selection.kept)} instructions in {output / 'regen.json'} ({len(selection.kept) - len(start)} new)"
     if why := budget.failing():
@@ -374,13 +378,11 @@ def generate_instruction_following_data(
 
 async def collect(teacher, request, journal, budget, selection, output, max_concurrency) -> None:
     """Asks until the selection has enough or may not go on; keeps regen.json and the progress bar up to date."""
-    start = len(selection.kept)
-    first_tokens = len(request(0)[0]) // 4  # English has about 4 characters a token
     saved = time.monotonic()
 
     def per_reply() -> float:
         """New instructions a reply: as if 4 replies with 2 each had been there, until there are enough to tell."""
-        return (len(selection.kept) - start + 8) / (budget.replies - selection.unused + 4)
+        return (len(selection.kept) - selection.start + 8) / (budget.replies - selection.unused + 4)
 
     def in_order(reply: utils.Completion) -> None:
         nonlocal saved
@@ -396,66 +398,9 @@ async def collect(teacher, request, journal, budget, selection, output, max_conc
         # Near the end no more requests than it should take: each is paid for.
         return in_flight < missing / per_reply()
 
-    async def show(bar: tqdm) -> None:
-        while True:
-            kept = bar.n = len(selection.kept)
-            bar.total = max(bar.total, kept)  # a reply may hold more than was asked for
-            figures = f"{budget.replies} replies, {(kept - start) / max(budget.replies, 1):.1f} kept each"
-            figures += f", {budget.tokens():,} tokens" + (f", ${budget.dollars():.2f}" if any(budget.prices) else "")
-            figures += f", {sum(budget.failures.values())} failed" if budget.failures else ""
-            bar.set_postfix_str(figures)
-            await asyncio.sleep(0.5)
-
-    requests = math.ceil(max(selection.target - start, 0) / 10)
-    most = requests * (first_tokens + teacher.decoding.max_tokens)
-    cost = budget.dollars(requests * first_tokens, requests * teacher.decoding.max_tokens)
-    if requests:
-        print(
-            f"forecast: about {first_tokens:,} prompt tokens a request; at 10 new instructions a reply {requests} "
-            f"requests, at most {most:,} tokens" + (f", ${cost:.2f}" if cost else "") + "; the bar corrects it"
-        )
-    with tqdm(total=selection.target, initial=start, desc="kept", unit="instruction") as bar:
-        shown = asyncio.create_task(show(bar))
-        try:
-            await utils.ask_all(teacher, request, journal, budget.arrived, in_order, want, max_concurrency)
-        finally:
-            shown.cancel()
-            bar.n = len(selection.kept)
-            bar.refresh()
-
-
-def report(selection: Selection, budget: Budget, start: int, model_name: str) -> dict:
-    """The counts of a run, earlier ones in the same folder included; seconds are those of this one."""
-    return {
-        "model_name": model_name,
-        "requests": budget.replies,
-        "failed": dict(budget.failures.most_common()),
-        "unused_replies": selection.unused,
-        "parsed": selection.parsed,
-        "dropped": dict(selection.dropped.most_common()),
-        "kept": len(selection.kept) - start,
-        "kept_before": start,
-        "prompt_tokens": budget.prompt_tokens,
-        "completion_tokens": budget.completion_tokens,
-        "cost_usd": round(budget.dollars(), 4),
-        "seconds": round(budget.seconds(), 1),
-    }
-
-
-def print_report(selection: Selection, budget: Budget) -> None:
-    print(f"{budget.replies} requests gave {selection.parsed} items; dropped: {in_words(selection.dropped)}")
-    if budget.failures:
-        print(f"failed requests: {in_words(budget.failures)}")
-    if selection.rules.tokenizer == "rouge" and (
-        unseen := sum(is_mostly_unseen(record["instruction"]) for record in selection.kept)
-    ):
-        print(
-            f"warning: {unseen} of {len(selection.kept)} kept instructions are mostly not ASCII, which is all that "
-            "--tokenizer rouge sees: their near-duplicates are not found (--tokenizer unicode sees all scripts)"
-        )
-    cost = f", ${budget.dollars():.2f}" if any(budget.prices) else ""
-    tokens = f"{budget.prompt_tokens:,} prompt and {budget.completion_tokens:,} reply tokens"
-    print(f"{tokens}{cost}, {budget.seconds():.0f} s")
+    print_forecast(selection, budget, len(request(0)[0]), teacher.decoding.max_tokens)
+    async with progress_bar(selection, budget, per_reply, told_after=max(8, max_concurrency)):
+        await ask_all(teacher, request, journal, budget.arrived, in_order, want, max_concurrency)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,15 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import logging
 import os
+import random
 import tempfile
 import urllib.parse
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from alpaca import UserError
-from alpaca.journal import Journal
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompt templates. Models in the wild were trained on these bytes: they do not change.
@@ -51,21 +49,25 @@ def format_prompt(instruction: str, input: str = "") -> str:
 # JSON in and out.
 
 
-def jload(path: str | os.PathLike) -> list:
-    """Reads a JSON list, or JSON Lines when the name ends in ``.jsonl``.
-
-    Raises:
-        UserError: missing or unreadable file, or malformed JSON (with the line).
-    """
-    path = Path(path)
+def read_text(path: str | os.PathLike) -> str:
+    """A UTF-8 file's text, without a byte order mark; UserError when it is missing, unreadable or not UTF-8."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: check the path") from None
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8 text (byte {e.start}): convert it to UTF-8") from None
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror}") from None
+
+
+def jload(path: str | os.PathLike) -> list:
+    """Reads a JSON list, or JSON Lines when the name ends in ``.jsonl``.
+
+    Raises:
+        UserError: missing or unreadable file, or malformed JSON (with the line).
+    """
+    path, text = Path(path), read_text(path)
     if path.suffix == ".jsonl":
         return [_parse_json(line, path, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     data = _parse_json(text, path)
@@ -174,14 +176,17 @@ class Teacher:
         api: "chat" sends a prompt as one user message; "completions" lets a base model continue it.
         base_url: default OPENAI_BASE_URL, then api.openai.com; the key is OPENAI_API_KEY.
         request_timeout: seconds until a request is tried again.
-        max_retries: for 408, 409, 429 (Retry-After honoured), 5xx, timeouts and resets, with exponential backoff and
-            jitter between 0.5 and 8 s.
+        max_retries: for 408, 409, 429 (Retry-After honoured up to two minutes), 5xx, timeouts and resets, with
+            exponential backoff and jitter between 0.5 and 8 s. A reply without a text is asked for again too, but
+            twice at most: each is paid for.
+        max_concurrency: requests that will be in flight at once, so that as many connections are kept.
 
     Raises:
         UserError: neither a key nor a base URL.
     """
 
     MIN_TOKENS = 64  # below this a shorter reply is no cure for a context that is too long
+    EMPTY_RETRIES = 2
 
     def __init__(
         self,
@@ -191,7 +196,9 @@ class Teacher:
         base_url: str | None = None,
         request_timeout: float = 600.0,
         max_retries: int = 5,
+        max_concurrency: int = 32,
     ):
+        import httpx2  # what openai sends through
         import openai
 
         base_url = base_url or os.environ.get("OPENAI_BASE_URL") or None
@@ -203,24 +210,47 @@ class Teacher:
         self.model_name, self.decoding, self.api, self._key = model_name, dataclasses.replace(decoding), api, key
         parts = urllib.parse.urlsplit(base_url or "https://api.openai.com/v1")
         self._where = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # without user:password@
-        # A local server asks for no key, but the client refuses to start without one.
+        self._max_retries, self._refused = max_retries, set()
+        # A local server asks for no key, but the client refuses to start without one. By default it keeps 100
+        # connections: with more in flight each request would open a new one.
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=max_concurrency)
         self._client = openai.AsyncOpenAI(
-            base_url=base_url, api_key=key or "none", timeout=request_timeout, max_retries=max_retries
+            base_url=base_url,
+            api_key=key or "none",
+            timeout=request_timeout,
+            max_retries=max_retries,
+            http_client=openai.DefaultAsyncHttpxClient(limits=limits),
         )
 
     async def ask(self, prompt: str, seed: int | None = None) -> Completion:
         """One reply, or what went wrong after all retries; never an empty text.
 
+        Its tokens are those of all tries that were answered. Each try for a reply without a text has a seed of its own:
+        with the same one a server could only say the same.
+
         Raises:
-            UserError: what no retry can mend: wrong key, no permission, unknown model, or no server at that address.
+            UserError: what no retry can mend: wrong key, no permission, no credit, unknown model, or no server at that
+                address.
         """
+        prompt_tokens = completion_tokens = 0
+        for number in range(min(self._max_retries, self.EMPTY_RETRIES) + 1):
+            if number:
+                await asyncio.sleep(0.5 * 2**number * random.uniform(0.75, 1))
+            reply, again = await self._ask_once(prompt, None if seed is None else seed + number)
+            prompt_tokens += reply.prompt_tokens
+            completion_tokens += reply.completion_tokens
+            if not again:
+                break
+        return dataclasses.replace(reply, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
+
+    async def _ask_once(self, prompt: str, seed: int | None) -> tuple[Completion, bool]:
+        """A reply, and whether it has no text but another try may bring one."""
         import openai
 
-        where, model = self._where, self.model_name
-        max_tokens = self.decoding.max_tokens
+        where, model, settings = self._where, self.model_name, self._settings(seed)
         try:
-            return await self._send(prompt, seed)
-        # The server's own words are left out of the next three: they may repeat a part of the key.
+            return await self._send(prompt, settings)
+        # The server's own words are left out of the next four: they may repeat a part of the key.
         except openai.AuthenticationError:
             raise UserError(f"{where} refused the key (401): check OPENAI_API_KEY") from None
         except openai.PermissionDeniedError:
@@ -231,52 +261,73 @@ class Teacher:
                 "check --model_name, --base_url and --api"
             ) from None
         except openai.APITimeoutError:
-            return Completion(None, error="timeout")
+            return Completion(None, error="timeout"), False
         except openai.APIConnectionError as e:
             if _is_refused(e):
                 raise UserError(f"nothing answers at {where}: is the teacher running?") from None
-            return Completion(None, error=f"connection: {type(e.__cause__ or e).__name__}")
+            return Completion(None, error=f"connection: {type(e.__cause__ or e).__name__}"), False
         except openai.APIStatusError as e:
+            if e.code == "insufficient_quota":
+                raise UserError(f"the account at {where} has no credit left ({e.status_code})") from None
             if e.status_code not in (400, 413, 422):
-                return Completion(None, error=f"HTTP {e.status_code}")
+                return Completion(None, error=f"HTTP {e.status_code}"), False
             # Why a request is refused (a setting that the model does not know, …) only the server can say.
             said = str(e.body["message"] if isinstance(e.body, dict) and "message" in e.body else e.message)
             if self._key:
                 said = said.replace(self._key, "…")
-            if "context" in f"{e.code} {said}".lower() and max_tokens > self.MIN_TOKENS:
-                # Another request may have shrunk it meanwhile: once for each size is enough.
-                self.decoding.max_tokens = min(self.decoding.max_tokens, max_tokens // 2)
-                return await self.ask(prompt, seed)
-            return Completion(None, error=f"HTTP {e.status_code}: {' '.join(said.split())[:200]}")
+            if self._adapt(settings, e.code, e.param, said):
+                return await self._ask_once(prompt, seed)
+            return Completion(None, error=f"HTTP {e.status_code}: {' '.join(said.split())[:200]}"), False
         except (openai.OpenAIError, ValueError, TypeError, IndexError, AttributeError) as e:
-            return Completion(None, error=f"unreadable reply ({type(e).__name__})")
+            return Completion(None, error=f"unreadable reply ({type(e).__name__})"), True
+
+    def _settings(self, seed: int | None) -> dict:
+        settings = dataclasses.asdict(self.decoding) | {"seed": seed}
+        if "max_tokens" in self._refused:  # what models that think before they answer call it
+            settings["max_completion_tokens"] = settings["max_tokens"]
+        return {key: value for key, value in settings.items() if value is not None and key not in self._refused}
+
+    def _adapt(self, settings: dict, code: str | None, param: str | None, said: str) -> bool:
+        """Learns from a refused request, for good, what this model does not take; whether there was anything to learn.
+
+        Another request may have taught the same meanwhile: ``settings`` are those that were refused.
+        """
+        if code in ("unsupported_parameter", "unsupported_value") and param in settings:
+            if param in ("max_tokens", "temperature", "top_p", "stop", "seed"):
+                if param not in self._refused and param != "max_tokens":
+                    logging.warning("%s does not take %s=%r: left out", self.model_name, param, settings[param])
+                self._refused.add(param)
+                return True
+        max_tokens = settings.get("max_tokens") or settings.get("max_completion_tokens", 0)
+        if "context" in f"{code} {said}".lower() and max_tokens > self.MIN_TOKENS:
+            self.decoding.max_tokens = min(self.decoding.max_tokens, max_tokens // 2)
+            return True
+        return False
 
     async def close(self) -> None:
         """Closes the connections, which belong to the event loop that opened them."""
         await self._client.close()
 
-    async def _send(self, prompt: str, seed: int | None) -> Completion:
-        settings = {name: value for name, value in dataclasses.asdict(self.decoding).items() if value is not None}
-        if seed is not None:
-            settings["seed"] = seed
+    async def _send(self, prompt: str, settings: dict) -> tuple[Completion, bool]:
         if self.api == "chat":
             messages = [{"role": "user", "content": prompt}]
             reply = await self._client.chat.completions.create(model=self.model_name, messages=messages, **settings)
-            text = reply.choices[0].message.content
         else:
             reply = await self._client.completions.create(model=self.model_name, prompt=prompt, **settings)
-            text = reply.choices[0].text
-        finish_reason, usage = reply.choices[0].finish_reason, reply.usage
+        choice = reply.choices[0] if reply.choices else None
+        text = None if choice is None else choice.message.content if self.api == "chat" else choice.text
+        finish_reason = choice and choice.finish_reason
         # A refused or empty reply was paid for all the same.
-        tokens = (getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None))
+        tokens = (getattr(reply.usage, "prompt_tokens", None), getattr(reply.usage, "completion_tokens", None))
         if None in tokens:  # a server that does not count: English has about 4 characters a token
             tokens = (len(prompt) // 4, len(text or "") // 4)
         if finish_reason == "content_filter":
-            return Completion(None, finish_reason, *tokens, error="content filter")
-        if not text:
-            return Completion(None, finish_reason, *tokens, error=f"empty reply (finish_reason {finish_reason})")
+            return Completion(None, finish_reason, *tokens, error="content filter"), True
+        if not text:  # one that stopped for its length has thought for all of it, and would again
+            error = f"empty reply (finish_reason {finish_reason})"
+            return Completion(None, finish_reason, *tokens, error=error), finish_reason != "length"
         text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair could not be written to a file
-        return Completion(text, finish_reason, *tokens)
+        return Completion(text, finish_reason, *tokens), False
 
 
 def _is_refused(e: BaseException | None) -> bool:
@@ -293,94 +344,3 @@ def _is_url(text: str) -> bool:
     except ValueError:
         return False
     return parts.scheme in ("http", "https") and bool(parts.hostname) and text.isprintable() and " " not in text
-
-
-async def ask_all(
-    teacher: Teacher,
-    request: Callable[[int], tuple[str, int | None]],
-    journal: Journal,
-    arrived: Callable[[Completion, bool], None],
-    in_order: Callable[[Completion], None],
-    want: Callable[[int], bool],
-    max_concurrency: int,
-) -> None:
-    """Sends requests 0, 1, 2, … with many in flight, journals each reply, and hands the replies on in their order.
-
-    What comes out so depends on the replies alone, not on when they came. Replies that the journal holds already are
-    handed on first and not asked for again.
-
-    Args:
-        teacher: whom to ask.
-        request: number → (prompt, seed).
-        journal: gets an entry ``{"i": number, …Completion}`` for each reply, before the reply counts.
-        arrived: called for each reply at once, in the event loop (to count what it cost), with False for one that the
-            journal held.
-        in_order: called for each reply in the order of the numbers, once it is journalled, in a thread beside the
-            event loop; it may take its time.
-        want: given the number in flight, whether to send one more now. All is done when it declines with none in
-            flight.
-        max_concurrency: requests in flight at most.
-
-    Raises:
-        UserError: from Teacher.ask. It and Ctrl-C end the requests in flight; replies that were there are journalled.
-    """
-    replies: dict[int, Completion] = {}
-    for entry in journal.entries:
-        if "i" in entry:
-            replies[entry["i"]] = Completion(**{key: value for key, value in entry.items() if key != "i"})
-            arrived(replies[entry["i"]], False)
-    known = set(replies)
-    handed_on = sent = 0
-
-    def hand_on(new: list[tuple[int, Completion]]) -> None:
-        nonlocal handed_on
-        if new:
-            journal.append({"i": i, **dataclasses.asdict(reply)} for i, reply in new)
-        replies.update(new)
-        while handed_on in replies:
-            in_order(replies.pop(handed_on))
-            handed_on += 1
-
-    async def ask(i: int) -> tuple[int, Completion]:
-        return i, await teacher.ask(*request(i))
-
-    def finished(tasks) -> list[tuple[int, Completion]]:
-        return [task.result() for task in tasks if not task.cancelled() and not task.exception()]
-
-    pending: set[asyncio.Task] = set()
-    filed: deque[asyncio.Future] = deque()  # batches of replies that the clerk has not finished with
-    loop = asyncio.get_running_loop()
-    # One thread, so that replies are journalled and handed on one batch after the other, while requests go on.
-    with ThreadPoolExecutor(max_workers=1) as clerk:
-        try:
-            filed.append(loop.run_in_executor(clerk, hand_on, []))
-            while True:
-                # Far behind, or nothing else to do: wait for the clerk. Its errors come out here.
-                while filed and (filed[0].done() or len(filed) > 4 or not pending):
-                    await asyncio.shield(filed[0])
-                    filed.popleft()
-                # A request that hangs must not let the others run away from it: their replies wait for its turn.
-                while len(pending) < max_concurrency and sent < handed_on + 8 * max_concurrency and want(len(pending)):
-                    if sent not in known:
-                        pending.add(asyncio.create_task(ask(sent)))
-                    sent += 1
-                if not pending:
-                    if filed:
-                        continue
-                    return
-                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                new = finished(done)
-                for _, reply in new:
-                    arrived(reply, True)
-                filed.append(loop.run_in_executor(clerk, hand_on, new))
-                for task in done:
-                    task.result()  # raises what it raised
-        finally:
-            for task in pending:
-                task.cancel()
-            await asyncio.gather(*pending, return_exceptions=True)
-            if new := finished(pending):
-                for _, reply in new:
-                    arrived(reply, True)
-                await loop.run_in_executor(clerk, hand_on, new)
-            await teacher.close()

@@ -1,4 +1,4 @@
-"""What a run of many requests has used, and whether it may go on."""
+"""What a run of many requests has used, whether it may go on, and what it will have cost."""
 
 from __future__ import annotations
 
@@ -70,6 +70,17 @@ class Budget:
         if self.new_replies >= 10 and self.new_failures > self.max_failure_rate * self.new_replies:
             return f"{self.new_failures} of {self.new_replies} requests failed ({in_words(self.failures)})"
         return None
+
+    def forecast(self, requests: float, prompt_tokens: float, completion_tokens: float) -> str:
+        """What so many requests of so many tokens each will use, in words; in dollars too where prices are known."""
+        cost = self.dollars(requests * prompt_tokens, requests * completion_tokens)
+        text = f"{requests:,.0f} requests, {requests * (prompt_tokens + completion_tokens):,.0f} tokens"
+        return text + (f", ${cost:,.2f}" if any(self.prices) else "")
+
+    def used(self) -> str:
+        """What has been used, in words."""
+        cost = f", ${self.dollars():,.2f}" if any(self.prices) else ""
+        return f"{self.prompt_tokens:,} prompt + {self.completion_tokens:,} reply{cost}"
 
 
 def in_words(counts: Counter) -> str:

@@ -39,6 +39,59 @@ def similarity_fields(scores: np.ndarray, instructions: list[str]) -> dict:
     }
 
 
+class DistinctPool:
+    """The instructions kept so far. Takes new ones in order, says of each whether it is new, and keeps those that are.
+
+    With stats every pair is scored; without, few are looked at, and the decisions are the same.
+
+    Args:
+        instructions: kept before the first call: seeds, records of an earlier run. Numbered from 0.
+        threshold: ROUGE-L F; above it two instructions are the same.
+        similarity_stats: whether ``similarity_fields`` are made.
+        tokenizer: see RougePool.
+    """
+
+    def __init__(
+        self,
+        instructions: Iterable[str] = (),
+        threshold: float = 0.7,
+        similarity_stats: bool = True,
+        tokenizer: str = "rouge",
+    ):
+        instructions = list(instructions)
+        self.threshold, self.tokenizer = threshold, tokenizer
+        self.pool = RougePool(instructions, tokenizer)
+        self._texts = instructions if similarity_stats else None  # what the similarity fields name
+
+    def take(self, texts: list[str]) -> list[tuple[int | None, dict]]:
+        """For each text: the number of its nearest kept one if that is too near, or None, and then it is kept.
+
+        The second item is its similarity fields; empty for one that is not kept, and without stats. A block of texts is
+        scored several times faster than the same texts one by one.
+        """
+        verdicts: list[tuple[int | None, dict]] = []
+        if self._texts is None:
+            for text in texts:
+                nearest = self.pool.exceeds(text, self.threshold)
+                if nearest is None:
+                    self.pool.add(text)
+                verdicts.append((nearest, {}))
+            return verdicts
+        kept: list[int] = []  # of this block: they are in the pool only after it
+        rows = zip(self.pool.scores_of_each(texts), RougePool(texts, self.tokenizer).scores_of_each(texts), strict=True)
+        for i, (earlier, here) in enumerate(rows):
+            scores = np.concatenate([earlier, here[kept]])
+            if scores.max(initial=-np.inf) > self.threshold:
+                verdicts.append((int(scores.argmax()), {}))
+                continue
+            verdicts.append((None, similarity_fields(scores, self._texts)))
+            kept.append(i)
+            self._texts.append(texts[i])
+        for i in kept:
+            self.pool.add(texts[i])
+        return verdicts
+
+
 def distinct(
     records: Iterable[dict],
     seeds: Iterable[str] = (),
@@ -48,42 +101,21 @@ def distinct(
 ) -> Iterator[dict]:
     """Yields the records that are kept, in order; with stats as copies that have ``similarity_fields``.
 
-    Memory: the encoded instructions of what was kept, with stats their texts too, and none of the records. Time: with
-    stats every pair is scored; without, few are looked at, and the decisions are the same.
+    Memory: the encoded instructions of what was kept, with stats their texts too, and none of the records.
 
     Args:
         records: gone through twice without stats (to learn which tokens are rare), so not a generator.
         seeds: instructions that count as kept.
     """
-    seeds = list(seeds)
-    pool = RougePool(seeds, tokenizer)
+    kept = DistinctPool(seeds, threshold, similarity_stats, tokenizer)
+    if not similarity_stats:
+        kept.pool.learn(record["instruction"] for record in records)
     bar = tqdm(records, desc="dedup", unit="record", disable=None)
-    if similarity_stats:
-        yield from _distinct_with_stats(bar, seeds, pool, threshold, tokenizer)
-        return
-    pool.learn(record["instruction"] for record in records)
-    for record in bar:
-        if pool.exceeds(record["instruction"], threshold) is None:
-            pool.add(record["instruction"])
-            yield record
-
-
-def _distinct_with_stats(
-    records: Iterable[dict], instructions: list[str], pool: RougePool, threshold: float, tokenizer: str
-) -> Iterator[dict]:
-    for block in _blocks(records, BLOCK):
-        texts = [record["instruction"] for record in block]
-        kept: list[int] = []  # of this block: they are in the pool only after it
-        rows = zip(pool.scores_of_each(texts), RougePool(texts, tokenizer).scores_of_each(texts), strict=True)
-        for i, (earlier, here) in enumerate(rows):
-            scores = np.concatenate([earlier, here[kept]])
-            if scores.max(initial=-np.inf) > threshold:
-                continue
-            yield block[i] | similarity_fields(scores, instructions)
-            kept.append(i)
-            instructions.append(texts[i])
-        for i in kept:
-            pool.add(texts[i])
+    for block in _blocks(bar, BLOCK):
+        verdicts = kept.take([record["instruction"] for record in block])
+        for record, (nearest, fields) in zip(block, verdicts, strict=True):
+            if nearest is None:
+                yield record | fields
 
 
 def _blocks(records: Iterable[dict], size: int) -> Iterator[list[dict]]:

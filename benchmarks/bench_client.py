@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,8 +20,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from provenance import provenance  # noqa: E402
+
 import utils  # noqa: E402
 from alpaca.cli import run_cli  # noqa: E402
+from alpaca.inflight import ask_all  # noqa: E402
 from alpaca.journal import Journal  # noqa: E402
 
 REPLY = json.dumps(
@@ -77,11 +78,13 @@ def measure(port: int, in_flight: int, seconds: float) -> float:
         count += 1
 
     settings = utils.OpenAIDecodingArguments()
-    teacher = utils.Teacher("m", settings, base_url=f"http://127.0.0.1:{port}/v1", max_retries=0)
+    teacher = utils.Teacher(
+        "m", settings, base_url=f"http://127.0.0.1:{port}/v1", max_retries=0, max_concurrency=in_flight
+    )
     with tempfile.TemporaryDirectory() as folder, Journal(Path(folder) / "journal") as journal:
         started = time.monotonic()
         asyncio.run(
-            utils.ask_all(
+            ask_all(
                 teacher,
                 lambda i: ("word " * 700, i),
                 journal,
@@ -116,10 +119,7 @@ def main(latency: float = 0.5, seconds: float = 6.0, repeat: int = 3) -> None:
     finally:
         server.kill()
         server.wait()
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT).stdout
-    result = {"command": " ".join(["python", "benchmarks/bench_client.py", *sys.argv[1:]]), "commit": commit.strip()}
-    result |= {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "python": platform.python_version()}
-    result |= {"latency_s": latency, "rows": rows}
+    result = provenance("openai") | {"latency_s": latency, "rows": rows}
     utils.jdump(result, ROOT / "benchmarks" / "results" / "client.json", indent=2)
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import resource
 import statistics
@@ -32,6 +31,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from provenance import provenance  # noqa: E402
 from rouge_score import rouge_scorer  # noqa: E402
 
 import utils  # noqa: E402
@@ -40,6 +40,7 @@ from alpaca.rouge import RougePool, tokenize  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "rouge.json"
 REFERENCE = "rouge_score _score_lcs"
+REPLY = 16  # instructions that a reply brings, about: the prompt asks for 17
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -65,6 +66,12 @@ def pairs(arguments: argparse.Namespace) -> dict:
     contenders = {
         REFERENCE: lambda: scored_by(rouge_scorer._score_lcs),
         "RougePool.scores": lambda: [f for text in candidates for f in pool.scores(text).tolist()],
+        f"RougePool.scores_of_each, {REPLY} at a time": lambda: [
+            f
+            for i in range(0, len(candidates), REPLY)
+            for row in pool.scores_of_each(candidates[i : i + REPLY])
+            for f in row.tolist()
+        ],
         "RougePool.scores_of_each": lambda: [f for row in pool.scores_of_each(candidates) for f in row.tolist()],
     }
     sys.path += [str(Path(folder).resolve()) for folder in arguments.rivals]
@@ -183,26 +190,6 @@ def one(arguments: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def circumstances() -> dict:
-    """What produced a figure."""
-
-    def output(*command: str) -> str:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    return {
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-        "commit": output("git", "rev-parse", "--short", "HEAD"),
-        "changed_since_commit": bool(output("git", "status", "--porcelain", "alpaca", "benchmarks/bench_rouge.py")),
-        "command": " ".join(["python", *sys.argv]),
-        "cpu": names[0] if names else platform.machine(),
-        "cores": os.cpu_count(),
-        "load_average_before": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in ("rapidfuzz", "numpy", "rouge-score")},
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks = parser.add_subparsers(dest="task", required=True)
@@ -227,7 +214,7 @@ def main() -> None:
     section = arguments.task
     if section == "growth":
         section += " with stats" if arguments.stats else " decisions only"
-    result = circumstances() | {"data": os.path.relpath(arguments.data, ROOT)}
+    result = provenance("rapidfuzz", "numpy", "rouge-score") | {"data": os.path.relpath(arguments.data, ROOT)}
     result["result"] = globals()[arguments.task](arguments)
     results = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
     utils.jdump(results | {section: result}, arguments.results, indent=2)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -138,12 +139,13 @@ class Teacher:
     """An OpenAI-compatible server. ``answer(n, body)`` gives the n-th reply: text, or a fault.
 
     A fault is an int (HTTP status), "reset" (connection closed), "half" (body cut off), "null" (null content),
-    "empty" (no choices), ("context", 400) (the context is too long), or a (text, finish_reason) pair for a reply that
-    is not a fault at all.
+    "empty" (no choices), "garbage" (a body that is not UTF-8), "hang" (nothing for 3 s), ("context", 400) (the context
+    is too long), ("wait", seconds) (429 with Retry-After), ("quota", 429) (no credit), ("unsupported", name) (400, that
+    setting is not taken), or a (text, finish_reason) pair for a reply that is not a fault at all.
     """
 
     def __init__(self, answer):
-        self.answer, self.requests, self.headers = answer, [], []
+        self.answer, self.requests, self.headers, self.times = answer, [], [], []
         lock = threading.Lock()
         teacher = self
 
@@ -159,8 +161,11 @@ class Teacher:
                     number = len(teacher.requests)
                     teacher.requests.append(body)
                     teacher.headers.append(dict(self.headers))
+                    teacher.times.append(time.monotonic())
                 reply = teacher.answer(number, body)
-                if reply == "reset":
+                if reply == "hang":
+                    time.sleep(3)
+                if reply in ("reset", "hang"):
                     self.close_connection = True
                     self.connection.close()
                     return
@@ -169,6 +174,13 @@ class Teacher:
                     status = 400
                     message = "maximum context length is 1024 tokens"
                     data = json.dumps({"error": {"message": message, "code": "context_length_exceeded"}}).encode()
+                elif isinstance(reply, tuple) and reply[0] == "unsupported":
+                    status, error = 400, {"message": f"no {reply[1]} here", "param": reply[1]}
+                    data = json.dumps({"error": error | {"code": "unsupported_parameter"}}).encode()
+                elif reply == ("quota", 429):
+                    status, data = 429, b'{"error": {"message": "pay", "code": "insufficient_quota"}}'
+                elif isinstance(reply, tuple) and reply[0] == "wait":
+                    status, headers, data = 429, {"Retry-After": str(reply[1])}, b"{}"
                 elif isinstance(reply, int):
                     status, headers = reply, {"Retry-After": "0.1"} if reply == 429 else {}
                     data = json.dumps({"error": {"message": f"fault {reply}", "code": reply}}).encode()
@@ -182,6 +194,8 @@ class Teacher:
                     data |= {"model": body["model"], "choices": [] if reply == "empty" else [choice]}
                     data |= {"usage": {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}}
                     data = json.dumps(data).encode()
+                if reply == "garbage":
+                    data = b"\xff\xfe" + data
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))

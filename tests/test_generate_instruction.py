@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 import generate_instruction
 import utils
 from alpaca import UserError, cli
-from generate_instruction import encode_prompt, filter_reason, parse_response
+from generate_instruction import Rules, encode_prompt, filter_reason, parse_response
 
 quick = settings(deadline=None, database=None, max_examples=100)
 TASK = "generate_instruction_following_data"
@@ -109,14 +109,14 @@ def test_an_answer_keeps_its_numbers_and_headings(output):
         "",
     ],
 )
-def test_an_item_that_is_not_one_instruction_one_input_one_output_is_none(text):
-    assert parse_response(text, "stop", 3) == [None]
+def test_an_item_that_is_not_one_instruction_one_input_one_output_stays_text(text):
+    assert parse_response(text, "stop", 3) == ["4. Instruction:" + text]
 
 
 def test_a_bad_item_leaves_its_neighbours():
     text = " Name a tree.\n4. Input:\n\n4. Output:\nOak.\n###\n5. Instruction: x\n"
     text += "###\n6. Instruction: Add the numbers.\n6. Input: 2, 3\n6. Output: 5"
-    assert parse_response(text, "stop", 3) == [TREE, None, SUM]
+    assert parse_response(text, "stop", 3) == [TREE, "5. Instruction: x\n", SUM]
 
 
 # Texts with many separators and fields, so that chance meets the grammar.
@@ -132,11 +132,15 @@ reasons = st.sampled_from(["stop", "length", None, "content_filter", "tool_calls
 
 @quick
 @given(replies, reasons, st.integers(1, 30))
-def test_any_reply_is_parsed_into_records_with_three_texts_or_none_and_each_can_be_filtered(text, reason, number):
+def test_any_reply_is_parsed_into_records_with_three_texts_or_stays_text_and_each_can_be_filtered(text, reason, number):
     for record in parse_response(text, reason, number):
-        assert record is None or [type(value) for value in record.values()] == [str, str, str]
-        assert record is None or list(record) == ["instruction", "input", "output"]
-        assert filter_reason(record) is None or isinstance(filter_reason(record), str)
+        if isinstance(record, str):
+            assert filter_reason(record) == "malformed"
+        else:
+            assert [type(value) for value in record.values()] == [str, str, str]
+            assert list(record) == ["instruction", "input", "output"]
+            assert filter_reason(record) is None or isinstance(filter_reason(record), str)
+            assert filter_reason(record, Rules(tokenizer="unicode")) != "malformed"
 
 
 @quick
@@ -155,7 +159,8 @@ tasks = st.lists(st.builds(seed_task, words, words | st.just(""), words), min_si
 @given(tasks)
 def test_what_encode_prompt_writes_parse_response_reads(tasks):
     records = [task["instances"][0] | {"instruction": task["instruction"]} for task in tasks]
-    assert parse_response(encode_prompt(tasks, ""), "stop", 3) == [*records, None]  # the last has only its number
+    last = f"{len(tasks) + 1}. Instruction:"  # which has only its number
+    assert parse_response(encode_prompt(tasks, ""), "stop", 3) == [*records, last]
     assert parse_response(encode_prompt(tasks, ""), "length", 3) == records
 
 
@@ -181,6 +186,21 @@ def test_a_filter_takes_what_it_names_and_leaves_its_neighbour(reason, dropped, 
     assert filter_reason(TREE | {"instruction": kept}) is None
 
 
+@pytest.mark.parametrize(
+    ("instruction", "reason"),
+    [
+        ("请用一句话解释天空为什么是蓝色的", None),  # 16 words, no space and no ASCII letter
+        ("Écris une phrase courte.", None),
+        ("列出树名", None),
+        ("写诗吧", "too short"),
+        ("「春」について短い詩を書いて", "starts with punctuation"),
+        ("字" * 151, "too long"),
+    ],
+)
+def test_with_the_unicode_tokenizer_the_words_of_any_script_count_and_any_letter_may_come_first(instruction, reason):
+    assert filter_reason(TREE | {"instruction": instruction}, Rules(tokenizer="unicode")) == reason
+
+
 NOT_TEXT = (
     "image images graph graphs picture pictures file files map maps draw plot video audio music flowchart diagram"
 )
@@ -188,7 +208,7 @@ NOT_TEXT = (
 
 def test_a_malformed_item_and_an_empty_output_are_dropped_and_an_empty_input_is_not():
     good = {"instruction": "Name three tall trees.", "input": "", "output": "Oak, ash, elm."}
-    assert filter_reason(None) == "malformed"
+    assert filter_reason("4. Instruction: Name three tall trees.") == "malformed"
     assert filter_reason(good | {"output": ""}) == "empty output"
     assert filter_reason(good) is None
 
@@ -273,7 +293,16 @@ def test_a_run_ends_when_enough_are_kept_and_counts_every_parsed_item(teacher, r
         "output": "An answer from 2020. It is short.",
     }
     printed = capsys.readouterr().out
-    assert "2 requests gave 8 items; dropped: too short 2, not doable in text 2, malformed 2\n" in printed
+    table = {line.rpartition("  ")[0].strip(): line.split()[-1] for line in printed.splitlines() if "  " in line}
+    assert {name: number for name, number in table.items() if number.isdigit()} == {
+        "requests": "2",
+        "items parsed": "8",
+        "dropped: too short": "2",
+        "dropped: not doable in text": "2",
+        "dropped: malformed": "2",
+        "kept": "2",
+    }
+    assert "14 prompt + 10 reply" in printed  # tokens
     assert "2 instructions in" in printed and "(2 new)" in printed
 
 
@@ -285,7 +314,7 @@ def test_near_duplicates_of_a_seed_or_a_kept_instruction_are_dropped_above_7_ten
         reply(fresh(1), fresh(1), fresh(1) + " again"),
     ]
     assert texts(run(teacher(lambda n, body: answers[n]), num_instructions_to_generate=2)) == [exactly, fresh(1)]
-    assert "near-duplicate 4" in capsys.readouterr().out
+    assert re.search(r"dropped: near-duplicate +4\n", capsys.readouterr().out)
 
 
 def test_similarities_are_those_of_the_oracle_against_seeds_and_what_was_kept_before(teacher, run):
@@ -415,23 +444,31 @@ def test_the_time_limit_ends_a_run_with_a_plain_statement(teacher, run, capsys):
 
 
 def test_the_run_goes_on_through_faults_and_ends_with_enough(teacher, run, tmp_path):
-    """Six requests at once, each with its fault: four pass when tried again, null content and no choices count."""
-    faults = iter([429, 500, "reset", "half", "null", "empty"])
-    asked, lock = set(), threading.Lock()
+    """Seven requests at once, each with its fault: four pass when tried again; for three no try brings a text."""
+    faults = iter([429, 500, "reset", "half", "null", "empty", "garbage"])
+    asked, textless, lock = set(), {}, threading.Lock()
 
     def answer(n, body):
+        seed = body["seed"]
         with lock:
-            fault = None if body["seed"] in asked else next(faults, None)
-            asked.add(body["seed"])
-        return fault or reply(fresh(body["seed"]))
+            again = textless.get(seed - 1) or textless.get(seed - 2)  # a try for a text has the next seed
+            fault = again or (None if seed in asked else next(faults, None))
+            asked.add(seed)
+            if fault in ("null", "empty", "garbage") and not again:
+                textless[seed] = fault
+        return fault or reply(fresh(seed))
 
     server = teacher(answer)
-    records = run(server, num_instructions_to_generate=5, max_concurrency=6, seed=1)
+    records = run(server, num_instructions_to_generate=5, max_concurrency=7, seed=1)
     assert len(records) == 5
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["failed"] == {"empty reply (finish_reason stop)": 1, "unreadable reply (IndexError)": 1}
+    assert report["failed"] == {
+        "empty reply (finish_reason stop)": 1,
+        "empty reply (finish_reason None)": 1,
+        "unreadable reply (UnicodeDecodeError)": 1,
+    }
     assert report["kept"] + sum(report["dropped"].values()) == report["parsed"] >= 5
-    assert len(server.requests) == report["requests"] + 4  # four were tried again
+    assert len(server.requests) == report["requests"] + 4 + 3 * 2  # tries
 
 
 @pytest.mark.parametrize(
@@ -444,8 +481,8 @@ def test_the_run_goes_on_through_faults_and_ends_with_enough(teacher, run, tmp_p
         ({"num_prompt_instructions": 5}, ["--num_prompt_instructions 5 is more than the 4 tasks"]),
         ({"max_tokens": 0}, ["--max_tokens must be at least 1"]),
         ({"seed_tasks_path": "no.jsonl"}, ["no.jsonl does not exist"]),
-        ({"prompt_path": "no.txt"}, ["--prompt_path no.txt: No such file"]),
-        ({"prompt_path": sys.executable}, ["--prompt_path", "is not UTF-8"]),
+        ({"prompt_path": "no.txt"}, ["no.txt does not exist"]),
+        ({"prompt_path": sys.executable}, ["is not UTF-8 text"]),
         ({"base_url": "127.0.0.1:8000"}, ["--base_url is not a URL"]),
         ({"base_url": None}, ["no teacher: set OPENAI_API_KEY"]),
     ],
@@ -488,7 +525,7 @@ def test_the_seed_tasks_and_the_prompt_in_the_repository_are_fit_for_use():
     text = encode_prompt(tasks[:3], (ROOT / "prompt.txt").read_text())
     assert text.endswith("###\n4. Instruction:") and "List of 20 tasks:\n###\n1. Instruction: " in text
     # Every seed survives the way through a prompt and back, so that no seed teaches the teacher a malformed item.
-    assert None not in parse_response(encode_prompt(tasks, ""), "length", 3)
+    assert all(isinstance(record, dict) for record in parse_response(encode_prompt(tasks, ""), "length", 3))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

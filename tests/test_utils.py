@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import utils
 from alpaca import UserError
 from alpaca.cli import _typed_argv, run_cli
+from alpaca.inflight import ask_all
 from alpaca.journal import Journal
 
 quick = settings(deadline=None, database=None, max_examples=60)
@@ -477,11 +478,72 @@ def test_faults_that_stay_are_named_and_never_an_empty_answer(teacher):
         "connection: RemoteProtocolError": "half",
         "empty reply (finish_reason stop)": "null",
         "empty reply (finish_reason length)": ("", "length"),
-        "unreadable reply (IndexError)": "empty",
+        "empty reply (finish_reason None)": "empty",
+        "unreadable reply (UnicodeDecodeError)": "garbage",
     }
     replies = ask(teacher(lambda n, body: faults[prompt_of(body)]), faults)
     assert [reply.error for reply in replies] == list(faults)
     assert {reply.text for reply in replies} == {None}
+
+
+def test_retry_after_is_waited_for(teacher):
+    """1.5 s; without it the first pause is at most 0.5 s."""
+    server = teacher(lambda n, body: ("wait", 1.5) if n == 0 else "ok")
+    assert ask(server, max_retries=1)[0].text == "ok"
+    assert server.times[1] - server.times[0] >= 1.5
+
+
+@pytest.mark.parametrize("fault", ["null", "empty", "garbage", ("", "content_filter")])
+def test_a_reply_without_a_text_is_asked_for_again_with_another_seed_and_all_tries_are_paid_for(teacher, fault):
+    server = teacher(lambda n, body: fault if n == 0 else "ok")
+    [reply] = ask(server, max_retries=5, seed=7)
+    paid = 1 if fault == "garbage" else 2  # nobody can read what that one cost
+    assert reply == utils.Completion("ok", "stop", 7 * paid, 5 * paid)
+    assert [body["seed"] for body in server.requests] == [7, 8]
+
+
+def test_a_reply_without_a_text_is_asked_for_twice_more_and_no_oftener(teacher):
+    server = teacher(lambda n, body: "null")
+    assert ask(server, max_retries=5)[0].error == "empty reply (finish_reason stop)"
+    assert len(server.requests) == 3
+
+
+def test_a_reply_that_thought_until_its_length_was_over_is_not_asked_for_again(teacher):
+    server = teacher(lambda n, body: ("", "length"))
+    assert ask(server, max_retries=5)[0].error == "empty reply (finish_reason length)"
+    assert len(server.requests) == 1
+
+
+def test_a_setting_that_the_model_does_not_take_is_left_out_for_good_and_told_once(teacher, caplog):
+    """As models that think before they answer: max_tokens has another name there, stop and temperature are fixed."""
+
+    def answer(n, body):
+        for name in ("max_tokens", "stop", "temperature"):
+            if name in body:
+                return "unsupported", name
+        return "ok"
+
+    server = teacher(answer)
+    assert [reply.text for reply in ask(server, "abc", stop=["x"], max_tokens=9)] == ["ok"] * 3
+    assert [body for body in server.requests if "temperature" not in body][-1] == {
+        "model": "m",
+        "messages": server.requests[-1]["messages"],
+        "max_completion_tokens": 9,
+        "top_p": 1.0,
+    }
+    told = sorted(record.getMessage() for record in caplog.records if record.name == "root")
+    assert told == ["m does not take stop=['x']: left out", "m does not take temperature=1.0: left out"]
+
+
+def test_a_setting_that_is_refused_even_when_it_is_left_out_is_a_failure(teacher):
+    server = teacher(lambda n, body: ("unsupported", "temperature"))
+    assert ask(server)[0].error == "HTTP 400: no temperature here"
+    assert len(server.requests) == 2
+
+
+def test_an_account_without_credit_ends_at_once(teacher):
+    server = teacher(lambda n, body: ("quota", 429))
+    assert_user_error(lambda: ask(server), "no credit left (429)")
 
 
 def test_one_fault_leaves_the_other_replies(teacher):
@@ -541,7 +603,7 @@ def collect(server, journal, count, concurrency=4, max_retries=0):
     asked = utils.Teacher("m", utils.OpenAIDecodingArguments(), "chat", server.base_url, 30.0, max_retries)
     handed, arrived = [], []
     asyncio.run(
-        utils.ask_all(
+        ask_all(
             asked,
             lambda i: (str(i), None),
             journal,
