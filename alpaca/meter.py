@@ -87,7 +87,7 @@ def count_tokens(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
             padded: ``attention_mask`` (rows, columns), 1 for real tokens and 0 for padding;
             padding-free: ``position_ids`` (rows, columns) that start again at 0 with each example. All tokens are real.
 
-            ``labels`` or ``shift_labels``: IGNORE_INDEX where nothing is learnt.
+            ``labels`` or ``shift_labels``: IGNORE_INDEX where nothing is learnt (or no entry at all).
 
     Returns:
         Real tokens; supervised ones; the sum of the squares of the examples' lengths; examples.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from conftest import ROOT
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from alpaca import meter
@@ -96,6 +97,12 @@ def test_a_4d_mask_beside_positions_is_no_padding():
 def test_shift_labels_count_as_labels_do():
     batch = flat(EXAMPLES[:2])
     batch["shift_labels"] = torch.nn.functional.pad(batch.pop("labels"), (0, 1), value=-100)[:, 1:]
+    assert count_tokens(batch).tolist() == [13, 9, 97, 2]
+
+
+def test_labels_that_hold_supervised_tokens_alone_count_too():
+    batch = flat(EXAMPLES[:2])
+    batch["labels"] = batch["shift_labels"] = torch.full((1, 9), 5)
     assert count_tokens(batch).tolist() == [13, 9, 97, 2]
 
 
@@ -246,3 +253,14 @@ def test_the_last_steps_are_logged_where_logging_steps_does_not_divide_them(tiny
     kinds = [line.split(" | ")[0] + (" eval" if "| eval_loss " in line else "") for line in lines[:-1]]
     assert kinds == ["step 2/3", "step 2/3 eval", "step 3/3", "step 3/3 eval"]
     assert " | loss " in lines[0] and lines[-1].startswith("3 steps in ")
+
+
+def test_the_benchmarks_lengths_have_the_released_datas_mean_and_percentile(monkeypatch):
+    """52,002 records of 127 tokens on average, 98% of them of at most 256."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from released_mix import length_mix
+
+    lengths = length_mix(52_002)
+    assert sum(lengths) / 52_002 == pytest.approx(127, abs=0.5)
+    assert sum(length <= 256 for length in lengths) / 52_002 == pytest.approx(0.98, abs=0.001)
+    assert 20 < min(lengths) < 40 and max(lengths) == 512

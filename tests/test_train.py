@@ -250,6 +250,8 @@ def test_two_processes_with_fsdp_equal_one_process(family, request, tmp_path):
     assert two.returncode == 0, two.stderr
 
     assert len(losses(one.stdout)) == 1 and losses(one.stdout) == losses(two.stdout)
+    counted = [json.loads((tmp_path / run / "training_receipt.json").read_text())["tokens"] for run in ("one", "two")]
+    assert all(counted[0][key] == counted[1][key] > 0 for key in ("real", "supervised"))
     a, b, base = weights(tmp_path / "one"), weights(tmp_path / "two"), weights(model)
     assert a.keys() == b.keys()
     deviation = max((a[name] - b[name]).abs().max().item() for name in a)
