@@ -71,6 +71,9 @@ class TrainingArguments(transformers.TrainingArguments):
     model_max_length: int = field(
         default=512, metadata={"help": "Longest example in tokens, prompt and answer; longer ones are cut."}
     )
+    logging_steps: float = field(
+        default=10, metadata={"help": "Steps from one line to the next; the last step always has one."}
+    )
     report_to: None | str | list[str] = field(
         default=None, metadata={"help": "tensorboard, wandb, trackio, …; by default tensorboard where it is installed."}
     )

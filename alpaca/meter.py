@@ -74,7 +74,9 @@ def model_flops(model: nn.Module) -> tuple[int, int]:
         elif isinstance(module, Conv1D):  # GPT-2's matrices
             per_token += module.weight.numel() * (6 if module.weight.requires_grad else 4)
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:  # no attention
+        return per_token, 0
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return per_token, 12 * config.num_hidden_layers * heads * head_size
 
@@ -218,10 +220,12 @@ class Meter(TrainerCallback):
     # What the trainer tells.
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if saved := (state.stateful_callbacks or {}).get(self.KEY):
-            self.totals = Totals(**saved["attributes"])
-            self._logged = Totals(**saved["attributes"])
-            self._before, self.earlier_seconds = self.totals.train_seconds, self.totals.wall_seconds
+        # Nothing from before, such as a rehearsal, counts; what a checkpoint had counted does.
+        saved = (state.stateful_callbacks or {}).get(self.KEY, {"attributes": {}})["attributes"]
+        self.totals, self._logged = Totals(**saved), Totals(**saved)
+        self._before, self.earlier_seconds = self.totals.train_seconds, self.totals.wall_seconds
+        self._slots = 0
+        self._counts.zero_()
         self._first_step = state.global_step
         self._begun = self._step_ended = time.monotonic()
         self._paused = 0.0

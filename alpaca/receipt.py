@@ -130,6 +130,8 @@ def begin(data_path: str, eval_data_path: str | None) -> dict:
 def collect(begun: dict, trainer, arguments: dict, examples: tuple[int, int]) -> dict:
     """The receipt of a run that has just ended.
 
+    Of a resumed run it counts what led to the model: not what an earlier session did after its last checkpoint.
+
     Args:
         begun: from ``begin``.
         trainer: a Metered trainer.

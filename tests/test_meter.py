@@ -124,6 +124,13 @@ def test_an_epoch_with_accumulation_counts_each_token_once(tiny_llama, tmp_path,
     assert logged[-1]["eta_seconds"] == 0 and run.meter.totals.wall_seconds >= totals.train_seconds > 0
 
 
+def test_what_came_before_the_training_does_not_count(tiny_llama, tmp_path):
+    run = trainer(tiny_llama, tmp_path)
+    run.meter.count(padded(EXAMPLES[:2]))
+    run.train()
+    assert run.meter.totals.tokens == TOKENS
+
+
 def test_evaluation_does_not_count_as_training(tiny_llama, tmp_path):
     run = trainer(tiny_llama, tmp_path, eval_strategy="steps", eval_steps=1, eval_on_start=True)
     run.train()
