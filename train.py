@@ -22,6 +22,8 @@ SIGTERM and SIGUSR1 make it save a checkpoint and exit with 75 ("try again"), Ct
 
 from __future__ import annotations
 
+import importlib.util
+import math
 import os
 import random
 import sys
@@ -34,10 +36,11 @@ import torch
 import transformers
 
 import utils
-from alpaca import UserError, cli, launch, lora, packing
+from alpaca import UserError, cli, launch, lora, packing, receipt
 from alpaca.checkpoint import check_model_folder, check_writable
 from alpaca.inference import check_tokenizer, load_model, load_tokenizer
 from alpaca.launch import say as _say
+from alpaca.meter import Metered
 from alpaca.resume import check_fits, choose_checkpoint
 from alpaca.saving import ResumableTrainer, SaveFailed
 from alpaca.stop import Stopped
@@ -91,8 +94,21 @@ class TrainingArguments(transformers.TrainingArguments):
     lora_alpha: float = field(default=32.0, metadata={"help": "LoRA's update is scaled by alpha / r."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the LoRA matrices."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Keep the frozen weights in 4 bits (QLoRA)."})
+    logging_steps: float = field(
+        default=10, metadata={"help": "Steps from one line to the next; the last step always has one."}
+    )
+    report_to: None | str | list[str] = field(
+        default=None, metadata={"help": "tensorboard, wandb, trackio, …; by default tensorboard where it is installed."}
+    )
+    gpu_hour_price: float = field(
+        default=0.0, metadata={"help": "US dollars for an hour of one GPU, for the cost in training_receipt.json."}
+    )
 
     def __post_init__(self):
+        if not 0 <= self.gpu_hour_price < math.inf:  # NaN fails too
+            raise UserError(f"--gpu_hour_price {self.gpu_hour_price} is no price: give dollars, as in 2.5")
+        if self.report_to is None:
+            self.report_to = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
         launch.before_init(self)
         super().__post_init__()
         launch.after_init(self)
@@ -220,7 +236,7 @@ def make_batches(model, dataset, pad_token_id: int, data_args: DataArguments, tr
 # The run.
 
 
-class Trainer(ResumableTrainer):
+class Trainer(Metered, ResumableTrainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         """The number of supervised tokens, as a whole number.
 
@@ -249,6 +265,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         check_model_folder(model_args.model_name_or_path, "--model_name_or_path")
     seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
     train_records, eval_records = load_data(data_args, seed)
+    begun = receipt.begin(data_args.data_path, data_args.eval_data_path)
 
     tokenizer = load_tokenizer(
         model_args.model_name_or_path,
@@ -297,6 +314,11 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     write = partial(lora.save, trainer, load_base=load_base) if training_args.lora_r else None
     trainer.save_whole_model(output_dir, write)
     trainer.save_state()
+    if trainer.is_world_process_zero():
+        arguments = {**vars(model_args), **vars(data_args), **training_args.to_dict()}
+        counts = (len(train_dataset), len(eval_dataset) if eval_dataset else 0)
+        written = receipt.write(receipt.collect(begun, trainer, arguments, counts), output_dir)
+        _say(f"{', '.join(written)} in {output_dir}")
     _say(f"{trainer.state.global_step} steps on {len(train_dataset)} examples; model in {output_dir}")
     if eval_dataset:
         losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]

@@ -92,13 +92,16 @@ def jdump(obj, path: str | os.PathLike, indent: int = 4) -> None:
 
 
 @contextmanager
-def replace_file(path: str | os.PathLike):
-    """Opens a temporary text file beside ``path``; on success it is fsynced and renamed to ``path``, else removed."""
+def replace_file(path: str | os.PathLike, mode: str = "w"):
+    """Opens a temporary file beside ``path``; on success it is fsynced and renamed to ``path``, else removed.
+
+    ``mode`` is "w" for UTF-8 text or "wb" for bytes.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(fd, "w", encoding="utf-8") as file:
+        with os.fdopen(fd, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

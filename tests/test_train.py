@@ -30,7 +30,7 @@ def arguments(model, data, out, *extra):
 
 
 def losses(output: str) -> list[float]:
-    return [float(value) for value in re.findall(r"'loss': '?([\d.e-]+)", output)]
+    return [float(value) for value in re.findall(r"\| loss ([\d.e-]+)", output)]
 
 
 def weights(folder):
@@ -246,6 +246,8 @@ def test_two_processes_with_fsdp_equal_one_process(family, request, tmp_path):
     assert "examples are padded" not in two.stdout  # the self-check passed on the mesh
 
     assert len(losses(one.stdout)) == 1 and losses(one.stdout) == losses(two.stdout)
+    counted = [json.loads((tmp_path / run / "training_receipt.json").read_text())["tokens"] for run in ("one", "two")]
+    assert all(counted[0][key] == counted[1][key] > 0 for key in ("real", "supervised"))
     a, b, base = weights(tmp_path / "one"), weights(tmp_path / "two"), weights(model)
     assert a.keys() == b.keys()
     difference = torch.cat([(a[name] - b[name]).abs().flatten() for name in a])
