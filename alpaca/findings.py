@@ -72,3 +72,14 @@ def raise_errors(findings: Iterable[Finding]) -> None:
     if errors:
         more = f" (and {len(errors) - 1} more, above)" if len(errors) > 1 else ""
         raise UserError(f"preflight: {errors[0].what}: {errors[0].cure}{more}; nothing was trained")
+
+
+def lowest(value: int) -> int:
+    """The lowest of a number over all ranks, so that each of them reports and decides the same."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return value
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return min(values)

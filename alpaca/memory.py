@@ -47,7 +47,8 @@ class Shape:
             parameter_bytes=sum(p.numel() * p.element_size() for p in parameters),
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
-            intermediate=getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", 4 * config.hidden_size),
+            intermediate=getattr(config, "intermediate_size", None)
+            or getattr(config, "ffn_dim", 4 * config.hidden_size),
             heads=heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
@@ -82,6 +83,7 @@ class Plan:
     logit_tokens: int | None = None  # positions an example whose logits are computed; None: all of them
     ranks: int = 1
     sharded: bool = False  # over the ranks: FSDP full_shard, ZeRO-3
+    offloaded: bool = False  # parameters, gradients and optimizer states are in CPU memory
     bf16: bool = False
     checkpointing: bool = False
     optimizer_bytes: float = 8  # a trainable parameter: AdamW keeps two float32 moments (Loshchilov & Hutter 2019)
@@ -145,8 +147,8 @@ def estimate(shape: Shape, plan: Plan) -> dict[str, int]:
     parts["activations"] = tokens * layers
     positions = plan.batch * (plan.length if plan.logit_tokens is None else plan.logit_tokens)
     parts["logits"] = positions * shape.vocabulary * (12 + (2 if plan.bf16 else 0))
-    fixed = parts["parameters"] + parts["gradients"] + parts["optimizer"]
-    stepping = 4 * shape.trainable // share if plan.foreach else 0
+    fixed = 0 if plan.offloaded else parts["parameters"] + parts["gradients"] + parts["optimizer"]
+    stepping = 4 * shape.trainable // share if plan.foreach and not plan.offloaded else 0
     parts["total"] = fixed + max(parts["working copies"] + parts["activations"] + parts["logits"], stepping)
     return parts
 

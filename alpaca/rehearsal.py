@@ -95,7 +95,7 @@ def rehearse(trainer, output_dir: str | os.PathLike) -> Rehearsal:
     _remove(folder)
     _barrier()
     try:
-        with _undisturbed(trainer, folder):
+        with _undisturbed(trainer, folder), _quiet():
             checkpoint = _save_and_resume(trainer, folder, result)
             result.checkpoint_bytes = folder_bytes(checkpoint)
             _barrier()
@@ -123,6 +123,10 @@ def _save_and_resume(trainer, folder: Path, result: Rehearsal) -> Path:
     observer.save_at = 1
     set_seed(trainer.args.seed)  # as in a new process
     trainer.train()
+    if trainer.is_fsdp_enabled:
+        # The layers are wrapped for recomputing now, if they are to be. accelerate would wrap them again whenever it
+        # prepares the model, and does not find them under their new names.
+        trainer.accelerator.state.fsdp_plugin.activation_checkpointing = False
     before, (moved, states) = observer.at_start[0], observer.after_step[1]
     result.loss = observer.losses[2]
     checkpoint = folder / "checkpoint-1"
@@ -219,12 +223,13 @@ def _save_whole(trainer, folder: Path, result: Rehearsal) -> None:
         config.num_hidden_layers = 1  # the embeddings and the first layer stand for the rest
         if isinstance(getattr(config, "layer_types", None), list):
             config.layer_types = config.layer_types[:1]
-        with _quiet():
-            loaded = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype="auto").state_dict()
+        loaded = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype="auto").state_dict()
     except UserError as e:
         result.faults.append((f"the final save cannot be read: {e}", why, cure))
         return
-    wrong = [name for name, tensor in gathered.items() if not torch.equal(loaded[_plain(name)].to(tensor.dtype), tensor)]
+    wrong = [
+        name for name, tensor in gathered.items() if not torch.equal(loaded[_plain(name)].to(tensor.dtype), tensor)
+    ]
     if wrong:
         result.faults.append((f"from_pretrained gives other values than were trained ({wrong[0]})", why, cure))
 
@@ -262,7 +267,6 @@ def _undisturbed(trainer, folder: Path) -> Iterator[None]:
         setattr(args, name, type(getattr(args, name))("no"))
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None) if trainer.is_fsdp_enabled else None
     state_dict_type = plugin.state_dict_type if plugin else None
-    recomputes = bool(plugin and plugin.activation_checkpointing)
     loaders = trainer.accelerator.gradient_state.dataloader_references
     references = list(loaders)
     numbers = random.getstate(), np.random.get_state()
@@ -282,10 +286,6 @@ def _undisturbed(trainer, folder: Path) -> Iterator[None]:
         if plugin:
             if plugin.state_dict_type != state_dict_type:
                 plugin.set_state_dict_type(state_dict_type.name)
-            if recomputes:
-                # The layers are wrapped now. accelerate would wrap them again at the next prepare(), and recompute
-                # what is recomputed.
-                plugin.activation_checkpointing = False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -359,12 +359,15 @@ def _barrier() -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the library's table of the layers that a model of one layer leaves out."""
+    """Without the library's progress bars, and its table of the layers that a model of one layer leaves out."""
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
