@@ -241,10 +241,12 @@ def _different(tokenizer, spm, texts: Sequence[str]) -> int:
 def columns(examples: Sequence[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(ids, lengths, labels, lengths of labels): int64 arrays, all examples end to end.
 
-    ``examples`` is a ``datasets.Dataset`` (read as Arrow, without a Python object a token) or any sequence of
-    {"input_ids", "labels"}.
+    ``examples`` is a ``datasets.Dataset`` (read as Arrow, without a Python object a token), something that has one as
+    its ``examples``, or any sequence of {"input_ids", "labels"}.
     """
     found = []
+    if hasattr(getattr(examples, "examples", None), "with_format"):
+        examples = examples.examples
     if hasattr(examples, "with_format"):
         table = examples.with_format("arrow")[:]
         for name in ("input_ids", "labels"):
@@ -275,14 +277,16 @@ def check_examples(
         eos_id: the token that must be learnt at the end of each answer.
         rows: of the model's embedding.
         max_length: where examples were cut, in tokens.
-        record_numbers: the number of each example's record in the data file, from 1; None: its place.
+        record_numbers: the number of each example's record, from 1; None: its place, not counting those left out.
         left_out: numbers of the records that were left out since their prompt alone fills max_length.
     """
     if not len(examples):
         why, cure = "there is nothing to learn from", "look at the data, and raise --model_max_length"
         return [Finding("error", "no example is left after filtering", why, cure)]
     ids, lengths, labels, label_lengths = columns(examples)
-    numbers = np.arange(1, len(lengths) + 1) if record_numbers is None else np.asarray(record_numbers)
+    if record_numbers is None:
+        record_numbers = np.setdiff1d(np.arange(1, len(lengths) + len(left_out) + 1), left_out)
+    numbers = np.asarray(record_numbers)
     found: list[Finding] = []
 
     def add(level: str, bad: np.ndarray, what: str, why: str, cure: str) -> None:

@@ -74,7 +74,7 @@ def raise_errors(findings: Iterable[Finding]) -> None:
         raise UserError(f"preflight: {errors[0].what}: {errors[0].cure}{more}; nothing was trained")
 
 
-def lowest(value: int) -> int:
+def lowest(value: float) -> float:
     """The lowest of a number over all ranks, so that each of them reports and decides the same."""
     import torch.distributed as dist
 

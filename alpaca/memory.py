@@ -19,6 +19,11 @@ import torch
 GIB = 2**30
 
 
+def as_text(size: float) -> str:
+    """Bytes for people: "12.6 GiB", "0.4 MiB"."""
+    return f"{size / GIB:.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.1f} MiB"
+
+
 @dataclass(frozen=True)
 class Shape:
     """What of a model decides its memory. Sizes in elements; parameter_bytes as the parameters are stored now."""
@@ -180,13 +185,21 @@ def _held_here() -> int:
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
-def advise(shape: Shape, plan: Plan, available: int, checkpointing_flag: str, accumulation: int = 1) -> list[str]:
+@dataclass(frozen=True)
+class Advice:
+    """What the flags of an advice are made of."""
+
+    checkpointing_flag: str = "gradient_checkpointing"  # newer libraries call it activation_checkpointing
+    accumulation: int = 1
+
+
+def advise(shape: Shape, plan: Plan, available: int, advice: Advice) -> list[str]:
     """Flags that would make the plan fit, by trying them in the estimate: up to three sets, the smallest first."""
     options: list[tuple[str, dict, dict]] = []  # flags, what they change in the plan, in the shape
     if not plan.checkpointing:
-        options.append((f"--{checkpointing_flag} True", {"checkpointing": True}, {}))
+        options.append((f"--{advice.checkpointing_flag} True", {"checkpointing": True}, {}))
     if plan.batch > 1:
-        smaller = f"--per_device_train_batch_size 1 --gradient_accumulation_steps {plan.batch * accumulation}"
+        smaller = f"--per_device_train_batch_size 1 --gradient_accumulation_steps {plan.batch * advice.accumulation}"
         options.append((smaller, {"batch": 1}, {}))
     full = shape.trainable == shape.parameters
     if plan.optimizer_bytes > 2:
@@ -216,7 +229,7 @@ def advise(shape: Shape, plan: Plan, available: int, checkpointing_flag: str, ac
             total = estimate(new_shape, new_plan)["total"]
             if total <= available:
                 text = " ".join(flags for flags, _, _ in combination)
-                chosen.append((set(kinds), f"{text} ({total / GIB:.1f} GiB)"))
+                chosen.append((set(kinds), f"{text} ({as_text(total)})"))
     return [text for _, text in chosen[:3]]
 
 

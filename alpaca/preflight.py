@@ -6,7 +6,6 @@ the run, warnings do not.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -19,8 +18,11 @@ import torch
 from alpaca import UserError, memory
 from alpaca.check_tokens import IGNORE_INDEX, check_examples, columns, show_example
 from alpaca.findings import Finding, colour_wanted, format_report, gather, lowest, paint, raise_errors
-from alpaca.memory import GIB, Plan, Shape
-from alpaca.rehearsal import folder_bytes, rehearse
+from alpaca.memory import Plan, Shape, as_text
+from alpaca.rehearsal import Rehearsal, folder_bytes, rehearse
+
+# In standard deviations of the logits; 1e-6 to 1e-2 is rounding in float32, up to 0.1 in bf16.
+MAX_DEVIATION, MAX_DEVIATION_HALF = 0.03, 0.3
 
 
 def check_precision(bf16: bool) -> list[Finding]:
@@ -68,38 +70,15 @@ def check_trainer(trainer) -> list[Finding]:
     return found
 
 
-def check_checkpoint(checkpoint: str | os.PathLike | None, config) -> list[Finding]:
-    """Whether the checkpoint to resume from is of this model, by its config.json where it has one."""
-    path = Path(checkpoint) / "config.json" if checkpoint else None
-    if not path or not path.exists():
-        return []
-    saved, ours = json.loads(path.read_text()), config.to_dict()
-    names = ("model_type", "hidden_size", "intermediate_size", "ffn_dim", "num_hidden_layers", "num_attention_heads")
-    names += ("num_key_value_heads", "vocab_size", "tie_word_embeddings")
-    other = [f"{n} {saved[n]}, not {ours[n]}" for n in names if n in saved and n in ours and saved[n] != ours[n]]
-    if not other:
-        return []
-    return [
-        Finding(
-            "error",
-            f"--resume_from_checkpoint {checkpoint} is of another model: {'; '.join(other)}",
-            "its weights and optimizer states do not fit",
-            "resume with the --model_name_or_path that it was started with",
-        )
-    ]
-
-
-def check_memory(shape: Shape, plan: Plan, available: int, checkpointing_flag: str, accumulation: int) -> list[Finding]:
+def check_memory(shape: Shape, plan: Plan, available: int, advice: memory.Advice) -> list[Finding]:
     """Compares the estimate with what the device has; advice is computed by trying flags in the estimate."""
     parts = memory.estimate(shape, plan)
-    text = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if name != "total" and size)
-    what = f"memory a device, in GiB: {text}; peak {parts['total'] / GIB:.1f} of {available / GIB:.1f}"
+    text = ", ".join(f"{name} {as_text(size)}" for name, size in parts.items() if name != "total" and size)
+    what = f"memory a device: {text}; peak {as_text(parts['total'])} of {as_text(available)}"
     if parts["total"] <= available:
         return [Finding("note", what)]
-    advice = memory.advise(shape, plan, available, checkpointing_flag, accumulation)
-    cure = (
-        "one of: " + "; ".join(advice) if advice else "a larger device, or a smaller model: no set of flags is enough"
-    )
+    flags = memory.advise(shape, plan, available, advice)
+    cure = "one of: " + "; ".join(flags) if flags else "a larger device, or a smaller model: no set of flags is enough"
     exact = 0 if plan.offloaded else parts["parameters"] + parts["gradients"] + parts["optimizer"]
     if exact > available:
         why = "parameters, gradients and optimizer states alone (no estimate) are more than there is"
@@ -119,8 +98,8 @@ def check_disk(output_dir: Path, checkpoint: int, final: int, checkpoints: int, 
     """
     needed = checkpoints * checkpoint + final
     what = (
-        f"disk in {output_dir}, in GiB: {checkpoints} checkpoints of {checkpoint / GIB:.1f} at a time, "
-        f"the model {final / GIB:.1f}; {needed / GIB:.1f} of {free / GIB:.1f} free"
+        f"disk in {output_dir}: {checkpoints} checkpoints of {as_text(checkpoint)} at a time, the model "
+        f"{as_text(final)}; {as_text(needed)} of {as_text(free)} free"
     )
     if needed <= free:
         return [Finding("note", what)]
@@ -133,23 +112,23 @@ def check_disk(output_dir: Path, checkpoint: int, final: int, checkpoints: int, 
     return [Finding("error", what, "a save would fail in the middle of the run", cure)]
 
 
-def check_packing(deviation: float, reduced_precision: bool) -> tuple[list[Finding], bool]:
-    """(findings, whether packed examples are as good as alone), from the largest difference of their logits.
+def check_packing(deviation: float, half_precision: bool) -> list[Finding]:
+    """A warning where packed examples differ from the same alone, a note with the figure where they do not.
 
-    What mixes examples is off by 0.5 and more; float32 rounding is 1e-6, bf16's (8 bits, logits of some ten) 0.1.
+    Args:
+        deviation: what alpaca.packing.deviation_from_solo gives: examples that see each other give 1 and more.
+        half_precision: whether it was computed with 8 bits of mantissa.
     """
-    if deviation <= (0.2 if reduced_precision else 1e-3):
-        return [
-            Finding("note", f"examples packed together have the logits of examples alone, to {deviation:.1e}")
-        ], True
+    if deviation <= (MAX_DEVIATION_HALF if half_precision else MAX_DEVIATION):  # not so for NaN
+        return [Finding("note", f"packed examples equal the same alone, to {deviation:.1e} of their logits' deviation")]
     return [
         Finding(
             "warning",
-            f"packed examples have other logits than alone (by {deviation:.1e}): training falls back to padding",
-            "the attention in use lets examples see each other, or this model ignores their positions",
+            f"packed examples differ from the same alone (by {deviation:.1e}): training falls back to padding",
+            "the attention in use lets examples see each other, or this model counts positions over the whole row",
             "nothing to do; --padding longest says the same without this warning",
         )
-    ], False
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -161,6 +140,7 @@ def preflight(
     earlier: Sequence[Finding] = (),
     record_numbers: Sequence[int] | None = None,
     left_out: Sequence[int] = (),
+    save_whole_model: Callable[[Path], None] | None = None,
     deviation: Callable[[], float] | None = None,
     fall_back: Callable[[], None] | None = None,
     with_rehearsal: bool = True,
@@ -168,14 +148,15 @@ def preflight(
     """Runs all checks in order, prints the report on rank 0, and rehearses a save and a resumed step.
 
     Args:
-        trainer: before its ``train()``; its train_dataset is a sequence of {"input_ids", "labels"}, its
-            processing_class the tokenizer.
+        trainer: before its ``train()``; its processing_class is the tokenizer, its train_dataset a sequence of
+            {"input_ids", "labels"}, or of lists of them with that sequence as ``dataset``.
         earlier: what was found before there was a trainer (check_precision, mend_merges, check_tokenizer).
         record_numbers: of the examples, as for check_examples.
         left_out: likewise.
-        deviation: gives the largest difference of logits between packed examples and the same alone; None where
-            examples are padded.
-        fall_back: called on every rank when packing is not safe; makes the trainer pad.
+        save_whole_model: the last save, as for rehearse.
+        deviation: gives the deviation of packed examples from the same alone; called on every rank, with the model on
+            its device and mesh, as the rehearsal begins. None where examples are padded.
+        fall_back: called on every rank when that is too large; makes the trainer pad.
         with_rehearsal: whether to do the rehearsal.
 
     Returns:
@@ -184,54 +165,73 @@ def preflight(
     Raises:
         UserError: there are errors; they stand in the report.
     """
-    args, tokenizer = trainer.args, trainer.processing_class
+    args, tokenizer, device = trainer.args, trainer.processing_class, trainer.accelerator.device
     rows = trainer.model.get_input_embeddings().weight.shape[0]
-    found = list(earlier) + check_trainer(trainer) + check_checkpoint(args.resume_from_checkpoint, trainer.model.config)
-    dataset = trainer.train_dataset
-    found += check_examples(dataset, tokenizer.eos_token_id, rows, tokenizer.model_max_length, record_numbers, left_out)
+    examples = getattr(trainer.train_dataset, "dataset", trainer.train_dataset)
+    found = list(earlier) + check_trainer(trainer)
+    found += check_examples(
+        examples, tokenizer.eos_token_id, rows, tokenizer.model_max_length, record_numbers, left_out
+    )
     if any(finding.level == "error" for finding in gather(found)):
         _finish(gather(found))
-    shape, plan = Shape.of(trainer.model), _plan(trainer)
-    available = lowest(memory.available_bytes(trainer.accelerator.device))
-    checkpointing = (
-        "activation_checkpointing" if hasattr(args, "activation_checkpointing") else "gradient_checkpointing"
+    shape, plan = Shape.of(trainer.model), _plan(trainer, examples)
+    advice = memory.Advice(
+        "activation_checkpointing" if hasattr(args, "activation_checkpointing") else "gradient_checkpointing",
+        args.gradient_accumulation_steps,
     )
-    found += check_memory(shape, plan, available, checkpointing, args.gradient_accumulation_steps)
-    found += _disk(trainer, shape, plan)
-    if deviation is not None:
-        more, safe = check_packing(-lowest(-deviation()), args.bf16 or args.fp16)
-        found += more
-        if not safe and fall_back is not None:
-            fall_back()
-    found = gather(found)
+    available = lowest(memory.available_bytes(device))
+    found = gather(found + check_memory(shape, plan, available, advice) + _disk(trainer, shape, plan))
     _finish(found)
-    _show(dataset[0], tokenizer)
+    _show(examples[0], tokenizer)
+    if not with_rehearsal:
+        return found
 
-    if with_rehearsal and trainer.is_deepspeed_enabled:
+    later: list[Finding] = []
+
+    def check_attention() -> None:
+        try:
+            worst = deviation()
+        except (NotImplementedError, TypeError, ValueError):  # its code does not know such batches
+            worst = math.inf
+        worst = -lowest(-worst if worst == worst else -math.inf)
+        later.extend(check_packing(worst, args.bf16 or args.fp16))
+        if later[-1].level == "warning" and fall_back is not None:
+            fall_back()
+
+    if trainer.is_deepspeed_enabled:
         what = "saving and resuming were not rehearsed: an engine of DeepSpeed cannot be taken back to before its step"
         cure = "a short run with --max_steps 2 --save_steps 1, resumed once, shows the same"
-        found += [Finding("warning", what, "a failing save shows itself late", cure)]
-        _print(format_report(found[-1:], colour_wanted()))
-    elif with_rehearsal:
-        more = gather(_rehearsal(trainer, shape, plan, available, checkpointing))
-        found += more
-        _finish(more)
-    return found
+        later.append(Finding("warning", what, "a failing save shows itself late", cure))
+    else:
+        try:
+            result = rehearse(trainer, args.output_dir, save_whole_model, check_attention if deviation else None)
+        except torch.OutOfMemoryError as e:
+            flags = "; ".join(memory.advise(shape, plan, available, advice))
+            cure = flags or "a smaller --per_device_train_batch_size or --model_max_length"
+            raise UserError(f"preflight: the first step ran out of memory: one of {cure}; nothing was trained") from e
+        except RuntimeError as e:  # among them torch.save on a full disk
+            first = (str(e).strip() or type(e).__name__).splitlines()[0]
+            cure = "is the disk full? --skip_save_rehearsal goes on without"
+            raise UserError(f"preflight: saving and resuming failed: {first} ({cure})") from e
+        later += _told(result)
+    later = gather(later)
+    _finish(later)
+    return found + later
 
 
-def _plan(trainer) -> Plan:
+def _plan(trainer, examples: Sequence[dict]) -> Plan:
     args = trainer.args
     plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     zero3 = trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
-    _, lengths, labels, _ = columns(trainer.train_dataset)
-    supervised_only = getattr(args, "padding", "longest") == "free" or bool(getattr(args, "packing", False))
-    longest_answer = None
-    if supervised_only:
+    _, lengths, labels, _ = columns(examples)
+    packed = examples is not trainer.train_dataset  # each row is filled up
+    longest_answer = None  # padding-free, logits are computed where there is a label
+    if not packed and getattr(args, "padding", "longest") == "free":
         longest_answer = int(np.add.reduceat(labels != IGNORE_INDEX, np.cumsum(lengths) - lengths).max())
     optim = str(getattr(args.optim, "value", args.optim))
     return Plan(
         batch=args.per_device_train_batch_size,
-        length=int(lengths.max()),
+        length=trainer.processing_class.model_max_length if packed else int(lengths.max()),
         logit_tokens=longest_answer,
         ranks=args.world_size,
         sharded=trainer.is_fsdp_enabled or zero3,
@@ -267,31 +267,15 @@ def _disk(trainer, shape: Shape, plan: Plan) -> list[Finding]:
     return check_disk(output_dir, checkpoint, final, saves, free)
 
 
-def _rehearsal(trainer, shape: Shape, plan: Plan, available: int, checkpointing: str) -> list[Finding]:
-    args = trainer.args
-    try:
-        result = rehearse(trainer, args.output_dir)
-    except torch.OutOfMemoryError as e:
-        advice = memory.advise(shape, plan, available, checkpointing, args.gradient_accumulation_steps)
-        cure = "; ".join(advice) if advice else "a smaller --per_device_train_batch_size or --model_max_length"
-        raise UserError(f"preflight: the first step ran out of memory; one of: {cure}; nothing was trained") from e
-    except RuntimeError as e:  # among them torch.save on a full disk
-        first = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise UserError(
-            f"preflight: saving and resuming failed: {first} (is the disk full? --skip_save_rehearsal goes on without)"
-        ) from e
-    found = [Finding("error", *fault) for fault in result.faults]
-    if not found:
-        peak = f", peak memory {result.peak_bytes / GIB:.1f} GiB" if result.peak_bytes else ""
-        found.append(
-            Finding(
-                "note",
-                f"saved, reloaded and resumed: weights and optimizer equal, loss {result.resumed_loss:.4f} as without; "
-                f"checkpoint {result.checkpoint_bytes / GIB:.2f} GiB, model {result.final_bytes / GIB:.2f} GiB, "
-                f"{result.seconds:.0f} s{peak}",
-            )
-        )
-    return found
+def _told(result: Rehearsal) -> list[Finding]:
+    if result.faults:
+        return [Finding("error", *fault) for fault in result.faults]
+    peak = f", peak memory {as_text(result.peak_bytes)}" if result.peak_bytes else ""
+    what = (
+        f"saved, reloaded and resumed: weights and optimizer equal, loss {result.resumed_loss:.4f} as without; "
+        f"checkpoint {as_text(result.checkpoint_bytes)}, model {as_text(result.final_bytes)}"
+    )
+    return [Finding("note", f"{what}, {round(-lowest(-result.seconds))} s{peak}")]
 
 
 def _print(text: str) -> None:

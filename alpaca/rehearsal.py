@@ -20,12 +20,13 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
@@ -53,8 +54,8 @@ class Rehearsal:
 class _Observer(TrainerCallback):
     """Takes fingerprints before step 1 and after step 1, asks for the save there, and notes each step's loss."""
 
-    def __init__(self, trainer):
-        self.trainer, self.losses = trainer, {}
+    def __init__(self, trainer, before: Callable[[], None] | None):
+        self.trainer, self.before, self.losses = trainer, before, {}
         self.at_start: tuple[dict, dict] = ({}, {})
         self.after_step: dict[int, tuple[dict, dict]] = {}
         self.save_at = 0
@@ -63,6 +64,9 @@ class _Observer(TrainerCallback):
         return _weights(self.trainer.model), _states(self.trainer.optimizer)
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if self.before is not None:
+            self.before()
+            self.before = None
         self.at_start = self._fingerprints()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -76,15 +80,23 @@ class _Observer(TrainerCallback):
             self.losses[state.global_step] = logs["loss"]
 
 
-def rehearse(trainer, output_dir: str | os.PathLike) -> Rehearsal:
+def rehearse(
+    trainer,
+    output_dir: str | os.PathLike,
+    save_whole_model: Callable[[Path], None] | None = None,
+    at_start: Callable[[], None] | None = None,
+) -> Rehearsal:
     """Rehearses saving and resuming; the trainer is left as it was, except that its model is on its device and mesh.
 
     Costs three optimizer steps (of at most two accumulated batches), a checkpoint and a whole model on disk, one after
     the other, and their reload.
 
     Args:
-        trainer: a transformers.Trainer before its train(); may have ``save_whole_model(folder)``.
+        trainer: a transformers.Trainer before its train().
         output_dir: where the run will write; a folder ``.save-rehearsal`` comes and goes in it.
+        save_whole_model: the run's last save, into a folder; by default the trainer's own. Of an adapter only the
+            library's save is rehearsed: merged into its base it would be the base, which a careful save refuses.
+        at_start: called on every rank before step 1, with the model on its device and mesh.
 
     Returns:
         A Rehearsal; where its ``faults`` are not empty the weights may be lost, and the run must end.
@@ -96,12 +108,12 @@ def rehearse(trainer, output_dir: str | os.PathLike) -> Rehearsal:
     _barrier()
     try:
         with _undisturbed(trainer, folder), _quiet():
-            checkpoint = _save_and_resume(trainer, folder, result)
+            checkpoint = _save_and_resume(trainer, folder, result, at_start)
             result.checkpoint_bytes = folder_bytes(checkpoint)
             _barrier()
             _remove(checkpoint)  # so that the rehearsal never needs more disk than a checkpoint or a whole model
             if not result.faults:
-                _save_whole(trainer, folder / "whole", result)
+                _save_whole(trainer, folder / "whole", save_whole_model, result)
             if trainer.accelerator.device.type == "cuda":
                 result.peak_bytes = torch.cuda.max_memory_reserved()
     finally:
@@ -114,8 +126,8 @@ def rehearse(trainer, output_dir: str | os.PathLike) -> Rehearsal:
     return result
 
 
-def _save_and_resume(trainer, folder: Path, result: Rehearsal) -> Path:
-    observer = _Observer(trainer)
+def _save_and_resume(trainer, folder: Path, result: Rehearsal, at_start: Callable[[], None] | None) -> Path:
+    observer = _Observer(trainer, at_start)
     handler = trainer.callback_handler
     trainer.callback_handler = CallbackHandler(
         [DefaultFlowCallback, observer], handler.model, handler.processing_class, None, None
@@ -184,54 +196,61 @@ def _save_and_resume(trainer, folder: Path, result: Rehearsal) -> Path:
     return checkpoint
 
 
-def _save_whole(trainer, folder: Path, result: Rehearsal) -> None:
+def _save_whole(trainer, folder: Path, save: Callable[[Path], None] | None, result: Rehearsal) -> None:
     """The save at the end of training, read back: every name and shape, and some tensors through from_pretrained."""
-    getattr(trainer, "save_whole_model", trainer.save_model)(folder)
+    if trainer.is_world_process_zero():
+        folder.mkdir()
     _barrier()
-    cure = "free the folder of the cause above, or report it: the last save of the run would fail the same way"
-    why = "the trained model would be lost at the very end"
     model = trainer.accelerator.unwrap_model(trainer.model)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = {_plain(name): p for name, p in model.named_parameters() if p.requires_grad}
+    adapter = hasattr(model, "peft_config")
+    if adapter:
+        if trainer.is_fsdp_enabled:
+            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")  # taken back at the end
+        trainer.save_model(str(folder))
+    else:
+        (save or getattr(trainer, "save_whole_model", trainer.save_model))(folder)
+    gathered = {} if adapter else {name: _whole(trained[name]) for name in _some(trained)}  # a collective
+    _barrier()
     result.final_bytes = folder_bytes(folder)
-    if (folder / ADAPTER).exists():
-        from safetensors import safe_open
-
-        if trainer.is_world_process_zero():
-            with safe_open(folder / ADAPTER, framework="pt") as file:
-                count = len(list(file.keys()))
-            if count != len(trained):
-                what = f"the saved adapter has {count} tensors, the model trains {len(trained)}"
-                result.faults.append((what, why, cure))
-        return
-    some = _some(trained)
-    gathered = {name: _whole(trained[name]) for name in some}  # a collective: on every rank
     if not trainer.is_world_process_zero():
         return
-    if not any((folder / name).exists() for name in WEIGHTS):
-        result.faults.append(("the final save wrote no weights", why, cure))
-        return
     try:
-        reader = CheckpointReader(folder)
-        saved = {name: reader.spec(name)[1] for name in reader.names()}
-        tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
-        expected = {_plain(name): tuple(p.shape) for name, p in model.named_parameters() if name not in tied}
-        if wrong := sorted(name for name in expected if saved.get(name) != expected[name]):
-            what = f"the final save lacks {len(wrong)} tensors of the model, or has other shapes ({wrong[0]}, …)"
-            result.faults.append((what, why, cure))
-            return
-        config = copy.deepcopy(model.config)
-        config.num_hidden_layers = 1  # the embeddings and the first layer stand for the rest
-        if isinstance(getattr(config, "layer_types", None), list):
-            config.layer_types = config.layer_types[:1]
-        loaded = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype="auto").state_dict()
+        what = _wrong_adapter(folder, trained) if adapter else _wrong_model(folder, model, gathered)
     except UserError as e:
-        result.faults.append((f"the final save cannot be read: {e}", why, cure))
-        return
-    wrong = [
-        name for name, tensor in gathered.items() if not torch.equal(loaded[_plain(name)].to(tensor.dtype), tensor)
-    ]
-    if wrong:
-        result.faults.append((f"from_pretrained gives other values than were trained ({wrong[0]})", why, cure))
+        what = f"the final save cannot be read: {e}"
+    if what:
+        why = "the trained model would be lost at the very end"
+        cure = "report it with this output; the checkpoints are whole (--skip_save_rehearsal goes on regardless)"
+        result.faults.append((what, why, cure))
+
+
+def _wrong_adapter(folder: Path, trained: dict) -> str | None:
+    if not (folder / ADAPTER).exists():
+        return "the final save wrote no adapter"
+    with safe_open(folder / ADAPTER, framework="pt") as file:
+        count = len(list(file.keys()))
+    return f"the saved adapter has {count} tensors, the model trains {len(trained)}" if count != len(trained) else None
+
+
+def _wrong_model(folder: Path, model, gathered: dict[str, torch.Tensor]) -> str | None:
+    if not any((folder / name).exists() for name in WEIGHTS):
+        return "the final save wrote no weights"
+    reader = CheckpointReader(folder)
+    saved = {name: reader.spec(name)[1] for name in reader.names()}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
+    expected = {_plain(name): tuple(p.shape) for name, p in model.named_parameters() if _plain(name) not in tied}
+    if wrong := sorted(name for name in expected if saved.get(name) != expected[name]):
+        return f"the final save lacks {len(wrong)} tensors of the model, or has other shapes ({wrong[0]}, …)"
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = 1  # the embeddings and the first layer stand for the rest
+    if isinstance(getattr(config, "layer_types", None), list):
+        config.layer_types = config.layer_types[:1]
+    loaded = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype="auto").state_dict()
+    for name, tensor in gathered.items():
+        if not torch.equal(loaded[name].to(tensor.dtype), tensor):
+            return f"from_pretrained gives other values than were trained ({name})"
+    return None
 
 
 def _some(parameters: dict) -> list[str]:
@@ -244,7 +263,7 @@ def _some(parameters: dict) -> list[str]:
 @contextlib.contextmanager
 def _undisturbed(trainer, folder: Path) -> Iterator[None]:
     """Gives the trainer arguments for a rehearsal, and takes back all that a train() changes outside of the weights."""
-    kept = {name: getattr(trainer, name) for name in ("args", "callback_handler", "state", "control")}
+    kept = {name: value for name, value in vars(trainer).items() if name not in ("model", "model_wrapped")}
     args = copy.copy(trainer.args)
     changes = {
         "output_dir": str(folder),
@@ -279,9 +298,9 @@ def _undisturbed(trainer, folder: Path) -> Iterator[None]:
         random.setstate(numbers[0])
         np.random.set_state(numbers[1])
         loaders[:] = references
-        for name, value in kept.items():
-            setattr(trainer, name, value)
-        trainer.optimizer = trainer.lr_scheduler = None
+        for name in set(vars(trainer)) - set(kept) - {"model", "model_wrapped"}:
+            delattr(trainer, name)
+        vars(trainer).update(kept)
         trainer.accelerator.free_memory()
         if plugin:
             if plugin.state_dict_type != state_dict_type:
