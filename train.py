@@ -34,8 +34,10 @@ from torch.utils.data import Dataset
 
 import utils
 from alpaca import UserError, cli
+from alpaca.check_tokens import check_tokenizer, mend_merges
 from alpaca.checkpoint import WEIGHTS, check_model_folder, read_json
 from alpaca.inference import load_model, load_tokenizer
+from alpaca.preflight import check_precision, preflight
 
 IGNORE_INDEX = -100  # torch's cross entropy passes over it
 
@@ -67,6 +69,10 @@ class TrainingArguments(transformers.TrainingArguments):
     optim: str = field(default="adamw_torch", metadata={"help": "The optimizer."})
     model_max_length: int = field(
         default=512, metadata={"help": "Longest example in tokens, prompt and answer; longer ones are cut."}
+    )
+    preflight_only: bool = field(default=False, metadata={"help": "Check everything, train nothing."})
+    skip_save_rehearsal: bool = field(
+        default=False, metadata={"help": "Do not save, reload and resume a step before the first one."}
     )
     # The original's flags that the library has since renamed: accepted, translated, told.
     evaluation_strategy: str | None = field(default=None, metadata={"help": "Old name of --eval_strategy."})
@@ -340,6 +346,10 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     # float32 whatever the checkpoint's type: at a learning rate of 2e-5 most updates are lost in bf16's 8 bits.
     # --bf16 computes in bf16 over float32 weights.
     model = load_model(model_args.model_name_or_path, torch.float32, cache_dir=training_args.cache_dir)
+    rows = model.get_input_embeddings().weight.shape[0]
+    texts = [record["instruction"] + "\n" + record["output"] for record in train_records[:500]]
+    findings = check_precision(training_args.bf16) + mend_merges(tokenizer, texts)
+    findings += check_tokenizer(tokenizer, rows, model.config)
     add_special_tokens(tokenizer, model)
 
     max_length = training_args.model_max_length
@@ -354,8 +364,9 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         data_collator=DataCollatorForSupervisedDataset(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
-    if training_args.fsdp and not trainer.is_fsdp_enabled:
-        raise UserError("--fsdp was asked for, but the library did not enable it: nothing was trained")
+    preflight(trainer, findings, with_rehearsal=not training_args.skip_save_rehearsal)
+    if training_args.preflight_only:
+        return
 
     training_args.eval_on_start = eval_dataset is not None  # "before", to compare with
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint or None)
