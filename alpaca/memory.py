@@ -108,8 +108,8 @@ def optimizer_bytes(optim: str) -> float:
     return 8
 
 
-def activation_bytes(shape: Shape, plan: Plan) -> tuple[int, int]:
-    """Bytes that autograd keeps for one token in one layer: (all of it, with activation checkpointing).
+def activation_bytes(shape: Shape, plan: Plan) -> tuple[int, int, int]:
+    """Bytes that autograd keeps for one token: (in a layer, in a layer with activation checkpointing, after the last).
 
     c is the size of the computing type; r that of the residual stream, which autocast leaves in float32 and FSDP's
     mixed precision does not. Kept are, in elements: by each norm its float32 input, the normalised value (r) and what
@@ -118,10 +118,10 @@ def activation_bytes(shape: Shape, plan: Plan) -> tuple[int, int]:
     """
     c = 2 if plan.bf16 else 4
     r = 2 if plan.bf16 and plan.sharded else 4
-    norms = 2 * shape.hidden * (4 + r + c)
+    norm = shape.hidden * (4 + r + c)
     attention = 4 * shape.heads * shape.head_dim * c
     mlp = (4 if shape.gated else 2) * shape.intermediate * c
-    return norms + attention + mlp, r * shape.hidden
+    return 2 * norm + attention + mlp, r * shape.hidden, norm
 
 
 def estimate(shape: Shape, plan: Plan) -> dict[str, int]:
@@ -147,9 +147,9 @@ def estimate(shape: Shape, plan: Plan) -> dict[str, int]:
         quantised = shape.parameter_bytes < 2 * shape.parameters
         parts["working copies"] = 2 * shape.parameters if plan.bf16 and not quantised else 0
     tokens = plan.batch * plan.length
-    whole, kept = activation_bytes(shape, plan)
+    whole, kept, after = activation_bytes(shape, plan)
     layers = whole + kept * shape.layers if plan.checkpointing else whole * shape.layers
-    parts["activations"] = tokens * layers
+    parts["activations"] = tokens * (layers + after)
     positions = plan.batch * (plan.length if plan.logit_tokens is None else plan.logit_tokens)
     parts["logits"] = positions * shape.vocabulary * (12 + (2 if plan.bf16 else 0))
     fixed = 0 if plan.offloaded else parts["parameters"] + parts["gradients"] + parts["optimizer"]
