@@ -176,7 +176,8 @@ def mend_merges(tokenizer, texts: Iterable[str] = ()) -> list[Finding]:
         spm = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except RuntimeError:  # a tokenizer.model of another kind (tiktoken's)
         return []
-    texts = [*SAMPLES, *texts]
+    # sentencepiece puts a space in front of any text, tokenizers only where there is none: not what is looked at here
+    texts = [*SAMPLES, *(text.lstrip(" ") for text in texts)]
     why = "the base model was trained on sentencepiece's tokens; other ones are a language it has not seen"
     pieces = [spm.id_to_piece(i) for i in range(spm.get_piece_size())]
     vocabulary = tokenizer.get_vocab()

@@ -157,7 +157,7 @@ def test_merges_that_differ_from_sentencepiece_are_mended_and_stay_so_when_saved
 
     tokenizer = AutoTokenizer.from_pretrained(sentencepiece_folder)
     spm = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_folder / "tokenizer.model"))
-    texts = [" " * n + "return x" for n in range(1, 40)]
+    texts = ["x" + " " * n + "return x" for n in range(1, 40)]
 
     def different(tokenizer):
         return [t for t in texts if tokenizer(t, add_special_tokens=False)["input_ids"] != spm.encode(t)]
