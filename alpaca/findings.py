@@ -41,8 +41,8 @@ def paint(text: str, code: str, colour: bool) -> str:
     return "\n".join(f"\033[{code}m{line}\033[0m" if line else line for line in text.split("\n"))
 
 
-def gather(findings: list[Finding]) -> list[Finding]:
-    """The findings of all ranks, each once, in the same order on every rank.
+def gather(findings: list) -> list:
+    """The findings (or anything hashable) of all ranks, each once, in the same order on every rank.
 
     A rank that alone found an error would leave the others waiting for it in their next collective.
     """

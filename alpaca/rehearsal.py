@@ -32,6 +32,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from alpaca import UserError
 from alpaca.checkpoint import WEIGHTS, CheckpointReader
+from alpaca.findings import gather
 
 FOLDER = ".save-rehearsal"  # in the output folder, so that the file system is the one that training will write to
 ADAPTER = "adapter_model.safetensors"
@@ -114,6 +115,7 @@ def rehearse(
             _remove(checkpoint)  # so that the rehearsal never needs more disk than a checkpoint or a whole model
             if not result.faults:
                 _save_whole(trainer, folder / "whole", save_whole_model, result)
+                result.faults = gather(result.faults)
             if trainer.accelerator.device.type == "cuda":
                 result.peak_bytes = torch.cuda.max_memory_reserved()
     finally:
@@ -158,6 +160,7 @@ def _save_and_resume(trainer, folder: Path, result: Rehearsal, at_start: Callabl
                 "--skip_save_rehearsal, or --optim adamw_torch",
             )
         )
+    result.faults = gather(result.faults)  # a rank that stopped alone would leave the others waiting
     if result.faults:
         return checkpoint
     trainer.optimizer = trainer.lr_scheduler = None
@@ -193,6 +196,7 @@ def _save_and_resume(trainer, folder: Path, result: Rehearsal, at_start: Callabl
         )
     if not result.faults and (names := _differences(before, observer.after_step[2][0])):
         result.faults.append((f"the rehearsal changed the weights ({names})", "the run would not be yours", cure))
+    result.faults = gather(result.faults)
     return checkpoint
 
 
@@ -270,11 +274,13 @@ def _undisturbed(trainer, folder: Path) -> Iterator[None]:
         "max_steps": 2,
         "learning_rate": 0.0,
         "lr_scheduler_type": type(args.lr_scheduler_type)("constant"),
+        "lr_scheduler_kwargs": None,
         "gradient_accumulation_steps": min(2, args.gradient_accumulation_steps),
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "save_total_limit": None,
         "save_only_model": False,
+        "ignore_data_skip": False,
         "eval_on_start": False,
         "load_best_model_at_end": False,
         "push_to_hub": False,
