@@ -36,11 +36,12 @@ import torch
 import transformers
 
 import utils
-from alpaca import UserError, cli, launch, lora, packing, receipt
+from alpaca import UserError, check_tokens, cli, launch, lora, packing, receipt
 from alpaca.checkpoint import check_model_folder, check_writable
 from alpaca.inference import check_tokenizer, load_model, load_tokenizer
 from alpaca.launch import say as _say
 from alpaca.meter import Metered
+from alpaca.preflight import check_precision, preflight
 from alpaca.resume import check_fits, choose_checkpoint
 from alpaca.saving import ResumableTrainer, SaveFailed
 from alpaca.stop import Stopped
@@ -102,6 +103,10 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     gpu_hour_price: float = field(
         default=0.0, metadata={"help": "US dollars for an hour of one GPU, for the cost in training_receipt.json."}
+    )
+    preflight_only: bool = field(default=False, metadata={"help": "Check everything, train nothing."})
+    skip_save_rehearsal: bool = field(
+        default=False, metadata={"help": "Do not save, reload and resume a step before the first one."}
     )
 
     def __post_init__(self):
@@ -195,7 +200,7 @@ def load_data(data_args: DataArguments, seed: int) -> tuple[list[dict], list[dic
 
 
 def make_batches(model, dataset, pad_token_id: int, data_args: DataArguments, training_args: TrainingArguments):
-    """What Trainer gets for --padding and --packing: the rows to draw from, a collator, and callbacks.
+    """What Trainer gets for --padding and --packing: the rows to draw from, a collator, and a self-check or None.
 
     Whether a model can do without padding is measured before the first step, not looked up in a list.
     """
@@ -203,7 +208,7 @@ def make_batches(model, dataset, pad_token_id: int, data_args: DataArguments, tr
     if not collator.padding_free:
         if data_args.packing:
             raise UserError("--packing puts examples into one row, and --padding longest does not: drop one of them")
-        return dataset, collator, []
+        return dataset, collator, None
 
     def fall_back(reason: str) -> None:
         if data_args.packing:
@@ -219,17 +224,17 @@ def make_batches(model, dataset, pad_token_id: int, data_args: DataArguments, tr
     elif not packing.set_attention(model, packing.SEGMENTS):
         fall_back(f"the attention of {type(model).__name__} cannot be chosen")
     if not collator.padding_free:
-        return dataset, collator, []
-    callbacks = [packing.SelfCheck(packing.examples_to_check(dataset), fall_back)]
+        return dataset, collator, None
+    self_check = packing.SelfCheck(packing.examples_to_check(dataset), fall_back)
     if not data_args.packing:
-        return dataset, collator, callbacks
+        return dataset, collator, self_check
     bins = packing.PackedDataset(dataset, training_args.model_max_length)
     _say(
         f"packing: {len(dataset)} examples in {len(bins)} bins of {training_args.model_max_length} tokens, "
         f"{sum(dataset.lengths) / (len(bins) * training_args.model_max_length):.1%} full; a batch size counts bins, "
         f"of {len(dataset) / len(bins):.1f} examples each"
     )
-    return bins, collator, callbacks
+    return bins, collator, self_check
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,9 +279,13 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         padding_side="right",
     )
 
+    texts = [record["instruction"] + "\n" + record["output"] for record in train_records[:500]]
+    findings = check_precision(training_args.bf16) + check_tokens.mend_merges(tokenizer, texts)
+
     def load_base(dtype: torch.dtype = torch.float32, **options):
         model = load_model(model_args.model_name_or_path, dtype, cache_dir=training_args.cache_dir, **options)
-        rows = model.get_input_embeddings().weight.shape[0]
+        rows = launch.rows(model.get_input_embeddings().weight)
+        findings.extend(check_tokens.check_tokenizer(tokenizer, rows, model.config))
         add_special_tokens(tokenizer, model)
         if training_args.lora_r:
             lora.check_tokenizer(tokenizer, rows)
@@ -294,7 +303,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     train_dataset = SupervisedDataset(train_records, tokenizer, max_length, "training")
     eval_dataset = SupervisedDataset(eval_records, tokenizer, max_length, "held-out") if eval_records else None
     _say("\n".join(dataset.summary for dataset in (train_dataset, eval_dataset) if dataset))
-    rows, collator, callbacks = make_batches(model, train_dataset, tokenizer.pad_token_id, data_args, training_args)
+    rows, collator, self_check = make_batches(model, train_dataset, tokenizer.pad_token_id, data_args, training_args)
     training_args.remove_unused_columns = False
     trainer = Trainer(
         model=model,
@@ -303,10 +312,11 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         eval_dataset=eval_dataset,
         data_collator=collator,
         processing_class=tokenizer,
-        callbacks=callbacks,
+        callbacks=[self_check] if self_check else None,
     )
-    if training_args.fsdp and not trainer.is_fsdp_enabled:
-        raise UserError("--fsdp was asked for, but the library did not enable it: nothing was trained")
+    preflight(trainer, findings, self_check, with_rehearsal=not training_args.skip_save_rehearsal)
+    if training_args.preflight_only:
+        return
 
     training_args.eval_on_start = eval_dataset is not None  # "before", to compare with
     trainer.train(resume_from_checkpoint=checkpoint)

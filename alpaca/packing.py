@@ -287,12 +287,23 @@ class SelfCheck(transformers.TrainerCallback):
     Args:
         examples: see deviation_from_solo.
         fall_back: called with the reason, a piece of a sentence, on each process when packing is not right.
+
+    Attributes:
+        deviation: what was measured, the largest of all processes; None until then.
+        passed: whether that is rounding.
     """
 
     def __init__(self, examples: list[dict], fall_back):
         self.examples, self.fall_back = examples, fall_back
+        self.deviation: float | None = None
+        self.passed = False
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if self.deviation is None:  # else the preflight has called it
+            self(model, args)
+
+    def __call__(self, model, args: transformers.TrainingArguments) -> None:
+        """Measures, and falls back if that is needed; on every process, the model on its device and mesh."""
         reason = ""
         try:
             deviation = deviation_from_solo(model, self.examples)
@@ -303,8 +314,10 @@ class SelfCheck(transformers.TrainerCallback):
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
         half = args.bf16 or args.fp16 or next(model.parameters()).dtype != torch.float32
-        if worst.item() > (MAX_DEVIATION_HALF if half else MAX_DEVIATION):
-            self.fall_back(reason or f"examples in one row differ from the same alone by {worst.item():.2g}")
+        self.deviation = worst.item()
+        self.passed = self.deviation <= (MAX_DEVIATION_HALF if half else MAX_DEVIATION)
+        if not self.passed:
+            self.fall_back(reason or f"examples in one row differ from the same alone by {self.deviation:.2g}")
 
 
 def examples_to_check(dataset, count: int = 3) -> list[dict]:

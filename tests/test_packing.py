@@ -80,9 +80,13 @@ def run(model, tmp_path, examples, padding="free", packing=False, **arguments):
         model_max_length=64,
         **{"max_steps": 6, "learning_rate": 1e-3, "lr_scheduler_type": "constant"} | arguments,
     )
-    rows, collator, callbacks = train.make_batches(model, Examples(examples), 0, data_args, training_args)
+    rows, collator, self_check = train.make_batches(model, Examples(examples), 0, data_args, training_args)
     trainer = train.Trainer(
-        model=model, args=training_args, train_dataset=rows, data_collator=collator, callbacks=callbacks
+        model=model,
+        args=training_args,
+        train_dataset=rows,
+        data_collator=collator,
+        callbacks=[self_check] if self_check else None,
     )
     trainer.train()
     return model, trainer

@@ -1,0 +1,245 @@
+"""How much memory a training step needs on each device, how much there is, and which flags would make it fit.
+
+Parameters, gradients and optimizer states are exact. Activations and logits are an estimate: it counts what autograd
+keeps for the backward pass of a decoder block, as Korthikanti et al., "Reducing Activation Recomputation in Large
+Transformer Models" (2022, section 4) do for GPT with 34·s·b·h bytes a layer, for today's blocks (RMSNorm in float32,
+grouped-query attention without a score matrix, gated MLP). Measured on small LLaMA and OPT models it is within a
+factor of 1.5 (tests/test_preflight.py holds it to that).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+GIB = 2**30
+
+
+def as_text(size: float) -> str:
+    """Bytes for people: "12.6 GiB", "0.4 MiB"."""
+    return f"{size / GIB:.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.1f} MiB"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model decides its memory. Sizes in elements; parameter_bytes as the parameters are stored now."""
+
+    parameters: int
+    trainable: int
+    parameter_bytes: int
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    gated: bool  # three matrices in the MLP (LLaMA, Mistral, Qwen), not two (OPT, GPT-NeoX)
+    tied: bool
+
+    @classmethod
+    def of(cls, model) -> Shape:
+        """From a model before it is sharded."""
+        config, parameters = model.config, list(model.parameters())
+        heads = config.num_attention_heads
+        return cls(
+            parameters=sum(p.numel() for p in parameters),
+            trainable=sum(p.numel() for p in parameters if p.requires_grad),
+            parameter_bytes=sum(p.numel() * p.element_size() for p in parameters),
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            intermediate=getattr(config, "intermediate_size", None)
+            or getattr(config, "ffn_dim", 4 * config.hidden_size),
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            vocabulary=config.vocab_size,
+            gated=any(name.endswith("gate_proj") for name, _ in model.named_modules()),
+            tied=bool(config.tie_word_embeddings),
+        )
+
+    @property
+    def embedding(self) -> int:
+        return self.vocabulary * self.hidden
+
+    @property
+    def layer(self) -> int:
+        """Parameters of one decoder layer."""
+        return (self.parameters - self.embedding * (1 if self.tied else 2)) // self.layers
+
+    def lora(self, r: int) -> int:
+        """Trainable parameters of LoRA on all linear maps of the layers: r·(in + out) each (Hu et al. 2021)."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        maps = [(self.hidden, q), (self.hidden, kv), (self.hidden, kv), (q, self.hidden)]
+        maps += [(self.hidden, self.intermediate)] * (3 if self.gated else 2)
+        return self.layers * r * sum(a + b for a, b in maps)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How it is to be trained."""
+
+    batch: int  # examples a device and forward pass
+    length: int  # tokens of the longest example
+    logit_tokens: int | None = None  # positions an example whose logits are computed; None: all of them
+    ranks: int = 1
+    sharded: bool = False  # over the ranks: FSDP full_shard, ZeRO-3
+    offloaded: bool = False  # parameters, gradients and optimizer states are in CPU memory
+    bf16: bool = False
+    checkpointing: bool = False
+    optimizer_bytes: float = 8  # a trainable parameter: AdamW keeps two float32 moments (Loshchilov & Hutter 2019)
+    foreach: bool = False  # torch's foreach optimizers hold one more float32 copy while they step (torch.optim docs)
+
+
+def optimizer_bytes(optim: str) -> float:
+    """Bytes of state a trainable parameter for one of the library's --optim names."""
+    if "8bit" in optim:
+        return 2  # two moments of one byte, and their scales, 4 bytes for 256 values (Dettmers et al. 2022)
+    if "4bit" in optim:
+        return 1
+    if "adafactor" in optim:
+        return 0.01  # a row and a column for a matrix (Shazeer & Stern 2018)
+    if "sgd" in optim or "lion" in optim:
+        return 4
+    return 8
+
+
+def activation_bytes(shape: Shape, plan: Plan) -> tuple[int, int, int]:
+    """Bytes that autograd keeps for one token: (in a layer, in a layer with activation checkpointing, after the last).
+
+    c is the size of the computing type; r that of the residual stream, which autocast leaves in float32 and FSDP's
+    mixed precision does not. Kept are, in elements: by each norm its float32 input, the normalised value (r) and what
+    the linear maps read (c); by attention q, k, v (k and v repeated for each query head) and its output; by the MLP the
+    gate, its activation, up and their product (without a gate: both sides of the activation).
+    """
+    c = 2 if plan.bf16 else 4
+    r = 2 if plan.bf16 and plan.sharded else 4
+    norm = shape.hidden * (4 + r + c)
+    attention = 4 * shape.heads * shape.head_dim * c
+    mlp = (4 if shape.gated else 2) * shape.intermediate * c
+    return 2 * norm + attention + mlp, r * shape.hidden, norm
+
+
+def estimate(shape: Shape, plan: Plan) -> dict[str, int]:
+    """Bytes on each device, by what holds them; "total" is the peak.
+
+    - parameters as stored, gradients 4 bytes and optimizer states a trainable parameter, divided by the ranks when
+      sharded (Rajbhandari et al., "ZeRO", 2020, section 5).
+    - working copies: under autocast a bf16 copy of each weight lives until the backward pass; sharded, the output
+      embedding, two layers (one is fetched ahead) and a layer's unreduced gradients are whole.
+    - logits: float32 logits, their log-softmax and its gradient, 12 bytes a position and vocabulary entry, and the
+      bf16 logits they came from.
+    """
+    share = plan.ranks if plan.sharded else 1
+    c = 2 if plan.bf16 else 4
+    parts = {
+        "parameters": shape.parameter_bytes // share,
+        "gradients": 4 * shape.trainable // share,
+        "optimizer": int(plan.optimizer_bytes * shape.trainable) // share,
+    }
+    if plan.sharded:
+        parts["working copies"] = c * (shape.embedding + 2 * shape.layer) + 4 * shape.layer
+    else:
+        quantised = shape.parameter_bytes < 2 * shape.parameters
+        parts["working copies"] = 2 * shape.parameters if plan.bf16 and not quantised else 0
+    tokens = plan.batch * plan.length
+    whole, kept, after = activation_bytes(shape, plan)
+    layers = whole + kept * shape.layers if plan.checkpointing else whole * shape.layers
+    parts["activations"] = tokens * (layers + after)
+    positions = plan.batch * (plan.length if plan.logit_tokens is None else plan.logit_tokens)
+    parts["logits"] = positions * shape.vocabulary * (12 + (2 if plan.bf16 else 0))
+    fixed = 0 if plan.offloaded else parts["parameters"] + parts["gradients"] + parts["optimizer"]
+    stepping = 4 * shape.trainable // share if plan.foreach and not plan.offloaded else 0
+    parts["total"] = fixed + max(parts["working copies"] + parts["activations"] + parts["logits"], stepping)
+    return parts
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that this process can use on the device, what it holds already included.
+
+    On a CPU: what the machine (or its control group) has left, shared by the processes on it.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    here, processes = _held_here(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    limits = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        limits.append(int(fields["MemAvailable"].split()[0]) * 1024)
+    elif "SC_PHYS_PAGES" in os.sysconf_names:
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - here)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
+        limits.append(int(limit.read_text()) - int(used.read_text()))
+    return here + max(0, min(limits)) // processes if limits else 2**62
+
+
+def _held_here() -> int:
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What the flags of an advice are made of."""
+
+    checkpointing_flag: str = "gradient_checkpointing"  # newer libraries call it activation_checkpointing
+    accumulation: int = 1
+
+
+def advise(shape: Shape, plan: Plan, available: int, advice: Advice) -> list[str]:
+    """Flags that would make the plan fit, by trying them in the estimate: up to three sets, the smallest first."""
+    options: list[tuple[str, dict, dict]] = []  # flags, what they change in the plan, in the shape
+    if not plan.checkpointing:
+        options.append((f"--{advice.checkpointing_flag} True", {"checkpointing": True}, {}))
+    if plan.batch > 1:
+        smaller = f"--per_device_train_batch_size 1 --gradient_accumulation_steps {plan.batch * advice.accumulation}"
+        options.append((smaller, {"batch": 1}, {}))
+    full = shape.trainable == shape.parameters
+    if plan.optimizer_bytes > 2:
+        options.append(("--optim adamw_8bit", {"optimizer_bytes": 2, "foreach": False}, {}))
+    for ranks in (2, 4, 8, 16, 32, 64):
+        if ranks > (plan.ranks if plan.sharded else 1):
+            options.append((f"--fsdp over {ranks} devices", {"sharded": True, "ranks": ranks}, {}))
+    if full:
+        options.append(("--lora_r 8", {}, {"trainable": shape.lora(8)}))
+        four_bit = (shape.parameters - 2 * shape.embedding) * 9 // 16 + 8 * shape.embedding  # embeddings stay float32
+        four_bit = {"trainable": shape.lora(8), "parameter_bytes": four_bit}
+        options.append(("--lora_r 8 --load_in_4bit True", {}, four_bit))
+
+    chosen: list[tuple[set, str]] = []
+    for size in (1, 2, 3):
+        for combination in itertools.combinations(options, size):
+            kinds = [flags.split()[0] for flags, _, _ in combination]
+            if len(set(kinds)) < size or {"--fsdp", "--lora_r"} <= set(kinds) and "4bit" in str(combination):
+                continue  # one of a kind; 4-bit weights are not sharded
+            if "--lora_r" in kinds and "--optim" in kinds:
+                continue  # the optimizer of an adapter is small already
+            if any(earlier <= set(kinds) for earlier, _ in chosen):
+                continue  # a smaller set does it
+            new_plan, new_shape = plan, shape
+            for _, in_plan, in_shape in combination:
+                new_plan, new_shape = replace(new_plan, **in_plan), replace(new_shape, **in_shape)
+            total = estimate(new_shape, new_plan)["total"]
+            if total <= available:
+                text = " ".join(flags for flags, _, _ in combination)
+                chosen.append((set(kinds), f"{text} ({as_text(total)})"))
+    return [text for _, text in chosen[:3]]
+
+
+def checkpoint_bytes(shape: Shape, plan: Plan, full_fsdp: bool = False) -> tuple[int, int]:
+    """Bytes on disk of (one checkpoint, the final model).
+
+    A checkpoint holds what is trained (4 bytes), its optimizer states, and for FSDP's FULL_STATE_DICT the weights a
+    second time (pytorch_model_fsdp.bin).
+    """
+    weights = 4 * shape.trainable
+    checkpoint = weights * (2 if full_fsdp else 1) + int(plan.optimizer_bytes * shape.trainable)
+    final = weights if shape.trainable == shape.parameters else weights + 4 * shape.parameters  # adapter and merged
+    return checkpoint, final
