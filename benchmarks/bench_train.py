@@ -15,7 +15,9 @@ Contenders, each run in a process of its own, in turn, --rounds times; the media
 All begin with the same weights in float32 and, but for ours_packed, see the same examples in the same order. On a GPU
 all compute in bf16 with tf32. TRL's gradient checkpointing, on by default, is off as it is for the others; so is its
 bf16 on a CPU, where that is slower. The first steps are a warm-up and do not count; saving and evaluation are no part
-of it. TRL comes with ``pip install '.[bench]'``; without it its rows are left out.
+of it. TRL comes with ``pip install '.[bench]'``; without it its rows are left out. Two things to know of its rows: on a
+CPU its loss lacks the Triton kernels that it is written for; and where the last token of a prompt would merge with the
+answer's first, it leaves the prompt's ":" out, so its losses are others than those of the original and ours.
 
 The data: texts of --data, cut to the lengths of the data that Stanford Alpaca released (released_mix.py).
 
