@@ -112,13 +112,14 @@ def activation_bytes(shape: Shape, plan: Plan) -> tuple[int, int, int]:
     """Bytes that autograd keeps for one token: (in a layer, in a layer with activation checkpointing, after the last).
 
     c is the size of the computing type; r that of the residual stream, which autocast leaves in float32 and FSDP's
-    mixed precision does not. Kept are, in elements: by each norm its float32 input, the normalised value (r) and what
-    the linear maps read (c); by attention q, k, v (k and v repeated for each query head) and its output; by the MLP the
-    gate, its activation, up and their product (without a gate: both sides of the activation).
+    mixed precision does not. Kept are, in elements: by each norm its float32 input (not by LayerNorm, in models without
+    a gate), the normalised value (r) and what the linear maps read (c); by attention q, k, v (k and v repeated for each
+    query head) and its output; by the MLP the gate, its activation, up and their product (without a gate: both sides of
+    the activation).
     """
     c = 2 if plan.bf16 else 4
     r = 2 if plan.bf16 and plan.sharded else 4
-    norm = shape.hidden * (4 + r + c)
+    norm = shape.hidden * ((4 if shape.gated else 0) + r + c)
     attention = 4 * shape.heads * shape.head_dim * c
     mlp = (4 if shape.gated else 2) * shape.intermediate * c
     return 2 * norm + attention + mlp, r * shape.hidden, norm

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from test_preflight import make_trainer  # noqa: E402
@@ -28,6 +29,7 @@ plain = trainer()
 plain.train()
 plain_bits = [fingerprint(parameter) for parameter in plain.model.parameters()]
 plain_losses = [entry.get("loss") for entry in plain.state.log_history]
+AcceleratorState._reset_state()  # else it would take the second model for one that is not to be sharded
 rehearsed = trainer()
 result = rehearse(rehearsed, out)
 rehearsed.train()

@@ -126,8 +126,9 @@ def test_a_config_that_ends_text_with_another_id_is_found(broken, tiny_llama):
 
 @pytest.fixture(scope="module")
 def sentencepiece_folder(tmp_path_factory):
-    """A LLaMA-style folder with a tokenizer.model alone, trained on code, so that it has pieces of many spaces."""
+    """A LLaMA-style folder with a tokenizer.model alone whose scores are not in the order of its ids."""
     import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
 
     folder = tmp_path_factory.mktemp("spm")
     text = folder / "text"
@@ -146,6 +147,12 @@ def sentencepiece_folder(tmp_path_factory):
         minloglevel=2,
     )
     text.unlink()
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString((folder / "tokenizer.model").read_bytes())
+    joined = [piece for piece in proto.pieces if piece.type == 1 and len(piece.piece) > 1]
+    for piece, score in zip(joined, [piece.score for piece in joined][::-1], strict=True):
+        piece.score = score
+    (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true}')
     (folder / "config.json").write_text('{"model_type": "llama"}')
     return folder
@@ -157,10 +164,11 @@ def test_merges_that_differ_from_sentencepiece_are_mended_and_stay_so_when_saved
 
     tokenizer = AutoTokenizer.from_pretrained(sentencepiece_folder)
     spm = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_folder / "tokenizer.model"))
-    texts = ["x" + " " * n + "return x" for n in range(1, 40)]
+    texts = [line for line in (ROOT / "train.py").read_text().splitlines() if line[:1].strip()]
 
     def different(tokenizer):
-        return [t for t in texts if tokenizer(t, add_special_tokens=False)["input_ids"] != spm.encode(t)]
+        ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return [text for text, ours in zip(texts, ids, strict=True) if ours != spm.encode(text)]
 
     assert different(tokenizer)  # else there is nothing to mend
     [finding] = mend_merges(tokenizer, texts)
