@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, make_records
+from conftest import ROOT, losses, make_records
 
 import train
 
@@ -73,10 +72,6 @@ def run_on_both(hosts, script, *argv, restarts=0) -> list[float]:
             agent.kill()
     assert [agent.returncode for agent in agents] == [0, 0], "\n".join(printed)
     return max((losses(text) for text in printed), key=len)
-
-
-def losses(output: str) -> list[float]:
-    return [float(loss) for loss in re.findall(r"'loss': '?([\d.e-]+)", output)]
 
 
 def weights(folder):
