@@ -58,7 +58,7 @@ class ResumableTrainer(transformers.Trainer):
         if checkpoint and self.is_fsdp_enabled and not (checkpoint / SHARDED_MODEL).is_dir():
             self.is_fsdp_enabled = False  # each rank loads the whole model, as it loaded the base
             try:
-                super()._load_from_checkpoint(str(checkpoint))
+                self._load_whole_weights(str(checkpoint))
             finally:
                 self.is_fsdp_enabled = True
         stop, staging = StopOnSignal(), Path(self.args.output_dir) / STAGING
@@ -185,9 +185,23 @@ class ResumableTrainer(transformers.Trainer):
         sharded = (Path(resume_from_checkpoint) / SHARDED_MODEL).is_dir()
         if sharded and not self.is_fsdp_enabled:
             self._load_sharded_weights(Path(resume_from_checkpoint))
-        elif sharded or not self.is_fsdp_enabled:
+        elif sharded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif not self.is_fsdp_enabled:
+            self._load_whole_weights(resume_from_checkpoint, model)
         # else train() has loaded it, before the model was sharded
+
+    def _load_whole_weights(self, checkpoint: str, model=None) -> None:
+        """As from_pretrained reads them: some tensors are saved under an older name than the model's own.
+
+        The library's resume takes those for missing and goes on: GPT-NeoX trained on with the base's lm_head, which
+        is saved as embed_out.
+        """
+        model = self.model if model is None else model
+        if hasattr(model, "peft_config"):
+            super()._load_from_checkpoint(checkpoint, model)
+        else:
+            model.load_state_dict(type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict())
 
     def _load_sharded_weights(self, checkpoint: Path) -> None:
         state = {"model": state_dict(self.model)}

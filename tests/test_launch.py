@@ -146,6 +146,7 @@ def test_fsdp_words_become_the_configuration(two_processes, tmp_path, monkeypatc
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     args = parse("--fsdp", "shard_grad_op auto_wrap", out=tmp_path)
     assert args.fsdp is True and args.fsdp_config["reshard_after_forward"] is False
+    assert args.fsdp_config["state_dict_type"] == "SHARDED_STATE_DICT"
     for words in (["--fsdp"], ["--fsdp", "True"]):
         args = parse(*words, "--fsdp_config", "configs/fsdp.json", out=tmp_path)
         assert args.fsdp is True and args.fsdp_config["reshard_after_forward"] is True
