@@ -38,7 +38,8 @@ import transformers
 import utils
 from alpaca import UserError, check_tokens, cli, launch, lora, packing, receipt
 from alpaca.checkpoint import check_model_folder, check_writable
-from alpaca.inference import check_tokenizer, load_model, load_tokenizer
+from alpaca.findings import raise_errors
+from alpaca.inference import load_model, load_tokenizer
 from alpaca.launch import say as _say
 from alpaca.meter import Metered
 from alpaca.preflight import check_precision, preflight
@@ -133,7 +134,6 @@ def add_special_tokens(tokenizer, model) -> int:
         The number of tokens added to the vocabulary.
     """
     rows = launch.rows(model.get_input_embeddings().weight)
-    check_tokenizer(tokenizer, rows)
     missing = {}
     if not tokenizer.pad_token:
         missing["pad_token"] = DEFAULT_PAD_TOKEN
@@ -286,6 +286,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         model = load_model(model_args.model_name_or_path, dtype, cache_dir=training_args.cache_dir, **options)
         rows = launch.rows(model.get_input_embeddings().weight)
         findings.extend(check_tokens.check_tokenizer(tokenizer, rows, model.config))
+        raise_errors(findings)  # before rows are added that would hide them
         add_special_tokens(tokenizer, model)
         if training_args.lora_r:
             lora.check_tokenizer(tokenizer, rows)

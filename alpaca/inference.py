@@ -62,23 +62,6 @@ def load_model(path: str | os.PathLike, dtype: torch.dtype | str, **kwargs):
     return model
 
 
-def check_tokenizer(tokenizer, rows: int) -> None:
-    """Raises UserError if the tokenizer's own vocabulary has ids beyond the model's embedding rows.
-
-    A token that was added to a tokenizer (such as [PAD]) may lack its row and gets one; a model that lacks rows of
-    the vocabulary itself was never trained with it.
-
-    Args:
-        tokenizer: what ``load_tokenizer`` gave.
-        rows: the number of rows of the model's input embedding.
-    """
-    if tokenizer.vocab_size > rows:
-        raise UserError(
-            f"{tokenizer.name_or_path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {rows} rows: "
-            "it is another model's, copy the model's own tokenizer there"
-        )
-
-
 def load(path: str | os.PathLike, device: str | None = None):
     """A model for inference and its tokenizer, from a local folder or a hub name.
 

@@ -245,7 +245,7 @@ def deviation_from_solo(model, examples: list[dict]) -> float:
     def outputs(batch: dict):
         return model(**{name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()})
 
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), _evaluating(model), _resharded(model):
         batch = flatten(examples)
         together = outputs(batch)
         with _attention(model, library_attention(model)):
@@ -268,6 +268,18 @@ def _evaluating(model):
         yield
     finally:
         model.train(training)
+
+
+@contextmanager
+def _resharded(model):
+    """FSDP gives shards back in the backward pass, and here is none: whoever looks next would see whole parameters."""
+    yield
+    if torch.distributed.is_initialized():
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 @contextmanager

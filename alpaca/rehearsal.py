@@ -68,9 +68,6 @@ class _Observer(TrainerCallback):
         if self.before is not None:
             self.before()
             self.before = None
-            for module in self.trainer.model.modules():  # after a forward pass alone, FSDP's root stays gathered
-                if hasattr(module, "reshard"):
-                    module.reshard()
         self.at_start = self._fingerprints()
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -57,6 +58,11 @@ def assert_one_line_error(result: subprocess.CompletedProcess, *words: str) -> N
     assert "Traceback" not in result.stderr
     for word in words:
         assert word in lines[-1], lines[-1]
+
+
+def losses(output: str) -> list[float]:
+    """The losses that a run of train.py has printed, in order."""
+    return [float(value) for value in re.findall(r"\| loss ([\d.e-]+)", output)]
 
 
 def make_records(count: int) -> list[dict]:

@@ -398,7 +398,10 @@ def spoil(folder, how, tmp_path):
         ("other model", r"lacks \d+ of the model's tensors"),
         ("masked", "is a BertForMaskedLM, which sees the words to come: take a causal model"),
         ("truncated", "the model cannot be loaded"),
-        ("larger tokenizer", "has 350 tokens, the model only 300 rows: .* copy the model's own tokenizer there"),
+        (
+            "larger tokenizer",
+            "has 50 tokens beyond the model's 300 rows .*: use the tokenizer files of the model that is trained",
+        ),
     ],
 )
 def test_a_model_folder_that_is_none_is_refused_in_one_line_and_nothing_is_written(how, message, tiny_llama, tmp_path):

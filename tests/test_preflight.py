@@ -427,7 +427,8 @@ def test_a_clean_run_gets_notes_alone_and_is_ready(tiny_llama, tmp_path, capsys)
 def test_errors_stop_before_the_rehearsal_and_stand_in_the_report(tiny_llama, tmp_path, capsys):
     trainer = make_trainer(tiny_llama, tmp_path)
     trainer.model.model.norm.weight.data = trainer.model.model.norm.weight.data.bfloat16()
-    trainer.train_dataset.examples[5] = {"input_ids": [1, 2], "labels": [-100, -100]}
+    trainer.train_dataset = [trainer.train_dataset[i] for i in range(24)]
+    trainer.train_dataset[5] = {"input_ids": [1, 2], "labels": [-100, -100]}
     with pytest.raises(UserError, match=r"1 trained parameters are not float32.*\(and 1 more, above\)"):
         preflight.preflight(trainer)
     out = capsys.readouterr().out

@@ -8,7 +8,7 @@ import shlex
 
 import pytest
 import torch
-from conftest import assert_one_line_error, make_records, run_script, torchrun
+from conftest import assert_one_line_error, losses, make_records, run_script, torchrun
 
 import train
 import utils
@@ -27,10 +27,6 @@ def arguments(model, data, out, *extra):
         *("--max_steps", 1, "--learning_rate", 1e-2, "--lr_scheduler_type", "constant", "--logging_steps", 1),
         *("--save_strategy", "no", "--disable_tqdm", "True", *extra),
     ]
-
-
-def losses(output: str) -> list[float]:
-    return [float(value) for value in re.findall(r"\| loss ([\d.e-]+)", output)]
 
 
 def weights(folder):
