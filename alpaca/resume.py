@@ -115,8 +115,10 @@ def choose_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
 
 def check_fits(checkpoint: Path, model: torch.nn.Module) -> None:
     """Raises UserError if the checkpoint's tensors are not those of the model: other names or other shapes."""
-    here = {name: tuple(tensor.shape) for name, tensor in state_dict(model).items()}
     there = _shapes(checkpoint)
+    sharded = (checkpoint / SHARDED_MODEL).is_dir()
+    tensors = state_dict(model) if sharded else saved_names(model)
+    here = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     flag = f"--resume_from_checkpoint {checkpoint}"
     if there is None:  # DeepSpeed's own format, or a pickle: the library finds out
         return
@@ -148,6 +150,17 @@ def _shapes(checkpoint: Path) -> dict[str, tuple[int, ...]] | None:
                     shapes |= {key: tuple(shard.get_slice(key).get_shape()) for key in shard.keys()}
             return shapes
     return None
+
+
+def saved_names(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A model's tensors (on the meta device) under the names that save_pretrained gives them.
+
+    Some families are saved under other names than they have in the library: GPT-NeoX's lm_head as embed_out.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    tensors = {name: tensor.to("meta") for name, tensor in state_dict(model).items()}
+    return tensors if hasattr(model, "peft_config") else revert_weight_conversion(model, tensors)
 
 
 def state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:

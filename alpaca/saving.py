@@ -30,6 +30,7 @@ from alpaca.resume import (
     checkpoints,
     newest_complete_checkpoint,
     numbered,
+    saved_names,
     say,
     state_dict,
 )
@@ -58,7 +59,7 @@ class ResumableTrainer(transformers.Trainer):
         if checkpoint and self.is_fsdp_enabled and not (checkpoint / SHARDED_MODEL).is_dir():
             self.is_fsdp_enabled = False  # each rank loads the whole model, as it loaded the base
             try:
-                self._load_whole_weights(str(checkpoint))
+                self._load_whole(checkpoint)
             finally:
                 self.is_fsdp_enabled = True
         stop, staging = StopOnSignal(), Path(self.args.output_dir) / STAGING
@@ -188,20 +189,16 @@ class ResumableTrainer(transformers.Trainer):
         elif sharded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         elif not self.is_fsdp_enabled:
-            self._load_whole_weights(resume_from_checkpoint, model)
+            self._load_whole(Path(resume_from_checkpoint))
         # else train() has loaded it, before the model was sharded
 
-    def _load_whole_weights(self, checkpoint: str, model=None) -> None:
-        """As from_pretrained reads them: some tensors are saved under an older name than the model's own.
-
-        The library's resume takes those for missing and goes on: GPT-NeoX trained on with the base's lm_head, which
-        is saved as embed_out.
-        """
-        model = self.model if model is None else model
-        if hasattr(model, "peft_config"):
-            super()._load_from_checkpoint(checkpoint, model)
-        else:
-            model.load_state_dict(type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict())
+    def _load_whole(self, checkpoint: Path) -> None:
+        if set(saved_names(self.model)) == set(state_dict(self.model)):
+            super()._load_from_checkpoint(str(checkpoint))
+            return
+        # The library would leave tensors that are saved under another name as they are, and only warn.
+        loaded = type(self.model).from_pretrained(checkpoint, dtype=self.model.dtype)
+        self.model.load_state_dict(loaded.state_dict())
 
     def _load_sharded_weights(self, checkpoint: Path) -> None:
         state = {"model": state_dict(self.model)}
