@@ -90,5 +90,7 @@ if [ -n "${DRY_RUN:-}" ]; then
 fi
 # Asked to stop (SIGTERM), torchrun hands that on, and after 30 s kills what still saves its checkpoint.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
+# Started again after one has died, the processes would else find each other's old addresses in torchrun's own store.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
 exec "${command[@]}"
