@@ -25,7 +25,8 @@ def arguments(model, data, out, *extra):
     return [
         *("train.py", "--model_name_or_path", model, "--data_path", data, "--output_dir", out),
         *("--max_steps", 1, "--learning_rate", 1e-2, "--lr_scheduler_type", "constant", "--logging_steps", 1),
-        *("--save_strategy", "no", "--disable_tqdm", "True", *extra),
+        *("--save_strategy", "no", "--disable_tqdm", "True"),
+        *("--skip_save_rehearsal", "True", *extra),  # tests/test_preflight.py
     ]
 
 
