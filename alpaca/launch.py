@@ -176,7 +176,7 @@ def _set_up_fsdp(args, gpu: bool) -> None:
         file = "fsdp_offload.json" if "offload" in words else "fsdp.json"
         say(f'warning: --fsdp "{args.fsdp}" is now --fsdp --fsdp_config configs/{file}')
     args.fsdp = True
-    args.fsdp_config.setdefault("state_dict_type", "SHARDED_STATE_DICT")  # as configs/fsdp.json; the library's is FULL
+    args.fsdp_config.setdefault("state_dict_type", "SHARDED_STATE_DICT")  # the library's default gathers each save
     if args.fsdp_config.get("cpu_offload"):
         # While gradients accumulate, each GPU would hold all of them, unsharded: 27 GB for 7B in float32.
         config = _config(args.accelerator_config)
