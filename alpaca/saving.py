@@ -56,7 +56,7 @@ class ResumableTrainer(transformers.Trainer):
         checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         self._saved_step = -1
         self._check_resumed(checkpoint)
-        if checkpoint and self.is_fsdp_enabled and not (checkpoint / SHARDED_MODEL).is_dir():
+        if checkpoint and self.is_fsdp_enabled and not _of_fsdp(checkpoint):
             self.is_fsdp_enabled = False  # each rank loads the whole model, as it loaded the base
             try:
                 self._load_whole(checkpoint)
@@ -186,17 +186,18 @@ class ResumableTrainer(transformers.Trainer):
         sharded = (Path(resume_from_checkpoint) / SHARDED_MODEL).is_dir()
         if sharded and not self.is_fsdp_enabled:
             self._load_sharded_weights(Path(resume_from_checkpoint))
-        elif sharded:
+        elif self.is_fsdp_enabled and _of_fsdp(Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         elif not self.is_fsdp_enabled:
             self._load_whole(Path(resume_from_checkpoint))
         # else train() has loaded it, before the model was sharded
 
     def _load_whole(self, checkpoint: Path) -> None:
-        if set(saved_names(self.model)) == set(state_dict(self.model)):
+        if set(saved_names(self.model)) == set(state_dict(self.model)) and not _of_fsdp(checkpoint):
             super()._load_from_checkpoint(str(checkpoint))
             return
-        # The library would leave tensors that are saved under another name as they are, and only warn.
+        # The library would leave tensors that are saved under another name as they are, and only warn; and it refuses
+        # a whole checkpoint of FSDP without FSDP.
         loaded = type(self.model).from_pretrained(checkpoint, dtype=self.model.dtype)
         self.model.load_state_dict(loaded.state_dict())
 
@@ -212,7 +213,8 @@ class ResumableTrainer(transformers.Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         sharded = checkpoint is not None and (Path(checkpoint) / SHARDED_OPTIMIZER).is_dir()
-        if checkpoint is None or self.is_deepspeed_enabled or sharded == self.is_fsdp_enabled:
+        of_fsdp = checkpoint is not None and _of_fsdp(Path(checkpoint))
+        if checkpoint is None or self.is_deepspeed_enabled or of_fsdp == self.is_fsdp_enabled:
             return super()._load_optimizer_and_scheduler(checkpoint)
         from torch.distributed.checkpoint import load
         from torch.distributed.checkpoint import state_dict as dcp
@@ -278,6 +280,11 @@ class ResumableTrainer(transformers.Trainer):
         finally:
             if plugin:
                 plugin.set_state_dict_type(before)
+
+
+def _of_fsdp(checkpoint: Path) -> bool:
+    """Whether FSDP wrote it: in shards, or with state_dict_type FULL_STATE_DICT."""
+    return (checkpoint / SHARDED_MODEL).is_dir() or (checkpoint / "pytorch_model_fsdp.bin").exists()
 
 
 @contextmanager
