@@ -104,6 +104,7 @@ def one_process(arguments, tmp_path_factory):
     """The result of the same run in this process."""
     out = tmp_path_factory.mktemp("hosts") / "one"
     argv = [*arguments, "--output_dir", out, "--save_strategy", "no", "--per_device_train_batch_size", 8]
+    argv += ["--skip_save_rehearsal"]
     train.train(*train.parse_args([str(word) for word in argv]))
     return out
 
@@ -151,7 +152,7 @@ def test_a_process_that_is_killed_on_one_host_is_started_again_on_both_and_ends_
     monkeypatch.setenv("KILLED_ONCE", str(tmp_path / "killed"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     argv = [*arguments, "--output_dir", tmp_path / "out", *FSDP, "--save_strategy", "steps", "--save_steps", 2]
-    argv += ["--resume_from_checkpoint", "auto"]
+    argv += ["--resume_from_checkpoint", "auto", "--skip_save_rehearsal"]
     run_on_both(hosts, tmp_path / "killed_once.py", *argv, restarts=1)
     assert (tmp_path / "killed").exists()
     assert_same_result(tmp_path / "out", one_process)
