@@ -322,6 +322,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     training_args.eval_on_start = eval_dataset is not None  # "before", to compare with
     trainer.train(resume_from_checkpoint=checkpoint)
     after = trainer.evaluate()["eval_loss"] if eval_dataset else None
+    packing.set_attention(model, packing.library_attention(model))  # from here on it takes any batch again
     write = partial(lora.save, trainer, load_base=load_base) if training_args.lora_r else None
     trainer.save_whole_model(output_dir, write)
     trainer.save_state()

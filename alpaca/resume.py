@@ -169,4 +169,4 @@ def state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         return model.state_dict()
     from peft import get_peft_model_state_dict
 
-    return get_peft_model_state_dict(model)
+    return get_peft_model_state_dict(model, save_embedding_layers=False)

@@ -125,6 +125,8 @@ class ResumableTrainer(transformers.Trainer):
         step, output_dir = self.state.global_step, Path(super()._get_output_dir(trial))
         if step == self._saved_step:  # a stop at the end of an epoch asks twice
             return
+        if hasattr(self.model, "peft_config"):  # each save puts it back; lora.add_adapter says why it goes
+            self.model.active_peft_config.base_model_name_or_path = None
         self._staging = output_dir / STAGING
         unfinished = self._staging / f"checkpoint-{step}"
         try:
