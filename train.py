@@ -88,7 +88,7 @@ class DataArguments:
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloaded models are kept."})
-    optim: str = field(default="adamw_torch", metadata={"help": "The optimizer."})
+    optim: str = field(default="adamw_torch_fused", metadata={"help": "The optimizer."})
     model_max_length: int = field(
         default=512, metadata={"help": "Longest example in tokens, prompt and answer; longer ones are cut."}
     )

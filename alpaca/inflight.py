@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -34,8 +33,8 @@ async def ask_all(
             journal held.
         in_order: called for each reply in the order of the numbers, once it is journalled, in a thread beside the
             event loop; it may take its time.
-        want: given the number in flight, whether to send one more now. All is done when it declines with none in
-            flight.
+        want: given the number of requests whose replies have not been handed on, whether to send one more now. All is
+            done when it declines with none of them left.
         max_concurrency: requests in flight at most.
 
     Raises:
@@ -48,56 +47,71 @@ async def ask_all(
             arrived(replies[entry["i"]], False)
     known = set(replies)
     handed_on = sent = 0
+    new: list[tuple[int, Completion]] = []  # replies that the clerk has not got yet
+    pending: set[asyncio.Task] = set()
+    news = asyncio.Event()
 
-    def hand_on(new: list[tuple[int, Completion]]) -> None:
+    def hand_on(batch: list[tuple[int, Completion]]) -> None:
         nonlocal handed_on
-        if new:
-            journal.append({"i": i, **dataclasses.asdict(reply)} for i, reply in new)
-        replies.update(new)
+        if batch:
+            journal.append({"i": i, **dataclasses.asdict(reply)} for i, reply in batch)
+        replies.update(batch)
         while handed_on in replies:
             in_order(replies.pop(handed_on))
             handed_on += 1
 
-    async def ask(i: int) -> tuple[int, Completion]:
-        return i, await teacher.ask(*request(i))
+    def next_number() -> int | None:
+        nonlocal sent
+        # A request that hangs must not let the others run away from it: their replies wait for its turn.
+        while sent < handed_on + 8 * max_concurrency and want(sent - handed_on):
+            sent += 1
+            if sent - 1 not in known:
+                return sent - 1
+        return None
 
-    def finished(tasks) -> list[tuple[int, Completion]]:
-        return [task.result() for task in tasks if not task.cancelled() and not task.exception()]
+    async def keep_asking(i: int | None) -> None:
+        # The next request goes out in the same breath as a reply comes in. With a task for each, replies that come
+        # together would all be read before the first request is sent, and they would stay together: 88% instead of 95%
+        # of the ideal rate at 64 in flight.
+        while i is not None:
+            reply = await teacher.ask(*request(i))
+            arrived(reply, True)
+            new.append((i, reply))
+            news.set()
+            i = next_number()
 
-    pending: set[asyncio.Task] = set()
-    filed: deque[asyncio.Future] = deque()  # batches of replies that the clerk has not finished with
-    loop = asyncio.get_running_loop()
     # One thread, so that replies are journalled and handed on one batch after the other, while requests go on.
     with ThreadPoolExecutor(max_workers=1) as clerk:
+
+        def file_new() -> asyncio.Future:
+            batch = new.copy()
+            new.clear()
+            filed = asyncio.get_running_loop().run_in_executor(clerk, hand_on, batch)
+            filed.add_done_callback(lambda _: news.set())
+            return filed
+
+        filed = file_new()  # what the journal held is handed on
         try:
-            filed.append(loop.run_in_executor(clerk, hand_on, []))
             while True:
-                # Far behind, or nothing else to do: wait for the clerk. Its errors come out here.
-                while filed and (filed[0].done() or len(filed) > 4 or not pending):
-                    await asyncio.shield(filed[0])
-                    filed.popleft()
-                # A request that hangs must not let the others run away from it: their replies wait for its turn.
-                while len(pending) < max_concurrency and sent < handed_on + 8 * max_concurrency and want(len(pending)):
-                    if sent not in known:
-                        pending.add(asyncio.create_task(ask(sent)))
-                    sent += 1
-                if not pending:
-                    if filed:
-                        continue
-                    return
-                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                new = finished(done)
-                for _, reply in new:
-                    arrived(reply, True)
-                filed.append(loop.run_in_executor(clerk, hand_on, new))
-                for task in done:
+                await news.wait()
+                news.clear()
+                for task in [task for task in pending if task.done()]:
+                    pending.remove(task)
                     task.result()  # raises what it raised
+                if filed.done():
+                    filed.result()
+                    if new:
+                        filed = file_new()
+                    while len(pending) < max_concurrency and (i := next_number()) is not None:
+                        task = asyncio.create_task(keep_asking(i))
+                        task.add_done_callback(lambda _: news.set())
+                        pending.add(task)
+                    if not pending and filed.done():
+                        return
         finally:
             for task in pending:
                 task.cancel()
-            await asyncio.gather(*pending, return_exceptions=True)
-            if new := finished(pending):
-                for _, reply in new:
-                    arrived(reply, True)
-                await loop.run_in_executor(clerk, hand_on, new)
+            await asyncio.gather(*pending, filed, return_exceptions=True)
+            if new:
+                await file_new()
             await teacher.close()
