@@ -21,7 +21,7 @@ a crash or kill -9 the same command goes on, asks for nothing twice, and ends wh
 from __future__ import annotations
 
 import asyncio
-import json
+import contextlib
 import random
 import re
 import string
@@ -51,10 +51,11 @@ MAX_SIMILARITY = 0.7  # ROUGE-L F to any seed or kept instruction, as in Self-In
 
 PATIENCE = 100  # replies in a row that bring nothing new: the teacher repeats itself, and would for ever
 SAVE_EVERY = 30.0  # seconds between two regen.json: the journal is what nothing is lost from
-
-ITEM = re.compile(r"^\s*(?:###\s*)?(\d+)\.\s*Instruction:", re.MULTILINE)
+# Bounded, so that a reply of ten thousand newlines or digits takes no time.
+ITEM = re.compile(r"^[ \t]{0,9}(?:###\s{0,9})?(\d{1,4})\.\s{0,9}Instruction:", re.MULTILINE)
 BOUNDARY = re.compile(r"###\s*(?=\d+\.\s*Instruction:|$)")  # not the ### of a Markdown heading inside an answer
-FIELD = re.compile(r"(\d+)\.\s*(Instruction|Input|Output):")
+FIELD = re.compile(r"(\d{1,4})\.\s{0,9}(Instruction|Input|Output):")
+COMPLETE = (None, "stop", "eos", "eos_token", "end_turn", "stop_sequence")  # finish reasons of a reply that is whole
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,15 +85,15 @@ def encode_prompt(seed_tasks: list[dict], prompt: str) -> str:
 def parse_response(text: str, finish_reason: str | None, num_prompt_instructions: int) -> list[dict | str]:
     """Cuts a reply into records; an item that is not exactly instruction, input and output stays text.
 
-    The last item is left out when the reply stopped for its length: it is cut off, however whole it looks.
+    The last item is left out when the reply stopped for its length, or anything but its end: it may look whole.
     """
     first = ITEM.search(text)
-    if first and (first.start() == 0 or int(first[1]) == num_prompt_instructions + 1):
+    if first and (not text[: first.start()].strip() or int(first[1]) == num_prompt_instructions + 1):
         text = text[first.start() :]  # a chat model may say something before its first item
     else:  # the reply goes on where the prompt ended
         text = f"{num_prompt_instructions + 1}. Instruction:{text}"
     items = [item for item in BOUNDARY.split(text) if item.strip()]
-    if finish_reason == "length":
+    if finish_reason not in COMPLETE:
         items = items[:-1]
     return [_parse_item(item) or item for item in items]
 
@@ -173,7 +174,8 @@ class Selection:
     ):
         self.kept, self.target, self.rules, self.rejected = list(start), target, rules, rejected
         self.start, self.num_prompt_instructions = len(start), num_prompt_instructions
-        self.parsed, self.dropped = 0, Counter()
+        self.fed = self.parsed = 0
+        self.dropped = Counter()
         self.unseen = 0  # kept, but the tokenizer "rouge" sees so little of it that near-duplicates get through
         self.barren = self.unused = 0  # replies in a row that brought nothing; replies after it was over
         self.seeds = [task["instruction"] for task in seed_tasks]
@@ -185,12 +187,13 @@ class Selection:
         return len(self.kept) >= self.target or self.barren >= PATIENCE
 
     def feed(self, reply: utils.Completion) -> None:
+        self.fed += 1
         if self.is_over():
             self.unused += 1
             return
-        before, records = len(self.kept), []
-        if not reply.error:
-            records = parse_response(reply.text, reply.finish_reason, self.num_prompt_instructions)
+        if reply.error:  # says nothing about what the teacher still knows
+            return
+        before, records = len(self.kept), parse_response(reply.text, reply.finish_reason, self.num_prompt_instructions)
         reasons = [filter_reason(record, self.rules) for record in records]
         passed = [record["instruction"] for record, reason in zip(records, reasons, strict=True) if reason is None]
         verdicts = iter(self.pool.take(passed))
@@ -211,7 +214,7 @@ class Selection:
 
     def _drop(self, reason: str, record: dict | str, **more: str) -> None:
         self.dropped[reason] += 1
-        self.rejected.write(json.dumps({"reason": reason, "record": record} | more, ensure_ascii=False) + "\n")
+        self.rejected.write(utils.json_text({"reason": reason, "record": record} | more) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -326,18 +329,19 @@ def generate_instruction_following_data(
     rules = Rules(keyword_pattern(filter_keywords), min_words, max_words, tokenizer)
     # The prompt asks for 20 tasks; a base model would go on for ever.
     decoding = utils.OpenAIDecodingArguments(max_tokens, temperature, top_p, stop=["\n21. Instruction:"])
-    teacher = utils.Teacher(model_name, decoding, api, base_url, request_timeout, max_concurrency=max_concurrency)
+    again = 0 if max_total_tokens or max_cost_usd else 2  # with a budget, a reply without a text is not paid for twice
+    teacher = utils.Teacher(model_name, decoding, api, base_url, request_timeout, 5, again, max_concurrency)
     budget = Budget(time_limit, max_total_tokens, max_cost_usd, prompt_price, completion_price, max_failure_rate)
 
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    rejects = output / "rejected.jsonl"
-    with Journal(output / "regen.journal") as journal, open(rejects, "w", encoding="utf-8") as rejected:
+    with Journal(output / "regen.journal") as journal, contextlib.ExitStack() as stack:
         if journal.repaired_bytes:
             print(f"{journal.path}: the last {journal.repaired_bytes} bytes were torn by a crash and are cut off")
         run, start = begin(journal, output / "regen.json", seed, num_prompt_instructions)
         if start or len(journal.entries) > 1:
             print(f"continuing {output}: {len(start)} records at its start, {len(journal.entries) - 1} replies since")
+        rejected = stack.enter_context(open(output / "rejected.jsonl", "w", encoding="utf-8"))
         target, shown = num_instructions_to_generate, num_prompt_instructions
         selection = Selection(seed_tasks, start, target, shown, rules, similarity_stats, rejected)
 
@@ -347,16 +351,17 @@ def generate_instruction_following_data(
             return text, rng.randrange(2**31) if run["seeded"] else None
 
         try:
+            there = sum("i" in entry for entry in journal.entries)
             asyncio.run(collect(teacher, request, journal, budget, selection, output, max_concurrency))
         finally:  # after Ctrl-C and errors too: what was learned is written
-            if len(selection.kept) > len(start):
+            if len(selection.kept) > len(start) and selection.fed >= there:  # else regen.json holds more than this
                 utils.jdump(selection.kept, output / "regen.json")
             utils.jdump(counts(selection, budget) | {"model_name": model_name}, output / "report.json")
             print_report(selection, budget)
     new = f"{len(selection.kept)} instructions in {output / 'regen.json'} ({len(selection.kept) - len(start)} new)"
-    if why := budget.failing():
-        raise UserError(f"{why}: the run ended; {new}")
     if len(selection.kept) < num_instructions_to_generate:
+        if why := budget.failing():
+            raise UserError(f"{why}: the run ended; {new}")
         most = "".join(f", most often {reason}" for reason, _ in selection.dropped.most_common(1))
         why = budget.exhausted() or f"{selection.barren} replies in a row without a new one (dropped{most})"
         print(f"{why} ended the run before {num_instructions_to_generate} were kept")
@@ -366,6 +371,7 @@ def generate_instruction_following_data(
 async def collect(teacher, request, journal, budget, selection, output, max_concurrency) -> None:
     """Asks until the selection has enough or may not go on; keeps regen.json and the progress bar up to date."""
     saved = time.monotonic()
+    there = [entry["i"] for entry in journal.entries if "i" in entry]
 
     def per_reply() -> float:
         """New instructions a reply: as if 4 replies with 2 each had been there, until there are enough to tell."""
@@ -374,17 +380,20 @@ async def collect(teacher, request, journal, budget, selection, output, max_conc
     def in_order(reply: utils.Completion) -> None:
         nonlocal saved
         selection.feed(reply)
-        if time.monotonic() - saved > SAVE_EVERY:
+        if time.monotonic() - saved > SAVE_EVERY and selection.fed > len(there):
             utils.jdump(selection.kept, output / "regen.json")
             saved = time.monotonic()
 
-    def want(in_flight: int) -> bool:
-        if selection.is_over() or budget.exhausted() or budget.failing():
+    def want(number: int, in_flight: int) -> bool:
+        if selection.is_over() or budget.failing():
             return False
+        if there and number < max(there):  # was in flight when an earlier run was killed: later replies wait for it
+            return True
         # Near the end no more requests than it should take: each is paid for.
-        return in_flight < (selection.target - len(selection.kept)) / per_reply()
+        return not budget.exhausted() and in_flight < (selection.target - len(selection.kept)) / per_reply()
 
-    print_forecast(selection, budget, len(request(0)[0]), teacher.decoding.max_tokens)
+    if not there:
+        print_forecast(selection, budget, len(request(0)[0]), teacher.decoding.max_tokens)
     async with progress_bar(selection, budget, per_reply, told_after=max(8, max_concurrency)):
         await ask_all(teacher, request, journal, budget.arrived, in_order, want, max_concurrency)
 

@@ -87,8 +87,17 @@ def _parse_json(text: str, path: Path, line: int | None = None):
 def jdump(obj, path: str | os.PathLike, indent: int = 4) -> None:
     """Writes JSON through a temporary file and a rename, so that readers see the old file or the new one, whole."""
     with replace_file(path) as file:
-        json.dump(obj, file, indent=indent, ensure_ascii=False)
-        file.write("\n")
+        file.write(json_text(obj, indent) + "\n")
+
+
+def json_text(obj, indent: int | None = None) -> str:
+    """JSON that UTF-8 can hold: half of a surrogate pair, which JSON can spell and UTF-8 cannot, makes it all ASCII."""
+    text = json.dumps(obj, indent=indent, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = json.dumps(obj, indent=indent)
+    return text
 
 
 @contextmanager
@@ -194,13 +203,13 @@ class Teacher:
     Args:
         model_name: the model, as its server calls it.
         decoding: how it samples. ``max_tokens`` is halved for good when the server says that prompt and reply together
-            do not fit its context.
+            do not fit its context, and half of it does.
         api: "chat" sends a prompt as one user message; "completions" lets a base model continue it.
         base_url: default OPENAI_BASE_URL, then api.openai.com; the key is OPENAI_API_KEY.
         request_timeout: seconds until a request is tried again.
         max_retries: for 408, 409, 429 (Retry-After honoured up to two minutes), 5xx, timeouts and resets, with
-            exponential backoff and jitter between 0.5 and 8 s. A reply without a text is asked for again too, but
-            twice at most: each is paid for.
+            exponential backoff and jitter between 0.5 and 8 s.
+        empty_retries: for a reply without a text. Each is paid for.
         max_concurrency: requests that will be in flight at once, so that as many connections are kept.
 
     Raises:
@@ -208,7 +217,6 @@ class Teacher:
     """
 
     MIN_TOKENS = 64  # below this a shorter reply is no cure for a context that is too long
-    EMPTY_RETRIES = 2
 
     def __init__(
         self,
@@ -218,6 +226,7 @@ class Teacher:
         base_url: str | None = None,
         request_timeout: float = 600.0,
         max_retries: int = 5,
+        empty_retries: int = 2,
         max_concurrency: int = 32,
     ):
         import httpx2  # what openai sends through
@@ -231,8 +240,11 @@ class Teacher:
             raise UserError("--base_url is not a URL: it looks like http://127.0.0.1:8000/v1")
         self.model_name, self.decoding, self.api, self._key = model_name, dataclasses.replace(decoding), api, key
         parts = urllib.parse.urlsplit(base_url or "https://api.openai.com/v1")
-        self._where = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # without user:password@
-        self._max_retries, self._refused = max_retries, set()
+        # without user:password@ and ?key=…
+        self._where = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+        self._empty_retries, self._refused = min(max_retries, empty_retries), set()
+        # A server that drips a byte now and then never times out: its limit is that of all tries together.
+        self._patience = (max_retries + 1) * request_timeout + 120
         limits = httpx2.Limits(max_connections=max_concurrency, max_keepalive_connections=max_concurrency)
         self._client = openai.AsyncOpenAI(
             base_url=base_url,
@@ -254,7 +266,7 @@ class Teacher:
                 address.
         """
         prompt_tokens = completion_tokens = 0
-        for number in range(min(self._max_retries, self.EMPTY_RETRIES) + 1):
+        for number in range(self._empty_retries + 1):
             if number:
                 await asyncio.sleep(0.5 * 2**number * random.uniform(0.75, 1))
             reply, again = await self._ask_once(prompt, None if seed is None else seed + number)
@@ -264,13 +276,19 @@ class Teacher:
                 break
         return dataclasses.replace(reply, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
 
-    async def _ask_once(self, prompt: str, seed: int | None) -> tuple[Completion, bool]:
-        """A reply, and whether it has no text but another try may bring one."""
+    async def _ask_once(self, prompt: str, seed: int | None, limit: int | None = None) -> tuple[Completion, bool]:
+        """A reply of at most ``limit`` tokens, and whether it has no text but another try may bring one."""
         import openai
 
-        where, model, settings = self._where, self.model_name, self._settings(seed)
+        where, model, settings = self._where, self.model_name, self._settings(seed, limit)
         try:
-            return await self._send(prompt, settings)
+            reply, again = await asyncio.wait_for(self._send(prompt, settings), self._patience)
+            if limit and reply.text and limit < self.decoding.max_tokens:  # not for a prompt that is too long by itself
+                logging.warning("the context of %s is too short: replies of at most %d tokens now", model, limit)
+                self.decoding.max_tokens = limit
+            return reply, again
+        except asyncio.TimeoutError:
+            return Completion(None, error="timeout"), False
         # The server's own words are left out of the next four: they may repeat a part of the key.
         except openai.AuthenticationError:
             raise UserError(f"{where} refused the key (401): check OPENAI_API_KEY") from None
@@ -296,19 +314,23 @@ class Teacher:
             said = str(e.body["message"] if isinstance(e.body, dict) and "message" in e.body else e.message)
             if self._key:
                 said = said.replace(self._key, "…")
-            if self._adapt(settings, e.code, e.param, said):
-                return await self._ask_once(prompt, seed)
+            if self._adapt(settings, e.code, e.param):
+                return await self._ask_once(prompt, seed, limit)
+            tokens = settings.get("max_tokens") or settings.get("max_completion_tokens", 0)
+            if "context" in f"{e.code} {said}".lower() and tokens > self.MIN_TOKENS:
+                return await self._ask_once(prompt, seed, tokens // 2)
             return Completion(None, error=f"HTTP {e.status_code}: {' '.join(said.split())[:200]}"), False
-        except (openai.OpenAIError, ValueError, TypeError, IndexError, AttributeError) as e:
+        except (openai.OpenAIError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as e:
             return Completion(None, error=f"unreadable reply ({type(e).__name__})"), True
 
-    def _settings(self, seed: int | None) -> dict:
+    def _settings(self, seed: int | None, limit: int | None) -> dict:
         settings = dataclasses.asdict(self.decoding) | {"seed": seed}
+        settings["max_tokens"] = min(limit or settings["max_tokens"], settings["max_tokens"])
         if "max_tokens" in self._refused:  # what models that think before they answer call it
             settings["max_completion_tokens"] = settings["max_tokens"]
         return {key: value for key, value in settings.items() if value is not None and key not in self._refused}
 
-    def _adapt(self, settings: dict, code: str | None, param: str | None, said: str) -> bool:
+    def _adapt(self, settings: dict, code: str | None, param: str | None) -> bool:
         """Learns from a refused request, for good, what this model does not take; whether there was anything to learn.
 
         Another request may have taught the same meanwhile: ``settings`` are those that were refused.
@@ -319,10 +341,6 @@ class Teacher:
                     logging.warning("%s does not take %s=%r: left out", self.model_name, param, settings[param])
                 self._refused.add(param)
                 return True
-        max_tokens = settings.get("max_tokens") or settings.get("max_completion_tokens", 0)
-        if "context" in f"{code} {said}".lower() and max_tokens > self.MIN_TOKENS:
-            self.decoding.max_tokens = min(self.decoding.max_tokens, max_tokens // 2)
-            return True
         return False
 
     async def close(self) -> None:
@@ -351,7 +369,9 @@ class Teacher:
             tokens = (len(prompt) // 4, len(text or "") // 4)  # 4 characters a token
         if finish_reason == "content_filter":
             return Completion(None, finish_reason, *tokens, error="content filter"), True
-        if not text:  # one that stopped for its length has thought for all of it, and would again
+        if finish_reason in ("error", "abort"):  # by the server, in the middle
+            return Completion(None, finish_reason, *tokens, error=f"cut off (finish_reason {finish_reason})"), True
+        if not text or not text.strip():  # one that stopped for its length has thought for all of it, and would again
             error = f"empty reply (finish_reason {finish_reason})"
             return Completion(None, finish_reason, *tokens, error=error), finish_reason != "length"
         text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair could not be written to a file

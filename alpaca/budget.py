@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 
 
 class Budget:
@@ -13,7 +13,7 @@ class Budget:
         time_limit: seconds from now.
         max_total_tokens: prompts and replies together.
         max_cost_usd: dollars, at ``prompt_price`` and ``completion_price`` a million tokens.
-        max_failure_rate: the share of this run's replies that may be failures, once there are 10.
+        max_failure_rate: the share of this run's last 100 replies that may be failures, once there are 10.
     """
 
     def __init__(
@@ -29,19 +29,23 @@ class Budget:
         self.prices, self.max_failure_rate = (prompt_price, completion_price), max_failure_rate
         self.started = time.monotonic()
         self.replies = self.prompt_tokens = self.completion_tokens = 0
-        self.new_replies = self.new_failures = 0
+        self.new_replies = 0
+        self.recent: deque[str | None] = deque(maxlen=100)  # of this run: what failed, None for what did not
         self.failures: Counter[str] = Counter()
+        self._first: dict[str, str] = {}  # "HTTP 400" → the first message of that kind: others differ in numbers
 
     def arrived(self, reply, new: bool) -> None:
         """Counts a utils.Completion; ``new`` is False for one that an earlier run has paid for."""
         self.replies += 1
         self.prompt_tokens += reply.prompt_tokens
         self.completion_tokens += reply.completion_tokens
+        kind = None
         if reply.error:
-            self.failures[reply.error] += 1
+            kind = self._first.setdefault(reply.error.split(": ")[0], reply.error)
+            self.failures[kind] += 1
         if new:
             self.new_replies += 1
-            self.new_failures += bool(reply.error)
+            self.recent.append(kind)
 
     def seconds(self) -> float:
         return time.monotonic() - self.started
@@ -66,9 +70,10 @@ class Budget:
         return None
 
     def failing(self) -> str | None:
-        """Says so when too many of this run's requests failed for good."""
-        if self.new_replies >= 10 and self.new_failures > self.max_failure_rate * self.new_replies:
-            return f"{self.new_failures} of {self.new_replies} requests failed ({in_words(self.failures)})"
+        """Says so when too many of this run's last 100 requests failed for good."""
+        failed = Counter(kind for kind in self.recent if kind)
+        if len(self.recent) >= 10 and sum(failed.values()) > self.max_failure_rate * len(self.recent):
+            return f"{sum(failed.values())} of the last {len(self.recent)} requests failed ({in_words(failed)})"
         return None
 
     def forecast(self, requests: float, prompt_tokens: float, completion_tokens: float) -> str:

@@ -179,15 +179,6 @@ def _read(path: str) -> list[dict] | JsonLines:
     return records
 
 
-def _written(record: dict, indent: int | None = None) -> str:
-    text = json.dumps(record, ensure_ascii=False, indent=indent)
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell and UTF-8 cannot
-        text = json.dumps(record, indent=indent)
-    return text
-
-
 def dedup(
     input_path: str,
     output_path: str,
@@ -234,9 +225,11 @@ def dedup(
         lines = target.suffix == ".jsonl"
         for record in found:
             if lines:
-                file.write(_written(record) + "\n")
+                file.write(utils.json_text(record) + "\n")
             else:
-                file.write(("," if kept else "[") + "\n    " + _written(record, indent=4).replace("\n", "\n    "))
+                file.write(
+                    ("," if kept else "[") + "\n    " + utils.json_text(record, indent=4).replace("\n", "\n    ")
+                )
             kept += 1
         if not lines:
             file.write("\n]\n" if kept else "[]\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,7 +18,7 @@ async def ask_all(
     journal: Journal,
     arrived: Callable[[Completion, bool], None],
     in_order: Callable[[Completion], None],
-    want: Callable[[int], bool],
+    want: Callable[[int, int], bool],
     max_concurrency: int,
 ) -> None:
     """Sends requests 0, 1, 2, … with many in flight, journals each reply, and hands the replies on in their order.
@@ -33,8 +34,8 @@ async def ask_all(
             journal held.
         in_order: called for each reply in the order of the numbers, once it is journalled, in a thread beside the
             event loop; it may take its time.
-        want: given the number of requests whose replies have not been handed on, whether to send one more now. All is
-            done when it declines with none of them left.
+        want: given the number of the next request, and how many before it have replies that were not handed on, whether
+            to send it now. All is done when it declines with none of them left.
         max_concurrency: requests in flight at most.
 
     Raises:
@@ -53,8 +54,6 @@ async def ask_all(
 
     def hand_on(batch: list[tuple[int, Completion]]) -> None:
         nonlocal handed_on
-        if batch:
-            journal.append({"i": i, **dataclasses.asdict(reply)} for i, reply in batch)
         replies.update(batch)
         while handed_on in replies:
             in_order(replies.pop(handed_on))
@@ -63,7 +62,7 @@ async def ask_all(
     def next_number() -> int | None:
         nonlocal sent
         # A request that hangs must not let the others run away from it: their replies wait for its turn.
-        while sent < handed_on + 8 * max_concurrency and want(sent - handed_on):
+        while sent < handed_on + 8 * max_concurrency and want(sent, sent - handed_on):
             sent += 1
             if sent - 1 not in known:
                 return sent - 1
@@ -80,17 +79,26 @@ async def ask_all(
             news.set()
             i = next_number()
 
-    # One thread, so that replies are journalled and handed on one batch after the other, while requests go on.
-    with ThreadPoolExecutor(max_workers=1) as clerk:
+    # Two threads beside the event loop: replies are on disk soon, however long those before them take to be handed on.
+    with ThreadPoolExecutor(max_workers=1) as scribe, ThreadPoolExecutor(max_workers=1) as clerk:
+        loop = asyncio.get_running_loop()
 
-        def file_new() -> asyncio.Future:
+        def watched(future: asyncio.Future) -> asyncio.Future:
+            future.add_done_callback(lambda _: news.set())
+            return future
+
+        async def file_new() -> None:
+            """Journals all that is new with one fsync, then hands it to the clerk."""
             batch = new.copy()
             new.clear()
-            filed = asyncio.get_running_loop().run_in_executor(clerk, hand_on, batch)
-            filed.add_done_callback(lambda _: news.set())
-            return filed
+            if batch:
+                entries = [{"i": i, **dataclasses.asdict(reply)} for i, reply in batch]
+                await loop.run_in_executor(scribe, journal.append, entries)
+            handing.append(watched(loop.run_in_executor(clerk, hand_on, batch)))
 
-        filed = file_new()  # what the journal held is handed on
+        handing: deque[asyncio.Future] = deque()
+        filing = watched(asyncio.ensure_future(file_new()))  # what the journal held is handed on
+        replayed = False
         try:
             while True:
                 await news.wait()
@@ -98,20 +106,22 @@ async def ask_all(
                 for task in [task for task in pending if task.done()]:
                     pending.remove(task)
                     task.result()  # raises what it raised
-                if filed.done():
-                    filed.result()
+                while handing and handing[0].done():
+                    handing.popleft().result()
+                    replayed = True
+                if filing.done():
+                    filing.result()
                     if new:
-                        filed = file_new()
-                    while len(pending) < max_concurrency and (i := next_number()) is not None:
-                        task = asyncio.create_task(keep_asking(i))
-                        task.add_done_callback(lambda _: news.set())
-                        pending.add(task)
-                    if not pending and filed.done():
-                        return
+                        filing = watched(asyncio.ensure_future(file_new()))
+                while replayed and len(pending) < max_concurrency and (i := next_number()) is not None:
+                    pending.add(watched(asyncio.create_task(keep_asking(i))))
+                if replayed and not (pending or handing or new) and filing.done():
+                    return
         finally:
             for task in pending:
                 task.cancel()
-            await asyncio.gather(*pending, filed, return_exceptions=True)
+            await asyncio.gather(*pending, filing, return_exceptions=True)
             if new:
                 await file_new()
+            await asyncio.gather(*handing, return_exceptions=True)
             await teacher.close()

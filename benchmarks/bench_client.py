@@ -90,7 +90,7 @@ def measure(port: int, in_flight: int, seconds: float) -> float:
                 journal,
                 lambda reply, new: None,
                 handed_on,
-                lambda flying: time.monotonic() - started < seconds,
+                lambda number, flying: time.monotonic() - started < seconds,
                 in_flight,
             )
         )

@@ -176,6 +176,29 @@ def test_what_an_earlier_run_used_counts_against_the_budget(teacher, tmp_path):
     assert len(server.requests) == asked
 
 
+def test_a_reply_behind_one_that_was_in_flight_when_the_run_was_killed_counts_though_the_budget_is_spent(
+    teacher, tmp_path
+):
+    server = teacher(steady)
+    flags = ("--num_instructions_to_generate", 500, "--max_total_tokens", 120)
+    assert run_script(*command(server, tmp_path, *flags)).returncode == 0
+    expected, journal = digest(tmp_path), tmp_path / "regen.journal"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    gap = next(line for line in lines[1:] if json.loads(line[9:])["i"] == 2)
+    journal.write_bytes(b"".join(line for line in lines if line != gap))
+    asked = len(server.requests)
+    assert run_script(*command(server, tmp_path, *flags)).returncode == 0
+    assert len(server.requests) == asked + 1 and digest(tmp_path) == expected
+
+
+def test_a_refused_start_leaves_what_was_rejected(teacher, tmp_path):
+    server = teacher(steady)
+    assert run_script(*command(server, tmp_path, "--num_instructions_to_generate", 20)).returncode == 0
+    before = digest(tmp_path)
+    other = run_script(*command(server, tmp_path, "--num_instructions_to_generate", 30, "--seed", 4))
+    assert other.returncode == 1 and digest(tmp_path) == before
+
+
 def test_a_second_process_on_the_same_folder_is_refused(teacher, tmp_path):
     server = teacher(lambda number, body: time.sleep(30) or "late")
     argv = command(server, tmp_path, "--num_instructions_to_generate", 5)

@@ -73,6 +73,22 @@ def test_a_reply_may_repeat_the_number_or_the_separator(opening):
     assert parse_response(text, "stop", 3) == [TREE]
 
 
+@pytest.mark.parametrize("reason", ["length", "max_tokens", "model_length", "abort"])
+def test_a_reply_that_did_not_come_to_its_end_loses_its_last_item(reason):
+    text = (
+        " Name a tree.\n4. Input:\n<noinput>\n4. Output:\nOak.\n###\n5. Instruction: Add.\n5. Input:\n1\n5. Output:\n2"
+    )
+    assert parse_response(text, reason, 3) == [TREE]
+
+
+@pytest.mark.parametrize(
+    "text", ["\n" * 200_000, "1" * 200_000, "x\n" + "1" * 5000 + ". Instruction: a", "###\n" * 50_000]
+)
+def test_a_degenerate_reply_is_read_at_once(text):
+    """Patterns without bounds took minutes here, or raised on a number of 5,000 digits."""
+    assert all(isinstance(item, str) for item in parse_response(text, "stop", 3))
+
+
 @pytest.mark.parametrize("noinput", ["<noinput>", "<NoInput>", " <NOINPUT> ", ""])
 def test_no_input_is_read_in_any_case(noinput):
     assert parse_response(f"Name a tree.\n4. Input: {noinput}\n4. Output: Oak.", "stop", 3) == [TREE]
@@ -683,9 +699,12 @@ def test_after_a_run_is_over_a_late_reply_changes_nothing():
     selection = generate_instruction.Selection([seed_task(SEEDS[0])], [], 2, 3, Rules(), True, rejected)
     for _ in range(generate_instruction.PATIENCE):
         selection.feed(utils.Completion(None, error="timeout"))
+    assert not selection.is_over()  # a failure says nothing about what the teacher still knows
+    for _ in range(generate_instruction.PATIENCE):
+        selection.feed(utils.Completion("I am sorry.", "stop"))
     assert selection.is_over()
     selection.feed(utils.Completion(item(fresh(0)), "stop"))
-    assert (selection.kept, selection.parsed, selection.unused) == ([], 0, 1)
+    assert (selection.kept, selection.parsed, selection.unused) == ([], generate_instruction.PATIENCE, 1)
 
 
 def test_a_rejected_record_is_kept_with_its_reason_its_text_and_its_nearest():

@@ -126,12 +126,17 @@ def test_what_is_written_is_indented_utf_8_that_reads_back(tmp_path):
     assert utils.jload(tmp_path / "new" / "a.json") == [{"a": "é"}]
 
 
-@pytest.mark.parametrize("bad", [object(), "\ud800"], ids=["no JSON", "no UTF-8"])
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, bad):
+def test_half_of_a_surrogate_pair_is_written_as_ascii_and_reads_back(tmp_path):
+    utils.jdump(["\ud800 é"], tmp_path / "a.json")
+    assert (tmp_path / "a.json").read_bytes() == b'[\n    "\\ud800 \\u00e9"\n]\n'
+    assert utils.jload(tmp_path / "a.json") == ["\ud800 é"]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("[1]")
-    with pytest.raises((TypeError, UnicodeEncodeError)):
-        utils.jdump(["x" * 100_000, bad], path)
+    with pytest.raises(TypeError):
+        utils.jdump(["x" * 100_000, object()], path)
     assert path.read_text() == "[1]"
     assert os.listdir(tmp_path) == ["a.json"]
 
@@ -508,6 +513,53 @@ def test_a_reply_without_a_text_is_asked_for_twice_more_and_no_oftener(teacher):
     assert len(server.requests) == 3
 
 
+def test_with_a_budget_a_reply_without_a_text_is_not_asked_for_again(teacher):
+    server = teacher(lambda n, body: "null")
+    settings = utils.OpenAIDecodingArguments()
+    asked = utils.Teacher("m", settings, "chat", server.base_url, 30.0, 5, empty_retries=0)
+
+    async def once():
+        try:
+            return await asked.ask("p")
+        finally:
+            await asked.close()
+
+    assert asyncio.run(once()).error == "empty reply (finish_reason stop)"
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (" \n ", "empty reply (finish_reason stop)"),
+        (("half a", "abort"), "cut off (finish_reason abort)"),
+        (("half a", "error"), "cut off (finish_reason error)"),
+    ],
+)
+def test_what_is_blank_or_was_cut_off_by_the_server_is_a_failure(teacher, answer, error):
+    assert ask(teacher(lambda n, body: answer))[0].error == error
+
+
+def test_a_key_in_the_address_is_not_repeated_in_an_error(teacher):
+    url = teacher(lambda n, body: 401).base_url + "?key=SECRET"
+    with pytest.raises(UserError) as caught:
+        ask(url)
+    assert "SECRET" not in str(caught.value) and "(401)" in str(caught.value)
+
+
+def test_one_prompt_that_is_too_long_by_itself_does_not_shorten_the_replies_to_others(teacher):
+    server = teacher(lambda n, body: ("context", 400) if prompt_of(body) == "long" else "ok")
+    asked = utils.Teacher("m", utils.OpenAIDecodingArguments(max_tokens=800), "chat", server.base_url, 30.0, 0)
+
+    async def both():
+        replies = [await asked.ask("long"), await asked.ask("short")]
+        await asked.close()
+        return replies
+
+    assert [bool(reply.error) for reply in asyncio.run(both())] == [True, False]
+    assert server.requests[-1]["max_tokens"] == 800
+
+
 def test_a_reply_that_thought_until_its_length_was_over_is_not_asked_for_again(teacher):
     server = teacher(lambda n, body: ("", "length"))
     assert ask(server, max_retries=5)[0].error == "empty reply (finish_reason length)"
@@ -609,7 +661,7 @@ def collect(server, journal, count, concurrency=4, max_retries=0):
             journal,
             lambda reply, new: arrived.append(new),
             lambda reply: handed.append(reply.text or reply.error),
-            lambda in_flight: len(handed) + in_flight < count,
+            lambda number, in_flight: len(handed) + in_flight < count,
             concurrency,
         )
     )
