@@ -48,7 +48,6 @@ KEYWORDS = (
 )
 MIN_WORDS, MAX_WORDS = 4, 150  # of an instruction: three words say too little, 150 are a document
 MAX_SIMILARITY = 0.7  # ROUGE-L F to any seed or kept instruction, as in Self-Instruct
-
 PATIENCE = 100  # replies in a row that bring nothing new: the teacher repeats itself, and would for ever
 SAVE_EVERY = 30.0  # seconds between two regen.json: the journal is what nothing is lost from
 # Bounded, so that a reply of ten thousand newlines or digits takes no time.
@@ -174,8 +173,7 @@ class Selection:
     ):
         self.kept, self.target, self.rules, self.rejected = list(start), target, rules, rejected
         self.start, self.num_prompt_instructions = len(start), num_prompt_instructions
-        self.fed = self.parsed = 0
-        self.dropped = Counter()
+        self.fed, self.parsed, self.dropped = 0, 0, Counter()
         self.unseen = 0  # kept, but the tokenizer "rouge" sees so little of it that near-duplicates get through
         self.barren = self.unused = 0  # replies in a row that brought nothing; replies after it was over
         self.seeds = [task["instruction"] for task in seed_tasks]
@@ -294,7 +292,7 @@ def generate_instruction_following_data(
         max_cost_usd: the same for a sum in dollars; needs the two prices.
         prompt_price: dollars for a million prompt tokens.
         completion_price: dollars for a million reply tokens.
-        max_failure_rate: end the run when more than this share of its requests (10 at least) failed for good.
+        max_failure_rate: end the run when more than this share of its last 100 requests (10 at least) failed for good.
         filter_keywords: drop an instruction with one of these words, separated by commas ("" for none).
         min_words: drop shorter instructions.
         max_words: drop longer ones.
