@@ -17,12 +17,17 @@
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 
-stop=""
+# srun hands SIGTERM on to its tasks, and torchrun to its processes: they finish their step, save and end.
+stop="" step="" ending=""
+end_step() {
+  ending=yes
+  [ -z "$step" ] || kill -TERM "$step"
+}
+trap 'stop=time; end_step' USR1
+trap end_step TERM
 srun --kill-on-bad-exit=1 bash runs/alpaca_7b.sh "$@" &
 step=$!
-# srun hands SIGTERM on to its tasks, and torchrun to its processes: they finish their step, save and end.
-trap 'stop=time; kill -TERM "$step"' USR1
-trap 'kill -TERM "$step"' TERM
+[ -z "$ending" ] || kill -TERM "$step" # the signal came while srun was starting
 while kill -0 "$step" 2>/dev/null; do
   wait "$step" # a signal ends it early
   code=$?
