@@ -16,16 +16,12 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 
 from alpaca import UserError
 from alpaca.checkpoint import WEIGHTS, read_json
+from alpaca.launch import say
 
 MANIFEST = "checkpoint.json"  # each file of a checkpoint with its size, and what wrote it
 ADAPTER = "adapter_model.safetensors"
 # Folders of torch.distributed.checkpoint under FSDP, as accelerate names them: each rank writes its own shard.
 SHARDED_MODEL, SHARDED_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
-
-
-def say(message: str) -> None:
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(message, flush=True)
 
 
 def what_is_missing(folder: Path) -> str | None:

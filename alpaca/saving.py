@@ -23,6 +23,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 
 from alpaca import UserError
 from alpaca.checkpoint import WEIGHTS, read_json
+from alpaca.launch import say
 from alpaca.resume import (
     MANIFEST,
     SHARDED_MODEL,
@@ -31,7 +32,6 @@ from alpaca.resume import (
     newest_complete_checkpoint,
     numbered,
     saved_names,
-    say,
     state_dict,
 )
 from alpaca.stop import EXIT_INTERRUPTED, EXIT_REQUEUE, StopOnSignal, Stopped
