@@ -46,6 +46,7 @@ from alpaca.preflight import check_precision, preflight
 from alpaca.resume import check_fits, choose_checkpoint
 from alpaca.saving import ResumableTrainer, SaveFailed
 from alpaca.stop import Stopped
+from alpaca.template import chat_template
 from alpaca.tokens import IGNORE_INDEX, SupervisedDataset, preprocess  # noqa: F401  (the original has them here)
 
 # What a LLaMA tokenizer calls them. A missing one may be None or "" (some conversions of LLaMA have "").
@@ -288,6 +289,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         findings.extend(check_tokens.check_tokenizer(tokenizer, rows, model.config))
         raise_errors(findings)  # before rows are added that would hide them
         add_special_tokens(tokenizer, model)
+        tokenizer.chat_template = chat_template(tokenizer)  # in place of the base model's
         if training_args.lora_r:
             lora.check_tokenizer(tokenizer, rows)
         return model

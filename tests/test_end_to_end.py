@@ -6,6 +6,9 @@ import json
 import re
 
 from conftest import ROOT, run_script, torchrun
+from openai import OpenAI
+
+from alpaca.teacher import serve
 
 
 def test_from_seed_tasks_to_an_answer(teacher, tiny_llama, tmp_path):
@@ -70,3 +73,14 @@ def test_from_seed_tasks_to_an_answer(teacher, tiny_llama, tmp_path):
     answers = [run_script("chat.py", "--model_path", path, *question) for path in (tmp_path / "recovered", tiny_llama)]
     assert [a.returncode for a in answers] == [0, 0], answers[0].stderr
     assert answers[0].stdout != answers[1].stdout  # training did change what it says
+
+    with serve(tmp_path / "recovered", tmp_path / "server.log") as url:
+        client = OpenAI(base_url=url, api_key="none", max_retries=0)
+        reply = client.chat.completions.create(
+            model=str(tmp_path / "recovered"),
+            messages=[{"role": "user", "content": question[1]}],
+            max_tokens=8,
+            temperature=0,
+        )
+    said = reply.choices[0].message.content.strip()
+    assert said and said == answers[0].stdout.strip()  # the same prompt, token for token

@@ -124,40 +124,6 @@ def test_a_config_that_ends_text_with_another_id_is_found(broken, tiny_llama):
     assert levels(check_tokenizer(broken, 300, config)) == ["note"]
 
 
-@pytest.fixture(scope="module")
-def sentencepiece_folder(tmp_path_factory):
-    """A LLaMA-style folder with a tokenizer.model alone whose scores are not in the order of its ids."""
-    import sentencepiece
-    from sentencepiece import sentencepiece_model_pb2
-
-    folder = tmp_path_factory.mktemp("spm")
-    text = folder / "text"
-    lines = (ROOT / "train.py").read_text().splitlines()
-    text.write_text("\n".join(line for line in lines if line.strip()) + "\n" + "\n".join([" " * 40 + "x"] * 50))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(text),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=700,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        split_by_whitespace=True,
-        minloglevel=2,
-    )
-    text.unlink()
-    proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString((folder / "tokenizer.model").read_bytes())
-    joined = [piece for piece in proto.pieces if piece.type == 1 and len(piece.piece) > 1]
-    for piece, score in zip(joined, [piece.score for piece in joined][::-1], strict=True):
-        piece.score = score
-    (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true}')
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    return folder
-
-
 def test_merges_that_differ_from_sentencepiece_are_mended_and_stay_so_when_saved(sentencepiece_folder, tmp_path):
     import sentencepiece
     from transformers import AutoTokenizer
