@@ -36,7 +36,7 @@ import torch
 import transformers
 
 import utils
-from alpaca import UserError, check_tokens, cli, launch, lora, packing, receipt
+from alpaca import UserError, check_tokens, cli, launch, lora, packing, packing_check, receipt
 from alpaca.checkpoint import check_model_folder, check_writable
 from alpaca.findings import raise_errors
 from alpaca.inference import load_model, load_tokenizer
@@ -214,19 +214,22 @@ def make_batches(model, dataset, pad_token_id: int, data_args: DataArguments, tr
     def fall_back(reason: str) -> None:
         if data_args.packing:
             raise UserError(f"--packing cannot be had here ({reason}): leave it out")
-        _say(f"warning: examples are padded, as with --padding longest: {reason}")
         collator.padding_free = False
         packing.set_attention(model, packing.library_attention(model))
 
+    reason = ""
     if training_args.label_smoothing_factor:
-        fall_back("--label_smoothing_factor needs the logits of prompts")
-    elif training_args.n_gpu > 1:
-        fall_back(f"one process drives {training_args.n_gpu} GPUs, which splits a batch by rows (use torchrun)")
+        reason = "--label_smoothing_factor needs the logits of prompts"
+    elif getattr(model, "_is_stateful", False):
+        reason = f"{type(model).__name__} is recurrent, and would carry its state from one example into the next"
     elif not packing.set_attention(model, packing.SEGMENTS):
-        fall_back(f"the attention of {type(model).__name__} cannot be chosen")
+        reason = f"the attention of {type(model).__name__} cannot be chosen"
+    if reason:
+        _say(f"warning: examples are padded, as with --padding longest: {reason}")
+        fall_back(reason)
     if not collator.padding_free:
         return dataset, collator, None
-    self_check = packing.SelfCheck(packing.examples_to_check(dataset), fall_back)
+    self_check = packing_check.SelfCheck(packing_check.examples_to_check(dataset), fall_back)
     if not data_args.packing:
         return dataset, collator, self_check
     bins = packing.PackedDataset(dataset, training_args.model_max_length)
