@@ -39,6 +39,7 @@ import utils
 from alpaca import UserError, check_tokens, cli, launch, lora, packing, packing_check, receipt
 from alpaca.checkpoint import check_model_folder, check_writable
 from alpaca.findings import raise_errors
+from alpaca.held_out import HeldOutLoss
 from alpaca.inference import load_model, load_tokenizer
 from alpaca.launch import say as _say
 from alpaca.meter import Metered
@@ -185,6 +186,8 @@ def load_data(data_args: DataArguments, seed: int) -> tuple[list[dict], list[dic
     """The records to train on and those held out (maybe none)."""
     records = utils.load_records(data_args.data_path)
     if data_args.eval_data_path:
+        if data_args.eval_fraction:
+            raise UserError("--eval_data_path and --eval_fraction both give held-out data: drop one of them")
         return records, utils.load_records(data_args.eval_data_path)
     if not 0 <= data_args.eval_fraction < 1:  # NaN fails too
         raise UserError(f"--eval_fraction {data_args.eval_fraction} must leave records to train on: take 0 to 0.5")
@@ -232,6 +235,8 @@ def make_batches(model, dataset, pad_token_id: int, data_args: DataArguments, tr
     self_check = packing_check.SelfCheck(packing_check.examples_to_check(dataset), fall_back)
     if not data_args.packing:
         return dataset, collator, self_check
+    if training_args.train_sampling_strategy == "group_by_length":
+        raise UserError("--packing makes rows of one length: leave --train_sampling_strategy group_by_length out")
     bins = packing.PackedDataset(dataset, training_args.model_max_length)
     _say(
         f"packing: {len(dataset)} examples in {len(bins)} bins of {training_args.model_max_length} tokens, "
@@ -245,7 +250,7 @@ def make_batches(model, dataset, pad_token_id: int, data_args: DataArguments, tr
 # The run.
 
 
-class Trainer(Metered, ResumableTrainer):
+class Trainer(Metered, ResumableTrainer, HeldOutLoss):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         """The number of supervised tokens, as a whole number.
 
@@ -268,6 +273,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     if training_args.eval_strategy != "no" and not (data_args.eval_data_path or data_args.eval_fraction):
         raise UserError("--eval_strategy needs held-out data: --eval_data_path or --eval_fraction")
     lora.check_arguments(training_args)
+    launch.check_packages(training_args)
     check_writable(output_dir, "--output_dir")
     checkpoint = choose_checkpoint(training_args.resume_from_checkpoint, output_dir)
     if os.path.exists(model_args.model_name_or_path) or model_args.model_name_or_path.startswith((".", "/")):
@@ -284,7 +290,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     )
 
     texts = [record["instruction"] + "\n" + record["output"] for record in train_records[:500]]
-    findings = check_precision(training_args.bf16) + check_tokens.mend_merges(tokenizer, texts)
+    findings = check_precision(training_args.bf16 and not training_args.use_cpu)
+    findings += check_tokens.mend_merges(tokenizer, texts)
 
     def load_base(dtype: torch.dtype = torch.float32, **options):
         model = load_model(model_args.model_name_or_path, dtype, cache_dir=training_args.cache_dir, **options)

@@ -73,6 +73,12 @@ class SupervisedDataset:
     """
 
     def __init__(self, records: list[dict], tokenizer, max_length: int, name: str):
+        for number, record in enumerate(records, 1):
+            try:
+                f"{record['instruction']}{record['input']}{record['output']}".encode()
+            except UnicodeEncodeError as e:
+                half = ascii(e.object[e.start])
+                raise UserError(f"{name} record {number} holds {half}, half a character: remove it") from None
         table = load_tokens(records, tokenizer, max_length)
         kept = table["record"][:]
         self.cut = [number for number, cut in zip(kept, table["cut"][:], strict=True) if cut]

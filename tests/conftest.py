@@ -41,11 +41,14 @@ def run_script(*argv, env=None, cwd=ROOT, timeout=300, input=None) -> subprocess
 
 
 def torchrun(processes: int, *argv, env=None, timeout=300) -> subprocess.CompletedProcess:
-    """Runs a script under torchrun with static ranks on a free port, one thread a process."""
+    """Runs a script under torchrun with static ranks on a free port, one thread a process; on GPUs if each has one."""
+    import torch
+
+    enough = {} if torch.cuda.device_count() >= processes else {"CUDA_VISIBLE_DEVICES": ""}
     return run_script(
         *("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"),
         *argv,
-        env={"OMP_NUM_THREADS": "1"} | (env or {}),
+        env={"OMP_NUM_THREADS": "1"} | enough | (env or {}),
         timeout=timeout,
     )
 

@@ -43,6 +43,13 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+def test_half_a_character_is_refused_with_its_records_number(tokenizer):
+    """JSON can spell it, as "\\ud83d"; it is no text, and a tokenizer ends with a traceback."""
+    records = make_records(2) + [{"instruction": "Say it.", "input": "", "output": "x\ud83dy"}]
+    with pytest.raises(UserError, match=r"training record 3 holds '\\ud83d', half a character: remove it"):
+        tokens.SupervisedDataset(records, tokenizer, 512, "training")
+
+
 @pytest.fixture(scope="session")
 def llama_tokenizer(tmp_path_factory):
     """A sentencepiece model as LLaMA's (BPE, bytes for what is rare, a space in front, digits alone), 800 tokens."""
