@@ -153,9 +153,9 @@ def before_init(args) -> None:
 
 def after_init(args) -> None:
     """What needs the library's finished arguments: one GPU a process, and FSDP's types under --bf16."""
-    if args.n_gpu > 1:
+    if (gpus := getattr(args, "_n_gpu", 1)) > 1:
         # The library would split each batch over all of them by nn.DataParallel, and multiply the batch size.
-        say(f"note: one GPU of {args.n_gpu} is used; torchrun --nproc_per_node={args.n_gpu} train.py … uses them all")
+        say(f"note: one GPU of {gpus} is used; torchrun --nproc_per_node={gpus} train.py … uses them all")
         args._n_gpu = 1
     if args.fsdp and args.bf16:
         from torch.distributed.fsdp import MixedPrecisionPolicy
