@@ -298,10 +298,10 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         rows = launch.rows(model.get_input_embeddings().weight)
         findings.extend(check_tokens.check_tokenizer(tokenizer, rows, model.config))
         raise_errors(findings)  # before rows are added that would hide them
+        if training_args.lora_r:
+            lora.check_eos(tokenizer)
         add_special_tokens(tokenizer, model)
         tokenizer.chat_template = chat_template(tokenizer)  # in place of the base model's
-        if training_args.lora_r:
-            lora.check_tokenizer(tokenizer, rows)
         return model
 
     # float32 whatever the checkpoint's type: at a learning rate of 2e-5 most updates are lost in bf16's 8 bits.
