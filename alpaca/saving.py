@@ -19,12 +19,15 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from alpaca import UserError
 from alpaca.checkpoint import WEIGHTS, read_json
+from alpaca.inference import load_model
 from alpaca.launch import say
 from alpaca.resume import (
+    ADAPTER,
     MANIFEST,
     SHARDED_MODEL,
     SHARDED_OPTIMIZER,
@@ -56,12 +59,6 @@ class ResumableTrainer(transformers.Trainer):
         checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         self._saved_step = -1
         self._check_resumed(checkpoint)
-        if checkpoint and self.is_fsdp_enabled and not _of_fsdp(checkpoint):
-            self.is_fsdp_enabled = False  # each rank loads the whole model, as it loaded the base
-            try:
-                self._load_whole(checkpoint)
-            finally:
-                self.is_fsdp_enabled = True
         stop, staging = StopOnSignal(), Path(self.args.output_dir) / STAGING
         if self.is_world_process_zero() and staging.exists():
             shutil.rmtree(staging)
@@ -185,14 +182,15 @@ class ResumableTrainer(transformers.Trainer):
     # Loading on another number of ranks: sharded checkpoints without FSDP, whole ones with it.
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        sharded = (Path(resume_from_checkpoint) / SHARDED_MODEL).is_dir()
-        if sharded and not self.is_fsdp_enabled:
-            self._load_sharded_weights(Path(resume_from_checkpoint))
-        elif self.is_fsdp_enabled and _of_fsdp(Path(resume_from_checkpoint)):
+        checkpoint = Path(resume_from_checkpoint)
+        if self.is_fsdp_enabled and _of_fsdp(checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        elif not self.is_fsdp_enabled:
-            self._load_whole(Path(resume_from_checkpoint))
-        # else train() has loaded it, before the model was sharded
+        elif self.is_fsdp_enabled:
+            self._load_whole_into_shards(checkpoint)
+        elif (checkpoint / SHARDED_MODEL).is_dir():
+            self._load_sharded_weights(checkpoint)
+        else:
+            self._load_whole(checkpoint)
 
     def _load_whole(self, checkpoint: Path) -> None:
         if set(saved_names(self.model)) == set(state_dict(self.model)) and not _of_fsdp(checkpoint):
@@ -200,8 +198,21 @@ class ResumableTrainer(transformers.Trainer):
             return
         # The library would leave tensors that are saved under another name as they are, and only warn; and it refuses
         # a whole checkpoint of FSDP without FSDP.
-        loaded = type(self.model).from_pretrained(checkpoint, dtype=self.model.dtype)
-        self.model.load_state_dict(loaded.state_dict())
+        self.model.load_state_dict(load_model(checkpoint, self.model.dtype).state_dict())
+
+    def _load_whole_into_shards(self, checkpoint: Path) -> None:
+        """Rank 0 reads it in CPU memory, and each rank gets its part, a tensor at a time."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        adapter, state = hasattr(self.model, "peft_config"), {}
+        if self.is_world_process_zero():
+            if adapter:  # saved without the adapter's name
+                names = {name.replace(f".{self.model.active_adapter}.", "."): name for name in self.model.state_dict()}
+                state = {names[name]: tensor for name, tensor in load_file(checkpoint / ADAPTER).items()}
+            else:
+                state = load_model(checkpoint, self.model.dtype).state_dict()
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=not adapter)
+        set_model_state_dict(self.model, state, options=options)
 
     def _load_sharded_weights(self, checkpoint: Path) -> None:
         state = {"model": state_dict(self.model)}

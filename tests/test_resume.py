@@ -363,6 +363,7 @@ train.Trainer.training_step = training_step
 train.main()
 """
 FSDP = ("--fsdp", "--fsdp_config", "configs/fsdp.json", "--per_device_train_batch_size", 4)
+REHEARSED = ("--skip_save_rehearsal", "False")  # after it the model is sharded already
 
 
 @pytest.fixture(scope="module")
@@ -387,7 +388,7 @@ def stopped(tiny_llama, data, one_rank, tmp_path_factory):
     shutil.copytree(one_rank / "checkpoint-1", out / "checkpoint-1")
     script = out.parent / "stop_one_rank.py"
     script.write_text(SIGNAL_ONE_RANK)
-    auto = ("--resume_from_checkpoint", "auto", "--save_steps", 100)
+    auto = ("--resume_from_checkpoint", "auto", "--save_steps", 100, *REHEARSED)
     result = torchrun(2, script, ROOT, *arguments(tiny_llama, data, out, *FSDP, *auto))
     assert re.search(r"exitcode *: 75", result.stderr), result.stderr  # of the rank that left first
     assert "checkpoint-1 was written by 1 processes, this run has 2" in result.stdout
@@ -410,7 +411,7 @@ def test_two_ranks_write_a_shard_each_and_all_of_it_is_needed(stopped, tmp_path)
 
 def test_one_rank_goes_on_from_a_checkpoint_of_two(tiny_llama, data, one_rank, stopped, tmp_path, capsys):
     shutil.copytree(stopped / "checkpoint-3", tmp_path / "checkpoint-3")
-    run(tiny_llama, data, tmp_path, "--resume_from_checkpoint", "auto")
+    run(tiny_llama, data, tmp_path, "--resume_from_checkpoint", "auto", *REHEARSED)
     assert "was written by 2 processes, this run has 1" in capsys.readouterr().out
     assert_close(tmp_path, one_rank)
 
