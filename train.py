@@ -344,6 +344,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         written = receipt.write(receipt.collect(begun, trainer, arguments, counts), output_dir)
         _say(f"{', '.join(written)} in {output_dir}")
     _say(f"{trainer.state.global_step} steps on {len(train_dataset)} examples; model in {output_dir}")
+    trainer.upload(output_dir)
     if eval_dataset:
         losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
         _say(f"eval loss on {len(eval_dataset)} held-out examples: {losses[0]:.4f} before, {after:.4f} after")

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from alpaca import UserError
-from alpaca.checkpoint import WEIGHTS, read_json
+from alpaca.checkpoint import SIDE_FILES, WEIGHTS, read_json
 from alpaca.inference import load_model
 from alpaca.launch import say
 from alpaca.resume import (
@@ -40,6 +40,9 @@ from alpaca.resume import (
 from alpaca.stop import EXIT_INTERRUPTED, EXIT_REQUEUE, StopOnSignal, Stopped
 
 STAGING = ".saving"  # what is not whole yet; a run removes what an earlier one left there
+# Files of an output folder that --push_to_hub uploads: the model, what makes it usable, and what tells of the run.
+PUBLISHED = ("*.safetensors", "*.safetensors.index.json", "config.json", *SIDE_FILES)
+PUBLISHED += ("model_card.md", "training_receipt.json", "loss.png")
 
 
 class SaveFailed(UserError):
@@ -59,6 +62,8 @@ class ResumableTrainer(transformers.Trainer):
         checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         self._saved_step = -1
         self._check_resumed(checkpoint)
+        if self.args.push_to_hub and self.is_world_process_zero():
+            say("note: --push_to_hub uploads the finished model once, at the end, whatever --hub_strategy says")
         stop, staging = StopOnSignal(), Path(self.args.output_dir) / STAGING
         if self.is_world_process_zero() and staging.exists():
             shutil.rmtree(staging)
@@ -112,6 +117,38 @@ class ResumableTrainer(transformers.Trainer):
                 f"note: {checkpoint.name} was written by {manifest['world_size']} processes, this run has "
                 f"{self.args.world_size}: the order of the data goes on, random states (dropout) start anew"
             )
+
+    # --push_to_hub.
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: the library would put a model into the output folder, and that is what tells a finished run."""
+
+    def upload(self, output_dir: Path) -> None:
+        """With --push_to_hub, uploads what PUBLISHED names in one commit; every rank may call it, after the last save.
+
+        Args:
+            output_dir: with the finished model, its tokenizer, card and receipt.
+
+        Raises:
+            UserError: the upload failed; the folder is whole all the same.
+        """
+        if not self.args.push_to_hub or not self.is_world_process_zero():
+            return
+        from huggingface_hub import CommitOperationAdd, HfApi
+
+        files = sorted(path for pattern in PUBLISHED for path in output_dir.glob(pattern))
+        commit = [
+            CommitOperationAdd("README.md" if path.name == "model_card.md" else path.name, str(path)) for path in files
+        ]
+        where = {"token": self.args.hub_token, "revision": getattr(self.args, "hub_revision", None)}
+        try:
+            HfApi().create_commit(self.hub_model_id, commit, commit_message="The trained model", **where)
+        except Exception as e:  # whatever a network does: the run is done
+            raise UserError(
+                f"the upload to {self.hub_model_id} failed ({(str(e).strip() or type(e).__name__).splitlines()[0]}); "
+                f"the model in {output_dir} is whole: hf upload {self.hub_model_id} {output_dir} . --exclude '*/*'"
+            ) from e
+        say(f"uploaded {len(files)} files to {self.hub_model_id}")
 
     # A checkpoint, whole or not there.
 
@@ -274,7 +311,10 @@ class ResumableTrainer(transformers.Trainer):
                 shutil.rmtree(staging, ignore_errors=True)
             self.accelerator.wait_for_everyone()
             with self._gathered():
-                (write or self.save_model)(staging)
+                if write:
+                    write(staging)
+                else:
+                    self.save_model(str(staging), _internal_call=True)  # else --push_to_hub uploads the staging folder
             if self.is_world_process_zero():
                 if not any((staging / name).exists() for name in WEIGHTS):
                     raise RuntimeError(f"the library saved no weights in {staging}; the checkpoints there are whole")

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import ROOT, make_records, torchrun
@@ -170,6 +171,55 @@ def test_the_limit_keeps_the_newest_and_the_best(model, data, tmp_path):
     assert best < 3
     assert [path.name for path in resume.checkpoints(tmp_path)] == ["checkpoint-4", f"checkpoint-{best}"]
     assert state["best_model_checkpoint"] == str(tmp_path / f"checkpoint-{best}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --push_to_hub.
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that takes everything: a list of commits, each a dictionary from the path there to the file here."""
+    commits = []
+
+    def create_commit(self, repo_id, operations, **kwargs):
+        commits.append({operation.path_in_repo: Path(operation.path_or_fileobj).name for operation in operations})
+
+    def upload_folder(self, *, folder_path, **kwargs):
+        commits.append({"folder": str(folder_path)})
+
+    monkeypatch.setattr(train.Trainer, "init_hf_repo", lambda self, **kwargs: setattr(self, "hub_model_id", "me/model"))
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", create_commit)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
+    return commits
+
+
+def test_the_finished_model_is_uploaded_once_and_an_interrupted_run_can_be_resumed(
+    model, data, whole, tmp_path, monkeypatch, hub
+):
+    push = ("--push_to_hub", "True", "--resume_from_checkpoint", "auto")
+    with monkeypatch.context() as patch:
+        send_at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(stop.Stopped):
+            run(model, data, tmp_path, *push)
+    assert hub == [] and not list(tmp_path.glob("*.safetensors"))
+    run(model, data, tmp_path, *push)
+    assert_same_result(tmp_path, whole)
+    assert len(hub) == 1
+    uploaded = hub[0]
+    assert uploaded.pop("README.md") == "model_card.md" and all(there == here for there, here in uploaded.items())
+    named = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert set(uploaded) - {"loss.png"} == named | {"chat_template.jinja", "training_receipt.json"}
+
+
+def test_an_upload_that_fails_says_that_the_model_is_whole(model, data, tmp_path, monkeypatch, hub):
+    def create_commit(self, *args, **kwargs):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", create_commit)
+    with pytest.raises(UserError, match="no route to host.*is whole: hf upload me/model .* --exclude '[*]/[*]'"):
+        run(model, data, tmp_path, "--push_to_hub", "True", "--max_steps", 1, "--save_strategy", "no")
+    assert (tmp_path / "model.safetensors").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
