@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ from alpaca.checkpoint import WEIGHTS, read_json
 from alpaca.launch import say
 
 MANIFEST = "checkpoint.json"  # each file of a checkpoint with its size, and what wrote it
+ABANDONED = "abandoned-"  # in front of the name of a checkpoint of a branch that was left
 ADAPTER = "adapter_model.safetensors"
 # Folders of torch.distributed.checkpoint under FSDP, as accelerate names them: each rank writes its own shard.
 SHARDED_MODEL, SHARDED_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
@@ -60,6 +63,32 @@ def checkpoints(output_dir: Path) -> list[Path]:
     """Folders named checkpoint-N, newest first."""
     found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := numbered(path))]
     return [path for _, path in sorted(found, reverse=True)]
+
+
+def set_aside(paths: Iterable[Path]) -> None:
+    """Renames checkpoints so that none of them is ever chosen again."""
+    for path in paths:
+        aside = path.with_name(ABANDONED + path.name)
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(path, aside)
+
+
+def set_aside_newer(output_dir: Path, checkpoint: Path | None) -> None:
+    """Sets aside what is newer in a folder than the checkpoint that a run goes on from.
+
+    That is a branch that is left, or not complete: it must not be chosen later, nor count in --save_total_limit.
+
+    Args:
+        output_dir: of the run.
+        checkpoint: whole; of another folder, it leaves all that is in output_dir. None: the run begins anew.
+    """
+    here = checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
+    step = int(numbered(checkpoint)[1]) if here and numbered(checkpoint) else -1
+    if newer := [path for path in checkpoints(output_dir) if int(numbered(path)[1]) > step]:
+        names = ", ".join(path.name for path in newer)
+        since = f"newer than {checkpoint.name}, which this run goes on from" if here else "not of this run"
+        say(f"note: renamed {names} in {output_dir} to {ABANDONED}…: {since}")
+        set_aside(newer)
 
 
 def numbered(path: Path) -> re.Match | None:

@@ -27,6 +27,7 @@ from alpaca.checkpoint import SIDE_FILES, WEIGHTS, read_json
 from alpaca.inference import load_model
 from alpaca.launch import say
 from alpaca.resume import (
+    ABANDONED,
     ADAPTER,
     MANIFEST,
     SHARDED_MODEL,
@@ -35,6 +36,8 @@ from alpaca.resume import (
     newest_complete_checkpoint,
     numbered,
     saved_names,
+    set_aside,
+    set_aside_newer,
     state_dict,
 )
 from alpaca.stop import EXIT_INTERRUPTED, EXIT_REQUEUE, StopOnSignal, Stopped
@@ -62,6 +65,9 @@ class ResumableTrainer(transformers.Trainer):
         checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         self._saved_step = -1
         self._check_resumed(checkpoint)
+        if self.is_world_process_zero():
+            set_aside_newer(Path(self.args.output_dir), checkpoint)
+        self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and self.is_world_process_zero():
             say("note: --push_to_hub uploads the finished model once, at the end, whatever --hub_strategy says")
         stop, staging = StopOnSignal(), Path(self.args.output_dir) / STAGING
@@ -204,8 +210,8 @@ class ResumableTrainer(transformers.Trainer):
         }
         (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         fsync_tree(unfinished / MANIFEST)
-        if target.exists():  # of a branch that was left: somebody resumed from an older one
-            os.rename(target, unfinished.with_suffix(".old"))
+        if target.exists():
+            set_aside([target])
         os.rename(unfinished, target)
         _fsync(target.parent)
         shutil.rmtree(target.parent / STAGING, ignore_errors=True)
@@ -213,7 +219,8 @@ class ResumableTrainer(transformers.Trainer):
         others = [path for path in checkpoints(target.parent) if path.name not in keep]
         limit = self.args.save_total_limit
         if limit and limit > 0:
-            for path in others[max(0, limit - len(keep - {""})) :]:
+            left = target.parent.glob(f"{ABANDONED}checkpoint-*")  # until now they were the run's newest
+            for path in [*others[max(0, limit - len(keep - {""})) :], *left]:
                 shutil.rmtree(path, ignore_errors=True)
 
     # Loading on another number of ranks: sharded checkpoints without FSDP, whole ones with it.

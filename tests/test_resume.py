@@ -226,6 +226,34 @@ def test_an_upload_that_fails_says_that_the_model_is_whole(model, data, tmp_path
 # Which checkpoint.
 
 
+@pytest.mark.parametrize("limit", [None, 2])
+def test_a_branch_that_was_left_is_never_chosen_again(model, data, whole, tmp_path, monkeypatch, capsys, limit):
+    for step in (1, 3, 4):
+        shutil.copytree(whole / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    more = ("--save_total_limit", limit) if limit else ()
+
+    def kill(*args, **kwargs):
+        raise Killed
+
+    def names():
+        return {path.name for path in tmp_path.iterdir()}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "fsync_tree", kill)
+        with pytest.raises(Killed):
+            run(model, data, tmp_path, "--resume_from_checkpoint", tmp_path / "checkpoint-1", *more)
+    printed = capsys.readouterr().out
+    assert "renamed checkpoint-4, checkpoint-3 in" in printed and "newer than checkpoint-1, which this run" in printed
+    assert names() == {".saving", "checkpoint-1", "abandoned-checkpoint-3", "abandoned-checkpoint-4"}  # none is lost
+    assert resume.newest_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    with monkeypatch.context() as patch:
+        send_at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(stop.Stopped):
+            run(model, data, tmp_path, "--resume_from_checkpoint", "auto", *more)
+    aside = set() if limit else {"abandoned-checkpoint-3", "abandoned-checkpoint-4"}
+    assert names() == {"checkpoint-1", "checkpoint-2"} | aside
+
+
 @pytest.mark.parametrize("listed", [True, False], ids=["with checkpoint.json", "of a plain Trainer"])
 def test_a_checkpoint_that_lacks_any_file_is_passed_over(interrupted, listed):
     newest, previous = interrupted / "checkpoint-2", interrupted / "checkpoint-1"
