@@ -83,7 +83,7 @@ def set_aside_newer(output_dir: Path, checkpoint: Path | None) -> None:
         checkpoint: whole; of another folder, it leaves all that is in output_dir. None: the run begins anew.
     """
     here = checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
-    step = int(numbered(checkpoint)[1]) if here and numbered(checkpoint) else -1
+    step = read_json(checkpoint / TRAINER_STATE_NAME)["global_step"] if here else -1
     if newer := [path for path in checkpoints(output_dir) if int(numbered(path)[1]) > step]:
         names = ", ".join(path.name for path in newer)
         since = f"newer than {checkpoint.name}, which this run goes on from" if here else "not of this run"

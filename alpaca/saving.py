@@ -20,7 +20,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from alpaca import UserError
 from alpaca.checkpoint import SIDE_FILES, WEIGHTS, read_json
@@ -228,7 +228,8 @@ class ResumableTrainer(transformers.Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         checkpoint = Path(resume_from_checkpoint)
         if self.is_fsdp_enabled and _of_fsdp(checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            with self._state_dict_type(_format(checkpoint)):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
         elif self.is_fsdp_enabled:
             self._load_whole_into_shards(checkpoint)
         elif (checkpoint / SHARDED_MODEL).is_dir():
@@ -239,6 +240,11 @@ class ResumableTrainer(transformers.Trainer):
     def _load_whole(self, checkpoint: Path) -> None:
         if set(saved_names(self.model)) == set(state_dict(self.model)) and not _of_fsdp(checkpoint):
             super()._load_from_checkpoint(str(checkpoint))
+            return
+        if hasattr(self.model, "peft_config"):
+            from peft import set_peft_model_state_dict
+
+            set_peft_model_state_dict(self.model, load_file(checkpoint / ADAPTER))
             return
         # The library would leave tensors that are saved under another name as they are, and only warn; and it refuses
         # a whole checkpoint of FSDP without FSDP.
@@ -269,22 +275,27 @@ class ResumableTrainer(transformers.Trainer):
             self.model.load_state_dict(state["model"])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        sharded = checkpoint is not None and (Path(checkpoint) / SHARDED_OPTIMIZER).is_dir()
         of_fsdp = checkpoint is not None and _of_fsdp(Path(checkpoint))
         if checkpoint is None or self.is_deepspeed_enabled or of_fsdp == self.is_fsdp_enabled:
-            return super()._load_optimizer_and_scheduler(checkpoint)
+            with self._state_dict_type(_format(Path(checkpoint)) if of_fsdp else None):
+                return super()._load_optimizer_and_scheduler(checkpoint)
         from torch.distributed.checkpoint import load
         from torch.distributed.checkpoint import state_dict as dcp
 
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
-        if sharded:
+        if (Path(checkpoint) / SHARDED_OPTIMIZER).is_dir():
             state = {"optimizer": dcp.get_optimizer_state_dict(self.model, self.optimizer)}
             load(state, checkpoint_id=Path(checkpoint) / SHARDED_OPTIMIZER, no_dist=True)
             dcp.set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
             return
+        if of_fsdp:  # whole, by name
+            whole = torch.load(Path(checkpoint) / OPTIMIZER_NAME_BIN, map_location="cpu", weights_only=True, mmap=True)
+            dcp.set_optimizer_state_dict(self.model, self.optimizer, whole)
+            return
         # optimizer.pt numbers the parameters in the order of the groups, which is the same here; shards go by name.
         whole = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        wrapper = "_checkpoint_wrapped_module."  # of --fsdp_config's activation_checkpointing; not in a state dict
+        names = {id(parameter): name.replace(wrapper, "") for name, parameter in self.model.named_parameters()}
         named = {}
         for group, stored in zip(self.optimizer.param_groups, whole["param_groups"], strict=True):
             for parameter, number in zip(group["params"], stored["params"], strict=True):
@@ -317,7 +328,8 @@ class ResumableTrainer(transformers.Trainer):
             if self.is_world_process_zero():
                 shutil.rmtree(staging, ignore_errors=True)
             self.accelerator.wait_for_everyone()
-            with self._gathered():
+            # With SHARDED_STATE_DICT save_model writes nothing, and says nothing.
+            with self._state_dict_type("FULL_STATE_DICT"):
                 if write:
                     write(staging)
                 else:
@@ -329,17 +341,26 @@ class ResumableTrainer(transformers.Trainer):
         self.accelerator.wait_for_everyone()
 
     @contextmanager
-    def _gathered(self):
-        """With SHARDED_STATE_DICT save_model writes nothing, and says nothing."""
-        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        before = plugin.state_dict_type if plugin else None
-        if plugin:
-            plugin.set_state_dict_type("FULL_STATE_DICT")
+    def _state_dict_type(self, name: str | None):
+        """In it, FSDP saves and loads in that format; None, or no FSDP, changes nothing."""
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled and name else None
+        if plugin is None or plugin.state_dict_type.name == name:
+            yield
+            return
+        attributes = ("state_dict_type", "state_dict_config", "optim_state_dict_config")
+        before = {attribute: getattr(plugin, attribute) for attribute in attributes}
+        plugin.state_dict_config = plugin.optim_state_dict_config = None  # each format has its own
+        plugin.set_state_dict_type(name)
         try:
             yield
         finally:
-            if plugin:
-                plugin.set_state_dict_type(before)
+            for attribute, value in before.items():
+                setattr(plugin, attribute, value)
+
+
+def _format(checkpoint: Path) -> str:
+    """The state_dict_type in which FSDP wrote a checkpoint; this run's may be another."""
+    return "SHARDED_STATE_DICT" if (checkpoint / SHARDED_MODEL).is_dir() else "FULL_STATE_DICT"
 
 
 def _of_fsdp(checkpoint: Path) -> bool:

@@ -500,3 +500,28 @@ def test_two_ranks_go_on_from_a_checkpoint_of_two(tiny_llama, data, one_rank, st
     result = torchrun(2, "train.py", *argv)
     assert result.returncode == 0, result.stderr
     assert_close(tmp_path, one_rank)
+
+
+@pytest.fixture(scope="module")
+def gathered(tiny_llama, data, stopped, tmp_path_factory):
+    """The checkpoint of two ranks under FSDP that the user's own configuration makes them gather."""
+    folder = tmp_path_factory.mktemp("gathered")
+    shutil.copytree(stopped / "checkpoint-3", folder / "out" / "checkpoint-3")
+    config = json.loads((ROOT / "configs" / "fsdp.json").read_text()) | {"state_dict_type": "FULL_STATE_DICT"}
+    (folder / "fsdp.json").write_text(json.dumps(config))
+    flags = ("--fsdp", "--fsdp_config", folder / "fsdp.json", "--per_device_train_batch_size", 4)
+    argv = arguments(tiny_llama, data, folder / "out", *flags, "--resume_from_checkpoint", "auto")
+    result = torchrun(2, "train.py", *argv)
+    assert result.returncode == 0, result.stderr
+    return folder / "out"
+
+
+def test_shards_are_read_where_the_configuration_says_gathered(one_rank, gathered):
+    assert_close(gathered, one_rank)
+
+
+def test_one_rank_goes_on_from_a_gathered_checkpoint_of_two(tiny_llama, data, one_rank, gathered, tmp_path):
+    shutil.copytree(gathered / "checkpoint-4", tmp_path / "checkpoint-4")
+    assert (tmp_path / "checkpoint-4" / "optimizer.bin").exists()
+    run(tiny_llama, data, tmp_path, "--resume_from_checkpoint", "auto")
+    assert_close(tmp_path, one_rank)
