@@ -33,6 +33,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from alpaca import UserError
 from alpaca.checkpoint import WEIGHTS, CheckpointReader
 from alpaca.findings import gather
+from alpaca.resume import saved_names
 
 FOLDER = ".save-rehearsal"  # in the output folder, so that the file system is the one that training will write to
 ADAPTER = "adapter_model.safetensors"
@@ -243,7 +244,8 @@ def _wrong_model(folder: Path, model, gathered: dict[str, torch.Tensor]) -> str 
     reader = CheckpointReader(folder)
     saved = {name: reader.spec(name)[1] for name in reader.names()}
     tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
-    expected = {_plain(name): tuple(p.shape) for name, p in model.named_parameters() if _plain(name) not in tied}
+    # Under other names than in memory: a mixture's experts are one tensor there, and one each in the file.
+    expected = {name: tuple(tensor.shape) for name, tensor in saved_names(model).items() if name not in tied}
     if wrong := sorted(name for name in expected if saved.get(name) != expected[name]):
         return f"the final save lacks {len(wrong)} tensors of the model, or has other shapes ({wrong[0]}, …)"
     config = copy.deepcopy(model.config)
@@ -259,8 +261,9 @@ def _wrong_model(folder: Path, model, gathered: dict[str, torch.Tensor]) -> str 
 
 def _some(parameters: dict) -> list[str]:
     """A few names of what a model of one layer has: the first and the last outside the layers, and of layer 0."""
-    inside = [name for name in parameters if ".0." in name]
-    outside = [name for name in parameters if not any(part.isdigit() for part in name.split("."))]
+    layer = {name: next((part for part in name.split(".") if part.isdigit()), "") for name in parameters}
+    inside = [name for name in parameters if layer[name] == "0"]
+    outside = [name for name in parameters if not layer[name]]
     return list(dict.fromkeys(outside[:1] + outside[-1:] + inside[:1] + inside[-1:]))
 
 

@@ -184,7 +184,10 @@ def saved_names(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    tensors = {name: tensor.to("meta") for name, tensor in state_dict(model).items()}
+    # A tensor that FSDP has sharded has the shape of the whole.
+    tensors = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in state_dict(model).items()
+    }
     return tensors if hasattr(model, "peft_config") else revert_weight_conversion(model, tensors)
 
 

@@ -521,6 +521,32 @@ def test_a_fault_in_saving_or_loading_is_found_before_step_one(tiny_opt, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_mixture_of_experts_is_saved_under_other_names_than_it_has_and_nothing_is_missed(tokenizer, tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(
+        MixtralConfig(vocab_size=len(tokenizer), num_key_value_heads=1, num_local_experts=2, **sizes)
+    )
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert rehearse(make_trainer(tmp_path / "model", tmp_path / "out"), tmp_path / "out").faults == []
+
+    class LosesAnExpert(train.Trainer):
+        def save_whole_model(self, output_dir):
+            from safetensors.torch import load_file, save_file
+
+            self.save_model(str(output_dir))
+            tensors = load_file(output_dir / "model.safetensors")
+            kept = {name: t for name, t in tensors.items() if ".1.block_sparse_moe.experts.1." not in name}
+            assert len(kept) < len(tensors)
+            save_file(kept, output_dir / "model.safetensors", {"format": "pt"})
+
+    faults = rehearse(make_trainer(tmp_path / "model", tmp_path / "out", LosesAnExpert), tmp_path / "out").faults
+    assert "the final save lacks 3 tensors" in faults[0][0]
+
+
 def test_a_loss_that_is_not_finite_is_found(tiny_llama, tmp_path):
     trainer = make_trainer(tiny_llama, tmp_path)
     trainer.model.lm_head.weight.data[7, 7] = float("nan")
