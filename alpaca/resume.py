@@ -6,10 +6,11 @@ afterwards (a copy that lost a file), and for those that a plain Trainer left ha
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from alpaca import UserError
+from alpaca.check_tokens import columns
 from alpaca.checkpoint import WEIGHTS, read_json
 from alpaca.launch import say
 
@@ -136,6 +138,48 @@ def choose_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
         cure = f"{newest} is" if newest else "there is no complete one beside it"
         raise UserError(f"--resume_from_checkpoint {resume} is not complete ({missing}): {cure}")
     return Path(resume)
+
+
+def data_facts(dataset: Sequence, seed: int) -> dict:
+    """What a run trains on, for checkpoint.json.
+
+    Args:
+        dataset: of {"input_ids", "labels"}, or something that has one as its ``dataset`` (bins, a subset).
+        seed: of the order of the data.
+
+    Returns:
+        ``sha256`` of all tokens and labels (their place in the records included), ``examples``, ``packing``, ``seed``.
+    """
+    packing = False
+    while hasattr(dataset, "dataset"):
+        packing, dataset = packing or hasattr(dataset, "bins"), dataset.dataset
+    digest = hashlib.sha256()
+    for column in columns(dataset):
+        digest.update(column.astype("<i4").tobytes())
+    return {"sha256": digest.hexdigest(), "examples": len(dataset), "packing": packing, "seed": seed}
+
+
+def check_data(checkpoint: Path, there: dict, here: dict) -> None:
+    """Compares the data of a checkpoint with this run's; both are from data_facts. Another order is a warning only.
+
+    Raises:
+        UserError: other examples (a record that is held out now may have been trained on), or other batches.
+    """
+    cure = f'or, to go on with these all the same, remove "data" from {checkpoint / MANIFEST}'
+    if there["packing"] != here["packing"]:
+        flag = "with" if there["packing"] else "without"
+        raise UserError(f"{checkpoint} was trained {flag} --packing: do the same, {cure}")
+    if there["sha256"] != here["sha256"]:
+        raise UserError(
+            f"{checkpoint} was trained on other data ({there['examples']} examples, {here['examples']} here): take the "
+            f"same --data_path, --eval_fraction, --seed, --model_max_length and tokenizer, {cure}"
+        )
+    if there["seed"] != here["seed"]:
+        say(
+            f"warning: {checkpoint.name} was trained with the data in another order (seed {there['seed']}, here "
+            f"{here['seed']}): in this epoch some examples come twice and some not at all; --data_seed {there['seed']} "
+            "makes it equal"
+        )
 
 
 def check_fits(checkpoint: Path, model: torch.nn.Module) -> None:

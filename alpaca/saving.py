@@ -32,7 +32,9 @@ from alpaca.resume import (
     MANIFEST,
     SHARDED_MODEL,
     SHARDED_OPTIMIZER,
+    check_data,
     checkpoints,
+    data_facts,
     newest_complete_checkpoint,
     numbered,
     saved_names,
@@ -59,11 +61,14 @@ class ResumableTrainer(transformers.Trainer):
         super().__init__(*args, **kwargs)
         self._staging: Path | None = None
         self._saved_step = -1
+        self._data: dict = {}
 
     def train(self, resume_from_checkpoint: str | os.PathLike | None = None, **kwargs):
         """As the library's; raises Stopped when a signal ended it early."""
         checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         self._saved_step = -1
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._data = data_facts(self.train_dataset, seed)
         self._check_resumed(checkpoint)
         if self.is_world_process_zero():
             set_aside_newer(Path(self.args.output_dir), checkpoint)
@@ -118,6 +123,8 @@ class ResumableTrainer(transformers.Trainer):
             raise UserError(
                 f"{checkpoint} was trained with {there} examples a step, this run has {here}: {cure} makes them equal"
             )
+        if "data" in manifest:
+            check_data(checkpoint, manifest["data"], self._data)
         if manifest["world_size"] != self.args.world_size:
             say(
                 f"note: {checkpoint.name} was written by {manifest['world_size']} processes, this run has "
@@ -206,6 +213,7 @@ class ResumableTrainer(transformers.Trainer):
             "step": self.state.global_step,
             "world_size": self.args.world_size,
             "examples_per_step": self._examples_per_step(),
+            "data": self._data,
             "files": files,
         }
         (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")

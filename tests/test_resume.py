@@ -334,6 +334,54 @@ def test_another_number_of_examples_a_step_is_refused_with_the_cure(model, data,
         run(model, data, interrupted, "--resume_from_checkpoint", "auto", "--per_device_train_batch_size", 4)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--eval_fraction", 0.25),
+        ("--model_max_length", 175),
+        ("--data_path", "others"),
+    ],
+)
+def test_other_data_than_a_checkpoint_was_trained_on_is_refused_with_the_cure(model, data, interrupted, flags):
+    if flags[1] == "others":
+        records = make_records(24)
+        records[7]["output"] += "!"
+        (interrupted / "others.json").write_text(json.dumps(records))
+        flags = (flags[0], interrupted / "others.json")
+    with pytest.raises(UserError, match='was trained on other data .24 examples, .*remove "data" from .*point.json'):
+        run(model, data, interrupted, "--resume_from_checkpoint", "auto", *flags)
+
+
+def test_packing_that_comes_or_goes_is_refused_and_another_order_told(interrupted, capsys):
+    there = {"sha256": "x", "examples": 2, "packing": False, "seed": 42}
+    with pytest.raises(UserError, match="checkpoint-2 was trained without --packing: do the same, or,"):
+        resume.check_data(interrupted / "checkpoint-2", there, there | {"packing": True})
+    resume.check_data(interrupted / "checkpoint-2", there, dict(there))
+    assert capsys.readouterr().out == ""
+    resume.check_data(interrupted / "checkpoint-2", there, there | {"seed": 1})
+    assert "warning: checkpoint-2 was trained with the data in another order" in capsys.readouterr().out
+
+
+def test_data_is_the_same_as_a_list_in_bins_and_as_a_subset_and_differs_by_a_label():
+    examples = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4, 5], "labels": [4, 5]}]
+    facts = resume.data_facts(examples, 42)
+    assert facts["examples"] == 2 and not facts["packing"]
+    packed = type("Bins", (), {"dataset": examples, "bins": [[0, 1]]})()
+    assert resume.data_facts(packed, 42) == facts | {"packing": True}
+    assert resume.data_facts(torch.utils.data.Subset(examples, [1]), 42) == facts
+    examples[0]["labels"][1] = -100
+    assert resume.data_facts(examples, 42)["sha256"] != facts["sha256"]
+
+
+def test_a_checkpoint_that_does_not_tell_its_data_goes_on_with_any(model, data, interrupted):
+    manifest = json.loads((interrupted / "checkpoint-2" / "checkpoint.json").read_text())
+    assert manifest["data"].keys() == {"sha256", "examples", "packing", "seed"}
+    del manifest["data"]
+    (interrupted / "checkpoint-2" / "checkpoint.json").write_text(json.dumps(manifest))
+    run(model, data, interrupted, "--resume_from_checkpoint", "auto", "--eval_fraction", 0.25, "--max_steps", 3)
+    assert (interrupted / "model.safetensors").exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Stopped.
 
