@@ -117,8 +117,8 @@ def choose_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
     Raises:
         UserError: the run would overwrite a finished model or an interrupted run, or what it names is not complete.
     """
-    if resume in (None, "", "auto") and any((output_dir / name).exists() for name in WEIGHTS):
-        done = "the run there is finished" if resume else "remove it"
+    if any((output_dir / name).exists() for name in WEIGHTS):
+        done = "the run there is finished" if resume == "auto" else "remove it"
         raise UserError(f"--output_dir {output_dir} holds a trained model: {done}, or choose another folder")
     if not resume:
         if newest := newest_complete_checkpoint(output_dir):

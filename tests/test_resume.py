@@ -303,6 +303,8 @@ def test_an_incomplete_checkpoint_that_is_named_is_refused(interrupted):
 def test_a_finished_run_is_told(whole):
     with pytest.raises(UserError, match="holds a trained model: the run there is finished"):
         resume.choose_checkpoint("auto", whole)
+    with pytest.raises(UserError, match="holds a trained model: remove it, or choose another folder"):
+        resume.choose_checkpoint(str(whole / "checkpoint-2"), whole)
 
 
 def test_a_run_that_was_killed_before_its_final_save_only_saves(model, data, whole, tmp_path, capsys):
