@@ -22,6 +22,7 @@ from alpaca.check_tokens import columns
 from alpaca.checkpoint import WEIGHTS, read_json
 from alpaca.launch import say
 
+STAGING = ".saving"  # in the output folder, with what is not whole yet
 MANIFEST = "checkpoint.json"  # each file of a checkpoint with its size, and what wrote it
 ABANDONED = "abandoned-"  # in front of the name of a checkpoint of a branch that was left
 ADAPTER = "adapter_model.safetensors"
@@ -65,6 +66,22 @@ def checkpoints(output_dir: Path) -> list[Path]:
     """Folders named checkpoint-N, newest first."""
     found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := numbered(path))]
     return [path for _, path in sorted(found, reverse=True)]
+
+
+def rename_back(output_dir: Path) -> None:
+    """Puts in its place what a save had finished when it was killed, but for the last rename. Every rank calls it."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        for path in checkpoints(output_dir / STAGING):
+            place = output_dir / path.name
+            if (path / MANIFEST).exists() and what_is_missing(path) is None and not place.exists():
+                os.rename(path, place)
+                say(f"note: {place} is whole: the save that was interrupted had only not renamed it")
+    barrier()
+
+
+def barrier() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def set_aside(paths: Iterable[Path]) -> None:
@@ -117,6 +134,7 @@ def choose_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
     Raises:
         UserError: the run would overwrite a finished model or an interrupted run, or what it names is not complete.
     """
+    rename_back(output_dir)
     if any((output_dir / name).exists() for name in WEIGHTS):
         done = "the run there is finished" if resume == "auto" else "remove it"
         raise UserError(f"--output_dir {output_dir} holds a trained model: {done}, or choose another folder")

@@ -32,11 +32,13 @@ from alpaca.resume import (
     MANIFEST,
     SHARDED_MODEL,
     SHARDED_OPTIMIZER,
+    STAGING,
     check_data,
     checkpoints,
     data_facts,
     newest_complete_checkpoint,
     numbered,
+    rename_back,
     saved_names,
     set_aside,
     set_aside_newer,
@@ -44,7 +46,6 @@ from alpaca.resume import (
 )
 from alpaca.stop import EXIT_INTERRUPTED, EXIT_REQUEUE, StopOnSignal, Stopped
 
-STAGING = ".saving"  # what is not whole yet; a run removes what an earlier one left there
 # Files of an output folder that --push_to_hub uploads: the model, what makes it usable, and what tells of the run.
 PUBLISHED = ("*.safetensors", "*.safetensors.index.json", "config.json", *SIDE_FILES)
 PUBLISHED += ("model_card.md", "training_receipt.json", "loss.png")
@@ -76,6 +77,7 @@ class ResumableTrainer(transformers.Trainer):
         if self.args.push_to_hub and self.is_world_process_zero():
             say("note: --push_to_hub uploads the finished model once, at the end, whatever --hub_strategy says")
         stop, staging = StopOnSignal(), Path(self.args.output_dir) / STAGING
+        rename_back(Path(self.args.output_dir))
         if self.is_world_process_zero() and staging.exists():
             shutil.rmtree(staging)
             say(f"note: removed {staging}, which a save that was interrupted had left")

@@ -155,6 +155,39 @@ def test_whenever_a_save_is_killed_a_whole_checkpoint_is_chosen(
     assert {path: path.read_bytes() for path in (interrupted / "checkpoint-2").iterdir()} == before
 
 
+@pytest.mark.parametrize("when", ["before the last rename", "between the two renames of a checkpoint that is replaced"])
+def test_a_checkpoint_that_is_whole_but_for_its_rename_is_not_lost(model, data, whole, interrupted, when, monkeypatch):
+    """The second: checkpoint-3 is there when the run that went on from checkpoint-2 comes to save its own."""
+    inner, renamed = os.rename, []
+
+    def rename(source, target):
+        renamed.append(Path(source).parent.name)
+        if renamed[-1] == ".saving":
+            raise Killed
+        inner(source, target)
+
+    if "two renames" in when:
+        send_at_step(monkeypatch, 3, lambda: shutil.copytree(whole / "checkpoint-3", interrupted / "checkpoint-3"))
+    with monkeypatch.context() as patch:
+        patch.setattr(saving.os, "rename", rename)
+        with pytest.raises(Killed):
+            run(model, data, interrupted, "--resume_from_checkpoint", "auto")
+    assert renamed == ["out", ".saving"][-len(renamed) :] and len(renamed) == 1 + ("two renames" in when)
+    assert (interrupted / ".saving" / "checkpoint-3").exists() and not (interrupted / "checkpoint-3").exists()
+    assert resume.choose_checkpoint("auto", interrupted) == interrupted / "checkpoint-3"
+    monkeypatch.undo()
+    run(model, data, interrupted, "--resume_from_checkpoint", "auto")
+    assert_same_result(interrupted, whole)
+
+
+def test_what_was_left_in_the_staging_folder_is_not_taken_for_whole(interrupted):
+    """Without checkpoint.json nobody knows whether all of it reached the disk, and with it each file counts."""
+    for step, broken in ((3, "checkpoint.json"), (4, "optimizer.pt")):
+        shutil.copytree(interrupted / "checkpoint-2", interrupted / ".saving" / f"checkpoint-{step}")
+        (interrupted / ".saving" / f"checkpoint-{step}" / broken).unlink()
+    assert resume.choose_checkpoint("auto", interrupted) == interrupted / "checkpoint-2"
+
+
 def test_a_finished_run_leaves_no_scraps_and_is_readable_by_others(whole):
     assert not (whole / ".saving").exists()
     assert (whole / "model.safetensors").stat().st_mode == (whole / "config.json").stat().st_mode
