@@ -53,6 +53,13 @@ def what_is_missing(folder: Path) -> str | None:
         return None if (folder / (folder / "latest").read_text().strip()).is_dir() else "what `latest` names is missing"
     weights = (*WEIGHTS, ADAPTER, "pytorch_model_fsdp.bin", f"{SHARDED_MODEL}/.metadata")
     optimizer = (OPTIMIZER_NAME, "optimizer.bin", f"{SHARDED_OPTIMIZER}/.metadata")
+    for index in (name for name in WEIGHTS if name.endswith(".index.json") and (folder / name).is_file()):
+        try:
+            shards = sorted(set(read_json(folder / index)["weight_map"].values()))
+        except (UserError, KeyError, TypeError, AttributeError):
+            return f"{index} is malformed"
+        if absent := [name for name in shards if not (folder / name).is_file()]:
+            return f"{absent[0]} is missing"
     for what, names in (("weights", weights), ("optimizer", optimizer), ("scheduler", (SCHEDULER_NAME,))):
         if not any((folder / name).is_file() for name in names):
             return f"the {what} are missing" if what == "weights" else f"the {what} is missing"

@@ -303,6 +303,23 @@ def test_a_checkpoint_that_lacks_any_file_is_passed_over(interrupted, listed):
         (interrupted / "aside").rename(newest / name)
 
 
+def test_a_checkpoint_of_a_plain_trainer_that_lacks_a_shard_is_passed_over(tiny_llama, interrupted):
+    from transformers import AutoModelForCausalLM
+
+    newest = interrupted / "checkpoint-2"
+    for name in ("checkpoint.json", "model.safetensors"):
+        (newest / name).unlink()
+    AutoModelForCausalLM.from_pretrained(tiny_llama).save_pretrained(newest, max_shard_size="100KB")
+    shards = sorted(newest.glob("model-*.safetensors"))
+    assert len(shards) > 2 and resume.what_is_missing(newest) is None
+    shards[1].rename(interrupted / "aside")
+    assert resume.what_is_missing(newest) == f"{shards[1].name} is missing"
+    assert resume.newest_complete_checkpoint(interrupted) == interrupted / "checkpoint-1"
+    (interrupted / "aside").rename(shards[1])
+    (newest / "model.safetensors.index.json").write_text("{}")
+    assert resume.what_is_missing(newest) == "model.safetensors.index.json is malformed"
+
+
 @pytest.mark.parametrize("name, size", [("optimizer.pt", 1000), ("trainer_state.json", 100)])
 def test_a_checkpoint_with_a_truncated_file_is_passed_over(interrupted, capsys, name, size):
     os.truncate(interrupted / "checkpoint-2" / name, size)
