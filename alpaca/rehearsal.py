@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
@@ -33,7 +32,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from alpaca import UserError
 from alpaca.checkpoint import WEIGHTS, CheckpointReader
 from alpaca.findings import gather
-from alpaca.resume import saved_names
+from alpaca.resume import barrier, saved_names
 
 FOLDER = ".save-rehearsal"  # in the output folder, so that the file system is the one that training will write to
 ADAPTER = "adapter_model.safetensors"
@@ -107,12 +106,12 @@ def rehearse(
     folder = Path(output_dir) / FOLDER
     result = Rehearsal()
     _remove(folder)
-    _barrier()
+    barrier()
     try:
         with _undisturbed(trainer, folder), _quiet():
             checkpoint = _save_and_resume(trainer, folder, result, at_start)
             result.checkpoint_bytes = folder_bytes(checkpoint)
-            _barrier()
+            barrier()
             _remove(checkpoint)  # so that the rehearsal never needs more disk than a checkpoint or a whole model
             if not result.faults:
                 _save_whole(trainer, folder / "whole", save_whole_model, result)
@@ -121,7 +120,7 @@ def rehearse(
                 result.peak_bytes = torch.cuda.max_memory_reserved()
     finally:
         _remove(folder)
-    _barrier()
+    barrier()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -205,7 +204,7 @@ def _save_whole(trainer, folder: Path, save: Callable[[Path], None] | None, resu
     """The save at the end of training, read back: every name and shape, and some tensors through from_pretrained."""
     if trainer.is_world_process_zero():
         folder.mkdir()
-    _barrier()
+    barrier()
     model = trainer.accelerator.unwrap_model(trainer.model)
     trained = {_plain(name): p for name, p in model.named_parameters() if p.requires_grad}
     adapter = hasattr(model, "peft_config")
@@ -216,7 +215,7 @@ def _save_whole(trainer, folder: Path, save: Callable[[Path], None] | None, resu
     else:
         (save or getattr(trainer, "save_whole_model", trainer.save_model))(folder)
     gathered = {} if adapter else {name: _whole(trained[name]) for name in _some(trained)}  # a collective
-    _barrier()
+    barrier()
     result.final_bytes = folder_bytes(folder)
     if not trainer.is_world_process_zero():
         return
@@ -378,11 +377,6 @@ def folder_bytes(folder: Path) -> int:
 def _remove(folder: Path) -> None:
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one on each node, in case they do not share the file system
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _barrier() -> None:
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
 
 
 @contextlib.contextmanager

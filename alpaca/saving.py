@@ -26,6 +26,7 @@ from alpaca import UserError
 from alpaca.checkpoint import SIDE_FILES, WEIGHTS, read_json
 from alpaca.inference import load_model
 from alpaca.launch import say
+from alpaca.rehearsal import FOLDER
 from alpaca.resume import (
     ABANDONED,
     ADAPTER,
@@ -33,6 +34,7 @@ from alpaca.resume import (
     SHARDED_MODEL,
     SHARDED_OPTIMIZER,
     STAGING,
+    barrier,
     check_data,
     checkpoints,
     data_facts,
@@ -76,11 +78,8 @@ class ResumableTrainer(transformers.Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and self.is_world_process_zero():
             say("note: --push_to_hub uploads the finished model once, at the end, whatever --hub_strategy says")
-        stop, staging = StopOnSignal(), Path(self.args.output_dir) / STAGING
-        rename_back(Path(self.args.output_dir))
-        if self.is_world_process_zero() and staging.exists():
-            shutil.rmtree(staging)
-            say(f"note: removed {staging}, which a save that was interrupted had left")
+        stop = StopOnSignal()
+        remove_leftovers(Path(self.args.output_dir))
         if self.args.save_strategy == "no":  # then a signal ends the process, as it does everywhere
             return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
         self.add_callback(stop)
@@ -366,6 +365,17 @@ class ResumableTrainer(transformers.Trainer):
         finally:
             for attribute, value in before.items():
                 setattr(plugin, attribute, value)
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Removes what a run that was killed left half-written in a folder; what is whole is kept. Every rank calls it."""
+    rename_back(output_dir)
+    if int(os.environ.get("RANK", 0)) == 0:
+        for folder, what in ((output_dir / STAGING, "a save"), (output_dir / FOLDER, "a rehearsal")):
+            if folder.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                say(f"note: removed {folder}, which {what} that was interrupted had left")
+    barrier()
 
 
 def _format(checkpoint: Path) -> str:

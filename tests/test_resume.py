@@ -188,6 +188,18 @@ def test_what_was_left_in_the_staging_folder_is_not_taken_for_whole(interrupted)
     assert resume.choose_checkpoint("auto", interrupted) == interrupted / "checkpoint-2"
 
 
+def test_leftovers_of_a_save_and_of_a_rehearsal_are_removed_and_what_is_whole_is_kept(interrupted, capsys):
+    shutil.copytree(interrupted / "checkpoint-2", interrupted / ".save-rehearsal" / "checkpoint-1")
+    (interrupted / ".saving" / "model").mkdir(parents=True)
+    (interrupted / "checkpoint-2").rename(interrupted / ".saving" / "checkpoint-2")
+    saving.remove_leftovers(interrupted)
+    assert sorted(path.name for path in interrupted.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    printed = capsys.readouterr().out
+    assert "removed" in printed and "a save that was interrupted" in printed and "a rehearsal that was" in printed
+    saving.remove_leftovers(interrupted)
+    assert capsys.readouterr().out == ""
+
+
 def test_a_finished_run_leaves_no_scraps_and_is_readable_by_others(whole):
     assert not (whole / ".saving").exists()
     assert (whole / "model.safetensors").stat().st_mode == (whole / "config.json").stat().st_mode
