@@ -60,8 +60,9 @@ class SaveFailed(UserError):
 class ResumableTrainer(transformers.Trainer):
     """Trainer whose checkpoints are whole or not there, and resume on another number of ranks."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model, *args, **kwargs):
+        self._use_cache = getattr(model.config, "use_cache", True)  # the library switches it off for training
+        super().__init__(model, *args, **kwargs)
         self._staging: Path | None = None
         self._saved_step = -1
         self._data: dict = {}
@@ -332,17 +333,22 @@ class ResumableTrainer(transformers.Trainer):
             output_dir: exists.
             write: writes into the folder that it is given, on every rank; by default the library's save_model.
         """
-        staging = output_dir / STAGING / "model"
+        staging, config = output_dir / STAGING / "model", self.model.config
+        in_training = getattr(config, "use_cache", None)
         with _told("the model", output_dir):
             if self.is_world_process_zero():
                 shutil.rmtree(staging, ignore_errors=True)
             self.accelerator.wait_for_everyone()
             # With SHARDED_STATE_DICT save_model writes nothing, and says nothing.
-            with self._state_dict_type("FULL_STATE_DICT"):
-                if write:
-                    write(staging)
-                else:
-                    self.save_model(str(staging), _internal_call=True)  # else --push_to_hub uploads the staging folder
+            config.use_cache = self._use_cache
+            try:
+                with self._state_dict_type("FULL_STATE_DICT"):
+                    if write:
+                        write(staging)
+                    else:
+                        self.save_model(str(staging), _internal_call=True)  # else --push_to_hub uploads the folder
+            finally:
+                config.use_cache = in_training
             if self.is_world_process_zero():
                 if not any((staging / name).exists() for name in WEIGHTS):
                     raise RuntimeError(f"the library saved no weights in {staging}; the checkpoints there are whole")

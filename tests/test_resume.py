@@ -204,6 +204,7 @@ def test_a_finished_run_leaves_no_scraps_and_is_readable_by_others(whole):
     assert not (whole / ".saving").exists()
     assert (whole / "model.safetensors").stat().st_mode == (whole / "config.json").stat().st_mode
     assert {"tokenizer.json", "generation_config.json"} < {path.name for path in whole.iterdir()}
+    assert json.loads((whole / "config.json").read_text())["use_cache"]  # off in training, on in the base model
 
 
 def test_the_limit_keeps_the_newest_and_the_best(model, data, tmp_path):
