@@ -253,6 +253,9 @@ def _told(result: Rehearsal) -> list[Finding]:
         f"saved, reloaded and resumed: weights and optimizer equal, loss {result.resumed_loss:.4f} as without; "
         f"checkpoint {as_text(result.checkpoint_bytes)}, model {as_text(result.final_bytes)}"
     )
+    if not result.checkpoint_bytes:
+        what = f"two steps and the final save are as they should be: loss {result.loss:.4f}, model "
+        what += as_text(result.final_bytes)
     return [Finding("note", f"{what}, {result.seconds:.0f} s{peak}")]
 
 

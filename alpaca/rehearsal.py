@@ -3,7 +3,8 @@
 Two optimizer steps are taken at learning rate 0, with a checkpoint between them by the Trainer's own code. Then the
 weights are set to zero, the optimizer is thrown away, and the second step is done again from the checkpoint. The
 weights and the optimizer's states must come back bit for bit, and the loss of the repeated step must be the same: that
-holds only if weights, random state and place in the data were restored.
+holds only if weights, random state and place in the data were restored. With --save_strategy no there is no checkpoint:
+the two steps and the final save are rehearsed.
 
 At learning rate 0 no copy of the weights is needed to leave them as they were: the steps do not move them, and the
 reload must restore them exactly. Both are verified by fingerprints, so a rehearsal that returns without faults has
@@ -41,7 +42,10 @@ CHUNK = 2**22  # elements hashed at a time: 64 MB of int64
 
 @dataclasses.dataclass
 class Rehearsal:
-    """What came of it. ``faults`` are (what, why, cure); the figures are for the report."""
+    """What came of it. ``faults`` are (what, why, cure); the figures are for the report.
+
+    Without a checkpoint ``resumed_loss`` is NaN and ``checkpoint_bytes`` 0.
+    """
 
     faults: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
     loss: float = math.nan  # of step 2, uninterrupted
@@ -90,7 +94,8 @@ def rehearse(
     """Rehearses saving and resuming; the trainer is left as it was, except that its model is on its device and mesh.
 
     Costs three optimizer steps (of at most two accumulated batches), a checkpoint and a whole model on disk, one after
-    the other, and their reload.
+    the other, and their reload. The steps are on the longest examples, so that they show the most memory that a step
+    needs; in the second one the optimizer's states are there too.
 
     Args:
         trainer: a transformers.Trainer before its train().
@@ -105,11 +110,12 @@ def rehearse(
     begin = time.perf_counter()
     folder = Path(output_dir) / FOLDER
     result = Rehearsal()
+    saves = trainer.args.save_strategy != "no"
     _remove(folder)
     barrier()
     try:
         with _undisturbed(trainer, folder), _quiet():
-            checkpoint = _save_and_resume(trainer, folder, result, at_start)
+            checkpoint = _save_and_resume(trainer, folder, result, at_start, saves)
             result.checkpoint_bytes = folder_bytes(checkpoint)
             barrier()
             _remove(checkpoint)  # so that the rehearsal never needs more disk than a checkpoint or a whole model
@@ -128,20 +134,22 @@ def rehearse(
     return result
 
 
-def _save_and_resume(trainer, folder: Path, result: Rehearsal, at_start: Callable[[], None] | None) -> Path:
+def _save_and_resume(
+    trainer, folder: Path, result: Rehearsal, at_start: Callable[[], None] | None, saves: bool
+) -> Path:
     observer = _Observer(trainer, at_start)
     handler = trainer.callback_handler
     trainer.callback_handler = CallbackHandler(
         [DefaultFlowCallback, observer], handler.model, handler.processing_class, None, None
     )
-    observer.save_at = 1
+    observer.save_at = 1 if saves else 0
     set_seed(trainer.args.seed)  # as in a new process
     trainer.train()
     if trainer.is_fsdp_enabled:
         # The layers are wrapped for recomputing now, if they are to be. accelerate would wrap them again whenever it
         # prepares the model, and does not find them under their new names.
         trainer.accelerator.state.fsdp_plugin.activation_checkpointing = False
-    before, (moved, states) = observer.at_start[0], observer.after_step[1]
+    before, (moved, states) = observer.at_start[0], observer.after_step[1 if saves else 2]
     result.loss = observer.losses[2]
     checkpoint = folder / "checkpoint-1"
     if not all(math.isfinite(loss) for loss in observer.losses.values()):
@@ -161,7 +169,7 @@ def _save_and_resume(trainer, folder: Path, result: Rehearsal, at_start: Callabl
             )
         )
     result.faults = gather(result.faults)  # a rank that stopped alone would leave the others waiting
-    if result.faults:
+    if result.faults or not saves:
         return checkpoint
     trainer.optimizer = trainer.lr_scheduler = None
     with torch.no_grad():  # what the reload does not bring back shall be missed
@@ -203,7 +211,7 @@ def _save_and_resume(trainer, folder: Path, result: Rehearsal, at_start: Callabl
 def _save_whole(trainer, folder: Path, save: Callable[[Path], None] | None, result: Rehearsal) -> None:
     """The save at the end of training, read back: every name and shape, and some tensors through from_pretrained."""
     if trainer.is_world_process_zero():
-        folder.mkdir()
+        folder.mkdir(parents=True)
     barrier()
     model = trainer.accelerator.unwrap_model(trainer.model)
     trained = {_plain(name): p for name, p in model.named_parameters() if p.requires_grad}

@@ -372,7 +372,7 @@ def make_trainer(folder, out, trainer_class=train.Trainer, records=24, dropout=0
     train.add_special_tokens(tokenizer, model)
     dataset = train.SupervisedDataset(make_records(records), tokenizer, 512, "training")
     defaults = {"max_steps": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "logging_steps": 1}
-    defaults |= {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "use_cpu": True}
+    defaults |= {"save_strategy": "steps", "report_to": [], "disable_tqdm": True, "use_cpu": True}
     args = train.TrainingArguments(output_dir=str(out), **(defaults | arguments))
     args.remove_unused_columns = False
     collator = train.DataCollatorForSupervisedDataset(tokenizer.pad_token_id)
@@ -545,6 +545,19 @@ def test_a_mixture_of_experts_is_saved_under_other_names_than_it_has_and_nothing
 
     faults = rehearse(make_trainer(tmp_path / "model", tmp_path / "out", LosesAnExpert), tmp_path / "out").faults
     assert "the final save lacks 3 tensors" in faults[0][0]
+
+
+def test_a_run_without_checkpoints_rehearses_none(tiny_llama, tmp_path, monkeypatch, capsys):
+    """Its disk was counted without one: --save_strategy no is the cure for a small one."""
+    saved, inner = [], train.Trainer._save_checkpoint
+    monkeypatch.setattr(train.Trainer, "_save_checkpoint", lambda *args: saved.append(inner(*args)))
+    preflight.preflight(make_trainer(tiny_llama, tmp_path / "saves"))
+    assert len(saved) == 1
+    preflight.preflight(make_trainer(tiny_llama, tmp_path / "no", save_strategy="no"))
+    assert len(saved) == 1
+    assert "two steps and the final save are as they should be" in capsys.readouterr().out
+    result = rehearse(make_trainer(tiny_llama, tmp_path / "half", SavesHalf, save_strategy="no"), tmp_path / "half")
+    assert "the final save lacks" in result.faults[0][0]
 
 
 def test_a_loss_that_is_not_finite_is_found(tiny_llama, tmp_path):
