@@ -21,16 +21,18 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import safe_open
+from torch.utils.data import Subset
 from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from alpaca import UserError
+from alpaca.check_tokens import columns
 from alpaca.checkpoint import WEIGHTS, CheckpointReader
 from alpaca.findings import gather
 from alpaca.resume import barrier, saved_names
@@ -274,6 +276,20 @@ def _some(parameters: dict) -> list[str]:
     return list(dict.fromkeys(outside[:1] + outside[-1:] + inside[:1] + inside[-1:]))
 
 
+def longest(dataset: Sequence, count: int) -> Subset:
+    """The items of a dataset that have the most tokens; all of them where there are fewer than ``count``.
+
+    Args:
+        dataset: of {"input_ids", "labels"}, or alpaca.packing's bins of them.
+        count: how many.
+    """
+    if hasattr(dataset, "bins"):
+        sizes = np.array([sum(dataset.dataset.lengths[i] for i in numbers) for numbers in dataset.bins])
+    else:
+        sizes = columns(dataset)[1]
+    return Subset(dataset, np.argsort(-sizes, kind="stable")[:count].tolist())
+
+
 @contextlib.contextmanager
 def _undisturbed(trainer, folder: Path) -> Iterator[None]:
     """Gives the trainer arguments for a rehearsal, and takes back all that a train() changes outside of the weights."""
@@ -307,6 +323,8 @@ def _undisturbed(trainer, folder: Path) -> Iterator[None]:
     numbers = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     trainer.args = args
+    steps = args.gradient_accumulation_steps * changes["max_steps"]
+    trainer.train_dataset = longest(trainer.train_dataset, args.train_batch_size * args.world_size * steps)
     try:
         with torch.random.fork_rng(devices=devices):
             yield

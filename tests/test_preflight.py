@@ -560,6 +560,34 @@ def test_a_run_without_checkpoints_rehearses_none(tiny_llama, tmp_path, monkeypa
     assert "the final save lacks" in result.faults[0][0]
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_rehearsal_is_on_the_longest_examples_and_the_run_on_all(tiny_llama, tmp_path, packing):
+    """So that the most memory that a step needs is seen before step 1."""
+    trainer = make_trainer(tiny_llama, tmp_path, max_steps=6, gradient_accumulation_steps=1)
+    if packing:
+        trainer.train_dataset = train.packing.PackedDataset(trainer.train_dataset, 512)
+        trainer.data_collator.padding_free = True
+        train.packing.set_attention(trainer.model, train.packing.SEGMENTS)
+        trainer.args.per_device_train_batch_size = trainer._train_batch_size = 1
+    rows = [row if packing else [row] for row in trainer.train_dataset]
+    sizes = sorted((sum(len(example["input_ids"]) for example in row) for row in rows), reverse=True)
+    seen, inner = [], trainer.training_step
+
+    def training_step(model, inputs, *args, **kwargs):
+        padded = "attention_mask" in inputs
+        seen.append(inputs["attention_mask"].sum(-1).tolist() if padded else [inputs["input_ids"].numel()])
+        return inner(model, inputs, *args, **kwargs)
+
+    trainer.training_step = training_step
+    assert rehearse(trainer, tmp_path).faults == []
+    first, second, again = seen
+    assert sorted(first + second, reverse=True) == sizes[: 2 if packing else 8] and second == again
+    if not packing:
+        seen.clear()
+        trainer.train()
+        assert sorted(sum(seen, []), reverse=True) == sizes
+
+
 def test_a_loss_that_is_not_finite_is_found(tiny_llama, tmp_path):
     trainer = make_trainer(tiny_llama, tmp_path)
     trainer.model.lm_head.weight.data[7, 7] = float("nan")
