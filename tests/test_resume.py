@@ -607,12 +607,34 @@ def test_one_rank_goes_on_from_a_checkpoint_of_two(tiny_llama, data, one_rank, s
     assert_close(tmp_path, one_rank)
 
 
-def test_two_ranks_go_on_from_a_checkpoint_of_two(tiny_llama, data, one_rank, stopped, tmp_path):
-    shutil.copytree(stopped / "checkpoint-3", tmp_path / "checkpoint-3")
-    argv = arguments(tiny_llama, data, tmp_path, "--save_steps", 100, *FSDP, "--resume_from_checkpoint", "auto")
-    result = torchrun(2, "train.py", *argv)
-    assert result.returncode == 0, result.stderr
-    assert_close(tmp_path, one_rank)
+KILL_ONE_RANK_IN_SAVE = """
+import os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+import train
+inner = train.Trainer._save_rng_state
+def _save_rng_state(self, folder):
+    if self.state.global_step == 5 and os.environ["RANK"] == "1":  # all shards are written, of the optimizer too
+        os.kill(os.getpid(), signal.SIGKILL)
+    inner(self, folder)
+train.Trainer._save_rng_state = _save_rng_state
+train.main()
+"""
+
+
+def test_two_ranks_go_on_from_a_checkpoint_of_two_and_one_killed_in_a_save_leaves_the_previous_whole_and_chosen(
+    tiny_llama, data, one_rank, stopped, tmp_path
+):
+    out, script = tmp_path / "out", tmp_path / "kill_one_rank.py"
+    shutil.copytree(stopped / "checkpoint-3", out / "checkpoint-3")
+    script.write_text(KILL_ONE_RANK_IN_SAVE)
+    auto = ("--resume_from_checkpoint", "auto", "--save_total_limit", 1)
+    result = torchrun(2, script, ROOT, *arguments(tiny_llama, data, out, *FSDP, *auto))
+    assert re.search(r"exitcode *: -9", result.stderr), result.stderr
+    assert sorted(path.name for path in out.iterdir()) == [".saving", "checkpoint-4"]
+    assert (out / ".saving" / "checkpoint-5" / "optimizer_0" / ".metadata").exists()
+    assert resume.choose_checkpoint("auto", out) == out / "checkpoint-4"
+    run(tiny_llama, data, out, *auto)
+    assert_close(out, one_rank)
 
 
 @pytest.fixture(scope="module")
