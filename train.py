@@ -327,6 +327,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         processing_class=tokenizer,
         callbacks=[self_check] if self_check else None,
     )
+    trainer.check_resumed(checkpoint)
     preflight(trainer, findings, self_check, with_rehearsal=not training_args.skip_save_rehearsal)
     if training_args.preflight_only:
         return

@@ -66,21 +66,20 @@ class ResumableTrainer(transformers.Trainer):
         self._staging: Path | None = None
         self._saved_step = -1
         self._data: dict = {}
+        self._checked: Path | None = None
 
     def train(self, resume_from_checkpoint: str | os.PathLike | None = None, **kwargs):
         """As the library's; raises Stopped when a signal ended it early."""
         checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         self._saved_step = -1
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._data = data_facts(self.train_dataset, seed)
-        self._check_resumed(checkpoint)
+        self.check_resumed(checkpoint)
+        remove_leftovers(Path(self.args.output_dir))
         if self.is_world_process_zero():
             set_aside_newer(Path(self.args.output_dir), checkpoint)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and self.is_world_process_zero():
             say("note: --push_to_hub uploads the finished model once, at the end, whatever --hub_strategy says")
         stop = StopOnSignal()
-        remove_leftovers(Path(self.args.output_dir))
         if self.args.save_strategy == "no":  # then a signal ends the process, as it does everywhere
             return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
         self.add_callback(stop)
@@ -108,7 +107,19 @@ class ResumableTrainer(transformers.Trainer):
     def _examples_per_step(self) -> int:
         return self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
-    def _check_resumed(self, checkpoint: Path | None) -> None:
+    def check_resumed(self, checkpoint: Path | None) -> None:
+        """Raises UserError unless this run is the one that wrote the checkpoint, or may go on from it.
+
+        Every rank calls it; train() does, and a rehearsal before it takes minutes.
+        """
+        if self._data and checkpoint == self._checked:
+            return  # and told already what there is to tell
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._data = data_facts(self.train_dataset, seed)
+        self._compare(checkpoint)
+        self._checked = checkpoint
+
+    def _compare(self, checkpoint: Path | None) -> None:
         if self.args.world_size > 1:
             step = int(checkpoint.name.rpartition("-")[2]) if checkpoint and numbered(checkpoint) else -1
             seen = torch.tensor([step, -step], device=self.args.device)

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 import train
 from alpaca import UserError, resume, saving, stop
 
+REHEARSED = ("--skip_save_rehearsal", "False")  # after it the model is sharded already
 STEPS = 5  # 3 steps an epoch: the last one is inside the second
 
 
@@ -407,14 +408,15 @@ def test_another_number_of_examples_a_step_is_refused_with_the_cure(model, data,
         ("--data_path", "others"),
     ],
 )
-def test_other_data_than_a_checkpoint_was_trained_on_is_refused_with_the_cure(model, data, interrupted, flags):
+def test_other_data_than_a_checkpoint_was_trained_on_is_refused_with_the_cure(model, data, interrupted, flags, capsys):
     if flags[1] == "others":
         records = make_records(24)
         records[7]["output"] += "!"
         (interrupted / "others.json").write_text(json.dumps(records))
         flags = (flags[0], interrupted / "others.json")
     with pytest.raises(UserError, match='was trained on other data .24 examples, .*remove "data" from .*point.json'):
-        run(model, data, interrupted, "--resume_from_checkpoint", "auto", *flags)
+        run(model, data, interrupted, "--resume_from_checkpoint", "auto", *flags, *REHEARSED)
+    assert "saved, reloaded and resumed" not in capsys.readouterr().out  # refused before the rehearsal
 
 
 def test_packing_that_comes_or_goes_is_refused_and_another_order_told(interrupted, capsys):
@@ -554,7 +556,6 @@ train.Trainer.training_step = training_step
 train.main()
 """
 FSDP = ("--fsdp", "--fsdp_config", "configs/fsdp.json", "--per_device_train_batch_size", 4)
-REHEARSED = ("--skip_save_rehearsal", "False")  # after it the model is sharded already
 
 
 @pytest.fixture(scope="module")
