@@ -7,9 +7,9 @@ afterwards (a copy that lost a file), and for those that a plain Trainer left ha
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -94,9 +94,8 @@ def barrier() -> None:
 def set_aside(paths: Iterable[Path]) -> None:
     """Renames checkpoints so that none of them is ever chosen again."""
     for path in paths:
-        aside = path.with_name(ABANDONED + path.name)
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(path, aside)
+        names = itertools.chain([ABANDONED], (f"{ABANDONED}{n}-" for n in itertools.count(2)))  # none is overwritten
+        os.rename(path, next(aside for name in names if not (aside := path.with_name(name + path.name)).exists()))
 
 
 def set_aside_newer(output_dir: Path, checkpoint: Path | None) -> None:
@@ -110,7 +109,9 @@ def set_aside_newer(output_dir: Path, checkpoint: Path | None) -> None:
     """
     here = checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
     step = read_json(checkpoint / TRAINER_STATE_NAME)["global_step"] if here else -1
-    if newer := [path for path in checkpoints(output_dir) if int(numbered(path)[1]) > step]:
+    # One of the same step is of a branch too: somebody returned to one that he had left.
+    others = [path for path in checkpoints(output_dir) if not here or path.name != checkpoint.name]
+    if newer := [path for path in others if int(numbered(path)[1]) >= step]:
         names = ", ".join(path.name for path in newer)
         since = f"newer than {checkpoint.name}, which this run goes on from" if here else "not of this run"
         say(f"note: renamed {names} in {output_dir} to {ABANDONED}…: {since}")

@@ -240,7 +240,7 @@ class ResumableTrainer(transformers.Trainer):
         others = [path for path in checkpoints(target.parent) if path.name not in keep]
         limit = self.args.save_total_limit
         if limit and limit > 0:
-            left = target.parent.glob(f"{ABANDONED}checkpoint-*")  # until now they were the run's newest
+            left = target.parent.glob(f"{ABANDONED}*")  # until now they were the run's newest
             for path in [*others[max(0, limit - len(keep - {""})) :], *left]:
                 shutil.rmtree(path, ignore_errors=True)
 

@@ -301,6 +301,20 @@ def test_a_branch_that_was_left_is_never_chosen_again(model, data, whole, tmp_pa
     assert names() == {"checkpoint-1", "checkpoint-2"} | aside
 
 
+def test_one_may_return_to_a_branch_that_was_left(whole, interrupted):
+    """It is not overwritten by the one that is left for it, though they have checkpoints of the same step."""
+    shutil.copytree(whole / "checkpoint-3", interrupted / "checkpoint-3")
+    resume.set_aside_newer(interrupted, interrupted / "checkpoint-1")
+    for step in (2, 3):
+        shutil.copytree(whole / f"checkpoint-{step}", interrupted / f"checkpoint-{step}")
+    left = interrupted / "abandoned-checkpoint-2"
+    (left / "first").touch()
+    resume.set_aside_newer(interrupted, left)
+    names = {"abandoned-checkpoint-2", "abandoned-2-checkpoint-2", "abandoned-checkpoint-3", "abandoned-2-checkpoint-3"}
+    assert {path.name for path in interrupted.iterdir()} == {"checkpoint-1"} | names
+    assert (left / "first").exists()
+
+
 @pytest.mark.parametrize("listed", [True, False], ids=["with checkpoint.json", "of a plain Trainer"])
 def test_a_checkpoint_that_lacks_any_file_is_passed_over(interrupted, listed):
     newest, previous = interrupted / "checkpoint-2", interrupted / "checkpoint-1"
