@@ -35,11 +35,11 @@ from alpaca import UserError
 from alpaca.check_tokens import columns
 from alpaca.checkpoint import WEIGHTS, CheckpointReader
 from alpaca.findings import gather
+from alpaca.fingerprint import differences, plain_name, states_of, weights_of
 from alpaca.resume import barrier, saved_names
 
 FOLDER = ".save-rehearsal"  # in the output folder, so that the file system is the one that training will write to
 ADAPTER = "adapter_model.safetensors"
-CHUNK = 2**22  # elements hashed at a time: 64 MB of int64
 
 
 @dataclasses.dataclass
@@ -68,7 +68,7 @@ class _Observer(TrainerCallback):
         self.save_at = 0
 
     def _fingerprints(self) -> tuple[dict, dict]:
-        return _weights(self.trainer.model), _states(self.trainer.optimizer)
+        return weights_of(self.trainer.model), states_of(self.trainer.optimizer)
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.before is not None:
@@ -162,7 +162,7 @@ def _save_and_resume(
                 "look at the base model (does chat.py answer?) and use bf16 or float32 instead of fp16",
             )
         )
-    if names := _differences(before, moved):
+    if names := differences(before, moved):
         result.faults.append(
             (
                 f"--optim {trainer.args.optim} moves weights at learning rate 0 ({names})",
@@ -188,7 +188,7 @@ def _save_and_resume(
         ("the weights", before, observer.at_start[0]),
         ("the optimizer's states", states, observer.at_start[1]),
     ):
-        if names := _differences(saved, loaded):
+        if names := differences(saved, loaded):
             result.faults.append(
                 (
                     f"{what} do not come back from a checkpoint as they were saved ({names})",
@@ -204,7 +204,7 @@ def _save_and_resume(
                 cure,
             )
         )
-    if not result.faults and (names := _differences(before, observer.after_step[2][0])):
+    if not result.faults and (names := differences(before, observer.after_step[2][0])):
         result.faults.append((f"the rehearsal changed the weights ({names})", "the run would not be yours", cure))
     result.faults = gather(result.faults)
     return checkpoint
@@ -216,7 +216,7 @@ def _save_whole(trainer, folder: Path, save: Callable[[Path], None] | None, resu
         folder.mkdir(parents=True)
     barrier()
     model = trainer.accelerator.unwrap_model(trainer.model)
-    trained = {_plain(name): p for name, p in model.named_parameters() if p.requires_grad}
+    trained = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
     adapter = hasattr(model, "peft_config")
     if adapter:
         if trainer.is_fsdp_enabled:
@@ -339,52 +339,6 @@ def _undisturbed(trainer, folder: Path) -> Iterator[None]:
         if plugin:
             if plugin.state_dict_type != state_dict_type:
                 plugin.set_state_dict_type(state_dict_type.name)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Fingerprints.
-
-
-def fingerprint(tensor: torch.Tensor) -> int:
-    """A hash of the bits of a tensor's local part: Σ bits·(place in its chunk), chunks joined by a factor, mod 2^64.
-
-    Any single changed bit changes it. It needs 64 MB, where a copy of the weights would need as much as they do.
-    """
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
-    bits = local.detach().contiguous().reshape(-1).view(integer)
-    places = torch.arange(1, min(CHUNK, max(1, bits.numel())) + 1, device=bits.device)
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for chunk in bits.split(CHUNK) if bits.numel() else ():
-        total = total * 1_000_003 + (chunk.long() * places[: chunk.numel()]).sum()
-    return int(total)
-
-
-def _weights(model) -> dict[str, int]:
-    return {_plain(name): fingerprint(p) for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _states(optimizer) -> dict[str, int]:
-    found = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            for key, value in sorted(optimizer.state.get(parameter, {}).items()):
-                if isinstance(value, torch.Tensor):
-                    found[f"{len(found)} {key}"] = fingerprint(value)
-    return found
-
-
-def _differences(a: dict, b: dict) -> str:
-    """The names whose values differ, shortened; empty when there are none."""
-    names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
-    return f"{len(names)} tensors: {names[0]}" + (", …" if len(names) > 1 else "") if names else ""
-
-
-def _plain(name: str) -> str:
-    """A parameter's name without what DDP, torch.compile and activation checkpointing put into it."""
-    for wrapper in ("module.", "_orig_mod.", "_checkpoint_wrapped_module."):
-        name = name.removeprefix(wrapper) if wrapper == "module." else name.replace(wrapper, "")
-    return name
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,9 @@ import train
 from alpaca import UserError, memory, packing_check, preflight
 from alpaca.check_tokens import check_examples, check_tokenizer, mend_merges, show_example
 from alpaca.findings import Finding, colour_wanted, format_report, raise_errors
+from alpaca.fingerprint import fingerprint
 from alpaca.memory import GIB, Advice, Plan, Shape
-from alpaca.rehearsal import FOLDER, fingerprint, rehearse
+from alpaca.rehearsal import FOLDER, rehearse
 
 
 def whats(findings, level=None):
