@@ -23,6 +23,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 
 from alpaca import UserError
 from alpaca.checkpoint import WEIGHTS, read_json
+from alpaca.folders import fsync, fsync_tree
 from alpaca.launch import say
 from alpaca.resume import (
     MANIFEST,
@@ -173,7 +174,7 @@ class ResumableTrainer(transformers.Trainer):
         if target.exists():  # of a branch that was left: somebody resumed from an older one
             os.rename(target, unfinished.with_suffix(".old"))
         os.rename(unfinished, target)
-        _fsync(target.parent)
+        fsync(target.parent)
         shutil.rmtree(target.parent / STAGING, ignore_errors=True)
         keep = {target.name, Path(self.state.best_model_checkpoint or "").name}
         others = [path for path in checkpoints(target.parent) if path.name not in keep]
@@ -331,20 +332,5 @@ def _move_files(source: Path, target: Path) -> None:
         if path.is_dir():
             shutil.rmtree(target / path.name, ignore_errors=True)
         os.rename(path, target / path.name)
-    _fsync(target)
+    fsync(target)
     shutil.rmtree(target / STAGING, ignore_errors=True)
-
-
-def fsync_tree(path: Path) -> None:
-    """Puts a file, or a folder and all in it, on the disk."""
-    for entry in path.iterdir() if path.is_dir() else ():
-        fsync_tree(entry)
-    _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

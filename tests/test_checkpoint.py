@@ -12,15 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from alpaca import UserError
-from alpaca.checkpoint import (
-    DTYPES,
-    CheckpointReader,
-    check_model_folder,
-    copy_side_files,
-    new_folder,
-    read_json,
-    write_weights,
-)
+from alpaca.checkpoint import DTYPES, CheckpointReader, check_model_folder, read_json
+from alpaca.folders import copy_side_files, new_folder
+from alpaca.shards import ShardWriter
 
 TENSORS = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([[3, 4]], dtype=torch.float16)}
 
@@ -302,6 +296,12 @@ def test_side_files_are_copied_byte_for_byte_and_nothing_else_is(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Out.
+
+
+def write_weights(folder: Path, specs: dict, tensors, max_shard_bytes: int = 5 * 10**9) -> None:
+    with ShardWriter(folder, specs, max_shard_bytes) as writer:
+        for name, tensor in zip(specs, tensors, strict=True):
+            writer.write(name, tensor.reshape(-1))
 
 
 def specs_of(tensors: dict) -> dict:
