@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections import defaultdict
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -21,7 +20,8 @@ import torch
 import utils
 from alpaca import UserError, cli
 from alpaca.checkpoint import DTYPES, MANIFEST, CheckpointReader, check_model_folder
-from alpaca.folders import check_space, copy_side_files, new_folder
+from alpaca.difference import BITS, NotFinite, add_difference, mean_row, read_pair, take_difference
+from alpaca.folders import copy_side_files, new_folder
 from alpaca.manifest import (
     METHODS,
     check_inputs,
@@ -32,31 +32,14 @@ from alpaca.manifest import (
     write_manifest,
 )
 from alpaca.shards import ShardWriter, parse_size
-from alpaca.stream import (
-    Chunk,
-    Hashes,
-    Specs,
-    check_checksums,
-    converted,
-    finite,
-    grown,
-    mean_row,
-    numel,
-    progress,
-    read_raw,
-    run,
-    size_of,
-)
+from alpaca.stream import Chunk, Hashes, Specs, check_checksums, numel, progress, run, size_of
 
 # Alpaca-7B, as released: the sum of all values of the recovered model, its rotary buffers included, as they were part
 # of the state dict until transformers 4.31.
 RELEASED_SUM, RELEASED_TOLERANCE = 50637.1836, 0.05
 SMOKE_TEST = "List three technologies that make life easier."
-
-# The bits of a float, as integers whose difference wraps around and so loses nothing.
-BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 OUTPUT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SAMPLE = 1 << 16  # bytes of each chunk that are compressed to say what a diff compresses to
+SAMPLE = 1 << 15  # elements of each chunk that are compressed, to say what a diff compresses to
 
 
 def make_diff(
@@ -80,76 +63,48 @@ def make_diff(
     """
     if method not in METHODS:
         raise UserError(f"--method takes subtract or exact, not {method!r}")
-    shard_bytes = parse_size(max_shard_size)
+    shard_bytes, exact = parse_size(max_shard_size), method == "exact"
     raw = CheckpointReader(check_model_folder(path_raw, "--path_raw", tokenizer=False))
     tuned = CheckpointReader(check_model_folder(path_tuned, "--path_tuned"))
     specs = _matching_specs(raw, tuned, "--path_tuned")
-    _check_floats(tuned, specs)
-    _check_target(path_diff, "--path_diff", raw, tuned)
-    check_checksums(raw, tuned)
-    exact = method == "exact"
+    _check_floats(tuned)
     written = {name: (BITS[dtype] if exact else torch.float32, shape) for name, (dtype, shape) in specs.items()}
-    means = {} if exact else {name: mean_row(raw, name) for name in specs if raw.spec(name)[1] != specs[name][1]}
-    hashes = {role: Hashes() for role in ("raw", "diff", "tuned") + (() if exact else ("recovered",))}
-    errors, not_finite = dict.fromkeys(specs, 0.0), defaultdict(set)
-    compressed = 0.0
-
-    def read(chunk: Chunk) -> None:
-        read_raw(raw, chunk)
-        tuned.read(chunk.name, chunk.start, chunk.buffer("tuned", specs[chunk.name][0]))
+    hashes = {role: Hashes() for role in ("raw", "tuned", "diff") + (() if exact else ("recovered",))}
+    errors, not_finite, compressed = dict.fromkeys(specs, 0.0), NotFinite(), []
 
     def work(chunk: Chunk) -> None:
-        stored = chunk.buffer("tuned", specs[chunk.name][0])
-        if exact:
-            base = grown(chunk, stored.dtype, None)
-            bits = BITS[stored.dtype]
-            torch.sub(stored.view(bits), base.view(bits), out=chunk.buffer("diff", bits))
-            suspicious = True
-        else:
-            base = grown(chunk, torch.float32, means.get(chunk.name))
-            values = converted(chunk, stored, torch.float32)
-            diff = torch.sub(values, base, out=chunk.buffer("diff", torch.float32))
-            recovered = torch.add(diff, base, out=chunk.buffer("recovered", torch.float32))
-            error = torch.sub(recovered, values, out=chunk.buffer("error", torch.float32))
-            suspicious = not finite(diff)
-            if suspicious:  # of the others the error is told
-                error.nan_to_num_(0.0, 0.0, 0.0)
-            if chunk.count:
-                errors[chunk.name] = max(errors[chunk.name], error.abs_().max().item())
-        if suspicious:
-            _note_not_finite(not_finite, chunk.name, raw=chunk.raw, tuned=stored)
+        error = take_difference(chunk, exact, means.get(chunk.name), not_finite)
+        errors[chunk.name] = max(errors[chunk.name], error)
 
     def write(chunk: Chunk) -> None:
-        nonlocal compressed
         diff = chunk.buffer("diff", written[chunk.name][0])
         writer.write(chunk.name, diff)
-        data = diff.view(torch.uint8)
-        if exact and len(data):
-            middle = data[max(0, len(data) - SAMPLE) // 2 // 8 * 8 :][:SAMPLE]
-            compressed += len(zlib.compress(middle.numpy(), 1)) / len(middle) * len(data)
-        bar.update(len(data))
+        if exact:
+            compressed.append(_compressed_size(diff))
+        bar.update(diff.numel() * diff.itemsize)
 
     after = [
         lambda chunk: hashes["raw"].update(chunk, chunk.raw),
-        lambda chunk: hashes["tuned"].update(chunk, chunk.buffer("tuned", specs[chunk.name][0])),
+        lambda chunk: hashes["tuned"].update(chunk, chunk.other),
         lambda chunk: hashes["diff"].update(chunk, chunk.buffer("diff", written[chunk.name][0])),
-        lambda chunk: hashes["recovered"].update(chunk, chunk.buffer("recovered", torch.float32)),
         write,
     ]
-    if exact:
-        del after[3]
-    with new_folder(path_diff, "--path_diff", overwrite) as folder:
-        with ShardWriter(folder, written, shard_bytes) as writer, progress(size_of(written), "make_diff") as bar:
-            check_space(folder, writer.size)
-            run(specs, read, work, after)
+    if not exact:
+        after.append(lambda chunk: hashes["recovered"].update(chunk, chunk.buffer("recovered", torch.float32)))
+    with new_folder(path_diff, "--path_diff", overwrite, [raw.folder, tuned.folder]) as folder:
+        with ShardWriter(folder, written, shard_bytes) as writer:
+            check_checksums(raw, tuned)
+            means = {} if exact else _mean_rows(raw, specs, {})
+            with progress(size_of(written), "make_diff") as bar:
+                run(specs, lambda chunk: read_pair(chunk, raw, tuned), work, after)
         copy_side_files(tuned.folder, folder, tuned.config)
         write_manifest(folder, method, raw, tuned, written, hashes, errors, means)
-    _warn_not_finite(not_finite)
+    not_finite.warn()
     print(f"{len(specs)} tensors ({method}) in {path_diff}: {size_of(written) / 1e9:.3f} GB", end="")
     if exact:
-        print(f", which zlib would make about {compressed / 1e9:.3f} GB (an estimate from samples)")
+        print(f", which zlib makes about {sum(compressed) / 1e9:.3f} GB (estimated from a sample)")
     else:
-        print(f"; recover gives them back to within {max(errors.values(), default=0.0):.2g}")
+        print(f"; recover gives the tuned model to within {max(errors.values(), default=0.0):.2g}")
 
 
 def recover(
@@ -197,57 +152,25 @@ def recover(
             if BITS.get(kind) != specs[name][0]:
                 raise UserError(f"{diff.folder / MANIFEST} does not fit the weights beside it ({name}): download both")
     else:
-        _check_floats(diff, specs)
+        _check_floats(diff)
         computed = {name: (torch.float32, shape) for name, (_, shape) in specs.items()}
-    source = computed if exact else specs
-    written = {name: (OUTPUT_DTYPES[dtype] if dtype else kind, shape) for name, (kind, shape) in source.items()}
-    if path_tuned is not None:
-        _check_target(path_tuned, "--path_tuned", raw, diff)
+    default = computed if exact else specs
+    written = {name: (OUTPUT_DTYPES[dtype] if dtype else kind, shape) for name, (kind, shape) in default.items()}
     released = check_integrity_naively and not manifest and _is_alpaca_7b(diff.config)
-    if manifest.get("tensors"):
-        check_inputs(manifest, raw, diff)
-    else:
-        check_checksums(raw, diff)
-        if not manifest and check_integrity_naively:
-            check_is_a_difference(raw, diff)
-        if not manifest and not _is_alpaca_7b(diff.config):
-            print(f"note: {diff.folder} has no {MANIFEST}: nothing proves that it is a diff, it is taken for one")
-    means = manifest.get("mean_rows", {})
-    for name in () if exact else specs:
-        if raw.spec(name)[1] != specs[name][1] and name not in means:
-            means[name] = mean_row(raw, name)
-    hashes, sums, not_finite = Hashes(), [], defaultdict(set)
-
-    def read(chunk: Chunk) -> None:
-        read_raw(raw, chunk)
-        diff.read(chunk.name, chunk.start, chunk.buffer("diff", specs[chunk.name][0]))
+    hashes, sums, not_finite = Hashes(), [], NotFinite()
 
     def work(chunk: Chunk) -> None:
         kind = computed[chunk.name][0]
-        stored, result = chunk.buffer("diff", specs[chunk.name][0]), chunk.buffer("recovered", kind)
-        base = grown(chunk, kind, means.get(chunk.name))
-        if exact:
-            torch.add(stored, base.view(stored.dtype), out=result.view(stored.dtype))
-        else:
-            torch.add(converted(chunk, stored, kind), base, out=result)
-        total = result.sum(dtype=torch.float32).item()
-        sums.append(total)
-        if not math.isfinite(total):
-            _note_not_finite(
-                not_finite, chunk.name, raw=chunk.raw, **({} if exact else {"diff": stored}), recovered=result
-            )
+        sums.append(add_difference(chunk, kind, means.get(chunk.name), not_finite))
         if written[chunk.name][0] != kind:
-            out = chunk.buffer("written", written[chunk.name][0]).copy_(result)
-            if math.isfinite(total) and not finite(out):
-                not_finite[f"--dtype {dtype}"].add(chunk.name)
+            out = chunk.buffer("written", written[chunk.name][0]).copy_(chunk.buffer("recovered", kind))
+            not_finite.look(chunk.name, {f"what is written as {out.dtype}": out})
 
     def check(chunk: Chunk) -> None:
         hashes.update(chunk, chunk.buffer("recovered", computed[chunk.name][0]))
         wanted = manifest["tensors"][chunk.name]["sha256"]["tuned" if exact else "recovered"]
         if chunk.last and hashes.hex[chunk.name] != wanted:
-            raise UserError(
-                f"{chunk.name} came out wrong, though raw and diff are right: try again, on another machine"
-            )
+            raise UserError(f"{chunk.name} came out wrong, though raw and diff are right: try on another machine")
 
     def write(chunk: Chunk) -> None:
         kind = written[chunk.name][0]
@@ -256,14 +179,15 @@ def recover(
             writer.write(chunk.name, data)
         bar.update(data.numel() * data.itemsize)
 
-    after = [write] + ([check] if manifest.get("tensors") else [])
-    with new_folder(path_tuned, "--path_tuned", overwrite) if path_tuned is not None else nullcontext() as folder:
-        shards = ShardWriter(folder, written, shard_bytes) if folder else nullcontext()
-        with shards as writer, progress(size_of(written), "recover") as bar:
-            if writer:
-                check_space(folder, writer.size)
-            run(specs, read, work, after)
-        _warn_not_finite(not_finite)
+    target = new_folder(path_tuned, "--path_tuned", overwrite, [raw.folder, diff.folder]) if path_tuned else None
+    with target or nullcontext() as folder:
+        with ShardWriter(folder, written, shard_bytes) if folder else nullcontext() as writer:
+            _check_before(manifest, raw, diff, check_integrity_naively)
+            means = {} if exact else _mean_rows(raw, specs, manifest.get("mean_rows", {}))
+            with progress(size_of(written), "recover") as bar:
+                after = [write, check] if manifest.get("tensors") else [write]
+                run(specs, lambda chunk: read_pair(chunk, raw, diff), work, after)
+        not_finite.warn()
         if released:
             _check_released_sum(sums)
         if folder:
@@ -367,33 +291,38 @@ def _matching_specs(raw: CheckpointReader, other: CheckpointReader, flag: str) -
                 f"{name} is {list(raw_shape)} in --path_raw but {list(shape)} in {flag}: "
                 + (f"another base model, or are --path_raw and {flag} swapped?" if swapped else "another base model?")
             )
-    _check_floats(raw, names)
+    _check_floats(raw)
     return specs
 
 
-def _check_floats(reader: CheckpointReader, names) -> None:
-    for name in names:
-        if reader.spec(name)[0] not in BITS:
-            kind = reader.spec(name)[0]
+def _check_floats(reader: CheckpointReader) -> None:
+    for name, (kind, _) in reader.specs().items():
+        if kind not in BITS:
             raise UserError(f"{reader.folder}: {name} is {kind}: weights are floating point; a quantized model?")
 
 
-def _check_target(path: str, flag: str, *inputs: CheckpointReader) -> None:
-    target = Path(path).resolve()
-    for reader in inputs:
-        if target in (reader.folder.resolve(), *reader.folder.resolve().parents):
-            raise UserError(f"{flag} {path} is, or holds, the input {reader.folder}: choose another folder")
+def _check_before(manifest: dict, raw: CheckpointReader, diff: CheckpointReader, naively: bool) -> None:
+    """Raw and diff against the manifest; without one what can be said of .bin shards and of the size of values."""
+    if manifest.get("tensors"):
+        check_inputs(manifest, raw, diff)
+        return
+    check_checksums(raw, diff)
+    if not manifest and naively:
+        check_is_a_difference(raw, diff)
+    if not manifest and not _is_alpaca_7b(diff.config):
+        print(f"note: {diff.folder} has no {MANIFEST}: nothing proves that it is a diff, it is taken for one")
 
 
-def _note_not_finite(found: dict[str, set], name: str, **values: torch.Tensor) -> None:
-    for role, tensor in values.items():
-        if not finite(tensor):
-            found[f"--path_{role}" if role != "recovered" else "the recovered model"].add(name)
+def _mean_rows(raw: CheckpointReader, specs: Specs, known: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the original has in the new rows of each matrix to which training gave some, unless it is known already."""
+    names = [name for name, (_, shape) in specs.items() if raw.spec(name)[1] != shape]
+    return {name: known[name] if name in known else mean_row(raw, name) for name in names}
 
 
-def _warn_not_finite(found: dict[str, set]) -> None:
-    for where, names in found.items():
-        print(f"warning: NaN or infinite values in {len(names)} tensors of {where}: {some(names)}")
+def _compressed_size(data: torch.Tensor) -> float:
+    """Bytes after zlib, judged by those in the middle."""
+    middle = data[max(0, len(data) - SAMPLE) // 2 :][:SAMPLE]
+    return len(zlib.compress(middle.view(torch.uint8).numpy(), 1)) * len(data) / max(len(middle), 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -259,7 +259,8 @@ def _open_bin(path: Path) -> dict[str, Stored]:
         room = storage.nbytes()
         if tensor.numel() and max(tensor.storage_offset() + reach + 1, tensor.numel()) * tensor.itemsize > room:
             raise UserError(
-                f"{path}: {name} claims {tensor.numel() * tensor.itemsize:,} bytes of a storage of {room:,}: do not trust it"
+                f"{path}: {name} claims {tensor.numel() * tensor.itemsize:,} bytes of a storage of {room:,}: "
+                "do not trust it"
             )
         start = getattr(storage, "_checkpoint_offset", None)  # where torch says it: 2.7 and later
         dtype = tensor.dtype if tensor.dtype in DTYPE_NAMES else str(tensor.dtype)

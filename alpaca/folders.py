@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +19,9 @@ LOCK = ".lock"  # in an unfinished folder
 
 
 @contextmanager
-def new_folder(path: str | os.PathLike, flag: str = "", overwrite: bool = False) -> Iterator[Path]:
+def new_folder(
+    path: str | os.PathLike, flag: str = "", overwrite: bool = False, inputs: Iterable[Path] = ()
+) -> Iterator[Path]:
     """Yields ``.NAME.unfinished`` beside ``path``, which becomes ``path`` by one rename on success, all of it on disk.
 
     After an exception it is gone. A kill leaves it; the next call for the same ``path`` removes it. A file in it that
@@ -29,11 +31,15 @@ def new_folder(path: str | os.PathLike, flag: str = "", overwrite: bool = False)
         path: the folder to make; an empty one may be there.
         flag: the command line's name for it, for messages.
         overwrite: replace a model or a diff that is there: moved aside, and removed when the new one has its place.
+        inputs: folders that are read meanwhile, and so are not replaced.
 
     Raises:
         UserError: ``path`` is there, another process is making it, or its place cannot be written.
     """
     path = Path(os.path.abspath(path))
+    for folder in inputs:
+        if path.resolve() in (folder.resolve(), *folder.resolve().parents):
+            raise UserError(f"{flag} {path} is, or holds, the input {folder}: choose another folder")
     check_writable(path.parent, flag or "folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.parent / f".{path.name}{UNFINISHED}"

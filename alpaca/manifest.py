@@ -96,8 +96,11 @@ def read_manifest(diff: CheckpointReader) -> dict:
         if tensors:
             manifest["dtypes"] = {name: entry["dtype"]["tuned"] for name, entry in tensors.items()}
             shapes = {name: tuple(entry["shape"]) for name, entry in tensors.items()}
-            if shapes != {name: shape for name, (_, shape) in specs.items()}:
-                raise misfit
+            if wrong := {n for n in shapes.keys() | specs.keys() if shapes.get(n) != specs.get(n, (None, None))[1]}:
+                raise UserError(
+                    f"{path} does not fit the weights beside it ({some(wrong)} missing, added or of another shape): "
+                    "download both again"
+                )
             roles = list(ROLES)[: 4 if method == "subtract" else 3]
             if any(not isinstance(entry["sha256"][role], str) for entry in tensors.values() for role in roles):
                 raise misfit

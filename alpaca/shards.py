@@ -13,6 +13,7 @@ import torch
 
 from alpaca import UserError
 from alpaca.checkpoint import DTYPE_NAMES
+from alpaca.folders import check_space
 from alpaca.stream import Specs, numel, size_of
 
 
@@ -35,6 +36,9 @@ class ShardWriter:
 
     Attributes:
         size: bytes of all files.
+
+    Raises:
+        UserError: the disk has less room than that.
     """
 
     def __init__(self, folder: Path, specs: Specs, max_shard_bytes: int):
@@ -47,6 +51,7 @@ class ShardWriter:
                 size = 0
             shards[-1].append(name)
             size += more
+        self._folder = folder
         self._specs, self._pieces = specs, deque((name, numel(shape)) for name, (_, shape) in specs.items())
         self._files, self._out, self._left, self._sync = deque(), None, 0, ThreadPoolExecutor(1)
         self._synced: list[Future] = []
@@ -64,10 +69,10 @@ class ShardWriter:
             text += b" " * (-len(text) % 8)  # so that tensor data starts at a multiple of 8 bytes
             self._files.append((folder / file, len(text).to_bytes(8, "little") + text, offset))
         self.size = size_of(specs) + sum(len(header) for _, header, _ in self._files)
+        check_space(folder, self.size)
+        self._index = None
         if len(shards) > 1:
-            index = {"metadata": {"total_size": size_of(specs)}, "weight_map": weight_map}
-            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            (folder / "model.safetensors.index.json").write_text(text)
+            self._index = {"metadata": {"total_size": size_of(specs)}, "weight_map": weight_map}
 
     def write(self, name: str, data: torch.Tensor) -> None:
         """The next piece (1-D, contiguous) of the tensor that is due."""
@@ -92,6 +97,9 @@ class ShardWriter:
         self._end()
         for future in self._synced:
             future.result()
+        if self._index:
+            text = json.dumps(self._index, indent=2, sort_keys=True) + "\n"
+            (self._folder / "model.safetensors.index.json").write_text(text)
 
     def __enter__(self) -> ShardWriter:
         return self

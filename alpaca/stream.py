@@ -22,7 +22,6 @@ from alpaca import UserError
 from alpaca.checkpoint import CheckpointReader, crc32_of
 
 CHUNK = 1 << 22  # elements: 16 MB of float32, so that a thread's switch costs nothing
-MEAN_BYTES = 1 << 28  # of an embedding's columns in float32 while their mean is taken
 SETS = 3  # of buffers: one is filled, one is computed on, one is written
 Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -32,7 +31,7 @@ class Chunk:
 
     def __init__(self):
         self.name, self.start, self.count, self.last = "", 0, 0, False
-        self.raw = torch.empty(0)  # what read_raw read
+        self.raw = self.other = torch.empty(0)  # what was read of two models, in the stored types
         self._buffers: dict[str, torch.Tensor] = {}
         self._busy: list[Future] = []
 
@@ -173,65 +172,3 @@ def check_checksums(*readers: CheckpointReader) -> None:
         if found:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             raise UserError(f"{found[0]}{more}: its bytes do not have the file's own checksum, download it again")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A chunk's arithmetic.
-
-
-def mean_row(raw: CheckpointReader, name: str) -> torch.Tensor:
-    """The float32 ``.mean(dim=0)`` of a matrix, which the original gives the row of a new token. (columns,)
-
-    ATen adds up each column on its own, in vectors of at most 64 columns; so blocks of 64 columns have the bits of the
-    whole, and a large matrix is never in memory. The bits depend on the processor, not on the number of threads.
-    """
-    dtype, (rows, width) = raw.spec(name)
-    block = max(64, MEAN_BYTES // 4 // max(rows, 1) // 64 * 64)
-    step = max(1, CHUNK // max(width, 1))  # rows that are read at once
-    buffer, means = torch.empty(step * width, dtype=dtype), []
-    for left in range(0, width, block):
-        columns = torch.empty(rows, min(block, width - left))
-        for top in range(0, rows, step):
-            count = min(step, rows - top)
-            values = raw.read(name, top * width, buffer[: count * width]).view(count, width)
-            columns[top : top + count] = values[:, left : left + block]
-        means.append(columns.mean(dim=0))
-    return torch.cat(means)
-
-
-def stored_count(raw: CheckpointReader, chunk: Chunk) -> int:
-    """How many of a chunk's elements raw has; the others are of rows that training added."""
-    return max(0, min(chunk.count, numel(raw.spec(chunk.name)[1]) - chunk.start))
-
-
-def read_raw(raw: CheckpointReader, chunk: Chunk) -> None:
-    """Fills ``chunk.raw``, in the stored type."""
-    chunk.raw = chunk.buffer("raw", raw.spec(chunk.name)[0], stored_count(raw, chunk))
-    if len(chunk.raw):
-        raw.read(chunk.name, chunk.start, chunk.raw)
-
-
-def grown(chunk: Chunk, dtype: torch.dtype, row: torch.Tensor | None) -> torch.Tensor:
-    """raw's elements in another type, followed by those of new rows: ``row`` again and again, or zeros.
-
-    Mean rows are good for the original's difference; for an exact one zeros do, which are the same on all machines.
-    """
-    count = len(chunk.raw)
-    if count == chunk.count and chunk.raw.dtype == dtype:
-        return chunk.raw
-    values = chunk.buffer("grown", dtype)
-    values[:count] = chunk.raw
-    if count < chunk.count:  # a row begins at each multiple of its length, in the file and after it
-        places = torch.arange(chunk.start + count, chunk.start + chunk.count)
-        values[count:] = 0 if row is None else row[places % len(row)]
-    return values
-
-
-def converted(chunk: Chunk, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The values themselves where they are of that type already."""
-    return values if values.dtype == dtype else chunk.buffer("as", dtype).copy_(values)
-
-
-def finite(values: torch.Tensor) -> bool:
-    """One pass: a sum is finite only if all its terms are; where it is not, it may have been too large."""
-    return math.isfinite(values.sum(dtype=torch.float32).item()) or bool(values.isfinite().all())
