@@ -1,8 +1,12 @@
 """alpaca/checkpoint.py: safetensors and .bin shards in, safetensors shards out, whole or not at all."""
 
-from __future__ import annotations
+from __future__
 
+import json
 import os
+import resource
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -327,7 +331,7 @@ def test_an_index_that_has_a_name_twice_is_refused(tmp_path):
 
 
 def test_no_pickle_opcode_resolves_a_name_outside_torchs_list(tmp_path):
-    """Python's own unpickler raises an audit event for each name that it looks up; torch's restricted one asks a list."""
+    """Python's own unpickler raises an audit event for each name that it looks up; torch's has a list instead."""
 
     class Evil:
         def __reduce__(self):
