@@ -1,6 +1,6 @@
-"""alpaca/checkpoint.py: safetensors and .bin shards in, safetensors shards out, whole or not at all."""
+"""alpaca/checkpoint.py: safetensors and .bin shards in, piece by piece; what does not fit its file is refused."""
 
-from __future__
+from __future__ import annotations
 
 import json
 import os
