@@ -274,7 +274,8 @@ def _open_bin(path: Path) -> dict[str, Stored]:
         raise ValueError(f"its tensors take {sum(storages.values()):,} bytes, the file has {size:,}")
     if not zipped:
         whole()
-    if zipped and (b"big" in {_record(path, m) for m in records.values() if m.filename.endswith("/byteorder")}):
+    orders = [offset for offset, record in records.items() if record.filename.endswith("/byteorder")]
+    if orders and _bytes(path, orders[0], 3) == b"big":  # torch swaps the bytes, in memory
         stored = {name: Stored(tensor.dtype, tensor.shape, path, whole=whole) for name, tensor in stored.items()}
     return stored
 
@@ -318,9 +319,10 @@ def _zip_records(path: Path) -> dict[int, zipfile.ZipInfo]:
     return records
 
 
-def _record(path: Path, member: zipfile.ZipInfo) -> bytes:
-    with zipfile.ZipFile(path) as archive:
-        return archive.read(member)
+def _bytes(path: Path, offset: int, count: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(count)
 
 
 def crc32_of(path: Path, offset: int, count: int) -> int:

@@ -84,16 +84,16 @@ def read_manifest(diff: CheckpointReader) -> dict:
     if not path.exists():
         return {}
     manifest = read_json(path)
-    method, tensors = manifest.get("method", "subtract"), manifest.setdefault("tensors", {})
-    if method not in METHODS or manifest.get("format", 1) not in (1, 2):
+    method, version = manifest.get("method", "subtract"), manifest.get("format", 1)
+    if method not in METHODS or version not in (1, 2):
         raise UserError(
-            f"{path} names the method {method!r}, format {manifest.get('format')}, which this version does not know: "
-            "take a later one"
+            f"{path} names the method {method!r}, format {version}, which this version does not know: take a later one"
         )
     misfit = UserError(f"{path} does not fit the weights beside it: download both again")
     specs = diff.specs()
     try:
-        if tensors:
+        if version == 2:
+            tensors = manifest["tensors"]
             manifest["dtypes"] = {name: entry["dtype"]["tuned"] for name, entry in tensors.items()}
             shapes = {name: tuple(entry["shape"]) for name, entry in tensors.items()}
             if wrong := {n for n in shapes.keys() | specs.keys() if shapes.get(n) != specs.get(n, (None, None))[1]}:
@@ -173,11 +173,11 @@ def _what_raw_is(tensors: dict, bad: list[str], rounded: set[str], raw: Checkpoi
     wanted, stored = tensors[bad[0]]["dtype"]["raw"], DTYPE_NAMES[raw.spec(bad[0])[0]]
     if rounded == set(bad):
         return f"{what}: another conversion, of more digits; convert it from {stored} to {wanted} first"
+    if stored != wanted:
+        return f"{what}: another conversion, or another base model; take the one stored as {wanted} (this is {stored})"
     rows = raw.config.get("vocab_size")
     if all(len(raw.spec(name)[1]) == 2 and raw.spec(name)[1][0] == rows for name in bad):
         return f"{what}: another vocabulary; take the base model as published, without added tokens"
-    if stored != wanted:
-        return f"{what}: another conversion, or another base model; take the one stored as {wanted} (this is {stored})"
     if len(bad) == len(tensors):
         return f"{what}: another base model, or another size or version of it"
     shards = sorted({raw.path_of(name).name for name in bad})

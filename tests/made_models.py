@@ -106,7 +106,7 @@ def made_pair(tmp_path: Path) -> Path:
     }
     config = {"model_type": "llama", "vocab_size": 4, "dtype": "float32"}
     write_model(tmp_path / "raw", raw, **config)
-    write_model(tmp_path / "tuned", fine_tuned(raw, rows=1), **config | {"vocab_size": 5})
+    write_model(tmp_path / "tuned", fine_tuned(raw, rows=1, scale=0.1), **config | {"vocab_size": 5})
     return tmp_path
 
 
