@@ -197,7 +197,7 @@ def recover(
                 kinds = [kind for kind, _ in sorted(written.values(), key=lambda spec: numel(spec[1]))]
                 config["dtype"] = str(kinds[-1]).removeprefix("torch.")  # of the largest tensor
             copy_side_files(diff.folder, folder, config)
-    if test_inference and path_tuned is not None:
+    if test_inference and path_tuned:
         from alpaca import inference
 
         model, tokenizer = inference.load(path_tuned, device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import runpy
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -254,7 +255,7 @@ def test_recover_without_path_tuned_checks_and_writes_nothing(folders, capsys):
     assert left_in(folders) == before
 
 
-def test_every_documented_command_runs(tiny_llama, tmp_path):
+def test_every_documented_command_runs(tiny_llama, tmp_path, monkeypatch, capsys):
     tuned = fine_tuned(load_tensors(tiny_llama), 1)
     paths = {"RAW": tiny_llama, "DIFF": tmp_path / "diff", "TUNED": tmp_path / "recovered"}
     trained = write_model(tmp_path / "tuned", tuned, like=tiny_llama, vocab_size=301)
@@ -263,9 +264,9 @@ def test_every_documented_command_runs(tiny_llama, tmp_path):
     paths["RECOVERED"] = paths["TUNED"]
     printed = []
     for command, places in zip(commands, [paths | {"TUNED": trained}, paths, paths, paths], strict=True):
-        result = run_script(*(places.get(word, word) for word in command[1:]))
-        assert (result.returncode, "Traceback" in result.stderr) == (0, False), result.stderr
-        printed.append(result.stdout)
+        monkeypatch.setattr("sys.argv", [str(places.get(word, word)) for word in command[1:]])
+        runpy.run_path(weight_diff.__file__, run_name="__main__")
+        printed.append(capsys.readouterr().out)
     assert printed[1].startswith("List three technologies that make life easier.\n")
     assert printed[1].endswith(
         f"21 tensors recovered in {tmp_path / 'recovered'}, each with the hash that the manifest gives it\n"
