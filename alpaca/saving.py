@@ -22,6 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from alpaca import UserError
 from alpaca.checkpoint import SIDE_FILES, WEIGHTS, read_json
+from alpaca.folders import fsync, fsync_tree
 from alpaca.launch import say
 from alpaca.loading import LoadingTrainer
 from alpaca.rehearsal import FOLDER
@@ -227,7 +228,7 @@ class ResumableTrainer(LoadingTrainer):
         if target.exists():
             set_aside([target])
         os.rename(unfinished, target)
-        _fsync(target.parent)
+        fsync(target.parent)
         shutil.rmtree(target.parent / STAGING, ignore_errors=True)
         keep = {target.name, Path(self.state.best_model_checkpoint or "").name}
         others = [path for path in checkpoints(target.parent) if path.name not in keep]
@@ -330,20 +331,5 @@ def _move_files(source: Path, target: Path) -> None:
         if path.is_dir():
             shutil.rmtree(target / path.name, ignore_errors=True)
         os.rename(path, target / path.name)
-    _fsync(target)
+    fsync(target)
     shutil.rmtree(target / STAGING, ignore_errors=True)
-
-
-def fsync_tree(path: Path) -> None:
-    """Puts a file, or a folder and all in it, on the disk."""
-    for entry in path.iterdir() if path.is_dir() else ():
-        fsync_tree(entry)
-    _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

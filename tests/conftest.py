@@ -181,6 +181,18 @@ def sentencepiece_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def folders(tmp_path) -> Path:
+    """A small made-up pair and its subtract diff: ``raw``, ``tuned``, ``diff``; embeddings of 4 and of 5 rows."""
+    import made_models
+
+    import weight_diff
+
+    made_models.made_pair(tmp_path)
+    weight_diff.make_diff(tmp_path / "raw", tmp_path / "tuned", tmp_path / "diff")
+    return tmp_path
+
+
 class Teacher:
     """An OpenAI-compatible server. ``answer(n, body)`` gives the n-th reply: text, or a fault.
 

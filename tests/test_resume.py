@@ -135,7 +135,7 @@ def test_a_run_killed_in_a_save_equals_an_uninterrupted_one(model, data, whole, 
         (saving.ResumableTrainer, "_save_optimizer_and_scheduler", 2),  # the weights are there
         (saving, "fsync_tree", 2),  # all is written, nothing is on the disk for sure
         (saving.os, "rename", 2),  # … and checkpoint.json too
-        (saving, "_fsync", 3),  # renamed, the older one not yet deleted
+        (saving, "fsync", 3),  # renamed, the older one not yet deleted
     ],
 )
 def test_whenever_a_save_is_killed_a_whole_checkpoint_is_chosen(
@@ -145,7 +145,7 @@ def test_whenever_a_save_is_killed_a_whole_checkpoint_is_chosen(
     inner = getattr(owner, name)
 
     def kill(*args, **kwargs):
-        if name != "_fsync" or args[0] == interrupted:
+        if name != "fsync" or args[0] == interrupted:
             raise Killed
         return inner(*args, **kwargs)
 

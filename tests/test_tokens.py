@@ -188,7 +188,7 @@ def test_a_cache_whose_maker_is_killed_is_not_there_and_is_made_anew(tokenizer, 
     child.join(60)
     assert child.exitcode == -signal.SIGKILL
     names = [path.name for path in tokens.cache_folder().iterdir() if path.is_dir()]
-    assert len(names) == 1 and names[0].endswith(".tmp")  # it was at work
+    assert len(names) == 1 and names[0].endswith(".unfinished")  # it was at work
     assert len(rows(records, tokenizer)) == 1500 and tokenised == [1000, 500]
     [folder] = [path for path in tokens.cache_folder().iterdir() if path.is_dir()]
     assert folder.name == tokens.content_key(records, tokenizer, 512)  # and what it left is gone
