@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
 
 SHARD_BYTES = 2**30  # a shard of the tuned model is in memory at once, and the same of the raw one at half the size
 
@@ -66,13 +67,14 @@ class Shape:
 
 def write_tokenizer(folder: Path, rows: int, pad: bool) -> None:
     """A tokenizer of exactly ``rows`` words, the last of them [PAD] if ``pad``."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
+    # By hand: transformers would take seconds to load.
     words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, rows - pad)), *["[PAD]"] * pad]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"} | ({"pad_token": "[PAD]"} if pad else {})
-    PreTrainedTokenizerFast(tokenizer_object=core, **names).save_pretrained(folder)
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.add_special_tokens(list(names.values()))
+    core.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
 
 
 def make_pair(folder: Path, shape: Shape, shard_bytes: int = SHARD_BYTES) -> None:
@@ -108,13 +110,12 @@ def make_pair(folder: Path, shape: Shape, shard_bytes: int = SHARD_BYTES) -> Non
             tuned[name] = weight.add_(torch.empty_like(weight).normal_(std=1e-4, generator=generator))
         torch.save(raw, folder / "raw" / files["raw"].format(number, len(shards)))
         save_file(tuned, folder / "tuned" / files["tuned"].format(number, len(shards)), {"format": "pt"})
-    for model, index, dtype in (
-        ("raw", "pytorch_model.bin.index.json", "float16"),
-        ("tuned", "model.safetensors.index.json", "float32"),
-    ):
+    indices = {"raw": "pytorch_model.bin.index.json", "tuned": "model.safetensors.index.json"}
+    dtypes = {"raw": "float16", "tuned": "float32"}
+    for model, file in files.items():
         weight_map = {
-            name: files[model].format(number, len(shards)) for number, names in enumerate(shards, 1) for name in names
+            name: file.format(number, len(shards)) for number, names in enumerate(shards, 1) for name in names
         }
-        (folder / model / index).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-        (folder / model / "config.json").write_text(json.dumps(shape.config(rows[model], dtype)))
+        (folder / model / indices[model]).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        (folder / model / "config.json").write_text(json.dumps(shape.config(rows[model], dtypes[model])))
         write_tokenizer(folder / model, rows[model], pad=model == "tuned")
