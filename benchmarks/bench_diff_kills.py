@@ -22,13 +22,15 @@ Writes benchmarks/results/diff_kills.json: how many kills landed where, and each
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
+import importlib
+import json
 import os
 import random
 import runpy
 import shutil
 import signal
-import statistics
 import sys
 import tempfile
 import time
@@ -90,7 +92,7 @@ def model_in(found: dict[str, str] | None) -> dict[str, str] | None:
 
 
 def start(
-    command: Command, log: Path, dies: Callable[[int, str], bool] | None = None, count_in: Path | None = None
+    command: Command, log: Path, dies: Callable[[int, str], bool] | None = None, notes: Path | None = None
 ) -> int:
     """Runs the command in a fork; its process id.
 
@@ -98,7 +100,7 @@ def start(
         command: what to run.
         log: gets its output.
         dies: whether it kills itself before the operation on files of this number, from 0, and name.
-        count_in: gets the names of all its operations on files.
+        notes: gets the names of its operations on files and of the modules that it has loaded.
     """
     pid = os.fork()
     if pid:
@@ -110,7 +112,7 @@ def start(
         os.dup2(handle, 2)
         sys.stdout = sys.stderr = open(1, "w", closefd=False)
         seen: list[str] = []
-        if dies or count_in:
+        if dies or notes:
             _watch(seen, dies or (lambda number, name: False))
         sys.argv = [str(command.script), *command.argv]
         try:
@@ -120,8 +122,8 @@ def start(
             code = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
             if isinstance(e.code, str):
                 print(e.code, file=sys.stderr)
-        if count_in is not None:
-            count_in.write_text("\n".join(seen.copy()))
+        if notes:
+            utils.jdump({"operations": seen.copy(), "modules": list(sys.modules)}, notes)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -186,31 +188,28 @@ def wait_for_change(command: Command, pid: int) -> None:
 class Bench:
     """One command, what an undisturbed run of it makes, and how long it takes."""
 
-    def __init__(self, command: Command, folder: Path, timed: int = 3):
-        self.command, self.log = command, folder / "log"
+    def __init__(self, command: Command, folder: Path):
+        self.command, self.log, self.notes = command, folder / "log", folder / "notes"
         self.inputs = [digest(path) for path in command.inputs]
         self.old = digest(command.old) if command.old else None
-        whole, working = [], []
-        for i in range(timed + 1):
-            command.clear()
-            started = time.monotonic()
-            operations = folder / "operations"
-            pid = start(command, self.log, count_in=operations if i == timed else None)
-            wait_for_change(command, pid)
-            changed = time.monotonic()
-            self._end_well(pid)
-            if i < timed:
-                whole.append(time.monotonic() - started)
-                working.append(time.monotonic() - changed)
-        self.seconds, self.seconds_writing = statistics.median(whole), statistics.median(working)
-        self.operations = operations.read_text().splitlines()
+        for name in self._undisturbed()["modules"]:
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)  # so that no fork has to
+        self.operations = self._undisturbed()["operations"]  # and takes the time
         self.new = digest(command.target)
         self.bytes = sum(file.stat().st_size for file in command.target.iterdir())
         self.beside = [path.name for path in command.siblings()]
 
-    def _end_well(self, pid: int) -> None:
+    def _undisturbed(self) -> dict:
+        self.command.clear()
+        started = time.monotonic()
+        pid = start(self.command, self.log, notes=self.notes)
+        wait_for_change(self.command, pid)
+        changed = time.monotonic()
         if code := finish(pid):
             raise SystemExit(f"error: {self.command.name} ended with {code}:\n{self.log.read_text()[-3000:]}")
+        self.seconds, self.seconds_writing = time.monotonic() - started, time.monotonic() - changed
+        return json.loads(self.notes.read_text())
 
     def kill(self, rng: random.Random, anywhere: bool) -> dict | None:
         """One run, killed at a random moment; None when it was done before."""

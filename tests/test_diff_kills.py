@@ -81,7 +81,7 @@ def test_each_fault_is_seen_and_a_sound_script_has_none(tmp_path, fault, seen):
     old = tmp_path / "old" if fault in ("none", "forgets the old", "removes the old first") else None
     target = tmp_path / "out" / "model"
     command = Command("fake", script, [fault, str(tmp_path / "raw"), str(target)], [tmp_path / "raw"], target, old)
-    bench = Bench(command, tmp_path, timed=1)
+    bench = Bench(command, tmp_path)
     kills = [bench.kill_before(number) for number in range(len(bench.operations))]
     complaints = {text for kill in kills for text in kill["complaints"]}
     assert seen in complaints if seen else complaints == set(), [(kill["moment"], kill["complaints"]) for kill in kills]
