@@ -26,6 +26,7 @@ from alpaca import UserError
 from alpaca.teacher import free_port
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
+os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(10**9)  # else pandas counts all requests anew after each one
 for _package in ("gradio", "markdown_it"):
     if importlib.util.find_spec(_package) is None:
         raise UserError("--web needs Gradio: pip install -e '.[web]'")

@@ -57,7 +57,7 @@ class Guard:
         r"/|/(login_check|logout|config|theme\.css|favicon\.ico|manifest\.json|robots\.txt)/?|/(assets|static)/.*"
         r"|/gradio_api/((info|startup-events|theme\.css|app_id|user|login_check|queue/data)/?|(heartbeat|call)/.+)"
     )
-    POST = re.compile(r"/login/?|/gradio_api/(queue/join|cancel|reset|call/.+)/?")
+    POST = re.compile(r"/login/?|/gradio_api/(queue/join|cancel|reset|(call|run)/.+)/?")  # run: only what is not queued
     HEADERS = {
         "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; font-src 'self' data:; "
         "style-src 'self' 'unsafe-inline'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; script-src-attr 'none'; "
