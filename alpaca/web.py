@@ -32,16 +32,19 @@ for _package in ("gradio", "markdown_it"):
         raise UserError("--web needs Gradio: pip install -e '.[web]'")
 
 import gradio as gr  # noqa: E402
-from markdown_it import MarkdownIt  # noqa: E402
 
-from alpaca.web_server import COPY, WORKER, close, launch  # noqa: E402
+from alpaca.web_server import COPY, WORKER, close, launch, render_answer, render_status  # noqa: E402
 
 MAX_CHARS = 8_000  # of an instruction, and of an input
 MAX_PROMPT_TOKENS = 2_048  # training read 512; never more than half of what the model can read
 MAX_REASON_CHARS = 500
 MAX_WAITING = 20  # requests in the queue; whoever comes after them is told to come back
+MAX_SEED = 2**31 - 1
 STREAMS = 2  # answers at once: a long one does not keep the next page waiting
 FLAGGED = "flagged.jsonl"
+NOTE = (
+    f"A report adds instruction, input, answer and settings to {FLAGGED} beside the server; nothing is sent elsewhere."
+)
 EXAMPLES = [
     ["Give three tips for sleeping better.", ""],
     ["Explain to a ten-year-old why the sky is blue.", ""],
@@ -49,37 +52,6 @@ EXAMPLES = [
     ["Rewrite this sentence so that it is polite.", "Send me the report now."],
     ["Sort these animals by their weight.", "cat, elephant, mouse, horse"],
 ]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is shown.
-
-
-def _markdown() -> MarkdownIt:
-    def open_link(self, tokens, i, options, env):
-        tokens[i].attrSet("target", "_blank")
-        tokens[i].attrSet("rel", "noopener noreferrer nofollow")
-        return self.renderToken(tokens, i, options, env)
-
-    # With html off, < and & come out escaped. javascript:, vbscript:, file: and data: links are left as text.
-    markdown = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable(["table", "strikethrough"])
-    markdown.disable("image")  # what a page loads by itself tells another machine that it was read
-    markdown.add_render_rule("link_open", open_link)
-    return markdown
-
-
-_MARKDOWN = _markdown()
-
-
-def render(name: str, text: str) -> str:
-    """The HTML of an answer under its model's name."""
-    name = html.escape(name)
-    body = _MARKDOWN.render(text.strip("\n"))
-    return f'<section class="answer" aria-label="Answer of {name}" dir="auto"><h2>{name}</h2>{body}</section>'
-
-
-def _status(text: str) -> str:
-    return f'<div class="status" role="status">{html.escape(text)}</div>'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,7 +119,7 @@ def check(models: list[Model], most: int, instruction, input, max_new_tokens, te
         int(number("Longest answer", max_new_tokens, 1, most)),
         float(number("Temperature", temperature, 0, 2)),
         float(number("Top p", top_p, 0.01, 1)),
-        secrets.randbelow(2**31) if seed is None else int(number("Seed", seed, 0, 2**31 - 1)),
+        secrets.randbelow(MAX_SEED) if seed is None else int(number("Seed", seed, 0, MAX_SEED)),
     )
     prompt = utils.format_prompt(instruction, input)
     for model in models:
@@ -221,29 +193,27 @@ _flagging = threading.Lock()
 
 def append_line(path: str | os.PathLike, record: dict) -> None:
     """Adds a JSON line and waits until it is on disk. A line that a crash has torn stays alone on its own."""
-    with _flagging:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)  # it holds what people typed
-        try:
-            size = os.fstat(descriptor).st_size
-            torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-            line = ("\n" if torn else "") + utils.json_text(record) + "\n"
-            os.write(descriptor, line.encode())
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    with _flagging, open(path, "a+b", opener=lambda *args: os.open(*args, 0o600)) as file:  # it holds what people typed
+        torn = False
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            torn = file.read(1) != b"\n"
+        file.write(b"\n" * torn + utils.json_text(record).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def flag(exchange: dict | None, which: int | None, reason: str | None) -> str:
     """Saves an answer that somebody reports; returns what the page says then."""
-    if not exchange or not exchange["answers"][which or 0]:
+    which, reason = which or 0, reason or ""
+    if not exchange or not exchange["answers"][which]:
         raise _error("There is no answer to report yet.")
-    if len(reason or "") > MAX_REASON_CHARS:
+    if len(reason) > MAX_REASON_CHARS:
         raise _error(f"The reason may have {MAX_REASON_CHARS} characters.")
-    which = which or 0
     if which not in exchange["flagged"]:
         record = {name: exchange[name] for name in ("instruction", "input")}
         record |= {"answer": exchange["answers"][which], "model": exchange["models"][which]}
-        record |= {"settings": exchange["settings"], "reason": reason or ""}
+        record |= {"settings": exchange["settings"], "reason": reason}
         record["time"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         try:
             append_line(FLAGGED, record)
@@ -251,7 +221,7 @@ def flag(exchange: dict | None, which: int | None, reason: str | None) -> str:
             logging.error("%s: %s", FLAGGED, e)
             raise _error("The report could not be saved; the terminal of the server says why.") from None
         exchange["flagged"].append(which)
-    return _status(f"Saved in {FLAGGED} on the machine that runs this page. Thank you.")
+    return render_status(f"Saved in {FLAGGED} on the machine that runs this page. Thank you.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,29 +235,31 @@ def build(models: list[Model], defaults: Settings) -> gr.Blocks:
         names = [f"{letter}: {name}" for letter, name in zip("AB", names, strict=True)]
     most = min(model.max_prompt_tokens for model in models)
 
-    async def run(instruction, input, max_new_tokens, temperature, top_p, seed):
-        prompt, settings = check(
-            models, defaults.max_new_tokens, instruction, input, max_new_tokens, temperature, top_p, seed
-        )
+    async def run(instruction, input, *given):
+        prompt, settings = check(models, defaults.max_new_tokens, instruction, input, *given)
         exchange = {"instruction": instruction, "input": input or "", "models": [model.name for model in models]}
         exchange |= {"settings": dataclasses.asdict(settings), "answers": [""] * len(models), "flagged": []}
 
         def show(status: str, running: bool):
             texts = exchange["answers"]
-            shown = [render(name, text or "…" * running) for name, text in zip(names, texts, strict=True)]
-            return *shown, *texts, exchange, _status(status), gr.Button(interactive=running)
+            shown = [render_answer(name, text or "…" * running) for name, text in zip(names, texts, strict=True)]
+            return *shown, *texts, exchange, render_status(status), gr.Button(interactive=running), render_status(NOTE)
 
         started = time.monotonic()
         yield show("Answering …", True)
-        async for exchange["answers"] in answers(models, prompt, settings):
-            yield show("Answering …", True)
-        took = time.monotonic() - started
-        yield show(f"Answered in {took:.1f} s, seed {settings.seed}.", False)
+        try:
+            async for texts in answers(models, prompt, settings):
+                exchange["answers"] = texts
+                yield show("Answering …", True)
+        except gr.Error:
+            yield show("Not answered to the end.", False)
+            raise
+        yield show(f"Answered in {time.monotonic() - started:.1f} s, seed {settings.seed}.", False)
 
-    async def run_again(exchange, *settings):
+    async def run_again(exchange, *given):
         if not exchange:
             raise _error("There is no answer yet.")
-        async for shown in run(exchange["instruction"], exchange["input"], *settings[:-1], None):
+        async for shown in run(exchange["instruction"], exchange["input"], *given[:-1], None):
             yield shown
 
     with gr.Blocks(title=f"{names[0]} · Alpaca", analytics_enabled=False) as page:
@@ -301,32 +273,30 @@ def build(models: list[Model], defaults: Settings) -> gr.Blocks:
         )
         keys = "Enter asks, Shift+Enter makes a new line."
         instruction = gr.Textbox(
-            label="Instruction", placeholder=f"What should be done? {keys}", lines=1, max_lines=10, max_length=MAX_CHARS
+            label="Instruction", placeholder=f"What should be done? {keys}", max_lines=10, max_length=MAX_CHARS
         )
         input = gr.Textbox(
-            label="Input (optional)", placeholder="The text it is about, if that is apart. " + keys,
-            lines=1, max_lines=12, max_length=MAX_CHARS,
-        )  # fmt: skip
+            label="Input (optional)", placeholder=f"The text it is about. {keys}", max_lines=12, max_length=MAX_CHARS
+        )
         with gr.Row():
             ask = gr.Button("Answer", variant="primary", size="md", min_width=80)
             stop = gr.Button("Stop", variant="stop", interactive=False, size="md", min_width=80)
             again = gr.Button("Try again", size="md", min_width=80)
-        status = gr.HTML(_status(""), js_on_load=None)
+        status = gr.HTML(render_status(""), js_on_load=None)
         shown, texts = [], []
         with gr.Row():
             for name in names:
                 with gr.Column(min_width=280):
-                    shown.append(gr.HTML(render(name, ""), js_on_load=None))
+                    shown.append(gr.HTML(render_answer(name, ""), js_on_load=None))
                     texts.append(gr.Textbox(visible=False))
                     copy = gr.Button("Copy" if len(names) == 1 else f"Copy {name[0]}", size="sm", elem_classes="copy")
                     copy.click(None, texts[-1], None, js=COPY, api_visibility="private")
-        gr.Examples(
-            EXAMPLES, [instruction, input], example_labels=[" ".join(filter(None, pair)) for pair in EXAMPLES],
-            cache_examples=False, api_visibility="private",
-        )  # fmt: skip
+        labels = [" ".join(pair).strip() for pair in EXAMPLES]
+        fields = [instruction, input]
+        gr.Examples(EXAMPLES, fields, example_labels=labels, cache_examples=False, api_visibility="private")
         with gr.Accordion("Sampling", open=False):
+            longest = defaults.max_new_tokens
             with gr.Row():
-                longest = defaults.max_new_tokens
                 settings = [
                     gr.Slider(1, longest, longest, step=1, label="Longest answer (tokens)"),
                     gr.Slider(0, 2, defaults.temperature, step=0.05, label="Temperature (0: the likeliest)"),
@@ -343,31 +313,23 @@ def build(models: list[Model], defaults: Settings) -> gr.Blocks:
             which = gr.Radio(names, value=names[0], label="Which answer", type="index", visible=len(names) > 1)
             reason = gr.Textbox(label="What is wrong with it? (optional)", max_length=MAX_REASON_CHARS, lines=1)
             report = gr.Button("Report", size="sm")
-            reported = gr.HTML(
-                _status(
-                    f"Adds instruction, input, answer and settings to {FLAGGED} beside the server; it is sent nowhere."
-                ),
-                js_on_load=None,
-            )
+            reported = gr.HTML(render_status(NOTE), js_on_load=None)
 
         exchange = gr.State(None)
         options = {
-            "outputs": [*shown, *texts, exchange, status, stop],
+            "outputs": [*shown, *texts, exchange, status, stop, reported],
             "show_progress_on": status,
             "concurrency_limit": STREAMS,
             "concurrency_id": "answer",
         }
-        asked = gr.on(
-            [ask.click, instruction.submit, input.submit],
-            run, [instruction, input, *settings], api_name="answer", **options,
-        )  # fmt: skip
+        triggers = [ask.click, instruction.submit, input.submit]
+        asked = gr.on(triggers, run, [*fields, *settings], api_name="answer", **options)
         asked_again = again.click(run_again, [exchange, *settings], api_visibility="private", **options)
         stop.click(None, cancels=[asked, asked_again])
-        stop.click(
-            lambda: (_status("Stopped."), gr.Button(interactive=False)), None, [status, stop],
-            queue=False, api_visibility="private", show_progress="hidden",
-        )  # fmt: skip
-        report.click(flag, [exchange, which, reason], reported, api_visibility="private", show_progress="hidden")
+        quiet = {"api_visibility": "private", "show_progress": "hidden"}
+        shown_stopped = render_status("Stopped."), gr.Button(interactive=False, render=False)
+        stop.click(lambda: shown_stopped, None, [status, stop], queue=False, **quiet)
+        report.click(flag, [exchange, which, reason], reported, **quiet)
     page.queue(max_size=MAX_WAITING, api_open=False, default_concurrency_limit=8)
     return page
 
@@ -408,6 +370,8 @@ def serve(
     settings = Settings(**defaults)
     if settings.max_new_tokens < 1 or not 0 <= settings.temperature <= 2 or not 0.01 <= settings.top_p <= 1:
         raise UserError("--max_new_tokens must be at least 1, --temperature from 0 to 2, and --top_p from 0.01 to 1")
+    if not 0 <= (settings.seed or 0) <= MAX_SEED:
+        raise UserError(f"--seed must be from 0 to {MAX_SEED}")
     port = free_port(port)
     from alpaca import inference
 

@@ -1,12 +1,15 @@
-"""The server under the live demo: what of Gradio it lets through, how it looks, how it starts and ends."""
+"""Between the live demo and the browser: how it looks, what of Gradio is let through, how it starts and ends."""
 
 from __future__ import annotations
 
+import html
+import logging
 import os
 import re
 import threading
 
 import gradio as gr
+from markdown_it import MarkdownIt
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
@@ -27,7 +30,7 @@ footer { display: none !important; }
 .html-container { padding: 0 !important; }
 .notice, .status { font-size: .9em; opacity: .8; margin: 0; }
 .status { min-height: 1.5em; }
-.copy { align-self: flex-end; width: auto; }
+.copy { align-self: flex-end; width: auto; padding: .3em .9em !important; }
 .answer { border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg); padding: .8em 1em;
           background: var(--background-fill-primary); min-height: 7em; overflow-wrap: anywhere; line-height: 1.55; }
 .answer h2 { font-size: .85em !important; opacity: .7; margin: 0 0 .5em !important; }
@@ -42,6 +45,34 @@ footer { display: none !important; }
 .answer blockquote { border-left: 3px solid var(--border-color-primary); padding-left: .8em; }
 .answer a { color: var(--link-text-color); text-decoration: underline; padding: 0 !important; margin: 0 !important; }
 """
+
+
+def _markdown() -> MarkdownIt:
+    def open_link(self, tokens, i, options, env):
+        tokens[i].attrSet("target", "_blank")
+        tokens[i].attrSet("rel", "noopener noreferrer nofollow")
+        return self.renderToken(tokens, i, options, env)
+
+    # With html off, < and & come out escaped. javascript:, vbscript:, file: and data: links are left as text.
+    markdown = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable(["table", "strikethrough"])
+    markdown.disable("image")  # what a page loads by itself tells another machine that it was read
+    markdown.add_render_rule("link_open", open_link)
+    return markdown
+
+
+_MARKDOWN = _markdown()
+
+
+def render_answer(name: str, text: str) -> str:
+    """The HTML of an answer under its model's name."""
+    name = html.escape(name)
+    body = _MARKDOWN.render(text.strip("\n"))
+    return f'<section class="answer" aria-label="Answer of {name}" dir="auto"><h2>{name}</h2>{body}</section>'
+
+
+def render_status(text: str) -> str:
+    """The HTML of a line that a screen reader says when it changes."""
+    return f'<div class="status" role="status">{html.escape(text)}</div>'
 
 
 class Guard:
@@ -144,7 +175,11 @@ def launch(page: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None) 
 
 def close(page: gr.Blocks) -> None:
     """Ends the server and waits for what the models are still writing: they stop at their next token."""
+    page.server.force_exit = True  # else it waits 5 s for the pages that are open; it logs each that it cuts off
+    log = logging.getLogger("uvicorn.error")
+    log.disabled = True
     page.close(verbose=False)
+    log.disabled = False
     for thread in threading.enumerate():
         if thread.name == WORKER:
             thread.join(10)

@@ -329,6 +329,7 @@ def test_an_error_is_told_and_keeps_the_servers_secrets(visit, caplog):
     page = visit()
     page.ask("fail")
     page.page.get_by_text("failed; the terminal of the server says why").wait_for()
+    page.see("Not answered to the end.", ".status")
     assert "secret" not in page.page.content() and "secret of the server" in caplog.text
     page.ask("  ")
     page.page.get_by_text("Type an instruction first.").wait_for()
@@ -381,7 +382,17 @@ def test_a_password_is_asked_for_and_needed(visit, sites):
 @needs_browser
 def test_a_trained_model_answers_on_the_page_and_ctrl_c_ends_it(visit, tiny_llama, tmp_path):
     server = subprocess.Popen(
-        [sys.executable, str(ROOT / "chat.py"), "--model_path", str(tiny_llama), "--web", "--port", "0", "--device", "cpu"],
+        [
+            sys.executable,
+            str(ROOT / "chat.py"),
+            "--model_path",
+            str(tiny_llama),
+            "--web",
+            "--port",
+            "0",
+            "--device",
+            "cpu",
+        ],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -501,7 +512,14 @@ def test_the_queue_is_bounded(sites):
 
 def test_a_report_needs_an_answer_and_a_short_reason(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exchange = {"instruction": "i", "input": "", "answers": ["a", ""], "models": ["m", "n"], "settings": {}, "flagged": []}
+    exchange = {
+        "instruction": "i",
+        "input": "",
+        "answers": ["a", ""],
+        "models": ["m", "n"],
+        "settings": {},
+        "flagged": [],
+    }
     for bad in ((None, 0, ""), (exchange, 1, ""), (exchange, 0, "r" * 501)):
         with pytest.raises(web.gr.Error):
             web.flag(*bad)
@@ -540,6 +558,7 @@ def test_reports_from_many_threads_stay_whole_lines(tmp_path):
         ({"auth": ":password"}, "--auth takes user:password"),
         ({"max_new_tokens": 0}, "--max_new_tokens must be at least 1"),
         ({"temperature": 3.0}, "--temperature from 0 to 2"),
+        ({"seed": -1}, "--seed must be from 0 to 2147483647"),
         ({"port": 70_000}, "--port 70000 is no port"),
     ],
 )
@@ -580,7 +599,7 @@ def test_a_signal_ends_the_server_and_its_answers(monkeypatch, capsys, tmp_path,
         )
         done.append(urllib.request.urlopen(request).status)
         wait_until(lambda: model.running == 1)
-        signal.raise_signal(number) if False else os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
 
     said = []
     monkeypatch.setattr("builtins.print", lambda *text, **_: said.append(" ".join(map(str, text))))
