@@ -115,6 +115,8 @@ def check(models: list[Model], most: int, instruction, input, max_new_tokens, te
             raise _error(f"{name} must be a number from {low} to {high}.")
         return value
 
+    if isinstance(seed, str):
+        seed = int(seed) if seed.strip().isdecimal() and len(seed) < 20 else seed.strip() or None
     settings = Settings(
         int(number("Longest answer", max_new_tokens, 1, most)),
         float(number("Temperature", temperature, 0, 2)),
@@ -295,13 +297,14 @@ def build(models: list[Model], defaults: Settings) -> gr.Blocks:
         fields = [instruction, input]
         gr.Examples(EXAMPLES, fields, example_labels=labels, cache_examples=False, api_visibility="private")
         with gr.Accordion("Sampling", open=False):
-            longest = defaults.max_new_tokens
+            longest, seed = defaults.max_new_tokens, "" if defaults.seed is None else str(defaults.seed)
             with gr.Row():
                 settings = [
-                    gr.Slider(1, longest, longest, step=1, label="Longest answer (tokens)"),
-                    gr.Slider(0, 2, defaults.temperature, step=0.05, label="Temperature (0: the likeliest)"),
-                    gr.Slider(0.01, 1, defaults.top_p, step=0.01, label="Top p"),
-                    gr.Number(defaults.seed, label="Seed (empty: a new one each time)", precision=0, placeholder="new"),
+                    gr.Slider(1, longest, longest, step=1, label="Longest answer (tokens)", min_width=240),
+                    gr.Slider(0, 2, defaults.temperature, step=0.05, label="Temperature (0: likeliest)", min_width=240),
+                    gr.Slider(0.01, 1, defaults.top_p, step=0.01, label="Top p", min_width=240),
+                    # not a Number: an empty one turns into 0 as soon as it is seen
+                    gr.Textbox(seed, label="Seed (empty: a new one each time)", min_width=240),
                 ]
             gr.HTML(
                 f'<p class="notice">An instruction and an input may have {MAX_CHARS:,} characters each and {most:,} '
@@ -316,12 +319,8 @@ def build(models: list[Model], defaults: Settings) -> gr.Blocks:
             reported = gr.HTML(render_status(NOTE), js_on_load=None)
 
         exchange = gr.State(None)
-        options = {
-            "outputs": [*shown, *texts, exchange, status, stop, reported],
-            "show_progress_on": status,
-            "concurrency_limit": STREAMS,
-            "concurrency_id": "answer",
-        }
+        options = {"outputs": [*shown, *texts, exchange, status, stop, reported], "show_progress_on": status}
+        options |= {"concurrency_limit": STREAMS, "concurrency_id": "answer"}
         triggers = [ask.click, instruction.submit, input.submit]
         asked = gr.on(triggers, run, [*fields, *settings], api_name="answer", **options)
         asked_again = again.click(run_again, [exchange, *settings], api_visibility="private", **options)

@@ -29,7 +29,7 @@ CSS = """
 footer { display: none !important; }
 .html-container { padding: 0 !important; }
 .notice, .status { font-size: .9em; opacity: .8; margin: 0; }
-.status { min-height: 1.5em; }
+.status { min-height: 1.5em; padding-top: .4em; }
 .copy { align-self: flex-end; width: auto; padding: .3em .9em !important; }
 .answer { border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg); padding: .8em 1em;
           background: var(--background-fill-primary); min-height: 7em; overflow-wrap: anywhere; line-height: 1.55; }

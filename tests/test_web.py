@@ -265,6 +265,8 @@ def test_enter_asks_and_shift_enter_makes_a_line(visit, sites):
 @needs_browser
 def test_an_example_fills_the_fields_and_try_again_takes_another_seed(visit, sites):
     page, calls = visit(), sites().model.calls
+    page.page.get_by_role("button", name="Sampling").click()
+    assert page.page.get_by_label("Seed").input_value() == ""
     page.page.get_by_text("Sort these animals").first.click()
     page.page.wait_for_function("document.querySelectorAll('textarea')[1].value.startsWith('cat')")
     page.button("Answer").click()
@@ -445,6 +447,8 @@ def test_a_program_that_asks_gets_the_answer(sites):
         ({3: 1e300}, "greater than maximum value 2"),
         ({4: -1}, "less than minimum value 0.01"),
         ({5: -1}, "Seed must be a number from 0 to 2147483647."),
+        ({5: "three"}, "Seed must be a number from 0 to 2147483647."),
+        ({5: "3" * 5_000}, "Seed must be a number from 0 to 2147483647."),
         ({5: 2**80}, "Seed must be a number from 0 to 2147483647."),
         ({0: "x" * 8_001}, "The instruction has 8,001 characters; at most 8,000 are read"),
         ({1: "x" * 8_001}, "The input has 8,001 characters; at most 8,000 are read"),
@@ -465,6 +469,8 @@ def test_the_bounds_hold_without_gradios_own(sites):
     for changed in ({2: 513}, {2: True}, {2: float("nan")}, {3: "1"}, {4: 0}, {0: {"a": 1}}, {1: 5}):
         with pytest.raises(web.gr.Error):
             web.check(models, 512, *(changed.get(i, value) for i, value in enumerate(GOOD)))
+    assert web.check(models, 512, *GOOD[:-1], " 3 ") == web.check(models, 512, *GOOD)
+    assert len({web.check(models, 512, *GOOD[:-1], empty)[1].seed for empty in ("", None, "")}) == 3
     assert web.check(models, 512, *GOOD) == (utils.format_prompt("say", "hello"), web.Settings(16, 0.5, 0.9, 3))
 
 
