@@ -3,6 +3,8 @@
 python chat.py --model_path DIR
 python chat.py --model_path DIR --instruction "Give three tips for staying healthy."
 python chat.py --model_path DIR --instruction "Translate into French." --input "Good morning"
+
+As a page for the browser (the live demo): python chat.py --model_path DIR --web
 """
 
 from __future__ import annotations
@@ -26,6 +28,11 @@ def chat(
     top_p: float = 0.9,
     seed: int | None = None,
     device: str | None = None,
+    web: bool = False,
+    compare_path: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    auth: str | None = None,
 ) -> None:
     """Answers instructions with a fine-tuned model, each on its own, in the template of its training.
 
@@ -38,7 +45,21 @@ def chat(
         top_p: nucleus sampling.
         seed: the same seed gives the same answer.
         device: cpu, cuda, mps, … (default: the accelerator if there is one).
+        web: serve a page, for this machine alone; max_new_tokens is then the most that a visitor can ask for.
+        compare_path: with --web, a second model that answers the same instructions beside the first.
+        host: with --web, the address to listen at; any but this machine's own needs --auth.
+        port: with --web; 0 takes a free one.
+        auth: with --web, user:password, which the page then asks for.
     """
+    if web:
+        if instruction is not None:
+            raise UserError("--instruction answers one and leaves, --web serves a page: take one of them")
+        from alpaca import web as demo
+
+        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+        return demo.serve(model_path, compare_path, host, port, auth, device, **sampling)
+    if compare_path or auth or host != "127.0.0.1" or port != 7860:
+        raise UserError("--compare_path, --host, --port and --auth are for the page: add --web")
     if instruction is not None and not instruction.strip():
         raise UserError("--instruction is empty")
     from alpaca import inference  # torch and transformers take seconds to load: not before the flags are known good
