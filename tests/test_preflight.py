@@ -5,17 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import os
-from dataclasses import replace
 
 import pytest
 import torch
 from conftest import ROOT, make_records, torchrun
 
 import train
-from alpaca import UserError, memory, packing_check, preflight
+from alpaca import UserError, packing_check, preflight
 from alpaca.check_tokens import check_examples, check_tokenizer, mend_merges, show_example
 from alpaca.findings import Finding, colour_wanted, format_report, raise_errors
-from alpaca.memory import GIB, Advice, Plan, Shape
 from alpaca.rehearsal import FOLDER, fingerprint, rehearse
 
 
@@ -225,137 +223,6 @@ def test_an_example_is_shown_with_its_mask(tokenizer):
     assert plain.startswith("<s>Below is an instruction") and plain.endswith("### Response:«Yes</s>»")
     coloured = show_example(example, tokenizer, colour=True)
     assert "\033[2m### Response:\033[0m\033[32mYes</s>\033[0m" in coloured
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory and disk.
-
-LLAMA_7B = Shape(6738415616, 6738415616, 4 * 6738415616, 32, 4096, 11008, 32, 32, 128, 32000, True, False)
-
-
-def tiny(family, **changes):
-    """Wider than it is deep in vocabulary, so that no one term hides the others."""
-    from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
-
-    torch.manual_seed(0)
-    if family == "opt":
-        sizes = {"ffn_dim": 256, "word_embed_proj_dim": 64, "dropout": 0.0, "max_position_embeddings": 512}
-        model, config = OPTForCausalLM, OPTConfig
-    else:
-        sizes = {"intermediate_size": 176, "num_key_value_heads": 2 if family == "gqa" else 4}
-        model, config = LlamaForCausalLM, LlamaConfig
-    sizes |= {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-    return model(config(**(sizes | changes)))
-
-
-def kept_for_backward(model, inputs) -> int:
-    """Bytes of the distinct storages that autograd saves in a forward pass, parameters not counted."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    saved, alive = {}, []
-
-    def pack(tensor):
-        alive.append(tensor)  # else the address could be used again
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(**inputs)
-    return sum(saved.values())
-
-
-@pytest.mark.parametrize("family", ["llama", "gqa", "opt"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_estimate_of_activations_is_within_a_factor_of_one_and_a_half(family, checkpointing):
-    model = tiny(family).train()
-    plan = Plan(batch=3, length=128, checkpointing=checkpointing)
-    if checkpointing:
-        model.gradient_checkpointing_enable()
-    inputs = {"input_ids": torch.randint(3, 300, (3, 128)), "attention_mask": torch.ones(3, 128, dtype=torch.long)}
-    measured = kept_for_backward(model.base_model, inputs | {"use_cache": False})
-    shape = Shape.of(model)
-    estimated = memory.estimate(shape, plan)["activations"]
-    if checkpointing:  # the one layer that is computed again is not kept in the forward pass
-        estimated -= 3 * 128 * memory.activation_bytes(shape, plan)[0]
-    assert 1 / 1.5 < estimated / measured < 1.5
-
-
-def test_the_estimate_of_logits_counts_what_the_loss_keeps_and_its_gradient():
-    """float32: logits, log-softmax and gradient, 12 bytes; of these the forward pass keeps the log-softmax alone."""
-    model = tiny("llama", vocab_size=3000)
-    ids = torch.randint(3, 300, (2, 64))
-    with_loss = kept_for_backward(model, {"input_ids": ids, "labels": ids, "use_cache": False})
-    without = kept_for_backward(model.base_model, {"input_ids": ids, "use_cache": False})
-    estimated = memory.estimate(Shape.of(model), Plan(batch=2, length=64))["logits"]
-    assert estimated == 2 * 64 * 3000 * 12
-    assert 0.95 < (with_loss - without) / (estimated / 3) < 1.05
-
-
-@pytest.mark.parametrize("family", ["gqa", "opt"])
-def test_parameters_gradients_and_optimizer_are_exact(family):
-    model = tiny(family)
-    optimizer = torch.optim.AdamW(model.parameters())
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    size = sum(p.numel() * 4 for p in model.parameters())
-    moments = sum(v.nbytes for state in optimizer.state.values() for k, v in state.items() if k != "step")
-    parts = memory.estimate(Shape.of(model), Plan(batch=1, length=8))
-    assert (parts["parameters"], parts["gradients"], parts["optimizer"]) == (size, size, moments)
-    sharded = memory.estimate(Shape.of(model), Plan(batch=1, length=8, ranks=4, sharded=True))
-    assert (sharded["parameters"], sharded["optimizer"]) == (size // 4, moments // 4)
-
-
-def test_lora_counts_the_matrices_that_peft_adds():
-    peft = pytest.importorskip("peft")
-    model = tiny("gqa")
-    expected = Shape.of(model).lora(8)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
-    assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == expected
-
-
-def test_the_published_recipe_fits_four_80_gb_gpus_and_not_one_of_24_gb():
-    recipe = Plan(batch=4, length=512, ranks=4, sharded=True, bf16=True)
-    advice = Advice(accumulation=8)
-    assert levels(preflight.check_memory(LLAMA_7B, recipe, 79 * GIB, advice)) == ["note"]
-    [finding] = preflight.check_memory(LLAMA_7B, replace(recipe, ranks=1, sharded=False), 24 * GIB, advice)
-    assert finding.level == "error" and "no estimate" in finding.why
-    assert "--fsdp over 16 devices" in finding.cure and "--load_in_4bit" in finding.cure
-    assert "--lora_r 8 (" not in finding.cure  # the base alone, in float32, is more than 24 GiB
-
-
-def test_activations_that_do_not_fit_are_a_warning_with_flags_that_are_enough():
-    plan = Plan(batch=64, length=512, ranks=8, sharded=True, bf16=True)
-    assert levels(preflight.check_memory(LLAMA_7B, plan, 300 * GIB, Advice())) == ["note"]
-    [finding] = preflight.check_memory(LLAMA_7B, plan, 79 * GIB, Advice(accumulation=2))
-    assert finding.level == "warning"
-    assert "--gradient_checkpointing True (" in finding.cure
-    assert "--per_device_train_batch_size 1 --gradient_accumulation_steps 128" in finding.cure
-    assert memory.estimate(LLAMA_7B, replace(plan, checkpointing=True))["total"] <= 79 * GIB
-    assert memory.estimate(LLAMA_7B, replace(plan, batch=1))["total"] <= 79 * GIB
-
-
-def test_no_flag_is_advised_that_is_set_already_and_no_set_that_is_too_small():
-    plan = Plan(batch=1, length=512, bf16=True, checkpointing=True, optimizer_bytes=2)
-    flags = memory.advise(LLAMA_7B, plan, 40 * GIB, Advice())
-    assert flags and not any(flag in " ".join(flags) for flag in ("checkpointing", "batch_size", "--optim"))
-    assert memory.advise(LLAMA_7B, plan, 1 * GIB, Advice()) == []
-
-
-def test_there_is_memory_here():
-    here = memory.available_bytes(torch.device("cpu"))
-    assert 0.05 * GIB < here < 2**50
-
-
-def test_a_disk_that_is_too_small_is_an_error_with_the_limit_that_fits(tmp_path):
-    check = preflight.check_disk
-    assert levels(check(tmp_path, 30, 10, checkpoints=3, free=100)) == ["note"]
-    [finding] = check(tmp_path, 30, 10, checkpoints=4, free=100)
-    assert finding.level == "error" and finding.cure.startswith("--save_total_limit 2, or free some")
-    [finding] = check(tmp_path, 30, 10, checkpoints=1, free=39)
-    assert finding.cure.startswith("--save_strategy no")
-    assert memory.checkpoint_bytes(LLAMA_7B, Plan(4, 512)) == (12 * 6738415616, 4 * 6738415616)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
