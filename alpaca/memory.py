@@ -43,13 +43,13 @@ class Shape:
 
     @classmethod
     def of(cls, model) -> Shape:
-        """From a model before it is sharded."""
+        """From a model before FSDP shards it; DeepSpeed's ZeRO-3 and bitsandbytes may have taken it apart already."""
         config, parameters = model.config, list(model.parameters())
         heads = config.num_attention_heads
         return cls(
-            parameters=sum(p.numel() for p in parameters),
-            trainable=sum(p.numel() for p in parameters if p.requires_grad),
-            parameter_bytes=sum(p.numel() * p.element_size() for p in parameters),
+            parameters=sum(_elements(p) for p in parameters),
+            trainable=sum(_elements(p) for p in parameters if p.requires_grad),
+            parameter_bytes=sum(_elements(p) * p.element_size() for p in parameters),
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
             intermediate=getattr(config, "intermediate_size", None)
@@ -77,6 +77,11 @@ class Shape:
         maps = [(self.hidden, q), (self.hidden, kv), (self.hidden, kv), (q, self.hidden)]
         maps += [(self.hidden, self.intermediate)] * (3 if self.gated else 2)
         return self.layers * r * sum(a + b for a, b in maps)
+
+
+def _elements(parameter: torch.Tensor) -> int:
+    """Of the whole parameter: where ZeRO-3 has partitioned it, its own numel() is 0."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 @dataclass(frozen=True)

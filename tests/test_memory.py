@@ -88,6 +88,17 @@ def test_parameters_gradients_and_optimizer_are_exact(family):
     assert (sharded["parameters"], sharded["optimizer"]) == (size // 4, moments // 4)
 
 
+def test_parameters_that_zero_3_has_partitioned_count_whole():
+    """DeepSpeed leaves an empty tensor, and says in ds_numel and ds_shape what it was."""
+    model = tiny("gqa")
+    whole = Shape.of(model)
+    for parameter in model.parameters():
+        parameter.ds_numel, parameter.ds_shape = parameter.numel(), parameter.shape
+        parameter.data = torch.empty(0)
+    assert sum(p.numel() for p in model.parameters()) == 0
+    assert Shape.of(model) == whole
+
+
 def test_lora_counts_the_matrices_that_peft_adds():
     peft = pytest.importorskip("peft")
     model = tiny("gqa")
