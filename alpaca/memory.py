@@ -92,7 +92,9 @@ class Plan:
     length: int  # tokens of the longest example
     logit_tokens: int | None = None  # positions an example whose logits are computed; None: all of them
     ranks: int = 1
+    accumulation: int = 1  # batches a step
     sharded: bool = False  # over the ranks: FSDP full_shard, ZeRO-3
+    sync_each_batch: bool = False  # gradients are reduced after each batch: accelerate's option, and what ZeRO-3 does
     offloaded: bool = False  # parameters, gradients and optimizer states are in CPU memory
     bf16: bool = False
     checkpointing: bool = False
@@ -134,7 +136,10 @@ def estimate(shape: Shape, plan: Plan) -> dict[str, int]:
     """Bytes on each device, by what holds them; "total" is the peak.
 
     - parameters as stored, gradients 4 bytes and optimizer states a trainable parameter, divided by the ranks when
-      sharded (Rajbhandari et al., "ZeRO", 2020, section 5).
+      sharded (Rajbhandari et al., "ZeRO", 2020, section 5). While FSDP accumulates gradients over several batches,
+      each device holds all of them, whole (torch's unsharded_accumulated_grad).
+    - gradient buckets: DistributedDataParallel keeps a second copy of the gradients, in which it reduces them (its
+      gradient_as_bucket_view is off, and neither accelerate nor transformers switches it on).
     - working copies: under autocast a bf16 copy of each weight lives until the backward pass; sharded, the output
       embedding, two layers (one is fetched ahead) and a layer's unreduced gradients are whole.
     - logits: float32 logits, their log-softmax and its gradient, 12 bytes a position and vocabulary entry, and the
@@ -147,6 +152,10 @@ def estimate(shape: Shape, plan: Plan) -> dict[str, int]:
         "gradients": 4 * shape.trainable // share,
         "optimizer": int(plan.optimizer_bytes * shape.trainable) // share,
     }
+    if plan.sharded and plan.accumulation > 1 and not plan.sync_each_batch:
+        parts["gradients"] = 4 * shape.trainable
+    if plan.ranks > 1 and not plan.sharded:
+        parts["gradient buckets"] = 4 * shape.trainable
     if plan.sharded:
         parts["working copies"] = c * (shape.embedding + 2 * shape.layer) + 4 * shape.layer
     else:
@@ -158,10 +167,17 @@ def estimate(shape: Shape, plan: Plan) -> dict[str, int]:
     parts["activations"] = tokens * (layers + after)
     positions = plan.batch * (plan.length if plan.logit_tokens is None else plan.logit_tokens)
     parts["logits"] = positions * shape.vocabulary * (12 + (2 if plan.bf16 else 0))
-    fixed = 0 if plan.offloaded else parts["parameters"] + parts["gradients"] + parts["optimizer"]
     stepping = 4 * shape.trainable // share if plan.foreach and not plan.offloaded else 0
-    parts["total"] = fixed + max(parts["working copies"] + parts["activations"] + parts["logits"], stepping)
+    in_passing = max(parts["working copies"] + parts["activations"] + parts["logits"], stepping)
+    parts["total"] = certain_bytes(parts, plan) + in_passing
     return parts
+
+
+def certain_bytes(parts: dict[str, int], plan: Plan) -> int:
+    """Of an estimate what is no estimate: parameters, gradients and optimizer states on the device."""
+    if plan.offloaded:  # but for gradients that are accumulated whole
+        return parts["gradients"] if plan.accumulation > 1 and not plan.sync_each_batch else 0
+    return sum(parts.get(name, 0) for name in ("parameters", "gradients", "gradient buckets", "optimizer"))
 
 
 def available_bytes(device: torch.device) -> int:
@@ -191,22 +207,20 @@ def _held_here() -> int:
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
-@dataclass(frozen=True)
-class Advice:
-    """What the flags of an advice are made of."""
-
-    checkpointing_flag: str = "gradient_checkpointing"  # newer libraries call it activation_checkpointing
-    accumulation: int = 1
+SYNC = """--accelerator_config '{"gradient_accumulation_kwargs": {"sync_each_batch": true}}'"""
 
 
-def advise(shape: Shape, plan: Plan, available: int, advice: Advice) -> list[str]:
+def advise(shape: Shape, plan: Plan, available: int, checkpointing_flag: str = "gradient_checkpointing") -> list[str]:
     """Flags that would make the plan fit, by trying them in the estimate: up to three sets, the smallest first."""
     options: list[tuple[str, dict, dict]] = []  # flags, what they change in the plan, in the shape
     if not plan.checkpointing:
-        options.append((f"--{advice.checkpointing_flag} True", {"checkpointing": True}, {}))
+        options.append((f"--{checkpointing_flag} True", {"checkpointing": True}, {}))
     if plan.batch > 1:
-        smaller = f"--per_device_train_batch_size 1 --gradient_accumulation_steps {plan.batch * advice.accumulation}"
-        options.append((smaller, {"batch": 1}, {}))
+        more = plan.batch * plan.accumulation
+        smaller = f"--per_device_train_batch_size 1 --gradient_accumulation_steps {more}"
+        options.append((smaller, {"batch": 1, "accumulation": more}, {}))
+    if not plan.sync_each_batch:
+        options.append((SYNC, {"sync_each_batch": True}, {}))
     full = shape.trainable == shape.parameters
     if plan.optimizer_bytes > 2:
         options.append(("--optim adamw_8bit", {"optimizer_bytes": 2, "foreach": False}, {}))
@@ -222,7 +236,7 @@ def advise(shape: Shape, plan: Plan, available: int, advice: Advice) -> list[str
     chosen: list[tuple[set, str]] = []
     for size in (1, 2, 3):
         for combination in itertools.combinations(options, size):
-            kinds = [flags.split()[0] for flags, _, _ in combination]
+            kinds = [flags if flags == SYNC else flags.split()[0] for flags, _, _ in combination]
             if len(set(kinds)) < size or {"--fsdp", "--lora_r"} <= set(kinds) and "4bit" in str(combination):
                 continue  # one of a kind; 4-bit weights are not sharded
             if "--lora_r" in kinds and "--optim" in kinds:
@@ -232,6 +246,8 @@ def advise(shape: Shape, plan: Plan, available: int, advice: Advice) -> list[str
             new_plan, new_shape = plan, shape
             for _, in_plan, in_shape in combination:
                 new_plan, new_shape = replace(new_plan, **in_plan), replace(new_shape, **in_shape)
+            if SYNC in kinds and not (new_plan.sharded and new_plan.accumulation > 1):
+                continue  # it would change nothing
             total = estimate(new_shape, new_plan)["total"]
             if total <= available:
                 text = " ".join(flags for flags, _, _ in combination)

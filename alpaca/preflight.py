@@ -68,17 +68,15 @@ def check_trainer(trainer) -> list[Finding]:
     return found
 
 
-def check_memory(shape: Shape, plan: Plan, available: int, advice: memory.Advice) -> list[Finding]:
-    """Compares the estimate with what the device has; advice is computed by trying flags in the estimate."""
+def check_memory(shape: Shape, plan: Plan, available: int, flags: list[str]) -> list[Finding]:
+    """Compares the estimate with what the device has; any one of ``flags`` (memory.advise's sets) would be enough."""
     parts = memory.estimate(shape, plan)
     text = ", ".join(f"{name} {as_text(size)}" for name, size in parts.items() if name != "total" and size)
     what = f"memory a device: {text}; peak {as_text(parts['total'])} of {as_text(available)}"
     if parts["total"] <= available:
         return [Finding("note", what)]
-    flags = memory.advise(shape, plan, available, advice)
     cure = "one of: " + "; ".join(flags) if flags else "a larger device, or a smaller model: no set of flags is enough"
-    exact = 0 if plan.offloaded else parts["parameters"] + parts["gradients"] + parts["optimizer"]
-    if exact > available:
+    if memory.certain_bytes(parts, plan) > available:
         why = "parameters, gradients and optimizer states alone (no estimate) are more than there is"
         return [Finding("error", what, why, cure)]
     return [Finding("warning", what, "by the estimate (good to a factor of 1.5) it runs out of memory", cure)]
@@ -157,12 +155,10 @@ def preflight(
     if any(finding.level == "error" for finding in gather(found)):
         _finish(gather(found))
     shape, plan = Shape.of(trainer.model), _plan(trainer, examples)
-    advice = memory.Advice(
-        "activation_checkpointing" if hasattr(args, "activation_checkpointing") else "gradient_checkpointing",
-        args.gradient_accumulation_steps,
-    )
     available = lowest(memory.available_bytes(device))
-    found = gather(found + check_memory(shape, plan, available, advice) + _disk(trainer, shape, plan))
+    newer = "activation_checkpointing"  # what newer libraries call it
+    flags = memory.advise(shape, plan, available, newer if hasattr(args, newer) else "gradient_checkpointing")
+    found = gather(found + check_memory(shape, plan, available, flags) + _disk(trainer, shape, plan))
     _finish(found)
     _show(examples[0], tokenizer)
     if not with_rehearsal:
@@ -182,8 +178,7 @@ def preflight(
         try:
             result = rehearse(trainer, args.output_dir, save_whole_model, check_attention if self_check else None)
         except torch.OutOfMemoryError as e:
-            flags = "; ".join(memory.advise(shape, plan, available, advice))
-            cure = flags or "a smaller --per_device_train_batch_size or --model_max_length"
+            cure = "; ".join(flags) or "a smaller --per_device_train_batch_size or --model_max_length"
             raise UserError(f"preflight: the first step ran out of memory: one of {cure}; nothing was trained") from e
         except RuntimeError as e:  # among them torch.save on a full disk
             first = (str(e).strip() or type(e).__name__).splitlines()[0]
@@ -210,7 +205,9 @@ def _plan(trainer, examples: Sequence[dict]) -> Plan:
         length=trainer.processing_class.model_max_length if packed else int(lengths.max()),
         logit_tokens=longest_answer,
         ranks=args.world_size,
+        accumulation=args.gradient_accumulation_steps,
         sharded=trainer.is_fsdp_enabled or zero3,
+        sync_each_batch=zero3 or bool(trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch")),
         offloaded=bool(plugin and plugin.cpu_offload and type(plugin.cpu_offload).__name__ != "OffloadPolicy"),
         bf16=bool(args.bf16 or args.fp16),
         checkpointing=bool(

@@ -9,7 +9,7 @@ import torch
 from test_preflight import levels
 
 from alpaca import memory, preflight
-from alpaca.memory import GIB, Advice, Plan, Shape
+from alpaca.memory import GIB, Plan, Shape
 
 LLAMA_7B = Shape(6738415616, 6738415616, 4 * 6738415616, 32, 4096, 11008, 32, 32, 128, 32000, True, False)
 
@@ -107,11 +107,42 @@ def test_lora_counts_the_matrices_that_peft_adds():
     assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == expected
 
 
+def check(shape, plan, available):
+    return preflight.check_memory(shape, plan, available, memory.advise(shape, plan, available))
+
+
+def test_gradients_that_fsdp_accumulates_are_whole_on_each_device_and_ddp_has_them_twice():
+    """27 GB at 7B, as torch keeps them in unsharded_accumulated_grad until the last batch of a step."""
+    once = Plan(batch=1, length=512, ranks=8, sharded=True, bf16=True)
+    whole, share = 4 * LLAMA_7B.trainable, 4 * LLAMA_7B.trainable // 8
+    several = replace(once, accumulation=4)
+    assert memory.estimate(LLAMA_7B, once)["gradients"] == share
+    assert memory.estimate(LLAMA_7B, several)["gradients"] == whole
+    assert memory.estimate(LLAMA_7B, replace(several, sync_each_batch=True))["gradients"] == share
+    totals = [memory.estimate(LLAMA_7B, plan)["total"] for plan in (once, several)]
+    assert totals[1] - totals[0] == whole - share
+    offloaded = [memory.estimate(LLAMA_7B, replace(plan, offloaded=True))["total"] for plan in (once, several)]
+    assert offloaded[1] - offloaded[0] == whole
+    one, two = (memory.estimate(LLAMA_7B, Plan(batch=1, length=512, ranks=ranks)) for ranks in (1, 2))
+    assert two["total"] - one["total"] == whole == two["gradient buckets"]
+
+
+def test_a_smaller_batch_is_advised_with_the_gradients_that_it_makes_fsdp_accumulate():
+    plan = Plan(batch=128, length=512, ranks=64, sharded=True, bf16=True, checkpointing=True)
+    shape = replace(LLAMA_7B, trainable=LLAMA_7B.trainable - 1)  # so that no adapter is advised
+    smaller = "--per_device_train_batch_size 1 --gradient_accumulation_steps 128"
+    alone = memory.estimate(shape, replace(plan, batch=1, accumulation=128))["total"]
+    assert memory.advise(shape, plan, alone)[0].startswith(f"{smaller} (")
+    synced = f"""{smaller} --accelerator_config '{{"gradient_accumulation_kwargs": {{"sync_each_batch": true}}}}' ("""
+    assert memory.advise(shape, plan, alone - 1)[0].startswith(synced)
+    assert memory.estimate(shape, replace(plan, batch=1, accumulation=128, sync_each_batch=True))["total"] < alone
+    assert not any("sync" in text for text in memory.advise(LLAMA_7B, replace(plan, sharded=False), 90 * GIB))
+
+
 def test_the_published_recipe_fits_four_80_gb_gpus_and_not_one_of_24_gb():
-    recipe = Plan(batch=4, length=512, ranks=4, sharded=True, bf16=True)
-    advice = Advice(accumulation=8)
-    assert levels(preflight.check_memory(LLAMA_7B, recipe, 79 * GIB, advice)) == ["note"]
-    [finding] = preflight.check_memory(LLAMA_7B, replace(recipe, ranks=1, sharded=False), 24 * GIB, advice)
+    recipe = Plan(batch=4, length=512, ranks=4, accumulation=8, sharded=True, bf16=True)
+    assert levels(check(LLAMA_7B, recipe, 79 * GIB)) == ["note"]
+    [finding] = check(LLAMA_7B, replace(recipe, ranks=1, sharded=False), 24 * GIB)
     assert finding.level == "error" and "no estimate" in finding.why
     assert "--fsdp over 16 devices" in finding.cure and "--load_in_4bit" in finding.cure
     assert "--lora_r 8 (" not in finding.cure  # the base alone, in float32, is more than 24 GiB
@@ -119,20 +150,20 @@ def test_the_published_recipe_fits_four_80_gb_gpus_and_not_one_of_24_gb():
 
 def test_activations_that_do_not_fit_are_a_warning_with_flags_that_are_enough():
     plan = Plan(batch=64, length=512, ranks=8, sharded=True, bf16=True)
-    assert levels(preflight.check_memory(LLAMA_7B, plan, 300 * GIB, Advice())) == ["note"]
-    [finding] = preflight.check_memory(LLAMA_7B, plan, 79 * GIB, Advice(accumulation=2))
+    assert levels(check(LLAMA_7B, plan, 300 * GIB)) == ["note"]
+    [finding] = check(LLAMA_7B, replace(plan, accumulation=2), 79 * GIB)
     assert finding.level == "warning"
     assert "--gradient_checkpointing True (" in finding.cure
     assert "--per_device_train_batch_size 1 --gradient_accumulation_steps 128" in finding.cure
-    assert memory.estimate(LLAMA_7B, replace(plan, checkpointing=True))["total"] <= 79 * GIB
-    assert memory.estimate(LLAMA_7B, replace(plan, batch=1))["total"] <= 79 * GIB
+    assert memory.estimate(LLAMA_7B, replace(plan, checkpointing=True, accumulation=2))["total"] <= 79 * GIB
+    assert memory.estimate(LLAMA_7B, replace(plan, batch=1, accumulation=128))["total"] <= 79 * GIB
 
 
 def test_no_flag_is_advised_that_is_set_already_and_no_set_that_is_too_small():
     plan = Plan(batch=1, length=512, bf16=True, checkpointing=True, optimizer_bytes=2)
-    flags = memory.advise(LLAMA_7B, plan, 40 * GIB, Advice())
+    flags = memory.advise(LLAMA_7B, plan, 40 * GIB)
     assert flags and not any(flag in " ".join(flags) for flag in ("checkpointing", "batch_size", "--optim"))
-    assert memory.advise(LLAMA_7B, plan, 1 * GIB, Advice()) == []
+    assert memory.advise(LLAMA_7B, plan, 1 * GIB) == []
 
 
 def test_there_is_memory_here():
