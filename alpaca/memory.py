@@ -90,7 +90,7 @@ class Plan:
 
     batch: int  # examples a device and forward pass
     length: int  # tokens of the longest example
-    logit_tokens: int | None = None  # positions an example whose logits are computed; None: all of them
+    logit_tokens: int | None = None  # the most positions of an example whose logits are computed; None: all of them
     ranks: int = 1
     accumulation: int = 1  # batches a step
     sharded: bool = False  # over the ranks: FSDP full_shard, ZeRO-3

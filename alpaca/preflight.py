@@ -195,15 +195,16 @@ def _plan(trainer, examples: Sequence[dict]) -> Plan:
     plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     zero3 = trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
     _, lengths, labels, _ = columns(examples)
-    packed = examples is not trainer.train_dataset  # each row is filled up
-    longest_answer = None  # padding-free, logits are computed where there is a label
-    if not packed and getattr(args, "padding", "longest") == "free":
-        longest_answer = int(np.add.reduceat(labels != IGNORE_INDEX, np.cumsum(lengths) - lengths).max())
+    bins = getattr(trainer.train_dataset, "bins", None)  # of --packing: each is filled up
+    logit_tokens = None
+    if getattr(trainer.data_collator, "padding_free", False):  # logits are computed where there is a label
+        supervised = np.add.reduceat(labels != IGNORE_INDEX, np.cumsum(lengths) - lengths)
+        logit_tokens = int(max(supervised[numbers].sum() for numbers in bins) if bins else supervised.max())
     optim = str(getattr(args.optim, "value", args.optim))
     return Plan(
         batch=args.per_device_train_batch_size,
-        length=trainer.processing_class.model_max_length if packed else int(lengths.max()),
-        logit_tokens=longest_answer,
+        length=trainer.processing_class.model_max_length if bins else int(lengths.max()),
+        logit_tokens=logit_tokens,
         ranks=args.world_size,
         accumulation=args.gradient_accumulation_steps,
         sharded=trainer.is_fsdp_enabled or zero3,

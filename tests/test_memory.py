@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_preflight import levels
+from test_preflight import levels, make_trainer
 
-from alpaca import memory, preflight
+from alpaca import memory, packing, preflight
 from alpaca.memory import GIB, Plan, Shape
 
 LLAMA_7B = Shape(6738415616, 6738415616, 4 * 6738415616, 32, 4096, 11008, 32, 32, 128, 32000, True, False)
@@ -71,6 +71,32 @@ def test_the_estimate_of_logits_counts_what_the_loss_keeps_and_its_gradient():
     estimated = memory.estimate(Shape.of(model), Plan(batch=2, length=64))["logits"]
     assert estimated == 2 * 64 * 3000 * 12
     assert 0.95 < (with_loss - without) / (estimated / 3) < 1.05
+
+
+def test_without_padding_logits_are_counted_where_there_is_a_label(tiny_llama, tmp_path):
+    """The model is run on a flattened batch; the loss keeps the float32 log-softmax, a third of the estimate."""
+    trainer = make_trainer(tiny_llama, tmp_path, records=4)
+    examples = trainer.train_dataset
+    assert preflight._plan(trainer, examples).logit_tokens is None
+    trainer.data_collator.padding_free = True
+    plan = preflight._plan(trainer, examples)
+    assert plan.logit_tokens == max(sum(label != -100 for label in example["labels"]) for example in examples)
+    trainer.train_dataset = packing.PackedDataset(examples, 512)  # all of them in one bin or two
+    supervised = [sum(sum(label != -100 for label in e["labels"]) for e in bin_) for bin_ in trainer.train_dataset]
+    packed = preflight._plan(trainer, examples)
+    assert (packed.length, packed.logit_tokens) == (512, max(supervised))
+
+    model = tiny("llama", vocab_size=3000)
+    packing.set_attention(model, packing.SEGMENTS)
+    lengths, answer = (60, 40), 10
+    ids = [torch.randint(3, 300, (length,)).tolist() for length in lengths]
+    batch = packing.flatten([{"input_ids": i, "labels": [-100] * (len(i) - answer) + i[-answer:]} for i in ids])
+    with_loss = kept_for_backward(model, batch)
+    inner = {key: value for key, value in batch.items() if key not in ("labels", "shift_labels", "logits_to_keep")}
+    measured = with_loss - kept_for_backward(model.base_model, inner)
+    estimated = memory.estimate(Shape.of(model), Plan(batch=2, length=60, logit_tokens=answer))["logits"]
+    assert estimated == 2 * answer * 3000 * 12
+    assert 0.9 < measured / (estimated / 3) < 1.1
 
 
 @pytest.mark.parametrize("family", ["gqa", "opt"])
