@@ -222,7 +222,7 @@ def advise(shape: Shape, plan: Plan, available: int, checkpointing_flag: str = "
     if not plan.sync_each_batch:
         options.append((SYNC, {"sync_each_batch": True}, {}))
     full = shape.trainable == shape.parameters
-    if plan.optimizer_bytes > 2:
+    if plan.optimizer_bytes > 2 and not plan.sharded:
         options.append(("--optim adamw_8bit", {"optimizer_bytes": 2, "foreach": False}, {}))
     for ranks in (2, 4, 8, 16, 32, 64):
         if ranks > (plan.ranks if plan.sharded else 1):
@@ -239,8 +239,8 @@ def advise(shape: Shape, plan: Plan, available: int, checkpointing_flag: str = "
             kinds = [flags if flags == SYNC else flags.split()[0] for flags, _, _ in combination]
             if len(set(kinds)) < size or {"--fsdp", "--lora_r"} <= set(kinds) and "4bit" in str(combination):
                 continue  # one of a kind; 4-bit weights are not sharded
-            if "--lora_r" in kinds and "--optim" in kinds:
-                continue  # the optimizer of an adapter is small already
+            if "--optim" in kinds and {"--lora_r", "--fsdp"} & set(kinds):
+                continue  # an adapter's optimizer is small already; bitsandbytes cannot be sharded
             if any(earlier <= set(kinds) for earlier, _ in chosen):
                 continue  # a smaller set does it
             new_plan, new_shape = plan, shape

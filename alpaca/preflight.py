@@ -6,6 +6,7 @@ the run, warnings do not.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import shutil
@@ -49,6 +50,7 @@ def check_trainer(trainer) -> list[Finding]:
                 "start with torchrun --nproc_per_node=N (N > 1), or drop --fsdp",
             )
         )
+    found += check_optimizer(_optim(trainer.args), trainer.is_fsdp_enabled)
     named = list(trainer.model.named_parameters())
     trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
     if not trained:
@@ -66,6 +68,24 @@ def check_trainer(trainer) -> list[Finding]:
             )
         )
     return found
+
+
+def check_optimizer(optim: str, sharded: bool) -> list[Finding]:
+    """An optimizer of bitsandbytes needs that package, and works on whole parameters alone: not under FSDP."""
+    if not any(word in optim for word in ("8bit", "bnb", "paged")) or "torch" in optim:  # adamw_torch_8bit is torchao's
+        return []
+    cures = []
+    if importlib.util.find_spec("bitsandbytes") is None:
+        cures.append(("needs bitsandbytes, which is not installed", "pip install 'alpaca-reproduced[qlora]'"))
+    if sharded:
+        cures.append(
+            (
+                "is of bitsandbytes, which cannot step over parameters that FSDP has sharded",
+                "drop --optim: AdamW, whose states FSDP shards",
+            )
+        )
+    why = "the first step would fail"
+    return [Finding("error", f"--optim {optim} {what}", why, cure) for what, cure in cures]
 
 
 def check_memory(shape: Shape, plan: Plan, available: int, flags: list[str]) -> list[Finding]:
@@ -190,6 +210,10 @@ def preflight(
     return found + later
 
 
+def _optim(args) -> str:
+    return str(getattr(args.optim, "value", args.optim))
+
+
 def _plan(trainer, examples: Sequence[dict]) -> Plan:
     args = trainer.args
     plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
@@ -200,7 +224,7 @@ def _plan(trainer, examples: Sequence[dict]) -> Plan:
     if getattr(trainer.data_collator, "padding_free", False):  # logits are computed where there is a label
         supervised = np.add.reduceat(labels != IGNORE_INDEX, np.cumsum(lengths) - lengths)
         logit_tokens = int(max(supervised[numbers].sum() for numbers in bins) if bins else supervised.max())
-    optim = str(getattr(args.optim, "value", args.optim))
+    optim = _optim(args)
     return Plan(
         batch=args.per_device_train_batch_size,
         length=trainer.processing_class.model_max_length if bins else int(lengths.max()),

@@ -192,6 +192,16 @@ def test_no_flag_is_advised_that_is_set_already_and_no_set_that_is_too_small():
     assert memory.advise(LLAMA_7B, plan, 1 * GIB) == []
 
 
+def test_an_8_bit_optimizer_is_never_advised_with_fsdp():
+    """bitsandbytes has no sharding strategy: FSDP2 ends in its first step."""
+    alone = Plan(batch=1, length=512, bf16=True, checkpointing=True)
+    assert any("--optim adamw_8bit" in text for text in memory.advise(LLAMA_7B, alone, 90 * GIB))
+    for size in range(4, 120, 4):
+        assert not any("8bit" in text and "--fsdp" in text for text in memory.advise(LLAMA_7B, alone, size * GIB))
+        sharded = replace(alone, ranks=2, sharded=True)
+        assert not any("8bit" in text for text in memory.advise(LLAMA_7B, sharded, size * GIB))
+
+
 def test_there_is_memory_here():
     here = memory.available_bytes(torch.device("cpu"))
     assert 0.05 * GIB < here < 2**50

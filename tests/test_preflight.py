@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import os
 
@@ -280,6 +281,17 @@ def test_fsdp_that_is_not_enabled_and_a_model_without_trained_parameters_are_err
     assert "--fsdp was asked for" in whats(preflight.check_trainer(trainer), "error")
     trainer.model.requires_grad_(False)
     assert "no parameter is trained" in whats(preflight.check_trainer(trainer), "error")
+
+
+def test_an_optimizer_of_bitsandbytes_under_fsdp_or_without_the_package_is_an_error(tiny_llama, tmp_path, monkeypatch):
+    trainer = make_trainer(tiny_llama, tmp_path, optim="adamw_8bit")
+    assert preflight.check_trainer(trainer) == []
+    trainer.args.fsdp = trainer.is_fsdp_enabled = True
+    assert "--optim adamw_8bit is of bitsandbytes" in whats(preflight.check_trainer(trainer), "error")
+    for optim in ("adamw_torch_fused", "adamw_torch_8bit", "adafactor"):
+        assert preflight.check_optimizer(optim, sharded=True) == []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "needs bitsandbytes" in whats(preflight.check_optimizer("paged_adamw_32bit", sharded=False), "error")
 
 
 def test_bf16_on_a_gpu_that_only_emulates_it_is_an_error(monkeypatch):
