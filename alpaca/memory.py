@@ -49,7 +49,7 @@ class Shape:
         return cls(
             parameters=sum(_elements(p) for p in parameters),
             trainable=sum(_elements(p) for p in parameters if p.requires_grad),
-            parameter_bytes=sum(_elements(p) * p.element_size() for p in parameters),
+            parameter_bytes=sum(_bytes(p) for p in parameters),
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
             intermediate=getattr(config, "intermediate_size", None)
@@ -80,8 +80,18 @@ class Shape:
 
 
 def _elements(parameter: torch.Tensor) -> int:
-    """Of the whole parameter: where ZeRO-3 has partitioned it, its own numel() is 0."""
+    """Of the whole parameter: numel() of one that ZeRO-3 has partitioned is 0, and bitsandbytes packs two in a byte."""
+    if (packed := getattr(parameter, "quant_state", None)) is not None:
+        return packed.shape.numel()
     return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def _bytes(parameter: torch.Tensor) -> int:
+    """What it takes, the scales of 4-bit blocks (and theirs, if they are quantised too) included."""
+    if (packed := getattr(parameter, "quant_state", None)) is not None:
+        scales = [packed.absmax, *([packed.state2.absmax] if packed.nested else [])]
+        return parameter.nbytes + sum(tensor.nbytes for tensor in scales)
+    return _elements(parameter) * parameter.element_size()
 
 
 @dataclass(frozen=True)

@@ -74,18 +74,13 @@ def check_optimizer(optim: str, sharded: bool) -> list[Finding]:
     """An optimizer of bitsandbytes needs that package, and works on whole parameters alone: not under FSDP."""
     if not any(word in optim for word in ("8bit", "bnb", "paged")) or "torch" in optim:  # adamw_torch_8bit is torchao's
         return []
-    cures = []
+    found = []
     if importlib.util.find_spec("bitsandbytes") is None:
-        cures.append(("needs bitsandbytes, which is not installed", "pip install 'alpaca-reproduced[qlora]'"))
+        found.append(("needs bitsandbytes, which is not installed", "pip install 'alpaca-reproduced[qlora]'"))
     if sharded:
-        cures.append(
-            (
-                "is of bitsandbytes, which cannot step over parameters that FSDP has sharded",
-                "drop --optim: AdamW, whose states FSDP shards",
-            )
-        )
-    why = "the first step would fail"
-    return [Finding("error", f"--optim {optim} {what}", why, cure) for what, cure in cures]
+        what = "is of bitsandbytes, which cannot step over parameters that FSDP has sharded"
+        found.append((what, "drop --optim: AdamW, whose states FSDP shards"))
+    return [Finding("error", f"--optim {optim} {what}", "the first step would fail", cure) for what, cure in found]
 
 
 def check_memory(shape: Shape, plan: Plan, available: int, flags: list[str]) -> list[Finding]:

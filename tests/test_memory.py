@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_preflight import levels, make_trainer
 
+import train
 from alpaca import memory, packing, preflight
 from alpaca.memory import GIB, Plan, Shape
 
@@ -123,6 +124,22 @@ def test_parameters_that_zero_3_has_partitioned_count_whole():
         parameter.data = torch.empty(0)
     assert sum(p.numel() for p in model.parameters()) == 0
     assert Shape.of(model) == whole
+
+
+def test_weights_in_4_bits_count_whole_and_take_what_they_take(tiny_llama):
+    """nf4, twice quantised: half a byte a weight, a byte for 64 of them, 4 bytes for 256 of those."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = train.load_model(tiny_llama, torch.float32, quantization_config=nf4, device_map={"": "cpu"})
+    linear = [p for p in model.parameters() if hasattr(p, "quant_state")]
+    whole, quantised = Shape.of(train.load_model(tiny_llama, torch.float32)), Shape.of(model)
+    assert linear and quantised.parameters == whole.parameters
+    in_4_bits = sum(p.quant_state.shape.numel() for p in linear)
+    scales = sum(-(-p.quant_state.absmax.numel() // 256) * 4 for p in linear)
+    expected = 4 * (whole.parameters - in_4_bits) + in_4_bits // 2 + in_4_bits // 64 + scales
+    assert quantised.parameter_bytes == expected
 
 
 def test_lora_counts_the_matrices_that_peft_adds():
