@@ -45,22 +45,27 @@ class Shape:
     def of(cls, model) -> Shape:
         """From a model before FSDP shards it; DeepSpeed's ZeRO-3 and bitsandbytes may have taken it apart already."""
         config, parameters = model.config, list(model.parameters())
-        heads = config.num_attention_heads
+        heads = getattr(config, "num_attention_heads", None) or 0  # none: Mamba
         return cls(
             parameters=sum(_elements(p) for p in parameters),
             trainable=sum(_elements(p) for p in parameters if p.requires_grad),
             parameter_bytes=sum(_bytes(p) for p in parameters),
-            layers=config.num_hidden_layers,
+            layers=getattr(config, "num_hidden_layers", 0),
             hidden=config.hidden_size,
             intermediate=getattr(config, "intermediate_size", None)
             or getattr(config, "ffn_dim", 4 * config.hidden_size),
             heads=heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // max(1, heads),
             vocabulary=config.vocab_size,
             gated=any(name.endswith("gate_proj") for name, _ in model.named_modules()),
-            tied=bool(config.tie_word_embeddings),
+            tied=bool(getattr(config, "tie_word_embeddings", False)),
         )
+
+    @property
+    def known(self) -> bool:
+        """Whether it is a transformer, whose activations can be estimated."""
+        return bool(self.layers and self.heads)
 
     @property
     def embedding(self) -> int:
@@ -222,6 +227,8 @@ SYNC = """--accelerator_config '{"gradient_accumulation_kwargs": {"sync_each_bat
 
 def advise(shape: Shape, plan: Plan, available: int, checkpointing_flag: str = "gradient_checkpointing") -> list[str]:
     """Flags that would make the plan fit, by trying them in the estimate: up to three sets, the smallest first."""
+    if not shape.known:
+        return []
     options: list[tuple[str, dict, dict]] = []  # flags, what they change in the plan, in the shape
     if not plan.checkpointing:
         options.append((f"--{checkpointing_flag} True", {"checkpointing": True}, {}))

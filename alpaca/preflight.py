@@ -85,6 +85,8 @@ def check_optimizer(optim: str, sharded: bool) -> list[Finding]:
 
 def check_memory(shape: Shape, plan: Plan, available: int, flags: list[str]) -> list[Finding]:
     """Compares the estimate with what the device has; any one of ``flags`` (memory.advise's sets) would be enough."""
+    if not shape.known:
+        return [Finding("note", "memory was not estimated: the model has no attention heads, as a transformer has")]
     parts = memory.estimate(shape, plan)
     text = ", ".join(f"{name} {as_text(size)}" for name, size in parts.items() if name != "total" and size)
     what = f"memory a device: {text}; peak {as_text(parts['total'])} of {as_text(available)}"

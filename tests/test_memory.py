@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_preflight import levels, make_trainer
+from test_preflight import levels, make_trainer, whats
 
 import train
 from alpaca import memory, packing, preflight
@@ -217,6 +217,17 @@ def test_an_8_bit_optimizer_is_never_advised_with_fsdp():
         assert not any("8bit" in text and "--fsdp" in text for text in memory.advise(LLAMA_7B, alone, size * GIB))
         sharded = replace(alone, ranks=2, sharded=True)
         assert not any("8bit" in text for text in memory.advise(LLAMA_7B, sharded, size * GIB))
+
+
+def test_a_model_without_attention_heads_gets_no_estimate_and_its_disk_is_checked():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=16, state_size=4, num_hidden_layers=1))
+    shape, plan = Shape.of(model), Plan(batch=1, length=8)
+    assert memory.advise(shape, plan, 0) == []
+    assert whats(check(shape, plan, 0), "note").startswith("memory was not estimated")
+    count = sum(p.numel() for p in model.parameters())
+    assert memory.checkpoint_bytes(shape, plan) == (12 * count, 4 * count)
 
 
 def test_there_is_memory_here():
