@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from alpaca import UserError, launch, memory
-from alpaca.check_tokens import IGNORE_INDEX, check_examples, columns, show_example
+from alpaca.check_tokens import IGNORE_INDEX, check_examples, check_positions, columns, show_example
 from alpaca.findings import Finding, colour_wanted, format_report, gather, lowest, paint, raise_errors
 from alpaca.memory import Plan, Shape, as_text
 from alpaca.packing_check import SelfCheck
@@ -169,6 +169,7 @@ def preflight(
     found = list(earlier) + check_trainer(trainer)
     left_out = getattr(examples, "left_out", ())
     found += check_examples(examples, tokenizer.eos_token_id, rows, tokenizer.model_max_length, left_out=left_out)
+    found += check_positions(trainer.model, int(columns(examples)[1].max(initial=0)))
     if any(finding.level == "error" for finding in gather(found)):
         _finish(gather(found))
     shape, plan = Shape.of(trainer.model), _plan(trainer, examples)

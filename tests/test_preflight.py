@@ -13,7 +13,7 @@ from conftest import ROOT, make_records, torchrun
 
 import train
 from alpaca import UserError, packing_check, preflight
-from alpaca.check_tokens import check_examples, check_tokenizer, mend_merges, show_example
+from alpaca.check_tokens import check_examples, check_positions, check_tokenizer, mend_merges, show_example
 from alpaca.findings import Finding, colour_wanted, format_report, raise_errors
 from alpaca.rehearsal import FOLDER, fingerprint, rehearse
 
@@ -197,6 +197,25 @@ def test_record_numbers_count_those_that_were_left_out_and_at_most_ten_are_liste
     assert "2 records were left out" in whats(findings, "warning") and "(record 1, 3)" in whats(findings)
     assert whats(examined(*[CUT] * 12)).endswith("(record 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, …)")
     assert "(record 9)" in whats(examined(GOOD, CUT, record_numbers=[7, 9]))
+
+
+def test_an_example_beyond_the_learnt_positions_is_an_error_and_beyond_rotary_ones_a_warning():
+    from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, OPTConfig
+
+    common = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small = common | {"max_position_embeddings": 128}
+    opt = OPTConfig(**small, ffn_dim=16, word_embed_proj_dim=16)
+    gpt2 = GPT2Config(**common, n_positions=128)
+    rotary = LlamaConfig(**small, intermediate_size=16), GPTNeoXConfig(**small, intermediate_size=16)
+    for level, config in [("error", opt), ("error", gpt2), *(("warning", config) for config in rotary)]:
+        model = AutoModelForCausalLM.from_config(config)
+        assert check_positions(model, 128) == []
+        [finding] = check_positions(model, 129)
+        assert finding.level == level and "129 tokens, and the model has 128 positions" in finding.what
+        assert finding.cure == "--model_max_length 128"
+        if level == "error":
+            with pytest.raises(IndexError):
+                model(torch.ones(1, 129, dtype=torch.long))
 
 
 def test_no_example_at_all_is_an_error():
@@ -491,6 +510,16 @@ def test_preflight_only_trains_nothing(tiny_llama, tmp_path, capsys):
     run(tiny_llama, tmp_path, "--preflight_only")
     assert "saved, reloaded and resumed" in capsys.readouterr().out
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_model_with_fewer_learnt_positions_than_tokens_stops_a_training(tiny_opt, tmp_path, tokenizer):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(tiny_opt, max_position_embeddings=128)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="the model has 128 positions: --model_max_length 128"):
+        run(tmp_path / "model", tmp_path, "--max_steps", "1", "--skip_save_rehearsal")
 
 
 def test_a_broken_tokenizer_stops_a_training(tiny_llama, tmp_path, tokenizer):
