@@ -57,7 +57,7 @@ def check_trainer(trainer) -> list[Finding]:
         why, cure = "nothing would be learnt", "look at --lora_r and what freezes the model"
         return [*found, Finding("error", "no parameter is trained", why, cure)]
     low = [f"{name} ({str(parameter.dtype)[6:]})" for name, parameter in trained if parameter.dtype != torch.float32]
-    if low:
+    if low and not trainer.is_deepspeed_enabled:  # under --bf16 its optimizer holds the float32 weights
         more = f" and {len(low) - 3} more" if len(low) > 3 else ""
         found.append(
             Finding(
@@ -223,6 +223,7 @@ def _plan(trainer, examples: Sequence[dict]) -> Plan:
         supervised = np.add.reduceat(labels != IGNORE_INDEX, np.cumsum(lengths) - lengths)
         logit_tokens = int(max(supervised[numbers].sum() for numbers in bins) if bins else supervised.max())
     optim = _optim(args)
+    master = 4 if trainer.is_deepspeed_enabled and (args.bf16 or args.fp16) else 0  # its float32 weights
     return Plan(
         batch=args.per_device_train_batch_size,
         length=trainer.processing_class.model_max_length if bins else int(lengths.max()),
@@ -238,7 +239,7 @@ def _plan(trainer, examples: Sequence[dict]) -> Plan:
             or args.gradient_checkpointing
             or (plugin and plugin.activation_checkpointing)
         ),
-        optimizer_bytes=memory.optimizer_bytes(optim),
+        optimizer_bytes=memory.optimizer_bytes(optim) + master,
         foreach=optim == "adamw_torch" and trainer.accelerator.device.type == "cuda",
     )
 

@@ -288,6 +288,14 @@ def test_errors_stop_before_the_rehearsal_and_stand_in_the_report(tiny_llama, tm
     assert "model.norm.weight (bfloat16)" in out and "have no label (record 6)" in out and "resumed" not in out
 
 
+def test_weights_in_bf16_are_no_error_under_deepspeed_whose_optimizer_has_them_in_float32(tiny_llama, tmp_path):
+    trainer = make_trainer(tiny_llama, tmp_path)
+    trainer.model.to(torch.bfloat16)
+    assert "are not float32" in whats(preflight.check_trainer(trainer), "error")
+    trainer.is_deepspeed_enabled = True
+    assert preflight.check_trainer(trainer) == []
+
+
 def test_what_was_found_earlier_stops_too(tiny_llama, tmp_path):
     with pytest.raises(UserError, match="preflight: no: this"):
         preflight.preflight(make_trainer(tiny_llama, tmp_path), [Finding("error", "no", "", "this")])
