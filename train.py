@@ -42,7 +42,7 @@ from alpaca.findings import raise_errors
 from alpaca.inference import load_model, load_tokenizer
 from alpaca.launch import say as _say
 from alpaca.meter import Metered
-from alpaca.preflight import check_precision, preflight
+from alpaca.preflight import check_loading, check_precision, preflight
 from alpaca.resume import check_fits, choose_checkpoint
 from alpaca.saving import ResumableTrainer, SaveFailed
 from alpaca.stop import Stopped
@@ -299,7 +299,11 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
 
     # float32 whatever the checkpoint's type: at a learning rate of 2e-5 most updates are lost in bf16's 8 bits.
     # --bf16 computes in bf16 over float32 weights. LoRA leaves these weights as they are.
-    model = load_base(**(lora.base_options(training_args) if training_args.lora_r else {}))
+    options = lora.base_options(training_args) if training_args.lora_r else {"dtype": torch.float32}
+    if "quantization_config" not in options and not training_args.deepspeed:  # those load a layer at a time
+        findings += check_loading(Path(model_args.model_name_or_path), options["dtype"])
+        raise_errors(findings)
+    model = load_base(**options)
     if training_args.lora_r:
         model = lora.add_adapter(model, training_args)
     if checkpoint:

@@ -38,6 +38,30 @@ def check_precision(bf16: bool) -> list[Finding]:
     ]
 
 
+def check_loading(folder: Path, dtype: torch.dtype) -> list[Finding]:
+    """Whether the whole model fits into the machine's memory once for each process on it. Every rank calls it.
+
+    Args:
+        folder: of the checkpoint.
+        dtype: that it is loaded as.
+    """
+    one, processes = memory.weights_bytes(folder, dtype), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free = lowest(memory.host_free(swap=True))  # of all ranks before any of them loads
+    if one * processes <= free:
+        return []
+    of = f"{processes} processes each load the whole model" if processes > 1 else "the model is loaded"
+    fitting = int(free // one)
+    fewer = f"torchrun --nproc_per_node={fitting}, or " if fitting else ""
+    return [
+        Finding(
+            "error",
+            f"{of} into the machine's memory: {as_text(one * processes)}, of which {as_text(max(0, free))} is free",
+            "the kernel kills a process that takes more, without a word",
+            f"{fewer}a machine (or of its scheduler's job, as by Slurm's --mem) with more memory",
+        )
+    ]
+
+
 def check_trainer(trainer) -> list[Finding]:
     """What was asked for is what the library does: FSDP enabled, full fine-tuning in float32."""
     found = []

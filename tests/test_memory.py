@@ -235,6 +235,41 @@ def test_there_is_memory_here():
     assert 0.05 * GIB < here < 2**50
 
 
+def test_a_control_group_leaves_the_least_of_itself_and_those_above_and_cached_files_are_free(tmp_path):
+    """v2: the job may use 1000, of which 700 are taken, 500 of them by cached files; above it 2000 - 1900 are left."""
+
+    def group(folder, limit, used, cached, names=("memory.max", "memory.current"), prefix=""):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, value in zip((*names, "memory.stat"), (limit, used, None), strict=True):
+            stat = f"{prefix}active_file {cached}\n{prefix}inactive_file 0\nanon 7\n"
+            (folder / name).write_text(stat if value is None else f"{value}\n")
+
+    groups = tmp_path / "groups"
+    groups.write_text("4:cpu,memory:/job\n3:cpu:/other\n0::/slurm/job\n")
+    group(tmp_path, "max", 1, 0)
+    group(tmp_path / "slurm", 2000, 1900, 0)
+    group(tmp_path / "slurm" / "job", 1000, 700, 500)
+    group(tmp_path / "memory" / "job", 600, 100, 50, ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_")
+    assert sorted(memory._control_groups_free(groups, tmp_path)) == [100, 550, 800]
+    assert memory._control_groups_free(tmp_path / "none", tmp_path) == []
+
+
+def test_a_machine_that_cannot_hold_the_model_once_a_process_is_an_error(tiny_llama, monkeypatch):
+    """float32 whatever the file holds; the kernel would end a rank without a word."""
+    weights = sum(p.numel() for p in train.load_model(tiny_llama, torch.float32).parameters())
+    assert memory.weights_bytes(tiny_llama, torch.float32) == 4 * weights
+    assert memory.weights_bytes(tiny_llama, torch.bfloat16) == 2 * weights
+    assert memory.weights_bytes(tiny_llama / "none", torch.float32) == 0
+    assert preflight.check_loading(tiny_llama, torch.float32) == []
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(memory, "host_free", lambda swap=False: 4 * weights * 3 + 1)
+    [finding] = preflight.check_loading(tiny_llama, torch.float32)
+    assert finding.level == "error" and "8 processes each load the whole model" in finding.what
+    assert finding.cure.startswith("torchrun --nproc_per_node=3, or")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert preflight.check_loading(tiny_llama, torch.float32) == []
+
+
 def test_a_disk_that_is_too_small_is_an_error_with_the_limit_that_fits(tmp_path):
     check = preflight.check_disk
     assert levels(check(tmp_path, 30, 10, checkpoints=3, free=100)) == ["note"]

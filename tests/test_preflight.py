@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, make_records, torchrun
 
 import train
-from alpaca import UserError, packing_check, preflight
+from alpaca import UserError, memory, packing_check, preflight
 from alpaca.check_tokens import check_examples, check_positions, check_tokenizer, mend_merges, show_example
 from alpaca.findings import Finding, colour_wanted, format_report, raise_errors
 from alpaca.rehearsal import FOLDER, fingerprint, rehearse
@@ -528,6 +528,13 @@ def test_a_model_with_fewer_learnt_positions_than_tokens_stops_a_training(tiny_o
     tokenizer.save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match="the model has 128 positions: --model_max_length 128"):
         run(tmp_path / "model", tmp_path, "--max_steps", "1", "--skip_save_rehearsal")
+
+
+def test_a_model_that_the_machine_cannot_hold_is_not_loaded(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "host_free", lambda swap=False: 1000)
+    monkeypatch.setattr(train, "load_model", None)
+    with pytest.raises(UserError, match="the model is loaded into the machine's memory: 0.4 MiB, of which 0.0 MiB"):
+        run(tiny_llama, tmp_path)
 
 
 def test_a_broken_tokenizer_stops_a_training(tiny_llama, tmp_path, tokenizer):
