@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from alpaca.findings import Finding, paint
 
@@ -366,28 +364,6 @@ def check_examples(
         what = f"{len(left_out)} records were left out, since their prompt alone fills {longest} (record {listed})"
         found.append(Finding("warning", what, "they teach nothing", f"raise {longest}, or remove these records"))
     return found
-
-
-def check_positions(model, longest: int) -> list[Finding]:
-    """Whether the longest example, in tokens, is within the positions that the model knows.
-
-    Learnt positions (OPT, GPT-2) are rows of an embedding: beyond the last one the lookup fails. Rotary ones are
-    computed, and only unlike what the model has seen.
-    """
-    known = getattr(model.config, "max_position_embeddings", None)
-    if not known or longest <= known:
-        return []
-    words = model.get_input_embeddings()
-    learnt = any(
-        isinstance(module, torch.nn.Embedding) and module is not words and re.search(r"pos|wpe$", name)
-        for name, module in model.named_modules()
-    )
-    what = f"the longest example has {longest} tokens, and the model has {known} positions"
-    cure = f"--model_max_length {known}"
-    if learnt:
-        why = "each is a row of an embedding: the lookup fails (on a GPU as a device-side assert without a cause)"
-        return [Finding("error", what, why, cure)]
-    return [Finding("warning", what, "it was not trained beyond them, and answers worse there", cure)]
 
 
 def show_example(example: dict, tokenizer, colour: bool) -> str:

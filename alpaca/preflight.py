@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,8 +18,9 @@ import numpy as np
 import torch
 
 from alpaca import UserError, launch, memory
-from alpaca.check_tokens import IGNORE_INDEX, check_examples, check_positions, columns, show_example
-from alpaca.findings import Finding, colour_wanted, format_report, gather, lowest, paint, raise_errors
+from alpaca.check_tokens import IGNORE_INDEX, check_examples, columns, show_example
+from alpaca.findings import Finding, colour_wanted, finish, gather, lowest, paint, raise_errors
+from alpaca.launch import say
 from alpaca.memory import Plan, Shape, as_text
 from alpaca.packing_check import SelfCheck
 from alpaca.rehearsal import Rehearsal, folder_bytes, rehearse
@@ -36,6 +38,28 @@ def check_precision(bf16: bool) -> list[Finding]:
             "--fp16 True, or neither",
         )
     ]
+
+
+def check_positions(model, longest: int) -> list[Finding]:
+    """Whether the longest example, in tokens, is within the positions that the model knows.
+
+    Learnt positions (OPT, GPT-2) are rows of an embedding: beyond the last one the lookup fails. Rotary ones are
+    computed, and only unlike what the model has seen.
+    """
+    known = getattr(model.config, "max_position_embeddings", None)
+    if not known or longest <= known:
+        return []
+    words = model.get_input_embeddings()
+    learnt = any(
+        isinstance(module, torch.nn.Embedding) and module is not words and re.search(r"pos|wpe$", name)
+        for name, module in model.named_modules()
+    )
+    what = f"the longest example has {longest} tokens, and the model has {known} positions"
+    cure = f"--model_max_length {known}"
+    if learnt:
+        why = "each is a row of an embedding: the lookup fails (on a GPU as a device-side assert without a cause)"
+        return [Finding("error", what, why, cure)]
+    return [Finding("warning", what, "it was not trained beyond them, and answers worse there", cure)]
 
 
 def check_loading(folder: Path, dtype: torch.dtype) -> list[Finding]:
@@ -194,14 +218,13 @@ def preflight(
     left_out = getattr(examples, "left_out", ())
     found += check_examples(examples, tokenizer.eos_token_id, rows, tokenizer.model_max_length, left_out=left_out)
     found += check_positions(trainer.model, int(columns(examples)[1].max(initial=0)))
-    if any(finding.level == "error" for finding in gather(found)):
-        _finish(gather(found))
+    raise_errors(gather(found))
     shape, plan = Shape.of(trainer.model), _plan(trainer, examples)
     available = lowest(memory.available_bytes(device))
     newer = "activation_checkpointing"  # what newer libraries call it
     flags = memory.advise(shape, plan, available, newer if hasattr(args, newer) else "gradient_checkpointing")
     found = gather(found + check_memory(shape, plan, available, flags) + _disk(trainer, shape, plan))
-    _finish(found)
+    finish(found)
     _show(examples[0], tokenizer)
     if not with_rehearsal:
         return found
@@ -228,7 +251,7 @@ def preflight(
             raise UserError(f"preflight: saving and resuming failed: {first} ({cure})") from e
         later += _told(result)
     later = gather(later)
-    _finish(later)
+    finish(later)
     return found + later
 
 
@@ -301,17 +324,7 @@ def _told(result: Rehearsal) -> list[Finding]:
     return [Finding("note", f"{what}, {result.seconds:.0f} s{peak}")]
 
 
-def _print(text: str) -> None:
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(text, flush=True)
-
-
-def _finish(findings: list[Finding]) -> None:
-    _print(format_report(findings, colour_wanted()))
-    raise_errors(findings)
-
-
 def _show(example: dict, tokenizer) -> None:
     colour = colour_wanted()
     how = "dim: masked, green: learnt" if colour else "learnt is what stands between « and »"
-    _print(f"{paint('example ', '36', colour)} the first one ({how}):\n{show_example(example, tokenizer, colour)}")
+    say(f"{paint('example ', '36', colour)} the first one ({how}):\n{show_example(example, tokenizer, colour)}")

@@ -13,7 +13,7 @@ from conftest import ROOT, make_records, torchrun
 
 import train
 from alpaca import UserError, memory, packing_check, preflight
-from alpaca.check_tokens import check_examples, check_positions, check_tokenizer, mend_merges, show_example
+from alpaca.check_tokens import check_examples, check_tokenizer, mend_merges, show_example
 from alpaca.findings import Finding, colour_wanted, format_report, raise_errors
 from alpaca.rehearsal import FOLDER, fingerprint, rehearse
 
@@ -40,6 +40,15 @@ def test_errors_come_first_and_each_finding_has_what_why_and_cure():
     with pytest.raises(UserError, match=r"^preflight: e: mend it; nothing was trained$"):
         raise_errors(findings)
     raise_errors(findings[:2])
+
+
+def test_errors_before_the_report_bring_it_and_without_one_nothing_is_said(capsys):
+    errors = [Finding("error", "first", "", "a"), Finding("error", "second", "", "b")]
+    raise_errors([Finding("note", "n")])
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match=r"^preflight: first: a \(and 1 more, above\); nothing was trained$"):
+        raise_errors(errors)
+    assert "error    second\n           cure: b" in capsys.readouterr().out
 
 
 def test_there_is_colour_on_a_terminal_alone_and_none_with_no_color(monkeypatch):
@@ -209,8 +218,8 @@ def test_an_example_beyond_the_learnt_positions_is_an_error_and_beyond_rotary_on
     rotary = LlamaConfig(**small, intermediate_size=16), GPTNeoXConfig(**small, intermediate_size=16)
     for level, config in [("error", opt), ("error", gpt2), *(("warning", config) for config in rotary)]:
         model = AutoModelForCausalLM.from_config(config)
-        assert check_positions(model, 128) == []
-        [finding] = check_positions(model, 129)
+        assert preflight.check_positions(model, 128) == []
+        [finding] = preflight.check_positions(model, 129)
         assert finding.level == level and "129 tokens, and the model has 128 positions" in finding.what
         assert finding.cure == "--model_max_length 128"
         if level == "error":
