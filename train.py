@@ -36,7 +36,7 @@ import torch
 import transformers
 
 import utils
-from alpaca import UserError, check_tokens, cli, launch, lora, packing, packing_check, receipt
+from alpaca import RankError, UserError, check_tokens, cli, launch, lora, packing, packing_check, receipt
 from alpaca.checkpoint import check_model_folder, check_writable
 from alpaca.findings import raise_errors
 from alpaca.inference import load_model, load_tokenizer
@@ -376,7 +376,8 @@ def main() -> None:
         _say(str(e))
     except UserError as e:
         # Under torchrun each process finds the same error; one on each node says it. A full disk is found by one.
-        sys.exit(f"error: {e}" if int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(e, SaveFailed) else 1)
+        here = int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(e, (SaveFailed, RankError))
+        sys.exit(f"error: {e}" if here else 1)
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as e:

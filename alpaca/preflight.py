@@ -11,19 +11,21 @@ import math
 import os
 import re
 import shutil
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from alpaca import UserError, launch, memory
+from alpaca import RankError, launch, memory
 from alpaca.check_tokens import IGNORE_INDEX, check_examples, columns, show_example
 from alpaca.findings import Finding, colour_wanted, finish, gather, lowest, paint, raise_errors
 from alpaca.launch import say
 from alpaca.memory import Plan, Shape, as_text
 from alpaca.packing_check import SelfCheck
 from alpaca.rehearsal import Rehearsal, folder_bytes, rehearse
+from alpaca.saving import _is_failed_write
 
 
 def check_precision(bf16: bool) -> list[Finding]:
@@ -244,11 +246,15 @@ def preflight(
             result = rehearse(trainer, args.output_dir, save_whole_model, check_attention if self_check else None)
         except torch.OutOfMemoryError as e:
             cure = "; ".join(flags) or "a smaller --per_device_train_batch_size or --model_max_length"
-            raise UserError(f"preflight: the first step ran out of memory: one of {cure}; nothing was trained") from e
-        except RuntimeError as e:  # among them torch.save on a full disk
+            raise RankError(f"preflight: the first step ran out of memory: one of {cure}; nothing was trained") from e
+        except RuntimeError as e:
             first = (str(e).strip() or type(e).__name__).splitlines()[0]
-            cure = "is the disk full? --skip_save_rehearsal goes on without"
-            raise UserError(f"preflight: saving and resuming failed: {first} ({cure})") from e
+            hint = "--skip_save_rehearsal goes on without"
+            if _is_failed_write(e, traceback.extract_tb(e.__traceback__)):
+                hint = f"is the disk full? {hint}"
+            elif re.search(r"connection (closed|reset)|remote process", str(e), re.IGNORECASE):
+                hint = "another process of the run has ended: its own message says why"
+            raise RankError(f"preflight: saving and resuming failed: {first} ({hint})") from e
         later += _told(result)
     later = gather(later)
     finish(later)

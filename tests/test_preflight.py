@@ -6,13 +6,14 @@ import copy
 import importlib.util
 import json
 import os
+import re
 
 import pytest
 import torch
 from conftest import ROOT, make_records, torchrun
 
 import train
-from alpaca import UserError, memory, packing_check, preflight
+from alpaca import RankError, UserError, memory, packing_check, preflight
 from alpaca.check_tokens import check_examples, check_tokenizer, mend_merges, show_example
 from alpaca.findings import Finding, colour_wanted, format_report, raise_errors
 from alpaca.rehearsal import FOLDER, fingerprint, rehearse
@@ -463,13 +464,43 @@ def test_an_optimizer_that_moves_at_learning_rate_zero_is_found(tiny_llama, tmp_
 
 
 def test_a_failing_write_is_one_line_and_leaves_nothing(tiny_llama, tmp_path, monkeypatch):
-    def full(*args, **kwargs):
-        raise RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed")
+    save = torch.save
+
+    def full(obj, file, *args, **kwargs):
+        save(obj, "/dev/full", *args, **kwargs)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match="saving and resuming failed: PytorchStreamWriter.*is the disk full"):
+    with pytest.raises(UserError, match="could not be saved in .*: free some|failed: .*PytorchStreamWriter.*disk full"):
         preflight.preflight(make_trainer(tiny_llama, tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_that_is_no_failed_write_does_not_blame_the_disk(tiny_llama, tmp_path, monkeypatch):
+    def fail(*args):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(preflight, "rehearse", fail)
+    for message, hint in [
+        ("[x.cc:123] Connection closed by peer [127.0.0.1]:1", "another process of the run has ended"),
+        ("shape mismatch", "--skip_save_rehearsal goes on without"),
+    ]:
+        with pytest.raises(RankError, match=rf"{re.escape(message)} \({hint}"):
+            preflight.preflight(make_trainer(tiny_llama, tmp_path))
+
+
+def test_a_rank_that_alone_runs_out_of_memory_says_so_itself(tiny_llama, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import os, sys, torch\nsys.path.insert(0, {str(ROOT)!r})\nimport train\nfrom alpaca import preflight\n"
+        "def fail(*args):\n    raise torch.OutOfMemoryError('CUDA out of memory')\n"
+        "if os.environ['RANK'] == '1':\n    preflight.rehearse = fail\ntrain.main()\n"
+    )
+    (tmp_path / "data.json").write_text(json.dumps(make_records(8)))
+    argv = ["--model_name_or_path", tiny_llama, "--data_path", tmp_path / "data.json", "--output_dir", tmp_path / "out"]
+    result = torchrun(2, script, *argv, "--max_steps", 1, "--report_to", "none")
+    assert result.returncode != 0
+    assert "error: preflight: the first step ran out of memory: one of" in result.stderr
+    assert "disk full" not in result.stderr
 
 
 def test_a_fingerprint_changes_with_any_bit_and_any_order():
