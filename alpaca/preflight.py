@@ -175,6 +175,19 @@ def check_disk(output_dir: Path, checkpoint: int, final: int, checkpoints: int, 
     return [Finding("error", what, "a save would fail in the middle of the run", cure)]
 
 
+def check_stop(step: float, save: float) -> list[Finding]:
+    """Whether torchrun, asked to stop, lets a step and a save (seconds) end: after 30 s it kills its processes."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not save:
+        return []
+    name = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torch.distributed.launcher.api.LaunchConfig
+    limit, needed = float(os.environ.get(name) or 30), 2 * (step + save)  # twice: disks are slower when busy
+    if limit >= needed:
+        return []
+    what = f"a step and a save take {step + save:.0f} s; torchrun kills its processes {limit:.0f} s after a SIGTERM"
+    why = "the checkpoint that a stopped run writes would be lost"
+    return [Finding("warning", what, why, f"start with {name}={max(600, math.ceil(needed))} in the environment")]
+
+
 def check_packing(self_check: SelfCheck) -> list[Finding]:
     """What alpaca.packing_check.SelfCheck has measured: a warning where packed examples differ from the same alone."""
     if self_check.reason:
@@ -255,7 +268,10 @@ def preflight(
             elif re.search(r"connection (closed|reset)|remote process", str(e), re.IGNORECASE):
                 hint = "another process of the run has ended: its own message says why"
             raise RankError(f"preflight: saving and resuming failed: {first} ({hint})") from e
-        later += _told(result)
+        batches = args.gradient_accumulation_steps / min(2, args.gradient_accumulation_steps)
+        # of the slowest rank, so that each says the same
+        step, save = -lowest(-result.step_seconds * batches), -lowest(-result.save_seconds)
+        later += _told(result) + check_stop(step, save)
     later = gather(later)
     finish(later)
     return found + later

@@ -371,6 +371,7 @@ def test_training_after_a_rehearsal_equals_training_without_it_bit_for_bit(tiny_
     state = torch.get_rng_state()
     result = rehearse(rehearsed, tmp_path / "rehearsed")
     assert result.faults == [] and result.loss == result.resumed_loss
+    assert 0 < result.save_seconds < result.seconds and 0 < result.step_seconds < result.seconds
     assert vars(rehearsed) == before
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(weights[name], p) for name, p in rehearsed.model.named_parameters())
@@ -501,6 +502,19 @@ def test_a_rank_that_alone_runs_out_of_memory_says_so_itself(tiny_llama, tmp_pat
     assert result.returncode != 0
     assert "error: preflight: the first step ran out of memory: one of" in result.stderr
     assert "disk full" not in result.stderr
+
+
+def test_a_save_that_takes_longer_than_torchrun_waits_is_a_warning(monkeypatch):
+    for name in ("TORCHELASTIC_RUN_ID", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        monkeypatch.delenv(name, raising=False)
+    assert preflight.check_stop(10, 60) == []  # no torchrun
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert preflight.check_stop(5, 10) == [] and preflight.check_stop(100, 0) == []  # 0: nothing is saved
+    [finding] = preflight.check_stop(5, 11)
+    assert finding.level == "warning" and "take 16 s; torchrun kills its processes 30 s after" in finding.what
+    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600" in finding.cure
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    assert preflight.check_stop(5, 295) == [] and "=1002 " in preflight.check_stop(1, 500)[0].cure
 
 
 def test_a_fingerprint_changes_with_any_bit_and_any_order():
