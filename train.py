@@ -47,7 +47,7 @@ from alpaca.resume import check_fits, choose_checkpoint
 from alpaca.saving import ResumableTrainer, SaveFailed
 from alpaca.stop import Stopped
 from alpaca.template import chat_template
-from alpaca.tokens import IGNORE_INDEX, SupervisedDataset, preprocess  # noqa: F401  (the original has them here)
+from alpaca.tokens import IGNORE_INDEX, Records, SupervisedDataset, preprocess  # noqa: F401  (the original has them here)
 
 # What a LLaMA tokenizer calls them. A missing one may be None or "" (some conversions of LLaMA have "").
 DEFAULT_PAD_TOKEN, DEFAULT_EOS_TOKEN, DEFAULT_BOS_TOKEN, DEFAULT_UNK_TOKEN = "[PAD]", "</s>", "<s>", "<unk>"
@@ -194,10 +194,8 @@ def load_data(data_args: DataArguments, seed: int) -> tuple[list[dict], list[dic
     if data_args.eval_fraction and not held_out:
         raise UserError(f"--eval_fraction {data_args.eval_fraction} of {len(records)} records is none: raise it")
     chosen = set(random.Random(seed).sample(range(len(records)), held_out))
-    return (
-        [record for i, record in enumerate(records) if i not in chosen],
-        [record for i, record in enumerate(records) if i in chosen],
-    )
+    numbers = [[i for i in range(len(records)) if (i in chosen) == out] for out in (False, True)]
+    return tuple(Records([records[i] for i in part], [i + 1 for i in part]) for part in numbers)
 
 
 def make_batches(model, dataset, pad_token_id: int, data_args: DataArguments, training_args: TrainingArguments):

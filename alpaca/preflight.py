@@ -214,7 +214,7 @@ def preflight(
     Args:
         trainer: before its ``train()``; its processing_class is the tokenizer, its train_dataset a sequence of
             {"input_ids", "labels"}, or of lists of them with that sequence as ``dataset``. The sequence may have
-            ``left_out``, as for check_examples.
+            ``numbers`` and ``left_out``, as for check_examples (record_numbers, left_out).
         earlier: what was found before there was a trainer (check_precision, mend_merges, check_tokenizer).
         self_check: of packed examples against the same alone; called as the rehearsal begins. None: they are padded.
         save_whole_model: the last save, as for rehearse.
@@ -230,8 +230,8 @@ def preflight(
     rows = launch.rows(trainer.model.get_input_embeddings().weight)
     examples = getattr(trainer.train_dataset, "dataset", trainer.train_dataset)
     found = list(earlier) + check_trainer(trainer)
-    left_out = getattr(examples, "left_out", ())
-    found += check_examples(examples, tokenizer.eos_token_id, rows, tokenizer.model_max_length, left_out=left_out)
+    numbers, left_out = getattr(examples, "numbers", None), getattr(examples, "left_out", ())
+    found += check_examples(examples, tokenizer.eos_token_id, rows, tokenizer.model_max_length, numbers, left_out)
     found += check_positions(trainer.model, int(columns(examples)[1].max(initial=0)))
     raise_errors(gather(found))
     shape, plan = Shape.of(trainer.model), _plan(trainer, examples)

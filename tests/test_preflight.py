@@ -591,6 +591,23 @@ def test_a_model_that_the_machine_cannot_hold_is_not_loaded(tiny_llama, tmp_path
         run(tiny_llama, tmp_path)
 
 
+def test_with_held_out_records_the_numbers_listed_are_those_of_the_file(tiny_llama, tmp_path, capsys):
+    """Of 24 records, the longest answer is cut and the longest prompt left out; 6 others are held out."""
+    records = make_records(24)
+    records[17]["output"], records[21]["instruction"] = "many words " * 400, "many words " * 400
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    argv = ["--model_name_or_path", tiny_llama, "--data_path", tmp_path / "data.json", "--output_dir", tmp_path / "out"]
+    flags = ("--eval_fraction", "0.25", "--preflight_only", "--skip_save_rehearsal", "--report_to", "none")
+    args = train.parse_args([*map(str, argv), *flags])
+    kept, _ = train.load_data(args[1], args[2].seed)
+    assert {18, 22} <= set(kept.numbers) and len(kept.numbers) == 18  # else another seed
+    assert kept == [records[number - 1] for number in kept.numbers] and kept.numbers != list(range(1, 19))
+    train.train(*args)
+    out = capsys.readouterr().out
+    assert "1 of 17 examples do not fit in 512 tokens and were cut (record 18)" in out
+    assert "--model_max_length 512 (record 22)" in out
+
+
 def test_a_broken_tokenizer_stops_a_training(tiny_llama, tmp_path, tokenizer):
     from transformers import AutoModelForCausalLM
 
