@@ -228,6 +228,26 @@ def test_an_example_beyond_the_learnt_positions_is_an_error_and_beyond_rotary_on
                 model(torch.ones(1, 129, dtype=torch.long))
 
 
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma"])
+def test_the_difference_of_two_models_is_an_error_and_neither_of_them_is(family, tiny_llama, tiny_opt):
+    from transformers import AutoModelForCausalLM, Gemma2Config
+
+    common = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
+    if family == "gemma":  # its norms are 0 before training
+        model = AutoModelForCausalLM.from_config(Gemma2Config(**common, num_key_value_heads=1, intermediate_size=16))
+    else:
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama if family == "llama" else tiny_opt)
+    tuned = copy.deepcopy(model)
+    assert preflight.check_difference(model) == []
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter += 2e-5 * torch.randint(-20, 21, parameter.shape)  # 20 steps of AdamW each way
+        assert preflight.check_difference(tuned) == []
+        for parameter, raw in zip(tuned.parameters(), model.parameters(), strict=True):
+            parameter -= raw
+    assert "all weights are near 0" in whats(preflight.check_difference(tuned), "error")
+
+
 def test_no_example_at_all_is_an_error():
     assert "no example is left" in whats(examined(), "error")
 
