@@ -36,19 +36,19 @@ import torch
 import transformers
 
 import utils
-from alpaca import UserError, check_tokens, cli, launch, lora, packing, packing_check, receipt
+from alpaca import RankError, UserError, check_tokens, cli, launch, lora, packing, packing_check, receipt
 from alpaca.checkpoint import check_model_folder, check_writable
 from alpaca.findings import raise_errors
 from alpaca.held_out import HeldOutLoss
 from alpaca.inference import load_model, load_tokenizer
 from alpaca.launch import say as _say
 from alpaca.meter import Metered
-from alpaca.preflight import check_precision, preflight
+from alpaca.preflight import check_loading, check_precision, preflight
 from alpaca.resume import check_fits, choose_checkpoint
 from alpaca.saving import ResumableTrainer, SaveFailed
 from alpaca.stop import Stopped
 from alpaca.template import chat_template
-from alpaca.tokens import IGNORE_INDEX, SupervisedDataset, preprocess  # noqa: F401  (the original has them here)
+from alpaca.tokens import IGNORE_INDEX, Records, SupervisedDataset, preprocess  # noqa: F401  (the original has them here)
 
 # What a LLaMA tokenizer calls them. A missing one may be None or "" (some conversions of LLaMA have "").
 DEFAULT_PAD_TOKEN, DEFAULT_EOS_TOKEN, DEFAULT_BOS_TOKEN, DEFAULT_UNK_TOKEN = "[PAD]", "</s>", "<s>", "<unk>"
@@ -197,10 +197,8 @@ def load_data(data_args: DataArguments, seed: int) -> tuple[list[dict], list[dic
     if data_args.eval_fraction and not held_out:
         raise UserError(f"--eval_fraction {data_args.eval_fraction} of {len(records)} records is none: raise it")
     chosen = set(random.Random(seed).sample(range(len(records)), held_out))
-    return (
-        [record for i, record in enumerate(records) if i not in chosen],
-        [record for i, record in enumerate(records) if i in chosen],
-    )
+    numbers = [[i for i in range(len(records)) if (i in chosen) == out] for out in (False, True)]
+    return tuple(Records([records[i] for i in part], [i + 1 for i in part]) for part in numbers)
 
 
 def make_batches(model, dataset, pad_token_id: int, data_args: DataArguments, training_args: TrainingArguments):
@@ -306,7 +304,11 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
 
     # float32 whatever the checkpoint's type: at a learning rate of 2e-5 most updates are lost in bf16's 8 bits.
     # --bf16 computes in bf16 over float32 weights. LoRA leaves these weights as they are.
-    model = load_base(**(lora.base_options(training_args) if training_args.lora_r else {}))
+    options = lora.base_options(training_args) if training_args.lora_r else {"dtype": torch.float32}
+    if "quantization_config" not in options and not training_args.deepspeed:  # those load a layer at a time
+        findings += check_loading(Path(model_args.model_name_or_path), options["dtype"])
+        raise_errors(findings)
+    model = load_base(**options)
     if training_args.lora_r:
         model = lora.add_adapter(model, training_args)
     if checkpoint:
@@ -381,7 +383,8 @@ def main() -> None:
         _say(str(e))
     except UserError as e:
         # Under torchrun each process finds the same error; one on each node says it. A full disk is found by one.
-        sys.exit(f"error: {e}" if int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(e, SaveFailed) else 1)
+        here = int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(e, (SaveFailed, RankError))
+        sys.exit(f"error: {e}" if here else 1)
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as e:

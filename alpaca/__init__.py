@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The scripts print it as ``error: …`` and exit with code 1 (utils.run_cli); a library caller can catch it.
     """
+
+
+class RankError(UserError):
+    """Met by this process, maybe by no other of the run: it says so itself, whichever it is."""

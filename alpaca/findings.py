@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from alpaca import UserError
@@ -66,12 +66,24 @@ def format_report(findings: Iterable[Finding], colour: bool = False) -> str:
     return "\n".join(lines)
 
 
-def raise_errors(findings: Iterable[Finding]) -> None:
-    """UserError of one line when there are errors: the first one, and how many more the report names."""
+def finish(findings: Sequence[Finding]) -> None:
+    """Prints the report on rank 0.
+
+    Raises:
+        UserError: there are errors; it is one line with the first one, and how many more the report names.
+    """
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(format_report(findings, colour_wanted()), flush=True)
     errors = [finding for finding in findings if finding.level == "error"]
     if errors:
         more = f" (and {len(errors) - 1} more, above)" if len(errors) > 1 else ""
         raise UserError(f"preflight: {errors[0].what}: {errors[0].cure}{more}; nothing was trained")
+
+
+def raise_errors(findings: Sequence[Finding]) -> None:
+    """Before all is known: ends with the report so far where it has an error, and says nothing where it has none."""
+    if any(finding.level == "error" for finding in findings):
+        finish(findings)
 
 
 def lowest(value: float) -> float:

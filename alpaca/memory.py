@@ -10,11 +10,15 @@ factor of 1.5 (tests/test_preflight.py holds it to that).
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+
+from alpaca import UserError
+from alpaca.checkpoint import CheckpointReader
 
 GIB = 2**30
 
@@ -43,24 +47,29 @@ class Shape:
 
     @classmethod
     def of(cls, model) -> Shape:
-        """From a model before it is sharded."""
+        """From a model before FSDP shards it; DeepSpeed's ZeRO-3 and bitsandbytes may have taken it apart already."""
         config, parameters = model.config, list(model.parameters())
-        heads = config.num_attention_heads
+        heads = getattr(config, "num_attention_heads", None) or 0  # none: Mamba
         return cls(
-            parameters=sum(p.numel() for p in parameters),
-            trainable=sum(p.numel() for p in parameters if p.requires_grad),
-            parameter_bytes=sum(p.numel() * p.element_size() for p in parameters),
-            layers=config.num_hidden_layers,
+            parameters=sum(_elements(p) for p in parameters),
+            trainable=sum(_elements(p) for p in parameters if p.requires_grad),
+            parameter_bytes=sum(_bytes(p) for p in parameters),
+            layers=getattr(config, "num_hidden_layers", 0),
             hidden=config.hidden_size,
             intermediate=getattr(config, "intermediate_size", None)
             or getattr(config, "ffn_dim", 4 * config.hidden_size),
             heads=heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // max(1, heads),
             vocabulary=config.vocab_size,
             gated=any(name.endswith("gate_proj") for name, _ in model.named_modules()),
-            tied=bool(config.tie_word_embeddings),
+            tied=bool(getattr(config, "tie_word_embeddings", False)),
         )
+
+    @property
+    def known(self) -> bool:
+        """Whether it is a transformer, whose activations can be estimated."""
+        return bool(self.layers and self.heads)
 
     @property
     def embedding(self) -> int:
@@ -79,15 +88,32 @@ class Shape:
         return self.layers * r * sum(a + b for a, b in maps)
 
 
+def _elements(parameter: torch.Tensor) -> int:
+    """Of the whole parameter: numel() of one that ZeRO-3 has partitioned is 0, and bitsandbytes packs two in a byte."""
+    if (packed := getattr(parameter, "quant_state", None)) is not None:
+        return packed.shape.numel()
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def _bytes(parameter: torch.Tensor) -> int:
+    """What it takes, the scales of 4-bit blocks (and theirs, if they are quantised too) included."""
+    if (packed := getattr(parameter, "quant_state", None)) is not None:
+        scales = [packed.absmax, *([packed.state2.absmax] if packed.nested else [])]
+        return parameter.nbytes + sum(tensor.nbytes for tensor in scales)
+    return _elements(parameter) * parameter.element_size()
+
+
 @dataclass(frozen=True)
 class Plan:
     """How it is to be trained."""
 
     batch: int  # examples a device and forward pass
     length: int  # tokens of the longest example
-    logit_tokens: int | None = None  # positions an example whose logits are computed; None: all of them
+    logit_tokens: int | None = None  # the most positions of an example whose logits are computed; None: all of them
     ranks: int = 1
+    accumulation: int = 1  # batches a step
     sharded: bool = False  # over the ranks: FSDP full_shard, ZeRO-3
+    sync_each_batch: bool = False  # gradients are reduced after each batch: accelerate's option, and what ZeRO-3 does
     offloaded: bool = False  # parameters, gradients and optimizer states are in CPU memory
     bf16: bool = False
     checkpointing: bool = False
@@ -129,7 +155,10 @@ def estimate(shape: Shape, plan: Plan) -> dict[str, int]:
     """Bytes on each device, by what holds them; "total" is the peak.
 
     - parameters as stored, gradients 4 bytes and optimizer states a trainable parameter, divided by the ranks when
-      sharded (Rajbhandari et al., "ZeRO", 2020, section 5).
+      sharded (Rajbhandari et al., "ZeRO", 2020, section 5). While FSDP accumulates gradients over several batches,
+      each device holds all of them, whole (torch's unsharded_accumulated_grad).
+    - gradient buckets: DistributedDataParallel keeps a second copy of the gradients, in which it reduces them (its
+      gradient_as_bucket_view is off, and neither accelerate nor transformers switches it on).
     - working copies: under autocast a bf16 copy of each weight lives until the backward pass; sharded, the output
       embedding, two layers (one is fetched ahead) and a layer's unreduced gradients are whole.
     - logits: float32 logits, their log-softmax and its gradient, 12 bytes a position and vocabulary entry, and the
@@ -142,6 +171,10 @@ def estimate(shape: Shape, plan: Plan) -> dict[str, int]:
         "gradients": 4 * shape.trainable // share,
         "optimizer": int(plan.optimizer_bytes * shape.trainable) // share,
     }
+    if plan.sharded and plan.accumulation > 1 and not plan.sync_each_batch:
+        parts["gradients"] = 4 * shape.trainable
+    if plan.ranks > 1 and not plan.sharded:
+        parts["gradient buckets"] = 4 * shape.trainable
     if plan.sharded:
         parts["working copies"] = c * (shape.embedding + 2 * shape.layer) + 4 * shape.layer
     else:
@@ -153,10 +186,17 @@ def estimate(shape: Shape, plan: Plan) -> dict[str, int]:
     parts["activations"] = tokens * (layers + after)
     positions = plan.batch * (plan.length if plan.logit_tokens is None else plan.logit_tokens)
     parts["logits"] = positions * shape.vocabulary * (12 + (2 if plan.bf16 else 0))
-    fixed = 0 if plan.offloaded else parts["parameters"] + parts["gradients"] + parts["optimizer"]
     stepping = 4 * shape.trainable // share if plan.foreach and not plan.offloaded else 0
-    parts["total"] = fixed + max(parts["working copies"] + parts["activations"] + parts["logits"], stepping)
+    in_passing = max(parts["working copies"] + parts["activations"] + parts["logits"], stepping)
+    parts["total"] = certain_bytes(parts, plan) + in_passing
     return parts
+
+
+def certain_bytes(parts: dict[str, int], plan: Plan) -> int:
+    """Of an estimate what is no estimate: parameters, gradients and optimizer states on the device."""
+    if plan.offloaded:  # but for gradients that are accumulated whole
+        return parts["gradients"] if plan.accumulation > 1 and not plan.sync_each_batch else 0
+    return sum(parts.get(name, 0) for name in ("parameters", "gradients", "gradient buckets", "optimizer"))
 
 
 def available_bytes(device: torch.device) -> int:
@@ -168,17 +208,51 @@ def available_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
     here, processes = _held_here(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    limits = []
+    return here + max(0, host_free()) // processes
+
+
+def host_free(swap: bool = False) -> int:
+    """Bytes that the processes of this machine can still take, within its memory and their control groups' limits.
+
+    Args:
+        swap: whether to count free swap space.
+    """
+    limits = _control_groups_free()
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        limits.append(int(fields["MemAvailable"].split()[0]) * 1024)
+        names = ("MemAvailable", "SwapFree") if swap else ("MemAvailable",)
+        limits.append(sum(int(fields[name].split()[0]) * 1024 for name in names))
     elif "SC_PHYS_PAGES" in os.sysconf_names:
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - here)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
-        limits.append(int(limit.read_text()) - int(used.read_text()))
-    return here + max(0, min(limits)) // processes if limits else 2**62
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - _held_here())
+    return min(limits, default=2**62)
+
+
+def _control_groups_free(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """What each control group of this process (v1 or v2) leaves of its limit, and those above it.
+
+    Cached files count as free: the kernel drops them first.
+    """
+    found = []
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top, limit, used, prefix = root, "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):
+            top, limit, used, prefix = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+        else:
+            continue
+        steps = path.strip("/").split("/")
+        for i in range(len(steps) + 1):  # in a container the path may be the host's, and the top the group itself
+            folder = top.joinpath(*steps[:i])
+            try:
+                most, taken = int((folder / limit).read_text()), int((folder / used).read_text())
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):  # no such group, or "max"
+                continue
+            cached = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+            found.append(most - taken + cached)
+    return found
 
 
 def _held_here() -> int:
@@ -186,24 +260,33 @@ def _held_here() -> int:
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
-@dataclass(frozen=True)
-class Advice:
-    """What the flags of an advice are made of."""
+def weights_bytes(folder: Path, dtype: torch.dtype) -> int:
+    """Of a checkpoint's weights, loaded as that type; 0 where they cannot be counted (whoever loads them says why)."""
+    try:
+        reader = CheckpointReader(folder)
+        return sum(math.prod(reader.spec(name)[1]) for name in reader.names()) * dtype.itemsize
+    except (UserError, OSError):
+        return 0
 
-    checkpointing_flag: str = "gradient_checkpointing"  # newer libraries call it activation_checkpointing
-    accumulation: int = 1
+
+SYNC = """--accelerator_config '{"gradient_accumulation_kwargs": {"sync_each_batch": true}}'"""
 
 
-def advise(shape: Shape, plan: Plan, available: int, advice: Advice) -> list[str]:
+def advise(shape: Shape, plan: Plan, available: int, checkpointing_flag: str = "gradient_checkpointing") -> list[str]:
     """Flags that would make the plan fit, by trying them in the estimate: up to three sets, the smallest first."""
+    if not shape.known:
+        return []
     options: list[tuple[str, dict, dict]] = []  # flags, what they change in the plan, in the shape
     if not plan.checkpointing:
-        options.append((f"--{advice.checkpointing_flag} True", {"checkpointing": True}, {}))
+        options.append((f"--{checkpointing_flag} True", {"checkpointing": True}, {}))
     if plan.batch > 1:
-        smaller = f"--per_device_train_batch_size 1 --gradient_accumulation_steps {plan.batch * advice.accumulation}"
-        options.append((smaller, {"batch": 1}, {}))
+        more = plan.batch * plan.accumulation
+        smaller = f"--per_device_train_batch_size 1 --gradient_accumulation_steps {more}"
+        options.append((smaller, {"batch": 1, "accumulation": more}, {}))
+    if not plan.sync_each_batch:
+        options.append((SYNC, {"sync_each_batch": True}, {}))
     full = shape.trainable == shape.parameters
-    if plan.optimizer_bytes > 2:
+    if plan.optimizer_bytes > 2 and not plan.sharded:
         options.append(("--optim adamw_8bit", {"optimizer_bytes": 2, "foreach": False}, {}))
     for ranks in (2, 4, 8, 16, 32, 64):
         if ranks > (plan.ranks if plan.sharded else 1):
@@ -217,16 +300,18 @@ def advise(shape: Shape, plan: Plan, available: int, advice: Advice) -> list[str
     chosen: list[tuple[set, str]] = []
     for size in (1, 2, 3):
         for combination in itertools.combinations(options, size):
-            kinds = [flags.split()[0] for flags, _, _ in combination]
+            kinds = [flags if flags == SYNC else flags.split()[0] for flags, _, _ in combination]
             if len(set(kinds)) < size or {"--fsdp", "--lora_r"} <= set(kinds) and "4bit" in str(combination):
                 continue  # one of a kind; 4-bit weights are not sharded
-            if "--lora_r" in kinds and "--optim" in kinds:
-                continue  # the optimizer of an adapter is small already
+            if "--optim" in kinds and {"--lora_r", "--fsdp"} & set(kinds):
+                continue  # an adapter's optimizer is small already; bitsandbytes cannot be sharded
             if any(earlier <= set(kinds) for earlier, _ in chosen):
                 continue  # a smaller set does it
             new_plan, new_shape = plan, shape
             for _, in_plan, in_shape in combination:
                 new_plan, new_shape = replace(new_plan, **in_plan), replace(new_shape, **in_shape)
+            if SYNC in kinds and not (new_plan.sharded and new_plan.accumulation > 1):
+                continue  # it would change nothing
             total = estimate(new_shape, new_plan)["total"]
             if total <= available:
                 text = " ".join(flags for flags, _, _ in combination)

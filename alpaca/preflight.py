@@ -6,21 +6,26 @@ the run, warnings do not.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
+import re
 import shutil
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from alpaca import UserError, launch, memory
+from alpaca import RankError, launch, memory
 from alpaca.check_tokens import IGNORE_INDEX, check_examples, columns, show_example
-from alpaca.findings import Finding, colour_wanted, format_report, gather, lowest, paint, raise_errors
+from alpaca.findings import Finding, colour_wanted, finish, gather, lowest, paint, raise_errors
+from alpaca.launch import say
 from alpaca.memory import Plan, Shape, as_text
 from alpaca.packing_check import SelfCheck
-from alpaca.rehearsal import Rehearsal, folder_bytes, rehearse
+from alpaca.rehearsal import FOLDER, Rehearsal, folder_bytes, rehearse
+from alpaca.saving import STAGING, _is_failed_write
 
 
 def check_precision(bf16: bool) -> list[Finding]:
@@ -37,6 +42,76 @@ def check_precision(bf16: bool) -> list[Finding]:
     ]
 
 
+def check_difference(model) -> list[Finding]:
+    """Whether the weights look like the difference of two models, as Alpaca's were released: all of them near 0.
+
+    A model's norms are of order 0.1 to 10 (SmolLM2: 0.3 to 3.3; 1 before training), or 0 and more where they are added
+    to 1 (Gemma); its embeddings are of order 0.01 to 0.1. Fine-tuning at a learning rate of 2e-5 moves either by 1e-3
+    at most.
+    """
+    weights = [
+        module.weight
+        for module in model.modules()
+        if "norm" in type(module).__name__.lower() and getattr(module, "weight", None) is not None
+    ]
+    words = model.get_input_embeddings().weight
+    if not weights or 0 in (words.numel(), *(weight.numel() for weight in weights)):  # none, or ZeRO-3 has them apart
+        return []
+    with torch.no_grad():
+        norm, word = max(float(weight.abs().max()) for weight in weights), float(words.float().abs().mean())
+    if norm > 0.1 or word > 2e-3:
+        return []
+    what = f"all weights are near 0 (norms below {norm:.1g}, embeddings {word:.1g} on average)"
+    cure = "recover the model first (python weight_diff.py recover --help)"
+    return [Finding("error", what, "it looks like a weight diff, from which nothing can be learnt", cure)]
+
+
+def check_positions(model, longest: int) -> list[Finding]:
+    """Whether the longest example, in tokens, is within the positions that the model knows.
+
+    Learnt positions (OPT, GPT-2) are rows of an embedding: beyond the last one the lookup fails. Rotary ones are
+    computed, and only unlike what the model has seen.
+    """
+    known = getattr(model.config, "max_position_embeddings", None)
+    if not known or longest <= known:
+        return []
+    words = model.get_input_embeddings()
+    learnt = any(
+        isinstance(module, torch.nn.Embedding) and module is not words and re.search(r"pos|wpe$", name)
+        for name, module in model.named_modules()
+    )
+    what = f"the longest example has {longest} tokens, and the model has {known} positions"
+    cure = f"--model_max_length {known}"
+    if learnt:
+        why = "each is a row of an embedding: the lookup fails (on a GPU as a device-side assert without a cause)"
+        return [Finding("error", what, why, cure)]
+    return [Finding("warning", what, "it was not trained beyond them, and answers worse there", cure)]
+
+
+def check_loading(folder: Path, dtype: torch.dtype) -> list[Finding]:
+    """Whether the whole model fits into the machine's memory once for each process on it. Every rank calls it.
+
+    Args:
+        folder: of the checkpoint.
+        dtype: that it is loaded as.
+    """
+    one, processes = memory.weights_bytes(folder, dtype), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free = lowest(memory.host_free(swap=True))  # of all ranks before any of them loads
+    if one * processes <= free:
+        return []
+    of = f"{processes} processes each load the whole model" if processes > 1 else "the model is loaded"
+    fitting = int(free // one)
+    fewer = f"torchrun --nproc_per_node={fitting}, or " if fitting else ""
+    return [
+        Finding(
+            "error",
+            f"{of} into the machine's memory: {as_text(one * processes)}, of which {as_text(max(0, free))} is free",
+            "the kernel kills a process that takes more, without a word",
+            f"{fewer}a machine (or of its scheduler's job, as by Slurm's --mem) with more memory",
+        )
+    ]
+
+
 def check_trainer(trainer) -> list[Finding]:
     """What was asked for is what the library does: FSDP enabled, full fine-tuning in float32."""
     found = []
@@ -49,13 +124,14 @@ def check_trainer(trainer) -> list[Finding]:
                 "start with torchrun --nproc_per_node=N (N > 1), or drop --fsdp",
             )
         )
+    found += check_optimizer(_optim(trainer.args), trainer.is_fsdp_enabled)
     named = list(trainer.model.named_parameters())
     trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
     if not trained:
         why, cure = "nothing would be learnt", "look at --lora_r and what freezes the model"
         return [*found, Finding("error", "no parameter is trained", why, cure)]
     low = [f"{name} ({str(parameter.dtype)[6:]})" for name, parameter in trained if parameter.dtype != torch.float32]
-    if low:
+    if low and not trainer.is_deepspeed_enabled:  # under --bf16 its optimizer holds the float32 weights
         more = f" and {len(low) - 3} more" if len(low) > 3 else ""
         found.append(
             Finding(
@@ -68,17 +144,30 @@ def check_trainer(trainer) -> list[Finding]:
     return found
 
 
-def check_memory(shape: Shape, plan: Plan, available: int, advice: memory.Advice) -> list[Finding]:
-    """Compares the estimate with what the device has; advice is computed by trying flags in the estimate."""
+def check_optimizer(optim: str, sharded: bool) -> list[Finding]:
+    """An optimizer of bitsandbytes needs that package, and works on whole parameters alone: not under FSDP."""
+    if not any(word in optim for word in ("8bit", "bnb", "paged")) or "torch" in optim:  # adamw_torch_8bit is torchao's
+        return []
+    found = []
+    if importlib.util.find_spec("bitsandbytes") is None:
+        found.append(("needs bitsandbytes, which is not installed", "pip install 'alpaca-reproduced[qlora]'"))
+    if sharded:
+        what = "is of bitsandbytes, which cannot step over parameters that FSDP has sharded"
+        found.append((what, "drop --optim: AdamW, whose states FSDP shards"))
+    return [Finding("error", f"--optim {optim} {what}", "the first step would fail", cure) for what, cure in found]
+
+
+def check_memory(shape: Shape, plan: Plan, available: int, flags: list[str]) -> list[Finding]:
+    """Compares the estimate with what the device has; any one of ``flags`` (memory.advise's sets) would be enough."""
+    if not shape.known:
+        return [Finding("note", "memory was not estimated: the model has no attention heads, as a transformer has")]
     parts = memory.estimate(shape, plan)
     text = ", ".join(f"{name} {as_text(size)}" for name, size in parts.items() if name != "total" and size)
     what = f"memory a device: {text}; peak {as_text(parts['total'])} of {as_text(available)}"
     if parts["total"] <= available:
         return [Finding("note", what)]
-    flags = memory.advise(shape, plan, available, advice)
     cure = "one of: " + "; ".join(flags) if flags else "a larger device, or a smaller model: no set of flags is enough"
-    exact = 0 if plan.offloaded else parts["parameters"] + parts["gradients"] + parts["optimizer"]
-    if exact > available:
+    if memory.certain_bytes(parts, plan) > available:
         why = "parameters, gradients and optimizer states alone (no estimate) are more than there is"
         return [Finding("error", what, why, cure)]
     return [Finding("warning", what, "by the estimate (good to a factor of 1.5) it runs out of memory", cure)]
@@ -110,6 +199,19 @@ def check_disk(output_dir: Path, checkpoint: int, final: int, checkpoints: int, 
     return [Finding("error", what, "a save would fail in the middle of the run", cure)]
 
 
+def check_stop(step: float, save: float) -> list[Finding]:
+    """Whether torchrun, asked to stop, lets a step and a save (seconds) end: after 30 s it kills its processes."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not save:
+        return []
+    name = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torch.distributed.launcher.api.LaunchConfig
+    limit, needed = float(os.environ.get(name) or 30), 2 * (step + save)  # twice: disks are slower when busy
+    if limit >= needed:
+        return []
+    what = f"a step and a save take {step + save:.0f} s; torchrun kills its processes {limit:.0f} s after a SIGTERM"
+    why = "the checkpoint that a stopped run writes would be lost"
+    return [Finding("warning", what, why, f"start with {name}={max(600, math.ceil(needed))} in the environment")]
+
+
 def check_packing(self_check: SelfCheck) -> list[Finding]:
     """What alpaca.packing_check.SelfCheck has measured: a warning where packed examples differ from the same alone."""
     if self_check.reason:
@@ -136,7 +238,7 @@ def preflight(
     Args:
         trainer: before its ``train()``; its processing_class is the tokenizer, its train_dataset a sequence of
             {"input_ids", "labels"}, or of lists of them with that sequence as ``dataset``. The sequence may have
-            ``left_out``, as for check_examples.
+            ``numbers`` and ``left_out``, as for check_examples (record_numbers, left_out).
         earlier: what was found before there was a trainer (check_precision, mend_merges, check_tokenizer).
         self_check: of packed examples against the same alone; called as the rehearsal begins. None: they are padded.
         save_whole_model: the last save, as for rehearse.
@@ -151,19 +253,17 @@ def preflight(
     args, tokenizer, device = trainer.args, trainer.processing_class, trainer.accelerator.device
     rows = launch.rows(trainer.model.get_input_embeddings().weight)
     examples = getattr(trainer.train_dataset, "dataset", trainer.train_dataset)
-    found = list(earlier) + check_trainer(trainer)
-    left_out = getattr(examples, "left_out", ())
-    found += check_examples(examples, tokenizer.eos_token_id, rows, tokenizer.model_max_length, left_out=left_out)
-    if any(finding.level == "error" for finding in gather(found)):
-        _finish(gather(found))
+    found = list(earlier) + check_difference(trainer.model) + check_trainer(trainer)
+    numbers, left_out = getattr(examples, "numbers", None), getattr(examples, "left_out", ())
+    found += check_examples(examples, tokenizer.eos_token_id, rows, tokenizer.model_max_length, numbers, left_out)
+    found += check_positions(trainer.model, int(columns(examples)[1].max(initial=0)))
+    raise_errors(gather(found))
     shape, plan = Shape.of(trainer.model), _plan(trainer, examples)
-    advice = memory.Advice(
-        "activation_checkpointing" if hasattr(args, "activation_checkpointing") else "gradient_checkpointing",
-        args.gradient_accumulation_steps,
-    )
     available = lowest(memory.available_bytes(device))
-    found = gather(found + check_memory(shape, plan, available, advice) + _disk(trainer, shape, plan))
-    _finish(found)
+    newer = "activation_checkpointing"  # what newer libraries call it
+    flags = memory.advise(shape, plan, available, newer if hasattr(args, newer) else "gradient_checkpointing")
+    found = gather(found + check_memory(shape, plan, available, flags) + _disk(trainer, shape, plan))
+    finish(found)
     _show(examples[0], tokenizer)
     if not with_rehearsal:
         return found
@@ -182,17 +282,27 @@ def preflight(
         try:
             result = rehearse(trainer, args.output_dir, save_whole_model, check_attention if self_check else None)
         except torch.OutOfMemoryError as e:
-            flags = "; ".join(memory.advise(shape, plan, available, advice))
-            cure = flags or "a smaller --per_device_train_batch_size or --model_max_length"
-            raise UserError(f"preflight: the first step ran out of memory: one of {cure}; nothing was trained") from e
-        except RuntimeError as e:  # among them torch.save on a full disk
+            cure = "; ".join(flags) or "a smaller --per_device_train_batch_size or --model_max_length"
+            raise RankError(f"preflight: the first step ran out of memory: one of {cure}; nothing was trained") from e
+        except RuntimeError as e:
             first = (str(e).strip() or type(e).__name__).splitlines()[0]
-            cure = "is the disk full? --skip_save_rehearsal goes on without"
-            raise UserError(f"preflight: saving and resuming failed: {first} ({cure})") from e
-        later += _told(result)
+            hint = "--skip_save_rehearsal goes on without"
+            if _is_failed_write(e, traceback.extract_tb(e.__traceback__)):
+                hint = f"is the disk full? {hint}"
+            elif re.search(r"connection (closed|reset)|remote process", str(e), re.IGNORECASE):
+                hint = "another process of the run has ended: its own message says why"
+            raise RankError(f"preflight: saving and resuming failed: {first} ({hint})") from e
+        batches = args.gradient_accumulation_steps / min(2, args.gradient_accumulation_steps)
+        # of the slowest rank, so that each says the same
+        step, save = -lowest(-result.step_seconds * batches), -lowest(-result.save_seconds)
+        later += _told(result) + check_stop(step, save)
     later = gather(later)
-    _finish(later)
+    finish(later)
     return found + later
+
+
+def _optim(args) -> str:
+    return str(getattr(args.optim, "value", args.optim))
 
 
 def _plan(trainer, examples: Sequence[dict]) -> Plan:
@@ -200,17 +310,21 @@ def _plan(trainer, examples: Sequence[dict]) -> Plan:
     plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     zero3 = trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
     _, lengths, labels, _ = columns(examples)
-    packed = examples is not trainer.train_dataset  # each row is filled up
-    longest_answer = None  # padding-free, logits are computed where there is a label
-    if not packed and getattr(args, "padding", "longest") == "free":
-        longest_answer = int(np.add.reduceat(labels != IGNORE_INDEX, np.cumsum(lengths) - lengths).max())
-    optim = str(getattr(args.optim, "value", args.optim))
+    bins = getattr(trainer.train_dataset, "bins", None)  # of --packing: each is filled up
+    logit_tokens = None
+    if getattr(trainer.data_collator, "padding_free", False):  # logits are computed where there is a label
+        supervised = np.add.reduceat(labels != IGNORE_INDEX, np.cumsum(lengths) - lengths)
+        logit_tokens = int(max(supervised[numbers].sum() for numbers in bins) if bins else supervised.max())
+    optim = _optim(args)
+    master = 4 if trainer.is_deepspeed_enabled and (args.bf16 or args.fp16) else 0  # its float32 weights
     return Plan(
         batch=args.per_device_train_batch_size,
-        length=trainer.processing_class.model_max_length if packed else int(lengths.max()),
-        logit_tokens=longest_answer,
+        length=trainer.processing_class.model_max_length if bins else int(lengths.max()),
+        logit_tokens=logit_tokens,
         ranks=args.world_size,
+        accumulation=args.gradient_accumulation_steps,
         sharded=trainer.is_fsdp_enabled or zero3,
+        sync_each_batch=zero3 or bool(trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch")),
         offloaded=bool(plugin and plugin.cpu_offload and type(plugin.cpu_offload).__name__ != "OffloadPolicy"),
         bf16=bool(args.bf16 or args.fp16),
         checkpointing=bool(
@@ -218,7 +332,7 @@ def _plan(trainer, examples: Sequence[dict]) -> Plan:
             or args.gradient_checkpointing
             or (plugin and plugin.activation_checkpointing)
         ),
-        optimizer_bytes=memory.optimizer_bytes(optim),
+        optimizer_bytes=memory.optimizer_bytes(optim) + master,
         foreach=optim == "adamw_torch" and trainer.accelerator.device.type == "cuda",
     )
 
@@ -237,7 +351,8 @@ def _disk(trainer, shape: Shape, plan: Plan) -> list[Finding]:
         saves = min(saves, args.save_total_limit + 1)
     full = trainer.is_fsdp_enabled and "FULL" in str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
     checkpoint, final = memory.checkpoint_bytes(shape, plan, full)
-    earlier = sum(folder_bytes(folder) for folder in output_dir.glob("checkpoint-*"))
+    left = [*output_dir.glob("checkpoint-*"), output_dir / STAGING, output_dir / FOLDER]  # what the run will remove
+    earlier = sum(folder_bytes(folder) for folder in left)
     output_dir.mkdir(parents=True, exist_ok=True)
     free = lowest(shutil.disk_usage(output_dir).free + earlier)
     return check_disk(output_dir, checkpoint, final, saves, free)
@@ -259,17 +374,7 @@ def _told(result: Rehearsal) -> list[Finding]:
     return [Finding("note", f"{what}, {result.seconds:.0f} s{peak}")]
 
 
-def _print(text: str) -> None:
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(text, flush=True)
-
-
-def _finish(findings: list[Finding]) -> None:
-    _print(format_report(findings, colour_wanted()))
-    raise_errors(findings)
-
-
 def _show(example: dict, tokenizer) -> None:
     colour = colour_wanted()
     how = "dim: masked, green: learnt" if colour else "learnt is what stands between « and »"
-    _print(f"{paint('example ', '36', colour)} the first one ({how}):\n{show_example(example, tokenizer, colour)}")
+    say(f"{paint('example ', '36', colour)} the first one ({how}):\n{show_example(example, tokenizer, colour)}")

@@ -53,6 +53,8 @@ class Rehearsal:
     loss: float = math.nan  # of step 2, uninterrupted
     resumed_loss: float = math.nan  # of step 2, from the checkpoint
     seconds: float = 0.0
+    step_seconds: float = 0.0  # of step 2, of at most two accumulated batches
+    save_seconds: float = 0.0  # of the checkpoint
     checkpoint_bytes: int = 0
     final_bytes: int = 0
     peak_bytes: int = 0  # on this rank's CUDA device; 0 without one
@@ -66,6 +68,7 @@ class _Observer(TrainerCallback):
         self.at_start: tuple[dict, dict] = ({}, {})
         self.after_step: dict[int, tuple[dict, dict]] = {}
         self.save_at = 0
+        self.step_seconds = self.save_seconds = self._since = 0.0
 
     def _fingerprints(self) -> tuple[dict, dict]:
         return weights_of(self.trainer.model), states_of(self.trainer.optimizer)
@@ -76,10 +79,18 @@ class _Observer(TrainerCallback):
             self.before = None
         self.at_start = self._fingerprints()
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._since = time.perf_counter()
+
+    def on_save(self, args, state, control, **kwargs):
+        self.save_seconds = time.perf_counter() - self._since
+
     def on_step_end(self, args, state, control, **kwargs):
+        self.step_seconds = time.perf_counter() - self._since
         self.after_step[state.global_step] = self._fingerprints()
         control.should_log = True
         control.should_save = state.global_step == self.save_at
+        self._since = time.perf_counter()
         return control
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -153,6 +164,7 @@ def _save_and_resume(
         trainer.accelerator.state.fsdp_plugin.activation_checkpointing = False
     before, (moved, states) = observer.at_start[0], observer.after_step[1 if saves else 2]
     result.loss = observer.losses[2]
+    result.step_seconds, result.save_seconds = observer.step_seconds, observer.save_seconds
     checkpoint = folder / "checkpoint-1"
     if not all(math.isfinite(loss) for loss in observer.losses.values()):
         result.faults.append(

@@ -57,14 +57,23 @@ def preprocess(records: list[dict], tokenizer, max_length: int) -> list[dict]:
     return examples
 
 
+class Records(list):
+    """A share of a file's records; ``numbers`` are theirs in the file, from 1."""
+
+    def __init__(self, records: list[dict], numbers: list[int]):
+        super().__init__(records)
+        self.numbers = numbers
+
+
 class SupervisedDataset:
     """Tokenised records, memory-mapped. Those whose prompt alone fills max_length teach nothing and are left out.
 
     Attributes:
         examples: the rows, a ``datasets.Dataset`` of ``input_ids`` and ``labels`` (int32 lists of one length).
         lengths: tokens of each example.
-        cut: numbers, from 1, of the records of which only the first max_length tokens are there.
-        left_out: numbers, from 1, of the records that are not there.
+        numbers: of each example's record, in its file (those of ``Records``) or else in ``records``, from 1.
+        cut: those of the records of which only the first max_length tokens are there.
+        left_out: those of the records that are not there.
         summary: one line about all that.
 
     Raises:
@@ -79,9 +88,10 @@ class SupervisedDataset:
                 half = ascii(e.object[e.start])
                 raise UserError(f"{name} record {number} holds {half}, half a character: remove it") from None
         table = load_tokens(records, tokenizer, max_length)
-        kept = table["record"][:]
-        self.cut = [number for number, cut in zip(kept, table["cut"][:], strict=True) if cut]
-        self.left_out = sorted(set(range(1, len(records) + 1)).difference(kept))
+        every = getattr(records, "numbers", range(1, len(records) + 1))
+        self.numbers = [every[place - 1] for place in table["record"][:]]
+        self.cut = [number for number, cut in zip(self.numbers, table["cut"][:], strict=True) if cut]
+        self.left_out = sorted(set(every).difference(self.numbers))
         self.lengths: list[int] = table["length"][:]
         self.examples = table.select_columns(["input_ids", "labels"])
         self.summary = (

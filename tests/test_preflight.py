@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import os
-from dataclasses import replace
+import re
 
 import pytest
 import torch
 from conftest import ROOT, make_records, torchrun
 
 import train
-from alpaca import UserError, memory, packing_check, preflight
+from alpaca import RankError, UserError, memory, packing_check, preflight
 from alpaca.check_tokens import check_examples, check_tokenizer, mend_merges, show_example
 from alpaca.findings import Finding, colour_wanted, format_report, raise_errors
 from alpaca.fingerprint import fingerprint
-from alpaca.memory import GIB, Advice, Plan, Shape
 from alpaca.rehearsal import FOLDER, rehearse
 
 
@@ -42,6 +42,15 @@ def test_errors_come_first_and_each_finding_has_what_why_and_cure():
     with pytest.raises(UserError, match=r"^preflight: e: mend it; nothing was trained$"):
         raise_errors(findings)
     raise_errors(findings[:2])
+
+
+def test_errors_before_the_report_bring_it_and_without_one_nothing_is_said(capsys):
+    errors = [Finding("error", "first", "", "a"), Finding("error", "second", "", "b")]
+    raise_errors([Finding("note", "n")])
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match=r"^preflight: first: a \(and 1 more, above\); nothing was trained$"):
+        raise_errors(errors)
+    assert "error    second\n           cure: b" in capsys.readouterr().out
 
 
 def test_there_is_colour_on_a_terminal_alone_and_none_with_no_color(monkeypatch):
@@ -201,6 +210,45 @@ def test_record_numbers_count_those_that_were_left_out_and_at_most_ten_are_liste
     assert "(record 9)" in whats(examined(GOOD, CUT, record_numbers=[7, 9]))
 
 
+def test_an_example_beyond_the_learnt_positions_is_an_error_and_beyond_rotary_ones_a_warning():
+    from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, OPTConfig
+
+    common = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small = common | {"max_position_embeddings": 128}
+    opt = OPTConfig(**small, ffn_dim=16, word_embed_proj_dim=16)
+    gpt2 = GPT2Config(**common, n_positions=128)
+    rotary = LlamaConfig(**small, intermediate_size=16), GPTNeoXConfig(**small, intermediate_size=16)
+    for level, config in [("error", opt), ("error", gpt2), *(("warning", config) for config in rotary)]:
+        model = AutoModelForCausalLM.from_config(config)
+        assert preflight.check_positions(model, 128) == []
+        [finding] = preflight.check_positions(model, 129)
+        assert finding.level == level and "129 tokens, and the model has 128 positions" in finding.what
+        assert finding.cure == "--model_max_length 128"
+        if level == "error":
+            with pytest.raises(IndexError):
+                model(torch.ones(1, 129, dtype=torch.long))
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma"])
+def test_the_difference_of_two_models_is_an_error_and_neither_of_them_is(family, tiny_llama, tiny_opt):
+    from transformers import AutoModelForCausalLM, Gemma2Config
+
+    common = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
+    if family == "gemma":  # its norms are 0 before training
+        model = AutoModelForCausalLM.from_config(Gemma2Config(**common, num_key_value_heads=1, intermediate_size=16))
+    else:
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama if family == "llama" else tiny_opt)
+    tuned = copy.deepcopy(model)
+    assert preflight.check_difference(model) == []
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter += 2e-5 * torch.randint(-20, 21, parameter.shape)  # 20 steps of AdamW each way
+        assert preflight.check_difference(tuned) == []
+        for parameter, raw in zip(tuned.parameters(), model.parameters(), strict=True):
+            parameter -= raw
+    assert "all weights are near 0" in whats(preflight.check_difference(tuned), "error")
+
+
 def test_no_example_at_all_is_an_error():
     assert "no example is left" in whats(examined(), "error")
 
@@ -226,137 +274,6 @@ def test_an_example_is_shown_with_its_mask(tokenizer):
     assert plain.startswith("<s>Below is an instruction") and plain.endswith("### Response:«Yes</s>»")
     coloured = show_example(example, tokenizer, colour=True)
     assert "\033[2m### Response:\033[0m\033[32mYes</s>\033[0m" in coloured
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory and disk.
-
-LLAMA_7B = Shape(6738415616, 6738415616, 4 * 6738415616, 32, 4096, 11008, 32, 32, 128, 32000, True, False)
-
-
-def tiny(family, **changes):
-    """Wider than it is deep in vocabulary, so that no one term hides the others."""
-    from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
-
-    torch.manual_seed(0)
-    if family == "opt":
-        sizes = {"ffn_dim": 256, "word_embed_proj_dim": 64, "dropout": 0.0, "max_position_embeddings": 512}
-        model, config = OPTForCausalLM, OPTConfig
-    else:
-        sizes = {"intermediate_size": 176, "num_key_value_heads": 2 if family == "gqa" else 4}
-        model, config = LlamaForCausalLM, LlamaConfig
-    sizes |= {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-    return model(config(**(sizes | changes)))
-
-
-def kept_for_backward(model, inputs) -> int:
-    """Bytes of the distinct storages that autograd saves in a forward pass, parameters not counted."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    saved, alive = {}, []
-
-    def pack(tensor):
-        alive.append(tensor)  # else the address could be used again
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(**inputs)
-    return sum(saved.values())
-
-
-@pytest.mark.parametrize("family", ["llama", "gqa", "opt"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_estimate_of_activations_is_within_a_factor_of_one_and_a_half(family, checkpointing):
-    model = tiny(family).train()
-    plan = Plan(batch=3, length=128, checkpointing=checkpointing)
-    if checkpointing:
-        model.gradient_checkpointing_enable()
-    inputs = {"input_ids": torch.randint(3, 300, (3, 128)), "attention_mask": torch.ones(3, 128, dtype=torch.long)}
-    measured = kept_for_backward(model.base_model, inputs | {"use_cache": False})
-    shape = Shape.of(model)
-    estimated = memory.estimate(shape, plan)["activations"]
-    if checkpointing:  # the one layer that is computed again is not kept in the forward pass
-        estimated -= 3 * 128 * memory.activation_bytes(shape, plan)[0]
-    assert 1 / 1.5 < estimated / measured < 1.5
-
-
-def test_the_estimate_of_logits_counts_what_the_loss_keeps_and_its_gradient():
-    """float32: logits, log-softmax and gradient, 12 bytes; of these the forward pass keeps the log-softmax alone."""
-    model = tiny("llama", vocab_size=3000)
-    ids = torch.randint(3, 300, (2, 64))
-    with_loss = kept_for_backward(model, {"input_ids": ids, "labels": ids, "use_cache": False})
-    without = kept_for_backward(model.base_model, {"input_ids": ids, "use_cache": False})
-    estimated = memory.estimate(Shape.of(model), Plan(batch=2, length=64))["logits"]
-    assert estimated == 2 * 64 * 3000 * 12
-    assert 0.95 < (with_loss - without) / (estimated / 3) < 1.05
-
-
-@pytest.mark.parametrize("family", ["gqa", "opt"])
-def test_parameters_gradients_and_optimizer_are_exact(family):
-    model = tiny(family)
-    optimizer = torch.optim.AdamW(model.parameters())
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    size = sum(p.numel() * 4 for p in model.parameters())
-    moments = sum(v.nbytes for state in optimizer.state.values() for k, v in state.items() if k != "step")
-    parts = memory.estimate(Shape.of(model), Plan(batch=1, length=8))
-    assert (parts["parameters"], parts["gradients"], parts["optimizer"]) == (size, size, moments)
-    sharded = memory.estimate(Shape.of(model), Plan(batch=1, length=8, ranks=4, sharded=True))
-    assert (sharded["parameters"], sharded["optimizer"]) == (size // 4, moments // 4)
-
-
-def test_lora_counts_the_matrices_that_peft_adds():
-    peft = pytest.importorskip("peft")
-    model = tiny("gqa")
-    expected = Shape.of(model).lora(8)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
-    assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == expected
-
-
-def test_the_published_recipe_fits_four_80_gb_gpus_and_not_one_of_24_gb():
-    recipe = Plan(batch=4, length=512, ranks=4, sharded=True, bf16=True)
-    advice = Advice(accumulation=8)
-    assert levels(preflight.check_memory(LLAMA_7B, recipe, 79 * GIB, advice)) == ["note"]
-    [finding] = preflight.check_memory(LLAMA_7B, replace(recipe, ranks=1, sharded=False), 24 * GIB, advice)
-    assert finding.level == "error" and "no estimate" in finding.why
-    assert "--fsdp over 16 devices" in finding.cure and "--load_in_4bit" in finding.cure
-    assert "--lora_r 8 (" not in finding.cure  # the base alone, in float32, is more than 24 GiB
-
-
-def test_activations_that_do_not_fit_are_a_warning_with_flags_that_are_enough():
-    plan = Plan(batch=64, length=512, ranks=8, sharded=True, bf16=True)
-    assert levels(preflight.check_memory(LLAMA_7B, plan, 300 * GIB, Advice())) == ["note"]
-    [finding] = preflight.check_memory(LLAMA_7B, plan, 79 * GIB, Advice(accumulation=2))
-    assert finding.level == "warning"
-    assert "--gradient_checkpointing True (" in finding.cure
-    assert "--per_device_train_batch_size 1 --gradient_accumulation_steps 128" in finding.cure
-    assert memory.estimate(LLAMA_7B, replace(plan, checkpointing=True))["total"] <= 79 * GIB
-    assert memory.estimate(LLAMA_7B, replace(plan, batch=1))["total"] <= 79 * GIB
-
-
-def test_no_flag_is_advised_that_is_set_already_and_no_set_that_is_too_small():
-    plan = Plan(batch=1, length=512, bf16=True, checkpointing=True, optimizer_bytes=2)
-    flags = memory.advise(LLAMA_7B, plan, 40 * GIB, Advice())
-    assert flags and not any(flag in " ".join(flags) for flag in ("checkpointing", "batch_size", "--optim"))
-    assert memory.advise(LLAMA_7B, plan, 1 * GIB, Advice()) == []
-
-
-def test_there_is_memory_here():
-    here = memory.available_bytes(torch.device("cpu"))
-    assert 0.05 * GIB < here < 2**50
-
-
-def test_a_disk_that_is_too_small_is_an_error_with_the_limit_that_fits(tmp_path):
-    check = preflight.check_disk
-    assert levels(check(tmp_path, 30, 10, checkpoints=3, free=100)) == ["note"]
-    [finding] = check(tmp_path, 30, 10, checkpoints=4, free=100)
-    assert finding.level == "error" and finding.cure.startswith("--save_total_limit 2, or free some")
-    [finding] = check(tmp_path, 30, 10, checkpoints=1, free=39)
-    assert finding.cure.startswith("--save_strategy no")
-    assert memory.checkpoint_bytes(LLAMA_7B, Plan(4, 512)) == (12 * 6738415616, 4 * 6738415616)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -402,6 +319,14 @@ def test_errors_stop_before_the_rehearsal_and_stand_in_the_report(tiny_llama, tm
     assert "model.norm.weight (bfloat16)" in out and "have no label (record 6)" in out and "resumed" not in out
 
 
+def test_weights_in_bf16_are_no_error_under_deepspeed_whose_optimizer_has_them_in_float32(tiny_llama, tmp_path):
+    trainer = make_trainer(tiny_llama, tmp_path)
+    trainer.model.to(torch.bfloat16)
+    assert "are not float32" in whats(preflight.check_trainer(trainer), "error")
+    trainer.is_deepspeed_enabled = True
+    assert preflight.check_trainer(trainer) == []
+
+
 def test_what_was_found_earlier_stops_too(tiny_llama, tmp_path):
     with pytest.raises(UserError, match="preflight: no: this"):
         preflight.preflight(make_trainer(tiny_llama, tmp_path), [Finding("error", "no", "", "this")])
@@ -414,6 +339,17 @@ def test_fsdp_that_is_not_enabled_and_a_model_without_trained_parameters_are_err
     assert "--fsdp was asked for" in whats(preflight.check_trainer(trainer), "error")
     trainer.model.requires_grad_(False)
     assert "no parameter is trained" in whats(preflight.check_trainer(trainer), "error")
+
+
+def test_an_optimizer_of_bitsandbytes_under_fsdp_or_without_the_package_is_an_error(tiny_llama, tmp_path, monkeypatch):
+    trainer = make_trainer(tiny_llama, tmp_path, optim="adamw_8bit")
+    assert preflight.check_trainer(trainer) == []
+    trainer.args.fsdp = trainer.is_fsdp_enabled = True
+    assert "--optim adamw_8bit is of bitsandbytes" in whats(preflight.check_trainer(trainer), "error")
+    for optim in ("adamw_torch_fused", "adamw_torch_8bit", "adafactor"):
+        assert preflight.check_optimizer(optim, sharded=True) == []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "needs bitsandbytes" in whats(preflight.check_optimizer("paged_adamw_32bit", sharded=False), "error")
 
 
 def test_bf16_on_a_gpu_that_only_emulates_it_is_an_error(monkeypatch):
@@ -456,6 +392,7 @@ def test_training_after_a_rehearsal_equals_training_without_it_bit_for_bit(tiny_
     state = torch.get_rng_state()
     result = rehearse(rehearsed, tmp_path / "rehearsed")
     assert result.faults == [] and result.loss == result.resumed_loss
+    assert 0 < result.save_seconds < result.seconds and 0 < result.step_seconds < result.seconds
     assert vars(rehearsed) == before
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(weights[name], p) for name, p in rehearsed.model.named_parameters())
@@ -616,13 +553,56 @@ def test_an_optimizer_that_moves_at_learning_rate_zero_is_found(tiny_llama, tmp_
 
 
 def test_a_failing_write_is_one_line_and_leaves_nothing(tiny_llama, tmp_path, monkeypatch):
-    def full(*args, **kwargs):
-        raise RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed")
+    save = torch.save
+
+    def full(obj, file, *args, **kwargs):
+        save(obj, "/dev/full", *args, **kwargs)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match="saving and resuming failed: PytorchStreamWriter.*is the disk full"):
+    with pytest.raises(UserError, match="could not be saved in .*: free some|failed: .*PytorchStreamWriter.*disk full"):
         preflight.preflight(make_trainer(tiny_llama, tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_that_is_no_failed_write_does_not_blame_the_disk(tiny_llama, tmp_path, monkeypatch):
+    def fail(*args):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(preflight, "rehearse", fail)
+    for message, hint in [
+        ("[x.cc:123] Connection closed by peer [127.0.0.1]:1", "another process of the run has ended"),
+        ("shape mismatch", "--skip_save_rehearsal goes on without"),
+    ]:
+        with pytest.raises(RankError, match=rf"{re.escape(message)} \({hint}"):
+            preflight.preflight(make_trainer(tiny_llama, tmp_path))
+
+
+def test_a_rank_that_alone_runs_out_of_memory_says_so_itself(tiny_llama, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import os, sys, torch\nsys.path.insert(0, {str(ROOT)!r})\nimport train\nfrom alpaca import preflight\n"
+        "def fail(*args):\n    raise torch.OutOfMemoryError('CUDA out of memory')\n"
+        "if os.environ['RANK'] == '1':\n    preflight.rehearse = fail\ntrain.main()\n"
+    )
+    (tmp_path / "data.json").write_text(json.dumps(make_records(8)))
+    argv = ["--model_name_or_path", tiny_llama, "--data_path", tmp_path / "data.json", "--output_dir", tmp_path / "out"]
+    result = torchrun(2, script, *argv, "--max_steps", 1, "--report_to", "none")
+    assert result.returncode != 0
+    assert "error: preflight: the first step ran out of memory: one of" in result.stderr
+    assert "disk full" not in result.stderr
+
+
+def test_a_save_that_takes_longer_than_torchrun_waits_is_a_warning(monkeypatch):
+    for name in ("TORCHELASTIC_RUN_ID", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        monkeypatch.delenv(name, raising=False)
+    assert preflight.check_stop(10, 60) == []  # no torchrun
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert preflight.check_stop(5, 10) == [] and preflight.check_stop(100, 0) == []  # 0: nothing is saved
+    [finding] = preflight.check_stop(5, 11)
+    assert finding.level == "warning" and "take 16 s; torchrun kills its processes 30 s after" in finding.what
+    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600" in finding.cure
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    assert preflight.check_stop(5, 295) == [] and "=1002 " in preflight.check_stop(1, 500)[0].cure
 
 
 def test_a_fingerprint_changes_with_any_bit_and_any_order():
@@ -680,6 +660,40 @@ def test_preflight_only_trains_nothing(tiny_llama, tmp_path, capsys):
     run(tiny_llama, tmp_path, "--preflight_only")
     assert "saved, reloaded and resumed" in capsys.readouterr().out
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_model_with_fewer_learnt_positions_than_tokens_stops_a_training(tiny_opt, tmp_path, tokenizer):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(tiny_opt, max_position_embeddings=128)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="the model has 128 positions: --model_max_length 128"):
+        run(tmp_path / "model", tmp_path, "--max_steps", "1", "--skip_save_rehearsal")
+
+
+def test_a_model_that_the_machine_cannot_hold_is_not_loaded(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "host_free", lambda swap=False: 1000)
+    monkeypatch.setattr(train, "load_model", None)
+    with pytest.raises(UserError, match="the model is loaded into the machine's memory: 0.4 MiB, of which 0.0 MiB"):
+        run(tiny_llama, tmp_path)
+
+
+def test_with_held_out_records_the_numbers_listed_are_those_of_the_file(tiny_llama, tmp_path, capsys):
+    """Of 24 records, the longest answer is cut and the longest prompt left out; 6 others are held out."""
+    records = make_records(24)
+    records[17]["output"], records[21]["instruction"] = "many words " * 400, "many words " * 400
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    argv = ["--model_name_or_path", tiny_llama, "--data_path", tmp_path / "data.json", "--output_dir", tmp_path / "out"]
+    flags = ("--eval_fraction", "0.25", "--preflight_only", "--skip_save_rehearsal", "--report_to", "none")
+    args = train.parse_args([*map(str, argv), *flags])
+    kept, _ = train.load_data(args[1], args[2].seed)
+    assert {18, 22} <= set(kept.numbers) and len(kept.numbers) == 18  # else another seed
+    assert kept == [records[number - 1] for number in kept.numbers] and kept.numbers != list(range(1, 19))
+    train.train(*args)
+    out = capsys.readouterr().out
+    assert "1 of 17 examples do not fit in 512 tokens and were cut (record 18)" in out
+    assert "--model_max_length 512 (record 22)" in out
 
 
 def test_a_broken_tokenizer_stops_a_training(tiny_llama, tmp_path, tokenizer):
