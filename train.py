@@ -45,7 +45,7 @@ from alpaca.launch import say as _say
 from alpaca.meter import Metered
 from alpaca.preflight import check_loading, check_precision, preflight
 from alpaca.resume import check_fits, choose_checkpoint
-from alpaca.saving import ResumableTrainer, SaveFailed
+from alpaca.saving import ResumableTrainer
 from alpaca.stop import Stopped
 from alpaca.template import chat_template
 from alpaca.tokens import IGNORE_INDEX, Records, SupervisedDataset, preprocess  # noqa: F401  (the original has them here)
@@ -382,8 +382,8 @@ def main() -> None:
         code = e.code
         _say(str(e))
     except UserError as e:
-        # Under torchrun each process finds the same error; one on each node says it. A full disk is found by one.
-        here = int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(e, (SaveFailed, RankError))
+        # Under torchrun each process finds the same error, and one on each node says it, unless one alone may know.
+        here = int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(e, RankError)
         sys.exit(f"error: {e}" if here else 1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -24,8 +24,8 @@ from alpaca.findings import Finding, colour_wanted, finish, gather, lowest, pain
 from alpaca.launch import say
 from alpaca.memory import Plan, Shape, as_text
 from alpaca.packing_check import SelfCheck
-from alpaca.rehearsal import FOLDER, Rehearsal, folder_bytes, rehearse
-from alpaca.saving import STAGING, _is_failed_write
+from alpaca.rehearsal import Rehearsal, folder_bytes, rehearse
+from alpaca.saving import is_failed_write, remove_leftovers
 
 
 def check_precision(bf16: bool) -> list[Finding]:
@@ -287,7 +287,7 @@ def preflight(
         except RuntimeError as e:
             first = (str(e).strip() or type(e).__name__).splitlines()[0]
             hint = "--skip_save_rehearsal goes on without"
-            if _is_failed_write(e, traceback.extract_tb(e.__traceback__)):
+            if is_failed_write(e, traceback.extract_tb(e.__traceback__)):
                 hint = f"is the disk full? {hint}"
             elif re.search(r"connection (closed|reset)|remote process", str(e), re.IGNORECASE):
                 hint = "another process of the run has ended: its own message says why"
@@ -351,8 +351,8 @@ def _disk(trainer, shape: Shape, plan: Plan) -> list[Finding]:
         saves = min(saves, args.save_total_limit + 1)
     full = trainer.is_fsdp_enabled and "FULL" in str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
     checkpoint, final = memory.checkpoint_bytes(shape, plan, full)
-    left = [*output_dir.glob("checkpoint-*"), output_dir / STAGING, output_dir / FOLDER]  # what the run will remove
-    earlier = sum(folder_bytes(folder) for folder in left)
+    remove_leftovers(output_dir)
+    earlier = sum(folder_bytes(folder) for folder in output_dir.glob("checkpoint-*"))
     output_dir.mkdir(parents=True, exist_ok=True)
     free = lowest(shutil.disk_usage(output_dir).free + earlier)
     return check_disk(output_dir, checkpoint, final, saves, free)

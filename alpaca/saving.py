@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 
-from alpaca import UserError
+from alpaca import RankError, UserError
 from alpaca.checkpoint import SIDE_FILES, WEIGHTS, read_json
 from alpaca.folders import fsync, fsync_tree
 from alpaca.launch import say
@@ -47,7 +47,7 @@ PUBLISHED = ("*.safetensors", "*.safetensors.index.json", "config.json", *SIDE_F
 PUBLISHED += ("model_card.md", "training_receipt.json", "loss.png")
 
 
-class SaveFailed(UserError):
+class SaveFailed(RankError):
     """A checkpoint or the model could not be written by this rank, maybe by no other; those before it are whole."""
 
 
@@ -301,7 +301,7 @@ def _told(what: str, output_dir: Path):
     except (OSError, SafetensorError, CheckpointException, RuntimeError) as e:
         everywhere = isinstance(e, CheckpointException)  # raised on each rank, with the cause of each that failed
         causes = list(e.failures.values()) if everywhere else [(e, traceback.extract_tb(e.__traceback__))]
-        if not all(_is_failed_write(*cause) for cause in causes):
+        if not all(is_failed_write(*cause) for cause in causes):
             raise
         free = shutil.disk_usage(output_dir).free
         shutil.rmtree(output_dir / STAGING, ignore_errors=True)
@@ -313,7 +313,7 @@ def _told(what: str, output_dir: Path):
         ) from None
 
 
-def _is_failed_write(e: BaseException, frames: traceback.StackSummary) -> bool:
+def is_failed_write(e: BaseException, frames: traceback.StackSummary) -> bool:
     """torch.save writes through C++, where a full disk is one of several RuntimeErrors without an errno."""
     serialization = any(frame.filename.endswith("torch/serialization.py") for frame in frames)
     return isinstance(e, (OSError, SafetensorError)) or (isinstance(e, RuntimeError) and serialization)
