@@ -15,7 +15,6 @@ from alpaca import UserError
 from alpaca.checkpoint import SIDE_FILES, check_writable
 
 UNFINISHED = ".unfinished"
-LOCK = ".lock"  # in an unfinished folder
 
 
 @contextmanager
@@ -50,8 +49,7 @@ def new_folder(
             shutil.rmtree(replaced) if path.exists() else os.rename(replaced, path)
         check_free(path, flag, overwrite)
         for entry in unfinished.iterdir():  # of a process that was killed
-            if entry.name != LOCK:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         yield unfinished
         fsync_tree(unfinished)
         for entry in unfinished.glob("*" + UNFINISHED):
@@ -59,8 +57,6 @@ def new_folder(
         if path.exists() and any(path.iterdir()):
             os.rename(path, replaced)
         os.rename(unfinished, path)  # takes the place of an empty folder
-        (path / LOCK).unlink()  # not before: another process would find the folder free
-        fsync(path)
         fsync(path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
@@ -120,12 +116,12 @@ def fsync(path: Path) -> None:
 
 
 def _locked(unfinished: Path, path: Path) -> int:
-    """Makes the folder and locks a file in it; the lock goes with the process, however that ends."""
+    """Makes the folder and locks it; the lock goes with the process, however that ends. Returns the descriptor."""
     while True:
         unfinished.mkdir(exist_ok=True)
         try:
-            descriptor = os.open(unfinished / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-        except FileNotFoundError:  # another process has just removed the folder
+            descriptor = os.open(unfinished, os.O_RDONLY)
+        except FileNotFoundError:  # another process has just removed or renamed it
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -137,7 +133,7 @@ def _locked(unfinished: Path, path: Path) -> int:
                 ) from None
             # a file system without locks: nothing to hold on to, and nothing that would be wrong without it
         try:
-            if os.path.samestat(os.fstat(descriptor), os.stat(unfinished / LOCK)):
+            if os.path.samestat(os.fstat(descriptor), os.stat(unfinished)):
                 return descriptor
         except FileNotFoundError:
             pass
