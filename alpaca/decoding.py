@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -142,11 +141,16 @@ def context_length(model) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def check_length(model, ids: list[int]) -> None:
-    """Raises UserError for a prompt that leaves no token of the context to answer in; nothing is cut silently."""
-    longest = context_length(model)
-    if longest and len(ids) >= longest:
-        raise UserError(f"the prompt has {len(ids)} tokens, but the model reads at most {longest}: shorten it")
+def longest_answer(model, ids: list[int], max_new_tokens: int) -> int:
+    """Tokens that the answer to a prompt can have.
+
+    Raises:
+        UserError: the prompt leaves nothing of the context to answer in; it is never cut silently.
+    """
+    context = context_length(model)
+    if context and len(ids) >= context:
+        raise UserError(f"the prompt has {len(ids)} tokens, but the model reads at most {context}: shorten it")
+    return min(max_new_tokens, context - len(ids)) if context else max_new_tokens
 
 
 def _generator(seed: int, ids: list[int]) -> torch.Generator:
@@ -177,17 +181,14 @@ def decode(
     Raises:
         UserError: a prompt fills the context.
     """
-    for ids in prompts:
-        check_length(model, ids)
+    limits = [longest_answer(model, ids, settings.max_new_tokens) for ids in prompts]
     known = memory.begin(prompts[0]) if memory else 0
     memory = memory or Memory()
     cache = memory.cache if memory.cache is not None else DynamicCache(config=model.config)
     device, longest = model.device, max(map(len, prompts))
-    room = min(settings.max_new_tokens, (context_length(model) or math.inf) - min(map(len, prompts)))
-    limits = [min(settings.max_new_tokens, (context_length(model) or math.inf) - len(ids)) for ids in prompts]
     ids = torch.tensor([[ids[0]] * (longest - len(ids)) + ids[known:] for ids in prompts], device=device)
     padding = torch.tensor([longest - len(ids) for ids in prompts], device=device)[:, None]
-    columns = torch.arange(longest + room, device=device)
+    columns = torch.arange(longest + max(limits), device=device)
     mask = (columns >= padding).long() if padding.any() else None  # None: attention need not look for a mask
     positions = (columns - padding).clamp(min=0)
     draws = None

@@ -10,14 +10,28 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
+import jinja2
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import utils
 from alpaca import UserError
 from alpaca.checkpoint import TOKENIZER, check_model_folder, read_json
-from alpaca.decoding import STOP, Memory, Settings, StopWatch, cut_at, decode, decode_pieces, end_ids
+from alpaca.decoding import (
+    STOP,
+    Memory,
+    Settings,
+    StopWatch,
+    cut_at,
+    decode,
+    decode_pieces,
+    end_ids,
+    longest_answer,
+    stripped,
+)
 from alpaca.memory import as_text, available_bytes
+from alpaca.template import INPUT_HEADING
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ADAPTER_CONFIG = "adapter_config.json"
@@ -198,6 +212,10 @@ def odd_special_tokens(model, tokenizer, path: str | os.PathLike) -> list[str]:
 
 def prompt_ids(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
     """Tokens of each prompt as in training: a special token that somebody types stays text, no EOS stands behind."""
+    try:
+        "".join(prompts).encode()
+    except UnicodeEncodeError:
+        raise UserError("the prompt holds half of a surrogate pair, which is no text: write it anew in UTF-8") from None
     every = tokenizer(list(prompts), split_special_tokens=True)["input_ids"]
     return [ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids for ids in every]
 
@@ -226,12 +244,83 @@ def stream_ids(model, tokenizer, ids: list[int], settings: Settings, memory: Mem
         yield from cut_at(decode_pieces(tokenizer, tokens), STOP)
 
 
+TEMPLATES = ("alpaca", "chat")
+
+
+def request_ids(tokenizer, template: str, requests: Sequence[tuple[str, str]]) -> list[list[int]]:
+    """The tokens of the prompt of each (instruction, input), each on its own.
+
+    Args:
+        tokenizer: the model's.
+        template: "alpaca", training's, or "chat", the tokenizer's own.
+        requests: pairs of texts; the input may be empty.
+    """
+    if template == "alpaca":
+        return prompt_ids(tokenizer, [utils.format_prompt(*request) for request in requests])
+    return [_chat_ids(tokenizer, [_user(*request)]) for request in requests]
+
+
+def _user(instruction: str, input: str) -> dict[str, str]:
+    return {"role": "user", "content": instruction + (INPUT_HEADING + input if input else "")}
+
+
+def _chat_ids(tokenizer, messages: list[dict[str, str]]) -> list[int]:
+    if not tokenizer.chat_template:
+        raise UserError("--template chat: this tokenizer has no chat template, leave the flag out for Alpaca's")
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    except (jinja2.TemplateError, TypeError, UnicodeEncodeError) as e:
+        raise UserError(f"--template chat: this tokenizer's chat template fails: {e}") from None
+
+
+class Conversation:
+    """Turns with a model. What it has read of one is not computed again for the next, where their prompts agree.
+
+    Alpaca's template asks each instruction on its own, as in training; a chat template repeats the turns so far.
+    """
+
+    def __init__(self, model, tokenizer, settings: Settings, template: str = "alpaca"):
+        self.model, self.tokenizer, self.settings, self.template = model, tokenizer, settings, template
+        self.memory = Memory()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the turns."""
+        self.turns: list[dict[str, str]] = []
+
+    def ask(self, instruction: str, input: str = "") -> Iterator[str]:
+        """Yields the answer piece by piece, without white space around it.
+
+        One that the reader stops is a turn as far as it got; one that fails is none.
+        """
+        turns = [*self.turns, _user(instruction, input)] if self.template == "chat" else []
+        if turns:
+            ids = _chat_ids(self.tokenizer, turns)
+        else:
+            ids = request_ids(self.tokenizer, "alpaca", [(instruction, input)])[0]
+        try:
+            longest_answer(self.model, ids, self.settings.max_new_tokens)
+        except UserError as e:
+            raise UserError(f"{e}, or begin anew with /reset" if self.turns else str(e)) from None
+        said: list[str] = []
+
+        def noted(pieces: Iterator[str]) -> Iterator[str]:
+            for piece in pieces:
+                said.append(piece)
+                yield piece
+
+        try:
+            with closing(stream_ids(self.model, self.tokenizer, ids, self.settings, self.memory)) as pieces:
+                yield from stripped(noted(pieces))
+        finally:
+            if turns and said:
+                self.turns = [*turns, {"role": "assistant", "content": "".join(said)}]
+
+
 def answer_batch(
     model, tokenizer, prompts: Sequence[list[int]], settings: Settings, on_tokens: Callable[[int], None] | None = None
-) -> list[tuple[str, int]]:
-    """The answer to each prompt, as stream_ids() gives it, and how many tokens it has; all prompts at once.
-
-    A batch that does not fit the memory is halved.
+) -> list[tuple[str, int, bool]]:
+    """The answer to each prompt, as stream_ids() gives it, all prompts at once; halved if they do not fit the memory.
 
     Args:
         model: a causal model.
@@ -239,6 +328,9 @@ def answer_batch(
         prompts: token ids.
         settings: how to sample.
         on_tokens: called after each step with the number of tokens that it brought.
+
+    Returns:
+        Text, number of tokens, and whether they are as many as there could be: the model may have had more to say.
     """
     watch, written, done = StopWatch(tokenizer), [[] for _ in prompts], set()
     try:
@@ -261,7 +353,11 @@ def answer_batch(
         parts = prompts[:half], prompts[half:]
         return [answer for part in parts for answer in answer_batch(model, tokenizer, part, settings, on_tokens)]
     texts = tokenizer.batch_decode(written, skip_special_tokens=True)
-    return [("".join(cut_at([text], STOP)), len(ids)) for text, ids in zip(texts, written, strict=True)]
+    limits = [longest_answer(model, ids, settings.max_new_tokens) for ids in prompts]
+    return [
+        ("".join(cut_at([text], STOP)), len(ids), len(ids) == limit and row not in done)
+        for row, (text, ids, limit) in enumerate(zip(texts, written, limits, strict=True))
+    ]
 
 
 def batches(lengths: Sequence[int], max_new_tokens: int, max_tokens: int) -> list[list[int]]:
