@@ -115,7 +115,12 @@ def load(
             check_model_folder(path, "--model_path")
         base, has_tokenizer = path, True
     tokenizer = load_tokenizer(path if has_tokenizer else base)
-    model = load_model(base, _dtype(base, device, dtype))
+    try:
+        model = load_model(base, _dtype(base, device, dtype))
+    except UserError as e:
+        if not adapter or Path(base).exists():
+            raise
+        raise UserError(f"{path} is a LoRA adapter, and its base {e} (--base_path gives a folder)") from None
     if adapter:
         from alpaca import lora
 
