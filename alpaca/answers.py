@@ -2,7 +2,7 @@
 
 OUT.journal holds the answers while the run lasts. When all are there, OUT is written from it in the order of IN, by one
 rename, and the journal goes. The batches are those of the whole file, whatever is answered already, so that a resumed
-run computes what an uninterrupted one would, to the bit.
+run computes what an uninterrupted one would.
 """
 
 from __future__ import annotations

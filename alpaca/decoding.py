@@ -85,7 +85,7 @@ def choose(logits: torch.Tensor, temperature: float, top_p: float, draws: torch.
         logits: (rows, vocabulary), float32.
         temperature: as in Settings.
         top_p: as in Settings.
-        draws: (rows,), float64, uniform in [0, 1); not looked at when ``temperature`` is 0.
+        draws: (rows,), float32, uniform in [0, 1); not looked at when ``temperature`` is 0.
 
     Returns:
         (rows,), int64.
@@ -98,34 +98,27 @@ def choose(logits: torch.Tensor, temperature: float, top_p: float, draws: torch.
         raise UserError("the model computes NaN, which is no token: try --dtype float32; else its weights are damaged")
     if temperature == 0:
         return likeliest
-    probabilities = ((logits - highest[:, None]) / temperature).softmax(dim=-1)
-    if top_p == 1:
-        return _inverse(probabilities.cumsum(dim=-1), draws)
-    some, tokens = probabilities.topk(min(NUCLEUS, probabilities.shape[1]), dim=-1)
-    picked = tokens.gather(1, _nucleus(some, top_p, draws)[:, None])[:, 0]
-    for row in (some.sum(dim=-1) < top_p).nonzero()[:, 0].tolist():  # flat: the nucleus is larger
-        everything, tokens = probabilities[row : row + 1].sort(dim=-1, descending=True, stable=True)
-        picked[row] = tokens[0, _nucleus(everything, top_p, draws[row : row + 1])[0]]
-    return picked
+    weights = ((logits - highest[:, None]) / temperature).softmax(dim=-1)
+    if top_p < 1:
+        weights = weights * (weights >= _least_of_nucleus(weights, top_p))
+    # In the order of the vocabulary, not of the probabilities, in which rounding makes neighbours change places.
+    cumulative = weights.cumsum(dim=-1)
+    places = (cumulative <= draws.to(logits.device)[:, None] * cumulative[:, -1:]).sum(dim=-1)
+    return torch.where(places < logits.shape[1], places, likeliest)  # a draw next to 1 may be rounded to it
 
 
-def _nucleus(descending: torch.Tensor, top_p: float, draws: torch.Tensor) -> torch.Tensor:
-    """(rows,): a place in each row of descending probabilities, drawn from the first that add up to ``top_p``."""
-    cumulative = descending.cumsum(dim=-1)
-    kept = cumulative - descending < top_p
-    return _inverse(cumulative * kept, draws, kept.sum(dim=-1))
+def _least_of_nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
+    """(rows, 1): the least probability among the fewest tokens that add up to ``top_p``."""
 
+    def least(descending: torch.Tensor) -> torch.Tensor:
+        count = (descending.cumsum(dim=-1) - descending < top_p).sum(dim=-1, keepdim=True)
+        return descending.gather(1, count - 1)
 
-def _inverse(cumulative: torch.Tensor, draws: torch.Tensor, count: torch.Tensor | None = None) -> torch.Tensor:
-    """(rows,): where each row of ``cumulative`` first exceeds its draw's share of the row's total.
-
-    Places from ``count`` on are out; rounding may not lead there.
-    """
-    targets = (draws.to(cumulative.device) * cumulative.amax(dim=-1)).to(cumulative.dtype)[:, None]
-    if count is None:
-        return (cumulative <= targets).sum(dim=-1).clamp(max=cumulative.shape[1] - 1)
-    inside = torch.arange(cumulative.shape[1], device=cumulative.device) < count[:, None]
-    return ((cumulative <= targets) & inside).sum(dim=-1).minimum(count - 1)
+    some = probabilities.topk(min(NUCLEUS, probabilities.shape[1]), dim=-1).values
+    found = least(some)
+    for row in (some.sum(dim=-1) < top_p).nonzero()[:, 0].tolist():  # flat: its nucleus is larger
+        found[row] = least(probabilities[row : row + 1].sort(dim=-1, descending=True).values)[0]
+    return found
 
 
 def end_ids(model, tokenizer) -> frozenset[int]:
@@ -210,7 +203,7 @@ def decode(
                 **{name: value for name, value in inputs.items() if name in accepted},
             )
             if settings.temperature > 0:
-                draws = torch.stack([torch.rand((), generator=generators[row], dtype=torch.float64) for row in rows])
+                draws = torch.stack([torch.rand((), generator=generators[row]) for row in rows])
             chosen = choose(output.logits[:, -1].float(), settings.temperature, settings.top_p, draws)
         memory.cache = cache
         memory.ids += ids[0].tolist()

@@ -353,7 +353,8 @@ def answer_batch(
             ) from None
         written = None
     if written is None:  # out of the handler, which keeps the tensors of the failed call alive
-        torch.accelerator.empty_cache() if hasattr(torch.accelerator, "empty_cache") else torch.cuda.empty_cache()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
         half = len(prompts) // 2
         parts = prompts[:half], prompts[half:]
         return [answer for part in parts for answer in answer_batch(model, tokenizer, part, settings, on_tokens)]

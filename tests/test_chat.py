@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -14,12 +15,15 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, make_records, run_script
+from huggingface_hub.utils import filter_repo_objects
 from test_inference import chain
 
 import chat
+import train
 import utils
 from alpaca import answers, cli, inference
+from alpaca.decoding import STOP
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +251,7 @@ def in_a_terminal(model: Path, *steps: tuple[str, str]) -> tuple[int, str]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a pseudo-terminal, as Linux has it")
 def test_in_a_terminal_pasted_lines_are_one_message_and_ctrl_c_stops_an_answer_and_twice_leaves(tmp_path):
-    model = chain(tmp_path / "model", "again", " and", loop=True)
+    model = chain(tmp_path / "model", " again", " and", loop=True)
     paste = "\x1b[200~/quit\n/quit\x1b[201~\r"
     code, shown = in_a_terminal(
         model,
@@ -330,9 +334,9 @@ BAD_LINES = {
     "[1]": "a list where an object was expected",
     '{"input": "x"}': 'needs a text "instruction"',
     '{"instruction": "  "}': 'needs a text "instruction"',
-    '{"instruction": "x", "input": 3}': "must be a text",
+    '{"instruction": "x", "input": 3}': 'needs a text "instruction", and "input" must be a text',
     '{"instruction": "x", "instances": []}': '"instances" must be a list of one object',
-    '{"instruction": "a\\ud800"}': "half of a surrogate pair",
+    '{"instruction": "a\\ud800"}': "holds half of a surrogate pair",
 }
 
 
@@ -368,7 +372,7 @@ def test_no_instruction_at_all_is_told(tiny_llama, tmp_path, monkeypatch):
     assert "holds no instructions" in exit.value.code
 
 
-MANY = [{"instruction": f"Count to {i}.", "input": "x" * (i % 7)} for i in range(40)]
+MANY = [{"instruction": f"Count to {i}.", "input": "x" * (i % 7)} for i in range(24)]
 
 
 def test_a_run_that_was_killed_goes_on_and_ends_as_an_uninterrupted_one(tiny_llama, tmp_path, monkeypatch, capsys):
@@ -441,3 +445,41 @@ def test_another_model_in_the_same_folder_does_not_finish_a_run(tiny_llama, tmp_
     with pytest.raises(SystemExit) as exit:
         run_file(monkeypatch, model, RECORDS[:3], out)
     assert "differs in model, requests: give the same again, or delete it" in exit.value.code
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# docs/publish.md.
+
+
+def published() -> str:
+    return (ROOT / "docs" / "publish.md").read_text()
+
+
+def test_what_goes_to_the_hub_is_the_model_and_what_tells_of_it(tiny_llama, tmp_path):
+    """The documented patterns, through the hub library's own filter, on the folder of a real run."""
+    out = tmp_path / "out"
+    (tmp_path / "data.json").write_text(json.dumps(make_records(8)))
+    argv = ["--model_name_or_path", tiny_llama, "--data_path", tmp_path / "data.json", "--output_dir", out]
+    argv += ["--max_steps", 2, "--save_strategy", "steps", "--save_steps", 1, "--lora_r", 2, "--report_to", "none"]
+    train.train(*train.parse_args([str(word) for word in argv]))
+    (out / "runs").mkdir()  # TensorBoard's, where it is installed
+    (out / "runs" / "events.out.tfevents.1").touch()
+    (command,) = [shlex.split(line) for line in published().splitlines() if line.startswith("hf upload REPO OUT .")]
+    patterns = [word for flag, word in zip(command, command[1:], strict=False) if flag == "--exclude"]
+    there = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+    assert {"checkpoint-2/optimizer.pt", "training_args.bin"} <= set(there)
+    tokenizer = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
+    expected = ["config.json", "generation_config.json", "loss.png", "model.safetensors", "model_card.md"]
+    expected += ["training_receipt.json", *tokenizer, "adapter/README.md", "adapter/adapter_config.json"]
+    expected += ["adapter/adapter_model.safetensors", *(f"adapter/{name}" for name in tokenizer)]
+    assert sorted(filter_repo_objects(there, ignore_patterns=patterns)) == sorted(expected)
+
+
+def test_the_cards_upload_command_puts_it_where_the_hub_shows_it():
+    assert "hf upload REPO OUT/model_card.md README.md\n" in published()
+
+
+def test_the_modelfiles_template_is_the_prompt():
+    (template,) = re.findall(r'TEMPLATE """(.*?)"""', published(), re.S)
+    assert template == utils.format_prompt("{{ .Prompt }}")
+    assert f'PARAMETER stop "{STOP}"' in published()
