@@ -16,12 +16,12 @@ from pathlib import Path
 
 from alpaca import UserError, cli
 
-HELP = r"""Type an instruction. Each is answered on its own (with --template chat, turns are remembered).
-  a line that ends in \ goes on in the next; a text of several lines stands between two \"\"\"
+HELP = r'''Type an instruction. Each is answered on its own (with --template chat, turns are remembered).
+  a line that ends in \ goes on in the next; a text of several lines stands between two """
   /input TEXT   what the next instruction is about, in one line or several
   /reset        forgets the input and the turns so far
   /help         this
-  /quit         leaves, as Ctrl-D does; Ctrl-C stops an answer, twice it leaves""".replace('\\"', '"')
+  /quit         leaves, as Ctrl-D does; Ctrl-C stops an answer, twice it leaves'''
 COMMANDS = ("/input", "/reset", "/help", "/?", "/quit", "/exit")
 FENCE = '"""'
 
@@ -166,8 +166,8 @@ def answer(conversation, instruction: str, input: str) -> None:
 def read_message(read_line: Callable[[str], str | None]) -> tuple[str, str] | None:
     r"""A command with its text, or ("", instruction); None at the end.
 
-    A line that ends in \ goes on in the next. A text in \"\"\" goes on to the next \"\"\", and no command is looked for
-    in it.
+    A line that ends in \ goes on in the next. A text that begins with three quotes goes on to the next three, and no
+    command is looked for in it.
 
     Args:
         read_line: gives the next line, asked for by the prompt that it gets, or None at the end.

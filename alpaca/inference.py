@@ -128,6 +128,7 @@ def load(
     if dtype is None and device.type != "cpu" and (odd := _unfit(model.dtype, device)):
         model = model.to(odd)
     tokenizer_fits(model, tokenizer, path)
+    prompt_ids(tokenizer, [""])  # switches it to typed special tokens as text: not while threads share it
     for warning in odd_special_tokens(model, tokenizer, path):
         print(f"warning: {warning}", file=sys.stderr)
     return model.to(device).eval(), tokenizer

@@ -4,7 +4,7 @@
 
 The prompts are records of alpaca_data.json in a shuffled order, greedy, at most 64 new tokens; DIR is made from the
 embedded model (135 M parameters) when it is not there. In each round each way has its turn: one prompt after the other
-(the first 8), and all in batches, generate()'s in the order of the file and ours by length, both of as many rows.
+(the first 6), and all in batches, generate()'s in the order of the file and ours by length, both of as many rows.
 Writes benchmarks/results/chat.json.
 """
 
@@ -28,7 +28,7 @@ from alpaca import inference, teacher  # noqa: E402
 from alpaca.cli import run_cli  # noqa: E402
 from alpaca.decoding import Settings, decode, end_ids  # noqa: E402
 
-ALONE = 8  # prompts that are answered one after the other
+ALONE = 6  # prompts that are answered one after the other
 
 
 def ours_alone(model, tokenizer, prompts: list[list[int]], settings: Settings, rows: int) -> list[list[int]]:

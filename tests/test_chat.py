@@ -462,12 +462,13 @@ def test_what_goes_to_the_hub_is_the_model_and_what_tells_of_it(tiny_llama, tmp_
     argv = ["--model_name_or_path", tiny_llama, "--data_path", tmp_path / "data.json", "--output_dir", out]
     argv += ["--max_steps", 2, "--save_strategy", "steps", "--save_steps", 1, "--lora_r", 2, "--report_to", "none"]
     train.train(*train.parse_args([str(word) for word in argv]))
-    (out / "runs").mkdir()  # TensorBoard's, where it is installed
+    (out / "training_args.bin").touch()  # what a run without LoRA leaves, and TensorBoard where it is installed
+    (out / "runs").mkdir()
     (out / "runs" / "events.out.tfevents.1").touch()
     (command,) = [shlex.split(line) for line in published().splitlines() if line.startswith("hf upload REPO OUT .")]
     patterns = [word for flag, word in zip(command, command[1:], strict=False) if flag == "--exclude"]
     there = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
-    assert {"checkpoint-2/optimizer.pt", "training_args.bin"} <= set(there)
+    assert {"checkpoint-2/optimizer.pt", "checkpoint-2/training_args.bin"} <= set(there)
     tokenizer = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
     expected = ["config.json", "generation_config.json", "loss.png", "model.safetensors", "model_card.md"]
     expected += ["training_receipt.json", *tokenizer, "adapter/README.md", "adapter/adapter_config.json"]
