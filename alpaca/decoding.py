@@ -138,8 +138,10 @@ def longest_answer(model, ids: list[int], max_new_tokens: int) -> int:
     """Tokens that the answer to a prompt can have.
 
     Raises:
-        UserError: the prompt leaves nothing of the context to answer in; it is never cut silently.
+        UserError: the prompt is empty, or leaves nothing of the context to answer in; it is never cut silently.
     """
+    if not ids:
+        raise UserError("the prompt is empty: there is nothing to go on from")
     context = context_length(model)
     if context and len(ids) >= context:
         raise UserError(f"the prompt has {len(ids)} tokens, but the model reads at most {context}: shorten it")
@@ -151,40 +153,46 @@ def _generator(seed: int, ids: list[int]) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+def _lay_out(prompts: Sequence[list[int]], room: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Prompts padded on the left to the longest, with mask and positions for ``room`` more columns.
+
+        prompts    [[5, 6, 7], [8]], room 1
+        ids        [[5, 6, 7], [8, 8, 8]]
+        mask       [[1, 1, 1, 1], [0, 0, 1, 1]]
+        positions  [[0, 1, 2, 3], [0, 0, 0, 1]]
+
+    The mask is None where there is no padding: attention then need not look into it.
+    """
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[ids[0]] * (longest - len(ids)) + ids for ids in prompts])
+    padding = torch.tensor([longest - len(ids) for ids in prompts])[:, None]
+    columns = torch.arange(longest + room)
+    mask = (columns >= padding).long() if padding.any() else None
+    return ids, mask, (columns - padding).clamp(min=0)
+
+
 def decode(
     model, prompts: Sequence[list[int]], ends: frozenset[int], settings: Settings, done: set[int], memory: Memory | None
 ) -> Iterator[list[tuple[int, int]]]:
     """Yields (row, token) of each row that goes on, step by step; a row that has ended leaves the batch.
 
-    Prompts are padded on the left to the longest:
-
-        prompts    [[5, 6, 7], [8]]
-        ids        [[5, 6, 7], [8, 8, 8]]
-        mask       [[1, 1, 1], [0, 0, 1]]
-        positions  [[0, 1, 2], [0, 0, 0]]
-
     Args:
         model: a causal model.
-        prompts: token ids, none of them empty.
+        prompts: token ids.
         ends: tokens that end a row; they are not yielded.
         settings: a row ends at ``max_new_tokens`` and at the end of the context as well.
         done: rows that the caller wants no more of; read after each step.
         memory: of a conversation whose next prompt ``prompts[0]`` is; tokens that it holds are not computed again.
 
     Raises:
-        UserError: a prompt fills the context.
+        UserError: a prompt is empty or fills the context.
     """
     limits = [longest_answer(model, ids, settings.max_new_tokens) for ids in prompts]
     known = memory.begin(prompts[0]) if memory else 0
     memory = memory or Memory()
     cache = memory.cache if memory.cache is not None else DynamicCache(config=model.config)
-    device, longest = model.device, max(map(len, prompts))
-    ids = torch.tensor([[ids[0]] * (longest - len(ids)) + ids[known:] for ids in prompts], device=device)
-    padding = torch.tensor([longest - len(ids) for ids in prompts], device=device)[:, None]
-    columns = torch.arange(longest + max(limits), device=device)
-    mask = (columns >= padding).long() if padding.any() else None  # None: attention need not look for a mask
-    positions = (columns - padding).clamp(min=0)
-    draws = None
+    ids, mask, positions = (t if t is None else t.to(model.device) for t in _lay_out(prompts, max(limits)))
+    ids, longest, draws = ids[:, known:], ids.shape[1], None
     if settings.temperature > 0:
         seed = random.SystemRandom().getrandbits(48) if settings.seed is None else settings.seed
         generators = [_generator(seed, ids) for ids in prompts]
@@ -217,7 +225,7 @@ def decode(
         ]
         ids = chosen[:, None]
         if 0 < len(stay) < len(rows):
-            kept = torch.tensor(stay, device=device)
+            kept = torch.tensor(stay, device=model.device)
             with torch.inference_mode():
                 cache.batch_select_indices(kept)
             ids, positions, mask = ids[kept], positions[kept], mask if mask is None else mask[kept]

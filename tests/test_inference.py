@@ -270,6 +270,19 @@ def rows_of(model, prompts, settings, ends=ENDS, done=()) -> list[list[int]]:
     return written
 
 
+def test_prompts_are_padded_on_the_left():
+    ids, mask, positions = decoding._lay_out([[5, 6, 7], [8]], 1)
+    assert ids.tolist() == [[5, 6, 7], [8, 8, 8]]
+    assert mask.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
+    assert positions.tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
+    assert decoding._lay_out([[5, 6], [8, 9]], 1)[1] is None
+
+
+def test_an_empty_prompt_is_refused(loaded):
+    with pytest.raises(UserError, match="the prompt is empty"):
+        rows_of(loaded[0], [[1], []], Settings(3))
+
+
 def test_greedy_rows_are_the_tokens_that_generate_gives_each_prompt_alone(any_model):
     model, tokenizer = any_model
     prompts = inference.prompt_ids(tokenizer, PROMPTS)
