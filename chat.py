@@ -50,9 +50,9 @@ def chat(
         instruction: answer this one and leave; the answer alone is on stdout.
         input: what the instruction is about, if that is apart.
         batch_path: answer the records of this file and leave: {"instruction", "input"}, as a JSON list or JSON Lines.
-        output_path: where their answers go: the same records with "output" and "generator", in the same order, as
-            alpaca_eval reads them; a JSON list if the name ends in .json, else JSON Lines. The same command goes on
-            with a run that was killed.
+        output_path: where their answers go: the same records with "output" and "generator", in the same order; a JSON
+            list, which alpaca_eval reads, if the name ends in .json, else JSON Lines. The same command goes on with a
+            run that was killed.
         template: alpaca, the prompt of training, or chat, the model's own chat template, in which turns are remembered.
         max_new_tokens: the longest answer, in tokens.
         temperature: 0 always takes the likeliest token.
