@@ -120,7 +120,7 @@ def answer_file(
 ) -> dict[str, int]:
     """Writes the requests' records with "output" and "generator" to ``output_path``, in their order.
 
-    It is JSON Lines, or a JSON list when the name ends in ``.json``: that is what alpaca_eval reads. An instruction that
+    It is JSON Lines, or a JSON list when the name ends in ``.json``: alpaca_eval reads that. An instruction that
     does not fit the context gets "error" and no "output".
 
     Args:
