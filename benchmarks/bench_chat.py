@@ -1,10 +1,10 @@
 """Answers a second: chat.py's decoding against transformers' generate() on the same model, in one run.
 
-    python benchmarks/bench_chat.py --model_path DIR --prompts 32 --rounds 3
+    python benchmarks/bench_chat.py --model_path DIR --prompts 24 --rounds 4
 
-The prompts are records of alpaca_data.json in a shuffled order, greedy, at most 64 new tokens; DIR is made from the
-embedded model (135 M parameters) when it is not there. In each round each way has its turn: one prompt after the other
-(the first 6), and all in batches, generate()'s in the order of the file and ours by length, both of as many rows.
+The prompts are records of alpaca_data.json in a shuffled order, greedy, at most 32 new tokens; DIR is made from the
+embedded model (135 M parameters) when it is not there. In each round each way has its turn, forwards and backwards: one prompt after the other
+(the first 4), and all in batches, generate()'s in the order of the file and ours by length, both of as many rows.
 Writes benchmarks/results/chat.json.
 """
 
@@ -28,7 +28,7 @@ from alpaca import inference, teacher  # noqa: E402
 from alpaca.cli import run_cli  # noqa: E402
 from alpaca.decoding import Settings, decode, end_ids  # noqa: E402
 
-ALONE = 6  # prompts that are answered one after the other
+ALONE = 4  # prompts that are answered one after the other
 
 
 def ours_alone(model, tokenizer, prompts: list[list[int]], settings: Settings, rows: int) -> list[list[int]]:
@@ -71,10 +71,10 @@ def generate_batched(model, tokenizer, prompts: list[list[int]], settings: Setti
 def main(
     model_path: str = "smollm2",
     data_path: str = str(ROOT / "alpaca_data.json"),
-    prompts: int = 32,
+    prompts: int = 24,
     rows: int = 16,
-    rounds: int = 3,
-    max_new_tokens: int = 64,
+    rounds: int = 4,
+    max_new_tokens: int = 32,
     device: str | None = None,
 ) -> None:
     """Measures tokens a second.
@@ -106,7 +106,8 @@ def main(
     rates: dict[str, list[float]] = {name: [] for name in ways}
     said: dict[str, list[list[int]]] = {}
     for number in range(-1, rounds):
-        for name, (way, wanted, settings) in ways.items():
+        for name in list(ways)[:: 1 if number % 2 else -1]:
+            way, wanted, settings = ways[name]
             if number < 0:  # warm up
                 way(model, tokenizer, wanted[:2], Settings(4, settings.temperature, settings.top_p, 0), rows)
                 continue
