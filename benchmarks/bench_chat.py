@@ -2,9 +2,10 @@
 
     python benchmarks/bench_chat.py --model_path DIR --prompts 24 --rounds 4
 
-The prompts are records of alpaca_data.json in a shuffled order, greedy, at most 32 new tokens; DIR is made from the
-embedded model (135 M parameters) when it is not there. In each round each way has its turn, forwards and backwards: one prompt after the other
-(the first 4), and all in batches, generate()'s in the order of the file and ours by length, both of as many rows.
+The prompts are records of alpaca_data.json in a shuffled order, at most 32 new tokens; DIR is made from the embedded
+model (135 M parameters) when it is not there. In each round each way has its turn, one round forwards and the next
+backwards: one prompt after the other (the first 4), greedy and sampled, and all in batches, greedy, generate()'s in the
+order of the file and ours by length, both of as many rows.
 Writes benchmarks/results/chat.json.
 """
 
