@@ -5,6 +5,8 @@ python chat.py --model_path DIR --template chat --temperature 0.7 --top_p 0.9
 python chat.py --model_path DIR --instruction "Give three tips for staying healthy."
 python chat.py --model_path DIR --instruction "Translate into French." --input "Good morning"
 python chat.py --model_path DIR --batch_path IN.jsonl --output_path OUT.jsonl --temperature 0
+
+As a page for the browser (the live demo): python chat.py --model_path DIR --web
 """
 
 from __future__ import annotations
@@ -42,6 +44,11 @@ def chat(
     base_path: str | None = None,
     batch_tokens: int = 16384,
     skip_errors: bool = False,
+    web: bool = False,
+    compare_path: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    auth: str | None = None,
 ) -> None:
     """Answers instructions with a fine-tuned model: yours in the terminal, one on the command line, or those of a file.
 
@@ -63,7 +70,21 @@ def chat(
         base_path: the base of a LoRA adapter, where it is not where the adapter says.
         batch_tokens: prompts and answers of a batch come to this many tokens at most.
         skip_errors: go on without malformed records of the file, and without those that do not fit the context.
+        web: serve a page, for this machine alone; max_new_tokens is then the most that a visitor can ask for.
+        compare_path: with --web, a second model that answers the same instructions beside the first.
+        host: with --web, the address to listen at; any but this machine's own needs --auth.
+        port: with --web; 0 takes a free one.
+        auth: with --web, user:password, which the page then asks for.
     """
+    if web:
+        if instruction is not None or batch_path is not None:
+            raise UserError("--instruction and --batch_path answer and leave, --web serves a page: take one of them")
+        from alpaca import web as demo
+
+        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+        return demo.serve(model_path, compare_path, host, port, auth, device, **sampling)
+    if compare_path or auth or host != "127.0.0.1" or port != 7860:
+        raise UserError("--compare_path, --host, --port and --auth are for the page: add --web")
     if instruction is not None and not instruction.strip():
         raise UserError("--instruction is empty")
     if instruction is not None and batch_path is not None:

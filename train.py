@@ -36,9 +36,10 @@ import torch
 import transformers
 
 import utils
-from alpaca import UserError, check_tokens, cli, launch, lora, packing, receipt
+from alpaca import UserError, check_tokens, cli, launch, lora, packing, packing_check, receipt
 from alpaca.checkpoint import check_model_folder, check_writable
 from alpaca.findings import raise_errors
+from alpaca.held_out import HeldOutLoss
 from alpaca.inference import load_model, load_tokenizer
 from alpaca.launch import say as _say
 from alpaca.meter import Metered
@@ -185,6 +186,8 @@ def load_data(data_args: DataArguments, seed: int) -> tuple[list[dict], list[dic
     """The records to train on and those held out (maybe none)."""
     records = utils.load_records(data_args.data_path)
     if data_args.eval_data_path:
+        if data_args.eval_fraction:
+            raise UserError("--eval_data_path and --eval_fraction both give held-out data: drop one of them")
         return records, utils.load_records(data_args.eval_data_path)
     if not 0 <= data_args.eval_fraction < 1:  # NaN fails too
         raise UserError(f"--eval_fraction {data_args.eval_fraction} must leave records to train on: take 0 to 0.5")
@@ -214,21 +217,26 @@ def make_batches(model, dataset, pad_token_id: int, data_args: DataArguments, tr
     def fall_back(reason: str) -> None:
         if data_args.packing:
             raise UserError(f"--packing cannot be had here ({reason}): leave it out")
-        _say(f"warning: examples are padded, as with --padding longest: {reason}")
         collator.padding_free = False
         packing.set_attention(model, packing.library_attention(model))
 
+    reason = ""
     if training_args.label_smoothing_factor:
-        fall_back("--label_smoothing_factor needs the logits of prompts")
-    elif training_args.n_gpu > 1:
-        fall_back(f"one process drives {training_args.n_gpu} GPUs, which splits a batch by rows (use torchrun)")
+        reason = "--label_smoothing_factor needs the logits of prompts"
+    elif getattr(model, "_is_stateful", False):
+        reason = f"{type(model).__name__} is recurrent, and would carry its state from one example into the next"
     elif not packing.set_attention(model, packing.SEGMENTS):
-        fall_back(f"the attention of {type(model).__name__} cannot be chosen")
+        reason = f"the attention of {type(model).__name__} cannot be chosen"
+    if reason:
+        _say(f"warning: examples are padded, as with --padding longest: {reason}")
+        fall_back(reason)
     if not collator.padding_free:
         return dataset, collator, None
-    self_check = packing.SelfCheck(packing.examples_to_check(dataset), fall_back)
+    self_check = packing_check.SelfCheck(packing_check.examples_to_check(dataset), fall_back)
     if not data_args.packing:
         return dataset, collator, self_check
+    if training_args.train_sampling_strategy == "group_by_length":
+        raise UserError("--packing makes rows of one length: leave --train_sampling_strategy group_by_length out")
     bins = packing.PackedDataset(dataset, training_args.model_max_length)
     _say(
         f"packing: {len(dataset)} examples in {len(bins)} bins of {training_args.model_max_length} tokens, "
@@ -242,7 +250,7 @@ def make_batches(model, dataset, pad_token_id: int, data_args: DataArguments, tr
 # The run.
 
 
-class Trainer(Metered, ResumableTrainer):
+class Trainer(Metered, ResumableTrainer, HeldOutLoss):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         """The number of supervised tokens, as a whole number.
 
@@ -265,6 +273,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     if training_args.eval_strategy != "no" and not (data_args.eval_data_path or data_args.eval_fraction):
         raise UserError("--eval_strategy needs held-out data: --eval_data_path or --eval_fraction")
     lora.check_arguments(training_args)
+    launch.check_packages(training_args)
     check_writable(output_dir, "--output_dir")
     checkpoint = choose_checkpoint(training_args.resume_from_checkpoint, output_dir)
     if os.path.exists(model_args.model_name_or_path) or model_args.model_name_or_path.startswith((".", "/")):
@@ -281,17 +290,18 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     )
 
     texts = [record["instruction"] + "\n" + record["output"] for record in train_records[:500]]
-    findings = check_precision(training_args.bf16) + check_tokens.mend_merges(tokenizer, texts)
+    findings = check_precision(training_args.bf16 and not training_args.use_cpu)
+    findings += check_tokens.mend_merges(tokenizer, texts)
 
     def load_base(dtype: torch.dtype = torch.float32, **options):
         model = load_model(model_args.model_name_or_path, dtype, cache_dir=training_args.cache_dir, **options)
         rows = launch.rows(model.get_input_embeddings().weight)
         findings.extend(check_tokens.check_tokenizer(tokenizer, rows, model.config))
         raise_errors(findings)  # before rows are added that would hide them
+        if training_args.lora_r:
+            lora.check_eos(tokenizer)
         add_special_tokens(tokenizer, model)
         tokenizer.chat_template = chat_template(tokenizer)  # in place of the base model's
-        if training_args.lora_r:
-            lora.check_tokenizer(tokenizer, rows)
         return model
 
     # float32 whatever the checkpoint's type: at a learning rate of 2e-5 most updates are lost in bf16's 8 bits.
@@ -317,6 +327,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         processing_class=tokenizer,
         callbacks=[self_check] if self_check else None,
     )
+    trainer.check_resumed(checkpoint)
     preflight(trainer, findings, self_check, with_rehearsal=not training_args.skip_save_rehearsal)
     if training_args.preflight_only:
         return
@@ -334,6 +345,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         written = receipt.write(receipt.collect(begun, trainer, arguments, counts), output_dir)
         _say(f"{', '.join(written)} in {output_dir}")
     _say(f"{trainer.state.global_step} steps on {len(train_dataset)} examples; model in {output_dir}")
+    trainer.upload(output_dir)
     if eval_dataset:
         losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
         _say(f"eval loss on {len(eval_dataset)} held-out examples: {losses[0]:.4f} before, {after:.4f} after")

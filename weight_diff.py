@@ -2,44 +2,54 @@
 
     python weight_diff.py make_diff --path_raw RAW --path_tuned TUNED --path_diff DIFF
     python weight_diff.py recover --path_raw RAW --path_diff DIFF --path_tuned TUNED
+    python weight_diff.py verify --path TUNED --path_diff DIFF
     python weight_diff.py compare --path_a TUNED --path_b RECOVERED
 
-RAW is the base model in Hugging Face format. Tensors are streamed: neither model is ever whole in memory.
+RAW is the base model in Hugging Face format. Tensors are streamed in pieces: 7B takes about a gigabyte of memory.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
+import zlib
+from contextlib import nullcontext
+from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import utils
 from alpaca import UserError, cli
-from alpaca.checkpoint import (
-    DTYPE_NAMES,
-    DTYPES,
-    MANIFEST,
-    CheckpointReader,
-    check_model_folder,
-    copy_side_files,
-    new_folder,
-    read_json,
-    write_weights,
+from alpaca.checkpoint import DTYPES, MANIFEST, CheckpointReader, check_model_folder
+from alpaca.difference import BITS, NotFinite, add_difference, mean_row, read_pair, take_difference
+from alpaca.folders import copy_side_files, new_folder
+from alpaca.manifest import (
+    METHODS,
+    check_inputs,
+    check_is_a_difference,
+    read_manifest,
+    some,
+    verify_folder,
+    write_manifest,
 )
+from alpaca.shards import ShardWriter, parse_size
+from alpaca.stream import Chunk, Hashes, Specs, check_checksums, numel, progress, run, size_of
 
 # Alpaca-7B, as released: the sum of all values of the recovered model, its rotary buffers included, as they were part
 # of the state dict until transformers 4.31.
 RELEASED_SUM, RELEASED_TOLERANCE = 50637.1836, 0.05
 SMOKE_TEST = "List three technologies that make life easier."
+OUTPUT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SAMPLE = 1 << 15  # elements of each chunk that are compressed, to say what a diff compresses to
 
-# The bits of a float, as integers whose difference wraps around and so loses nothing.
-BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
-
-def make_diff(path_raw: str, path_tuned: str, path_diff: str, method: str = "subtract") -> None:
+def make_diff(
+    path_raw: str,
+    path_tuned: str,
+    path_diff: str,
+    method: str = "subtract",
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> None:
     """Writes the difference tuned - raw to a new folder.
 
     Args:
@@ -48,36 +58,53 @@ def make_diff(path_raw: str, path_tuned: str, path_diff: str, method: str = "sub
         path_diff: the folder to make.
         method: subtract is the original's float32 tuned - raw, which recovers a float32 model to within rounding
             (about 2e-9); exact subtracts the bits, and recovers every tensor bit for bit.
+        max_shard_size: size of a file of weights, such as 5GB or 500MB.
+        overwrite: replace a diff that is there already.
     """
-    if method not in ("subtract", "exact"):
+    if method not in METHODS:
         raise UserError(f"--method takes subtract or exact, not {method!r}")
+    shard_bytes, exact = parse_size(max_shard_size), method == "exact"
     raw = CheckpointReader(check_model_folder(path_raw, "--path_raw", tokenizer=False))
     tuned = CheckpointReader(check_model_folder(path_tuned, "--path_tuned"))
     specs = _matching_specs(raw, tuned, "--path_tuned")
-    manifest = {"format": 1, "license": "CC BY-NC 4.0", "method": method}
-    if method == "exact":
-        for name, (dtype, _) in specs.items():
-            if dtype not in BITS:
-                raise UserError(f"{path_tuned}: {name} is {dtype}, which --method exact does not handle")
-        manifest["dtypes"] = {name: DTYPE_NAMES[dtype] for name, (dtype, _) in specs.items()}
-        specs = {name: (BITS[dtype], shape) for name, (dtype, shape) in specs.items()}
-    else:
-        specs = _as_float32(specs, tuned)
+    _check_floats(tuned)
+    written = {name: (BITS[dtype] if exact else torch.float32, shape) for name, (dtype, shape) in specs.items()}
+    hashes = {role: Hashes() for role in ("raw", "tuned", "diff") + (() if exact else ("recovered",))}
+    errors, not_finite, compressed = dict.fromkeys(specs, 0.0), NotFinite(), []
 
-    def differences() -> Iterator[torch.Tensor]:
-        for name in tqdm(specs, desc="make_diff", unit="tensor"):
-            t = tuned.get(name)
-            if method == "exact":
-                bits = BITS[t.dtype]
-                yield t.view(bits) - _grow(raw.get(name).to(t.dtype), t.shape, mean=False).view(bits)
-            else:
-                yield t.float() - _grow(raw.get(name).float(), t.shape, mean=True)
+    def work(chunk: Chunk) -> None:
+        error = take_difference(chunk, exact, means.get(chunk.name), not_finite)
+        errors[chunk.name] = max(errors[chunk.name], error)
 
-    with new_folder(path_diff) as folder:
-        write_weights(folder, specs, differences())
+    def write(chunk: Chunk) -> None:
+        diff = chunk.buffer("diff", written[chunk.name][0])
+        writer.write(chunk.name, diff)
+        if exact:
+            compressed.append(_compressed_size(diff))
+        bar.update(diff.numel() * diff.itemsize)
+
+    after = [
+        lambda chunk: hashes["raw"].update(chunk, chunk.raw),
+        lambda chunk: hashes["tuned"].update(chunk, chunk.other),
+        lambda chunk: hashes["diff"].update(chunk, chunk.buffer("diff", written[chunk.name][0])),
+        write,
+    ]
+    if not exact:
+        after.append(lambda chunk: hashes["recovered"].update(chunk, chunk.buffer("recovered", torch.float32)))
+    with new_folder(path_diff, "--path_diff", overwrite, [raw.folder, tuned.folder]) as folder:
+        with ShardWriter(folder, written, shard_bytes) as writer:
+            check_checksums(raw, tuned)
+            means = {} if exact else _mean_rows(raw, specs, {})
+            with progress(size_of(written), "make_diff") as bar:
+                run(specs, lambda chunk: read_pair(chunk, raw, tuned), work, after)
         copy_side_files(tuned.folder, folder, tuned.config)
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    print(f"{len(specs)} tensors ({method}) in {path_diff}")
+        write_manifest(folder, method, raw, tuned, written, hashes, errors, means)
+    not_finite.warn()
+    print(f"{len(specs)} tensors ({method}) in {path_diff}: {size_of(written) / 1e9:.3f} GB", end="")
+    if exact:
+        print(f", which zlib makes about {sum(compressed) / 1e9:.3f} GB (estimated from a sample)")
+    else:
+        print(f"; recover gives the tuned model to within {max(errors.values(), default=0.0):.2g}")
 
 
 def recover(
@@ -87,6 +114,9 @@ def recover(
     device: str = "cpu",
     test_inference: bool = True,
     check_integrity_naively: bool = True,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
 ) -> None:
     """Writes the tuned model, raw + diff, to a new folder.
 
@@ -96,72 +126,103 @@ def recover(
         path_tuned: the folder to make; without it the result is only checked.
         device: where the smoke test runs.
         test_inference: answer one instruction with the recovered model.
-        check_integrity_naively: for the released Alpaca-7B diff, check the sum of all recovered values.
+        check_integrity_naively: for a diff without a manifest, check that it looks like a difference; for the released
+            Alpaca-7B diff also the sum of all recovered values. A manifest is always checked.
+        dtype: of what is written: float32, bfloat16 or float16; by default the diff's, for the method exact tuned's.
+        max_shard_size: size of a file of weights, such as 5GB or 500MB.
+        overwrite: replace a model that is there already.
     """
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {device} is not there: cpu is") from None
+    if dtype is not None and dtype not in OUTPUT_DTYPES:
+        raise UserError(f"--dtype takes {', '.join(OUTPUT_DTYPES)}, not {dtype!r}")
+    shard_bytes = parse_size(max_shard_size)
+    if (Path(path_raw) / MANIFEST).exists() and not (Path(path_diff) / MANIFEST).exists():
+        raise UserError(f"--path_raw {path_raw} is a weight diff, --path_diff {path_diff} is none: they are swapped")
     raw = CheckpointReader(check_model_folder(path_raw, "--path_raw", tokenizer=False))
     diff = CheckpointReader(check_model_folder(path_diff, "--path_diff", diff=True))
-    manifest = read_json(diff.folder / MANIFEST) if (diff.folder / MANIFEST).exists() else {}
-    method = manifest.get("method", "subtract")
-    if method not in ("subtract", "exact"):
-        raise UserError(f"{diff.folder / MANIFEST} names the method {method!r}, which this version does not know")
+    manifest = read_manifest(diff)
+    exact = manifest.get("method") == "exact"
     specs = _matching_specs(raw, diff, "--path_diff")
-    if method == "exact":
-        for name, (bits, shape) in specs.items():
-            dtype = DTYPES.get(manifest.get("dtypes", {}).get(name))
-            if BITS.get(dtype) != bits:
-                raise UserError(
-                    f"{diff.folder / MANIFEST} does not fit the weights beside it ({name}): download both again"
-                )
-            specs[name] = (dtype, shape)
+    if exact:
+        computed = {name: (DTYPES.get(manifest.get("dtypes", {}).get(name)), specs[name][1]) for name in specs}
+        for name, (kind, _) in computed.items():
+            if BITS.get(kind) != specs[name][0]:
+                raise UserError(f"{diff.folder / MANIFEST} does not fit the weights beside it ({name}): download both")
     else:
-        specs = _as_float32(specs, diff)
-    if not manifest and not _is_alpaca_7b(diff.config):
-        print(
-            f"note: {diff.folder} has no {MANIFEST}, so nothing proves that it is a diff; it is taken for tuned - raw"
-        )
+        _check_floats(diff)
+        computed = {name: (torch.float32, shape) for name, (_, shape) in specs.items()}
+    default = computed if exact else specs
+    written = {name: (OUTPUT_DTYPES[dtype] if dtype else kind, shape) for name, (kind, shape) in default.items()}
     released = check_integrity_naively and not manifest and _is_alpaca_7b(diff.config)
-    sums = []
+    hashes, sums, not_finite = Hashes(), [], NotFinite()
 
-    def recovered() -> Iterator[torch.Tensor]:
-        for name in tqdm(specs, desc="recover", unit="tensor"):
-            d = diff.get(name)
-            if method == "exact":
-                dtype = specs[name][0]
-                tensor = (_grow(raw.get(name).to(dtype), d.shape, mean=False).view(d.dtype) + d).view(dtype)
-            else:
-                tensor = d.float() + _grow(raw.get(name).float(), d.shape, mean=True)
-            if released:
-                sums.append(tensor.sum().item())
-            yield tensor
+    def work(chunk: Chunk) -> None:
+        kind = computed[chunk.name][0]
+        sums.append(add_difference(chunk, kind, means.get(chunk.name), not_finite))
+        if written[chunk.name][0] != kind:
+            out = chunk.buffer("written", written[chunk.name][0]).copy_(chunk.buffer("recovered", kind))
+            not_finite.look(chunk.name, {f"what is written as {out.dtype}": out})
 
-    if path_tuned is None:
-        for _ in recovered():
-            pass
-    else:
-        with new_folder(path_tuned) as folder:
-            write_weights(folder, specs, recovered())
+    def check(chunk: Chunk) -> None:
+        hashes.update(chunk, chunk.buffer("recovered", computed[chunk.name][0]))
+        wanted = manifest["tensors"][chunk.name]["sha256"]["tuned" if exact else "recovered"]
+        if chunk.last and hashes.hex[chunk.name] != wanted:
+            raise UserError(f"{chunk.name} came out wrong, though raw and diff are right: try on another machine")
+
+    def write(chunk: Chunk) -> None:
+        kind = written[chunk.name][0]
+        data = chunk.buffer("recovered" if kind == computed[chunk.name][0] else "written", kind)
+        if writer:
+            writer.write(chunk.name, data)
+        bar.update(data.numel() * data.itemsize)
+
+    target = new_folder(path_tuned, "--path_tuned", overwrite, [raw.folder, diff.folder]) if path_tuned else None
+    with target or nullcontext() as folder:
+        with ShardWriter(folder, written, shard_bytes) if folder else nullcontext() as writer:
+            _check_before(manifest, raw, diff, check_integrity_naively)
+            means = {} if exact else _mean_rows(raw, specs, manifest.get("mean_rows", {}))
+            with progress(size_of(written), "recover") as bar:
+                after = [write, check] if manifest.get("tensors") else [write]
+                run(specs, lambda chunk: read_pair(chunk, raw, diff), work, after)
+        not_finite.warn()
+        if released:
+            _check_released_sum(sums)
+        if folder:
             config = dict(diff.config)
-            if method == "subtract":
+            if not exact or dtype:
                 config.pop("torch_dtype", None)
-                config["dtype"] = "float32"
+                kinds = [kind for kind, _ in sorted(written.values(), key=lambda spec: numel(spec[1]))]
+                config["dtype"] = str(kinds[-1]).removeprefix("torch.")  # of the largest tensor
             copy_side_files(diff.folder, folder, config)
-            if released:
-                _check_released_sum(sums)
-    if released and path_tuned is None:
-        _check_released_sum(sums)
-    if test_inference and path_tuned is not None:
+    if test_inference and path_tuned:
         from alpaca import inference
 
         model, tokenizer = inference.load(path_tuned, device)
         prompt = utils.format_prompt(SMOKE_TEST)
         print(f"{SMOKE_TEST}\n{''.join(inference.stream(model, tokenizer, prompt, max_new_tokens=128)).strip()}")
-    print(
-        f"{len(specs)} tensors recovered" + (f" in {path_tuned}" if path_tuned else " (not written: no --path_tuned)")
-    )
+    where = f" in {path_tuned}" if path_tuned else " (not written: no --path_tuned)"
+    proved = ", each with the hash that the manifest gives it" if manifest.get("tensors") else ""
+    print(f"{len(specs)} tensors recovered{where}{proved}")
+
+
+def verify(path: str, path_diff: str) -> None:
+    """Says which of raw, diff, tuned and recovered a folder is, by the hashes in a diff's manifest.
+
+    Ends with an error that names what differs when it is none of them.
+
+    Args:
+        path: a folder with weights.
+        path_diff: the diff.
+    """
+    reader = CheckpointReader(check_model_folder(path, "--path", tokenizer=False, diff=True))
+    diff = CheckpointReader(check_model_folder(path_diff, "--path_diff", tokenizer=False, diff=True))
+    manifest = read_manifest(diff)
+    if not manifest.get("tensors"):
+        raise UserError(f"--path_diff {path_diff} has no hashes in a {MANIFEST}: make_diff of this version writes them")
+    print(verify_folder(manifest, reader))
 
 
 def compare(path_a: str, path_b: str) -> None:
@@ -173,68 +234,99 @@ def compare(path_a: str, path_b: str) -> None:
     """
     a = CheckpointReader(check_model_folder(path_a, "--path_a", tokenizer=False))
     b = CheckpointReader(check_model_folder(path_b, "--path_b", tokenizer=False))
-    if a.names() != b.names():
-        raise UserError(f"the models have different tensors: {_some(set(a.names()) ^ set(b.names()))}")
-    unequal, largest = [], torch.zeros((), dtype=torch.float64)
-    for name in tqdm(a.names(), desc="compare", unit="tensor"):
-        x, y = a.get(name), b.get(name)
-        same = x.dtype == y.dtype and x.shape == y.shape
-        if not same or not torch.equal(_bytes(x), _bytes(y)):
-            unequal.append(name)
-            if x.shape == y.shape and x.numel():
+    if set(a.names()) != set(b.names()):
+        raise UserError(f"the models have different tensors: {some(set(a.names()) ^ set(b.names()))}")
+    kinds, other = a.specs(), b.specs()
+    unequal = {name for name in kinds if kinds[name] != other[name]}
+    largest = torch.zeros((), dtype=torch.float64)
+    alike = {name: spec for name, spec in kinds.items() if spec[1] == other[name][1]}
+
+    def read(chunk: Chunk) -> None:
+        a.read(chunk.name, chunk.start, chunk.buffer("a", kinds[chunk.name][0]))
+        b.read(chunk.name, chunk.start, chunk.buffer("b", other[chunk.name][0]))
+
+    def work(chunk: Chunk) -> None:
+        nonlocal largest
+        x, y = chunk.buffer("a", kinds[chunk.name][0]), chunk.buffer("b", other[chunk.name][0])
+        if x.dtype != y.dtype or not torch.equal(x.view(torch.uint8), y.view(torch.uint8)):
+            unequal.add(chunk.name)
+            if chunk.count:
                 largest = torch.maximum(largest, (x.double() - y.double()).abs().max())  # NaN stays NaN
+        bar.update(x.numel() * x.itemsize)
+
+    with progress(size_of(alike), "compare") as bar:
+        run(alike, read, work, [])
     if unequal:
-        raise UserError(f"{len(unequal)} of {len(a.names())} tensors differ (by up to {largest:.2g}): {_some(unequal)}")
-    print(f"all {len(a.names())} tensors are equal, bit for bit")
+        raise UserError(f"{len(unequal)} of {len(kinds)} tensors differ (by up to {largest:.2g}): {some(unequal)}")
+    print(f"all {len(kinds)} tensors are equal, bit for bit")
 
 
-def _matching_specs(raw: CheckpointReader, other: CheckpointReader, flag: str) -> dict:
+# ---------------------------------------------------------------------------------------------------------------------
+# What must be true first.
+
+
+def _matching_specs(raw: CheckpointReader, other: CheckpointReader, flag: str) -> Specs:
     """name → (dtype, shape) of ``other``, once its names and shapes are known to fit ``raw``'s."""
-    raw_names, names = set(raw.names()), other.names()
-    if missing := raw_names - set(names):
+    names, specs = raw.names(), other.specs()
+    if missing := set(names) - specs.keys():
         raise UserError(
-            f"{flag} {other.folder} lacks tensors that --path_raw has: {_some(missing)}; another base model?"
+            f"{flag} {other.folder} lacks tensors that --path_raw has: {some(missing)}; another base model?"
         )
-    if extra := set(names) - raw_names:
-        raise UserError(f"{flag} {other.folder} has tensors that --path_raw lacks: {_some(extra)}; another base model?")
-    specs = {name: other.spec(name) for name in names}
+    if extra := specs.keys() - set(names):
+        raise UserError(f"{flag} {other.folder} has tensors that --path_raw lacks: {some(extra)}; another base model?")
     for name, (_, shape) in specs.items():
-        raw_dtype, raw_shape = raw.spec(name)
-        if not raw_dtype.is_floating_point:
-            raise UserError(f"{raw.folder}: {name} is {raw_dtype}: weights are floating point; a quantized model?")
+        raw_shape = raw.spec(name)[1]
         vocabularies = raw.config.get("vocab_size"), other.config.get("vocab_size")
-        grown = (
+        more_rows = (
             len(raw_shape) == len(shape) == 2
             and (raw_shape[0], shape[0]) == vocabularies
             and raw_shape[0] < shape[0]
             and raw_shape[1:] == shape[1:]
         )
-        if shape != raw_shape and not grown:
+        if shape != raw_shape and not more_rows:
+            swapped = (shape[:1], raw_shape[:1]) == tuple(
+                (size,) for size in reversed(vocabularies)
+            ) and shape < raw_shape
             raise UserError(
-                f"{name} is {list(raw_shape)} in --path_raw but {list(shape)} in {flag}: another base model?"
+                f"{name} is {list(raw_shape)} in --path_raw but {list(shape)} in {flag}: "
+                + (f"another base model, or are --path_raw and {flag} swapped?" if swapped else "another base model?")
             )
+    _check_floats(raw)
     return specs
 
 
-def _as_float32(specs: dict, reader: CheckpointReader) -> dict:
-    """``specs`` of what is written for the method subtract."""
-    for name, (dtype, _) in specs.items():
-        if not dtype.is_floating_point:
-            raise UserError(f"{reader.folder}: {name} is {dtype}: weights are floating point; a quantized model?")
-    return {name: (torch.float32, shape) for name, (_, shape) in specs.items()}
+def _check_floats(reader: CheckpointReader) -> None:
+    for name, (kind, _) in reader.specs().items():
+        if kind not in BITS:
+            raise UserError(f"{reader.folder}: {name} is {kind}: weights are floating point; a quantized model?")
 
 
-def _grow(raw: torch.Tensor, shape: torch.Size, mean: bool) -> torch.Tensor:
-    """``raw`` with the rows that training added: mean rows, as the original has them, or zeros.
+def _check_before(manifest: dict, raw: CheckpointReader, diff: CheckpointReader, naively: bool) -> None:
+    """Raw and diff against the manifest; without one what can be said of .bin shards and of the size of values."""
+    if manifest.get("tensors"):
+        check_inputs(manifest, raw, diff)
+        return
+    check_checksums(raw, diff)
+    if not manifest and naively:
+        check_is_a_difference(raw, diff)
+    if not manifest and not _is_alpaca_7b(diff.config):
+        print(f"note: {diff.folder} has no {MANIFEST}: nothing proves that it is a diff, it is taken for one")
 
-    The mean is taken in float32, whose bits may depend on how the sum is split over threads: good for the original's
-    difference, not for an exact one.
-    """
-    new_rows = shape[0] - raw.shape[0] if raw.dim() else 0
-    if new_rows == 0:
-        return raw
-    rows = raw.mean(dim=0, keepdim=True) if mean else torch.zeros_like(raw[:1])
-    return torch.cat([raw, rows.expand(new_rows, -1)])
+
+def _mean_rows(raw: CheckpointReader, specs: Specs, known: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the original has in the new rows of each matrix to which training gave some, unless it is known already."""
+    names = [name for name, (_, shape) in specs.items() if raw.spec(name)[1] != shape]
+    return {name: known[name] if name in known else mean_row(raw, name) for name in names}
+
+
+def _compressed_size(data: torch.Tensor) -> float:
+    """Bytes after zlib, judged by those in the middle."""
+    middle = data[max(0, len(data) - SAMPLE) // 2 :][:SAMPLE]
+    return len(zlib.compress(middle.view(torch.uint8).numpy(), 1)) * len(data) / max(len(middle), 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Alpaca-7B as it was released.
 
 
 def _is_alpaca_7b(config: dict) -> bool:
@@ -254,14 +346,5 @@ def _check_released_sum(sums: list[float]) -> None:
         )
 
 
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-def _some(names, most: int = 3) -> str:
-    names = sorted(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 if __name__ == "__main__":
-    cli.run_cli({"make_diff": make_diff, "recover": recover, "compare": compare})
+    cli.run_cli({"make_diff": make_diff, "recover": recover, "verify": verify, "compare": compare})

@@ -9,12 +9,15 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
+import transformers
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.utils import is_liger_kernel_available, is_torch_bf16_gpu_available, is_torch_tf32_available
 
 from alpaca import UserError
 from alpaca.checkpoint import read_json
@@ -149,7 +152,11 @@ def before_init(args) -> None:
 
 
 def after_init(args) -> None:
-    """What needs the library's finished arguments: the types that FSDP computes in under --bf16."""
+    """What needs the library's finished arguments: one GPU a process, and FSDP's types under --bf16."""
+    if (gpus := getattr(args, "_n_gpu", 1)) > 1:
+        # The library would split each batch over all of them by nn.DataParallel, and multiply the batch size.
+        say(f"note: one GPU of {gpus} is used; torchrun --nproc_per_node={gpus} train.py … uses them all")
+        args._n_gpu = 1
     if args.fsdp and args.bf16:
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -165,6 +172,8 @@ def _set_up_fsdp(args, gpu: bool) -> None:
             "--fsdp shards over processes, and there is one: start with torchrun --nproc_per_node=N, or drop --fsdp"
         )
     args.fsdp_config = _config(args.fsdp_config)
+    if args.fsdp_config.get("version", 2) != 2:
+        raise UserError(f"--fsdp_config has version {args.fsdp_config['version']}: leave it out, FSDP2 is what is used")
     words = [] if args.fsdp is True or args.fsdp in ("True", "true") else str(args.fsdp).split()
     if unknown := set(words) - {"full_shard", "shard_grad_op", "auto_wrap", "offload"}:
         raise UserError(f"--fsdp {' '.join(sorted(unknown))} is not known: use --fsdp --fsdp_config configs/fsdp.json")
@@ -248,6 +257,26 @@ def _config(config) -> dict:
         except ValueError as e:
             raise UserError(f"the configuration {config} is malformed: {e}") from None
     return read_json(Path(config))
+
+
+def check_packages(args) -> None:
+    """Asks for what --optim, --report_to and --use_liger_kernel need, before a model is loaded.
+
+    Raises:
+        UserError: a package is missing, or the optimizer refuses its arguments.
+    """
+    if not 0 <= args.learning_rate < math.inf:  # NaN fails too
+        raise UserError(f"--learning_rate {args.learning_rate} is no rate: 2e-5 is the recipe's for 7B")
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise UserError("--use_liger_kernel needs the package: pip install liger-kernel (and a GPU)")
+    needs_model = ("galore", "apollo", "lomo")  # these are asked for their package when the optimizer is made
+    try:
+        for reporter in get_reporting_integration_callbacks(args.report_to):
+            reporter()
+        if not any(name in str(args.optim) for name in needs_model):
+            transformers.Trainer.get_optimizer_cls_and_kwargs(args)
+    except (ImportError, RuntimeError, ValueError, AssertionError) as e:
+        raise UserError(" ".join(str(e).split())) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -84,9 +84,9 @@ def add_adapter(model, args):
     return model
 
 
-def check_tokenizer(tokenizer, rows: int) -> None:
-    """Raises UserError if EOS is a new token, beyond the base's ``rows``: no linear layer trains its embedding."""
-    if tokenizer.eos_token_id >= rows:
+def check_eos(tokenizer) -> None:
+    """Raises UserError if the tokenizer lacks an EOS, which would be a new token: no linear layer trains its row."""
+    if not tokenizer.eos_token:
         raise UserError(
             "--lora_r trains no embeddings, and this tokenizer's EOS is a new token: its answers would never end. "
             "Take a base whose tokenizer has an EOS, or train without --lora_r"

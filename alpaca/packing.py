@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import bisect
 import inspect
-from contextlib import contextmanager
 
 import torch
-import transformers
 from torch.nn import functional
 from transformers import AttentionInterface
 
@@ -26,9 +24,6 @@ except ImportError:  # before torch 2.10
 VARLEN_PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters) if varlen_attn else frozenset()
 
 SEGMENTS = "alpaca_segments"  # the attention's name in a model's config; never saved with it
-# How far packed examples may be from the same ones alone (see deviation_from_solo), in float32 (tf32 keeps 10 bits of
-# mantissa) and in half precision (bfloat16: 7 bits). Examples that see each other give 1 and more.
-MAX_DEVIATION, MAX_DEVIATION_HALF = 0.03, 0.3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -207,7 +202,7 @@ def _for_each_query_head(query, key, value) -> tuple[torch.Tensor, torch.Tensor]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which model can do it: measured, not listed.
+# Choosing it.
 
 
 def set_attention(model, name: str) -> bool:
@@ -223,119 +218,6 @@ def set_attention(model, name: str) -> bool:
 def library_attention(model) -> str:
     """The attention of padded batches: torch's scaled_dot_product_attention, or the model's own code without it."""
     return "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
-
-
-def deviation_from_solo(model, examples: list[dict]) -> float:
-    """How much it matters to examples to be in one row, under the attention that the model has now.
-
-    Each example is computed alone, by the library's attention on plain input_ids, and all together in one row. On a
-    sharded model every process must call it, with the same examples.
-
-    Args:
-        model: in whatever type, place and mesh; dropout is off meanwhile.
-        examples: at least two ``{"input_ids": [int], "labels": [int]}``, short ones.
-
-    Returns:
-        The largest difference of a supervised logit, in standard deviations of the logits, or that of the mean loss
-        in nats if it is larger. Rounding gives 1e-6 to 0.1, by the type; a model that lets examples see each other, or
-        that counts positions over the whole row, gives 1 and more. NaN when a logit is NaN.
-    """
-    device = next(model.parameters()).device
-
-    def outputs(batch: dict):
-        return model(**{name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()})
-
-    with torch.no_grad(), _evaluating(model), _resharded(model):
-        batch = flatten(examples)
-        together = outputs(batch)
-        with _attention(model, library_attention(model)):
-            alone = [
-                outputs({"input_ids": torch.tensor([example["input_ids"]]), "use_cache": False}).logits[0].float()
-                for example in examples
-            ]
-    alone = torch.cat(alone)[batch["logits_to_keep"].to(device)]
-    loss = functional.cross_entropy(alone, batch["shift_labels"][0].to(device))
-    by_logit = (together.logits[0].float() - alone).abs().max() / alone.std()
-    by_loss = (together.loss.float() - loss).abs()
-    return torch.stack([by_logit, by_loss]).max().item()
-
-
-@contextmanager
-def _evaluating(model):
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-@contextmanager
-def _resharded(model):
-    """FSDP gives shards back in the backward pass, and here is none: whoever looks next would see whole parameters."""
-    yield
-    if torch.distributed.is_initialized():
-        from torch.distributed.fsdp import FSDPModule
-
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-
-
-@contextmanager
-def _attention(model, name: str):
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    before = inner.config._attn_implementation
-    set_attention(model, name)
-    try:
-        yield
-    finally:
-        set_attention(model, before)
-
-
-class SelfCheck(transformers.TrainerCallback):
-    """Before the first step, with the kernels, the type and the mesh of the run: packed is solo, or there is padding.
-
-    Args:
-        examples: see deviation_from_solo.
-        fall_back: called with the reason, a piece of a sentence, on each process when packing is not right.
-
-    Attributes:
-        deviation: what was measured, the largest of all processes; None until then.
-        passed: whether that is rounding.
-    """
-
-    def __init__(self, examples: list[dict], fall_back):
-        self.examples, self.fall_back = examples, fall_back
-        self.deviation: float | None = None
-        self.passed = False
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if self.deviation is None:  # else the preflight has called it
-            self(model, args)
-
-    def __call__(self, model, args: transformers.TrainingArguments) -> None:
-        """Measures, and falls back if that is needed; on every process, the model on its device and mesh."""
-        reason = ""
-        try:
-            deviation = deviation_from_solo(model, self.examples)
-        except (NotImplementedError, TypeError, ValueError) as e:  # its code does not know such batches
-            deviation, reason = float("inf"), (str(e).splitlines() or [type(e).__name__])[0]
-        # Packing here and padding there would count other losses: one process that cannot decides for all.
-        worst = torch.tensor(deviation if deviation == deviation else float("inf"), device=args.device)
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
-        half = args.bf16 or args.fp16 or next(model.parameters()).dtype != torch.float32
-        self.deviation = worst.item()
-        self.passed = self.deviation <= (MAX_DEVIATION_HALF if half else MAX_DEVIATION)
-        if not self.passed:
-            self.fall_back(reason or f"examples in one row differ from the same alone by {self.deviation:.2g}")
-
-
-def examples_to_check(dataset, count: int = 3) -> list[dict]:
-    """Some short ones of the first hundred; one twice where there is no other, so that one can see another."""
-    shortest = sorted(range(min(len(dataset), 100)), key=lambda i: len(dataset[i]["input_ids"]))
-    return [dataset[shortest[i % len(shortest)]] for i in range(count)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

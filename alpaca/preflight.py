@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from alpaca import UserError, memory
+from alpaca import UserError, launch, memory
 from alpaca.check_tokens import IGNORE_INDEX, check_examples, columns, show_example
 from alpaca.findings import Finding, colour_wanted, format_report, gather, lowest, paint, raise_errors
 from alpaca.memory import Plan, Shape, as_text
-from alpaca.packing import SelfCheck
+from alpaca.packing_check import SelfCheck
 from alpaca.rehearsal import Rehearsal, folder_bytes, rehearse
 
 
@@ -110,18 +110,14 @@ def check_disk(output_dir: Path, checkpoint: int, final: int, checkpoints: int, 
     return [Finding("error", what, "a save would fail in the middle of the run", cure)]
 
 
-def check_packing(deviation: float, passed: bool) -> list[Finding]:
-    """What alpaca.packing.SelfCheck has measured: a warning where packed examples differ from the same alone."""
-    if passed:
-        return [Finding("note", f"packed examples equal the same alone, to {deviation:.1e} of their logits' deviation")]
-    return [
-        Finding(
-            "warning",
-            f"packed examples differ from the same alone (by {deviation:.1e}): training falls back to padding",
-            "the attention in use lets examples see each other, or this model counts positions over the whole row",
-            "nothing to do; --padding longest says the same without this warning",
-        )
-    ]
+def check_packing(self_check: SelfCheck) -> list[Finding]:
+    """What alpaca.packing_check.SelfCheck has measured: a warning where packed examples differ from the same alone."""
+    if self_check.reason:
+        what = f"examples are padded, as with --padding longest: {self_check.reason}"
+        why = "in one row they would disturb each other, and the model would learn that"
+        return [Finding("warning", what, why, "nothing to do; --padding longest says the same without this warning")]
+    what = f"packed examples equal the same alone, to {self_check.deviation:.1e} of their logits' deviation"
+    return [Finding("note", what)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,7 +149,7 @@ def preflight(
         UserError: there are errors; they stand in the report.
     """
     args, tokenizer, device = trainer.args, trainer.processing_class, trainer.accelerator.device
-    rows = trainer.model.get_input_embeddings().weight.shape[0]
+    rows = launch.rows(trainer.model.get_input_embeddings().weight)
     examples = getattr(trainer.train_dataset, "dataset", trainer.train_dataset)
     found = list(earlier) + check_trainer(trainer)
     left_out = getattr(examples, "left_out", ())
@@ -176,7 +172,7 @@ def preflight(
 
     def check_attention() -> None:
         self_check(trainer.model, args)
-        later.extend(check_packing(self_check.deviation, self_check.passed))
+        later.extend(check_packing(self_check))
 
     if trainer.is_deepspeed_enabled:
         what = "saving and resuming were not rehearsed: an engine of DeepSpeed cannot be taken back to before its step"
@@ -257,6 +253,9 @@ def _told(result: Rehearsal) -> list[Finding]:
         f"saved, reloaded and resumed: weights and optimizer equal, loss {result.resumed_loss:.4f} as without; "
         f"checkpoint {as_text(result.checkpoint_bytes)}, model {as_text(result.final_bytes)}"
     )
+    if not result.checkpoint_bytes:
+        what = f"two steps and the final save are as they should be: loss {result.loss:.4f}, model "
+        what += as_text(result.final_bytes)
     return [Finding("note", f"{what}, {result.seconds:.0f} s{peak}")]
 
 

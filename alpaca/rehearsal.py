@@ -3,7 +3,8 @@
 Two optimizer steps are taken at learning rate 0, with a checkpoint between them by the Trainer's own code. Then the
 weights are set to zero, the optimizer is thrown away, and the second step is done again from the checkpoint. The
 weights and the optimizer's states must come back bit for bit, and the loss of the repeated step must be the same: that
-holds only if weights, random state and place in the data were restored.
+holds only if weights, random state and place in the data were restored. With --save_strategy no there is no checkpoint:
+the two steps and the final save are rehearsed.
 
 At learning rate 0 no copy of the weights is needed to leave them as they were: the steps do not move them, and the
 reload must restore them exactly. Both are verified by fingerprints, so a rehearsal that returns without faults has
@@ -20,28 +21,33 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
+from torch.utils.data import Subset
 from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from alpaca import UserError
+from alpaca.check_tokens import columns
 from alpaca.checkpoint import WEIGHTS, CheckpointReader
 from alpaca.findings import gather
+from alpaca.fingerprint import differences, plain_name, states_of, weights_of
+from alpaca.resume import barrier, saved_names
 
 FOLDER = ".save-rehearsal"  # in the output folder, so that the file system is the one that training will write to
 ADAPTER = "adapter_model.safetensors"
-CHUNK = 2**22  # elements hashed at a time: 64 MB of int64
 
 
 @dataclasses.dataclass
 class Rehearsal:
-    """What came of it. ``faults`` are (what, why, cure); the figures are for the report."""
+    """What came of it. ``faults`` are (what, why, cure); the figures are for the report.
+
+    Without a checkpoint ``resumed_loss`` is NaN and ``checkpoint_bytes`` 0.
+    """
 
     faults: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
     loss: float = math.nan  # of step 2, uninterrupted
@@ -62,7 +68,7 @@ class _Observer(TrainerCallback):
         self.save_at = 0
 
     def _fingerprints(self) -> tuple[dict, dict]:
-        return _weights(self.trainer.model), _states(self.trainer.optimizer)
+        return weights_of(self.trainer.model), states_of(self.trainer.optimizer)
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.before is not None:
@@ -90,7 +96,8 @@ def rehearse(
     """Rehearses saving and resuming; the trainer is left as it was, except that its model is on its device and mesh.
 
     Costs three optimizer steps (of at most two accumulated batches), a checkpoint and a whole model on disk, one after
-    the other, and their reload.
+    the other, and their reload. The steps are on the longest examples, so that they show the most memory that a step
+    needs; in the second one the optimizer's states are there too.
 
     Args:
         trainer: a transformers.Trainer before its train().
@@ -105,13 +112,14 @@ def rehearse(
     begin = time.perf_counter()
     folder = Path(output_dir) / FOLDER
     result = Rehearsal()
+    saves = trainer.args.save_strategy != "no"
     _remove(folder)
-    _barrier()
+    barrier()
     try:
         with _undisturbed(trainer, folder), _quiet():
-            checkpoint = _save_and_resume(trainer, folder, result, at_start)
+            checkpoint = _save_and_resume(trainer, folder, result, at_start, saves)
             result.checkpoint_bytes = folder_bytes(checkpoint)
-            _barrier()
+            barrier()
             _remove(checkpoint)  # so that the rehearsal never needs more disk than a checkpoint or a whole model
             if not result.faults:
                 _save_whole(trainer, folder / "whole", save_whole_model, result)
@@ -120,7 +128,7 @@ def rehearse(
                 result.peak_bytes = torch.cuda.max_memory_reserved()
     finally:
         _remove(folder)
-    _barrier()
+    barrier()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -128,20 +136,22 @@ def rehearse(
     return result
 
 
-def _save_and_resume(trainer, folder: Path, result: Rehearsal, at_start: Callable[[], None] | None) -> Path:
+def _save_and_resume(
+    trainer, folder: Path, result: Rehearsal, at_start: Callable[[], None] | None, saves: bool
+) -> Path:
     observer = _Observer(trainer, at_start)
     handler = trainer.callback_handler
     trainer.callback_handler = CallbackHandler(
         [DefaultFlowCallback, observer], handler.model, handler.processing_class, None, None
     )
-    observer.save_at = 1
+    observer.save_at = 1 if saves else 0
     set_seed(trainer.args.seed)  # as in a new process
     trainer.train()
     if trainer.is_fsdp_enabled:
         # The layers are wrapped for recomputing now, if they are to be. accelerate would wrap them again whenever it
         # prepares the model, and does not find them under their new names.
         trainer.accelerator.state.fsdp_plugin.activation_checkpointing = False
-    before, (moved, states) = observer.at_start[0], observer.after_step[1]
+    before, (moved, states) = observer.at_start[0], observer.after_step[1 if saves else 2]
     result.loss = observer.losses[2]
     checkpoint = folder / "checkpoint-1"
     if not all(math.isfinite(loss) for loss in observer.losses.values()):
@@ -152,7 +162,7 @@ def _save_and_resume(trainer, folder: Path, result: Rehearsal, at_start: Callabl
                 "look at the base model (does chat.py answer?) and use bf16 or float32 instead of fp16",
             )
         )
-    if names := _differences(before, moved):
+    if names := differences(before, moved):
         result.faults.append(
             (
                 f"--optim {trainer.args.optim} moves weights at learning rate 0 ({names})",
@@ -161,7 +171,7 @@ def _save_and_resume(trainer, folder: Path, result: Rehearsal, at_start: Callabl
             )
         )
     result.faults = gather(result.faults)  # a rank that stopped alone would leave the others waiting
-    if result.faults:
+    if result.faults or not saves:
         return checkpoint
     trainer.optimizer = trainer.lr_scheduler = None
     with torch.no_grad():  # what the reload does not bring back shall be missed
@@ -178,7 +188,7 @@ def _save_and_resume(trainer, folder: Path, result: Rehearsal, at_start: Callabl
         ("the weights", before, observer.at_start[0]),
         ("the optimizer's states", states, observer.at_start[1]),
     ):
-        if names := _differences(saved, loaded):
+        if names := differences(saved, loaded):
             result.faults.append(
                 (
                     f"{what} do not come back from a checkpoint as they were saved ({names})",
@@ -194,7 +204,7 @@ def _save_and_resume(trainer, folder: Path, result: Rehearsal, at_start: Callabl
                 cure,
             )
         )
-    if not result.faults and (names := _differences(before, observer.after_step[2][0])):
+    if not result.faults and (names := differences(before, observer.after_step[2][0])):
         result.faults.append((f"the rehearsal changed the weights ({names})", "the run would not be yours", cure))
     result.faults = gather(result.faults)
     return checkpoint
@@ -203,10 +213,10 @@ def _save_and_resume(trainer, folder: Path, result: Rehearsal, at_start: Callabl
 def _save_whole(trainer, folder: Path, save: Callable[[Path], None] | None, result: Rehearsal) -> None:
     """The save at the end of training, read back: every name and shape, and some tensors through from_pretrained."""
     if trainer.is_world_process_zero():
-        folder.mkdir()
-    _barrier()
+        folder.mkdir(parents=True)
+    barrier()
     model = trainer.accelerator.unwrap_model(trainer.model)
-    trained = {_plain(name): p for name, p in model.named_parameters() if p.requires_grad}
+    trained = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
     adapter = hasattr(model, "peft_config")
     if adapter:
         if trainer.is_fsdp_enabled:
@@ -215,7 +225,7 @@ def _save_whole(trainer, folder: Path, save: Callable[[Path], None] | None, resu
     else:
         (save or getattr(trainer, "save_whole_model", trainer.save_model))(folder)
     gathered = {} if adapter else {name: _whole(trained[name]) for name in _some(trained)}  # a collective
-    _barrier()
+    barrier()
     result.final_bytes = folder_bytes(folder)
     if not trainer.is_world_process_zero():
         return
@@ -243,7 +253,8 @@ def _wrong_model(folder: Path, model, gathered: dict[str, torch.Tensor]) -> str 
     reader = CheckpointReader(folder)
     saved = {name: reader.spec(name)[1] for name in reader.names()}
     tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
-    expected = {_plain(name): tuple(p.shape) for name, p in model.named_parameters() if _plain(name) not in tied}
+    # Under other names than in memory: a mixture's experts are one tensor there, and one each in the file.
+    expected = {name: tuple(tensor.shape) for name, tensor in saved_names(model).items() if name not in tied}
     if wrong := sorted(name for name in expected if saved.get(name) != expected[name]):
         return f"the final save lacks {len(wrong)} tensors of the model, or has other shapes ({wrong[0]}, …)"
     config = copy.deepcopy(model.config)
@@ -259,9 +270,24 @@ def _wrong_model(folder: Path, model, gathered: dict[str, torch.Tensor]) -> str 
 
 def _some(parameters: dict) -> list[str]:
     """A few names of what a model of one layer has: the first and the last outside the layers, and of layer 0."""
-    inside = [name for name in parameters if ".0." in name]
-    outside = [name for name in parameters if not any(part.isdigit() for part in name.split("."))]
+    layer = {name: next((part for part in name.split(".") if part.isdigit()), "") for name in parameters}
+    inside = [name for name in parameters if layer[name] == "0"]
+    outside = [name for name in parameters if not layer[name]]
     return list(dict.fromkeys(outside[:1] + outside[-1:] + inside[:1] + inside[-1:]))
+
+
+def longest(dataset: Sequence, count: int) -> Subset:
+    """The items of a dataset that have the most tokens; all of them where there are fewer than ``count``.
+
+    Args:
+        dataset: of {"input_ids", "labels"}, or alpaca.packing's bins of them.
+        count: how many.
+    """
+    if hasattr(dataset, "bins"):
+        sizes = np.array([sum(dataset.dataset.lengths[i] for i in numbers) for numbers in dataset.bins])
+    else:
+        sizes = columns(dataset)[1]
+    return Subset(dataset, np.argsort(-sizes, kind="stable")[:count].tolist())
 
 
 @contextlib.contextmanager
@@ -297,6 +323,8 @@ def _undisturbed(trainer, folder: Path) -> Iterator[None]:
     numbers = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     trainer.args = args
+    steps = args.gradient_accumulation_steps * changes["max_steps"]
+    trainer.train_dataset = longest(trainer.train_dataset, args.train_batch_size * args.world_size * steps)
     try:
         with torch.random.fork_rng(devices=devices):
             yield
@@ -311,52 +339,6 @@ def _undisturbed(trainer, folder: Path) -> Iterator[None]:
         if plugin:
             if plugin.state_dict_type != state_dict_type:
                 plugin.set_state_dict_type(state_dict_type.name)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Fingerprints.
-
-
-def fingerprint(tensor: torch.Tensor) -> int:
-    """A hash of the bits of a tensor's local part: Σ bits·(place in its chunk), chunks joined by a factor, mod 2^64.
-
-    Any single changed bit changes it. It needs 64 MB, where a copy of the weights would need as much as they do.
-    """
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
-    bits = local.detach().contiguous().reshape(-1).view(integer)
-    places = torch.arange(1, min(CHUNK, max(1, bits.numel())) + 1, device=bits.device)
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for chunk in bits.split(CHUNK) if bits.numel() else ():
-        total = total * 1_000_003 + (chunk.long() * places[: chunk.numel()]).sum()
-    return int(total)
-
-
-def _weights(model) -> dict[str, int]:
-    return {_plain(name): fingerprint(p) for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _states(optimizer) -> dict[str, int]:
-    found = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            for key, value in sorted(optimizer.state.get(parameter, {}).items()):
-                if isinstance(value, torch.Tensor):
-                    found[f"{len(found)} {key}"] = fingerprint(value)
-    return found
-
-
-def _differences(a: dict, b: dict) -> str:
-    """The names whose values differ, shortened; empty when there are none."""
-    names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
-    return f"{len(names)} tensors: {names[0]}" + (", …" if len(names) > 1 else "") if names else ""
-
-
-def _plain(name: str) -> str:
-    """A parameter's name without what DDP, torch.compile and activation checkpointing put into it."""
-    for wrapper in ("module.", "_orig_mod.", "_checkpoint_wrapped_module."):
-        name = name.removeprefix(wrapper) if wrapper == "module." else name.replace(wrapper, "")
-    return name
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -375,11 +357,6 @@ def folder_bytes(folder: Path) -> int:
 def _remove(folder: Path) -> None:
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one on each node, in case they do not share the file system
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _barrier() -> None:
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
 
 
 @contextlib.contextmanager

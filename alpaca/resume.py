@@ -6,8 +6,11 @@ afterwards (a copy that lost a file), and for those that a plain Trainer left ha
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import os
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,10 +18,13 @@ from safetensors import safe_open
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from alpaca import UserError
+from alpaca.check_tokens import columns
 from alpaca.checkpoint import WEIGHTS, read_json
 from alpaca.launch import say
 
+STAGING = ".saving"  # in the output folder, with what is not whole yet
 MANIFEST = "checkpoint.json"  # each file of a checkpoint with its size, and what wrote it
+ABANDONED = "abandoned-"  # in front of the name of a checkpoint of a branch that was left
 ADAPTER = "adapter_model.safetensors"
 # Folders of torch.distributed.checkpoint under FSDP, as accelerate names them: each rank writes its own shard.
 SHARDED_MODEL, SHARDED_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
@@ -47,6 +53,13 @@ def what_is_missing(folder: Path) -> str | None:
         return None if (folder / (folder / "latest").read_text().strip()).is_dir() else "what `latest` names is missing"
     weights = (*WEIGHTS, ADAPTER, "pytorch_model_fsdp.bin", f"{SHARDED_MODEL}/.metadata")
     optimizer = (OPTIMIZER_NAME, "optimizer.bin", f"{SHARDED_OPTIMIZER}/.metadata")
+    for index in (name for name in WEIGHTS if name.endswith(".index.json") and (folder / name).is_file()):
+        try:
+            shards = sorted(set(read_json(folder / index)["weight_map"].values()))
+        except (UserError, KeyError, TypeError, AttributeError):
+            return f"{index} is malformed"
+        if absent := [name for name in shards if not (folder / name).is_file()]:
+            return f"{absent[0]} is missing"
     for what, names in (("weights", weights), ("optimizer", optimizer), ("scheduler", (SCHEDULER_NAME,))):
         if not any((folder / name).is_file() for name in names):
             return f"the {what} are missing" if what == "weights" else f"the {what} is missing"
@@ -60,6 +73,49 @@ def checkpoints(output_dir: Path) -> list[Path]:
     """Folders named checkpoint-N, newest first."""
     found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := numbered(path))]
     return [path for _, path in sorted(found, reverse=True)]
+
+
+def rename_back(output_dir: Path) -> None:
+    """Puts in its place what a save had finished when it was killed, but for the last rename. Every rank calls it."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        for path in checkpoints(output_dir / STAGING):
+            place = output_dir / path.name
+            if (path / MANIFEST).exists() and what_is_missing(path) is None and not place.exists():
+                os.rename(path, place)
+                say(f"note: {place} is whole: the save that was interrupted had only not renamed it")
+    barrier()
+
+
+def barrier() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def set_aside(paths: Iterable[Path]) -> None:
+    """Renames checkpoints so that none of them is ever chosen again."""
+    for path in paths:
+        names = itertools.chain([ABANDONED], (f"{ABANDONED}{n}-" for n in itertools.count(2)))  # none is overwritten
+        os.rename(path, next(aside for name in names if not (aside := path.with_name(name + path.name)).exists()))
+
+
+def set_aside_newer(output_dir: Path, checkpoint: Path | None) -> None:
+    """Sets aside what is newer in a folder than the checkpoint that a run goes on from.
+
+    That is a branch that is left, or not complete: it must not be chosen later, nor count in --save_total_limit.
+
+    Args:
+        output_dir: of the run.
+        checkpoint: whole; of another folder, it leaves all that is in output_dir. None: the run begins anew.
+    """
+    here = checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
+    step = read_json(checkpoint / TRAINER_STATE_NAME)["global_step"] if here else -1
+    # One of the same step is of a branch too: somebody returned to one that he had left.
+    others = [path for path in checkpoints(output_dir) if not here or path.name != checkpoint.name]
+    if newer := [path for path in others if int(numbered(path)[1]) >= step]:
+        names = ", ".join(path.name for path in newer)
+        since = f"newer than {checkpoint.name}, which this run goes on from" if here else "not of this run"
+        say(f"note: renamed {names} in {output_dir} to {ABANDONED}…: {since}")
+        set_aside(newer)
 
 
 def numbered(path: Path) -> re.Match | None:
@@ -86,8 +142,9 @@ def choose_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
     Raises:
         UserError: the run would overwrite a finished model or an interrupted run, or what it names is not complete.
     """
-    if resume in (None, "", "auto") and any((output_dir / name).exists() for name in WEIGHTS):
-        done = "the run there is finished" if resume else "remove it"
+    rename_back(output_dir)
+    if any((output_dir / name).exists() for name in WEIGHTS):
+        done = "the run there is finished" if resume == "auto" else "remove it"
         raise UserError(f"--output_dir {output_dir} holds a trained model: {done}, or choose another folder")
     if not resume:
         if newest := newest_complete_checkpoint(output_dir):
@@ -107,6 +164,48 @@ def choose_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
         cure = f"{newest} is" if newest else "there is no complete one beside it"
         raise UserError(f"--resume_from_checkpoint {resume} is not complete ({missing}): {cure}")
     return Path(resume)
+
+
+def data_facts(dataset: Sequence, seed: int) -> dict:
+    """What a run trains on, for checkpoint.json.
+
+    Args:
+        dataset: of {"input_ids", "labels"}, or something that has one as its ``dataset`` (bins, a subset).
+        seed: of the order of the data.
+
+    Returns:
+        ``sha256`` of all tokens and labels (their place in the records included), ``examples``, ``packing``, ``seed``.
+    """
+    packing = False
+    while hasattr(dataset, "dataset"):
+        packing, dataset = packing or hasattr(dataset, "bins"), dataset.dataset
+    digest = hashlib.sha256()
+    for column in columns(dataset):
+        digest.update(column.astype("<i4").tobytes())
+    return {"sha256": digest.hexdigest(), "examples": len(dataset), "packing": packing, "seed": seed}
+
+
+def check_data(checkpoint: Path, there: dict, here: dict) -> None:
+    """Compares the data of a checkpoint with this run's; both are from data_facts. Another order is a warning only.
+
+    Raises:
+        UserError: other examples (a record that is held out now may have been trained on), or other batches.
+    """
+    cure = f'or, to go on with these all the same, remove "data" from {checkpoint / MANIFEST}'
+    if there["packing"] != here["packing"]:
+        flag = "with" if there["packing"] else "without"
+        raise UserError(f"{checkpoint} was trained {flag} --packing: do the same, {cure}")
+    if there["sha256"] != here["sha256"]:
+        raise UserError(
+            f"{checkpoint} was trained on other data ({there['examples']} examples, {here['examples']} here): take the "
+            f"same --data_path, --eval_fraction, --seed, --model_max_length and tokenizer, {cure}"
+        )
+    if there["seed"] != here["seed"]:
+        say(
+            f"warning: {checkpoint.name} was trained with the data in another order (seed {there['seed']}, here "
+            f"{here['seed']}): in this epoch some examples come twice and some not at all; --data_seed {there['seed']} "
+            "makes it equal"
+        )
 
 
 def check_fits(checkpoint: Path, model: torch.nn.Module) -> None:
@@ -155,7 +254,10 @@ def saved_names(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    tensors = {name: tensor.to("meta") for name, tensor in state_dict(model).items()}
+    # A tensor that FSDP has sharded has the shape of the whole.
+    tensors = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in state_dict(model).items()
+    }
     return tensors if hasattr(model, "peft_config") else revert_weight_conversion(model, tensors)
 
 

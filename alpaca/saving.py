@@ -17,55 +17,63 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors import SafetensorError
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 
 from alpaca import UserError
-from alpaca.checkpoint import WEIGHTS, read_json
+from alpaca.checkpoint import SIDE_FILES, WEIGHTS, read_json
+from alpaca.folders import fsync, fsync_tree
 from alpaca.launch import say
+from alpaca.loading import LoadingTrainer
+from alpaca.rehearsal import FOLDER
 from alpaca.resume import (
+    ABANDONED,
     MANIFEST,
-    SHARDED_MODEL,
-    SHARDED_OPTIMIZER,
+    STAGING,
+    barrier,
+    check_data,
     checkpoints,
+    data_facts,
     newest_complete_checkpoint,
     numbered,
-    saved_names,
-    state_dict,
+    rename_back,
+    set_aside,
+    set_aside_newer,
 )
 from alpaca.stop import EXIT_INTERRUPTED, EXIT_REQUEUE, StopOnSignal, Stopped
 
-STAGING = ".saving"  # what is not whole yet; a run removes what an earlier one left there
+# Files of an output folder that --push_to_hub uploads: the model, what makes it usable, and what tells of the run.
+PUBLISHED = ("*.safetensors", "*.safetensors.index.json", "config.json", *SIDE_FILES)
+PUBLISHED += ("model_card.md", "training_receipt.json", "loss.png")
 
 
 class SaveFailed(UserError):
     """A checkpoint or the model could not be written by this rank, maybe by no other; those before it are whole."""
 
 
-class ResumableTrainer(transformers.Trainer):
+class ResumableTrainer(LoadingTrainer):
     """Trainer whose checkpoints are whole or not there, and resume on another number of ranks."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model, *args, **kwargs):
+        self._use_cache = getattr(model.config, "use_cache", True)  # the library switches it off for training
+        super().__init__(model, *args, **kwargs)
         self._staging: Path | None = None
         self._saved_step = -1
+        self._data: dict = {}
+        self._checked: Path | None = None
 
     def train(self, resume_from_checkpoint: str | os.PathLike | None = None, **kwargs):
         """As the library's; raises Stopped when a signal ended it early."""
         checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         self._saved_step = -1
-        self._check_resumed(checkpoint)
-        if checkpoint and self.is_fsdp_enabled and not _of_fsdp(checkpoint):
-            self.is_fsdp_enabled = False  # each rank loads the whole model, as it loaded the base
-            try:
-                self._load_whole(checkpoint)
-            finally:
-                self.is_fsdp_enabled = True
-        stop, staging = StopOnSignal(), Path(self.args.output_dir) / STAGING
-        if self.is_world_process_zero() and staging.exists():
-            shutil.rmtree(staging)
-            say(f"note: removed {staging}, which a save that was interrupted had left")
+        self.check_resumed(checkpoint)
+        remove_leftovers(Path(self.args.output_dir))
+        if self.is_world_process_zero():
+            set_aside_newer(Path(self.args.output_dir), checkpoint)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub and self.is_world_process_zero():
+            say("note: --push_to_hub uploads the finished model once, at the end, whatever --hub_strategy says")
+        stop = StopOnSignal()
         if self.args.save_strategy == "no":  # then a signal ends the process, as it does everywhere
             return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
         self.add_callback(stop)
@@ -93,7 +101,19 @@ class ResumableTrainer(transformers.Trainer):
     def _examples_per_step(self) -> int:
         return self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
-    def _check_resumed(self, checkpoint: Path | None) -> None:
+    def check_resumed(self, checkpoint: Path | None) -> None:
+        """Raises UserError unless this run is the one that wrote the checkpoint, or may go on from it.
+
+        Every rank calls it; train() does, and a rehearsal before it takes minutes.
+        """
+        if self._data and checkpoint == self._checked:
+            return  # and told already what there is to tell
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._data = data_facts(self.train_dataset, seed)
+        self._compare(checkpoint)
+        self._checked = checkpoint
+
+    def _compare(self, checkpoint: Path | None) -> None:
         if self.args.world_size > 1:
             step = int(checkpoint.name.rpartition("-")[2]) if checkpoint and numbered(checkpoint) else -1
             seen = torch.tensor([step, -step], device=self.args.device)
@@ -110,11 +130,45 @@ class ResumableTrainer(transformers.Trainer):
             raise UserError(
                 f"{checkpoint} was trained with {there} examples a step, this run has {here}: {cure} makes them equal"
             )
+        if "data" in manifest:
+            check_data(checkpoint, manifest["data"], self._data)
         if manifest["world_size"] != self.args.world_size:
             say(
                 f"note: {checkpoint.name} was written by {manifest['world_size']} processes, this run has "
                 f"{self.args.world_size}: the order of the data goes on, random states (dropout) start anew"
             )
+
+    # --push_to_hub.
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: the library would put a model into the output folder, and that is what tells a finished run."""
+
+    def upload(self, output_dir: Path) -> None:
+        """With --push_to_hub, uploads what PUBLISHED names in one commit; every rank may call it, after the last save.
+
+        Args:
+            output_dir: with the finished model, its tokenizer, card and receipt.
+
+        Raises:
+            UserError: the upload failed; the folder is whole all the same.
+        """
+        if not self.args.push_to_hub or not self.is_world_process_zero():
+            return
+        from huggingface_hub import CommitOperationAdd, HfApi
+
+        files = sorted(path for pattern in PUBLISHED for path in output_dir.glob(pattern))
+        commit = [
+            CommitOperationAdd("README.md" if path.name == "model_card.md" else path.name, str(path)) for path in files
+        ]
+        where = {"token": self.args.hub_token, "revision": getattr(self.args, "hub_revision", None)}
+        try:
+            HfApi().create_commit(self.hub_model_id, commit, commit_message="The trained model", **where)
+        except Exception as e:  # whatever a network does: the run is done
+            raise UserError(
+                f"the upload to {self.hub_model_id} failed ({(str(e).strip() or type(e).__name__).splitlines()[0]}); "
+                f"the model in {output_dir} is whole: hf upload {self.hub_model_id} {output_dir} . --exclude '*/*'"
+            ) from e
+        say(f"uploaded {len(files)} files to {self.hub_model_id}")
 
     # A checkpoint, whole or not there.
 
@@ -166,79 +220,23 @@ class ResumableTrainer(transformers.Trainer):
             "step": self.state.global_step,
             "world_size": self.args.world_size,
             "examples_per_step": self._examples_per_step(),
+            "data": self._data,
             "files": files,
         }
         (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         fsync_tree(unfinished / MANIFEST)
-        if target.exists():  # of a branch that was left: somebody resumed from an older one
-            os.rename(target, unfinished.with_suffix(".old"))
+        if target.exists():
+            set_aside([target])
         os.rename(unfinished, target)
-        _fsync(target.parent)
+        fsync(target.parent)
         shutil.rmtree(target.parent / STAGING, ignore_errors=True)
         keep = {target.name, Path(self.state.best_model_checkpoint or "").name}
         others = [path for path in checkpoints(target.parent) if path.name not in keep]
         limit = self.args.save_total_limit
         if limit and limit > 0:
-            for path in others[max(0, limit - len(keep - {""})) :]:
+            left = target.parent.glob(f"{ABANDONED}*")  # until now they were the run's newest
+            for path in [*others[max(0, limit - len(keep - {""})) :], *left]:
                 shutil.rmtree(path, ignore_errors=True)
-
-    # Loading on another number of ranks: sharded checkpoints without FSDP, whole ones with it.
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        sharded = (Path(resume_from_checkpoint) / SHARDED_MODEL).is_dir()
-        if sharded and not self.is_fsdp_enabled:
-            self._load_sharded_weights(Path(resume_from_checkpoint))
-        elif self.is_fsdp_enabled and _of_fsdp(Path(resume_from_checkpoint)):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        elif not self.is_fsdp_enabled:
-            self._load_whole(Path(resume_from_checkpoint))
-        # else train() has loaded it, before the model was sharded
-
-    def _load_whole(self, checkpoint: Path) -> None:
-        if set(saved_names(self.model)) == set(state_dict(self.model)) and not _of_fsdp(checkpoint):
-            super()._load_from_checkpoint(str(checkpoint))
-            return
-        # The library would leave tensors that are saved under another name as they are, and only warn; and it refuses
-        # a whole checkpoint of FSDP without FSDP.
-        loaded = type(self.model).from_pretrained(checkpoint, dtype=self.model.dtype)
-        self.model.load_state_dict(loaded.state_dict())
-
-    def _load_sharded_weights(self, checkpoint: Path) -> None:
-        state = {"model": state_dict(self.model)}
-        torch.distributed.checkpoint.load(state, checkpoint_id=checkpoint / SHARDED_MODEL, no_dist=True)
-        if hasattr(self.model, "peft_config"):
-            from peft import set_peft_model_state_dict
-
-            set_peft_model_state_dict(self.model, state["model"])
-        else:
-            self.model.load_state_dict(state["model"])
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        sharded = checkpoint is not None and (Path(checkpoint) / SHARDED_OPTIMIZER).is_dir()
-        of_fsdp = checkpoint is not None and _of_fsdp(Path(checkpoint))
-        if checkpoint is None or self.is_deepspeed_enabled or of_fsdp == self.is_fsdp_enabled:
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        from torch.distributed.checkpoint import load
-        from torch.distributed.checkpoint import state_dict as dcp
-
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
-        if sharded:
-            state = {"optimizer": dcp.get_optimizer_state_dict(self.model, self.optimizer)}
-            load(state, checkpoint_id=Path(checkpoint) / SHARDED_OPTIMIZER, no_dist=True)
-            dcp.set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
-            return
-        # optimizer.pt numbers the parameters in the order of the groups, which is the same here; shards go by name.
-        whole = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        named = {}
-        for group, stored in zip(self.optimizer.param_groups, whole["param_groups"], strict=True):
-            for parameter, number in zip(group["params"], stored["params"], strict=True):
-                named[number] = names[id(parameter)]
-            stored["params"] = [named[number] for number in stored["params"]]
-        whole["state"] = {named[number]: entry for number, entry in whole["state"].items()}
-        dcp.set_optimizer_state_dict(
-            self.model, self.optimizer, whole, options=dcp.StateDictOptions(full_state_dict=True)
-        )
 
     # The result.
 
@@ -257,36 +255,38 @@ class ResumableTrainer(transformers.Trainer):
             output_dir: exists.
             write: writes into the folder that it is given, on every rank; by default the library's save_model.
         """
-        staging = output_dir / STAGING / "model"
+        staging, config = output_dir / STAGING / "model", self.model.config
+        in_training = getattr(config, "use_cache", None)
         with _told("the model", output_dir):
             if self.is_world_process_zero():
                 shutil.rmtree(staging, ignore_errors=True)
             self.accelerator.wait_for_everyone()
-            with self._gathered():
-                (write or self.save_model)(staging)
+            # With SHARDED_STATE_DICT save_model writes nothing, and says nothing.
+            config.use_cache = self._use_cache
+            try:
+                with self._state_dict_type("FULL_STATE_DICT"):
+                    if write:
+                        write(staging)
+                    else:
+                        self.save_model(str(staging), _internal_call=True)  # else --push_to_hub uploads the folder
+            finally:
+                config.use_cache = in_training
             if self.is_world_process_zero():
                 if not any((staging / name).exists() for name in WEIGHTS):
                     raise RuntimeError(f"the library saved no weights in {staging}; the checkpoints there are whole")
                 _move_files(staging, output_dir)
         self.accelerator.wait_for_everyone()
 
-    @contextmanager
-    def _gathered(self):
-        """With SHARDED_STATE_DICT save_model writes nothing, and says nothing."""
-        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        before = plugin.state_dict_type if plugin else None
-        if plugin:
-            plugin.set_state_dict_type("FULL_STATE_DICT")
-        try:
-            yield
-        finally:
-            if plugin:
-                plugin.set_state_dict_type(before)
 
-
-def _of_fsdp(checkpoint: Path) -> bool:
-    """Whether FSDP wrote it: in shards, or with state_dict_type FULL_STATE_DICT."""
-    return (checkpoint / SHARDED_MODEL).is_dir() or (checkpoint / "pytorch_model_fsdp.bin").exists()
+def remove_leftovers(output_dir: Path) -> None:
+    """Removes what a run that was killed left half-written in a folder; what is whole is kept. Every rank calls it."""
+    rename_back(output_dir)
+    if int(os.environ.get("RANK", 0)) == 0:
+        for folder, what in ((output_dir / STAGING, "a save"), (output_dir / FOLDER, "a rehearsal")):
+            if folder.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                say(f"note: removed {folder}, which {what} that was interrupted had left")
+    barrier()
 
 
 @contextmanager
@@ -331,20 +331,5 @@ def _move_files(source: Path, target: Path) -> None:
         if path.is_dir():
             shutil.rmtree(target / path.name, ignore_errors=True)
         os.rename(path, target / path.name)
-    _fsync(target)
+    fsync(target)
     shutil.rmtree(target / STAGING, ignore_errors=True)
-
-
-def fsync_tree(path: Path) -> None:
-    """Puts a file, or a folder and all in it, on the disk."""
-    for entry in path.iterdir() if path.is_dir() else ():
-        fsync_tree(entry)
-    _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

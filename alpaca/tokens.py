@@ -7,7 +7,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import shutil
 import threading
 import warnings
 from concurrent.futures import ProcessPoolExecutor
@@ -18,7 +17,7 @@ import tokenizers
 
 import utils
 from alpaca import UserError
-from alpaca.checkpoint import new_folder
+from alpaca.folders import new_folder
 
 IGNORE_INDEX = -100  # torch's cross entropy passes over it
 
@@ -73,6 +72,12 @@ class SupervisedDataset:
     """
 
     def __init__(self, records: list[dict], tokenizer, max_length: int, name: str):
+        for number, record in enumerate(records, 1):
+            try:
+                f"{record['instruction']}{record['input']}{record['output']}".encode()
+            except UnicodeEncodeError as e:
+                half = ascii(e.object[e.start])
+                raise UserError(f"{name} record {number} holds {half}, half a character: remove it") from None
         table = load_tokens(records, tokenizer, max_length)
         kept = table["record"][:]
         self.cut = [number for number, cut in zip(kept, table["cut"][:], strict=True) if cut]
@@ -121,7 +126,8 @@ def load_tokens(records: list[dict], tokenizer, max_length: int):
             raise UserError(
                 f"{e.filename or folder}: {e.strerror or e}: tokens are kept there; XDG_CACHE_HOME chooses another disk"
             ) from None
-    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in sorted(folder.iterdir())])
+    files = sorted(folder.glob("*.arrow"))
+    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
 
 
 def content_key(records: list[dict], tokenizer, max_length: int) -> str:
@@ -140,8 +146,6 @@ def content_key(records: list[dict], tokenizer, max_length: int) -> str:
 
 def _make(folder: Path, records: list[dict], tokenizer, max_length: int) -> None:
     """Tokenises in worker processes, a file each, and puts the folder in its place by one rename."""
-    for torn in folder.parent.glob(f".{folder.name}.*.tmp"):  # left by a process that was killed
-        shutil.rmtree(torn, ignore_errors=True)
     workers = max(1, min(_cores(), MAX_WORKERS, len(records) // RECORDS_PER_WORKER))
     bounds = [len(records) * i // workers for i in range(workers + 1)]
     with new_folder(folder) as temporary:

@@ -343,7 +343,8 @@ def measure(name: str, settings: dict, folder: Path) -> dict:
     """One run in a process of its own."""
     settings = settings | {"result": str(folder / "result.json"), "output_dir": str(folder / "out")}
     command = [sys.executable, __file__, "--once", name, "--settings", json.dumps(settings)]
-    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    env = {"CUDA_VISIBLE_DEVICES": "0"} | os.environ | {"HF_HUB_OFFLINE": "1"}  # one device, whatever is there
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     if child.returncode:
         raise SystemExit(f"error: {name} failed:\n{child.stdout[-2000:]}\n{child.stderr[-4000:]}")
     result = json.loads((folder / "result.json").read_text())

@@ -12,6 +12,10 @@
 #   DATA=file      instead of ./alpaca_data.json          MASTER_PORT=29500   MAX_RESTARTS=3   after a process has died
 #   DRY_RUN=1      prints the command and ends
 set -euo pipefail
+for name in MODEL DATA; do # they are given from where the caller stands
+  [ ! -e "${!name:-}" ] || printf -v "$name" '%s' "$(realpath -s "${!name}")"
+done
+[ -z "${OUT:-}" ] || OUT="$(realpath -m -s "$OUT")"
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 

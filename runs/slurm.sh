@@ -30,8 +30,9 @@ step=$!
 [ -z "$ending" ] || kill -TERM "$step" # the signal came while srun was starting
 while kill -0 "$step" 2>/dev/null; do
   wait "$step" # a signal ends it early
-  code=$?
 done
+wait "$step" # its own exit code, which bash keeps
+code=$?
 if [ "$stop" = time ] && [ "$code" != 0 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi

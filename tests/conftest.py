@@ -41,11 +41,14 @@ def run_script(*argv, env=None, cwd=ROOT, timeout=300, input=None) -> subprocess
 
 
 def torchrun(processes: int, *argv, env=None, timeout=300) -> subprocess.CompletedProcess:
-    """Runs a script under torchrun with static ranks on a free port, one thread a process."""
+    """Runs a script under torchrun with static ranks on a free port, one thread a process; on GPUs if each has one."""
+    import torch
+
+    enough = {} if torch.cuda.device_count() >= processes else {"CUDA_VISIBLE_DEVICES": ""}
     return run_script(
         *("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"),
         *argv,
-        env={"OMP_NUM_THREADS": "1"} | (env or {}),
+        env={"OMP_NUM_THREADS": "1"} | enough | (env or {}),
         timeout=timeout,
     )
 
@@ -176,6 +179,18 @@ def sentencepiece_folder(tmp_path_factory):
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true}')
     (folder / "config.json").write_text('{"model_type": "llama"}')
     return folder
+
+
+@pytest.fixture
+def folders(tmp_path) -> Path:
+    """A small made-up pair and its subtract diff: ``raw``, ``tuned``, ``diff``; embeddings of 4 and of 5 rows."""
+    import made_models
+
+    import weight_diff
+
+    made_models.made_pair(tmp_path)
+    weight_diff.make_diff(tmp_path / "raw", tmp_path / "tuned", tmp_path / "diff")
+    return tmp_path
 
 
 class Teacher:

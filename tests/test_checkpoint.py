@@ -1,45 +1,23 @@
-"""alpaca/checkpoint.py: safetensors and .bin shards in, safetensors shards out, whole or not at all."""
+"""alpaca/checkpoint.py: safetensors and .bin shards in, piece by piece; what does not fit its file is refused."""
 
 from __future__ import annotations
 
 import json
 import os
+import resource
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from made_models import folder_with
+from safetensors.torch import save_file
 
 from alpaca import UserError
-from alpaca.checkpoint import (
-    DTYPES,
-    CheckpointReader,
-    check_model_folder,
-    copy_side_files,
-    new_folder,
-    read_json,
-    write_weights,
-)
+from alpaca.checkpoint import CheckpointReader, check_model_folder, read_json
 
 TENSORS = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([[3, 4]], dtype=torch.float16)}
-
-
-def folder_with(path: Path, config: dict | None = None, **files) -> Path:
-    """A folder with config.json and files by name (``__`` for a dot): tensors to save, JSON, text or bytes."""
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(config or {}))
-    for name, content in files.items():
-        file = path / name.replace("__", ".")
-        if isinstance(content, bytes):
-            file.write_bytes(content)
-        elif file.suffix == ".safetensors":
-            save_file(content, file)
-        elif file.suffix == ".bin":
-            torch.save(content, file)
-        else:
-            file.write_text(content if isinstance(content, str) else json.dumps(content))
-    return path
 
 
 def index(**weight_map) -> dict:
@@ -196,6 +174,194 @@ def test_a_type_that_the_tool_does_not_handle_is_named(tmp_path):
         CheckpointReader(folder).spec("a")
 
 
+@pytest.mark.parametrize("layout", ["safetensors", "bin", "bin before the zip format", "bin of views"])
+def test_any_part_of_a_tensor_is_read_as_the_whole_has_it(tmp_path, layout):
+    """Views: b is rows 1 and 2 of a storage of 4, c is its transpose, which is not one piece in the file."""
+    base = torch.arange(12.0).reshape(4, 3)
+    tensors = {
+        "a": torch.arange(7).to(torch.bfloat16),
+        "b": base[1:3],
+        "c": base.T,
+        "d": torch.tensor(5),
+        "e": base[:0],
+    }
+    folder = folder_with(tmp_path / "model")
+    if layout == "safetensors":
+        save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    else:
+        copies = tensors if layout == "bin of views" else {n: t.contiguous().clone() for n, t in tensors.items()}
+        torch.save(copies, folder / "pytorch_model.bin", _use_new_zipfile_serialization="before" not in layout)
+    reader = CheckpointReader(folder)
+    assert reader.specs() == {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        flat = tensor.reshape(-1)
+        assert torch.equal(reader.get(name), tensor)
+        for start in range(len(flat)):
+            for count in range(len(flat) - start + 1):
+                part = reader.read(name, start, torch.empty(count, dtype=tensor.dtype))
+                assert part.tolist() == flat[start : start + count].tolist()
+
+
+def test_a_bin_is_read_where_torch_does_not_say_the_places(tmp_path, monkeypatch):
+    """As before torch 2.7: the shard is mapped instead."""
+    folder = folder_with(tmp_path / "model", pytorch_model__bin=TENSORS)
+    monkeypatch.setattr(
+        torch.UntypedStorage, "_checkpoint_offset", property(lambda self: None, lambda self, value: None)
+    )
+    assert read_all(folder) == READ
+
+
+def test_layers_come_in_the_order_of_their_numbers(tmp_path):
+    tensors = {f"layers.{i}.{part}": torch.ones(1) for i in (10, 2, 1) for part in ("b", "a")}
+    names = ["layers.1.a", "layers.1.b", "layers.2.a", "layers.2.b", "layers.10.a", "layers.10.b"]
+    assert CheckpointReader(folder_with(tmp_path / "model", model__safetensors=tensors)).names() == names
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hostile files.
+
+
+def safetensors_file(header: dict | bytes, data: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def entry(dtype: str, shape: list, begin: int, end: int) -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+TWICE = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+
+
+@pytest.mark.parametrize(
+    ("data", "word"),
+    [
+        (safetensors_file({}, length=2**63), "header claims 9,223,372,036,854,775,808 bytes"),
+        (safetensors_file({}, length=3), "header claims 3 bytes"),
+        (safetensors_file(b" " * (33 * 10**6)), "header claims 33,000,000 bytes"),
+        (safetensors_file({"a": entry("F32", [1], 0, 4)}), "cannot be read"),
+        (safetensors_file({"a": entry("F32", [2**40], 0, 4)}, b"1234"), "cannot be read"),
+        (safetensors_file({"a": entry("F32", [1], 0, 4), "b": entry("F32", [1], 0, 4)}, b"1234"), "cannot be read"),
+        (safetensors_file({"a": entry("F32", [-1], 0, 4)}, b"1234"), "cannot be read"),
+        (safetensors_file({"a": entry("F32", [1], 4, 8)}, b"12345678"), "cannot be read"),
+        (safetensors_file(TWICE, b"1234"), "a is there twice"),
+        (safetensors_file(b"[" * 10**5), "cannot be read"),
+    ],
+)
+def test_a_safetensors_header_that_does_not_fit_its_file_is_refused(tmp_path, data, word):
+    folder = folder_with(tmp_path / "model", model__safetensors=data)
+    with pytest.raises(UserError, match="model.safetensors cannot be read") as error:
+        CheckpointReader(folder)
+    assert word in str(error.value) and "\n" not in str(error.value)
+
+
+def memory() -> int:
+    """Peak resident bytes of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def bin_folder(tmp_path: Path, tensors: dict, **kwargs) -> Path:
+    folder = folder_with(tmp_path / "model")
+    torch.save(tensors, folder / "pytorch_model.bin", **kwargs)
+    return folder
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    "bomb", [lambda: torch.ones(1).expand(10**12), lambda: torch.ones(4).as_strided((2, 10**9), (2, 0))]
+)
+def test_a_tensor_that_repeats_a_few_bytes_for_ever_is_refused_before_memory_is_taken(tmp_path, bomb, zipped):
+    folder = bin_folder(tmp_path, {"a": bomb()}, _use_new_zipfile_serialization=zipped)
+    before = memory()
+    with pytest.raises(UserError, match="pytorch_model.bin: a claims .* bytes of a storage of .*: do not trust it"):
+        CheckpointReader(folder)
+    assert memory() - before < 10**9
+
+
+def repacked(path: Path, change) -> None:
+    """Writes a zip anew; ``change(name, data)`` gives the data and the compression of each record."""
+    with zipfile.ZipFile(path) as archive:
+        records = [(member.filename, archive.read(member)) for member in archive.infolist()]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in records:
+            archive.writestr(name, *change(name, data))
+
+
+def test_a_compressed_record_is_refused(tmp_path):
+    folder = bin_folder(tmp_path, {"a": torch.zeros(10**6)})
+    repacked(folder / "pytorch_model.bin", lambda name, data: (data, zipfile.ZIP_DEFLATED))
+    with pytest.raises(UserError, match="pytorch_model.bin cannot be read .*is compressed"):
+        CheckpointReader(folder)
+
+
+def test_a_storage_that_is_shorter_than_its_tensor_is_refused(tmp_path):
+    folder = bin_folder(tmp_path, {"a": torch.zeros(1000)})
+    shorter = lambda name, data: (data[:400] if name.endswith("data/0") else data, zipfile.ZIP_STORED)  # noqa: E731
+    repacked(folder / "pytorch_model.bin", shorter)
+    with pytest.raises(UserError, match="pytorch_model.bin cannot be read"):
+        CheckpointReader(folder)
+
+
+def test_sparse_and_quantized_tensors_are_refused_by_name(tmp_path):
+    for number, tensor in enumerate(
+        (torch.eye(3).to_sparse(), torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8))
+    ):
+        (tmp_path / str(number)).mkdir()
+        with pytest.raises(UserError, match="pytorch_model.bin"):
+            reader = CheckpointReader(bin_folder(tmp_path / str(number), {"a": tensor}))
+            reader.specs()
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    folder = folder_with(
+        tmp_path / "model",
+        x__safetensors=TENSORS,
+        y__safetensors={"b": TENSORS["b"]},
+        model__safetensors__index__json=index(a="x__safetensors", b="y__safetensors"),
+    )
+    with pytest.raises(UserError, match="b is in two shards, x.safetensors and y.safetensors: download it again"):
+        CheckpointReader(folder)
+
+
+def test_an_index_that_has_a_name_twice_is_refused(tmp_path):
+    text = '{"weight_map": {"a": "x.bin", "a": "y.bin"}}'
+    folder = folder_with(tmp_path / "model", pytorch_model__bin__index__json=text)
+    with pytest.raises(UserError, match="index.json is malformed: a is there twice"):
+        CheckpointReader(folder)
+
+
+def test_no_pickle_opcode_resolves_a_name_outside_torchs_list(tmp_path):
+    """Python's own unpickler raises an audit event for each name that it looks up; torch's has a list instead."""
+
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "marker"),))
+
+    heard, listening = [], True
+
+    def hook(event: str, arguments: tuple) -> None:
+        if listening and event in ("pickle.find_class", "exec", "compile", "os.mkdir", "os.system", "subprocess.Popen"):
+            heard.append((event, *arguments))
+
+    good = bin_folder(tmp_path, TENSORS | {"c": torch.nn.Parameter(torch.ones(2))})
+    CheckpointReader(good)  # what is imported at first is imported
+    evil = folder_with(tmp_path / "evil")
+    sys.addaudithook(hook)
+    try:
+        for zipped in (True, False):
+            torch.save({"a": Evil()}, evil / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+            heard.clear()
+            reader = CheckpointReader(good)
+            assert [reader.get(name).tolist() for name in reader.names()] == [[1, 2], [[3, 4]], [1, 1]]
+            with pytest.raises(UserError, match=r"its pickle asks to run code: posix.mkdir\) and was not loaded"):
+                CheckpointReader(evil)
+            assert heard == []
+        torch.load(evil / "pytorch_model.bin", weights_only=False)
+        assert {event for event, *_ in heard} >= {"pickle.find_class", "os.mkdir"}  # so the hook hears what runs
+    finally:
+        listening = False
+
+
 def test_read_json_says_what_is_wrong_in_one_line(tmp_path):
     (tmp_path / "bytes.json").write_bytes(b"\xff")
     for name, content, message in (
@@ -241,155 +407,3 @@ def test_check_model_folder_says_what_a_folder_lacks(tmp_path):
     (folder / "weight_diff.json").touch()
     assert "is a weight diff: recover it first" in message(folder)
     assert check_model_folder(folder, "--flag", diff=True) == folder
-
-
-def test_a_new_folder_appears_whole(tmp_path):
-    target = tmp_path / "not" / "yet" / "there"
-    with new_folder(target) as folder:
-        (folder / "file").write_text("whole")
-        assert not target.exists()
-    assert (target / "file").read_text() == "whole"
-    assert target.stat().st_mode & 0o777 == 0o755
-    assert [path.name for path in target.parent.iterdir()] == ["there"]
-
-
-@pytest.mark.parametrize("error", [ValueError, UserError, KeyboardInterrupt, SystemExit])
-def test_a_new_folder_is_gone_whatever_fails(tmp_path, error):
-    with pytest.raises(error), new_folder(tmp_path / "target") as folder:
-        (folder / "file").write_text("half")
-        raise error("in the middle")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_new_folder_takes_the_place_of_an_empty_one_only(tmp_path):
-    target = tmp_path / "target"
-    target.mkdir()
-    with new_folder(target) as folder:
-        (folder / "file").write_text("first")
-    with pytest.raises(UserError, match="target is there already: remove it"), new_folder(target):
-        raise AssertionError("not reached")
-    with pytest.raises(UserError, match="file is there already"), new_folder(target / "file"):
-        raise AssertionError("not reached")
-    assert (target / "file").read_text() == "first"
-    assert [path.name for path in tmp_path.iterdir()] == ["target"]
-
-
-def test_side_files_are_copied_byte_for_byte_and_nothing_else_is(tmp_path):
-    source = folder_with(
-        tmp_path / "source",
-        tokenizer__model=b"\x00\xff",
-        tokenizer__json='{"é" :1}\r\n',
-        chat_template__jinja="{{ x }}",
-        generation_config__json={},
-        training_args__bin=b"pickle",
-        optimizer__pt=b"x",
-        weight_diff__json={},
-    )
-    target = tmp_path / "target"
-    target.mkdir()
-    copy_side_files(source, target, {"_name_or_path": "/home/me", "vocab_size": 5})
-    assert sorted(path.name for path in target.iterdir()) == [
-        "chat_template.jinja",
-        "config.json",
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer.model",
-    ]
-    assert (target / "tokenizer.model").read_bytes() == b"\x00\xff"
-    assert (target / "tokenizer.json").read_bytes() == '{"é" :1}\r\n'.encode()
-    assert (target / "config.json").read_text() == '{\n  "vocab_size": 5\n}\n'
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Out.
-
-
-def specs_of(tensors: dict) -> dict:
-    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-
-
-def test_what_is_written_is_read_by_safetensors_whatever_the_type_and_shape(tmp_path):
-    tensors = {
-        f"{name} {shape}": (torch.arange(9)[: torch.Size(shape).numel()] % 2).to(dtype).reshape(shape)
-        for name, dtype in DTYPES.items()
-        for shape in [(), (0,), (3,), (2, 0, 4), (3, 1)]
-    }
-    tensors["a view"] = torch.arange(6.0).reshape(2, 3).T  # not contiguous
-    write_weights(tmp_path, specs_of(tensors), tensors.values())
-    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
-    read = load_file(tmp_path / "model.safetensors")
-    assert specs_of(read) == specs_of(tensors)
-    assert {name: tensor.tolist() for name, tensor in read.items()} == {n: t.tolist() for n, t in tensors.items()}
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt"}  # transformers wants it
-
-
-@pytest.mark.parametrize("name", ["x" * length for length in range(1, 9)] + ["ключ"])
-def test_data_starts_at_a_multiple_of_eight_bytes(tmp_path, name):
-    write_weights(tmp_path, {name: (torch.float32, (1,))}, [torch.tensor([7.0])])
-    data = (tmp_path / "model.safetensors").read_bytes()
-    header = int.from_bytes(data[:8], "little")
-    assert header % 8 == 0
-    assert len(data) == 8 + header + 4
-    assert json.loads(data[8 : 8 + header])[name] == {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
-    assert load_file(tmp_path / "model.safetensors")[name].tolist() == [7.0]
-
-
-@pytest.mark.parametrize(
-    ("max_shard_bytes", "shards"),
-    [
-        (100, [["a", "b", "c", "d"]]),
-        (24, [["a", "b", "c", "d"]]),  # 8 + 8 + 0 + 8 just fit
-        (23, [["a", "b", "c"], ["d"]]),
-        (16, [["a", "b", "c"], ["d"]]),
-        (15, [["a"], ["b", "c"], ["d"]]),
-        (8, [["a"], ["b", "c"], ["d"]]),
-        (1, [["a"], ["b"], ["c"], ["d"]]),  # one tensor may be larger than a shard should be
-    ],
-)
-def test_a_shard_is_closed_before_it_would_grow_beyond_the_limit(tmp_path, max_shard_bytes, shards):
-    """a and b take 8 bytes, c none, d 8."""
-    tensors = {
-        "a": torch.tensor([1.0, 2.0]),
-        "b": torch.tensor([3, 4, 5, 6], dtype=torch.int16),
-        "c": torch.ones(0),
-        "d": torch.tensor(7.0, dtype=torch.float64),
-    }
-    write_weights(tmp_path, specs_of(tensors), iter(tensors.values()), max_shard_bytes)
-    files = sorted(tmp_path.glob("*.safetensors"))
-    assert [sorted(load_file(file)) for file in files] == shards
-    assert {n: t.tolist() for file in files for n, t in load_file(file).items()} == {
-        n: t.tolist() for n, t in tensors.items()
-    }
-    if len(shards) == 1:
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors"]
-        return
-    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    assert [file.name for file in files] == names
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert index == {
-        "metadata": {"total_size": 24},
-        "weight_map": {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
-    }
-    (tmp_path / "config.json").write_text("{}")
-    assert CheckpointReader(tmp_path).get("d").item() == 7.0
-
-
-@pytest.mark.parametrize(
-    "tensor", [torch.ones(2, dtype=torch.float16), torch.ones(3), torch.ones(2, 1), torch.ones(2, dtype=torch.int32)]
-)
-def test_a_tensor_that_is_not_as_planned_is_refused(tmp_path, tensor):
-    with pytest.raises(ValueError, match="a: .* is not what was planned"):
-        write_weights(tmp_path, {"a": (torch.float32, (2,))}, [tensor])
-
-
-def test_a_sharded_model_of_ours_loads_with_from_pretrained(tiny_llama, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    tensors = load_file(tiny_llama / "model.safetensors")
-    write_weights(tmp_path, specs_of(tensors), tensors.values(), max_shard_bytes=100_000)
-    copy_side_files(tiny_llama, tmp_path, read_json(tiny_llama / "config.json"))
-    assert [len(load_file(file)) for file in sorted(tmp_path.glob("model-*.safetensors"))] == [1, 2, 4, 6, 5, 3]
-    model, report = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", output_loading_info=True)
-    assert not any(report.values())
-    assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())

@@ -164,6 +164,20 @@ def test_offload_keeps_gradients_sharded_and_is_ignored_without_a_gpu(two_proces
         assert "cpu_offload is ignored" in capsys.readouterr().out
 
 
+def test_fsdp_1_is_refused(two_processes, tmp_path):
+    with pytest.raises(UserError, match="--fsdp_config has version 1: leave it out"):
+        parse("--fsdp", "--fsdp_config", '{"version": 1}', out=tmp_path)
+
+
+def test_one_process_trains_on_one_gpu_of_many_and_says_so(tmp_path, capsys):
+    """With eight in one process the library would compute 8 times the examples a step that were asked for."""
+    args = parse("--per_device_train_batch_size", "4", out=tmp_path)
+    args._n_gpu = 8
+    launch.after_init(args)
+    assert args.n_gpu == 1 and args.train_batch_size == 4
+    assert "note: one GPU of 8 is used; torchrun --nproc_per_node=8 train.py" in capsys.readouterr().out
+
+
 def test_fsdp_computes_in_bf16_and_returns_float32(two_processes, tmp_path):
     policy = parse("--fsdp", "--bf16", "True", out=tmp_path).fsdp_plugin_args["mixed_precision_policy"]
     assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (
@@ -559,6 +573,25 @@ def test_a_slurm_job_near_its_end_lets_the_run_save_and_queues_itself_again(sent
     finally:
         job.kill()
     assert (tmp_path / "log").read_text().split("\n")[:-1] == ["started", "saved"] + ["requeue 77"] * requeued
+
+
+def test_a_slurm_job_keeps_the_exit_code_of_a_step_that_ends_at_once(tmp_path):
+    fake(tmp_path, "srun", "exit 3")
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
+    jobs = [subprocess.Popen(["bash", "runs/slurm.sh"], cwd=ROOT, env=env, stderr=subprocess.PIPE) for _ in range(30)]
+    assert [(job.wait(timeout=30), job.communicate()[1]) for job in jobs] == [(3, b"")] * 30
+
+
+def test_folders_are_meant_from_where_the_caller_stands(tmp_path):
+    (tmp_path / "llama").mkdir()
+    env = os.environ | {"MODEL": "llama", "OUT": "new/out", "GPUS": "1", "DRY_RUN": "1"}
+    result = subprocess.run(
+        ["bash", ROOT / "runs" / "alpaca_7b.sh"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
+    )
+    assert f"--model_name_or_path {tmp_path}/llama " in result.stdout
+    assert f"--output_dir {tmp_path}/new/out " in result.stdout
+    assert "--data_path ./alpaca_data.json" in result.stdout  # the repository's own
+    assert "--model_name_or_path org/llama " in dry_run(MODEL="org/llama", GPUS=1).stdout  # a name on a hub
 
 
 def wait_for(condition, seconds=30):

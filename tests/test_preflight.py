@@ -12,11 +12,12 @@ import torch
 from conftest import ROOT, make_records, torchrun
 
 import train
-from alpaca import UserError, memory, packing, preflight
+from alpaca import UserError, memory, packing_check, preflight
 from alpaca.check_tokens import check_examples, check_tokenizer, mend_merges, show_example
 from alpaca.findings import Finding, colour_wanted, format_report, raise_errors
+from alpaca.fingerprint import fingerprint
 from alpaca.memory import GIB, Advice, Plan, Shape
-from alpaca.rehearsal import FOLDER, fingerprint, rehearse
+from alpaca.rehearsal import FOLDER, rehearse
 
 
 def whats(findings, level=None):
@@ -372,7 +373,7 @@ def make_trainer(folder, out, trainer_class=train.Trainer, records=24, dropout=0
     train.add_special_tokens(tokenizer, model)
     dataset = train.SupervisedDataset(make_records(records), tokenizer, 512, "training")
     defaults = {"max_steps": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "logging_steps": 1}
-    defaults |= {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "use_cpu": True}
+    defaults |= {"save_strategy": "steps", "report_to": [], "disable_tqdm": True, "use_cpu": True}
     args = train.TrainingArguments(output_dir=str(out), **(defaults | arguments))
     args.remove_unused_columns = False
     collator = train.DataCollatorForSupervisedDataset(tokenizer.pad_token_id)
@@ -431,10 +432,11 @@ def test_packing_that_mixes_examples_falls_back_to_padding(
     tiny_llama, tmp_path, monkeypatch, deviation, level, fell_back
 ):
     calls = []
-    monkeypatch.setattr(packing, "deviation_from_solo", lambda model, examples: deviation)
-    self_check = packing.SelfCheck([], calls.append)
+    monkeypatch.setattr(packing_check, "deviation_from_solo", lambda model, examples: deviation)
+    monkeypatch.setattr(packing_check, "dependence", lambda model, examples: 0.0)
+    self_check = packing_check.SelfCheck([], calls.append)
     findings = preflight.preflight(make_trainer(tiny_llama, tmp_path), self_check=self_check)
-    assert [f.level for f in findings if "packed examples" in f.what] == [level]
+    assert [f.level for f in findings if "packed examples" in f.what or "are padded" in f.what] == [level]
     assert len(calls) == fell_back
 
 
@@ -520,6 +522,73 @@ def test_a_fault_in_saving_or_loading_is_found_before_step_one(tiny_opt, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_mixture_of_experts_is_saved_under_other_names_than_it_has_and_nothing_is_missed(tokenizer, tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(
+        MixtralConfig(vocab_size=len(tokenizer), num_key_value_heads=1, num_local_experts=2, **sizes)
+    )
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert rehearse(make_trainer(tmp_path / "model", tmp_path / "out"), tmp_path / "out").faults == []
+
+    class LosesAnExpert(train.Trainer):
+        def save_whole_model(self, output_dir):
+            from safetensors.torch import load_file, save_file
+
+            self.save_model(str(output_dir))
+            tensors = load_file(output_dir / "model.safetensors")
+            kept = {name: t for name, t in tensors.items() if ".1.block_sparse_moe.experts.1." not in name}
+            assert len(kept) < len(tensors)
+            save_file(kept, output_dir / "model.safetensors", {"format": "pt"})
+
+    faults = rehearse(make_trainer(tmp_path / "model", tmp_path / "out", LosesAnExpert), tmp_path / "out").faults
+    assert "the final save lacks 3 tensors" in faults[0][0]
+
+
+def test_a_run_without_checkpoints_rehearses_none(tiny_llama, tmp_path, monkeypatch, capsys):
+    """Its disk was counted without one: --save_strategy no is the cure for a small one."""
+    saved, inner = [], train.Trainer._save_checkpoint
+    monkeypatch.setattr(train.Trainer, "_save_checkpoint", lambda *args: saved.append(inner(*args)))
+    preflight.preflight(make_trainer(tiny_llama, tmp_path / "saves"))
+    assert len(saved) == 1
+    preflight.preflight(make_trainer(tiny_llama, tmp_path / "no", save_strategy="no"))
+    assert len(saved) == 1
+    assert "two steps and the final save are as they should be" in capsys.readouterr().out
+    result = rehearse(make_trainer(tiny_llama, tmp_path / "half", SavesHalf, save_strategy="no"), tmp_path / "half")
+    assert "the final save lacks" in result.faults[0][0]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_rehearsal_is_on_the_longest_examples_and_the_run_on_all(tiny_llama, tmp_path, packing):
+    """So that the most memory that a step needs is seen before step 1."""
+    trainer = make_trainer(tiny_llama, tmp_path, max_steps=6, gradient_accumulation_steps=1)
+    if packing:
+        trainer.train_dataset = train.packing.PackedDataset(trainer.train_dataset, 512)
+        trainer.data_collator.padding_free = True
+        train.packing.set_attention(trainer.model, train.packing.SEGMENTS)
+        trainer.args.per_device_train_batch_size = trainer._train_batch_size = 1
+    rows = [row if packing else [row] for row in trainer.train_dataset]
+    sizes = sorted((sum(len(example["input_ids"]) for example in row) for row in rows), reverse=True)
+    seen, inner = [], trainer.training_step
+
+    def training_step(model, inputs, *args, **kwargs):
+        padded = "attention_mask" in inputs
+        seen.append(inputs["attention_mask"].sum(-1).tolist() if padded else [inputs["input_ids"].numel()])
+        return inner(model, inputs, *args, **kwargs)
+
+    trainer.training_step = training_step
+    assert rehearse(trainer, tmp_path).faults == []
+    first, second, again = seen
+    assert sorted(first + second, reverse=True) == sizes[: 2 if packing else 8] and second == again
+    if not packing:
+        seen.clear()
+        trainer.train()
+        assert sorted(sum(seen, []), reverse=True) == sizes
+
+
 def test_a_loss_that_is_not_finite_is_found(tiny_llama, tmp_path):
     trainer = make_trainer(tiny_llama, tmp_path)
     trainer.model.lm_head.weight.data[7, 7] = float("nan")
@@ -577,6 +646,23 @@ def test_under_fsdp_on_two_processes_the_run_after_a_rehearsal_is_the_run_withou
     assert report["losses"][0] == report["losses"][1] and len(report["losses"][0]) == 2
     assert report["equal"]
     assert not (tmp_path / FOLDER).exists()
+
+
+def test_under_fsdp_a_model_that_cannot_do_without_padding_falls_back_and_trains(tokenizer, tmp_path):
+    """The self-check breaks off in the middle of a forward pass, where FSDP's layers are half gathered."""
+    from transformers import AutoModelForCausalLM, Gemma2Config
+
+    common = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
+    config = Gemma2Config(**common, num_key_value_heads=2, intermediate_size=128, eos_token_id=2, bos_token_id=1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gemma")
+    tokenizer.save_pretrained(tmp_path / "gemma")
+    (tmp_path / "data.json").write_text(json.dumps(make_records(8)))
+    argv = ["--model_name_or_path", tmp_path / "gemma", "--data_path", tmp_path / "data.json", "--output_dir"]
+    argv += [tmp_path / "out", "--max_steps", 1, "--per_device_train_batch_size", 4, "--logging_steps", 1]
+    result = torchrun(2, "train.py", *argv, "--fsdp", "--fsdp_config", "configs/fsdp.json")
+    assert result.returncode == 0, result.stderr
+    assert "examples are padded, as with --padding longest: padding-free attention has no softcap" in result.stdout
+    assert "saved, reloaded and resumed: weights and optimizer equal" in result.stdout
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import ROOT, make_records, torchrun
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 import train
 from alpaca import UserError, resume, saving, stop
 
+REHEARSED = ("--skip_save_rehearsal", "False")  # after it the model is sharded already
 STEPS = 5  # 3 steps an epoch: the last one is inside the second
 
 
@@ -133,7 +135,7 @@ def test_a_run_killed_in_a_save_equals_an_uninterrupted_one(model, data, whole, 
         (saving.ResumableTrainer, "_save_optimizer_and_scheduler", 2),  # the weights are there
         (saving, "fsync_tree", 2),  # all is written, nothing is on the disk for sure
         (saving.os, "rename", 2),  # … and checkpoint.json too
-        (saving, "_fsync", 3),  # renamed, the older one not yet deleted
+        (saving, "fsync", 3),  # renamed, the older one not yet deleted
     ],
 )
 def test_whenever_a_save_is_killed_a_whole_checkpoint_is_chosen(
@@ -143,7 +145,7 @@ def test_whenever_a_save_is_killed_a_whole_checkpoint_is_chosen(
     inner = getattr(owner, name)
 
     def kill(*args, **kwargs):
-        if name != "_fsync" or args[0] == interrupted:
+        if name != "fsync" or args[0] == interrupted:
             raise Killed
         return inner(*args, **kwargs)
 
@@ -154,10 +156,56 @@ def test_whenever_a_save_is_killed_a_whole_checkpoint_is_chosen(
     assert {path: path.read_bytes() for path in (interrupted / "checkpoint-2").iterdir()} == before
 
 
+@pytest.mark.parametrize("when", ["before the last rename", "between the two renames of a checkpoint that is replaced"])
+def test_a_checkpoint_that_is_whole_but_for_its_rename_is_not_lost(model, data, whole, interrupted, when, monkeypatch):
+    """The second: checkpoint-3 is there when the run that went on from checkpoint-2 comes to save its own."""
+    inner, renamed = os.rename, []
+
+    def rename(source, target):
+        renamed.append(Path(source).parent.name)
+        if renamed[-1] == ".saving":
+            raise Killed
+        inner(source, target)
+
+    if "two renames" in when:
+        send_at_step(monkeypatch, 3, lambda: shutil.copytree(whole / "checkpoint-3", interrupted / "checkpoint-3"))
+    with monkeypatch.context() as patch:
+        patch.setattr(saving.os, "rename", rename)
+        with pytest.raises(Killed):
+            run(model, data, interrupted, "--resume_from_checkpoint", "auto")
+    assert renamed == ["out", ".saving"][-len(renamed) :] and len(renamed) == 1 + ("two renames" in when)
+    assert (interrupted / ".saving" / "checkpoint-3").exists() and not (interrupted / "checkpoint-3").exists()
+    assert resume.choose_checkpoint("auto", interrupted) == interrupted / "checkpoint-3"
+    monkeypatch.undo()
+    run(model, data, interrupted, "--resume_from_checkpoint", "auto")
+    assert_same_result(interrupted, whole)
+
+
+def test_what_was_left_in_the_staging_folder_is_not_taken_for_whole(interrupted):
+    """Without checkpoint.json nobody knows whether all of it reached the disk, and with it each file counts."""
+    for step, broken in ((3, "checkpoint.json"), (4, "optimizer.pt")):
+        shutil.copytree(interrupted / "checkpoint-2", interrupted / ".saving" / f"checkpoint-{step}")
+        (interrupted / ".saving" / f"checkpoint-{step}" / broken).unlink()
+    assert resume.choose_checkpoint("auto", interrupted) == interrupted / "checkpoint-2"
+
+
+def test_leftovers_of_a_save_and_of_a_rehearsal_are_removed_and_what_is_whole_is_kept(interrupted, capsys):
+    shutil.copytree(interrupted / "checkpoint-2", interrupted / ".save-rehearsal" / "checkpoint-1")
+    (interrupted / ".saving" / "model").mkdir(parents=True)
+    (interrupted / "checkpoint-2").rename(interrupted / ".saving" / "checkpoint-2")
+    saving.remove_leftovers(interrupted)
+    assert sorted(path.name for path in interrupted.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    printed = capsys.readouterr().out
+    assert "removed" in printed and "a save that was interrupted" in printed and "a rehearsal that was" in printed
+    saving.remove_leftovers(interrupted)
+    assert capsys.readouterr().out == ""
+
+
 def test_a_finished_run_leaves_no_scraps_and_is_readable_by_others(whole):
     assert not (whole / ".saving").exists()
     assert (whole / "model.safetensors").stat().st_mode == (whole / "config.json").stat().st_mode
     assert {"tokenizer.json", "generation_config.json"} < {path.name for path in whole.iterdir()}
+    assert json.loads((whole / "config.json").read_text())["use_cache"]  # off in training, on in the base model
 
 
 def test_the_limit_keeps_the_newest_and_the_best(model, data, tmp_path):
@@ -173,7 +221,98 @@ def test_the_limit_keeps_the_newest_and_the_best(model, data, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# --push_to_hub.
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that takes everything: a list of commits, each a dictionary from the path there to the file here."""
+    commits = []
+
+    def create_commit(self, repo_id, operations, **kwargs):
+        commits.append({operation.path_in_repo: Path(operation.path_or_fileobj).name for operation in operations})
+
+    def upload_folder(self, *, folder_path, **kwargs):
+        commits.append({"folder": str(folder_path)})
+
+    monkeypatch.setattr(train.Trainer, "init_hf_repo", lambda self, **kwargs: setattr(self, "hub_model_id", "me/model"))
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", create_commit)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
+    return commits
+
+
+def test_the_finished_model_is_uploaded_once_and_an_interrupted_run_can_be_resumed(
+    model, data, whole, tmp_path, monkeypatch, hub
+):
+    push = ("--push_to_hub", "True", "--resume_from_checkpoint", "auto")
+    with monkeypatch.context() as patch:
+        send_at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(stop.Stopped):
+            run(model, data, tmp_path, *push)
+    assert hub == [] and not list(tmp_path.glob("*.safetensors"))
+    run(model, data, tmp_path, *push)
+    assert_same_result(tmp_path, whole)
+    assert len(hub) == 1
+    uploaded = hub[0]
+    assert uploaded.pop("README.md") == "model_card.md" and all(there == here for there, here in uploaded.items())
+    named = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert set(uploaded) - {"loss.png"} == named | {"chat_template.jinja", "training_receipt.json"}
+
+
+def test_an_upload_that_fails_says_that_the_model_is_whole(model, data, tmp_path, monkeypatch, hub):
+    def create_commit(self, *args, **kwargs):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", create_commit)
+    with pytest.raises(UserError, match="no route to host.*is whole: hf upload me/model .* --exclude '[*]/[*]'"):
+        run(model, data, tmp_path, "--push_to_hub", "True", "--max_steps", 1, "--save_strategy", "no")
+    assert (tmp_path / "model.safetensors").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Which checkpoint.
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_a_branch_that_was_left_is_never_chosen_again(model, data, whole, tmp_path, monkeypatch, capsys, limit):
+    for step in (1, 3, 4):
+        shutil.copytree(whole / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    more = ("--save_total_limit", limit) if limit else ()
+
+    def kill(*args, **kwargs):
+        raise Killed
+
+    def names():
+        return {path.name for path in tmp_path.iterdir()}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "fsync_tree", kill)
+        with pytest.raises(Killed):
+            run(model, data, tmp_path, "--resume_from_checkpoint", tmp_path / "checkpoint-1", *more)
+    printed = capsys.readouterr().out
+    assert "renamed checkpoint-4, checkpoint-3 in" in printed and "newer than checkpoint-1, which this run" in printed
+    assert names() == {".saving", "checkpoint-1", "abandoned-checkpoint-3", "abandoned-checkpoint-4"}  # none is lost
+    assert resume.newest_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    with monkeypatch.context() as patch:
+        send_at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(stop.Stopped):
+            run(model, data, tmp_path, "--resume_from_checkpoint", "auto", *more)
+    aside = set() if limit else {"abandoned-checkpoint-3", "abandoned-checkpoint-4"}
+    assert names() == {"checkpoint-1", "checkpoint-2"} | aside
+
+
+def test_one_may_return_to_a_branch_that_was_left(whole, interrupted):
+    """It is not overwritten by the one that is left for it, though they have checkpoints of the same step."""
+    shutil.copytree(whole / "checkpoint-3", interrupted / "checkpoint-3")
+    resume.set_aside_newer(interrupted, interrupted / "checkpoint-1")
+    for step in (2, 3):
+        shutil.copytree(whole / f"checkpoint-{step}", interrupted / f"checkpoint-{step}")
+    left = interrupted / "abandoned-checkpoint-2"
+    (left / "first").touch()
+    resume.set_aside_newer(interrupted, left)
+    names = {"abandoned-checkpoint-2", "abandoned-2-checkpoint-2", "abandoned-checkpoint-3", "abandoned-2-checkpoint-3"}
+    assert {path.name for path in interrupted.iterdir()} == {"checkpoint-1"} | names
+    assert (left / "first").exists()
 
 
 @pytest.mark.parametrize("listed", [True, False], ids=["with checkpoint.json", "of a plain Trainer"])
@@ -190,6 +329,23 @@ def test_a_checkpoint_that_lacks_any_file_is_passed_over(interrupted, listed):
         (newest / name).rename(interrupted / "aside")
         assert resume.newest_complete_checkpoint(interrupted) == previous, name
         (interrupted / "aside").rename(newest / name)
+
+
+def test_a_checkpoint_of_a_plain_trainer_that_lacks_a_shard_is_passed_over(tiny_llama, interrupted):
+    from transformers import AutoModelForCausalLM
+
+    newest = interrupted / "checkpoint-2"
+    for name in ("checkpoint.json", "model.safetensors"):
+        (newest / name).unlink()
+    AutoModelForCausalLM.from_pretrained(tiny_llama).save_pretrained(newest, max_shard_size="100KB")
+    shards = sorted(newest.glob("model-*.safetensors"))
+    assert len(shards) > 2 and resume.what_is_missing(newest) is None
+    shards[1].rename(interrupted / "aside")
+    assert resume.what_is_missing(newest) == f"{shards[1].name} is missing"
+    assert resume.newest_complete_checkpoint(interrupted) == interrupted / "checkpoint-1"
+    (interrupted / "aside").rename(shards[1])
+    (newest / "model.safetensors.index.json").write_text("{}")
+    assert resume.what_is_missing(newest) == "model.safetensors.index.json is malformed"
 
 
 @pytest.mark.parametrize("name, size", [("optimizer.pt", 1000), ("trainer_state.json", 100)])
@@ -225,6 +381,8 @@ def test_an_incomplete_checkpoint_that_is_named_is_refused(interrupted):
 def test_a_finished_run_is_told(whole):
     with pytest.raises(UserError, match="holds a trained model: the run there is finished"):
         resume.choose_checkpoint("auto", whole)
+    with pytest.raises(UserError, match="holds a trained model: remove it, or choose another folder"):
+        resume.choose_checkpoint(str(whole / "checkpoint-2"), whole)
 
 
 def test_a_run_that_was_killed_before_its_final_save_only_saves(model, data, whole, tmp_path, capsys):
@@ -254,6 +412,55 @@ def test_a_checkpoint_of_another_model_is_refused(tiny_opt, tiny_llama, data, in
 def test_another_number_of_examples_a_step_is_refused_with_the_cure(model, data, interrupted):
     with pytest.raises(UserError, match="8 examples a step, this run has 4: --gradient_accumulation_steps 2 makes"):
         run(model, data, interrupted, "--resume_from_checkpoint", "auto", "--per_device_train_batch_size", 4)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--eval_fraction", 0.25),
+        ("--model_max_length", 175),
+        ("--data_path", "others"),
+    ],
+)
+def test_other_data_than_a_checkpoint_was_trained_on_is_refused_with_the_cure(model, data, interrupted, flags, capsys):
+    if flags[1] == "others":
+        records = make_records(24)
+        records[7]["output"] += "!"
+        (interrupted / "others.json").write_text(json.dumps(records))
+        flags = (flags[0], interrupted / "others.json")
+    with pytest.raises(UserError, match='was trained on other data .24 examples, .*remove "data" from .*point.json'):
+        run(model, data, interrupted, "--resume_from_checkpoint", "auto", *flags, *REHEARSED)
+    assert "saved, reloaded and resumed" not in capsys.readouterr().out  # refused before the rehearsal
+
+
+def test_packing_that_comes_or_goes_is_refused_and_another_order_told(interrupted, capsys):
+    there = {"sha256": "x", "examples": 2, "packing": False, "seed": 42}
+    with pytest.raises(UserError, match="checkpoint-2 was trained without --packing: do the same, or,"):
+        resume.check_data(interrupted / "checkpoint-2", there, there | {"packing": True})
+    resume.check_data(interrupted / "checkpoint-2", there, dict(there))
+    assert capsys.readouterr().out == ""
+    resume.check_data(interrupted / "checkpoint-2", there, there | {"seed": 1})
+    assert "warning: checkpoint-2 was trained with the data in another order" in capsys.readouterr().out
+
+
+def test_data_is_the_same_as_a_list_in_bins_and_as_a_subset_and_differs_by_a_label():
+    examples = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4, 5], "labels": [4, 5]}]
+    facts = resume.data_facts(examples, 42)
+    assert facts["examples"] == 2 and not facts["packing"]
+    packed = type("Bins", (), {"dataset": examples, "bins": [[0, 1]]})()
+    assert resume.data_facts(packed, 42) == facts | {"packing": True}
+    assert resume.data_facts(torch.utils.data.Subset(examples, [1]), 42) == facts
+    examples[0]["labels"][1] = -100
+    assert resume.data_facts(examples, 42)["sha256"] != facts["sha256"]
+
+
+def test_a_checkpoint_that_does_not_tell_its_data_goes_on_with_any(model, data, interrupted):
+    manifest = json.loads((interrupted / "checkpoint-2" / "checkpoint.json").read_text())
+    assert manifest["data"].keys() == {"sha256", "examples", "packing", "seed"}
+    del manifest["data"]
+    (interrupted / "checkpoint-2" / "checkpoint.json").write_text(json.dumps(manifest))
+    run(model, data, interrupted, "--resume_from_checkpoint", "auto", "--eval_fraction", 0.25, "--max_steps", 3)
+    assert (interrupted / "model.safetensors").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -387,7 +594,7 @@ def stopped(tiny_llama, data, one_rank, tmp_path_factory):
     shutil.copytree(one_rank / "checkpoint-1", out / "checkpoint-1")
     script = out.parent / "stop_one_rank.py"
     script.write_text(SIGNAL_ONE_RANK)
-    auto = ("--resume_from_checkpoint", "auto", "--save_steps", 100)
+    auto = ("--resume_from_checkpoint", "auto", "--save_steps", 100, *REHEARSED)
     result = torchrun(2, script, ROOT, *arguments(tiny_llama, data, out, *FSDP, *auto))
     assert re.search(r"exitcode *: 75", result.stderr), result.stderr  # of the rank that left first
     assert "checkpoint-1 was written by 1 processes, this run has 2" in result.stdout
@@ -410,14 +617,61 @@ def test_two_ranks_write_a_shard_each_and_all_of_it_is_needed(stopped, tmp_path)
 
 def test_one_rank_goes_on_from_a_checkpoint_of_two(tiny_llama, data, one_rank, stopped, tmp_path, capsys):
     shutil.copytree(stopped / "checkpoint-3", tmp_path / "checkpoint-3")
-    run(tiny_llama, data, tmp_path, "--resume_from_checkpoint", "auto")
+    run(tiny_llama, data, tmp_path, "--resume_from_checkpoint", "auto", *REHEARSED)
     assert "was written by 2 processes, this run has 1" in capsys.readouterr().out
     assert_close(tmp_path, one_rank)
 
 
-def test_two_ranks_go_on_from_a_checkpoint_of_two(tiny_llama, data, one_rank, stopped, tmp_path):
-    shutil.copytree(stopped / "checkpoint-3", tmp_path / "checkpoint-3")
-    argv = arguments(tiny_llama, data, tmp_path, "--save_steps", 100, *FSDP, "--resume_from_checkpoint", "auto")
+KILL_ONE_RANK_IN_SAVE = """
+import os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+import train
+inner = train.Trainer._save_rng_state
+def _save_rng_state(self, folder):
+    if self.state.global_step == 5 and os.environ["RANK"] == "1":  # all shards are written, of the optimizer too
+        os.kill(os.getpid(), signal.SIGKILL)
+    inner(self, folder)
+train.Trainer._save_rng_state = _save_rng_state
+train.main()
+"""
+
+
+def test_two_ranks_go_on_from_a_checkpoint_of_two_and_one_killed_in_a_save_leaves_the_previous_whole_and_chosen(
+    tiny_llama, data, one_rank, stopped, tmp_path
+):
+    out, script = tmp_path / "out", tmp_path / "kill_one_rank.py"
+    shutil.copytree(stopped / "checkpoint-3", out / "checkpoint-3")
+    script.write_text(KILL_ONE_RANK_IN_SAVE)
+    auto = ("--resume_from_checkpoint", "auto", "--save_total_limit", 1)
+    result = torchrun(2, script, ROOT, *arguments(tiny_llama, data, out, *FSDP, *auto))
+    assert re.search(r"exitcode *: -9", result.stderr), result.stderr
+    assert sorted(path.name for path in out.iterdir()) == [".saving", "checkpoint-4"]
+    assert (out / ".saving" / "checkpoint-5" / "optimizer_0" / ".metadata").exists()
+    assert resume.choose_checkpoint("auto", out) == out / "checkpoint-4"
+    run(tiny_llama, data, out, *auto)
+    assert_close(out, one_rank)
+
+
+@pytest.fixture(scope="module")
+def gathered(tiny_llama, data, stopped, tmp_path_factory):
+    """The checkpoint of two ranks under FSDP that the user's own configuration makes them gather."""
+    folder = tmp_path_factory.mktemp("gathered")
+    shutil.copytree(stopped / "checkpoint-3", folder / "out" / "checkpoint-3")
+    config = json.loads((ROOT / "configs" / "fsdp.json").read_text()) | {"state_dict_type": "FULL_STATE_DICT"}
+    (folder / "fsdp.json").write_text(json.dumps(config))
+    flags = ("--fsdp", "--fsdp_config", folder / "fsdp.json", "--per_device_train_batch_size", 4)
+    argv = arguments(tiny_llama, data, folder / "out", *flags, "--resume_from_checkpoint", "auto")
     result = torchrun(2, "train.py", *argv)
     assert result.returncode == 0, result.stderr
+    return folder / "out"
+
+
+def test_shards_are_read_where_the_configuration_says_gathered(one_rank, gathered):
+    assert_close(gathered, one_rank)
+
+
+def test_one_rank_goes_on_from_a_gathered_checkpoint_of_two(tiny_llama, data, one_rank, gathered, tmp_path):
+    shutil.copytree(gathered / "checkpoint-4", tmp_path / "checkpoint-4")
+    assert (tmp_path / "checkpoint-4" / "optimizer.bin").exists()
+    run(tiny_llama, data, tmp_path, "--resume_from_checkpoint", "auto")
     assert_close(tmp_path, one_rank)

@@ -43,6 +43,13 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+def test_half_a_character_is_refused_with_its_records_number(tokenizer):
+    """JSON can spell it, as "\\ud83d"; it is no text, and a tokenizer ends with a traceback."""
+    records = make_records(2) + [{"instruction": "Say it.", "input": "", "output": "x\ud83dy"}]
+    with pytest.raises(UserError, match=r"training record 3 holds '\\ud83d', half a character: remove it"):
+        tokens.SupervisedDataset(records, tokenizer, 512, "training")
+
+
 @pytest.fixture(scope="session")
 def llama_tokenizer(tmp_path_factory):
     """A sentencepiece model as LLaMA's (BPE, bytes for what is rare, a space in front, digits alone), 800 tokens."""
@@ -181,7 +188,7 @@ def test_a_cache_whose_maker_is_killed_is_not_there_and_is_made_anew(tokenizer, 
     child.join(60)
     assert child.exitcode == -signal.SIGKILL
     names = [path.name for path in tokens.cache_folder().iterdir() if path.is_dir()]
-    assert len(names) == 1 and names[0].endswith(".tmp")  # it was at work
+    assert len(names) == 1 and names[0].endswith(".unfinished")  # it was at work
     assert len(rows(records, tokenizer)) == 1500 and tokenised == [1000, 500]
     [folder] = [path for path in tokens.cache_folder().iterdir() if path.is_dir()]
     assert folder.name == tokens.content_key(records, tokenizer, 512)  # and what it left is gone

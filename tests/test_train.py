@@ -207,6 +207,27 @@ def test_bad_input_is_one_line(tiny_llama, tmp_path):
     assert not (tmp_path / "o").exists() or not list((tmp_path / "o").iterdir())
 
 
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--learning_rate", "nan"), "--learning_rate nan is no rate"),
+        (("--use_liger_kernel", "True"), "--use_liger_kernel needs the package"),
+        (("--report_to", "comet_ml"), "requires comet-ml"),
+        (("--optim", "adamw_torch_8bit", "--optim_args", "x"), "x"),
+        (("--eval_fraction", "7"), "must leave records to train on"),
+        (("--eval_fraction", "0.1", "--eval_data_path", "d.json"), "drop one of them"),
+        (("--packing", "True", "--train_sampling_strategy", "group_by_length"), "--packing makes rows of one length"),
+        (("--packing", "True", "--padding", "longest"), "drop one of them"),
+    ],
+)
+def test_flags_that_cannot_be_had_are_refused_in_one_line(flags, words, tiny_llama, tmp_path):
+    data = write_data(tmp_path / "data.json")
+    argv = [*map(str, arguments(tiny_llama, data, tmp_path / "o")[1:]), *flags]
+    with pytest.raises(UserError, match=re.escape(words)) as error:
+        train.train(*train.parse_args(argv))
+    assert "\n" not in str(error.value)
+
+
 def test_a_broken_record_is_named_by_its_number(tiny_llama, tmp_path):
     records = make_records(3)
     del records[1]["output"]
@@ -232,19 +253,24 @@ def test_a_folder_with_a_trained_model_is_not_overwritten(tiny_llama, tmp_path):
 def test_two_processes_with_fsdp_equal_one_process(family, request, tmp_path):
     """8 examples a step, padded, on one process; 4 + 4, padding-free, on two with FSDP: the same loss and weights."""
     model = request.getfixturevalue(family)
-    data = write_data(tmp_path / "data.json")
+    data, held_out = write_data(tmp_path / "data.json"), write_data(tmp_path / "held_out.json", 7)
+    held_out = ("--eval_data_path", held_out, "--per_device_eval_batch_size", 2)  # the last batch lacks an example
     one = run_script(
-        *arguments(model, data, tmp_path / "one", "--per_device_train_batch_size", 8, "--padding", "longest")
+        *arguments(model, data, tmp_path / "one", "--per_device_train_batch_size", 8, "--padding", "longest", *held_out)
     )
     assert one.returncode == 0, one.stderr
-    fsdp = ("--fsdp", "--fsdp_config", "configs/fsdp.json", "--per_device_train_batch_size", 4)
+    fsdp = ("--fsdp", "--fsdp_config", "configs/fsdp.json", "--per_device_train_batch_size", 4, *held_out)
     two = torchrun(2, *arguments(model, data, tmp_path / "two", *fsdp))
     assert two.returncode == 0, two.stderr
     assert "examples are padded" not in two.stdout  # the self-check passed on the mesh
 
     assert len(losses(one.stdout)) == 1 and losses(one.stdout) == losses(two.stdout)
-    counted = [json.loads((tmp_path / run / "training_receipt.json").read_text())["tokens"] for run in ("one", "two")]
-    assert all(counted[0][key] == counted[1][key] > 0 for key in ("real", "supervised"))
+    receipts = [json.loads((tmp_path / run / "training_receipt.json").read_text()) for run in ("one", "two")]
+    assert all(receipts[0]["tokens"][key] == receipts[1]["tokens"][key] > 0 for key in ("real", "supervised"))
+    before, after = (
+        [entry["loss"] for entry in receipt["eval_losses"]][:: len(receipt["eval_losses"]) - 1] for receipt in receipts
+    )
+    assert before == pytest.approx(after, abs=1e-4) and before[0] - before[1] > 1e-2
     a, b, base = weights(tmp_path / "one"), weights(tmp_path / "two"), weights(model)
     assert a.keys() == b.keys()
     difference = torch.cat([(a[name] - b[name]).abs().flatten() for name in a])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import runpy
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +13,21 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import assert_one_line_error, run_script
+from made_models import (
+    assert_same_bits,
+    edit_json,
+    fine_tuned,
+    left_in,
+    load_tensors,
+    refused,
+    rewrite,
+    write_model,
+)
 from oracles_weights import original_diff, original_recover
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import weight_diff
-from alpaca import UserError
+from alpaca import UserError, stream
 from weight_diff import compare, make_diff
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -29,116 +39,38 @@ def recover(*args, **kwargs) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Folders.
-
-
-def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the safetensors files in a folder, read by the safetensors library."""
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-
-
-def write_model(folder: Path, tensors: dict, layout: str = "safetensors", like: Path | None = None, **config) -> Path:
-    """Writes a model folder in one of four layouts; config.json and tokenizer files come from ``like`` if it is given.
-
-    Sharded layouts have two shards, every second tensor in each.
-    """
-    folder.mkdir(parents=True)
-    if like:
-        for file in like.iterdir():
-            if file.suffix != ".safetensors":
-                shutil.copy(file, folder)
-        config = json.loads((like / "config.json").read_text()) | config
-    else:
-        (folder / "tokenizer.json").write_text('{"a tokenizer": "as it is"}')
-    (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value != "drop"}))
-    names = sorted(tensors)
-    suffix = layout.removesuffix("-sharded")
-    stem = {"safetensors": "model", "bin": "pytorch_model"}[suffix]
-    if layout.endswith("-sharded"):
-        parts = {f"{stem}-{i + 1:05}-of-00002.{suffix}": names[i::2] for i in range(2)}
-        index = {"metadata": {}, "weight_map": {name: file for file, part in parts.items() for name in part}}
-        (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
-    else:
-        parts = {f"{stem}.{suffix}": names}
-    for file, part in parts.items():
-        shard = {name: tensors[name].contiguous() for name in part}
-        save_file(shard, folder / file, {"format": "pt"}) if suffix == "safetensors" else torch.save(
-            shard, folder / file
-        )
-    return folder
-
-
-def fine_tuned(tensors: dict, rows: int = 0, scale: float = 1e-3) -> dict[str, torch.Tensor]:
-    """float32 tensors a little off; the embeddings get ``rows`` more, as train.py adds them.
-
-    The change is made in float64, as the many steps of a training have it: after one float32 step t = fl(r + e) the
-    difference fl(t - r) is e, and subtract recovers t bit for bit.
-    """
-    generator = torch.Generator().manual_seed(1)
-    tuned = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.float()
-        if rows and name.endswith(("embed_tokens.weight", "lm_head.weight")):
-            tensor = torch.cat([tensor, tensor.mean(dim=0, keepdim=True).expand(rows, -1)])
-        change = scale * torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        tuned[name] = (tensor.double() + change).float()
-    return tuned
-
-
-def bits(tensor: torch.Tensor) -> tuple:
-    return tensor.dtype, tuple(tensor.shape), tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def assert_same_bits(ours: dict, expected: dict) -> None:
-    assert sorted(ours) == sorted(expected)
-    assert [name for name in ours if bits(ours[name]) != bits(expected[name])] == []
-
-
-def left_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-@pytest.fixture
-def folders(tmp_path):
-    """A small made-up pair and its subtract diff: ``raw``, ``tuned``, ``diff``; embeddings of 4 and of 5 rows."""
-    generator = torch.Generator().manual_seed(0)
-    raw = {
-        "lm_head.weight": torch.randn(4, 8, generator=generator),
-        "model.embed_tokens.weight": torch.randn(4, 8, generator=generator),
-        "model.norm.weight": torch.ones(8),
-    }
-    config = {"model_type": "llama", "vocab_size": 4, "dtype": "float32"}
-    write_model(tmp_path / "raw", raw, **config)
-    write_model(tmp_path / "tuned", fine_tuned(raw, rows=1), **config | {"vocab_size": 5})
-    make_diff(tmp_path / "raw", tmp_path / "tuned", tmp_path / "diff")
-    return tmp_path
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # subtract: the original's values, bit for bit.
 
 
 @pytest.mark.parametrize(
-    ("layout", "dtype", "rows"),
+    ("layout", "dtype", "rows", "chunk"),
     [
-        ("safetensors", F32, 1),
-        ("safetensors", F16, 1),
-        ("safetensors", BF16, 1),
-        ("safetensors", F16, 0),
-        ("safetensors-sharded", F16, 1),
-        ("bin", F16, 1),
-        ("bin-sharded", F16, 1),
-        ("bin-sharded", F16, 0),
+        ("safetensors", F32, 1, 1 << 22),
+        ("safetensors", F16, 1, 1 << 22),
+        ("safetensors", BF16, 1, 1000),
+        ("safetensors", F16, 0, 1000),
+        ("safetensors-sharded", F16, 1, 1000),
+        ("bin", F16, 1, 1 << 22),
+        ("bin", F32, 1, 1000),
+        ("bin", BF16, 1, 64),
+        ("bin-sharded", F16, 1, 19_199),  # the embeddings have 19,200 elements, and 64 more in the new row
+        ("bin-sharded", F16, 0, 19_200),
     ],
 )
-def test_subtract_and_recover_equal_the_whole_model_way_bit_for_bit(tiny_llama, tmp_path, layout, dtype, rows):
+def test_subtract_and_recover_equal_the_whole_model_way_bit_for_bit(
+    tiny_llama, tmp_path, monkeypatch, layout, dtype, rows, chunk
+):
+    monkeypatch.setattr(stream, "CHUNK", chunk)
     base = load_tensors(tiny_llama)
     raw = write_model(tmp_path / "raw", {n: t.to(dtype) for n, t in base.items()}, layout, tiny_llama)
     tuned = write_model(tmp_path / "tuned", fine_tuned(base, rows), like=tiny_llama, vocab_size=300 + rows)
 
     make_diff(raw, tuned, tmp_path / "diff")
     recover(raw, tmp_path / "diff", tmp_path / "recovered")
+    (tmp_path / "diff" / "weight_diff.json").unlink()  # a diff as it was released, whose mean row recover computes
+    recover(raw, tmp_path / "diff", tmp_path / "again", check_integrity_naively=False)
 
+    assert_same_bits(load_tensors(tmp_path / "again"), load_tensors(tmp_path / "recovered"))
     diff = load_tensors(tmp_path / "diff")
     assert diff["model.embed_tokens.weight"].shape == diff["lm_head.weight"].shape == (300 + rows, 64)
     assert_same_bits(diff, original_diff(raw, tuned))
@@ -157,7 +89,7 @@ def test_rotary_buffers_of_an_old_bin_are_neither_needed_nor_written(tiny_llama,
     old_diff = write_model(
         tmp_path / "old", load_tensors(tmp_path / "diff") | rotary, "bin-sharded", tiny_llama, vocab_size=301
     )
-    recover(tiny_llama, old_diff, tmp_path / "recovered")
+    recover(tiny_llama, old_diff, tmp_path / "recovered", max_shard_size="100KB")
     recovered = load_tensors(tmp_path / "recovered")
     assert sorted(recovered) == sorted(base)
     assert_same_bits(recovered, original_recover(tiny_llama, old_diff))
@@ -214,16 +146,6 @@ def test_subtract_recovers_to_within_a_rounding_of_the_change_not_bit_for_bit(ti
     assert inexact > 1000  # of 113,088: so there is a need for --method exact
 
 
-def test_a_new_row_is_compared_with_the_mean_row():
-    """[[1, 2], [3, 6]] grows by [2, 4]; for the exact method by zeros, whose bits do not depend on threads."""
-    raw = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
-    assert weight_diff._grow(raw, (3, 2), mean=True).tolist() == [[1, 2], [3, 6], [2, 4]]
-    assert weight_diff._grow(raw, (4, 2), mean=False).tolist() == [[1, 2], [3, 6], [0, 0], [0, 0]]
-    assert weight_diff._grow(raw, (2, 2), mean=True) is raw
-    scalar = torch.tensor(7.0)
-    assert weight_diff._grow(scalar, (), mean=True) is scalar
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # exact: every bit.
 
@@ -269,11 +191,8 @@ def test_exact_keeps_the_type_of_each_tensor(tmp_path):
     write_model(tmp_path / "raw", {name: torch.zeros(tensor.shape) for name, tensor in tuned.items()})
     write_model(tmp_path / "tuned", tuned)
     make_diff(tmp_path / "raw", tmp_path / "tuned", tmp_path / "diff", method="exact")
-    assert json.loads((tmp_path / "diff" / "weight_diff.json").read_text())["dtypes"] == {
-        "a": "F16",
-        "b": "F32",
-        "c": "BF16",
-    }
+    tensors = json.loads((tmp_path / "diff" / "weight_diff.json").read_text())["tensors"]
+    assert {name: entry["dtype"]["tuned"] for name, entry in tensors.items()} == {"a": "F16", "b": "F32", "c": "BF16"}
     recover(tmp_path / "raw", tmp_path / "diff", tmp_path / "recovered")
     assert_same_bits(load_tensors(tmp_path / "recovered"), tuned)
 
@@ -328,38 +247,34 @@ def test_a_recovered_folder_is_a_model_with_the_tuned_models_tokenizer(tiny_llam
     )
 
 
-def test_the_manifest_says_the_method_and_the_license(folders):
-    manifest = json.loads((folders / "diff" / "weight_diff.json").read_text())
-    assert manifest == {"format": 1, "license": "CC BY-NC 4.0", "method": "subtract"}
-
-
 def test_recover_without_path_tuned_checks_and_writes_nothing(folders, capsys):
     before = left_in(folders)
     weight_diff.recover(folders / "raw", folders / "diff")
-    assert capsys.readouterr().out == "3 tensors recovered (not written: no --path_tuned)\n"
+    said = "3 tensors recovered (not written: no --path_tuned), each with the hash that the manifest gives it\n"
+    assert capsys.readouterr().out.endswith(said)
     assert left_in(folders) == before
 
 
-def test_every_documented_command_runs(tiny_llama, tmp_path):
+def test_every_documented_command_runs(tiny_llama, tmp_path, monkeypatch, capsys):
     tuned = fine_tuned(load_tensors(tiny_llama), 1)
     paths = {"RAW": tiny_llama, "DIFF": tmp_path / "diff", "TUNED": tmp_path / "recovered"}
     trained = write_model(tmp_path / "tuned", tuned, like=tiny_llama, vocab_size=301)
     commands = [line.split() for line in weight_diff.__doc__.splitlines() if line.strip().startswith("python ")]
-    assert [command[2] for command in commands] == ["make_diff", "recover", "compare"]
+    assert [command[2] for command in commands] == ["make_diff", "recover", "verify", "compare"]
     paths["RECOVERED"] = paths["TUNED"]
     printed = []
-    for command, places in zip(commands, [paths | {"TUNED": trained}, paths, paths], strict=True):
-        result = run_script(*(places.get(word, word) for word in command[1:]))
-        assert (result.returncode, "Traceback" in result.stderr) == (0, False), result.stderr
-        printed.append(result.stdout)
+    for command, places in zip(commands, [paths | {"TUNED": trained}, paths, paths, paths], strict=True):
+        monkeypatch.setattr("sys.argv", [str(places.get(word, word)) for word in command[1:]])
+        runpy.run_path(weight_diff.__file__, run_name="__main__")
+        printed.append(capsys.readouterr().out)
     assert printed[1].startswith("List three technologies that make life easier.\n")
-    assert printed[1].endswith(f"21 tensors recovered in {tmp_path / 'recovered'}\n")
-    assert printed[2] == "all 21 tensors are equal, bit for bit\n"
+    assert printed[1].endswith(
+        f"21 tensors recovered in {tmp_path / 'recovered'}, each with the hash that the manifest gives it\n"
+    )
+    assert "is the recovered model" in printed[2]
+    assert printed[3] == "all 21 tensors are equal, bit for bit\n"
     assert_same_bits(load_tensors(tmp_path / "diff"), original_diff(tiny_llama, trained))
     assert_same_bits(load_tensors(tmp_path / "recovered"), original_recover(tiny_llama, tmp_path / "diff"))
-    assert_one_line_error(
-        run_script("weight_diff.py", "compare", "--path_a", trained, "--path_b", tiny_llama), "21 of 21", "lm_head"
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -397,27 +312,6 @@ def test_compare_names_what_differs(tmp_path, other, message):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is wrong is said in one line, and nothing half-written stays.
-
-
-def refused(folders: Path, task, *args, **kwargs) -> str:
-    """The message of the UserError that ``task`` must raise without leaving anything new in ``folders``."""
-    before = left_in(folders)
-    with pytest.raises(UserError) as error:
-        task(*args, **kwargs)
-    assert left_in(folders) == before
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def edit_json(path: Path, **values) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-def rewrite(folder: Path, **changes) -> None:
-    """Changes tensors (None takes one away); ``__`` in a name stands for a dot."""
-    file = folder / "model.safetensors"
-    tensors = load_file(file) | {name.replace("__", "."): tensor for name, tensor in changes.items()}
-    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file)
 
 
 def cut(file: Path) -> None:
@@ -509,9 +403,15 @@ DAMAGED_DIFFS = {
 }
 
 
+@pytest.mark.parametrize("hashes", [True, False])
 @pytest.mark.parametrize("damage", DAMAGED_DIFFS)
-def test_a_damaged_diff_is_refused_in_one_line_and_nothing_is_written(folders, damage):
+def test_a_damaged_diff_is_refused_in_one_line_and_nothing_is_written(folders, damage, hashes):
+    """Without hashes, as earlier versions and others made diffs, the cause may as well be another base model."""
     breakage, words = DAMAGED_DIFFS[damage]
+    if hashes:  # then the name is said, and that the diff is to blame
+        words = [word for word in words if ".weight" in word or "file" in word]
+    else:
+        (folders / "diff" / "weight_diff.json").write_text('{"format": 1, "method": "subtract"}')
     breakage(folders / "diff")
     message = refused(folders, recover, folders / "raw", folders / "diff", folders / "recovered")
     assert [word for word in words if word not in message] == [], message
@@ -677,7 +577,8 @@ def test_a_released_diff_whose_sum_is_wrong_leaves_nothing_unless_the_check_is_o
     edit_json(folders / "diff" / "config.json", **released)
     edit_json(folders / "raw" / "config.json", vocab_size=32000)
     for folder, rows in (("raw", 4), ("diff", 4)):
-        rewrite(folders / folder, lm_head__weight=torch.ones(rows, 8), model__embed_tokens__weight=torch.ones(rows, 8))
+        small = torch.full((rows, 8), 1.0 if folder == "raw" else 0.01)
+        rewrite(folders / folder, lm_head__weight=small, model__embed_tokens__weight=small.clone())
     target = path_tuned and folders / path_tuned
     message = refused(folders, recover, folders / "raw", folders / "diff", target)
     assert "integrity check failed" in message

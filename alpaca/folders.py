@@ -1,0 +1,144 @@
+"""Output folders that are whole or not there, whatever happens while they are made."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from alpaca import UserError
+from alpaca.checkpoint import SIDE_FILES, check_writable
+
+UNFINISHED = ".unfinished"
+LOCK = ".lock"  # in an unfinished folder
+
+
+@contextmanager
+def new_folder(
+    path: str | os.PathLike, flag: str = "", overwrite: bool = False, inputs: Iterable[Path] = ()
+) -> Iterator[Path]:
+    """Yields ``.NAME.unfinished`` beside ``path``, which becomes ``path`` by one rename on success, all of it on disk.
+
+    After an exception it is gone. A kill leaves it; the next call for the same ``path`` removes it. A file in it that
+    is called ``….unfinished`` gets its name last, so that a model's config.json is not there before all else is.
+
+    Args:
+        path: the folder to make; an empty one may be there.
+        flag: the command line's name for it, for messages.
+        overwrite: replace a model or a diff that is there: moved aside, and removed when the new one has its place.
+        inputs: folders that are read meanwhile, and so are not replaced.
+
+    Raises:
+        UserError: ``path`` is there, another process is making it, or its place cannot be written.
+    """
+    path = Path(os.path.abspath(path))
+    for folder in inputs:
+        if path.resolve() in (folder.resolve(), *folder.resolve().parents):
+            raise UserError(f"{flag} {path} is, or holds, the input {folder}: choose another folder")
+    check_writable(path.parent, flag or "folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.parent / f".{path.name}{UNFINISHED}"
+    replaced = path.parent / f".{path.name}.replaced"
+    lock = _locked(unfinished, path)
+    try:
+        if replaced.exists():  # a kill came between two renames, or after them
+            shutil.rmtree(replaced) if path.exists() else os.rename(replaced, path)
+        check_free(path, flag, overwrite)
+        for entry in unfinished.iterdir():  # of a process that was killed
+            if entry.name != LOCK:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        yield unfinished
+        fsync_tree(unfinished)
+        for entry in unfinished.glob("*" + UNFINISHED):
+            os.rename(entry, entry.with_suffix(""))
+        if path.exists() and any(path.iterdir()):
+            os.rename(path, replaced)
+        os.rename(unfinished, path)  # takes the place of an empty folder
+        (path / LOCK).unlink()  # not before: another process would find the folder free
+        fsync(path)
+        fsync(path.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if replaced.exists() and not path.exists():
+            os.rename(replaced, path)
+        raise
+    finally:
+        os.close(lock)
+
+
+def check_free(path: Path, flag: str = "", overwrite: bool = False) -> None:
+    """Raises UserError when something is at ``path`` that a new folder must not replace."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    what = f"{flag} {path}".strip()
+    if not overwrite:
+        cure = "; --overwrite replaces it" if flag else ""
+        raise UserError(f"{what} is there already: remove it, or choose another path{cure}")
+    if not (path / "config.json").exists():
+        raise UserError(f"{what} is no model, so --overwrite leaves it: remove it, or choose another path")
+
+
+def check_space(folder: Path, size: int) -> None:
+    """Raises UserError unless ``size`` bytes are free on the disk of ``folder``."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise UserError(
+            f"{folder.parent} has {free / 1e9:.2f} GB free, {size / 1e9:.2f} GB are needed: free some, or choose "
+            "another folder"
+        )
+
+
+def copy_side_files(source: Path, target: Path, config: dict) -> None:
+    """Copies tokenizer and generation files as they are, and writes ``config`` as config.json, to be named last."""
+    for name in SIDE_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+    config = {key: value for key, value in config.items() if key != "_name_or_path"}
+    (target / f"config.json{UNFINISHED}").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def fsync_tree(path: Path) -> None:
+    """Puts a file, or a folder and all in it, on the disk."""
+    for entry in path.iterdir() if path.is_dir() else ():
+        fsync_tree(entry)
+    fsync(path)
+
+
+def fsync(path: Path) -> None:
+    """Puts a file, or a folder's list of names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _locked(unfinished: Path, path: Path) -> int:
+    """Makes the folder and locks a file in it; the lock goes with the process, however that ends."""
+    while True:
+        unfinished.mkdir(exist_ok=True)
+        try:
+            descriptor = os.open(unfinished / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        except FileNotFoundError:  # another process has just removed the folder
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            if e.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                os.close(descriptor)
+                raise UserError(
+                    f"{path} is being written by another process ({unfinished} is locked): wait for it"
+                ) from None
+            # a file system without locks: nothing to hold on to, and nothing that would be wrong without it
+        try:
+            if os.path.samestat(os.fstat(descriptor), os.stat(unfinished / LOCK)):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)  # what was locked is another process's, which has just ended

@@ -1,0 +1,399 @@
+"""The live demo: a page on this machine that asks a model, or two side by side (``chat.py --web``).
+
+Whoever can reach the page can also call what is behind it without a browser, so every bound is checked here and not in
+the page. What a model writes is a stranger's text: its Markdown is rendered, its HTML and images stay text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import datetime
+import html
+import importlib.util
+import logging
+import math
+import os
+import secrets
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import utils
+from alpaca import UserError
+from alpaca.teacher import free_port
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
+os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(10**9)  # else pandas counts all requests anew after each one
+for _package in ("gradio", "markdown_it"):
+    if importlib.util.find_spec(_package) is None:
+        raise UserError("--web needs Gradio: pip install -e '.[web]'")
+
+import gradio as gr  # noqa: E402
+
+from alpaca.web_server import COPY, WORKER, close, launch, render_answer, render_status  # noqa: E402
+
+MAX_CHARS = 8_000  # of an instruction, and of an input
+MAX_PROMPT_TOKENS = 2_048  # training read 512; never more than half of what the model can read
+MAX_REASON_CHARS = 500
+MAX_WAITING = 20  # requests in the queue; whoever comes after them is told to come back
+MAX_SEED = 2**31 - 1
+STREAMS = 2  # answers at once: a long one does not keep the next page waiting
+FLAGGED = "flagged.jsonl"
+NOTE = (
+    f"A report adds instruction, input, answer and settings to {FLAGGED} beside the server; nothing is sent elsewhere."
+)
+EXAMPLES = [
+    ["Give three tips for sleeping better.", ""],
+    ["Explain to a ten-year-old why the sky is blue.", ""],
+    ["Write a Python function that tells whether a word is a palindrome.", ""],
+    ["Rewrite this sentence so that it is polite.", "Send me the report now."],
+    ["Sort these animals by their weight.", "cat, elephant, mouse, horse"],
+]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is asked.
+
+
+@dataclasses.dataclass
+class Model:
+    """A model under the name that the page shows."""
+
+    name: str
+    model: object
+    tokenizer: object
+
+    def count_tokens(self, prompt: str) -> int:
+        """As inference.stream counts them: a special token that somebody types is text."""
+        return len(self.tokenizer(prompt, split_special_tokens=True)["input_ids"])
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        longest = getattr(self.model.config, "max_position_embeddings", None) or 2 * MAX_PROMPT_TOKENS
+        return min(MAX_PROMPT_TOKENS, longest // 2)
+
+
+@dataclasses.dataclass
+class Settings:
+    """How an answer is sampled."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.7
+    top_p: float = 0.9
+    seed: int | None = None
+
+
+def _error(message: str) -> gr.Error:
+    return gr.Error(html.escape(message), title="Not answered", print_exception=False)
+
+
+def check(models: list[Model], most: int, instruction, input, max_new_tokens, temperature, top_p, seed):
+    """The prompt and the settings of a request, from a page or from a program.
+
+    Args:
+        models: all of them must be able to read it.
+        most: tokens that an answer may have.
+
+    Raises:
+        gr.Error: a text or a setting is not what it may be; the message says what may.
+    """
+    instruction, input = instruction or "", input or ""
+    for name, text in (("instruction", instruction), ("input", input)):
+        if not isinstance(text, str):
+            raise _error(f"The {name} must be text.")
+        if len(text) > MAX_CHARS:
+            raise _error(f"The {name} has {len(text):,} characters; at most {MAX_CHARS:,} are read: shorten it.")
+    if not instruction.strip():
+        raise _error("Type an instruction first.")
+
+    def number(name: str, value, low: float, high: float):
+        right = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not right or not low <= value <= high:
+            raise _error(f"{name} must be a number from {low} to {high}.")
+        return value
+
+    if isinstance(seed, str):
+        seed = int(seed) if seed.strip().isdecimal() and len(seed) < 20 else seed.strip() or None
+    settings = Settings(
+        int(number("Longest answer", max_new_tokens, 1, most)),
+        float(number("Temperature", temperature, 0, 2)),
+        float(number("Top p", top_p, 0.01, 1)),
+        secrets.randbelow(MAX_SEED) if seed is None else int(number("Seed", seed, 0, MAX_SEED)),
+    )
+    prompt = utils.format_prompt(instruction, input)
+    for model in models:
+        if (tokens := model.count_tokens(prompt)) > model.max_prompt_tokens:
+            raise _error(
+                f"Instruction and input have {tokens:,} tokens; {model.name} reads at most "
+                f"{model.max_prompt_tokens:,} here: shorten them."
+            )
+    return prompt, settings
+
+
+async def answers(models: list[Model], prompt: str, settings: Settings) -> AsyncIterator[list[str]]:
+    """Yields what each model has said so far, some 20 times a second at most. Closing it stops the models.
+
+    Each model has a thread of its own, so that neither a long prompt nor the end of an answer holds up other pages.
+    """
+    from alpaca import inference
+
+    loop, news, left = asyncio.get_running_loop(), asyncio.Queue(), threading.Event()
+
+    def tell(*item) -> None:
+        try:
+            loop.call_soon_threadsafe(news.put_nowait, item)
+        except RuntimeError:  # the server has ended
+            left.set()
+
+    def work(index: int, model: Model) -> None:
+        try:
+            stream = inference.stream(model.model, model.tokenizer, prompt, **dataclasses.asdict(settings))
+            try:
+                for piece in stream:
+                    if left.is_set():
+                        return
+                    tell(index, piece)
+            finally:
+                stream.close()
+            tell(index, None)
+        except Exception as e:
+            tell(index, e)
+
+    for index, model in enumerate(models):
+        threading.Thread(target=work, args=(index, model), name=WORKER, daemon=True).start()
+    texts, running = [""] * len(models), len(models)
+    try:
+        while running:
+            batch = [await news.get()]
+            while not news.empty():
+                batch.append(news.get_nowait())
+            for index, piece in batch:
+                if isinstance(piece, UserError):
+                    raise _error(str(piece))
+                if isinstance(piece, Exception):
+                    logging.error("%s failed", models[index].name, exc_info=piece)
+                    raise _error(f"{models[index].name} failed; the terminal of the server says why.")
+                if piece is None:
+                    running -= 1
+                else:
+                    texts[index] += piece
+            yield list(texts)
+            if running:
+                await asyncio.sleep(0.05)
+    finally:
+        left.set()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is reported.
+
+_flagging = threading.Lock()
+
+
+def append_line(path: str | os.PathLike, record: dict) -> None:
+    """Adds a JSON line and waits until it is on disk. A line that a crash has torn stays alone on its own."""
+    with _flagging, open(path, "a+b", opener=lambda *args: os.open(*args, 0o600)) as file:  # it holds what people typed
+        torn = False
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            torn = file.read(1) != b"\n"
+        file.write(b"\n" * torn + utils.json_text(record).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def flag(exchange: dict | None, which: int | None, reason: str | None) -> str:
+    """Saves an answer that somebody reports; returns what the page says then."""
+    which, reason = which or 0, reason or ""
+    if not exchange or not exchange["answers"][which]:
+        raise _error("There is no answer to report yet.")
+    if len(reason) > MAX_REASON_CHARS:
+        raise _error(f"The reason may have {MAX_REASON_CHARS} characters.")
+    if which not in exchange["flagged"]:
+        record = {name: exchange[name] for name in ("instruction", "input")}
+        record |= {"answer": exchange["answers"][which], "model": exchange["models"][which]}
+        record |= {"settings": exchange["settings"], "reason": reason}
+        record["time"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        try:
+            append_line(FLAGGED, record)
+        except OSError as e:
+            logging.error("%s: %s", FLAGGED, e)
+            raise _error("The report could not be saved; the terminal of the server says why.") from None
+        exchange["flagged"].append(which)
+    return render_status(f"Saved in {FLAGGED} on the machine that runs this page. Thank you.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page.
+
+
+def build(models: list[Model], defaults: Settings) -> gr.Blocks:
+    """The page for one model, or for two side by side; an answer has at most ``defaults.max_new_tokens``."""
+    names = [model.name for model in models]
+    if len(models) == 2:
+        names = [f"{letter}: {name}" for letter, name in zip("AB", names, strict=True)]
+    most = min(model.max_prompt_tokens for model in models)
+
+    async def run(instruction, input, *given):
+        prompt, settings = check(models, defaults.max_new_tokens, instruction, input, *given)
+        exchange = {"instruction": instruction, "input": input or "", "models": [model.name for model in models]}
+        exchange |= {"settings": dataclasses.asdict(settings), "answers": [""] * len(models), "flagged": []}
+
+        def show(status: str, running: bool):
+            texts = exchange["answers"]
+            shown = [render_answer(name, text or "…" * running) for name, text in zip(names, texts, strict=True)]
+            return *shown, *texts, exchange, render_status(status), gr.Button(interactive=running), render_status(NOTE)
+
+        started = time.monotonic()
+        yield show("Answering …", True)
+        try:
+            async for texts in answers(models, prompt, settings):
+                exchange["answers"] = texts
+                yield show("Answering …", True)
+        except gr.Error:
+            yield show("Not answered to the end.", False)
+            raise
+        yield show(f"Answered in {time.monotonic() - started:.1f} s, seed {settings.seed}.", False)
+
+    async def run_again(exchange, *given):
+        if not exchange:
+            raise _error("There is no answer yet.")
+        async for shown in run(exchange["instruction"], exchange["input"], *given[:-1], None):
+            yield shown
+
+    with gr.Blocks(title=f"{names[0]} · Alpaca", analytics_enabled=False) as page:
+        gr.HTML(
+            f"<h1>{html.escape(' and '.join(model.name for model in models))}</h1>"
+            '<p class="notice">A small language model that was fine-tuned to follow instructions. What it says may be '
+            "wrong, made up or offensive: check it before you use it. If it was trained on Alpaca data (CC BY-NC 4.0) "
+            "or on LLaMA, their licences allow research only, no commercial use. It answers each instruction on its "
+            "own and remembers nothing.</p>",
+            js_on_load=None,
+        )
+        keys = "Enter asks, Shift+Enter makes a new line."
+        instruction = gr.Textbox(
+            label="Instruction", placeholder=f"What should be done? {keys}", max_lines=10, max_length=MAX_CHARS
+        )
+        input = gr.Textbox(
+            label="Input (optional)", placeholder=f"The text it is about. {keys}", max_lines=12, max_length=MAX_CHARS
+        )
+        with gr.Row():
+            ask = gr.Button("Answer", variant="primary", size="md", min_width=80)
+            stop = gr.Button("Stop", variant="stop", interactive=False, size="md", min_width=80)
+            again = gr.Button("Try again", size="md", min_width=80)
+        status = gr.HTML(render_status(""), js_on_load=None)
+        shown, texts = [], []
+        with gr.Row():
+            for name in names:
+                with gr.Column(min_width=280):
+                    shown.append(gr.HTML(render_answer(name, ""), js_on_load=None))
+                    texts.append(gr.Textbox(visible=False))
+                    copy = gr.Button("Copy" if len(names) == 1 else f"Copy {name[0]}", size="sm", elem_classes="copy")
+                    copy.click(None, texts[-1], None, js=COPY, api_visibility="private")
+        labels = [" ".join(pair).strip() for pair in EXAMPLES]
+        fields = [instruction, input]
+        gr.Examples(EXAMPLES, fields, example_labels=labels, cache_examples=False, api_visibility="private")
+        with gr.Accordion("Sampling", open=False):
+            longest, seed = defaults.max_new_tokens, "" if defaults.seed is None else str(defaults.seed)
+            with gr.Row():
+                settings = [
+                    gr.Slider(1, longest, longest, step=1, label="Longest answer (tokens)", min_width=240),
+                    gr.Slider(0, 2, defaults.temperature, step=0.05, label="Temperature (0: likeliest)", min_width=240),
+                    gr.Slider(0.01, 1, defaults.top_p, step=0.01, label="Top p", min_width=240),
+                    # not a Number: an empty one turns into 0 as soon as it is seen
+                    gr.Textbox(seed, label="Seed (empty: a new one each time)", min_width=240),
+                ]
+            gr.HTML(
+                f'<p class="notice">An instruction and an input may have {MAX_CHARS:,} characters each and {most:,} '
+                f"tokens together. The same seed gives the same answer; <i>Try again</i> takes a new one. {STREAMS} "
+                f"answers are written at once, {MAX_WAITING} more may wait.</p>",
+                js_on_load=None,
+            )
+        with gr.Accordion("Report a harmful answer", open=False):
+            which = gr.Radio(names, value=names[0], label="Which answer", type="index", visible=len(names) > 1)
+            reason = gr.Textbox(label="What is wrong with it? (optional)", max_length=MAX_REASON_CHARS, lines=1)
+            report = gr.Button("Report", size="sm")
+            reported = gr.HTML(render_status(NOTE), js_on_load=None)
+
+        exchange = gr.State(None)
+        options = {"outputs": [*shown, *texts, exchange, status, stop, reported], "show_progress_on": status}
+        options |= {"concurrency_limit": STREAMS, "concurrency_id": "answer"}
+        triggers = [ask.click, instruction.submit, input.submit]
+        asked = gr.on(triggers, run, [*fields, *settings], api_name="answer", **options)
+        asked_again = again.click(run_again, [exchange, *settings], api_visibility="private", **options)
+        stop.click(None, cancels=[asked, asked_again])
+        quiet = {"api_visibility": "private", "show_progress": "hidden"}
+        shown_stopped = render_status("Stopped."), gr.Button(interactive=False, render=False)
+        stop.click(lambda: shown_stopped, None, [status, stop], queue=False, **quiet)
+        report.click(flag, [exchange, which, reason], reported, **quiet)
+    page.queue(max_size=MAX_WAITING, api_open=False, default_concurrency_limit=8)
+    return page
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The server.
+
+
+def serve(
+    model_path: str,
+    compare_path: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    auth: str | None = None,
+    device: str | None = None,
+    **defaults,
+) -> None:
+    """Loads the models and serves the page until Ctrl-C or SIGTERM.
+
+    Args:
+        model_path: the folder of the model.
+        compare_path: the folder of a second one, for the same prompts.
+        host: the address to listen at; any but this machine's own needs ``auth``.
+        port: 0 takes a free one.
+        auth: "user:password".
+        device: cpu, cuda, mps, … (default: the accelerator if there is one).
+        defaults: fields of Settings; max_new_tokens is also the most that a visitor can ask for.
+
+    Raises:
+        UserError: a flag is wrong, the port is taken, or a model cannot be loaded.
+    """
+    user, _, password = (auth or "").partition(":")
+    if auth is not None and not (user.strip() and password):
+        raise UserError("--auth takes user:password, both of them not empty")
+    local = host in ("127.0.0.1", "localhost")
+    if not local and not auth:
+        raise UserError(f"--host {host} lets other machines in: set --auth user:password too")
+    settings = Settings(**defaults)
+    if settings.max_new_tokens < 1 or not 0 <= settings.temperature <= 2 or not 0.01 <= settings.top_p <= 1:
+        raise UserError("--max_new_tokens must be at least 1, --temperature from 0 to 2, and --top_p from 0.01 to 1")
+    if not 0 <= (settings.seed or 0) <= MAX_SEED:
+        raise UserError(f"--seed must be from 0 to {MAX_SEED}")
+    port = free_port(port)
+    from alpaca import inference
+
+    models = []
+    for path in filter(None, [model_path, compare_path]):
+        models.append(Model(Path(path).resolve().name or str(path), *inference.load(path, device)))
+        models[-1].count_tokens("")  # sets the tokenizer up: it must not be done twice at once
+    page = build(models, settings)
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    url = launch(page, host, port, (user.strip(), password) if auth else None)
+    if not local:
+        print(
+            f"warning: other machines can reach this page at port {port}, and passwords go over the line in clear: put "
+            "a proxy with https in front, and let in only people whom you trust with the model.",
+            flush=True,
+        )
+    print(f"{' and '.join(model.name for model in models)} at {url} (Ctrl-C ends it)", flush=True)
+    print(f"reports of harmful answers go to {Path(FLAGGED).resolve()}", flush=True)
+    try:
+        while not stopped.wait(1):
+            pass
+    finally:
+        close(page)
+    print("stopped", flush=True)

@@ -1,0 +1,185 @@
+"""Between the live demo and the browser: how it looks, what of Gradio is let through, how it starts and ends."""
+
+from __future__ import annotations
+
+import html
+import logging
+import os
+import re
+import threading
+
+import gradio as gr
+from markdown_it import MarkdownIt
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+
+from alpaca import UserError
+
+MAX_BODY_BYTES = 256_000  # two texts of 8,000 characters, each escaped as \uXXXX\uXXXX, and what is around them
+WORKER = "alpaca-answer"  # the name of each thread that a model writes an answer in
+# In a page that is not served by https or from this machine, browsers have no clipboard object.
+COPY = """(text) => {
+  if (navigator.clipboard) { navigator.clipboard.writeText(text); return; }
+  const area = document.createElement("textarea");
+  area.value = text; document.body.append(area); area.select(); document.execCommand("copy"); area.remove();
+}"""
+CSS = """
+.gradio-container, .gradio-container main { max-width: min(1100px, 100vw) !important; margin: 0 auto !important; }
+footer { display: none !important; }
+.html-container { padding: 0 !important; }
+.notice, .status { font-size: .9em; opacity: .8; margin: 0; }
+.status { min-height: 1.5em; padding-top: .4em; }
+.copy { align-self: flex-end; width: auto; padding: .3em .9em !important; }
+.answer { border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg); padding: .8em 1em;
+          background: var(--background-fill-primary); min-height: 7em; overflow-wrap: anywhere; line-height: 1.55; }
+.answer h2 { font-size: .85em !important; opacity: .7; margin: 0 0 .5em !important; }
+.answer :is(p, ul, ol, pre, table, blockquote) { margin: 0 0 .7em; }
+.answer :is(ul, ol, li) { font-size: inherit !important; list-style: disc outside; }
+.answer :is(ul, ol) { padding-left: 1.6em; } .answer ol > li { list-style: decimal outside !important; }
+.answer pre { background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary);
+              border-radius: var(--radius-md); padding: .7em .9em; overflow-x: auto; overflow-wrap: normal; }
+.answer code { font-family: var(--font-mono); font-size: .92em; }
+.answer table { border: 0 !important; width: auto; border-collapse: collapse; }
+.answer :is(th, td) { border: 1px solid var(--border-color-primary) !important; padding: .2em .6em; }
+.answer blockquote { border-left: 3px solid var(--border-color-primary); padding-left: .8em; }
+.answer a { color: var(--link-text-color); text-decoration: underline; padding: 0 !important; margin: 0 !important; }
+"""
+
+
+def _markdown() -> MarkdownIt:
+    def open_link(self, tokens, i, options, env):
+        tokens[i].attrSet("target", "_blank")
+        tokens[i].attrSet("rel", "noopener noreferrer nofollow")
+        return self.renderToken(tokens, i, options, env)
+
+    # With html off, < and & come out escaped. javascript:, vbscript:, file: and data: links are left as text.
+    markdown = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable(["table", "strikethrough"])
+    markdown.disable("image")  # what a page loads by itself tells another machine that it was read
+    markdown.add_render_rule("link_open", open_link)
+    return markdown
+
+
+_MARKDOWN = _markdown()
+
+
+def render_answer(name: str, text: str) -> str:
+    """The HTML of an answer under its model's name."""
+    name = html.escape(name)
+    body = _MARKDOWN.render(text.strip("\n"))
+    return f'<section class="answer" aria-label="Answer of {name}" dir="auto"><h2>{name}</h2>{body}</section>'
+
+
+def render_status(text: str) -> str:
+    """The HTML of a line that a screen reader says when it changes."""
+    return f'<div class="status" role="status">{html.escape(text)}</div>'
+
+
+class Guard:
+    """Answers what the page needs and nothing else of what Gradio serves (uploads, proxies, files, recordings).
+
+    Args:
+        app: the ASGI application behind it.
+        hosts: names under which this server may be asked, None for any. Without a password a page of another site
+            could else reach it, by a name of its own that points at 127.0.0.1.
+    """
+
+    GET = re.compile(
+        r"/|/(login_check|logout|config|theme\.css|favicon\.ico|manifest\.json|robots\.txt)/?|/(assets|static)/.*"
+        r"|/gradio_api/((info|startup-events|theme\.css|app_id|user|login_check|queue/data)/?|(heartbeat|call)/.+)"
+    )
+    POST = re.compile(r"/login/?|/gradio_api/(queue/join|cancel|reset|(call|run)/.+)/?")  # run: only what is not queued
+    HEADERS = {
+        "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; font-src 'self' data:; "
+        "style-src 'self' 'unsafe-inline'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; script-src-attr 'none'; "
+        "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'",
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+    }
+
+    def __init__(self, app, hosts: set[str] | None):
+        self.app, self.hosts = app, hosts
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
+        if scope["type"] != "http":  # a websocket: there is none
+            return await send({"type": "websocket.close", "code": 1000})
+        if refusal := self._refusal(scope):
+            return await PlainTextResponse(refusal[1], refusal[0])(scope, receive, send)
+
+        async def send_with_headers(message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(self.HEADERS)
+            await send(message)
+
+        await self.app(scope, receive, send_with_headers)
+
+    def _refusal(self, scope) -> tuple[int, str] | None:
+        headers = Headers(scope=scope)
+        host = re.sub(r":\d+$", "", headers.get("host", ""))
+        if self.hosts is not None and host not in self.hosts:
+            return 403, "This demo answers on this machine only; --auth opens it to others.\n"
+        paths = {"GET": self.GET, "HEAD": self.GET, "POST": self.POST}.get(scope["method"])
+        if paths is None or not paths.fullmatch(scope["path"]):
+            return 404, "Not here.\n"
+        if scope["method"] == "POST":
+            length = headers.get("content-length", "")
+            if not length.isdigit():
+                return 411, "Say how long the request is.\n"
+            if int(length) > MAX_BODY_BYTES:
+                return 413, f"A request may have {MAX_BODY_BYTES:,} bytes.\n"
+        return None
+
+
+def launch(page: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None) -> str:
+    """Starts the server in a thread; returns its address."""
+    for name in ("no_proxy", "NO_PROXY"):  # Gradio asks its own server whether it is up
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
+    hosts = None if auth else {"127.0.0.1", "localhost", host}
+    # Gradio brings these fonts along, but the half-bold one of its default theme lacks most letters.
+    theme = gr.themes.Default(font=[gr.themes.LocalFont("Source Sans Pro", (400, 700)), "system-ui", "sans-serif"])
+    theme.set(  # white on its orange, and its grey on white, are hard to read
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+    )
+    try:
+        _, url, _ = page.launch(
+            server_name=host,
+            server_port=port,
+            auth=auth,
+            share=False,
+            prevent_thread_lock=True,
+            quiet=True,
+            inline=False,
+            inbrowser=False,
+            show_error=False,
+            footer_links=[],
+            run_history=False,
+            enable_monitoring=False,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            max_file_size=0,
+            state_session_capacity=1000,
+            css=CSS,
+            theme=theme,
+            app_kwargs={"middleware": [Middleware(Guard, hosts=hosts)]},
+        )
+    except OSError:
+        raise UserError(f"{host}:{port} cannot be used: choose another --port or --host") from None
+    return url
+
+
+def close(page: gr.Blocks) -> None:
+    """Ends the server and waits for what the models are still writing: they stop at their next token."""
+    page.server.force_exit = True  # else it waits 5 s for the pages that are open; it logs each that it cuts off
+    log = logging.getLogger("uvicorn.error")
+    log.disabled = True
+    page.close(verbose=False)
+    log.disabled = False
+    for thread in threading.enumerate():
+        if thread.name == WORKER:
+            thread.join(10)

@@ -1,0 +1,131 @@
+"""Model folders made for tests, and what tests say about them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from alpaca import UserError
+
+
+def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the safetensors files in a folder, read by the safetensors library."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def write_model(folder: Path, tensors: dict, layout: str = "safetensors", like: Path | None = None, **config) -> Path:
+    """Writes a model folder in one of four layouts; config.json and tokenizer files come from ``like`` if it is given.
+
+    Sharded layouts have two shards, every second tensor in each.
+    """
+    folder.mkdir(parents=True)
+    if like:
+        for file in like.iterdir():
+            if file.suffix != ".safetensors":
+                shutil.copy(file, folder)
+        config = json.loads((like / "config.json").read_text()) | config
+    else:
+        (folder / "tokenizer.json").write_text('{"a tokenizer": "as it is"}')
+    (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value != "drop"}))
+    names = sorted(tensors)
+    suffix = layout.removesuffix("-sharded")
+    stem = {"safetensors": "model", "bin": "pytorch_model"}[suffix]
+    if layout.endswith("-sharded"):
+        parts = {f"{stem}-{i + 1:05}-of-00002.{suffix}": names[i::2] for i in range(2)}
+        index = {"metadata": {}, "weight_map": {name: file for file, part in parts.items() for name in part}}
+        (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+    else:
+        parts = {f"{stem}.{suffix}": names}
+    for file, part in parts.items():
+        shard = {name: tensors[name].contiguous() for name in part}
+        save_file(shard, folder / file, {"format": "pt"}) if suffix == "safetensors" else torch.save(
+            shard, folder / file
+        )
+    return folder
+
+
+def fine_tuned(tensors: dict, rows: int = 0, scale: float = 1e-3) -> dict[str, torch.Tensor]:
+    """float32 tensors a little off; the embeddings get ``rows`` more, as train.py adds them.
+
+    The change is made in float64, as the many steps of a training have it: after one float32 step t = fl(r + e) the
+    difference fl(t - r) is e, and subtract recovers t bit for bit.
+    """
+    generator = torch.Generator().manual_seed(1)
+    tuned = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.float()
+        if rows and name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            tensor = torch.cat([tensor, tensor.mean(dim=0, keepdim=True).expand(rows, -1)])
+        change = scale * torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        tuned[name] = (tensor.double() + change).float()
+    return tuned
+
+
+def bits(tensor: torch.Tensor) -> tuple:
+    return tensor.dtype, tuple(tensor.shape), tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def assert_same_bits(ours: dict, expected: dict) -> None:
+    assert sorted(ours) == sorted(expected)
+    assert [name for name in ours if bits(ours[name]) != bits(expected[name])] == []
+
+
+def folder_with(path: Path, config: dict | None = None, **files) -> Path:
+    """A folder with config.json and files by name (``__`` for a dot): tensors to save, JSON, text or bytes."""
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config or {}))
+    for name, content in files.items():
+        file = path / name.replace("__", ".")
+        if isinstance(content, bytes):
+            file.write_bytes(content)
+        elif file.suffix == ".safetensors":
+            save_file(content, file)
+        elif file.suffix == ".bin":
+            torch.save(content, file)
+        else:
+            file.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def left_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def made_pair(tmp_path: Path) -> Path:
+    """``raw`` and ``tuned``: two matrices of 4 rows and of 5, and a vector."""
+    generator = torch.Generator().manual_seed(0)
+    raw = {
+        "lm_head.weight": torch.randn(4, 8, generator=generator),
+        "model.embed_tokens.weight": torch.randn(4, 8, generator=generator),
+        "model.norm.weight": torch.ones(8),
+    }
+    config = {"model_type": "llama", "vocab_size": 4, "dtype": "float32"}
+    write_model(tmp_path / "raw", raw, **config)
+    write_model(tmp_path / "tuned", fine_tuned(raw, rows=1, scale=0.1), **config | {"vocab_size": 5})
+    return tmp_path
+
+
+def refused(folders: Path, task, *args, **kwargs) -> str:
+    """The message of the UserError that ``task`` must raise without leaving anything new in ``folders``."""
+    before = left_in(folders)
+    with pytest.raises(UserError) as error:
+        task(*args, **kwargs)
+    assert left_in(folders) == before
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def edit_json(path: Path, **values) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def rewrite(folder: Path, **changes) -> None:
+    """Changes tensors (None takes one away); ``__`` in a name stands for a dot."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file) | {name.replace("__", "."): tensor for name, tensor in changes.items()}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file)

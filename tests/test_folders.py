@@ -1,0 +1,216 @@
+"""alpaca/folders.py: output that is whole or not there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from made_models import folder_with, left_in
+
+from alpaca import UserError
+from alpaca.folders import copy_side_files, new_folder
+
+
+def test_a_new_folder_appears_whole(tmp_path):
+    target = tmp_path / "not" / "yet" / "there"
+    with new_folder(target) as folder:
+        (folder / "file").write_text("whole")
+        assert not target.exists()
+    assert (target / "file").read_text() == "whole"
+    assert target.stat().st_mode & 0o777 == 0o755
+    assert [path.name for path in target.parent.iterdir()] == ["there"]
+
+
+@pytest.mark.parametrize("error", [ValueError, UserError, KeyboardInterrupt, SystemExit])
+def test_a_new_folder_is_gone_whatever_fails(tmp_path, error):
+    with pytest.raises(error), new_folder(tmp_path / "target") as folder:
+        (folder / "file").write_text("half")
+        raise error("in the middle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_folder_takes_the_place_of_an_empty_one_only(tmp_path):
+    target = tmp_path / "target"
+    target.mkdir()
+    with new_folder(target) as folder:
+        (folder / "file").write_text("first")
+    with pytest.raises(UserError, match="target is there already: remove it"), new_folder(target):
+        raise AssertionError("not reached")
+    with pytest.raises(UserError, match="file is there already"), new_folder(target / "file"):
+        raise AssertionError("not reached")
+    assert (target / "file").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_side_files_are_copied_byte_for_byte_and_nothing_else_is(tmp_path):
+    source = folder_with(
+        tmp_path / "source",
+        tokenizer__model=b"\x00\xff",
+        tokenizer__json='{"é" :1}\r\n',
+        chat_template__jinja="{{ x }}",
+        generation_config__json={},
+        training_args__bin=b"pickle",
+        optimizer__pt=b"x",
+        weight_diff__json={},
+    )
+    target = tmp_path / "target"
+    with new_folder(target) as unfinished:
+        copy_side_files(source, unfinished, {"_name_or_path": "/home/me", "vocab_size": 5})
+        assert "config.json" not in left_in(unfinished)  # so that it does not load
+    assert sorted(path.name for path in target.iterdir()) == [
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer.model",
+    ]
+    assert (target / "tokenizer.model").read_bytes() == b"\x00\xff"
+    assert (target / "tokenizer.json").read_bytes() == '{"é" :1}\r\n'.encode()
+    assert (target / "config.json").read_text() == '{\n  "vocab_size": 5\n}\n'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Overwriting, kills, other processes.
+
+
+def model(path: Path, text: str) -> Path:
+    path.mkdir()
+    (path / "config.json").write_text(text)
+    return path
+
+
+def test_overwrite_replaces_a_model_when_the_new_one_is_whole(tmp_path):
+    target = model(tmp_path / "target", "old")
+    (target / "only in the old one").touch()
+    with new_folder(target, "--out", overwrite=True) as folder:
+        (folder / "config.json").write_text("new")
+        assert (target / "config.json").read_text() == "old"
+    assert left_in(target) == ["config.json"] and (target / "config.json").read_text() == "new"
+    assert left_in(tmp_path) == ["target"]
+
+
+def test_an_overwrite_that_fails_leaves_the_old_model(tmp_path):
+    target = model(tmp_path / "target", "old")
+    with pytest.raises(KeyboardInterrupt), new_folder(target, "--out", overwrite=True) as folder:
+        (folder / "config.json").write_text("new")
+        raise KeyboardInterrupt
+    assert (target / "config.json").read_text() == "old" and left_in(tmp_path) == ["target"]
+
+
+def test_overwrite_leaves_what_is_no_model_and_what_is_an_input(tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis").touch()
+    with pytest.raises(UserError, match="is no model, so --overwrite leaves it"), new_folder(home, "--out", True):
+        raise AssertionError("not reached")
+    raw = model(home / "raw", "raw")
+    for path in (raw, home, home / "x" / ".." / "raw"):
+        with pytest.raises(UserError, match="is, or holds, the input"), new_folder(path, "--out", True, [raw]):
+            raise AssertionError("not reached")
+    assert left_in(tmp_path) == ["home"] and left_in(home) == ["raw", "thesis"]
+
+
+def in_a_child(task) -> int:
+    """Runs ``task`` in a forked process; what a shell would say of its end: 0, or minus a signal's number."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            task()
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.parametrize("call", ["yield", "fsync_tree", "rename 1", "rename 2", "rename 3", "rmtree"])
+@pytest.mark.parametrize("old", [True, False])
+def test_after_a_kill_at_any_step_the_target_is_old_or_new_and_the_next_run_goes_through(
+    tmp_path, monkeypatch, call, old
+):
+    """Renames: config.json gets its name, the old model goes aside, the new one gets its place."""
+    target = tmp_path / "target"
+    if old:
+        model(target, "old")
+
+    def make(text: str) -> None:
+        with new_folder(target, "--out", overwrite=True) as folder:
+            (folder / "weights").write_text(text)
+            if call == "yield" and text == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            (folder / "config.json.unfinished").write_text(text)
+
+    def killed() -> None:
+        name, _, number = call.partition(" ")
+        if name != "yield":
+            module = {"fsync_tree": "alpaca.folders.fsync_tree", "rename": "os.rename", "rmtree": "shutil.rmtree"}[name]
+            calls = []
+            monkeypatch.setattr(
+                module,
+                lambda *_, **__: (
+                    os.kill(os.getpid(), signal.SIGKILL)
+                    if len(calls) + 1 == int(number or 1)
+                    else calls.append(real(*_, **__))
+                ),
+            )
+        make("killed")
+
+    real = os.rename
+    expected = 1 if call == "rename 3" and not old else -signal.SIGKILL  # without an old one there are two
+    assert in_a_child(killed) == expected
+    state = (target / "config.json").read_text() if target.exists() else None
+    unfinished = tmp_path / ".target.unfinished"
+    if state is None and call == "rename 3":  # the moment between the two renames: all of the old model is aside
+        assert (tmp_path / ".target.replaced" / "config.json").read_text() == "old"
+    else:
+        assert state == ("killed" if call == "rmtree" or expected == 1 else "old" if old else None)
+    if unfinished.exists() and call in ("yield", "fsync_tree", "rename 1"):
+        assert "config.json" not in left_in(unfinished)
+    make("next")
+    assert (target / "config.json").read_text() == (target / "weights").read_text() == "next"
+    assert left_in(tmp_path) == ["target"]
+
+
+def test_a_folder_that_a_live_process_makes_is_left_to_it(tmp_path):
+    target, begun = tmp_path / "target", tmp_path / "begun"
+
+    def make() -> None:
+        with new_folder(target) as folder:
+            (folder / "file").write_text("the first one's")
+            begun.touch()
+            time.sleep(60)
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            make()
+        finally:
+            os._exit(1)
+    try:
+        while not begun.exists():
+            time.sleep(0.01)
+        with pytest.raises(UserError, match="is being written by another process"), new_folder(target):
+            raise AssertionError("not reached")
+        assert (tmp_path / ".target.unfinished" / "file").read_text() == "the first one's"
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    with new_folder(target) as folder:  # and once it is dead
+        assert left_in(folder) == [".lock"]
+    assert left_in(tmp_path) == ["begun", "target"] and left_in(target) == []
+
+
+@pytest.mark.parametrize("place", ["file/target", "file/deeper/target"])
+def test_a_place_that_cannot_be_written_is_refused(tmp_path, place):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written: .*file is a file or read-only"):
+        with new_folder(tmp_path / place, "--out"):
+            raise AssertionError("not reached")
+
+
+def test_a_read_only_parent_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(UserError, match="--out .* cannot be written"), new_folder(tmp_path / "target", "--out"):
+        raise AssertionError("not reached")
+    assert left_in(tmp_path) == []
