@@ -1,25 +1,40 @@
-"""Loads a checkpoint and streams an answer."""
+"""Loads a model with its tokenizer, and answers prompts: one as a stream, or many in batches."""
 
 from __future__ import annotations
 
 import os
 import pickle
-import queue
 import re
-import threading
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
+import jinja2
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.generation import BaseStreamer, StoppingCriteria
 
+import utils
 from alpaca import UserError
-from alpaca.checkpoint import check_model_folder
+from alpaca.checkpoint import TOKENIZER, check_model_folder, read_json
+from alpaca.decoding import (
+    STOP,
+    Memory,
+    Settings,
+    StopWatch,
+    cut_at,
+    decode,
+    decode_pieces,
+    end_ids,
+    longest_answer,
+    stripped,
+)
+from alpaca.memory import as_text, available_bytes
+from alpaca.template import INPUT_HEADING
 
-# A model that missed its EOS goes on with the next example of its training data.
-STOP = "### Instruction:"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def load_tokenizer(path: str | os.PathLike, **kwargs):
@@ -62,86 +77,153 @@ def load_model(path: str | os.PathLike, dtype: torch.dtype | str, **kwargs):
     return model
 
 
-def load(path: str | os.PathLike, device: str | None = None):
-    """A model for inference and its tokenizer, from a local folder or a hub name.
+def load(
+    path: str | os.PathLike,
+    device: str | None = None,
+    dtype: str | None = None,
+    base_path: str | os.PathLike | None = None,
+):
+    """A model for inference and its tokenizer, from a local folder or a hub name; what is odd about them is told.
 
     Args:
-        path: what to load.
-        device: "cpu", "cuda", "mps", …; by default the accelerator if there is one. On it weights keep the type they
-            were saved in, except that float32 becomes bfloat16; on the CPU they are float32, which is faster there.
+        path: what to load: a model, or a LoRA adapter, which is merged into its base.
+        device: "cpu", "cuda", "mps", …; by default the accelerator if there is one.
+        dtype: "float32", "bfloat16" or "float16". By default weights keep on an accelerator the type they were saved
+            in, except that float32 becomes bfloat16, and where the GPU has none of that, float16; on the CPU they are
+            float32, which is faster there, if there is memory for that.
+        base_path: the base of an adapter; by default what the adapter names.
+
+    Raises:
+        UserError: what cannot be loaded, and why.
     """
-    if Path(path).exists() or str(path).startswith((".", "/")):
-        check_model_folder(path, "--model_path")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype} is not known: choose from {', '.join(DTYPES)}")
     try:
         device = torch.device(device or (torch.accelerator.current_accelerator() or "cpu"))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {device} is not there: cpu is, and without --device the best is taken") from None
-    tokenizer = load_tokenizer(path)
-    model = load_model(path, torch.float32 if device.type == "cpu" else "auto")
-    if device.type != "cpu" and model.dtype == torch.float32:
-        model = model.to(torch.bfloat16)
+    folder = Path(path)
+    adapter = (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists()
+    if adapter:
+        base = _base_of(folder, base_path)
+        has_tokenizer = any((folder / name).exists() for name in TOKENIZER)
+    else:
+        if base_path is not None:
+            raise UserError(f"--base_path is the base of a LoRA adapter, and {path} is none: drop it")
+        if folder.exists() or str(path).startswith((".", "/")):
+            check_model_folder(path, "--model_path")
+        base, has_tokenizer = path, True
+    tokenizer = load_tokenizer(path if has_tokenizer else base)
+    try:
+        model = load_model(base, _dtype(base, device, dtype))
+    except UserError as e:
+        if not adapter or Path(base).exists():
+            raise
+        raise UserError(f"{path} is a LoRA adapter, and its base {e} (--base_path gives a folder)") from None
+    if adapter:
+        from alpaca import lora
+
+        model = lora.merge_adapter(model, folder, len(tokenizer))
+    if dtype is None and device.type != "cpu" and (odd := _unfit(model.dtype, device)):
+        model = model.to(odd)
+    tokenizer_fits(model, tokenizer, path)
+    prompt_ids(tokenizer, [""])  # switches it to typed special tokens as text: not while threads share it
+    for warning in odd_special_tokens(model, tokenizer, path):
+        print(f"warning: {warning}", file=sys.stderr)
     return model.to(device).eval(), tokenizer
 
 
-class _TokenQueue(BaseStreamer):
-    """Hands the tokens that generate() samples to another thread."""
-
-    def __init__(self):
-        self.queue = queue.SimpleQueue()
-        self.prompt_seen = False
-
-    def put(self, ids: torch.Tensor) -> None:
-        if self.prompt_seen:
-            self.queue.put(ids.item())
-        self.prompt_seen = True
-
-    def end(self) -> None:
-        self.queue.put(None)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.queue.get, None)
+def _base_of(folder: Path, base_path: str | os.PathLike | None) -> str:
+    """The base of the adapter in ``folder``: a folder that holds a model, or a hub name."""
+    named = base_path or read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not named:
+        raise UserError(f"{folder} is a LoRA adapter that does not name its base: give the folder with --base_path")
+    local = base_path or Path(named).exists() or str(named).startswith((".", "/", "~")) or str(named).count("/") > 1
+    if local and not (Path(named) / "config.json").exists():
+        raise UserError(f"{folder} is a LoRA adapter, and its base {named} is not there: give it with --base_path")
+    if local:
+        check_model_folder(named, "--base_path", tokenizer=False)
+    return str(named)
 
 
-class _Cancelled(StoppingCriteria):
-    def __init__(self):
-        self.event = threading.Event()
-
-    def __call__(self, input_ids, scores, **kwargs):
-        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
-
-
-def decode_pieces(tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Yields the text of ``ids`` as it grows.
-
-    All ids are decoded each time: one by one, or line by line as transformers' TextIteratorStreamer does it, a LLaMA
-    tokenizer drops a space at each beginning, and so the first of every indentation.
-    """
-    seen, text, shown = [], "", 0
-    for token in ids:
-        seen.append(token)
-        text = tokenizer.decode(seen, skip_special_tokens=True)
-        if len(text) > shown and not text.endswith("\ufffd"):  # it stands for a character that lacks some of its bytes
-            yield text[shown:]
-            shown = len(text)
-    if len(text) > shown:
-        yield text[shown:]
+def _dtype(path: str | os.PathLike, device: torch.device, dtype: str | None) -> torch.dtype | str:
+    if dtype is not None or device.type != "cpu":
+        return DTYPES[dtype] if dtype else "auto"
+    files = [file for file in Path(path).glob("*") if file.suffix in (".safetensors", ".bin")]
+    files = [file for file in files if file.name.startswith(("model", "pytorch_model"))]
+    saved = read_json(Path(path) / "config.json") if files else {}
+    if (saved.get("dtype") or saved.get("torch_dtype")) not in ("bfloat16", "float16"):
+        return torch.float32
+    needed, free = 2 * sum(file.stat().st_size for file in files), available_bytes(device)
+    if needed <= free:
+        return torch.float32
+    print(
+        f"note: float32 would need {as_text(needed)} of the {as_text(free)} that are free: loaded as it was saved, "
+        "which is slower on a CPU",
+        file=sys.stderr,
+    )
+    return "auto"
 
 
-def cut_at(pieces: Iterable[str], stop: str) -> Iterator[str]:
-    """Yields what is before the first ``stop`` and the white space in front of it, however the pieces split them."""
-    held = ""  # the end of the text so far, while it may be the beginning of that
-    for piece in pieces:
-        held += piece
-        if stop in held:
-            held = held[: held.index(stop)].rstrip()
-            break
-        begun = next((n for n in range(min(len(stop), len(held)), 0, -1) if stop.startswith(held[-n:])), 0)
-        if safe := len(held[: len(held) - begun].rstrip()):
-            yield held[:safe]
-            held = held[safe:]
-    if held:
-        yield held
+def _unfit(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
+    """What to compute in where the device is slow, or many times slower, in the type of the weights."""
+    emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    if dtype in (torch.float32, torch.bfloat16) and emulated:
+        return torch.float16
+    return torch.bfloat16 if dtype == torch.float32 else None
+
+
+def tokenizer_fits(model, tokenizer, path: str | os.PathLike) -> None:
+    """Raises UserError if the vocabulary, what was added to it left out, goes beyond the model's rows."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.vocab_size > rows:
+        raise UserError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {rows}: it is another model's, copy "
+            "the tokenizer of the model that was trained"
+        )
+
+
+def odd_special_tokens(model, tokenizer, path: str | os.PathLike) -> list[str]:
+    """What training got wrong about EOS and pad, a line each: it is why answers do not end, or end too early."""
+    eos, found = tokenizer.eos_token, []
+    named = getattr(model.generation_config, "eos_token_id", None)
+    named = [] if named is None else [named] if isinstance(named, int) else list(named)
+    if not eos:
+        found.append(
+            f"the tokenizer's EOS is {eos!r}: a model trained with it never learnt to end an answer, which then runs "
+            "to a new '### Instruction:' or to max_new_tokens; set eos_token in tokenizer_config.json and train again"
+        )
+    elif eos == tokenizer.unk_token:
+        found.append(
+            f"EOS and unk are the same token ({eos!r}): a character that the tokenizer does not know ends an answer"
+        )
+    # Ours makes labels and masks from lengths, not from the pad id, and leaves a receipt.
+    if eos and eos == tokenizer.pad_token and not (Path(path) / "training_receipt.json").exists():
+        found.append(
+            f"EOS and pad are the same token ({eos!r}): where training masked padding by its id, it masked EOS too, "
+            "and answers do not end by themselves"
+        )
+    if eos and named and tokenizer.eos_token_id not in named:
+        found.append(
+            f"generation_config.json ends answers with id {', '.join(map(str, named))}, the tokenizer with "
+            f"{tokenizer.eos_token_id} ({eos!r}): here each of them does, elsewhere only one may"
+        )
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers.
+
+
+def prompt_ids(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """Tokens of each prompt as in training: a special token that somebody types stays text, no EOS stands behind."""
+    try:
+        "".join(prompts).encode()
+    except UnicodeEncodeError:
+        raise UserError("the prompt holds half of a surrogate pair, which is no text: write it anew in UTF-8") from None
+    every = tokenizer(list(prompts), split_special_tokens=True)["input_ids"]
+    return [ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids for ids in every]
 
 
 def stream(
@@ -157,47 +239,146 @@ def stream(
 
     ``temperature`` 0 takes the likeliest token each time. Closing the iterator stops the model.
     """
-    if max_new_tokens < 1 or not temperature >= 0 or not 0 < top_p <= 1:  # NaN fails too
-        raise UserError("max_new_tokens must be at least 1, temperature at least 0, and top_p above 0 and at most 1")
-    # As in training, a special token that somebody types stays text.
-    inputs = tokenizer(prompt, return_tensors="pt", split_special_tokens=True).to(model.device)
-    length = inputs["input_ids"].shape[1]
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest and length >= longest:
-        raise UserError(f"the prompt has {length} tokens, but the model reads at most {longest}: shorten it")
-    if longest:
-        max_new_tokens = min(max_new_tokens, longest - length)
-    tokens, cancelled, errors = _TokenQueue(), _Cancelled(), []
-    sampling = {"do_sample": temperature > 0}
-    if temperature > 0:
-        sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}  # by default generate() adds top_k 50
-    if seed is not None:
-        torch.manual_seed(seed)
+    settings = Settings(max_new_tokens, temperature, top_p, seed)
+    yield from stream_ids(model, tokenizer, prompt_ids(tokenizer, [prompt])[0], settings)
 
-    def generate() -> None:
-        try:
-            with torch.inference_mode():
-                model.generate(
-                    **inputs,
-                    **sampling,
-                    max_new_tokens=max_new_tokens,
-                    eos_token_id=tokenizer.eos_token_id,
-                    pad_token_id=tokenizer.pad_token_id
-                    if tokenizer.pad_token_id is not None
-                    else tokenizer.eos_token_id,
-                    stopping_criteria=[cancelled],
-                    streamer=tokens,
-                )
-        except Exception as e:  # raised again in the reader's thread
-            errors.append(e)
-            tokens.end()
 
-    worker = threading.Thread(target=generate, daemon=True)
-    worker.start()
-    try:  # not generate's stop_strings: it reads the whole vocabulary for each answer, 0.3 s at 32,000 tokens
+def stream_ids(model, tokenizer, ids: list[int], settings: Settings, memory: Memory | None = None) -> Iterator[str]:
+    """As stream(), from tokens; ``memory`` is that of a conversation, whose tokens are not computed again."""
+    with closing(decode(model, [ids], end_ids(model, tokenizer), settings, set(), memory)) as steps:
+        tokens = (token for step in steps for _, token in step)
         yield from cut_at(decode_pieces(tokenizer, tokens), STOP)
-    finally:
-        cancelled.event.set()
-        worker.join()
-    if errors:
-        raise errors[0]
+
+
+TEMPLATES = ("alpaca", "chat")
+
+
+def request_ids(tokenizer, template: str, requests: Sequence[tuple[str, str]]) -> list[list[int]]:
+    """The tokens of the prompt of each (instruction, input), each on its own.
+
+    Args:
+        tokenizer: the model's.
+        template: "alpaca", training's, or "chat", the tokenizer's own.
+        requests: pairs of texts; the input may be empty.
+    """
+    if template == "alpaca":
+        return prompt_ids(tokenizer, [utils.format_prompt(*request) for request in requests])
+    return [_chat_ids(tokenizer, [_user(*request)]) for request in requests]
+
+
+def _user(instruction: str, input: str) -> dict[str, str]:
+    return {"role": "user", "content": instruction + (INPUT_HEADING + input if input else "")}
+
+
+def _chat_ids(tokenizer, messages: list[dict[str, str]]) -> list[int]:
+    if not tokenizer.chat_template:
+        raise UserError("--template chat: this tokenizer has no chat template, leave the flag out for Alpaca's")
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    except (jinja2.TemplateError, TypeError, UnicodeEncodeError) as e:
+        raise UserError(f"--template chat: this tokenizer's chat template fails: {e}") from None
+
+
+class Conversation:
+    """Turns with a model. What it has read of one is not computed again for the next, where their prompts agree.
+
+    Alpaca's template asks each instruction on its own, as in training; a chat template repeats the turns so far.
+    """
+
+    def __init__(self, model, tokenizer, settings: Settings, template: str = "alpaca"):
+        self.model, self.tokenizer, self.settings, self.template = model, tokenizer, settings, template
+        self.memory = Memory()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the turns."""
+        self.turns: list[dict[str, str]] = []
+
+    def ask(self, instruction: str, input: str = "") -> Iterator[str]:
+        """Yields the answer piece by piece, without white space around it.
+
+        One that the reader stops is a turn as far as it got; one that fails is none.
+        """
+        turns = [*self.turns, _user(instruction, input)] if self.template == "chat" else []
+        if turns:
+            ids = _chat_ids(self.tokenizer, turns)
+        else:
+            ids = request_ids(self.tokenizer, "alpaca", [(instruction, input)])[0]
+        try:
+            longest_answer(self.model, ids, self.settings.max_new_tokens)
+        except UserError as e:
+            raise UserError(f"{e}, or begin anew with /reset" if self.turns else str(e)) from None
+        said: list[str] = []
+
+        def noted(pieces: Iterator[str]) -> Iterator[str]:
+            for piece in pieces:
+                said.append(piece)
+                yield piece
+
+        try:
+            with closing(stream_ids(self.model, self.tokenizer, ids, self.settings, self.memory)) as pieces:
+                yield from stripped(noted(pieces))
+        finally:
+            if turns and said:
+                self.turns = [*turns, {"role": "assistant", "content": "".join(said)}]
+
+
+def answer_batch(
+    model, tokenizer, prompts: Sequence[list[int]], settings: Settings, on_tokens: Callable[[int], None] | None = None
+) -> list[tuple[str, int, bool]]:
+    """The answer to each prompt, as stream_ids() gives it, all prompts at once; halved if they do not fit the memory.
+
+    Args:
+        model: a causal model.
+        tokenizer: its own.
+        prompts: token ids.
+        settings: how to sample.
+        on_tokens: called after each step with the number of tokens that it brought.
+
+    Returns:
+        Text, number of tokens, and whether they are as many as there could be: the model may have had more to say.
+    """
+    watch, written, done = StopWatch(tokenizer), [[] for _ in prompts], set()
+    try:
+        for step in decode(model, prompts, end_ids(model, tokenizer), settings, done, None):
+            for row, token in step:
+                written[row].append(token)
+                if watch.sees(written[row]):
+                    done.add(row)
+            if on_tokens:
+                on_tokens(len(step))
+    except torch.OutOfMemoryError:
+        if len(prompts) == 1:
+            raise UserError(
+                f"a prompt of {len(prompts[0])} tokens and its answer do not fit the memory: lower --max_new_tokens"
+            ) from None
+        written = None
+    if written is None:  # out of the handler, which keeps the tensors of the failed call alive
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+        half = len(prompts) // 2
+        parts = prompts[:half], prompts[half:]
+        return [answer for part in parts for answer in answer_batch(model, tokenizer, part, settings, on_tokens)]
+    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+    limits = [longest_answer(model, ids, settings.max_new_tokens) for ids in prompts]
+    return [
+        ("".join(cut_at([text], STOP)), len(ids), len(ids) == limit and row not in done)
+        for row, (text, ids, limit) in enumerate(zip(texts, written, limits, strict=True))
+    ]
+
+
+def batches(lengths: Sequence[int], max_new_tokens: int, max_tokens: int) -> list[list[int]]:
+    """Places of prompts in batches of similar length, the longest first: there is little padding, and if the memory
+    is too small, that shows at once.
+
+    Args:
+        lengths: of the prompts, in tokens.
+        max_new_tokens: of an answer.
+        max_tokens: of prompts and answers that a batch may come to, padding included.
+    """
+    made, order = [], sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    while order:
+        rows = max(1, max_tokens // (lengths[order[0]] + max_new_tokens))
+        made.append(order[:rows])
+        order = order[rows:]
+    return made

@@ -99,7 +99,9 @@ def _lock(file, path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{path} is in use by another process: wait for it, or take another --output_dir") from None
+        raise UserError(
+            f"{path} is in use by another process: wait for it, or take another --output_dir (--output_path)"
+        ) from None
 
 
 def _sync_folder(folder: Path) -> None:

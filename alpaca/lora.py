@@ -20,11 +20,11 @@ from alpaca.resume import ADAPTER
 FOLDER = "adapter"  # in the output folder; beside it stands the merged model
 
 
-def _peft():
+def _peft(what: str = "--lora_r"):
     try:
         import peft
     except ImportError:
-        raise UserError("--lora_r needs peft: pip install 'alpaca-reproduced[lora]'") from None
+        raise UserError(f"{what} needs peft: pip install 'alpaca-reproduced[lora]'") from None
     return peft
 
 
@@ -144,3 +144,40 @@ def save(trainer, output_dir: Path, load_base: Callable[[], torch.nn.Module]) ->
         merged = _peft().PeftModel.from_pretrained(load_base(), adapter).merge_and_unload()
     merged.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
+
+
+def merge_adapter(base, folder: Path, tokens: int):
+    """``base`` with a saved adapter's B A added to its weights.
+
+    An adapter of --lora_r holds no embeddings; one that others trained may, with rows for the tokens that they added.
+    The base grows to them, and to the tokenizer's, by mean rows, as in training.
+
+    Args:
+        base: a causal model; changed in place.
+        folder: the adapter's.
+        tokens: of the tokenizer.
+
+    Raises:
+        UserError: peft is not installed, the adapter is empty, or it is another model's.
+    """
+    peft = _peft(f"{folder} is a LoRA adapter, which")
+    rows = base.get_input_embeddings().weight.shape[0]
+    wanted = max(rows, tokens)
+    if (folder / ADAPTER).exists():
+        check_adapter(folder)
+        with safe_open(folder / ADAPTER, framework="pt") as file:
+            stored = [name for name in file.keys() if name.endswith(("embed_tokens.weight", "lm_head.weight"))]
+            wanted = max([file.get_slice(name).get_shape()[0] for name in stored], default=wanted)
+    if wanted > rows:
+        base.resize_token_embeddings(wanted, mean_resizing=False)
+        with torch.no_grad():
+            for embedding in (base.get_input_embeddings(), base.get_output_embeddings()):
+                embedding.weight[rows:] = embedding.weight[:rows].float().mean(dim=0).to(embedding.weight.dtype)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the vocabulary grew
+            warnings.filterwarnings("error", message=".*missing adapter keys")  # else they stay zero
+            return peft.PeftModel.from_pretrained(base, folder).merge_and_unload()
+    except (RuntimeError, ValueError, KeyError, OSError, UserWarning) as e:
+        cause = " ".join(str(e).split())[:200]
+        raise UserError(f"{folder}: the adapter does not fit its base, is it another model's? ({cause})") from None

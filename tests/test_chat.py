@@ -1,335 +1,35 @@
-"""alpaca/inference.py and chat.py: what a model says is what the user reads, and it stops where an answer ends."""
+"""chat.py: the answer alone is on stdout, whatever is asked and however; and a file of answers survives a kill."""
 
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import os
+import re
 import shlex
 import shutil
+import signal
+import subprocess
 import sys
-import threading
+import time
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import run_script
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from conftest import ROOT, make_records, run_script
+from huggingface_hub.utils import filter_repo_objects
+from test_inference import chain
 
 import chat
+import train
 import utils
-from alpaca import UserError, cli, inference
-from alpaca.inference import cut_at, decode_pieces, stream
-
-STOP = "### Instruction:"
-
-
-def chain(path: Path, *pieces: str, loop: bool = False) -> Path:
-    """A folder with a model that says the pieces, in their order, whatever it is asked, and then EOS, or them again.
-
-    Its vocabulary is <unk> <s> </s> and the pieces, so that any prompt is <unk>. A token's embedding is its unit
-    vector, the one layer adds nothing, and the output embedding points from each token to the next.
-    """
-    words = ["<unk>", "<s>", "</s>", *pieces]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    core.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        intermediate_size=2,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        max_position_embeddings=10**6,
-    )
-    model = LlamaForCausalLM(config)
-    follows = {0: 3} | {i: i + 1 for i in range(3, len(words) - 1)} | {len(words) - 1: 3 if loop else 2}
-    with torch.no_grad():
-        for parameter in model.model.layers[0].parameters():
-            parameter.zero_()
-        model.model.embed_tokens.weight.copy_(torch.eye(len(words), 32))
-        model.lm_head.weight.zero_()
-        for token, next_token in follows.items():
-            model.lm_head.weight[next_token, token] = 10.0
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+from alpaca import answers, cli, inference
+from alpaca.decoding import STOP
 
 
 @pytest.fixture(scope="module")
 def paris(tmp_path_factory) -> Path:
     """Says " Paris is." after a line break, as models that were trained on "### Response:\\n" do."""
     return chain(tmp_path_factory.mktemp("models") / "paris", "\n", " Paris", " is", ".")
-
-
-@pytest.fixture(scope="module")
-def loaded(tiny_llama):
-    """Model and tokenizer of tiny_llama on the CPU."""
-    return inference.load(tiny_llama, "cpu")
-
-
-def answer(folder: Path, **kwargs) -> str:
-    return "".join(stream(*inference.load(folder, "cpu"), "x", **kwargs))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokens to text.
-
-
-def spaces_are_in_front(text: str) -> PreTrainedTokenizerFast:
-    """A tokenizer like LLaMA's: ▁ for a space, bytes for what is not in the vocabulary, the first space dropped."""
-    pieces = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), *sorted(set(text.replace(" ", "▁")) - set("é好\n"))]
-    core = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True))
-    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    core.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
-
-
-def bytes_for_letters(text: str) -> PreTrainedTokenizerFast:
-    """A tokenizer like OPT's, with one token for each byte."""
-    core = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=core)
-
-
-@pytest.mark.parametrize("make", [spaces_are_in_front, bytes_for_letters])
-def test_streamed_text_keeps_every_space_and_shows_no_half_character(make):
-    text = "def f(x):\n    return 'é 好' , x\n\n  # end ."
-    tokenizer = make(text)
-    ids = tokenizer(text).input_ids
-    assert len(ids) > len(text)  # é and 好 are bytes
-    pieces = list(decode_pieces(tokenizer, ids))
-    assert "".join(pieces) == text
-    assert not any("\ufffd" in piece or piece == "" for piece in pieces)
-    assert pieces[:3] == ["d", "e", "f"]  # as soon as it is known
-    assert {"é", "好"} <= set(pieces)
-
-
-def test_what_is_no_text_at_the_end_is_shown_all_the_same():
-    tokenizer = bytes_for_letters("")
-    ids = tokenizer("a好").input_ids
-    assert list(decode_pieces(tokenizer, ids[:-1])) == ["a", "\ufffd"]
-    assert list(decode_pieces(tokenizer, [])) == []
-
-
-def splits(text: str):
-    """Every way to cut a text into three pieces, some of them empty, and the one into letters."""
-    for i, j in itertools.combinations_with_replacement(range(len(text) + 1), 2):
-        yield [text[:i], text[i:j], text[j:]]
-    yield list(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        (f"Yes.\n\n{STOP}\nNext", "Yes."),
-        (f"{STOP} x", ""),
-        (f" \n{STOP}", ""),
-        (f"# One\n## Two\n### Three\n### Instruct\n### {STOP}\n{STOP}", "# One\n## Two\n### Three\n### Instruct\n###"),
-        ("ends with ### Instruction", "ends with ### Instruction"),
-        ("keeps its end \n", "keeps its end \n"),
-        ("#", "#"),
-        ("", ""),
-    ],
-)
-def test_text_is_cut_at_the_stop_however_the_pieces_split_it(text, shown):
-    for pieces in splits(text):
-        assert "".join(cut_at(pieces, STOP)) == shown, pieces
-
-
-def test_only_what_may_begin_the_stop_is_held_back():
-    def pieces():
-        for piece in ["a", " b", "c ##", "x ", "#", "## Instr", "uctive", "\n", "### Instruction", ":", "never"]:
-            given.append(piece)
-            yield piece
-
-    given, seen = [], []
-    for piece in cut_at(pieces(), STOP):
-        seen.append((given[-1], piece))
-    assert seen == [("a", "a"), (" b", " b"), ("c ##", "c"), ("x ", " ##x"), ("uctive", " ### Instructive")]
-    assert given[-1] == ":"  # what comes after the stop is not even asked for
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# stream.
-
-
-def generated(model, tokenizer, prompt: str, **kwargs) -> str:
-    """What generate() says without a stream."""
-    inputs = tokenizer(prompt, return_tensors="pt")
-    ids = model.generate(**inputs, **kwargs, pad_token_id=2)[0, inputs.input_ids.shape[1] :]
-    return tokenizer.decode(ids, skip_special_tokens=True)
-
-
-@pytest.mark.parametrize("prompt", ["", "Hello", "日本 é\n    x", utils.format_prompt("Name a colour.")])
-def test_a_greedy_stream_is_the_text_that_generate_gives(loaded, prompt):
-    expected = generated(*loaded, prompt, do_sample=False, max_new_tokens=24)
-    assert len(expected) > 10
-    assert "".join(stream(*loaded, prompt, max_new_tokens=24, temperature=0)) == expected
-
-
-def test_a_sampled_stream_is_the_text_that_generate_gives_for_the_same_seed(loaded):
-    kwargs = {"temperature": 1.5, "top_p": 0.8}  # and no top_k, which generate() sets to 50 by itself
-    torch.manual_seed(7)
-    expected = generated(*loaded, "Hello", do_sample=True, max_new_tokens=24, top_k=0, **kwargs)
-    texts = ["".join(stream(*loaded, "Hello", max_new_tokens=24, seed=seed, **kwargs)) for seed in (7, 8, 7)]
-    assert texts[0] == texts[2] == expected
-    assert texts[1] != expected
-
-
-def test_a_stream_ends_at_eos_which_is_not_shown(paris):
-    assert answer(paris, temperature=0) == answer(paris) == "\n Paris is."
-
-
-@pytest.mark.parametrize(
-    "pieces",
-    [
-        ["Hi", " there", ".\n\n", "###", " Instr", "uction:", "\nMore"],
-        ["Hi", " there.", "\n", "\n### Instruction:\nMore"],
-        ["Hi there.", " ### Instruction", ":", " More"],
-    ],
-)
-def test_a_stream_ends_at_the_next_instruction_and_the_model_with_it(tmp_path, pieces):
-    """The model would go on for a million tokens."""
-    before = threading.enumerate()
-    assert answer(chain(tmp_path / "model", *pieces, loop=True), max_new_tokens=10**6) == "Hi there."
-    assert threading.enumerate() == before
-
-
-def test_a_stream_ends_at_max_new_tokens(tmp_path):
-    folder = chain(tmp_path / "model", "a", "b", loop=True)
-    assert [answer(folder, max_new_tokens=n) for n in (1, 2, 5)] == ["a", "ab", "ababa"]
-
-
-def test_closing_a_stream_early_stops_the_model(tmp_path):
-    before = threading.enumerate()
-    pieces = stream(*inference.load(chain(tmp_path / "model", "a", "b", loop=True), "cpu"), "x", max_new_tokens=10**6)
-    assert [next(pieces), next(pieces)] == ["a", "b"]
-    assert len(threading.enumerate()) == len(before) + 1
-    pieces.close()
-    assert threading.enumerate() == before
-
-
-def test_an_error_in_the_model_reaches_the_reader(loaded, paris):
-    """The tokenizer's 300 tokens are too many for the model's 7."""
-    before = threading.enumerate()
-    with pytest.raises(IndexError):
-        list(stream(inference.load(paris, "cpu")[0], loaded[1], "Hello"))
-    assert threading.enumerate() == before
-
-
-def test_a_prompt_that_fills_the_context_is_refused_and_one_that_leaves_a_token_is_answered(loaded):
-    """tiny_llama reads 1,024 tokens, BOS among them; each letter here is one."""
-    model, tokenizer = loaded
-    assert len(tokenizer("Q" * 1022).input_ids) == 1023
-    ids = []
-    assert model.generation_config.max_length != 1024  # so the limit is ours
-
-    class Spy:
-        """The tokenizer, but it notes what is decoded."""
-
-        def __getattr__(self, name):
-            return getattr(tokenizer, name)
-
-        def __call__(self, *args, **kwargs):
-            return tokenizer(*args, **kwargs)
-
-        def decode(self, tokens, **kwargs):
-            ids[:] = tokens
-            return tokenizer.decode(tokens, **kwargs)
-
-    list(stream(model, Spy(), "Q" * 1022, max_new_tokens=5))
-    assert len(ids) == 1
-    with pytest.raises(UserError, match="the prompt has 1024 tokens, but the model reads at most 1024: shorten it"):
-        list(stream(model, tokenizer, "Q" * 1023))
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [{"max_new_tokens": 0}, {"temperature": -0.1}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.1}],
-)
-def test_a_setting_out_of_range_is_refused_and_named(loaded, setting):
-    with pytest.raises(UserError, match=f"{next(iter(setting))} "):
-        list(stream(*loaded, "x", **setting))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# load.
-
-
-def test_on_a_cpu_weights_are_float32_whatever_they_were_saved_in(tiny_llama, tmp_path):
-    LlamaForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16).save_pretrained(tmp_path / "bf16")
-    shutil.copy(tiny_llama / "tokenizer.json", tmp_path / "bf16")
-    shutil.copy(tiny_llama / "tokenizer_config.json", tmp_path / "bf16")
-    assert json.loads((tmp_path / "bf16" / "config.json").read_text())["dtype"] == "bfloat16"
-    model, tokenizer = inference.load(tmp_path / "bf16", "cpu")
-    assert (model.dtype, model.training, len(tokenizer)) == (torch.float32, False, 300)
-
-
-class Evil:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, path: Path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return (os.mkdir, (self.path,))
-
-
-def with_pickle(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    torch.save({"lm_head.weight": Evil(folder.parent / "marker")}, folder / "pytorch_model.bin")
-
-
-def one_more_layer(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-
-
-DAMAGED = {
-    "missing": (shutil.rmtree, ["does not exist"]),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ["holds no tokenizer", "copy tokenizer.json"]),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), ["holds no weights"]),
-    "no config": (lambda f: (f / "config.json").unlink(), ["no config.json"]),
-    "a diff": (lambda f: (f / "weight_diff.json").write_text("{}"), ["is a weight diff: recover it first"]),
-    "malformed tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), ["the tokenizer cannot be loaded"]),
-    "malformed config": (lambda f: (f / "config.json").write_text("{"), ["cannot be loaded", "config.json"]),
-    "unknown kind": (lambda f: (f / "config.json").write_text('{"model_type": "x"}'), ["cannot be loaded", "`x`"]),
-    "weights cut off": (
-        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]),
-        ["the model cannot be loaded"],
-    ),
-    "a layer missing": (one_more_layer, ["lacks 9 of the model's tensors (model.layers.2.input_layernorm.weight"]),
-    "code in a pickle": (with_pickle, ["asks to run code"]),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGED)
-def test_a_damaged_model_is_refused_in_one_line(tiny_llama, tmp_path, damage):
-    breakage, words = DAMAGED[damage]
-    folder = shutil.copytree(tiny_llama, tmp_path / "model")
-    breakage(folder)
-    with pytest.raises(UserError) as error:
-        inference.load(folder, "cpu")
-    assert [word for word in words if word not in str(error.value)] == [], str(error.value)
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "marker").exists()
-
-
-def test_a_tied_output_embedding_is_not_missing(tiny_opt):
-    model, _ = inference.load(tiny_opt, "cpu")
-    assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
-
-
-@pytest.mark.parametrize("device", ["hip:99", "nonsense"])
-def test_a_device_that_is_not_there_is_refused(tiny_llama, device):
-    with pytest.raises(UserError, match=f"--device {device} is not there"):
-        inference.load(tiny_llama, device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -349,42 +49,56 @@ def test_an_instruction_on_the_command_line_is_answered_on_stdout(paris):
 
 
 def test_a_conversation_can_be_piped(paris):
+    """The answers alone are on stdout, and what else there is to say on stderr."""
     lines = "What is it?\n/input France\n\n  And this?  \n/help\n/quit\nnever asked\n"
     result = run_script("chat.py", "--model_path", paris, input=lines)
-    assert (result.returncode, result.stdout) == (0, f"{chat.HELP}\nParis is.\nParis is.\n{chat.HELP}\n"), result.stderr
+    assert (result.returncode, result.stdout) == (0, "Paris is.\nParis is.\n"), result.stderr
+    assert result.stderr == chat.HELP + "\n"
 
 
-def test_every_documented_command_runs(tiny_llama, monkeypatch, capsys):
+def test_every_documented_command_runs(tiny_llama, tmp_path, monkeypatch, capsys):
     commands = [line.strip() for line in chat.__doc__.splitlines() if line.strip().startswith("python ")]
-    assert len(commands) == 3
+    assert len(commands) == 5
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}")
+    (tmp_path / "in.jsonl").write_text('{"instruction": "Hi"}\n')
     for command in commands:
-        _, script, *argv = shlex.split(command.replace("DIR", str(tiny_llama)))
+        for word, path in {
+            "DIR": model,
+            "IN.jsonl": tmp_path / "in.jsonl",
+            "OUT.jsonl": tmp_path / "out.jsonl",
+        }.items():
+            command = command.replace(word, str(path))
+        _, script, *argv = shlex.split(command)
         assert script == "chat.py"
         run_chat(monkeypatch, *argv, "--max_new_tokens", "8", "--device", "cpu", stdin="Hi\n")
         output = capsys.readouterr().out
-        assert output.startswith(chat.HELP) == ("--instruction" not in argv)
-        text = output.removeprefix(chat.HELP + "\n")
-        assert text.endswith("\n") and text.strip()
+        if "--batch_path" in argv:
+            output += json.loads((tmp_path / "out.jsonl").read_text())["output"] + "\n"
+        assert output.endswith("\n") and output.strip()
 
 
 @pytest.fixture
-def prompts(monkeypatch) -> list[str]:
-    """What inference.stream is given, in their order; it goes on to answer."""
-    seen = []
+def asked(monkeypatch) -> list[str]:
+    """The prompts that the model is given, special tokens left out; it goes on to answer."""
+    seen, inner = [], inference.stream_ids
 
-    def note(model, tokenizer, prompt, *args):
-        seen.append(prompt)
-        return stream(model, tokenizer, prompt, *args)
+    def note(model, tokenizer, ids, settings, memory=None):
+        seen.append(tokenizer.decode(ids, skip_special_tokens=True))
+        return inner(model, tokenizer, ids, settings, memory)
 
-    monkeypatch.setattr(inference, "stream", note)
+    monkeypatch.setattr(inference, "stream_ids", note)
     return seen
 
 
-def test_prompts_are_the_bytes_that_training_formats(paris, monkeypatch, prompts):
-    run_chat(monkeypatch, "--model_path", paris, "--instruction", "1, 2", "--input", "[3]")
-    run_chat(monkeypatch, "--model_path", paris, "--instruction", " spaces stay ")
-    assert prompts == [utils.format_prompt("1, 2", "[3]"), utils.format_prompt(" spaces stay ")]
-    assert prompts[0] == (
+QUICK = ("--device", "cpu", "--max_new_tokens", "2", "--temperature", "0")
+
+
+def test_prompts_are_the_bytes_that_training_formats(tiny_llama, monkeypatch, asked):
+    run_chat(monkeypatch, "--model_path", tiny_llama, *QUICK, "--instruction", "1, 2", "--input", "[3]")
+    run_chat(monkeypatch, "--model_path", tiny_llama, *QUICK, "--instruction", " spaces stay ")
+    assert asked == [utils.format_prompt("1, 2", "[3]"), utils.format_prompt(" spaces stay ")]
+    assert asked[0] == (
         "Below is an instruction that describes a task, paired with an input that provides further context. "
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\n1, 2\n\n### Input:\n[3]\n\n### Response:"
@@ -392,19 +106,63 @@ def test_prompts_are_the_bytes_that_training_formats(paris, monkeypatch, prompts
 
 
 @pytest.mark.parametrize("end", ["/quit\nnever\n", "/exit\nnever\n", ""])
-def test_an_input_holds_for_one_instruction_and_quit_or_the_end_leaves(paris, monkeypatch, prompts, end):
-    run_chat(monkeypatch, "--model_path", paris, stdin=f"one\n/input a b\ntwo\nthree\n/input c\n/input\nfour\n{end}")
-    expected = [("one", ""), ("two", "a b"), ("three", ""), ("four", "")]
-    assert prompts == [utils.format_prompt(*pair) for pair in expected]
+def test_an_input_holds_for_one_instruction_and_quit_or_the_end_leaves(tiny_llama, monkeypatch, asked, end):
+    lines = f"one\n/input a b\ntwo\nthree\n/input c\n/input\nfour\n/input d\n/reset\nfive\n{end}"
+    run_chat(monkeypatch, "--model_path", tiny_llama, *QUICK, stdin=lines)
+    expected = [("one", ""), ("two", "a b"), ("three", ""), ("four", ""), ("five", "")]
+    assert asked == [utils.format_prompt(*pair) for pair in expected]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message", "left"),
+    [
+        (["one", "two"], ("", "one"), 1),
+        (["one \\", "  two\\", "three", "four"], ("", "one \n  two\nthree"), 1),
+        (["one\\"], ("", "one"), 0),
+        (['"""', " if x:", "", "    y", '"""', "next"], ("", " if x:\n\n    y"), 1),
+        (['"""one', 'two"""', "next"], ("", "one\ntwo"), 1),
+        (['"""one"""', "next"], ("", "one"), 1),
+        (['"""', "never closed"], ("", "never closed"), 0),
+        (['"""', "/quit", '"""'], ("", "/quit"), 0),
+        (["pasted\n/quit\nat once", "next"], ("", "pasted\n/quit\nat once"), 1),
+        (['say """x"""', "next"], ("", 'say """x"""'), 1),
+        (["/input a b ", "next"], ("/input", "a b"), 1),
+        (["/input a\\", "b"], ("/input", "a\nb"), 0),
+        (['/input """', "a", " b", '"""', "next"], ("/input", "a\n b"), 1),
+        (["/input"], ("/input", ""), 0),
+        (["/inputs are not a command"], ("", "/inputs are not a command"), 0),
+        (["/etc/passwd is what?"], ("", "/etc/passwd is what?"), 0),
+        ([" /quit "], ("/quit", ""), 0),
+        ([""], ("", ""), 0),
+        ([], None, 0),
+    ],
+)
+def test_a_message_may_have_several_lines(lines, message, left):
+    rest = iter(lines)
+    assert chat.read_message(lambda prompt: next(rest, None)) == message
+    assert len(list(rest)) == left
+
+
+TURNS = "{% for m in messages %}{{ '<s>' + m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+
+
+def test_with_the_models_chat_template_turns_are_remembered(tiny_llama, tmp_path, monkeypatch, asked, capsys):
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(TURNS)
+    lines = "one\n/input x\ntwo\n/reset\nthree\n"
+    run_chat(monkeypatch, "--model_path", model, *QUICK, "--template", "chat", stdin=lines)
+    first = asked[1].removeprefix("user: one\nassistant: ").removesuffix("\nuser: two\n\n### Input:\nx\n")
+    assert asked[0] == "user: one\n" and asked[2] == "user: three\n"
+    assert capsys.readouterr().out.split("\n")[0] == first.strip() != ""
 
 
 def test_an_instruction_that_is_too_long_does_not_end_a_conversation(tiny_llama, monkeypatch, capsys):
-    run_chat(
-        monkeypatch, "--model_path", tiny_llama, "--device", "cpu", "--max_new_tokens", "4", stdin="Q" * 2000 + "\nHi\n"
-    )
-    lines = capsys.readouterr().out.removeprefix(chat.HELP + "\n").split("\n", 1)
-    assert lines[0].startswith("error: the prompt has ") and lines[0].endswith("shorten it")
-    assert lines[1].strip()
+    with pytest.raises(SystemExit) as exit:
+        run_chat(monkeypatch, "--model_path", tiny_llama, *QUICK, stdin="Q" * 2000 + "\nHi\n")
+    assert exit.value.code == 1
+    out, err = capsys.readouterr()
+    assert err.startswith("error: the prompt has ") and err.endswith("shorten it\n")
+    assert out.strip()
 
 
 @pytest.mark.parametrize(
@@ -414,6 +172,14 @@ def test_an_instruction_that_is_too_long_does_not_end_a_conversation(tiny_llama,
         (["--instruction", "x", "--top_p", "2"], "top_p above 0 and at most 1"),
         (["--instruction", "x", "--max_new_tokens", "0"], "max_new_tokens must be at least 1"),
         (["--instruction", "x", "--device", "nonsense"], "--device nonsense is not there"),
+        (["--instruction", "x", "--batch_path", "x"], "--instruction and --batch_path do not go together"),
+        (["--instruction", "x", "--output_path", "x"], "--batch_path, the instructions, and --output_path"),
+        (["--batch_path", "x"], "--batch_path, the instructions, and --output_path"),
+        (["--batch_path", "nowhere.json", "--output_path", "x"], "nowhere.json does not exist"),
+        (["--template", "llama"], "--template llama is not known: choose from alpaca, chat"),
+        (["--instruction", "x", "--template", "chat"], "this tokenizer has no chat template"),
+        (["--instruction", "x", "--dtype", "int8"], "--dtype int8 is not known"),
+        (["--batch_tokens", "0"], "--batch_tokens must be at least 1"),
         (["--instruction", "x", "--max_tokens", "3"], "unknown flag --max_tokens: did you mean --max_new_tokens?"),
     ],
 )
@@ -439,3 +205,283 @@ def test_a_folder_without_a_tokenizer_or_with_a_diff_is_one_line(paris, tmp_path
         run_chat(monkeypatch, "--model_path", folder)
     assert exit.value.code.startswith(f"error: --model_path {folder} {words}")
     assert "\n" not in exit.value.code
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The terminal, a real one.
+
+
+def in_a_terminal(model: Path, *steps: tuple[str, str]) -> tuple[int, str]:
+    """Exit code, and all that the chat shows in a pseudo-terminal; each step waits for a text and then types one."""
+    import pty
+    import select
+
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        os.environ["TERM"] = "xterm"
+        argv = [sys.executable, "chat.py", "--model_path", str(model), "--max_new_tokens", "100000", "--device", "cpu"]
+        os.execv(sys.executable, argv)
+    shown, steps, deadline = b"", list(steps), time.monotonic() + 120
+    seen = 0
+    try:
+        while time.monotonic() < deadline:
+            if not select.select([terminal], [], [], 0.5)[0]:
+                continue
+            try:
+                data = os.read(terminal, 4096)
+            except OSError:  # Linux says so at the end
+                data = b""
+            if not data:
+                return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), shown.decode(errors="replace")
+            shown += data
+            if steps and (found := shown.find(steps[0][0].encode(), seen)) >= 0:
+                seen = found + len(steps[0][0])
+                os.write(terminal, steps.pop(0)[1].encode())
+        raise AssertionError(f"still waits for {steps[:1]}: {shown[-2000:]!r}")
+    finally:
+        os.close(terminal)
+        if os.path.exists(f"/proc/{pid}"):
+            try:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            except (ProcessLookupError, ChildProcessError):
+                pass
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a pseudo-terminal, as Linux has it")
+def test_in_a_terminal_pasted_lines_are_one_message_and_ctrl_c_stops_an_answer_and_twice_leaves(tmp_path):
+    model = chain(tmp_path / "model", " again", " and", loop=True)
+    paste = "\x1b[200~/quit\n/quit\x1b[201~\r"
+    code, shown = in_a_terminal(
+        model,
+        ("> ", paste),  # two lines that would each leave
+        ("again and again", "\x03"),
+        ("[stopped]", ""),
+        ("> ", "\x10\r"),  # the line before, from the history
+        ("again and again", "\x03"),
+        ("[stopped]", ""),
+        ("> ", "\x03"),
+    )
+    assert code == 0
+    assert chat.HELP.splitlines()[0] in shown and "Traceback" not in shown
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A file of instructions.
+
+
+@pytest.fixture
+def loaded(tiny_llama):
+    return inference.load(tiny_llama, "cpu")
+
+
+def run_file(monkeypatch, model: Path, records: list | str, out: Path, *flags) -> list[dict]:
+    """The rows of ``out`` after ``chat.py --batch_path``; the records go to a file beside it."""
+    source = out.with_name("in.jsonl")
+    lines = records if isinstance(records, str) else "".join(json.dumps(record) + "\n" for record in records)
+    source.write_text(lines)
+    run_chat(
+        monkeypatch,
+        *("--model_path", model, "--device", "cpu", "--max_new_tokens", "8", "--seed", "3"),
+        *("--batch_path", source, "--output_path", out, *flags),
+    )
+    return json.loads(out.read_text()) if out.suffix == ".json" else list(map(json.loads, out.open()))
+
+
+RECORDS = [
+    {"instruction": "Name a colour.", "input": "", "output": "the reference", "id": 7},
+    {"instruction": "Say hello.", "dataset": "helpful_base"},
+    {"instruction": "Sort these letters, from the first to the last.", "instances": [{"input": "b a", "output": ""}]},
+    {"instruction": "Translate.", "input": "Guten Tag, ihr Lieben"},
+]
+INPUTS = ["", "", "b a", "Guten Tag, ihr Lieben"]
+PAIRS = [(record["instruction"], text) for record, text in zip(RECORDS, INPUTS, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.json"])
+def test_the_answers_of_a_file_are_those_of_streams_in_the_order_of_the_file(
+    tiny_llama, loaded, tmp_path, monkeypatch, capsys, name
+):
+    rows = run_file(monkeypatch, tiny_llama, RECORDS, tmp_path / name)
+    said = ["".join(inference.stream(*loaded, utils.format_prompt(*pair), 8, 0.7, 0.9, 3)).strip() for pair in PAIRS]
+    expected = [
+        record | {"output": text, "generator": "tiny-llama"} for record, text in zip(RECORDS, said, strict=True)
+    ]
+    assert rows == expected
+    out, err = capsys.readouterr()
+    assert out == "" and f"4 answers in {tmp_path / name} (4 cut off at --max_new_tokens" in err
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", name]  # no journal, no temporary file
+
+
+def test_one_answer_is_the_one_in_a_file_with_the_same_seed(tiny_llama, tmp_path, monkeypatch, capsys):
+    rows = run_file(monkeypatch, tiny_llama, RECORDS, tmp_path / "out.jsonl")
+    flags = ("--device", "cpu", "--max_new_tokens", "8", "--seed", "3")
+    run_chat(monkeypatch, "--model_path", tiny_llama, *flags, "--instruction", PAIRS[3][0], "--input", PAIRS[3][1])
+    assert capsys.readouterr().out == rows[3]["output"] + "\n"
+
+
+def test_answers_are_not_written_over(tiny_llama, tmp_path, monkeypatch):
+    (tmp_path / "out.jsonl").write_text("precious")
+    with pytest.raises(SystemExit) as exit:
+        run_file(monkeypatch, tiny_llama, RECORDS, tmp_path / "out.jsonl")
+    assert "out.jsonl exists: move it away" in exit.value.code
+    assert (tmp_path / "out.jsonl").read_text() == "precious"
+
+
+BAD_LINES = {
+    "{broken": "malformed JSON, ",
+    "[1]": "a list where an object was expected",
+    '{"input": "x"}': 'needs a text "instruction"',
+    '{"instruction": "  "}': 'needs a text "instruction"',
+    '{"instruction": "x", "input": 3}': 'needs a text "instruction", and "input" must be a text',
+    '{"instruction": "x", "instances": []}': '"instances" must be a list of one object',
+    '{"instruction": "a\\ud800"}': "holds half of a surrogate pair",
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_a_bad_line_is_named_by_its_number_or_left_out_and_counted(tiny_llama, tmp_path, monkeypatch, capsys, line):
+    good = [json.dumps(record) for record in RECORDS[:2]]
+    lines = f"{good[0]}\n\n{line}\n{good[1]}\n"
+    with pytest.raises(SystemExit) as exit:
+        run_file(monkeypatch, tiny_llama, lines, tmp_path / "out.jsonl")
+    assert f"in.jsonl, line 3: {BAD_LINES[line]}" in exit.value.code and "\n" not in exit.value.code
+    assert not (tmp_path / "out.jsonl").exists()
+    capsys.readouterr()
+    rows = run_file(monkeypatch, tiny_llama, lines, tmp_path / "out.jsonl", "--skip_errors")
+    assert [row["instruction"] for row in rows] == [record["instruction"] for record in RECORDS[:2]]
+    err = capsys.readouterr().err
+    assert f"left out: {tmp_path / 'in.jsonl'}, line 3: " in err and "1 malformed records left out" in err
+
+
+def test_an_instruction_longer_than_the_context_is_told_by_its_number_and_never_cut(tiny_llama, tmp_path, monkeypatch):
+    records = [RECORDS[0], {"instruction": "Q" * 2000, "output": "the reference"}, RECORDS[1]]
+    with pytest.raises(SystemExit) as exit:
+        run_file(monkeypatch, tiny_llama, records, tmp_path / "out.jsonl")
+    assert "error: line 2: the prompt has " in exit.value.code and "reads at most 1024" in exit.value.code
+    assert os.listdir(tmp_path) == ["in.jsonl"]
+    rows = run_file(monkeypatch, tiny_llama, records, tmp_path / "out.jsonl", "--skip_errors")
+    assert "output" not in rows[1] and "reads at most 1024" in rows[1]["error"] and rows[1]["instruction"] == "Q" * 2000
+    assert rows[0]["output"] and rows[2]["output"] and "error" not in rows[0]
+
+
+def test_no_instruction_at_all_is_told(tiny_llama, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit) as exit:
+        run_file(monkeypatch, tiny_llama, "\n", tmp_path / "out.jsonl")
+    assert "holds no instructions" in exit.value.code
+
+
+MANY = [{"instruction": f"Count to {i}.", "input": "x" * (i % 7)} for i in range(24)]
+
+
+def test_a_run_that_was_killed_goes_on_and_ends_as_an_uninterrupted_one(tiny_llama, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    flags = ("--batch_tokens", "700")  # about four instructions a batch
+    whole = run_file(monkeypatch, tiny_llama, MANY, tmp_path / "a" / "out.jsonl", *flags)
+    out = tmp_path / "b" / "out.jsonl"
+    out.with_name("in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in MANY))
+    slow = (  # the real script, but a batch takes a while
+        "import sys, time; sys.path.insert(0, '.'); import chat; from alpaca import answers, cli\n"
+        "inner = answers.answer_batch\n"
+        "answers.answer_batch = lambda *args: (time.sleep(0.2), inner(*args))[1]\n"
+        "cli.run_cli(chat.chat)"
+    )
+    argv = ["--model_path", tiny_llama, "--device", "cpu", "--max_new_tokens", "8", "--seed", "3"]
+    argv += ["--batch_path", out.with_name("in.jsonl"), "--output_path", out, *flags]
+    run = subprocess.Popen([sys.executable, "-c", slow, *map(str, argv)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    journal = tmp_path / "b" / "out.jsonl.journal"
+    try:
+        deadline = time.monotonic() + 120
+        while not journal.exists() or journal.read_bytes().count(b"\n") < 3:
+            assert run.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+    assert not out.exists()
+    with open(journal, "ab") as file:
+        file.write(b"1234abcd {torn")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        run_file(monkeypatch, tiny_llama, MANY, out, *flags, "--temperature", "0")
+    assert "is of a run that differs in temperature: give the same again" in exit.value.code
+    assert run_file(monkeypatch, tiny_llama, MANY, out, *flags) == whole
+    assert "of an earlier run" in capsys.readouterr().err
+    assert out.read_bytes() == (tmp_path / "a" / "out.jsonl").read_bytes()
+
+
+def test_a_torn_batch_is_answered_again_and_its_whole_rows_stay(tiny_llama, tmp_path, monkeypatch):
+    """Also without a seed: the one that was drawn stands in the journal."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_):
+        raise Stop
+
+    flags = ("--batch_tokens", "700", "--seed", "None")
+    out = tmp_path / "out.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(answers, "_write", stop)
+        with pytest.raises(Stop):
+            run_file(monkeypatch, tiny_llama, MANY, out, *flags)
+    journal = out.with_name("out.jsonl.journal")
+    lines = journal.read_bytes().splitlines(keepends=True)
+    said = {row["row"]: row["output"] for row in (json.loads(line[9:]) for line in lines[1:])}
+    journal.write_bytes(b"".join(lines[:10]) + lines[10][:30])
+    rows = run_file(monkeypatch, tiny_llama, MANY, out, *flags)
+    assert [row["output"] for row in rows] == [said[i] for i in range(len(MANY))]
+
+
+def test_another_model_in_the_same_folder_does_not_finish_a_run(tiny_llama, tmp_path, monkeypatch):
+    model, out = shutil.copytree(tiny_llama, tmp_path / "model"), tmp_path / "out.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(answers, "_write", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_file(monkeypatch, model, RECORDS, out)
+    os.utime(model / "model.safetensors")
+    with pytest.raises(SystemExit) as exit:
+        run_file(monkeypatch, model, RECORDS[:3], out)
+    assert "differs in model, requests: give the same again, or delete it" in exit.value.code
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# docs/publish.md.
+
+
+def published() -> str:
+    return (ROOT / "docs" / "publish.md").read_text()
+
+
+def test_what_goes_to_the_hub_is_the_model_and_what_tells_of_it(tiny_llama, tmp_path):
+    """The documented patterns, through the hub library's own filter, on the folder of a real run."""
+    out = tmp_path / "out"
+    (tmp_path / "data.json").write_text(json.dumps(make_records(8)))
+    argv = ["--model_name_or_path", tiny_llama, "--data_path", tmp_path / "data.json", "--output_dir", out]
+    argv += ["--max_steps", 2, "--save_strategy", "steps", "--save_steps", 1, "--lora_r", 2, "--report_to", "none"]
+    argv += ["--skip_save_rehearsal"]
+    train.train(*train.parse_args([str(word) for word in argv]))
+    (out / "training_args.bin").touch()  # what a run without LoRA leaves, and TensorBoard where it is installed
+    (out / "runs").mkdir()
+    (out / "runs" / "events.out.tfevents.1").touch()
+    (command,) = [shlex.split(line) for line in published().splitlines() if line.startswith("hf upload REPO OUT .")]
+    patterns = [word for flag, word in zip(command, command[1:], strict=False) if flag == "--exclude"]
+    there = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+    assert {"checkpoint-2/optimizer.pt", "checkpoint-2/training_args.bin"} <= set(there)
+    tokenizer = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
+    expected = ["config.json", "generation_config.json", "loss.png", "model.safetensors", "model_card.md"]
+    expected += ["training_receipt.json", *tokenizer, "adapter/README.md", "adapter/adapter_config.json"]
+    expected += ["adapter/adapter_model.safetensors", *(f"adapter/{name}" for name in tokenizer)]
+    assert sorted(filter_repo_objects(there, ignore_patterns=patterns)) == sorted(expected)
+
+
+def test_the_cards_upload_command_puts_it_where_the_hub_shows_it():
+    assert "hf upload REPO OUT/model_card.md README.md\n" in published()
+
+
+def test_the_modelfiles_template_is_the_prompt():
+    (template,) = re.findall(r'TEMPLATE """(.*?)"""', published(), re.S)
+    assert template == utils.format_prompt("{{ .Prompt }}")
+    assert f'PARAMETER stop "{STOP}"' in published()

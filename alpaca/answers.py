@@ -1,0 +1,241 @@
+"""Answers a file of instructions: what a run has answered is on disk batch by batch, and a killed run goes on.
+
+OUT.journal holds the answers while the run lasts. When all are there, OUT is written from it in the order of IN, by one
+rename, and the journal goes. The batches are those of the whole file, whatever is answered already, so that a resumed
+run computes what an uninterrupted one would.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+import utils
+from alpaca import UserError
+from alpaca.decoding import Settings, longest_answer
+from alpaca.inference import answer_batch, batches
+from alpaca.journal import Journal
+
+LISTED = 5  # faults that are told one by one
+
+
+@dataclass(frozen=True)
+class Request:
+    """One record of IN."""
+
+    place: str  # "record 3" or "line 3"
+    record: dict
+    instruction: str
+    input: str
+
+
+def read_requests(path: str | os.PathLike, skip_errors: bool = False) -> tuple[list[Request], list[str]]:
+    """The records of a JSON list, or of JSON Lines if the name ends in ``.jsonl``, and what was wrong with the others.
+
+    A record has an "instruction" and may have an "input" (Alpaca, alpaca_eval), or has it in its only one of
+    "instances" (self-instruct); other fields are kept.
+
+    Args:
+        path: the file.
+        skip_errors: leave out what is malformed, instead of raising at the first.
+
+    Raises:
+        UserError: a file that cannot be read or holds no record; without ``skip_errors`` also a malformed one, with its
+            number.
+    """
+    path = Path(path)
+    if path.suffix == ".jsonl":
+        lines = enumerate(utils.read_text(path).split("\n"), 1)
+        entries = [(f"line {number}", line) for number, line in lines if line.strip()]
+    else:
+        entries = [(f"record {number}", record) for number, record in enumerate(utils.jload(path), 1)]
+    requests, faults = [], []
+    for place, entry in entries:
+        try:
+            requests.append(_request(place, entry))
+        except UserError as e:
+            if not skip_errors:
+                raise UserError(f"{path}, {place}: {e} (--skip_errors goes on without it)") from None
+            faults.append(f"{path}, {place}: {e}")
+    if not requests:
+        raise UserError(f"{path} holds no instructions: give a file with at least one")
+    return requests, faults
+
+
+def _request(place: str, entry: str | dict) -> Request:
+    if isinstance(entry, str):
+        try:
+            entry = json.loads(entry)
+        except ValueError as e:
+            raise UserError(f"malformed JSON, {e}") from None
+    if not isinstance(entry, dict):
+        raise UserError(f"a {type(entry).__name__} where an object was expected")
+    instruction, input = entry.get("instruction"), entry.get("input")
+    if input is None and "instances" in entry:
+        instances = entry["instances"]
+        if not isinstance(instances, list) or len(instances) != 1 or not isinstance(instances[0], dict):
+            raise UserError('"instances" must be a list of one object: give each a record of its own')
+        input = instances[0].get("input")
+    input = "" if input is None else input
+    if not isinstance(instruction, str) or not instruction.strip() or not isinstance(input, str):
+        raise UserError('needs a text "instruction", and "input" must be a text if it is there')
+    try:
+        (instruction + input).encode()
+    except UnicodeEncodeError:
+        raise UserError("holds half of a surrogate pair, which is no text") from None
+    return Request(place, entry, instruction, input)
+
+
+def check_output(path: str | os.PathLike) -> tuple[Path, Path]:
+    """The file to make and its journal; UserError if there are answers already, or no folder to write to."""
+    path = Path(path)
+    journal = path.with_name(path.name + ".journal")
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"--output_path {path} must be a file in a folder that exists")
+    if path.exists() and not journal.exists():
+        raise UserError(f"--output_path {path} exists: move it away, or give another name")
+    return path, journal
+
+
+def answer_file(
+    model,
+    tokenizer,
+    requests: list[Request],
+    output_path: str | os.PathLike,
+    to_ids: Callable[[list[Request]], list[list[int]]],
+    settings: Settings,
+    max_tokens: int,
+    generator: str,
+    identity: dict,
+    skip_errors: bool = False,
+) -> dict[str, int]:
+    """Writes the requests' records with "output" and "generator" to ``output_path``, in their order.
+
+    It is JSON Lines, or a JSON list when the name ends in ``.json``: alpaca_eval reads that. An instruction that
+    does not fit the context gets "error" and no "output".
+
+    Args:
+        model: a causal model.
+        tokenizer: its own.
+        requests: from read_requests.
+        output_path: the file to make.
+        to_ids: the tokens of the requests' prompts.
+        settings: how to sample; without a seed one is drawn, and kept for a resumed run.
+        max_tokens: as in batches().
+        generator: the model's name in the rows.
+        identity: what else the answers depend on; a run that differs in it does not go on from this one's journal.
+        skip_errors: whether an instruction that does not fit the context is passed over.
+
+    Returns:
+        Counts: "answers", "earlier" (of them found in the journal), "tokens" (of this run's answers), "cut" (answers
+        that reached max_new_tokens or the end of the context), "too_long".
+
+    Raises:
+        UserError: the file exists, another run's journal is there, or an instruction does not fit the context.
+    """
+    output_path, journal_path = check_output(output_path)
+    prompts, errors = to_ids(requests), {}
+    for number, (request, ids) in enumerate(zip(requests, prompts, strict=True)):
+        try:
+            longest_answer(model, ids, settings.max_new_tokens)
+        except UserError as e:
+            if not skip_errors:
+                raise UserError(f"{request.place}: {e} (--skip_errors goes on without it)") from None
+            errors[number] = str(e)
+    fitting = [number for number in range(len(requests)) if number not in errors]
+    planned = batches([len(prompts[number]) for number in fitting], settings.max_new_tokens, max_tokens)
+    content = hashlib.sha256(json.dumps([asdict(request) for request in requests], sort_keys=True).encode()).hexdigest()
+    identity = identity | {"requests": content, "batch_tokens": max_tokens}
+    with Journal(journal_path) as journal:
+        settings = _same_run(journal, identity, settings)
+        answered = {entry["row"]: entry for entry in journal.entries[1:]}
+        counts = {"answers": len(fitting), "earlier": len(answered), "too_long": len(errors)}
+        started, new = time.monotonic(), 0
+        interval = 0.5 if sys.stderr.isatty() else 30  # a file would fill with it
+        due = started + interval
+        with tqdm(total=len(fitting), initial=len(answered), unit="answer", mininterval=interval) as bar:
+
+            def count(tokens: int) -> None:
+                nonlocal new, due
+                new += tokens
+                if time.monotonic() >= due:
+                    due = time.monotonic() + interval
+                    bar.set_postfix_str(f"{new / (time.monotonic() - started):,.0f} tokens/s")
+
+            for batch in planned:
+                rows = [fitting[place] for place in batch]
+                if all(row in answered for row in rows):
+                    continue
+                made = answer_batch(model, tokenizer, [prompts[row] for row in rows], settings, count)
+                entries = [
+                    {"row": row, "output": text.strip(), "tokens": tokens, "cut": cut}
+                    for row, (text, tokens, cut) in zip(rows, made, strict=True)
+                    if row not in answered  # of a batch whose end was torn off
+                ]
+                journal.append(entries)
+                answered |= {entry["row"]: entry for entry in entries}
+                bar.update(len(entries))
+        counts |= {"tokens": new, "cut": sum(entry["cut"] for entry in answered.values())}
+        _write(output_path, requests, answered, errors, generator)
+        journal_path.unlink()
+    return counts
+
+
+def _same_run(journal: Journal, identity: dict, settings: Settings) -> Settings:
+    """Begins a journal, or checks that it is of this run; the settings with the seed that it was begun with."""
+    asked = identity | asdict(settings)
+    if not journal.entries:
+        if settings.seed is None:
+            settings = replace(settings, seed=random.SystemRandom().getrandbits(48))
+        journal.append([{"run": asked | asdict(settings)}])
+        return settings
+    begun = journal.entries[0].get("run", {})
+    if settings.seed is None:
+        asked["seed"] = begun.get("seed")
+    if different := sorted(key for key in asked.keys() | begun.keys() if asked.get(key) != begun.get(key)):
+        raise UserError(
+            f"{journal.path} is of a run that differs in {', '.join(different)}: give the same again, or delete it to "
+            "begin anew"
+        )
+    return replace(settings, seed=begun["seed"])
+
+
+def _write(path: Path, requests: list[Request], answered: dict, errors: dict, generator: str) -> None:
+    rows = [
+        request.record | ({"output": answered[row]["output"], "generator": generator})
+        if row in answered
+        else {key: value for key, value in request.record.items() if key != "output"} | {"error": errors[row]}
+        for row, request in enumerate(requests)
+    ]
+    if path.suffix == ".json":
+        utils.jdump(rows, path)
+        return
+    with utils.replace_file(path) as file:
+        file.writelines(utils.json_text(row) + "\n" for row in rows)
+
+
+def weights_state(path: str | os.PathLike) -> str | None:
+    """A digest of names, sizes and times of the files in a local folder; None for a hub name.
+
+    A model that was trained anew in the same folder must not finish what another began.
+    """
+    if not Path(path).is_dir():
+        return None
+    files = sorted(file for file in Path(path).iterdir() if file.suffix in (".safetensors", ".bin", ".json", ".jinja"))
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def told(faults: list[str]) -> list[str]:
+    """The first of the faults, and how many more there are."""
+    more = [f"… and {len(faults) - LISTED} more"] if len(faults) > LISTED else []
+    return faults[:LISTED] + more
