@@ -82,7 +82,7 @@ def chat(
         from alpaca import web as demo
 
         sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-        return demo.serve(model_path, compare_path, host, port, auth, device, **sampling)
+        return demo.serve(model_path, compare_path, host, port, auth, device, dtype, base_path, **sampling)
     if compare_path or auth or host != "127.0.0.1" or port != 7860:
         raise UserError("--compare_path, --host, --port and --auth are for the page: add --web")
     if instruction is not None and not instruction.strip():

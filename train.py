@@ -185,13 +185,12 @@ class DataCollatorForSupervisedDataset:
 def load_data(data_args: DataArguments, seed: int) -> tuple[list[dict], list[dict]]:
     """The records to train on and those held out (maybe none)."""
     records = utils.load_records(data_args.data_path)
+    if data_args.eval_data_path and data_args.eval_fraction:
+        raise UserError("--eval_data_path and --eval_fraction both give held-out data: drop one of them")
     if data_args.eval_data_path:
-        if data_args.eval_fraction:
-            raise UserError("--eval_data_path and --eval_fraction both give held-out data: drop one of them")
         return records, utils.load_records(data_args.eval_data_path)
-    if not 0 <= data_args.eval_fraction < 1:  # NaN fails too
-        raise UserError(f"--eval_fraction {data_args.eval_fraction} must leave records to train on: take 0 to 0.5")
-    held_out = round(len(records) * data_args.eval_fraction)
+    share = data_args.eval_fraction if 0 <= data_args.eval_fraction < 1 else 1  # NaN is none either
+    held_out = round(len(records) * share)
     if held_out == len(records):
         raise UserError(f"--eval_fraction {data_args.eval_fraction} must leave records to train on: take 0 to 0.5")
     if data_args.eval_fraction and not held_out:

@@ -344,6 +344,8 @@ def serve(
     port: int = 7860,
     auth: str | None = None,
     device: str | None = None,
+    dtype: str | None = None,
+    base_path: str | None = None,
     **defaults,
 ) -> None:
     """Loads the models and serves the page until Ctrl-C or SIGTERM.
@@ -354,7 +356,7 @@ def serve(
         host: the address to listen at; any but this machine's own needs ``auth``.
         port: 0 takes a free one.
         auth: "user:password".
-        device: cpu, cuda, mps, … (default: the accelerator if there is one).
+        device, dtype, base_path: as for inference.load.
         defaults: fields of Settings; max_new_tokens is also the most that a visitor can ask for.
 
     Raises:
@@ -363,8 +365,7 @@ def serve(
     user, _, password = (auth or "").partition(":")
     if auth is not None and not (user.strip() and password):
         raise UserError("--auth takes user:password, both of them not empty")
-    local = host in ("127.0.0.1", "localhost")
-    if not local and not auth:
+    if not (local := host in ("127.0.0.1", "localhost")) and not auth:
         raise UserError(f"--host {host} lets other machines in: set --auth user:password too")
     settings = Settings(**defaults)
     if settings.max_new_tokens < 1 or not 0 <= settings.temperature <= 2 or not 0.01 <= settings.top_p <= 1:
@@ -376,7 +377,8 @@ def serve(
 
     models = []
     for path in filter(None, [model_path, compare_path]):
-        models.append(Model(Path(path).resolve().name or str(path), *inference.load(path, device)))
+        base = base_path if (Path(path) / "adapter_config.json").exists() else None
+        models.append(Model(Path(path).resolve().name or str(path), *inference.load(path, device, dtype, base)))
         models[-1].count_tokens("")  # sets the tokenizer up: it must not be done twice at once
     page = build(models, settings)
     stopped = threading.Event()
@@ -389,11 +391,10 @@ def serve(
             "a proxy with https in front, and let in only people whom you trust with the model.",
             flush=True,
         )
-    print(f"{' and '.join(model.name for model in models)} at {url} (Ctrl-C ends it)", flush=True)
+    print(f"{' and '.join(model.name for model in models)} at {url} (Ctrl-C ends it)")
     print(f"reports of harmful answers go to {Path(FLAGGED).resolve()}", flush=True)
     try:
-        while not stopped.wait(1):
-            pass
+        stopped.wait()
     finally:
         close(page)
     print("stopped", flush=True)

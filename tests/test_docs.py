@@ -14,7 +14,7 @@ from alpaca import cli, launch
 
 FIRE = {
     "generate_instruction": ["generate_instruction_following_data", "dedup"],
-    "weight_diff": ["make_diff", "recover", "compare"],
+    "weight_diff": ["make_diff", "recover", "verify", "compare"],
     "chat": None,
     "analyze_data": ["fetch", "stats", "lint", "plot"],
 }

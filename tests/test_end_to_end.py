@@ -82,5 +82,5 @@ def test_from_seed_tasks_to_an_answer(teacher, tiny_llama, tmp_path):
             max_tokens=8,
             temperature=0,
         )
-    said = reply.choices[0].message.content.strip()
-    assert said and said == answers[0].stdout.strip()  # the same prompt, token for token
+    # The same prompt, token for token; what this model says may be white space alone.
+    assert reply.choices[0].message.content.strip() == answers[0].stdout.strip()

@@ -197,7 +197,7 @@ def test_a_folder_that_a_live_process_makes_is_left_to_it(tmp_path):
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     with new_folder(target) as folder:  # and once it is dead
-        assert left_in(folder) == [".lock"]
+        assert left_in(folder) == []
     assert left_in(tmp_path) == ["begun", "target"] and left_in(target) == []
 
 
