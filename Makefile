@@ -14,7 +14,7 @@ demo: $(VENV)/demo-installed
 test: $(VENV)/test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 format: $(VENV)/test-installed
 	$(BIN)/ruff check --fix .

@@ -391,7 +391,7 @@ def serve(
             "a proxy with https in front, and let in only people whom you trust with the model.",
             flush=True,
         )
-    print(f"{' and '.join(model.name for model in models)} at {url} (Ctrl-C ends it)")
+    print(f"{' and '.join(model.name for model in models)} at {url} (Ctrl-C ends it)", flush=True)
     print(f"reports of harmful answers go to {Path(FLAGGED).resolve()}", flush=True)
     try:
         stopped.wait()

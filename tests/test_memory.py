@@ -281,15 +281,17 @@ def test_a_disk_that_is_too_small_is_an_error_with_the_limit_that_fits(tmp_path)
     assert memory.checkpoint_bytes(LLAMA_7B, Plan(4, 512)) == (12 * 6738415616, 4 * 6738415616)
 
 
-def test_what_an_interrupted_save_left_counts_as_free_since_it_is_removed(tiny_llama, tmp_path, monkeypatch):
-    trainer, seen = make_trainer(tiny_llama, tmp_path, records=4), []
+def test_what_an_interrupted_save_left_is_removed_before_the_free_space_is_asked_for(tiny_llama, tmp_path, monkeypatch):
+    trainer, seen = make_trainer(tiny_llama, tmp_path, records=4, save_strategy="no"), []
     monkeypatch.setattr(preflight, "check_disk", lambda *values: seen.append(values) or [])
     disk = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: seen.append(sorted(p.name for p in tmp_path.iterdir())) or disk
+    )
     for i, name in enumerate(("checkpoint-3", ".saving", ".save-rehearsal")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_bytes(b"x" * 10**i)
     preflight._disk(trainer, Shape.of(trainer.model), Plan(batch=1, length=8))
-    [(_, _, final, checkpoints, free)] = seen
-    assert free == disk.free + 111
+    [there, (_, _, final, checkpoints, free)] = seen
+    assert there == ["checkpoint-3"] and free == disk.free + 1
     assert checkpoints == 0 and final == 4 * Shape.of(trainer.model).trainable  # --save_strategy no: the model alone

@@ -590,7 +590,7 @@ def test_without_gradio_one_line_says_how_to_get_it(monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_server_and_its_answers(monkeypatch, capsys, tmp_path, number):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(inference, "load", lambda path, device: (model, words))
+    monkeypatch.setattr(inference, "load", lambda path, *_: (model, words))
     model, done = Model(), []
 
     def visitor():
