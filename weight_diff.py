@@ -125,7 +125,7 @@ def recover(
         path_diff: a diff: one of this tool's, or one like Alpaca's released weights.
         path_tuned: the folder to make; without it the result is only checked.
         device: where the smoke test runs.
-        test_inference: answer one instruction with the recovered model.
+        test_inference: answer one instruction with the recovered model, if there is memory to load it whole.
         check_integrity_naively: for a diff without a manifest, check that it looks like a difference; for the released
             Alpaca-7B diff also the sum of all recovered values. A manifest is always checked.
         dtype: of what is written: float32, bfloat16 or float16; by default the diff's, for the method exact tuned's.
@@ -197,15 +197,11 @@ def recover(
                 kinds = [kind for kind, _ in sorted(written.values(), key=lambda spec: numel(spec[1]))]
                 config["dtype"] = str(kinds[-1]).removeprefix("torch.")  # of the largest tensor
             copy_side_files(diff.folder, folder, config)
-    if test_inference and path_tuned:
-        from alpaca import inference
-
-        model, tokenizer = inference.load(path_tuned, device)
-        prompt = utils.format_prompt(SMOKE_TEST)
-        print(f"{SMOKE_TEST}\n{''.join(inference.stream(model, tokenizer, prompt, max_new_tokens=128)).strip()}")
     where = f" in {path_tuned}" if path_tuned else " (not written: no --path_tuned)"
     proved = ", each with the hash that the manifest gives it" if manifest.get("tensors") else ""
     print(f"{len(specs)} tensors recovered{where}{proved}")
+    if test_inference and path_tuned:
+        _smoke_test(path_tuned, device, size_of(written))
 
 
 def verify(path: str, path_diff: str) -> None:
@@ -317,6 +313,27 @@ def _mean_rows(raw: CheckpointReader, specs: Specs, known: dict[str, torch.Tenso
     """What the original has in the new rows of each matrix to which training gave some, unless it is known already."""
     names = [name for name, (_, shape) in specs.items() if raw.spec(name)[1] != shape]
     return {name: known[name] if name in known else mean_row(raw, name) for name in names}
+
+
+def _smoke_test(path: str, device: str, size: int) -> None:
+    """Answers one instruction with a model of so many bytes, which is loaded whole; the recovery was done without."""
+    from alpaca import inference, memory
+
+    if size > (free := memory.host_free()):
+        print(
+            f"not tried: loading it whole needs {memory.as_text(size)} of memory, {memory.as_text(free)} are free; where "
+            f"there is more: python chat.py --model_path {path}"
+        )
+        return
+    try:
+        model, tokenizer = inference.load(path, device)
+        answer = "".join(inference.stream(model, tokenizer, utils.format_prompt(SMOKE_TEST), max_new_tokens=128))
+    except (UserError, RuntimeError, MemoryError) as e:  # a GPU's memory that is too small is a RuntimeError
+        cause = str(e).strip().split("\n")[0]
+        raise UserError(
+            f"{path} is recovered and whole, but did not answer on {device}: {cause} (--test_inference False skips this)"
+        ) from None
+    print(f"{SMOKE_TEST}\n{answer.strip()}")
 
 
 def _compressed_size(data: torch.Tensor) -> float:

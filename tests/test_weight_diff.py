@@ -255,6 +255,30 @@ def test_recover_without_path_tuned_checks_and_writes_nothing(folders, capsys):
     assert left_in(folders) == before
 
 
+def test_a_model_that_is_too_large_for_the_memory_is_recovered_and_not_loaded(folders, monkeypatch, capsys):
+    """The tensors have 4 · (2 · 5 · 8 + 8) bytes."""
+    monkeypatch.setattr("alpaca.memory.host_free", lambda: 351)
+    weight_diff.recover(folders / "raw", folders / "diff", folders / "recovered")
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    assert first.startswith(f"3 tensors recovered in {folders / 'recovered'}")
+    assert second.startswith("not tried: loading it whole needs 0.0 MiB of memory, 0.0 MiB are free; ")
+    assert second.endswith(f"python chat.py --model_path {folders / 'recovered'}")
+    assert (folders / "recovered" / "config.json").exists()
+
+
+@pytest.mark.parametrize("fault", [UserError("no such family"), torch.OutOfMemoryError("CUDA out of memory.\nTried")])
+def test_a_model_that_does_not_load_is_said_to_be_recovered_all_the_same(folders, monkeypatch, capsys, fault):
+    def load(path, device):
+        raise fault
+
+    monkeypatch.setattr("alpaca.memory.host_free", lambda: 352)
+    monkeypatch.setattr("alpaca.inference.load", load)
+    with pytest.raises(UserError, match=r"recovered is recovered and whole, but did not answer on cpu: [^\n]+$"):
+        weight_diff.recover(folders / "raw", folders / "diff", folders / "recovered")
+    assert "3 tensors recovered in" in capsys.readouterr().out
+    weight_diff.verify(folders / "recovered", folders / "diff")
+
+
 def test_every_documented_command_runs(tiny_llama, tmp_path, monkeypatch, capsys):
     tuned = fine_tuned(load_tensors(tiny_llama), 1)
     paths = {"RAW": tiny_llama, "DIFF": tmp_path / "diff", "TUNED": tmp_path / "recovered"}
@@ -267,10 +291,8 @@ def test_every_documented_command_runs(tiny_llama, tmp_path, monkeypatch, capsys
         monkeypatch.setattr("sys.argv", [str(places.get(word, word)) for word in command[1:]])
         runpy.run_path(weight_diff.__file__, run_name="__main__")
         printed.append(capsys.readouterr().out)
-    assert printed[1].startswith("List three technologies that make life easier.\n")
-    assert printed[1].endswith(
-        f"21 tensors recovered in {tmp_path / 'recovered'}, each with the hash that the manifest gives it\n"
-    )
+    said = f"21 tensors recovered in {tmp_path / 'recovered'}, each with the hash that the manifest gives it\n"
+    assert printed[1].startswith(said + "List three technologies that make life easier.\n")
     assert "is the recovered model" in printed[2]
     assert printed[3] == "all 21 tensors are equal, bit for bit\n"
     assert_same_bits(load_tensors(tmp_path / "diff"), original_diff(tiny_llama, trained))
