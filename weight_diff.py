@@ -321,8 +321,8 @@ def _smoke_test(path: str, device: str, size: int) -> None:
 
     if size > (free := memory.host_free()):
         print(
-            f"not tried: loading it whole needs {memory.as_text(size)} of memory, {memory.as_text(free)} are free; where "
-            f"there is more: python chat.py --model_path {path}"
+            f"not tried: loading it whole needs {memory.as_text(size)} of memory, {memory.as_text(free)} are free; "
+            f"where there is more: python chat.py --model_path {path}"
         )
         return
     try:
@@ -331,7 +331,7 @@ def _smoke_test(path: str, device: str, size: int) -> None:
     except (UserError, RuntimeError, MemoryError) as e:  # a GPU's memory that is too small is a RuntimeError
         cause = str(e).strip().split("\n")[0]
         raise UserError(
-            f"{path} is recovered and whole, but did not answer on {device}: {cause} (--test_inference False skips this)"
+            f"{path} is recovered and whole, but did not answer on {device}: {cause} (--test_inference False skips it)"
         ) from None
     print(f"{SMOKE_TEST}\n{answer.strip()}")
 

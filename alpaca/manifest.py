@@ -22,6 +22,7 @@ from alpaca.stream import Hashes, in_threads, numel, sha256_of
 
 METHODS = ("subtract", "exact")
 ROLES = {"raw": "the base model", "diff": "the diff", "tuned": "the tuned model", "recovered": "the recovered model"}
+TUNED_AS_RAW = "they are the tuned model's; it is recovered already, or give the base model"
 SAMPLE = 1 << 18  # elements of a tensor that are looked at where no manifest says what a folder is
 
 
@@ -104,6 +105,8 @@ def read_manifest(diff: CheckpointReader) -> dict:
             roles = list(ROLES)[: 4 if method == "subtract" else 3]
             if any(not isinstance(entry["sha256"][role], str) for entry in tensors.values() for role in roles):
                 raise misfit
+            if any(not isinstance(entry["raw_shape"], list) for entry in tensors.values()):
+                raise misfit
             if any(entry["dtype"][role] not in DTYPES for entry in tensors.values() for role in roles[:3]):
                 raise misfit
         rows = manifest.get("mean_rows", {})
@@ -123,6 +126,8 @@ def check_inputs(manifest: dict, raw: CheckpointReader, diff: CheckpointReader) 
     A base model that holds the same values in another type is welcome: the result is the same.
     """
     tensors = manifest["tensors"]
+    if odd := [name for name, entry in tensors.items() if raw.spec(name)[1] != tuple(entry["raw_shape"])]:
+        raise UserError(_what_rows_are(tensors, odd, raw))
     items = [
         (reader, name, DTYPES[entry["dtype"][role]], role)
         for role, reader in (("raw", raw), ("diff", diff))
@@ -135,8 +140,10 @@ def check_inputs(manifest: dict, raw: CheckpointReader, diff: CheckpointReader) 
         "checking raw and diff",
     )
     bad: dict[str, list[str]] = {"raw": [], "diff": []}
-    rounded = set()
+    rounded, known = set(), {"raw": {}, "diff": {}}
     for (reader, name, dtype, role), (sha256, exact) in zip(items, found, strict=True):
+        if reader.spec(name)[0] == dtype:
+            known[role][name] = sha256
         if sha256 != tensors[name]["sha256"][role] or not exact:
             bad[role].append(name)
             if sha256 == tensors[name]["sha256"][role]:
@@ -144,16 +151,16 @@ def check_inputs(manifest: dict, raw: CheckpointReader, diff: CheckpointReader) 
         elif role == "diff" and reader.spec(name)[0] != dtype:
             bad[role].append(name)
     if bad["diff"]:
-        raise UserError(_what_diff_is(tensors, bad["diff"], diff))
+        raise UserError(_what_diff_is(tensors, bad["diff"], diff, known["diff"]))
     if bad["raw"]:
-        raise UserError(_what_raw_is(tensors, bad["raw"], rounded, raw))
+        raise UserError(_what_raw_is(tensors, bad["raw"], rounded, raw, known["raw"]))
     if other := [name for name, entry in tensors.items() if DTYPE_NAMES[raw.spec(name)[0]] != entry["dtype"]["raw"]]:
         print(f"note: --path_raw has the right values, though stored as another type ({some(other)})")
 
 
-def _what_diff_is(tensors: dict, bad: list[str], diff: CheckpointReader) -> str:
+def _what_diff_is(tensors: dict, bad: list[str], diff: CheckpointReader, known: dict[str, str]) -> str:
     what = f"--path_diff {diff.folder}: {len(bad)} of {len(tensors)} tensors are not the diff's"
-    role = identify(diff, bad, tensors)
+    role = identify(diff, bad, tensors, known)
     if role in ("tuned", "recovered"):
         return f"{what}: they are the tuned model's, recovered already; give the folder of the diff"
     if role == "raw":
@@ -162,11 +169,11 @@ def _what_diff_is(tensors: dict, bad: list[str], diff: CheckpointReader) -> str:
     return f"{what} ({some(bad)}): damaged or cut off in the download, get {', '.join(shards)} again"
 
 
-def _what_raw_is(tensors: dict, bad: list[str], rounded: set[str], raw: CheckpointReader) -> str:
+def _what_raw_is(tensors: dict, bad: list[str], rounded: set[str], raw: CheckpointReader, known: dict[str, str]) -> str:
     what = f"--path_raw {raw.folder}: {len(bad)} of {len(tensors)} tensors are not those the diff was made from"
-    role = identify(raw, bad, tensors)
+    role = identify(raw, bad, tensors, known)
     if role in ("tuned", "recovered"):
-        return f"{what}: they are the tuned model's; it is recovered already, or give the base model"
+        return f"{what}: {TUNED_AS_RAW}"
     if role == "diff":
         return f"{what}: they are the diff's; are --path_raw and --path_diff swapped?"
     what += f" ({some(bad)})"
@@ -187,14 +194,36 @@ def _what_raw_is(tensors: dict, bad: list[str], rounded: set[str], raw: Checkpoi
     )
 
 
-def identify(reader: CheckpointReader, names: list[str], tensors: dict) -> str | None:
-    """The role of which the three smallest of the named tensors are, bit for bit; None when of none."""
-    smallest = sorted(names, key=lambda name: numel(reader.spec(name)[1]))[:3]
-    found = {name: sha256_of(reader, name, None, lambda count: None)[0] for name in smallest}
-    for role in ROLES:
-        if all(tensors[name]["sha256"].get(role) == sha256 for name, sha256 in found.items()):
-            return role
-    return None
+def _what_rows_are(tensors: dict, odd: list[str], raw: CheckpointReader) -> str:
+    name = odd[0]
+    found, wanted = raw.spec(name)[1], tuple(tensors[name]["raw_shape"])
+    if identify(raw, odd, tensors, {}) in ("tuned", "recovered"):
+        return f"--path_raw {raw.folder}: {len(odd)} of {len(tensors)} tensors have added rows: {TUNED_AS_RAW}"
+    rows = "as published, without added tokens" if found > wanted else "that has the tokens which were added before"
+    return (
+        f"--path_raw {raw.folder}: {name} is {list(found)}, the diff was made from one of {list(wanted)}: take the base "
+        f"model {rows}"
+    )
+
+
+def identify(reader: CheckpointReader, names: list[str], tensors: dict, known: dict[str, str]) -> str | None:
+    """The role of which most of the named tensors are, bit for bit; None when not even half of them are of one.
+
+    Some may be of several: what training left alone, as LoRA does the norms, is the same in base and tuned model.
+
+    Args:
+        reader: of the folder.
+        names: of its tensors.
+        tensors: of the manifest.
+        known: SHA-256 by name, where it is known.
+    """
+    left = [name for name in names if name not in known]
+    sizes = [reader.spec(name)[0].itemsize * numel(reader.spec(name)[1]) for name in left]
+    found = in_threads(sha256_of, [(reader, name, None) for name in left], sizes, "what is it?") if left else []
+    known = known | {name: sha256 for name, (sha256, _) in zip(left, found, strict=True)}
+    counts = {role: sum(tensors[name]["sha256"].get(role) == known[name] for name in names) for role in ROLES}
+    best = max(counts, key=counts.get)
+    return best if 2 * counts[best] > len(names) else None
 
 
 def verify_folder(manifest: dict, reader: CheckpointReader) -> str:
@@ -206,18 +235,27 @@ def verify_folder(manifest: dict, reader: CheckpointReader) -> str:
         raise UserError(f"{reader.folder} has tensors that the manifest lacks: {some(extra)}; another model?")
     sizes = [reader.spec(name)[0].itemsize * numel(reader.spec(name)[1]) for name in names]
     found = in_threads(sha256_of, [(reader, name, None) for name in names], sizes, "verify")
-    right = {
+    same = {
         role: [n for n, (sha256, _) in zip(names, found, strict=True) if tensors[n]["sha256"].get(role) == sha256]
         for role in ("tuned", "raw", "diff", "recovered")
     }
-    best = max(right, key=lambda role: len(right[role]))
+    right = {role: [n for n in same[role] if _spec_of(tensors[n], role) == reader.spec(n)] for role in same}
+    best = max(right, key=lambda role: (len(right[role]), len(same[role])))
     if len(right[best]) == len(names):
         also = ", to within rounding of the tuned one" if best == "recovered" else ""
         return f"{reader.folder} is {ROLES[best]}{also}: all {len(names)} tensors are right"
-    if not right[best]:
+    if not same[best]:
         raise UserError(
             f"{reader.folder} is none of raw, diff, tuned and recovered: no hash of its {len(names)} tensors is in the "
             "manifest; another model, or one that was converted to another type"
+        )
+    if len(same[best]) == len(names):
+        odd = [name for name in names if name not in set(right[best])]
+        (kind, shape), (wanted, wanted_shape) = reader.spec(odd[0]), _spec_of(tensors[odd[0]], best)
+        raise UserError(
+            f"{reader.folder} has the bytes of {ROLES[best]}, but {len(odd)} of {len(names)} tensors under another type "
+            f"or shape ({odd[0]} is {DTYPE_NAMES[kind]} {list(shape)}, not {DTYPE_NAMES[wanted]} {list(wanted_shape)}): "
+            "its values are others; get the files again"
         )
     bad = [name for name in names if name not in set(right[best])]
     shards = sorted({reader.path_of(name).name for name in bad})
@@ -225,6 +263,12 @@ def verify_folder(manifest: dict, reader: CheckpointReader) -> str:
         f"{reader.folder} is nearest to {ROLES[best]}, but {len(bad)} of {len(names)} tensors differ ({some(bad)}), in "
         f"{', '.join(shards)}: damaged, changed, or converted in another way; get those files again"
     )
+
+
+def _spec_of(entry: dict, role: str) -> tuple[torch.dtype, tuple[int, ...]]:
+    """(dtype, shape) that a manifest's entry gives a tensor of that role; what recover gives is float32."""
+    shape = entry["raw_shape" if role == "raw" else "shape"]
+    return DTYPES["F32" if role == "recovered" else entry["dtype"][role]], tuple(shape)
 
 
 def check_is_a_difference(raw: CheckpointReader, diff: CheckpointReader) -> None:

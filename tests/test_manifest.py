@@ -179,8 +179,8 @@ WRONG_RAWS = {
         lambda folders, raw: halved(raw, BF16),
         ["2 of 3 tensors", "another conversion", "take the one stored as F32 (this is BF16)"],
     ),
-    "the tuned model": (replaced_by("tuned"), ["3 of 3", "they are the tuned model's", "recovered already"]),
-    "the recovered model": (replaced_by("recovered"), ["3 of 3", "tuned model's", "recovered already"]),
+    "the tuned model": (replaced_by("tuned"), ["2 of 3", "they are the tuned model's", "recovered already"]),
+    "the recovered model": (replaced_by("recovered"), ["2 of 3", "tuned model's", "recovered already"]),
     "one bit": (
         lambda folders, raw: flip(raw / "model.safetensors"),
         ["1 of 3 tensors", NORM, "or damage", "get model.safetensors again"],
@@ -244,6 +244,50 @@ def test_a_wrong_diff_is_refused_with_what_it_is(folders, case, words):
         shutil.copy(folders / case / "model.safetensors", folders / "diff")
     message = refused(folders, recover, folders / "raw", folders / "diff", folders / "new")
     assert [word for word in ["--path_diff", *words] if word not in message] == [], message
+
+
+def lora_merged(tmp_path: Path) -> None:
+    """``raw`` and ``tuned``, which an adapter on the matrices made: the norms are as they were."""
+    norms = {f"model.layers.{i}.norm.weight": torch.full((8,), i + 1.0) for i in range(5)}
+    raw = norms | {"a.weight": torch.ones(16, 8), "b.weight": torch.ones(16, 8)}
+    write_model(tmp_path / "raw", raw)
+    write_model(tmp_path / "tuned", raw | {"a.weight": torch.full((16, 8), 1.1), "b.weight": torch.full((16, 8), 0.9)})
+
+
+@pytest.mark.parametrize("given", ["tuned", "recovered"])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_model_with_the_norms_of_its_base_is_still_known(tmp_path, given, dtype):
+    lora_merged(tmp_path)
+    for name in ("raw", "tuned"):
+        halved(tmp_path / name, dtype)
+    make_diff(tmp_path / "raw", tmp_path / "tuned", tmp_path / "diff")
+    recover(tmp_path / "raw", tmp_path / "diff", tmp_path / "recovered")
+    message = refused(tmp_path, recover, tmp_path / given, tmp_path / "diff", tmp_path / "new")
+    assert "they are the tuned model's; it is recovered already, or give the base model" in message
+    shutil.copy(tmp_path / given / "model.safetensors", tmp_path / "diff")
+    message = refused(tmp_path, recover, tmp_path / "raw", tmp_path / "diff", tmp_path / "new")
+    assert "7 of 7 tensors are not the diff's: they are the tuned model's, recovered already" in message
+    flip(tmp_path / "diff" / "model.safetensors")  # and is damaged
+    message = refused(tmp_path, recover, tmp_path / "raw", tmp_path / "diff", tmp_path / "new")
+    assert "they are the tuned model's, recovered already" in message
+    shutil.copy(tmp_path / "raw" / "model.safetensors", tmp_path / "diff")
+    message = refused(tmp_path, recover, tmp_path / "raw", tmp_path / "diff", tmp_path / "new")
+    assert "they are the base model's; are --path_raw and --path_diff swapped?" in message
+
+
+def test_a_base_model_of_more_or_fewer_rows_than_the_diffs_is_told_both_shapes(tmp_path):
+    made_pair(tmp_path)
+    grown = load_tensors(tmp_path / "raw")
+    for name in (HEAD, EMBED):
+        grown[name] = torch.cat([grown[name], torch.ones(1, 8)])
+    write_model(tmp_path / "grown", grown, vocab_size=5)
+    for raw, other in (("raw", "grown"), ("grown", "raw")):
+        make_diff(tmp_path / raw, tmp_path / "tuned", tmp_path / f"diff of {raw}")
+        message = refused(tmp_path, recover, tmp_path / other, tmp_path / f"diff of {raw}", tmp_path / "new")
+        shapes = {"raw": "[4, 8]", "grown": "[5, 8]"}
+        assert f"{other}: {HEAD} is {shapes[other]}, the diff was made from one of {shapes[raw]}: " in message
+        cure = {"raw": "as published, without added tokens", "grown": "that has the tokens which were added before"}
+        assert cure[raw] in message
 
 
 def test_a_result_that_is_not_the_tuned_model_is_refused_before_it_has_its_name(folders):
@@ -336,6 +380,32 @@ def test_verify_says_what_differs(folders):
     rewrite(folders / "tuned", model__norm__weight=torch.ones(8), more=torch.ones(1))
     assert "has tensors that the manifest lacks: more" in refused(folders, verify, folders / "tuned", folders / "diff")
     assert "has no hashes" in refused(folders, verify, folders / "tuned", folders / "raw")
+
+
+def relabelled(folder: Path, dtype: torch.dtype | None = None, shape: tuple | None = None, name: str = EMBED) -> None:
+    """The same bytes under another type or shape."""
+    tensor = load_tensors(folder)[name]
+    tensor = tensor.view(dtype) if dtype else tensor.reshape(shape)
+    rewrite(folder, **{name.replace(".", "__"): tensor})
+
+
+@pytest.mark.parametrize("role", ["raw", "tuned", "recovered"])
+def test_verify_wants_the_type_and_the_shape_beside_the_bytes(tmp_path, role):
+    """A header that says F16 over the bytes of BF16 gives other values, of the same hash."""
+    made_pair(tmp_path)
+    for name in ("raw", "tuned"):
+        halved(tmp_path / name, BF16)
+    make_diff(tmp_path / "raw", tmp_path / "tuned", tmp_path / "diff")
+    recover(tmp_path / "raw", tmp_path / "diff", tmp_path / "recovered")
+    verify(tmp_path / role, tmp_path / "diff")
+    for change in ({"dtype": torch.int32} if role == "recovered" else {"dtype": F16}, {"shape": (8, -1)}):
+        folder = tmp_path / str(*change)
+        shutil.copytree(tmp_path / role, folder)
+        relabelled(folder, **change)
+        message = refused(tmp_path, verify, folder, tmp_path / "diff")
+        what = {"raw": "the base model", "tuned": "the tuned model", "recovered": "the recovered model"}[role]
+        assert f"has the bytes of {what}, but 1 of 3 tensors under another type or shape ({EMBED} is " in message
+        shutil.rmtree(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
