@@ -37,6 +37,7 @@ from alpaca.stream import Chunk, Hashes, Specs, check_checksums, numel, progress
 # Alpaca-7B, as released: the sum of all values of the recovered model, its rotary buffers included, as they were part
 # of the state dict until transformers 4.31.
 RELEASED_SUM, RELEASED_TOLERANCE = 50637.1836, 0.05
+LICENSE = "not stated: see those of the base model and of the data that it was tuned on"
 SMOKE_TEST = "List three technologies that make life easier."
 OUTPUT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAMPLE = 1 << 15  # elements of each chunk that are compressed, to say what a diff compresses to
@@ -49,6 +50,7 @@ def make_diff(
     method: str = "subtract",
     max_shard_size: str = "5GB",
     overwrite: bool = False,
+    license: str = LICENSE,
 ) -> None:
     """Writes the difference tuned - raw to a new folder.
 
@@ -60,6 +62,7 @@ def make_diff(
             (about 2e-9); exact subtracts the bits, and recovers every tensor bit for bit.
         max_shard_size: size of a file of weights, such as 5GB or 500MB.
         overwrite: replace a diff that is there already.
+        license: of the diff, for its manifest; "CC BY-NC 4.0" for a model tuned on Alpaca's data.
     """
     if method not in METHODS:
         raise UserError(f"--method takes subtract or exact, not {method!r}")
@@ -98,7 +101,7 @@ def make_diff(
             with progress(size_of(written), "make_diff") as bar:
                 run(specs, lambda chunk: read_pair(chunk, raw, tuned), work, after)
         copy_side_files(tuned.folder, folder, tuned.config)
-        write_manifest(folder, method, raw, tuned, written, hashes, errors, means)
+        write_manifest(folder, method, raw, tuned, written, hashes, errors, means, license)
     not_finite.warn()
     print(f"{len(specs)} tensors ({method}) in {path_diff}: {size_of(written) / 1e9:.3f} GB", end="")
     if exact:
@@ -126,8 +129,9 @@ def recover(
         path_tuned: the folder to make; without it the result is only checked.
         device: where the smoke test runs.
         test_inference: answer one instruction with the recovered model, if there is memory to load it whole.
-        check_integrity_naively: for a diff without a manifest, check that it looks like a difference; for the released
-            Alpaca-7B diff also the sum of all recovered values. A manifest is always checked.
+        check_integrity_naively: for a diff without hashes in a manifest, check that it looks like a difference; for the
+            released Alpaca-7B diff, which has no manifest, also the sum of all recovered values. Hashes are always
+            checked.
         dtype: of what is written: float32, bfloat16 or float16; by default the diff's, for the method exact tuned's.
         max_shard_size: size of a file of weights, such as 5GB or 500MB.
         overwrite: replace a model that is there already.
@@ -152,6 +156,11 @@ def recover(
             if BITS.get(kind) != specs[name][0]:
                 raise UserError(f"{diff.folder / MANIFEST} does not fit the weights beside it ({name}): download both")
     else:
+        if not manifest and all(kind in BITS.values() for kind, _ in specs.values()):
+            raise UserError(
+                f"--path_diff {diff.folder} holds whole numbers, as a diff of the method exact does, and no method in a "
+                f"{MANIFEST}: download that file too"
+            )
         _check_floats(diff)
         computed = {name: (torch.float32, shape) for name, (_, shape) in specs.items()}
     default = computed if exact else specs
@@ -298,12 +307,12 @@ def _check_floats(reader: CheckpointReader) -> None:
 
 
 def _check_before(manifest: dict, raw: CheckpointReader, diff: CheckpointReader, naively: bool) -> None:
-    """Raw and diff against the manifest; without one what can be said of .bin shards and of the size of values."""
+    """Raw and diff against the manifest's hashes; without what can be said of .bin shards and of the size of values."""
     if manifest.get("tensors"):
         check_inputs(manifest, raw, diff)
         return
     check_checksums(raw, diff)
-    if not manifest and naively:
+    if naively and manifest.get("method") != "exact":
         check_is_a_difference(raw, diff)
     if not manifest and not _is_alpaca_7b(diff.config):
         print(f"note: {diff.folder} has no {MANIFEST}: nothing proves that it is a diff, it is taken for one")

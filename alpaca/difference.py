@@ -67,14 +67,16 @@ def add_difference(chunk: Chunk, dtype: torch.dtype, row: torch.Tensor | None, n
     diff, recovered = chunk.other, chunk.buffer("recovered", dtype)
     base = _grown(chunk, dtype, row)
     looked_at = {"--path_raw": chunk.raw, "the recovered model": recovered}
-    if diff.dtype.is_floating_point:
+    if exact := not diff.dtype.is_floating_point:
+        torch.add(diff, base.view(diff.dtype), out=recovered.view(diff.dtype))
+    else:
         torch.add(_converted(chunk, diff, dtype), base, out=recovered)
         looked_at["--path_diff"] = diff
-    else:
-        torch.add(diff, base.view(diff.dtype), out=recovered.view(diff.dtype))
     total = _sum(recovered)
     if not math.isfinite(total):
         not_finite.look(chunk.name, looked_at)
+    elif exact:  # whose bits may make a finite number of a NaN
+        not_finite.look(chunk.name, {"--path_raw": chunk.raw})
     return total
 
 

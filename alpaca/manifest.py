@@ -1,7 +1,8 @@
 """What a weight diff says of itself in weight_diff.json, and what it means when a folder does not agree.
 
 Format 2 has for each tensor its shape, its types and the SHA-256 of raw, diff and tuned (and for subtract of what
-recover gives, which differs from tuned by rounding). Format 1, of earlier versions, has the method and no hashes.
+recover gives, which differs from tuned by rounding). Format 1, of earlier versions, has the method and no hashes (for
+exact, tuned's types).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def write_manifest(
     hashes: dict[str, Hashes],
     errors: dict[str, float],
     mean_rows: dict[str, torch.Tensor],
+    license: str,
 ) -> None:
     """Writes weight_diff.json.
 
@@ -48,6 +50,7 @@ def write_manifest(
         errors: largest difference between recovered and tuned by tensor; empty for exact.
         mean_rows: float32 means that were subtracted from new rows. Their bits depend on the processor (a machine
             without AVX2 adds in another order), so that they are kept here.
+        license: of the diff.
     """
     tensors = {}
     for name, (dtype, shape) in written.items():
@@ -62,7 +65,7 @@ def write_manifest(
             tensors[name]["largest_error"] = errors[name]
     manifest = {
         "format": 2,
-        "license": "CC BY-NC 4.0",
+        "license": license,
         "method": method,
         "versions": {"python": sys.version.split()[0]}
         | {package: metadata.version(package) for package in ("torch", "transformers", "safetensors")},
@@ -76,7 +79,8 @@ def write_manifest(
 
 
 def read_manifest(diff: CheckpointReader) -> dict:
-    """The manifest beside a diff, {} when there is none; ``dtypes`` (tuned's) and ``mean_rows`` (tensors) are in it.
+    """The manifest beside a diff; ``dtypes`` (tuned's) and ``mean_rows`` (tensors) are in it. {} when none is there, or
+    none that says how the diff was made.
 
     Raises:
         UserError: it is malformed, of a later version, or not of the weights beside it.
@@ -85,6 +89,8 @@ def read_manifest(diff: CheckpointReader) -> dict:
     if not path.exists():
         return {}
     manifest = read_json(path)
+    if manifest.keys().isdisjoint(("format", "method", "tensors")):
+        return {}
     method, version = manifest.get("method", "subtract"), manifest.get("format", 1)
     if method not in METHODS or version not in (1, 2):
         raise UserError(
@@ -93,7 +99,7 @@ def read_manifest(diff: CheckpointReader) -> dict:
     misfit = UserError(f"{path} does not fit the weights beside it: download both again")
     specs = diff.specs()
     try:
-        if version == 2:
+        if version == 2 or "tensors" in manifest:
             tensors = manifest["tensors"]
             manifest["dtypes"] = {name: entry["dtype"]["tuned"] for name, entry in tensors.items()}
             shapes = {name: tuple(entry["shape"]) for name, entry in tensors.items()}
@@ -109,6 +115,8 @@ def read_manifest(diff: CheckpointReader) -> dict:
                 raise misfit
             if any(entry["dtype"][role] not in DTYPES for entry in tensors.values() for role in roles[:3]):
                 raise misfit
+        if not all(isinstance(dtype, str) for dtype in manifest.setdefault("dtypes", {}).values()):
+            raise misfit
         rows = manifest.get("mean_rows", {})
         manifest["mean_rows"] = {
             name: torch.frombuffer(bytearray(base64.b64decode(row)), dtype=torch.float32) for name, row in rows.items()
@@ -201,8 +209,8 @@ def _what_rows_are(tensors: dict, odd: list[str], raw: CheckpointReader) -> str:
         return f"--path_raw {raw.folder}: {len(odd)} of {len(tensors)} tensors have added rows: {TUNED_AS_RAW}"
     rows = "as published, without added tokens" if found > wanted else "that has the tokens which were added before"
     return (
-        f"--path_raw {raw.folder}: {name} is {list(found)}, the diff was made from one of {list(wanted)}: take the base "
-        f"model {rows}"
+        f"--path_raw {raw.folder}: {name} is {list(found)}, the diff was made from one of {list(wanted)}: take the "
+        f"base model {rows}"
     )
 
 
@@ -251,11 +259,13 @@ def verify_folder(manifest: dict, reader: CheckpointReader) -> str:
         )
     if len(same[best]) == len(names):
         odd = [name for name in names if name not in set(right[best])]
-        (kind, shape), (wanted, wanted_shape) = reader.spec(odd[0]), _spec_of(tensors[odd[0]], best)
+        is_, should_be = (
+            f"{DTYPE_NAMES[dtype]} {list(shape)}"
+            for dtype, shape in (reader.spec(odd[0]), _spec_of(tensors[odd[0]], best))
+        )
         raise UserError(
-            f"{reader.folder} has the bytes of {ROLES[best]}, but {len(odd)} of {len(names)} tensors under another type "
-            f"or shape ({odd[0]} is {DTYPE_NAMES[kind]} {list(shape)}, not {DTYPE_NAMES[wanted]} {list(wanted_shape)}): "
-            "its values are others; get the files again"
+            f"{reader.folder} has the bytes of {ROLES[best]}, but {len(odd)} of {len(names)} tensors under another "
+            f"type or shape ({odd[0]} is {is_}, not {should_be}): its values are others; get the files again"
         )
     bad = [name for name in names if name not in set(right[best])]
     shards = sorted({reader.path_of(name).name for name in bad})

@@ -45,7 +45,7 @@ def test_the_manifest_has_shape_type_and_hash_of_every_tensor_of_every_model(tmp
     made_pair(tmp_path)
     tensors = {name: tensor.half() for name, tensor in load_tensors(tmp_path / "raw").items()}
     raw = write_model(tmp_path / "half", tensors, "bin-sharded", vocab_size=4)
-    make_diff(raw, tmp_path / "tuned", tmp_path / "diff", method)
+    make_diff(raw, tmp_path / "tuned", tmp_path / "diff", method, license="CC BY-NC 4.0")
     recover(raw, tmp_path / "diff", tmp_path / "recovered")
     manifest = manifest_of(tmp_path / "diff")
     assert (manifest["format"], manifest["method"], manifest["license"]) == (2, method, "CC BY-NC 4.0")
@@ -70,6 +70,11 @@ def test_the_manifest_has_shape_type_and_hash_of_every_tensor_of_every_model(tmp
     else:
         assert "largest_error" not in manifest
         assert_same_bits(recovered, tuned)
+
+
+def test_no_licence_is_made_up(folders):
+    said = "not stated: see those of the base model and of the data that it was tuned on"
+    assert manifest_of(folders / "diff")["license"] == said
 
 
 def test_the_manifest_is_the_same_whatever_the_layout_and_the_chunks(tmp_path, monkeypatch):
@@ -111,6 +116,62 @@ def test_a_diff_of_format_1_is_still_recovered(folders):
     compare(folders / "tuned", folders / "tuned again")
     with pytest.raises(UserError, match="has no hashes"):
         verify(folders / "raw", folders / "exact")
+
+
+@pytest.mark.parametrize(
+    ("method", "manifest"),
+    [
+        ("exact", {"format": 1, "method": "exact", "dtypes": ["F32"]}),
+        ("exact", {"format": 1, "method": "exact", "dtypes": dict.fromkeys(("lm_head.weight", "x"), ["F32"])}),
+        ("exact", {"format": 1, "method": "exact", "dtypes": None}),
+        ("exact", {"format": 1, "method": "exact"}),
+        ("subtract", {"tensors": {"lm_head.weight": {}}}),
+        ("subtract", {"format": 1, "tensors": []}),
+        ("subtract", {"format": 1, "tensors": {"lm_head.weight": {"sha256": {}}}}),
+        ("subtract", {"format": 2}),
+        ("subtract", {"format": 2, "method": "subtract", "tensors": {}}),
+    ],
+)
+def test_a_malformed_manifest_is_refused_in_one_line_whatever_format_it_claims(folders, method, manifest):
+    make_diff(folders / "raw", folders / "tuned", folders / "diff", method, overwrite=True)
+    (folders / "diff" / "weight_diff.json").write_text(json.dumps(manifest))
+    message = refused(folders, recover, folders / "raw", folders / "diff", folders / "new")
+    assert "weight_diff.json does not fit the weights beside it" in message and "download both" in message
+
+
+def test_a_manifest_without_a_format_is_checked_for_the_hashes_that_it_has(folders):
+    manifest = manifest_of(folders / "diff")
+    del manifest["format"]
+    (folders / "diff" / "weight_diff.json").write_text(json.dumps(manifest))
+    recover(folders / "raw", folders / "diff", folders / "recovered")
+    verify(folders / "recovered", folders / "diff")
+    flip(folders / "diff" / "model.safetensors")
+    assert "are not the diff's" in refused(folders, recover, folders / "raw", folders / "diff", folders / "new")
+
+
+@pytest.mark.parametrize("manifest", ["{}", '{"license": "x"}', '{"format": 1, "method": "subtract"}'])
+def test_a_diff_whose_manifest_has_no_hashes_is_still_held_to_look_like_one(folders, capsys, manifest):
+    five = write_model(folders / "five", load_tensors(folders / "tuned"), vocab_size=5)
+    (five / "weight_diff.json").write_text(manifest)
+    message = refused(folders, recover, folders / "tuned", five, folders / "new")
+    assert "1 times as large" in message and "--path_diff seems a whole model, no diff" in message
+    (folders / "diff" / "weight_diff.json").write_text(manifest)
+    capsys.readouterr()
+    recover(folders / "raw", folders / "diff", folders / "recovered")
+    assert ("nothing proves that it is a diff" in capsys.readouterr().out) == ("method" not in manifest)
+
+
+@pytest.mark.parametrize("manifest", [None, "{}"])
+def test_an_exact_diff_without_its_manifest_is_told_that_it_needs_it(folders, manifest):
+    make_diff(folders / "raw", folders / "tuned", folders / "exact", method="exact")
+    (folders / "exact" / "weight_diff.json").unlink()
+    if manifest:
+        (folders / "exact" / "weight_diff.json").write_text(manifest)
+    message = refused(folders, recover, folders / "raw", folders / "exact", folders / "new")
+    assert message == (
+        f"--path_diff {folders / 'exact'} holds whole numbers, as a diff of the method exact does, and no method in a "
+        "weight_diff.json: download that file too"
+    )
 
 
 def test_a_manifest_of_a_later_format_is_refused(folders):
@@ -435,6 +496,18 @@ def test_not_a_number_is_warned_of_by_name_and_goes_through(folders, capsys, met
         assert f"2 tensors of --path_diff: {HEAD}, {NORM}\n" in said
     else:
         compare(folders / "tuned", folders / "recovered")
+
+
+def test_not_a_number_in_the_base_is_warned_of_where_an_exact_diff_takes_it_away(folders, capsys):
+    norm = torch.ones(8)
+    norm[3] = float("nan")
+    rewrite(folders / "raw", model__norm__weight=norm)
+    make_diff(folders / "raw", folders / "tuned", folders / "new", "exact")
+    capsys.readouterr()
+    recover(folders / "raw", folders / "new", folders / "recovered")
+    said = capsys.readouterr().out
+    assert f"warning: NaN or infinite values in 1 tensors of --path_raw: {NORM}\n" in said
+    assert said.count("warning") == 1
 
 
 @pytest.mark.parametrize("method", ["subtract", "exact"])
