@@ -19,13 +19,23 @@ import torch
 
 import utils
 from alpaca import UserError, cli
-from alpaca.checkpoint import DTYPES, MANIFEST, CheckpointReader, check_model_folder
-from alpaca.difference import BITS, NotFinite, add_difference, mean_row, read_pair, take_difference
+from alpaca.checkpoint import MANIFEST, CheckpointReader, check_model_folder
+from alpaca.difference import (
+    BITS,
+    NotFinite,
+    add_difference,
+    check_floats,
+    mean_row,
+    read_pair,
+    recovered_specs,
+    take_difference,
+)
 from alpaca.folders import copy_side_files, new_folder
 from alpaca.manifest import (
     METHODS,
     check_inputs,
     check_is_a_difference,
+    described,
     read_manifest,
     some,
     verify_folder,
@@ -67,10 +77,10 @@ def make_diff(
     if method not in METHODS:
         raise UserError(f"--method takes subtract or exact, not {method!r}")
     shard_bytes, exact = parse_size(max_shard_size), method == "exact"
-    raw = CheckpointReader(check_model_folder(path_raw, "--path_raw", tokenizer=False))
-    tuned = CheckpointReader(check_model_folder(path_tuned, "--path_tuned"))
+    raw = CheckpointReader(_folder(path_raw, "--path_raw", tokenizer=False))
+    tuned = CheckpointReader(_folder(path_tuned, "--path_tuned"))
     specs = _matching_specs(raw, tuned, "--path_tuned")
-    _check_floats(tuned)
+    check_floats(tuned)
     written = {name: (BITS[dtype] if exact else torch.float32, shape) for name, (dtype, shape) in specs.items()}
     hashes = {role: Hashes() for role in ("raw", "tuned", "diff") + (() if exact else ("recovered",))}
     errors, not_finite, compressed = dict.fromkeys(specs, 0.0), NotFinite(), []
@@ -145,24 +155,12 @@ def recover(
     shard_bytes = parse_size(max_shard_size)
     if (Path(path_raw) / MANIFEST).exists() and not (Path(path_diff) / MANIFEST).exists():
         raise UserError(f"--path_raw {path_raw} is a weight diff, --path_diff {path_diff} is none: they are swapped")
-    raw = CheckpointReader(check_model_folder(path_raw, "--path_raw", tokenizer=False))
-    diff = CheckpointReader(check_model_folder(path_diff, "--path_diff", diff=True))
+    raw = CheckpointReader(_folder(path_raw, "--path_raw", tokenizer=False))
+    diff = CheckpointReader(_folder(path_diff, "--path_diff", diff=True))
     manifest = read_manifest(diff)
     exact = manifest.get("method") == "exact"
     specs = _matching_specs(raw, diff, "--path_diff")
-    if exact:
-        computed = {name: (DTYPES.get(manifest.get("dtypes", {}).get(name)), specs[name][1]) for name in specs}
-        for name, (kind, _) in computed.items():
-            if BITS.get(kind) != specs[name][0]:
-                raise UserError(f"{diff.folder / MANIFEST} does not fit the weights beside it ({name}): download both")
-    else:
-        if not manifest and all(kind in BITS.values() for kind, _ in specs.values()):
-            raise UserError(
-                f"--path_diff {diff.folder} holds whole numbers, as a diff of the method exact does, and no method in a "
-                f"{MANIFEST}: download that file too"
-            )
-        _check_floats(diff)
-        computed = {name: (torch.float32, shape) for name, (_, shape) in specs.items()}
+    computed = recovered_specs(manifest, diff, specs)
     default = computed if exact else specs
     written = {name: (OUTPUT_DTYPES[dtype] if dtype else kind, shape) for name, (kind, shape) in default.items()}
     released = check_integrity_naively and not manifest and _is_alpaca_7b(diff.config)
@@ -200,12 +198,8 @@ def recover(
         if released:
             _check_released_sum(sums)
         if folder:
-            config = dict(diff.config)
-            if not exact or dtype:
-                config.pop("torch_dtype", None)
-                kinds = [kind for kind, _ in sorted(written.values(), key=lambda spec: numel(spec[1]))]
-                config["dtype"] = str(kinds[-1]).removeprefix("torch.")  # of the largest tensor
-            copy_side_files(diff.folder, folder, config)
+            as_tuned = exact and not dtype
+            copy_side_files(diff.folder, folder, diff.config if as_tuned else _with_dtype(diff.config, written))
     where = f" in {path_tuned}" if path_tuned else " (not written: no --path_tuned)"
     proved = ", each with the hash that the manifest gives it" if manifest.get("tensors") else ""
     print(f"{len(specs)} tensors recovered{where}{proved}")
@@ -222,8 +216,8 @@ def verify(path: str, path_diff: str) -> None:
         path: a folder with weights.
         path_diff: the diff.
     """
-    reader = CheckpointReader(check_model_folder(path, "--path", tokenizer=False, diff=True))
-    diff = CheckpointReader(check_model_folder(path_diff, "--path_diff", tokenizer=False, diff=True))
+    reader = CheckpointReader(_folder(path, "--path", tokenizer=False, diff=True))
+    diff = CheckpointReader(_folder(path_diff, "--path_diff", tokenizer=False, diff=True))
     manifest = read_manifest(diff)
     if not manifest.get("tensors"):
         raise UserError(f"--path_diff {path_diff} has no hashes in a {MANIFEST}: make_diff of this version writes them")
@@ -237,12 +231,12 @@ def compare(path_a: str, path_b: str) -> None:
         path_a: a model.
         path_b: another.
     """
-    a = CheckpointReader(check_model_folder(path_a, "--path_a", tokenizer=False))
-    b = CheckpointReader(check_model_folder(path_b, "--path_b", tokenizer=False))
+    a = CheckpointReader(_folder(path_a, "--path_a", tokenizer=False))
+    b = CheckpointReader(_folder(path_b, "--path_b", tokenizer=False))
     if set(a.names()) != set(b.names()):
         raise UserError(f"the models have different tensors: {some(set(a.names()) ^ set(b.names()))}")
     kinds, other = a.specs(), b.specs()
-    unequal = {name for name in kinds if kinds[name] != other[name]}
+    unlike, unequal = [name for name in kinds if kinds[name] != other[name]], set()
     largest = torch.zeros((), dtype=torch.float64)
     alike = {name: spec for name, spec in kinds.items() if spec[1] == other[name][1]}
 
@@ -253,21 +247,39 @@ def compare(path_a: str, path_b: str) -> None:
     def work(chunk: Chunk) -> None:
         nonlocal largest
         x, y = chunk.buffer("a", kinds[chunk.name][0]), chunk.buffer("b", other[chunk.name][0])
-        if x.dtype != y.dtype or not torch.equal(x.view(torch.uint8), y.view(torch.uint8)):
+        same_type = x.dtype == y.dtype
+        if not torch.equal(*((x.view(torch.uint8), y.view(torch.uint8)) if same_type else (x.double(), y.double()))):
             unequal.add(chunk.name)
-            if chunk.count:
-                largest = torch.maximum(largest, (x.double() - y.double()).abs().max())  # NaN stays NaN
+            largest = torch.maximum(largest, (x.double() - y.double()).abs().max())  # NaN stays NaN
         bar.update(x.numel() * x.itemsize)
 
     with progress(size_of(alike), "compare") as bar:
         run(alike, read, work, [])
+    differences = []
+    if unlike:
+        first = f"{unlike[0]}: {described(kinds[unlike[0]])} and {described(other[unlike[0]])}"
+        differences.append(f"{len(unlike)} in type or shape ({first})")
     if unequal:
-        raise UserError(f"{len(unequal)} of {len(kinds)} tensors differ (by up to {largest:.2g}): {some(unequal)}")
+        differences.append(f"{len(unequal)} in values, by up to {largest:.2g} ({some(unequal)})")
+    if differences:
+        count = len(unequal.union(unlike))
+        raise UserError(f"{count} of {len(kinds)} tensors differ: {', '.join(differences)}")
     print(f"all {len(kinds)} tensors are equal, bit for bit")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What must be true first.
+
+
+def _folder(path: str, flag: str, **kinds: bool) -> Path:
+    """``check_model_folder``, which does not know that a name on the hub may have been meant."""
+    path = Path(path)
+    if len(path.parts) == 2 and not path.is_absolute() and not path.parent.exists():
+        raise UserError(
+            f"{flag} {path} does not exist: give the folder of a model; one on the hub is downloaded first: hf "
+            f"download {path} --local-dir {path.name}"
+        )
+    return check_model_folder(path, flag, **kinds)
 
 
 def _matching_specs(raw: CheckpointReader, other: CheckpointReader, flag: str) -> Specs:
@@ -296,14 +308,8 @@ def _matching_specs(raw: CheckpointReader, other: CheckpointReader, flag: str) -
                 f"{name} is {list(raw_shape)} in --path_raw but {list(shape)} in {flag}: "
                 + (f"another base model, or are --path_raw and {flag} swapped?" if swapped else "another base model?")
             )
-    _check_floats(raw)
+    check_floats(raw)
     return specs
-
-
-def _check_floats(reader: CheckpointReader) -> None:
-    for name, (kind, _) in reader.specs().items():
-        if kind not in BITS:
-            raise UserError(f"{reader.folder}: {name} is {kind}: weights are floating point; a quantized model?")
 
 
 def _check_before(manifest: dict, raw: CheckpointReader, diff: CheckpointReader, naively: bool) -> None:
@@ -322,6 +328,14 @@ def _mean_rows(raw: CheckpointReader, specs: Specs, known: dict[str, torch.Tenso
     """What the original has in the new rows of each matrix to which training gave some, unless it is known already."""
     names = [name for name, (_, shape) in specs.items() if raw.spec(name)[1] != shape]
     return {name: known[name] if name in known else mean_row(raw, name) for name in names}
+
+
+def _with_dtype(config: dict, specs: Specs) -> dict:
+    """config.json of a model whose largest tensor has another type than it says."""
+    kind, _ = max(specs.values(), key=lambda spec: numel(spec[1]))
+    return {key: value for key, value in config.items() if key != "torch_dtype"} | {
+        "dtype": str(kind).removeprefix("torch.")
+    }
 
 
 def _smoke_test(path: str, device: str, size: int) -> None:
@@ -367,8 +381,8 @@ def _check_released_sum(sums: list[float]) -> None:
     print(f"sum of all values {math.fsum(sums):.4f} + rotary {rotary:.4f} = {total:.4f}; released: {RELEASED_SUM}")
     if not abs(total - RELEASED_SUM) <= RELEASED_TOLERANCE:  # NaN fails too
         raise UserError(
-            f"integrity check failed: the sum {total:.4f} is not {RELEASED_SUM}; the base model is another one or a "
-            "shard is damaged (--check_integrity_naively False skips this)"
+            f"integrity check failed: the sum {total:.4f} is not {RELEASED_SUM}; the base model is another one, a "
+            "shard is damaged, or this diff is not Alpaca's released one (--check_integrity_naively False skips this)"
         )
 
 

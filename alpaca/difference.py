@@ -11,10 +11,10 @@ from collections import defaultdict
 
 import torch
 
-from alpaca import stream
-from alpaca.checkpoint import CheckpointReader
+from alpaca import UserError, stream
+from alpaca.checkpoint import DTYPES, MANIFEST, CheckpointReader
 from alpaca.manifest import some
-from alpaca.stream import Chunk, numel
+from alpaca.stream import Chunk, Specs, numel
 
 BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 MEAN_BYTES = 1 << 28  # of an embedding's columns in float32 while their mean is taken
@@ -78,6 +78,38 @@ def add_difference(chunk: Chunk, dtype: torch.dtype, row: torch.Tensor | None, n
     elif exact:  # whose bits may make a finite number of a NaN
         not_finite.look(chunk.name, {"--path_raw": chunk.raw})
     return total
+
+
+def check_floats(reader: CheckpointReader) -> None:
+    """Raises UserError unless all tensors are of the types that there are differences of."""
+    for name, (kind, _) in reader.specs().items():
+        if kind not in BITS:
+            raise UserError(f"{reader.folder}: {name} is {kind}: weights are floating point; a quantized model?")
+
+
+def recovered_specs(manifest: dict, diff: CheckpointReader, specs: Specs) -> Specs:
+    """name → (dtype, shape) of what comes out: float32 of values, tuned's type of bits.
+
+    Args:
+        manifest: the diff's.
+        diff: whose types are checked.
+        specs: the diff's.
+
+    Raises:
+        UserError: the diff holds other types than its method's.
+    """
+    if manifest.get("method") == "exact":
+        recovered = {name: (DTYPES.get(manifest["dtypes"].get(name)), shape) for name, (_, shape) in specs.items()}
+        if odd := [name for name, (kind, _) in recovered.items() if BITS.get(kind) != specs[name][0]]:
+            raise UserError(f"{diff.folder / MANIFEST} does not fit the weights beside it ({some(odd)}): download both")
+        return recovered
+    if not manifest and all(kind in BITS.values() for kind, _ in specs.values()):
+        raise UserError(
+            f"--path_diff {diff.folder} holds whole numbers, as a diff of the method exact does, and no method in a "
+            f"{MANIFEST}: download that file too"
+        )
+    check_floats(diff)
+    return {name: (torch.float32, shape) for name, (_, shape) in specs.items()}
 
 
 class NotFinite:

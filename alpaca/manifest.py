@@ -259,13 +259,10 @@ def verify_folder(manifest: dict, reader: CheckpointReader) -> str:
         )
     if len(same[best]) == len(names):
         odd = [name for name in names if name not in set(right[best])]
-        is_, should_be = (
-            f"{DTYPE_NAMES[dtype]} {list(shape)}"
-            for dtype, shape in (reader.spec(odd[0]), _spec_of(tensors[odd[0]], best))
-        )
+        stored, wanted = described(reader.spec(odd[0])), described(_spec_of(tensors[odd[0]], best))
         raise UserError(
             f"{reader.folder} has the bytes of {ROLES[best]}, but {len(odd)} of {len(names)} tensors under another "
-            f"type or shape ({odd[0]} is {is_}, not {should_be}): its values are others; get the files again"
+            f"type or shape ({odd[0]} is {stored}, not {wanted}): its values are others; get the files again"
         )
     bad = [name for name in names if name not in set(right[best])]
     shards = sorted({reader.path_of(name).name for name in bad})
@@ -303,6 +300,11 @@ def check_is_a_difference(raw: CheckpointReader, diff: CheckpointReader) -> None
             f"{diff.folder}: its values are {ratio:.2g} times as large as those of {raw.folder}, where a diff has 0.01 "
             f"to 0.1: {cause} (--check_integrity_naively False skips this)"
         )
+
+
+def described(spec: tuple[torch.dtype, tuple[int, ...]]) -> str:
+    """A tensor's type and shape, as in "F16 [32000, 4096]"."""
+    return f"{DTYPE_NAMES[spec[0]]} {list(spec[1])}"
 
 
 def some(names, most: int = 3) -> str:

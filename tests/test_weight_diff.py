@@ -314,12 +314,22 @@ def test_compare_says_that_all_are_equal_whatever_the_layout(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"b": torch.tensor([1.0, 2.5])}, "1 of 3 tensors differ (by up to 0.5): b"),
-        ({"a": torch.tensor([-0.0])}, "1 of 3 tensors differ (by up to 0): a"),
-        ({"b": torch.tensor([1.0, NAN])}, "1 of 3 tensors differ (by up to nan): b"),
-        ({"c": torch.ones(0, dtype=F16)}, "1 of 3 tensors differ (by up to 0): c"),
-        ({"b": torch.tensor([1.0, 2.0], dtype=BF16)}, "1 of 3 tensors differ (by up to 0): b"),
-        ({"b": torch.tensor([1.0]), "a": torch.tensor([9.0])}, "2 of 3 tensors differ (by up to 9): a, b"),
+        ({"b": torch.tensor([1.0, 2.5])}, "1 of 3 tensors differ: 1 in values, by up to 0.5 (b)"),
+        ({"a": torch.tensor([-0.0])}, "1 of 3 tensors differ: 1 in values, by up to 0 (a)"),
+        ({"b": torch.tensor([1.0, NAN])}, "1 of 3 tensors differ: 1 in values, by up to nan (b)"),
+        ({"c": torch.ones(0, dtype=F16)}, "1 of 3 tensors differ: 1 in type or shape (c: F32 [0] and F16 [0])"),
+        (
+            {"b": torch.tensor([1.0, 2.0], dtype=BF16)},
+            "1 of 3 tensors differ: 1 in type or shape (b: F32 [2] and BF16 [2])",
+        ),
+        (
+            {"b": torch.tensor([1.0]), "a": torch.tensor([9.0])},
+            "2 of 3 tensors differ: 1 in type or shape (b: F32 [2] and F32 [1]), 1 in values, by up to 9 (a)",
+        ),
+        (
+            {"b": torch.tensor([1.0, 2.5], dtype=F16), "a": torch.tensor([0.25])},
+            "2 of 3 tensors differ: 1 in type or shape (b: F32 [2] and F16 [2]), 2 in values, by up to 0.5 (a, b)",
+        ),
         ({"d": torch.ones(1)}, "the models have different tensors: d"),
     ],
 )
@@ -477,6 +487,21 @@ def test_a_damaged_pair_is_refused_in_one_line_and_nothing_is_written(folders, d
     assert [word for word in words if word not in message] == [], message
 
 
+def test_a_name_on_the_hub_is_told_how_to_be_downloaded(folders, monkeypatch):
+    monkeypatch.chdir(folders)
+    for task, flag in ((make_diff, "--path_raw"), (recover, "--path_raw"), (weight_diff.verify, "--path")):
+        rest = ["diff"] if task is weight_diff.verify else ["diff", "new"]
+        message = refused(folders, task, "huggyllama/llama-7b", *rest)
+        assert message == (
+            f"{flag} huggyllama/llama-7b does not exist: give the folder of a model; one on the hub is downloaded "
+            "first: hf download huggyllama/llama-7b --local-dir llama-7b"
+        )
+    message = refused(folders, recover, "raw", "tatsu-lab/alpaca-7b-wdiff", "new")
+    assert "hf download tatsu-lab/alpaca-7b-wdiff --local-dir alpaca-7b-wdiff" in message
+    assert "hf download" not in refused(folders, recover, "./raw/none", "diff", "new")
+    assert "hf download" not in refused(folders, recover, "raw/none", "diff", "new")  # the folder raw is there
+
+
 def test_raw_needs_no_tokenizer(folders):
     (folders / "raw" / "tokenizer.json").unlink()
     make_diff(folders / "raw", folders / "tuned", folders / "new")
@@ -565,6 +590,33 @@ def test_the_released_sum_passes_with_the_rotary_share_added(off, capsys):
     weight_diff._check_released_sum(sums)
     printed = capsys.readouterr().out
     assert f"+ rotary {ROTARY:.4f} = {50637.1836 + off:.4f}; released: 50637.1836\n" in printed
+
+
+@pytest.mark.parametrize("off", [0.0, 0.06, -0.06])
+def test_a_diff_without_a_manifest_passes_with_the_released_sum_alone(folders, monkeypatch, capsys, off):
+    """A tiny pair in the place of LLaMA-7B and its released diff, the whole way; the sum is that of another adder."""
+    recover(folders / "raw", folders / "diff", folders / "recovered")
+    tensors = load_tensors(folders / "recovered").values()
+    total = sum(value for tensor in tensors for value in tensor.double().flatten().tolist())
+    assert (
+        abs(sum(load_tensors(folders / "diff")[name].double().sum() for name in load_tensors(folders / "diff"))) > 0.1
+    )
+    monkeypatch.setattr(weight_diff, "RELEASED_SUM", total + ROTARY + off)
+    monkeypatch.setattr(weight_diff, "_is_alpaca_7b", lambda config: True)
+    (folders / "diff" / "weight_diff.json").unlink()
+    if off:
+        message = refused(folders, recover, folders / "raw", folders / "diff", folders / "new")
+        assert "integrity check failed" in message
+        assert "or this diff is not Alpaca's released one (--check_integrity_naively False skips this)" in message
+        return
+    recover(folders / "raw", folders / "diff", folders / "new")
+    assert_same_bits(load_tensors(folders / "new"), load_tensors(folders / "recovered"))
+    assert f"+ rotary {ROTARY:.4f} = {total + ROTARY:.4f}; released: " in capsys.readouterr().out
+    raw = load_tensors(folders / "raw")["lm_head.weight"]
+    raw[2, 3] += 0.06  # another base model
+    rewrite(folders / "raw", lm_head__weight=raw)
+    shutil.rmtree(folders / "new")
+    assert "integrity check failed" in refused(folders, recover, folders / "raw", folders / "diff", folders / "new")
 
 
 @pytest.mark.parametrize(
