@@ -111,7 +111,7 @@ def read_manifest(diff: CheckpointReader) -> dict:
             roles = list(ROLES)[: 4 if method == "subtract" else 3]
             if any(not isinstance(entry["sha256"][role], str) for entry in tensors.values() for role in roles):
                 raise misfit
-            if any(not isinstance(entry["raw_shape"], list) for entry in tensors.values()):
+            if not all(isinstance(size, int) for entry in tensors.values() for size in entry["raw_shape"]):
                 raise misfit
             if any(entry["dtype"][role] not in DTYPES for entry in tensors.values() for role in roles[:3]):
                 raise misfit

@@ -181,6 +181,28 @@ def test_a_manifest_of_a_later_format_is_refused(folders):
 
 
 @pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("raw_shape", 4),
+        ("raw_shape", ["4", 8]),
+        ("raw_shape", None),
+        ("shape", [8, 5]),
+        ("dtype", "F32"),
+        ("dtype", {"raw": "F32", "diff": "F32", "tuned": ["F32"]}),
+        ("dtype", {"raw": "F32", "diff": "F32"}),
+        ("sha256", {"raw": 1, "diff": "", "tuned": "", "recovered": ""}),
+        ("sha256", {}),
+    ],
+)
+def test_a_malformed_entry_of_a_tensor_is_refused_in_one_line(folders, key, value):
+    manifest = manifest_of(folders / "diff")
+    manifest["tensors"][HEAD][key] = value
+    (folders / "diff" / "weight_diff.json").write_text(json.dumps(manifest))
+    message = refused(folders, recover, folders / "raw", folders / "diff", folders / "new")
+    assert "weight_diff.json" in message and "download both again" in message, message
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"tensors": {"lm_head.weight": {}}},

@@ -266,7 +266,10 @@ def test_a_model_that_is_too_large_for_the_memory_is_recovered_and_not_loaded(fo
     assert (folders / "recovered" / "config.json").exists()
 
 
-@pytest.mark.parametrize("fault", [UserError("no such family"), torch.OutOfMemoryError("CUDA out of memory.\nTried")])
+@pytest.mark.parametrize(
+    "fault",
+    [UserError("no such family"), torch.OutOfMemoryError("CUDA out of memory.\nTried"), MemoryError(), KeyError("x")],
+)
 def test_a_model_that_does_not_load_is_said_to_be_recovered_all_the_same(folders, monkeypatch, capsys, fault):
     def load(path, device):
         raise fault
