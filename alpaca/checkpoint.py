@@ -7,6 +7,7 @@ believed before it fits the file, and a pickle is never executed (``weights_only
 from __future__ import annotations
 
 import functools
+import io
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import torch
 from safetensors import safe_open
 
 from alpaca import UserError
+from alpaca.pickled import foreign_global
 
 DTYPES = {
     "F64": torch.float64,
@@ -244,6 +246,7 @@ def _open_bin(path: Path) -> dict[str, Stored]:
         if not zipped and file.read(1) != pickle.PROTO:
             raise ValueError("not a PyTorch file")
     records = _zip_records(path) if zipped else {}
+    _check_pickle(path, records)
     tensors = _load_bin(path, fake=True)
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise UserError(f"{path} is not a model's state dict: it holds something else than tensors by name")
@@ -290,13 +293,37 @@ def _load_bin(path: Path, fake: bool = False) -> dict:
         with FakeTensorMode():
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
-        wanted = re.search(r"GLOBAL (\S+)|(?:function|class|type) (\S+)", str(e))
-        if not wanted and not re.search(r"[Uu]nsupported|Trying to|Can only", str(e)):
+        if not re.search(r"[Uu]nsupported|Trying to|Can only", str(e)):
             raise
-        what = (wanted[1] or wanted[2]) if wanted else "something"
+        wanted = re.search(r"(?:function|class|type) (\S+)", str(e))
+        raise _more_than_tensors(path, wanted[1] if wanted else "something") from None
+
+
+def _check_pickle(path: Path, records: dict[int, zipfile.ZipInfo]) -> None:
+    """Raises UserError when the pickle is damaged, or looks up what plain tensors do not need."""
+    if records:
+        members = [member for member in records.values() if member.filename.lower().endswith("/data.pkl")]
+        if len(members) != 1:
+            raise ValueError(f"it has {len(members)} records that are called data.pkl")
+        data = torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")  # the one that torch.load will read
+        if members[0].CRC not in (0, zlib.crc32(data)):  # 0: not computed
+            raise UserError(f"{path} is damaged (data.pkl does not have its checksum): download it again")
+        name = foreign_global(io.BytesIO(data), 1, MAX_HEADER)
+    else:
+        with open(path, "rb") as file:  # a number that marks the format, its version, the machine, tensors, storages
+            name = foreign_global(file, 5, MAX_HEADER)
+    if name and name.startswith(("torch._utils._rebuild_", "torch._tensor._rebuild_")):
         raise UserError(
-            f"{path} holds more than tensors (its pickle asks to run code: {what}) and was not loaded: do not trust it"
-        ) from None
+            f"{path} holds a sparse, quantized or otherwise special tensor ({name}), which this tool does not handle"
+        )
+    if name:
+        raise _more_than_tensors(path, name)
+
+
+def _more_than_tensors(path: Path, what: str) -> UserError:
+    return UserError(
+        f"{path} holds more than tensors (its pickle asks to run code: {what}) and was not loaded: do not trust it"
+    )
 
 
 def _is_zip(path: Path) -> bool:
@@ -311,7 +338,7 @@ def _zip_records(path: Path) -> dict[int, zipfile.ZipInfo]:
         for member in archive.infolist():
             if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
                 raise ValueError(f"its record {member.filename} is compressed, which torch.save never does")
-            if member.filename.endswith("/data.pkl") and member.file_size > MAX_HEADER:
+            if member.filename.lower().endswith("/data.pkl") and member.file_size > MAX_HEADER:
                 raise ValueError(f"its pickle claims {member.file_size:,} bytes")
             file.seek(member.header_offset + 26)
             name, extra = struct.unpack("<HH", file.read(4))

@@ -158,7 +158,7 @@ def _locked(unfinished: Path, path: Path) -> int:
             if e.errno not in (errno.ENOTDIR, errno.ELOOP, errno.EEXIST):
                 raise
             raise UserError(
-                f"{unfinished} is a link or a file, not a folder of an interrupted run: remove it"
+                f"{unfinished} is a link or a file, not what an interrupted run leaves: remove it"
             ) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

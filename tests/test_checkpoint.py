@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from made_models import folder_with
 from safetensors.torch import save_file
 
 from alpaca import UserError
-from alpaca.checkpoint import CheckpointReader, check_model_folder, read_json
+from alpaca.checkpoint import DTYPES, CheckpointReader, check_model_folder, read_json
 
 TENSORS = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([[3, 4]], dtype=torch.float16)}
 
@@ -302,14 +303,15 @@ def test_a_storage_that_is_shorter_than_its_tensor_is_refused(tmp_path):
         CheckpointReader(folder)
 
 
-def test_sparse_and_quantized_tensors_are_refused_by_name(tmp_path):
-    for number, tensor in enumerate(
-        (torch.eye(3).to_sparse(), torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8))
-    ):
+def test_sparse_quantized_and_8_bit_tensors_are_refused_by_name(tmp_path):
+    quantized = torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8)
+    for number, tensor in enumerate((torch.eye(3).to_sparse(), quantized, torch.ones(2).to(torch.float8_e4m3fn))):
         (tmp_path / str(number)).mkdir()
-        with pytest.raises(UserError, match="pytorch_model.bin"):
-            reader = CheckpointReader(bin_folder(tmp_path / str(number), {"a": tensor}))
-            reader.specs()
+        name = ("_rebuild_sparse_tensor", "_rebuild_qtensor", "_rebuild_tensor_v3")[number]
+        with pytest.raises(
+            UserError, match=rf"special tensor \(torch._utils.{name}\), which this tool does not handle"
+        ):
+            CheckpointReader(bin_folder(tmp_path / str(number), {"a": tensor}))
 
 
 def test_a_tensor_in_two_shards_is_refused(tmp_path):
@@ -360,6 +362,90 @@ def test_no_pickle_opcode_resolves_a_name_outside_torchs_list(tmp_path):
         assert {event for event, *_ in heard} >= {"pickle.find_class", "os.mkdir"}  # so the hook hears what runs
     finally:
         listening = False
+
+
+def pickle_of(value: bytes, name: bytes = b"a") -> bytes:
+    """A pickle of protocol 2 with a dict that has one entry."""
+    return b"\x80\x02}X" + len(name).to_bytes(4, "little") + name + value + b"s."
+
+
+THOUSAND = b"M\xe8\x03\x85R"  # calls what is on the stack with it
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (b"cbuiltins\nbytearray\n" + THOUSAND, "builtins.bytearray"),
+        (b"c__builtin__\nbytearray\n" + THOUSAND, "__builtin__.bytearray"),  # which torch takes for the same
+        (b"ctorch\nTensor\n" + THOUSAND, "torch.Tensor"),
+        (b"ctorch.storage\nUntypedStorage\n" + THOUSAND, "torch.storage.UntypedStorage"),
+        (b"cbuiltins\nbytearray\nq\x070h\x07" + THOUSAND, "builtins.bytearray"),  # dropped, and called by the memo
+        (b"\x85" * 10**5 + b"cbuiltins\nbytearray\n" + THOUSAND, "builtins.bytearray"),  # below many tuples
+        (b"\x8c\x08builtins\x94\x8c\x09bytearray\x94\x93" + THOUSAND, "builtins.bytearray"),  # by protocol 4
+        (b"\x8c\x08builtinsq\x01\x8c\x09bytearrayq\x02h\x01h\x02\x93" + THOUSAND, "a name that it does not tell"),
+        (b"\x82\x01" + THOUSAND, "a name that it does not tell"),  # an extension's number
+        (b"ccollections\nOrderedDict \n" + THOUSAND, "collections.OrderedDict "),
+        (b"ccollections OrderedDict\n\n" + THOUSAND, "collections.OrderedDict "),
+        (b"(ios\nsystem\n", "os.system"),
+        (b"cos\n\x1b[2Jx\n)R", r"os.\x1b[2Jx"),
+    ],
+    ids=range(13),
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_name_that_plain_tensors_do_not_need_is_refused_before_the_pickle_is_loaded(
+    tmp_path, monkeypatch, value, name, zipped
+):
+    """bytearray is in torch's own list for weights_only, and takes any length that the file gives it."""
+    folder = bin_folder(tmp_path, {"a": 1}, _use_new_zipfile_serialization=zipped)
+    file = folder / "pytorch_model.bin"
+    if zipped:
+        repacked(file, lambda n, data: (pickle_of(value) if n.endswith("data.pkl") else data, zipfile.ZIP_STORED))
+    else:
+        old = pickle_of(b"K\x01").replace(b"}", b"}q\x00").replace(b"aK", b"aq\x01K")
+        assert file.read_bytes().count(old) == 1
+        file.write_bytes(file.read_bytes().replace(old, pickle_of(value)))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was loaded"))
+    with pytest.raises(UserError) as error:
+        CheckpointReader(folder)
+    assert f"its pickle asks to run code: {name}) and was not loaded" in str(error.value)
+
+
+def test_a_second_pickle_in_a_zip_is_refused_however_it_is_spelled(tmp_path):
+    folder = bin_folder(tmp_path, TENSORS)
+    with zipfile.ZipFile(folder / "pytorch_model.bin", "a") as archive:
+        root = archive.namelist()[0].split("/")[0]
+        archive.writestr(f"{root}/DATA.pkl", pickle_of(b"K\x01"))
+    with pytest.raises(UserError, match="2 records that are called data.pkl"):
+        CheckpointReader(folder)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("dtype", [*DTYPES.values(), torch.complex64])
+def test_a_state_dict_of_every_type_passes(tmp_path, dtype, zipped):
+    with_state = torch.nn.Parameter(torch.ones(2).to(dtype), requires_grad=False)
+    with_state.note = "an attribute"
+    state = OrderedDict(
+        a=torch.ones(2).to(dtype),
+        b=torch.nn.Parameter(torch.ones(2).to(dtype), requires_grad=False),
+        c=with_state,
+    )
+    state._metadata = OrderedDict({"": {"version": 1}})  # as Module.state_dict() has it
+    folder = bin_folder(tmp_path, state, _use_new_zipfile_serialization=zipped)
+    reader = CheckpointReader(folder)
+    if dtype in DTYPES.values():
+        assert [reader.get(name).tolist() for name in reader.names()] == [[1, 1]] * 3
+
+
+def test_a_flipped_bit_in_the_pickle_is_called_damage_and_not_code(tmp_path):
+    folder = bin_folder(tmp_path, TENSORS)
+    file = folder / "pytorch_model.bin"
+    data = file.read_bytes()
+    for place in (b"_rebuild_tensor_v2", b"OrderedDict", b"FloatStorage"):
+        assert data.count(place) == 1
+        flipped = bytes([place[0] ^ 1]) + place[1:]
+        file.write_bytes(data.replace(place, flipped))
+        with pytest.raises(UserError, match=r"pytorch_model.bin is damaged \(data.pkl .*checksum\): download it again"):
+            CheckpointReader(folder)
 
 
 def test_read_json_says_what_is_wrong_in_one_line(tmp_path):
