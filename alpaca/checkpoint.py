@@ -14,6 +14,7 @@ import os
 import pickle
 import re
 import struct
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -41,7 +42,7 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 MANIFEST = "weight_diff.json"  # marks a folder as a diff
 MAX_HEADER = 32 * 10**6  # bytes of a header, index or pickle: a hundred times what a 7B model needs
 # Beside the weights and config.json, what makes a folder a model; anything else (training_args.bin, …) stays behind.
@@ -53,6 +54,7 @@ SIDE_FILES = TOKENIZER + (
     "chat_template.jinja",
     "generation_config.json",
 )
+CHAT_TEMPLATES = "additional_chat_templates"  # a folder of .jinja files, for a tokenizer that has more than one
 
 
 def check_model_folder(path: str | os.PathLike, flag: str, tokenizer: bool = True, diff: bool = False) -> Path:
@@ -113,6 +115,7 @@ class CheckpointReader:
         self.folder = Path(folder)
         self.config = read_json(self.folder / "config.json")
         self._shards: dict[str, dict[str, Stored]] = {}
+        self._last = threading.local()  # a thread's last tensor that is no one piece: a copy once, not for each chunk
         # safetensors first: a folder that has both has them for the same weights, and one of them is only data
         files = [name for name in WEIGHTS if (self.folder / name).exists()]
         if not files:
@@ -132,6 +135,10 @@ class CheckpointReader:
                 )
         for shard, tensors in self._shards.items():
             for name in tensors:
+                if name not in self.shard_of and not self._is_left_out(name):
+                    raise UserError(
+                        f"{self.folder / shard} holds {name}, which {files[0]} does not list: download both again"
+                    )
                 if self.shard_of.get(name, shard) != shard:
                     raise UserError(
                         f"{self.folder}: {name} is in two shards, {shard} and {self.shard_of[name]}: download it again"
@@ -143,14 +150,13 @@ class CheckpointReader:
         Left out: rotary ``inv_freq`` buffers, which old checkpoints hold and today's models compute, and an output
         embedding that is tied to the input's.
         """
+        names = (name for name in self.shard_of if not self._is_left_out(name))
+        return sorted(names, key=lambda name: [int(p) if p.isdecimal() else p for p in re.split(r"([0-9]+)", name)])
+
+    def _is_left_out(self, name: str) -> bool:
         # OPT as published does not say that it is tied, and holds the output embedding all the same
         tied = self.config.get("tie_word_embeddings", self.config.get("model_type") == "opt")
-        names = (
-            name
-            for name in self.shard_of
-            if not name.endswith("rotary_emb.inv_freq") and not (tied and name == "lm_head.weight")
-        )
-        return sorted(names, key=lambda name: [int(p) if p.isdecimal() else p for p in re.split(r"([0-9]+)", name)])
+        return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
 
     def specs(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """name → (dtype, shape) of ``names()``, in that order."""
@@ -167,7 +173,9 @@ class CheckpointReader:
         """Fills ``out`` (1-D, of the stored dtype, contiguous) with the elements from ``start`` on."""
         stored = self._shards[self.shard_of[name]][name]
         if stored.whole:
-            return out.copy_(stored.whole()[name].reshape(-1)[start : start + len(out)])
+            if getattr(self._last, "stored", None) is not stored:
+                self._last.stored, self._last.values = stored, stored.whole()[name].reshape(-1)
+            return out.copy_(self._last.values[start : start + len(out)])
         view = memoryview(out.view(torch.uint8).numpy())
         position = stored.offset + start * out.itemsize
         with open(stored.path, "rb", buffering=0) as file:
@@ -352,13 +360,14 @@ def _bytes(path: Path, offset: int, count: int) -> bytes:
         return file.read(count)
 
 
-def crc32_of(path: Path, offset: int, count: int) -> int:
-    """CRC-32 of ``count`` bytes of a file."""
+def crc32_of(path: Path, offset: int, count: int, tick: Callable[[int], None]) -> int:
+    """CRC-32 of ``count`` bytes of a file; ``tick`` hears of each 4 MB."""
     crc, buffer = 0, memoryview(bytearray(min(count, 1 << 22)))
     with open(path, "rb", buffering=0) as file:
         file.seek(offset)
         while count and (read := file.readinto(buffer[: min(count, len(buffer))])):
             crc, count = zlib.crc32(buffer[:read], crc), count - read
+            tick(read)
     return crc
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from alpaca import UserError
-from alpaca.checkpoint import MANIFEST, SIDE_FILES, WEIGHTS, check_writable
+from alpaca.checkpoint import CHAT_TEMPLATES, MANIFEST, SIDE_FILES, WEIGHTS, check_writable
 
 UNFINISHED = ".unfinished"
 SHARD = re.compile(r"(model|pytorch_model)-[0-9]+-of-[0-9]+\.(safetensors|bin)")
@@ -99,7 +99,11 @@ def check_free(path: Path, flag: str = "", overwrite: bool = False) -> None:
         raise UserError(f"{what} is no model, so --overwrite leaves it: remove it, or choose another path")
     own = {"config.json", MANIFEST, *WEIGHTS, *SIDE_FILES}
     for entry in sorted(path.iterdir()):
-        if entry.is_dir() or not (entry.name in own or SHARD.fullmatch(entry.name)):
+        if entry.is_dir():
+            known = entry.name == CHAT_TEMPLATES and all(file.suffix == ".jinja" for file in entry.iterdir())
+        else:
+            known = entry.name in own or SHARD.fullmatch(entry.name)
+        if not known:
             raise UserError(
                 f"{what} holds more than a model ({entry.name}), so --overwrite leaves it: move that elsewhere, or "
                 "choose another path"
@@ -126,6 +130,9 @@ def copy_side_files(source: Path, target: Path, config: dict) -> None:
     for name in SIDE_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)
+    for template in sorted((source / CHAT_TEMPLATES).glob("*.jinja")):
+        (target / CHAT_TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(template, target / CHAT_TEMPLATES / template.name)
     config = {key: value for key, value in config.items() if key != "_name_or_path"}
     (target / f"config.json{UNFINISHED}").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -49,6 +49,9 @@ def test_side_files_are_copied_byte_for_byte_and_nothing_else_is(tmp_path):
     source = folder_with(
         tmp_path / "source",
         tokenizer__model=b"\x00\xff",
+        vocab__txt="[PAD]",
+        spiece__model=b"\x01",
+        tekken__json={},
         tokenizer__json='{"é" :1}\r\n',
         chat_template__jinja="{{ x }}",
         generation_config__json={},
@@ -56,20 +59,34 @@ def test_side_files_are_copied_byte_for_byte_and_nothing_else_is(tmp_path):
         optimizer__pt=b"x",
         weight_diff__json={},
     )
+    for name in ("rag.jinja", "notes.md"):
+        (source / "additional_chat_templates").mkdir(exist_ok=True)
+        (source / "additional_chat_templates" / name).write_text("{{ y }}")
     target = tmp_path / "target"
     with new_folder(target) as unfinished:
         copy_side_files(source, unfinished, {"_name_or_path": "/home/me", "vocab_size": 5})
         assert "config.json" not in left_in(unfinished)  # so that it does not load
-    assert sorted(path.name for path in target.iterdir()) == [
+        (unfinished / "model.safetensors").touch()
+    assert left_in(target) == [
+        "additional_chat_templates",
         "chat_template.jinja",
         "config.json",
         "generation_config.json",
+        "model.safetensors",
+        "spiece.model",
+        "tekken.json",
         "tokenizer.json",
         "tokenizer.model",
+        "vocab.txt",
     ]
+    assert left_in(target / "additional_chat_templates") == ["rag.jinja"]
+    assert (target / "additional_chat_templates" / "rag.jinja").read_text() == "{{ y }}"
     assert (target / "tokenizer.model").read_bytes() == b"\x00\xff"
     assert (target / "tokenizer.json").read_bytes() == '{"é" :1}\r\n'.encode()
     assert (target / "config.json").read_text() == '{\n  "vocab_size": 5\n}\n'
+    with new_folder(target, "--out", overwrite=True) as folder:  # which knows all of these as a model's
+        (folder / "config.json").write_text("new")
+    assert left_in(target) == ["config.json"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,12 +132,23 @@ def test_overwrite_leaves_what_is_no_model_and_what_is_an_input(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "more", [".git/", "README.md", "checkpoint-20/", "training_args.bin", "optimizer.pt", "vocab.json/", "model.py"]
+    "more",
+    [
+        ".git/",
+        "README.md",
+        "checkpoint-20/",
+        "training_args.bin",
+        "optimizer.pt",
+        "vocab.json/",
+        "model.py",
+        "additional_chat_templates/x",
+    ],
 )
 def test_overwrite_leaves_a_model_that_has_something_beside_it_and_names_that(tmp_path, more):
     target = model(tmp_path / "target", "old")
+    (target / more).parent.mkdir(exist_ok=True)
     (target / more).mkdir() if more.endswith("/") else (target / more).touch()
-    with pytest.raises(UserError, match=rf"holds more than a model \({more.strip('/')}\), so --overwrite leaves it"):
+    with pytest.raises(UserError, match=rf"holds more than a model \({more.split('/')[0]}\), so --overwrite leaves it"):
         with new_folder(target, "--out", overwrite=True):
             raise AssertionError("not reached")
     assert (target / "config.json").read_text() == "old" and left_in(tmp_path) == ["target"]
