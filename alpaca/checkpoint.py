@@ -256,7 +256,9 @@ def _open_bin(path: Path) -> dict[str, Stored]:
     records = _zip_records(path) if zipped else {}
     _check_pickle(path, records)
     tensors = _load_bin(path, fake=True)
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
+    ):
         raise UserError(f"{path} is not a model's state dict: it holds something else than tensors by name")
     # What cannot be read in pieces: mapped where the format can be, else in memory.
     whole = functools.lru_cache(maxsize=1)(lambda: _load_bin(path))

@@ -67,7 +67,9 @@ def new_folder(
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         yield unfinished
         fsync_tree(unfinished)
-        for entry in unfinished.glob("*" + UNFINISHED):
+        for entry in unfinished.glob(
+            "*" + UNFINISHED
+        ):  # a kill after it leaves a whole model, but for the folder's name
             os.rename(entry, entry.with_suffix(""))
         fsync(unfinished)  # or the folder's own name could be on the disk and config.json's not
         if not _is_free(path):
