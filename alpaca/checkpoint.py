@@ -7,12 +7,14 @@ believed before it fits the file, and a pickle is never executed (``weights_only
 from __future__ import annotations
 
 import functools
+import io
 import json
 import math
 import os
 import pickle
 import re
 import struct
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -23,6 +25,7 @@ import torch
 from safetensors import safe_open
 
 from alpaca import UserError
+from alpaca.pickled import foreign_global
 
 DTYPES = {
     "F64": torch.float64,
@@ -39,7 +42,7 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 MANIFEST = "weight_diff.json"  # marks a folder as a diff
 MAX_HEADER = 32 * 10**6  # bytes of a header, index or pickle: a hundred times what a 7B model needs
 # Beside the weights and config.json, what makes a folder a model; anything else (training_args.bin, …) stays behind.
@@ -51,6 +54,7 @@ SIDE_FILES = TOKENIZER + (
     "chat_template.jinja",
     "generation_config.json",
 )
+CHAT_TEMPLATES = "additional_chat_templates"  # a folder of .jinja files, for a tokenizer that has more than one
 
 
 def check_model_folder(path: str | os.PathLike, flag: str, tokenizer: bool = True, diff: bool = False) -> Path:
@@ -111,6 +115,7 @@ class CheckpointReader:
         self.folder = Path(folder)
         self.config = read_json(self.folder / "config.json")
         self._shards: dict[str, dict[str, Stored]] = {}
+        self._last = threading.local()  # a thread's last tensor that is no one piece: a copy once, not for each chunk
         # safetensors first: a folder that has both has them for the same weights, and one of them is only data
         files = [name for name in WEIGHTS if (self.folder / name).exists()]
         if not files:
@@ -130,6 +135,10 @@ class CheckpointReader:
                 )
         for shard, tensors in self._shards.items():
             for name in tensors:
+                if name not in self.shard_of and not self._is_left_out(name):
+                    raise UserError(
+                        f"{self.folder / shard} holds {name}, which {files[0]} does not list: download both again"
+                    )
                 if self.shard_of.get(name, shard) != shard:
                     raise UserError(
                         f"{self.folder}: {name} is in two shards, {shard} and {self.shard_of[name]}: download it again"
@@ -141,14 +150,13 @@ class CheckpointReader:
         Left out: rotary ``inv_freq`` buffers, which old checkpoints hold and today's models compute, and an output
         embedding that is tied to the input's.
         """
+        names = (name for name in self.shard_of if not self._is_left_out(name))
+        return sorted(names, key=lambda name: [int(p) if p.isdecimal() else p for p in re.split(r"([0-9]+)", name)])
+
+    def _is_left_out(self, name: str) -> bool:
         # OPT as published does not say that it is tied, and holds the output embedding all the same
         tied = self.config.get("tie_word_embeddings", self.config.get("model_type") == "opt")
-        names = (
-            name
-            for name in self.shard_of
-            if not name.endswith("rotary_emb.inv_freq") and not (tied and name == "lm_head.weight")
-        )
-        return sorted(names, key=lambda name: [int(p) if p.isdecimal() else p for p in re.split(r"([0-9]+)", name)])
+        return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
 
     def specs(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """name → (dtype, shape) of ``names()``, in that order."""
@@ -165,7 +173,9 @@ class CheckpointReader:
         """Fills ``out`` (1-D, of the stored dtype, contiguous) with the elements from ``start`` on."""
         stored = self._shards[self.shard_of[name]][name]
         if stored.whole:
-            return out.copy_(stored.whole()[name].reshape(-1)[start : start + len(out)])
+            if getattr(self._last, "stored", None) is not stored:
+                self._last.stored, self._last.values = stored, stored.whole()[name].reshape(-1)
+            return out.copy_(self._last.values[start : start + len(out)])
         view = memoryview(out.view(torch.uint8).numpy())
         position = stored.offset + start * out.itemsize
         with open(stored.path, "rb", buffering=0) as file:
@@ -244,8 +254,11 @@ def _open_bin(path: Path) -> dict[str, Stored]:
         if not zipped and file.read(1) != pickle.PROTO:
             raise ValueError("not a PyTorch file")
     records = _zip_records(path) if zipped else {}
+    _check_pickle(path, records)
     tensors = _load_bin(path, fake=True)
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
+    ):
         raise UserError(f"{path} is not a model's state dict: it holds something else than tensors by name")
     # What cannot be read in pieces: mapped where the format can be, else in memory.
     whole = functools.lru_cache(maxsize=1)(lambda: _load_bin(path))
@@ -290,13 +303,37 @@ def _load_bin(path: Path, fake: bool = False) -> dict:
         with FakeTensorMode():
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
-        wanted = re.search(r"GLOBAL (\S+)|(?:function|class|type) (\S+)", str(e))
-        if not wanted and not re.search(r"[Uu]nsupported|Trying to|Can only", str(e)):
+        if not re.search(r"[Uu]nsupported|Trying to|Can only", str(e)):
             raise
-        what = (wanted[1] or wanted[2]) if wanted else "something"
+        wanted = re.search(r"(?:function|class|type) (\S+)", str(e))
+        raise _more_than_tensors(path, wanted[1] if wanted else "something") from None
+
+
+def _check_pickle(path: Path, records: dict[int, zipfile.ZipInfo]) -> None:
+    """Raises UserError when the pickle is damaged, or looks up what plain tensors do not need."""
+    if records:
+        members = [member for member in records.values() if member.filename.lower().endswith("/data.pkl")]
+        if len(members) != 1:
+            raise ValueError(f"it has {len(members)} records that are called data.pkl")
+        data = torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")  # the one that torch.load will read
+        if members[0].CRC not in (0, zlib.crc32(data)):  # 0: not computed
+            raise UserError(f"{path} is damaged (data.pkl does not have its checksum): download it again")
+        name = foreign_global(io.BytesIO(data), 1, MAX_HEADER)
+    else:
+        with open(path, "rb") as file:  # a number that marks the format, its version, the machine, tensors, storages
+            name = foreign_global(file, 5, MAX_HEADER)
+    if name and name.startswith(("torch._utils._rebuild_", "torch._tensor._rebuild_")):
         raise UserError(
-            f"{path} holds more than tensors (its pickle asks to run code: {what}) and was not loaded: do not trust it"
-        ) from None
+            f"{path} holds a sparse, quantized or otherwise special tensor ({name}), which this tool does not handle"
+        )
+    if name:
+        raise _more_than_tensors(path, name)
+
+
+def _more_than_tensors(path: Path, what: str) -> UserError:
+    return UserError(
+        f"{path} holds more than tensors (its pickle asks to run code: {what}) and was not loaded: do not trust it"
+    )
 
 
 def _is_zip(path: Path) -> bool:
@@ -311,7 +348,7 @@ def _zip_records(path: Path) -> dict[int, zipfile.ZipInfo]:
         for member in archive.infolist():
             if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
                 raise ValueError(f"its record {member.filename} is compressed, which torch.save never does")
-            if member.filename.endswith("/data.pkl") and member.file_size > MAX_HEADER:
+            if member.filename.lower().endswith("/data.pkl") and member.file_size > MAX_HEADER:
                 raise ValueError(f"its pickle claims {member.file_size:,} bytes")
             file.seek(member.header_offset + 26)
             name, extra = struct.unpack("<HH", file.read(4))
@@ -325,13 +362,14 @@ def _bytes(path: Path, offset: int, count: int) -> bytes:
         return file.read(count)
 
 
-def crc32_of(path: Path, offset: int, count: int) -> int:
-    """CRC-32 of ``count`` bytes of a file."""
+def crc32_of(path: Path, offset: int, count: int, tick: Callable[[int], None]) -> int:
+    """CRC-32 of ``count`` bytes of a file; ``tick`` hears of each 4 MB."""
     crc, buffer = 0, memoryview(bytearray(min(count, 1 << 22)))
     with open(path, "rb", buffering=0) as file:
         file.seek(offset)
         while count and (read := file.readinto(buffer[: min(count, len(buffer))])):
             crc, count = zlib.crc32(buffer[:read], crc), count - read
+            tick(read)
     return crc
 
 

@@ -163,9 +163,7 @@ def check_checksums(*readers: CheckpointReader) -> None:
     records = [record for reader in readers for record in reader.checksums()]
 
     def damaged(path: Path, name: str, offset: int, size: int, crc: int, tick: Callable) -> str | None:
-        found = crc32_of(path, offset, size)
-        tick(size)
-        return None if found == crc else f"{path} is damaged at {name}"
+        return None if crc32_of(path, offset, size, tick) == crc else f"{path} is damaged at {name}"
 
     if records:
         found = [line for line in in_threads(damaged, records, [record[3] for record in records], "checksums") if line]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from made_models import folder_with, left_in
 
-from alpaca import UserError
+from alpaca import UserError, folders
 from alpaca.folders import copy_side_files, new_folder
 
 
@@ -49,6 +49,9 @@ def test_side_files_are_copied_byte_for_byte_and_nothing_else_is(tmp_path):
     source = folder_with(
         tmp_path / "source",
         tokenizer__model=b"\x00\xff",
+        vocab__txt="[PAD]",
+        spiece__model=b"\x01",
+        tekken__json={},
         tokenizer__json='{"é" :1}\r\n',
         chat_template__jinja="{{ x }}",
         generation_config__json={},
@@ -56,20 +59,34 @@ def test_side_files_are_copied_byte_for_byte_and_nothing_else_is(tmp_path):
         optimizer__pt=b"x",
         weight_diff__json={},
     )
+    for name in ("rag.jinja", "notes.md"):
+        (source / "additional_chat_templates").mkdir(exist_ok=True)
+        (source / "additional_chat_templates" / name).write_text("{{ y }}")
     target = tmp_path / "target"
     with new_folder(target) as unfinished:
         copy_side_files(source, unfinished, {"_name_or_path": "/home/me", "vocab_size": 5})
         assert "config.json" not in left_in(unfinished)  # so that it does not load
-    assert sorted(path.name for path in target.iterdir()) == [
+        (unfinished / "model.safetensors").touch()
+    assert left_in(target) == [
+        "additional_chat_templates",
         "chat_template.jinja",
         "config.json",
         "generation_config.json",
+        "model.safetensors",
+        "spiece.model",
+        "tekken.json",
         "tokenizer.json",
         "tokenizer.model",
+        "vocab.txt",
     ]
+    assert left_in(target / "additional_chat_templates") == ["rag.jinja"]
+    assert (target / "additional_chat_templates" / "rag.jinja").read_text() == "{{ y }}"
     assert (target / "tokenizer.model").read_bytes() == b"\x00\xff"
     assert (target / "tokenizer.json").read_bytes() == '{"é" :1}\r\n'.encode()
     assert (target / "config.json").read_text() == '{\n  "vocab_size": 5\n}\n'
+    with new_folder(target, "--out", overwrite=True) as folder:  # which knows all of these as a model's
+        (folder / "config.json").write_text("new")
+    assert left_in(target) == ["config.json"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,12 +96,13 @@ def test_side_files_are_copied_byte_for_byte_and_nothing_else_is(tmp_path):
 def model(path: Path, text: str) -> Path:
     path.mkdir()
     (path / "config.json").write_text(text)
+    (path / "model.safetensors").write_text(text)
     return path
 
 
 def test_overwrite_replaces_a_model_when_the_new_one_is_whole(tmp_path):
     target = model(tmp_path / "target", "old")
-    (target / "only in the old one").touch()
+    (target / "weight_diff.json").touch()  # only in the old one
     with new_folder(target, "--out", overwrite=True) as folder:
         (folder / "config.json").write_text("new")
         assert (target / "config.json").read_text() == "old"
@@ -113,6 +131,146 @@ def test_overwrite_leaves_what_is_no_model_and_what_is_an_input(tmp_path):
     assert left_in(tmp_path) == ["home"] and left_in(home) == ["raw", "thesis"]
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        ".git/",
+        "README.md",
+        "checkpoint-20/",
+        "training_args.bin",
+        "optimizer.pt",
+        "vocab.json/",
+        "model.py",
+        "additional_chat_templates/x",
+    ],
+)
+def test_overwrite_leaves_a_model_that_has_something_beside_it_and_names_that(tmp_path, more):
+    target = model(tmp_path / "target", "old")
+    (target / more).parent.mkdir(exist_ok=True)
+    (target / more).mkdir() if more.endswith("/") else (target / more).touch()
+    with pytest.raises(UserError, match=rf"holds more than a model \({more.split('/')[0]}\), so --overwrite leaves it"):
+        with new_folder(target, "--out", overwrite=True):
+            raise AssertionError("not reached")
+    assert (target / "config.json").read_text() == "old" and left_in(tmp_path) == ["target"]
+
+
+def test_overwrite_leaves_a_folder_that_has_a_config_and_no_weights(tmp_path):
+    target = model(tmp_path / "target", "of a project")
+    (target / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="is no model, so --overwrite leaves it"), new_folder(target, "--out", True):
+        raise AssertionError("not reached")
+    assert left_in(target) == ["config.json"]
+
+
+def test_overwrite_replaces_a_sharded_model_with_all_that_one_has(tmp_path):
+    target = folder_with(
+        tmp_path / "target",
+        model__safetensors__index__json={},
+        tokenizer__model="x",
+        tokenizer_config__json={},
+        generation_config__json={},
+        weight_diff__json={},
+    )
+    for name in ("model-00001-of-00002.safetensors", "pytorch_model-00002-of-00033.bin"):
+        (target / name).touch()
+    with new_folder(target, "--out", overwrite=True) as folder:
+        (folder / "config.json").write_text("new")
+    assert left_in(target) == ["config.json"]
+
+
+def test_a_target_in_an_input_is_refused(tmp_path):
+    raw = model(tmp_path / "raw", "raw")
+    (tmp_path / "link").symlink_to(raw)
+    for path in (raw / "out", raw / "a" / "b", tmp_path / "link" / "out"):
+        with pytest.raises(UserError, match="is inside the input .*raw"), new_folder(path, "--out", inputs=[raw]):
+            raise AssertionError("not reached")
+    assert left_in(raw) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("state", ["model", "empty", "missing"])
+def test_a_link_as_target_stays_and_what_it_points_to_is_made(tmp_path, state):
+    disk, link = tmp_path / "disk", tmp_path / "link"
+    disk.mkdir()
+    if state == "model":
+        model(disk / "target", "old")
+    elif state == "empty":
+        (disk / "target").mkdir()
+    link.symlink_to(disk / "target")
+    with new_folder(link, "--out", overwrite=True) as folder:
+        assert folder.parent == disk  # the new one is written on the disk where it is to be
+        (folder / "config.json").write_text("new")
+    assert link.is_symlink() and (disk / "target" / "config.json").read_text() == "new"
+    assert left_in(disk) == ["target"] and left_in(tmp_path) == ["disk", "link"]
+
+
+def test_a_mount_point_as_target_is_refused_before_anything_is_made(tmp_path, monkeypatch):
+    target = tmp_path / "target"
+    target.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == target)
+    with pytest.raises(UserError, match="--out .*target is where a disk is mounted: choose a folder inside it"):
+        with new_folder(target, "--out"):
+            raise AssertionError("not reached")
+    assert left_in(tmp_path) == ["target"]
+
+
+def test_the_only_copy_is_put_back_although_an_empty_folder_is_in_its_place(tmp_path):
+    target = tmp_path / "target"
+    model(tmp_path / ".target.replaced", "old")
+    target.mkdir()
+    with pytest.raises(KeyboardInterrupt), new_folder(target, "--out", overwrite=True):
+        assert (target / "config.json").read_text() == "old"
+        raise KeyboardInterrupt
+    assert (target / "config.json").read_text() == "old" and left_in(tmp_path) == ["target"]
+
+
+def test_the_only_copy_stays_when_something_else_has_come_to_its_place(tmp_path):
+    target = tmp_path / "target"
+    model(tmp_path / ".target.replaced", "old")
+    target.mkdir()
+    (target / "thesis").touch()
+    with pytest.raises(UserError, match="is there, but .*replaced holds the model"), new_folder(target, "--out", True):
+        raise AssertionError("not reached")
+    assert left_in(tmp_path) == [".target.replaced", "target"] and left_in(target) == ["thesis"]
+
+
+@pytest.mark.parametrize("what", ["link to a folder", "link to nothing", "file"])
+def test_a_link_in_the_place_of_the_unfinished_folder_is_not_followed(tmp_path, what):
+    other, unfinished = tmp_path / "other", tmp_path / ".target.unfinished"
+    other.mkdir()
+    (other / "thesis").touch()
+    unfinished.touch() if what == "file" else unfinished.symlink_to(other if "folder" in what else tmp_path / "none")
+    with pytest.raises(UserError, match=".target.unfinished is a link or a file"), new_folder(tmp_path / "target"):
+        raise AssertionError("not reached")
+    assert left_in(other) == ["thesis"] and left_in(tmp_path) == [".target.unfinished", "other"]
+
+
+def test_links_in_what_a_kill_left_are_removed_and_not_followed(tmp_path):
+    other, unfinished = tmp_path / "other", tmp_path / ".target.unfinished"
+    other.mkdir()
+    (other / "thesis").touch()
+    unfinished.mkdir()
+    (unfinished / "link").symlink_to(other)
+    with new_folder(tmp_path / "target") as folder:
+        assert left_in(folder) == []
+    assert left_in(other) == ["thesis"]
+
+
+def test_the_names_in_a_folder_are_on_the_disk_before_the_folder_has_its_own(tmp_path, monkeypatch):
+    seen, rename, fsync = [], os.rename, folders.fsync
+    monkeypatch.setattr(os, "rename", lambda a, b: (seen.append(f"rename to {Path(b).name}"), rename(a, b)))
+    monkeypatch.setattr(folders, "fsync", lambda path: (seen.append(f"fsync {path.name}"), fsync(path)))
+    with new_folder(tmp_path / "target") as folder:
+        (folder / "config.json.unfinished").touch()
+    assert seen == [
+        "fsync config.json.unfinished",
+        "fsync .target.unfinished",
+        "rename to config.json",
+        "fsync .target.unfinished",
+        "rename to target",
+        f"fsync {tmp_path.name}",
+    ]
+
+
 def in_a_child(task) -> int:
     """Runs ``task`` in a forked process; what a shell would say of its end: 0, or minus a signal's number."""
     pid = os.fork()
@@ -136,7 +294,7 @@ def test_after_a_kill_at_any_step_the_target_is_old_or_new_and_the_next_run_goes
 
     def make(text: str) -> None:
         with new_folder(target, "--out", overwrite=True) as folder:
-            (folder / "weights").write_text(text)
+            (folder / "model.safetensors").write_text(text)
             if call == "yield" and text == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             (folder / "config.json.unfinished").write_text(text)
@@ -168,7 +326,7 @@ def test_after_a_kill_at_any_step_the_target_is_old_or_new_and_the_next_run_goes
     if unfinished.exists() and call in ("yield", "fsync_tree", "rename 1"):
         assert "config.json" not in left_in(unfinished)
     make("next")
-    assert (target / "config.json").read_text() == (target / "weights").read_text() == "next"
+    assert (target / "config.json").read_text() == (target / "model.safetensors").read_text() == "next"
     assert left_in(tmp_path) == ["target"]
 
 

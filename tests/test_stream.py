@@ -11,10 +11,10 @@ import pytest
 import torch
 from made_models import folder_with
 
-from alpaca import difference, stream
-from alpaca.checkpoint import CheckpointReader
+from alpaca import UserError, difference, stream
+from alpaca.checkpoint import CheckpointReader, crc32_of
 from alpaca.difference import NotFinite, add_difference, mean_row, read_pair, take_difference
-from alpaca.stream import Hashes, in_threads, run
+from alpaca.stream import Hashes, check_checksums, in_threads, run
 
 F32 = torch.float32
 
@@ -102,6 +102,26 @@ def test_threads_give_results_in_order_and_stop_at_the_first_error():
     with pytest.raises(ValueError, match="third"):
         in_threads(task, [(0,), (3,), (2,)], [1, 1, 1], "test")
     assert threading.active_count() == before
+
+
+def test_checksums_move_the_bar_as_they_go_and_hear_of_a_stop(tmp_path, monkeypatch):
+    """A record of 9 MB: 4, 4 and 1; what the bar is told of may end the reading."""
+    tensors = {"a": torch.zeros(9 << 18)}
+    reader = CheckpointReader(folder_with(tmp_path / "model", pytorch_model__bin=tensors))
+    [record] = [record for record in reader.checksums() if record[1] == "a"]
+    ticks = []
+    assert crc32_of(*record[:1], *record[2:4], ticks.append) == record[4]
+    assert ticks == [4 << 20, 4 << 20, 1 << 20]
+
+    def stopped(count: int) -> None:
+        raise UserError("stopped")
+
+    with pytest.raises(UserError, match="stopped"):
+        crc32_of(*record[:1], *record[2:4], stopped)
+    moved = []
+    monkeypatch.setattr(stream.tqdm, "update", lambda bar, count: moved.append(count))
+    check_checksums(reader)
+    assert max(moved) == 4 << 20 and sum(moved) == sum(size for *_, size, _ in reader.checksums())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
