@@ -133,7 +133,7 @@ def in_threads(task: Callable, items: list[tuple], sizes: list[int], what: str) 
             if stop.is_set():
                 raise UserError("stopped")
 
-        pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+        pool = ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1)))  # while some hash, others wait for the disk
         try:
             futures = [pool.submit(task, *item, tick) for item in items]
             wait(futures, return_when="FIRST_EXCEPTION")
