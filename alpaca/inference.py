@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import utils
 from alpaca import UserError
+from alpaca.check_model import check_no_difference, odd_special_tokens, tokenizer_fits
 from alpaca.checkpoint import TOKENIZER, check_model_folder, read_json
 from alpaca.decoding import (
     STOP,
@@ -127,6 +128,7 @@ def load(
         model = lora.merge_adapter(model, folder, len(tokenizer))
     if dtype is None and device.type != "cpu" and (odd := _unfit(model.dtype, device)):
         model = model.to(odd)
+    check_no_difference(model, path)
     tokenizer_fits(model, tokenizer, path)
     prompt_ids(tokenizer, [""])  # switches it to typed special tokens as text: not while threads share it
     for warning in odd_special_tokens(model, tokenizer, path):
@@ -172,44 +174,6 @@ def _unfit(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
     if dtype in (torch.float32, torch.bfloat16) and emulated:
         return torch.float16
     return torch.bfloat16 if dtype == torch.float32 else None
-
-
-def tokenizer_fits(model, tokenizer, path: str | os.PathLike) -> None:
-    """Raises UserError if the vocabulary, what was added to it left out, goes beyond the model's rows."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    if tokenizer.vocab_size > rows:
-        raise UserError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {rows}: it is another model's, copy "
-            "the tokenizer of the model that was trained"
-        )
-
-
-def odd_special_tokens(model, tokenizer, path: str | os.PathLike) -> list[str]:
-    """What training got wrong about EOS and pad, a line each: it is why answers do not end, or end too early."""
-    eos, found = tokenizer.eos_token, []
-    named = getattr(model.generation_config, "eos_token_id", None)
-    named = [] if named is None else [named] if isinstance(named, int) else list(named)
-    if not eos:
-        found.append(
-            f"the tokenizer's EOS is {eos!r}: a model trained with it never learnt to end an answer, which then runs "
-            "to a new '### Instruction:' or to max_new_tokens; set eos_token in tokenizer_config.json and train again"
-        )
-    elif eos == tokenizer.unk_token:
-        found.append(
-            f"EOS and unk are the same token ({eos!r}): a character that the tokenizer does not know ends an answer"
-        )
-    # Ours makes labels and masks from lengths, not from the pad id, and leaves a receipt.
-    if eos and eos == tokenizer.pad_token and not (Path(path) / "training_receipt.json").exists():
-        found.append(
-            f"EOS and pad are the same token ({eos!r}): where training masked padding by its id, it masked EOS too, "
-            "and answers do not end by themselves"
-        )
-    if eos and named and tokenizer.eos_token_id not in named:
-        found.append(
-            f"generation_config.json ends answers with id {', '.join(map(str, named))}, the tokenizer with "
-            f"{tokenizer.eos_token_id} ({eos!r}): here each of them does, elsewhere only one may"
-        )
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

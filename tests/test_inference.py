@@ -667,6 +667,18 @@ def test_a_16_bit_model_stays_so_on_a_cpu_that_has_no_memory_for_32(tiny_llama, 
     assert "loaded as it was saved" in capsys.readouterr().err
 
 
+def test_a_diff_without_its_manifest_is_refused(tiny_llama, tmp_path):
+    folder = shutil.copytree(tiny_llama, tmp_path / "diff")
+    model = LlamaForCausalLM.from_pretrained(tiny_llama)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(1e-4 * torch.randn(parameter.shape))
+    model.save_pretrained(folder)
+    with pytest.raises(UserError, match="near 0 .*as in a weight diff: recover the model first") as error:
+        inference.load(folder, "cpu")
+    assert "\n" not in str(error.value)
+
+
 def test_another_models_tokenizer_is_refused(tiny_llama, paris, tmp_path):
     folder = shutil.copytree(paris, tmp_path / "model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
