@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -172,7 +172,13 @@ def _lay_out(prompts: Sequence[list[int]], room: int) -> tuple[torch.Tensor, tor
 
 
 def decode(
-    model, prompts: Sequence[list[int]], ends: frozenset[int], settings: Settings, done: set[int], memory: Memory | None
+    model,
+    prompts: Sequence[list[int]],
+    ends: frozenset[int],
+    settings: Settings,
+    done: set[int],
+    memory: Memory | None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[list[tuple[int, int]]]:
     """Yields (row, token) of each row that goes on, step by step; a row that has ended leaves the batch.
 
@@ -183,6 +189,7 @@ def decode(
         settings: a row ends at ``max_new_tokens`` and at the end of the context as well.
         done: rows that the caller wants no more of; read after each step.
         memory: of a conversation whose next prompt ``prompts[0]`` is; tokens that it holds are not computed again.
+        stopped: asked before each step, the first included; all rows end where it says yes.
 
     Raises:
         UserError: a prompt is empty or fills the context.
@@ -198,7 +205,7 @@ def decode(
         generators = [_generator(seed, ids) for ids in prompts]
     accepted = inspect.signature(model.forward).parameters
     rows, read = list(range(len(prompts))), known
-    while rows:
+    while rows and not stopped():
         end = read + ids.shape[1]
         inputs = {"attention_mask": mask if mask is None else mask[:, :end], "position_ids": positions[:, read:end]}
         inputs |= {"logits_to_keep": 1}

@@ -198,20 +198,43 @@ def stream(
     temperature: float = 0.7,
     top_p: float = 0.9,
     seed: int | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+    on_cut: Callable[[], None] = lambda: None,
 ) -> Iterator[str]:
     """Yields the answer to ``prompt`` piece by piece; ends at EOS, at a new "### Instruction:" or at max_new_tokens.
 
-    ``temperature`` 0 takes the likeliest token each time. Closing the iterator stops the model.
+    ``temperature`` 0 takes the likeliest token each time. Closing the iterator stops the model, and so does
+    ``stopped``, which is asked before each token: also while nothing comes, as white space is held back. ``on_cut`` is
+    called if the answer reached max_new_tokens or the end of the context.
     """
     settings = Settings(max_new_tokens, temperature, top_p, seed)
-    yield from stream_ids(model, tokenizer, prompt_ids(tokenizer, [prompt])[0], settings)
+    ids = prompt_ids(tokenizer, [prompt])[0]
+    yield from stream_ids(model, tokenizer, ids, settings, stopped=stopped, on_cut=on_cut)
 
 
-def stream_ids(model, tokenizer, ids: list[int], settings: Settings, memory: Memory | None = None) -> Iterator[str]:
+def stream_ids(
+    model,
+    tokenizer,
+    ids: list[int],
+    settings: Settings,
+    memory: Memory | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+    on_cut: Callable[[], None] = lambda: None,
+) -> Iterator[str]:
     """As stream(), from tokens; ``memory`` is that of a conversation, whose tokens are not computed again."""
-    with closing(decode(model, [ids], end_ids(model, tokenizer), settings, set(), memory)) as steps:
-        tokens = (token for step in steps for _, token in step)
-        yield from cut_at(decode_pieces(tokenizer, tokens), STOP)
+    limit = longest_answer(model, ids, settings.max_new_tokens)
+
+    def tokens(steps: Iterator[list[tuple[int, int]]]) -> Iterator[int]:
+        written = 0
+        for step in steps:
+            for _, token in step:
+                written += 1
+                yield token
+        if written == limit:  # not reached where STOP has ended the text
+            on_cut()
+
+    with closing(decode(model, [ids], end_ids(model, tokenizer), settings, set(), memory, stopped)) as steps:
+        yield from cut_at(decode_pieces(tokenizer, tokens(steps)), STOP)
 
 
 TEMPLATES = ("alpaca", "chat")

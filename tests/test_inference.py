@@ -214,6 +214,36 @@ def test_closing_a_stream_early_stops_the_model(tmp_path):
     assert fed == [1, 1]  # the prompt, and "a"
 
 
+def test_a_stream_of_held_back_white_space_stops_when_it_is_told_to(tmp_path):
+    """It yields nothing until its end; and one that is stopped before it begins reads no prompt."""
+    model, tokenizer = inference.load(chain(tmp_path / "model", "\n", loop=True), "cpu")
+    fed, calls = count_fed(model), []
+
+    def stopped() -> bool:
+        calls.append(len(fed))
+        return len(fed) == 3
+
+    list(stream(model, tokenizer, "x", 200, stopped=stopped))
+    assert fed == [1, 1, 1] and calls == [0, 1, 2, 3]
+    fed.clear()
+    assert list(stream(model, tokenizer, "x", 200, stopped=lambda: True)) == fed == []
+
+
+def test_a_stream_tells_that_it_was_cut_off(tmp_path, paris, loaded):
+    looping = inference.load(chain(tmp_path / "model", "a ", "### Instruction:", loop=True), "cpu")
+    model, tokenizer = loaded
+    cut = []
+    for which, given, longest in (
+        ("ends at EOS", inference.load(paris, "cpu"), 5),
+        ("has a token less than that", inference.load(paris, "cpu"), 4),
+        ("ends at STOP in its last token", looping, 2),
+        ("is in the middle", looping, 1),
+    ):
+        list(stream(*given, "x", longest, 0, on_cut=lambda which=which: cut.append(which)))
+    list(stream(model, tokenizer, "Q" * 1020, 50, 0, on_cut=lambda: cut.append("context")))
+    assert cut == ["has a token less than that", "is in the middle", "context"]
+
+
 def test_a_prompt_that_fills_the_context_is_refused_and_one_that_leaves_a_token_is_answered(loaded):
     """tiny_llama reads 1,024 tokens, BOS among them; each letter here is one."""
     model, tokenizer = loaded
