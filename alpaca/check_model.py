@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from pathlib import Path
 
@@ -32,6 +33,15 @@ def near_zero(model) -> str:
     return f"all weights are near 0 (norms below {norm:.1g}, embeddings {word:.1g} on average)"
 
 
+def check_cache(model, path: str | os.PathLike) -> None:
+    """Raises UserError for a model that remembers what it has read in a way of its own, as Mamba does.
+
+    It would take each new token for the first of a text, and answer with garbage.
+    """
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise UserError(f"{path} is a {type(model).__name__}, which has no key/value cache: take a model that has one")
+
+
 def check_no_difference(model, path: str | os.PathLike) -> None:
     """Raises UserError for a weight diff, also one that came without its weight_diff.json."""
     if what := near_zero(model):
@@ -41,11 +51,16 @@ def check_no_difference(model, path: str | os.PathLike) -> None:
 
 
 def tokenizer_fits(model, tokenizer, path: str | os.PathLike) -> None:
-    """Raises UserError if the vocabulary, what was added to it left out, goes beyond the model's rows."""
+    """Raises UserError if the vocabulary, what was added to it left out, or BOS goes beyond the model's rows."""
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.vocab_size > rows:
         raise UserError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {rows}: it is another model's, copy "
+            "the tokenizer of the model that was trained"
+        )
+    if tokenizer.bos_token_id is not None and tokenizer.bos_token_id >= rows:
+        raise UserError(
+            f"{path}: BOS is token {tokenizer.bos_token_id} ({tokenizer.bos_token!r}), the model has {rows} rows: copy "
             "the tokenizer of the model that was trained"
         )
 
@@ -75,4 +90,11 @@ def odd_special_tokens(model, tokenizer, path: str | os.PathLike) -> list[str]:
             f"generation_config.json ends answers with id {', '.join(map(str, named))}, the tokenizer with "
             f"{tokenizer.eos_token_id} ({eos!r}): here each of them does, elsewhere only one may"
         )
+    rows = model.get_input_embeddings().weight.shape[0]
+    for role, id_ in (("EOS", tokenizer.eos_token_id), ("pad", tokenizer.pad_token_id)):
+        if id_ is not None and id_ >= rows:
+            effect = {"EOS": "it is never written, and answers run on", "pad": "other programs that pad with it fail"}
+            found.append(f"{role} is token {id_}, and the model has {rows} rows, up to {rows - 1}: {effect[role]}")
+    if beyond := [id_ for id_ in named if id_ >= rows]:
+        found.append(f"generation_config.json ends answers with id {beyond[0]}, and the model has {rows} rows")
     return found

@@ -68,9 +68,11 @@ class Memory:
         # A sliding window has forgotten what a shorter prompt needs.
         if self.cache is None or any(type(layer) is not DynamicLayer for layer in self.cache.layers):
             same, self.cache = 0, None
-        elif same < len(self.ids):
-            self.cache.crop(same - len(self.ids))
+        cache, self.cache = self.cache, None  # until it fits the tokens: Ctrl-C may come anywhere
+        if cache is not None and same < len(self.ids):
+            cache.crop(same - len(self.ids))
         self.ids = self.ids[:same]
+        self.cache = cache
         return same
 
 
@@ -220,8 +222,8 @@ def decode(
             if settings.temperature > 0:
                 draws = torch.stack([torch.rand((), generator=generators[row]) for row in rows])
             chosen = choose(output.logits[:, -1].float(), settings.temperature, settings.top_p, draws)
-        memory.cache = cache
         memory.ids += ids[0].tolist()
+        memory.cache = cache  # last: there, it has what ids says
         read, tokens = end, chosen.tolist()
         yield [(row, token) for row, token in zip(rows, tokens, strict=True) if token not in ends]
         written = read - longest + 1

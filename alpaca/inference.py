@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import utils
 from alpaca import UserError
-from alpaca.check_model import check_no_difference, odd_special_tokens, tokenizer_fits
+from alpaca.check_model import check_cache, check_no_difference, odd_special_tokens, tokenizer_fits
 from alpaca.checkpoint import TOKENIZER, check_model_folder, read_json
 from alpaca.decoding import (
     STOP,
@@ -128,12 +128,18 @@ def load(
         model = lora.merge_adapter(model, folder, len(tokenizer))
     if dtype is None and device.type != "cpu" and (odd := _unfit(model.dtype, device)):
         model = model.to(odd)
+    check_cache(model, path)
     check_no_difference(model, path)
     tokenizer_fits(model, tokenizer, path)
     prompt_ids(tokenizer, [""])  # switches it to typed special tokens as text: not while threads share it
     for warning in odd_special_tokens(model, tokenizer, path):
         print(f"warning: {warning}", file=sys.stderr)
-    return model.to(device).eval(), tokenizer
+    try:
+        return model.to(device).eval(), tokenizer
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"{path} does not fit the memory of {device}: take --dtype bfloat16, --device cpu, or a smaller model"
+        ) from None
 
 
 def _base_of(folder: Path, base_path: str | os.PathLike | None) -> str:
@@ -233,8 +239,19 @@ def stream_ids(
         if written == limit:  # not reached where STOP has ended the text
             on_cut()
 
-    with closing(decode(model, [ids], end_ids(model, tokenizer), settings, set(), memory, stopped)) as steps:
-        yield from cut_at(decode_pieces(tokenizer, tokens(steps)), STOP)
+    try:
+        with closing(decode(model, [ids], end_ids(model, tokenizer), settings, set(), memory, stopped)) as steps:
+            yield from cut_at(decode_pieces(tokenizer, tokens(steps)), STOP)
+    except torch.OutOfMemoryError:
+        raise too_large(ids) from None
+
+
+def too_large(ids: list[int]) -> UserError:
+    """What to do about a single prompt that does not fit the memory."""
+    return UserError(
+        f"a prompt of {len(ids)} tokens and its answer do not fit the memory: lower --max_new_tokens, or take --dtype "
+        "bfloat16 or --device cpu"
+    )
 
 
 TEMPLATES = ("alpaca", "chat")
@@ -275,6 +292,7 @@ class Conversation:
     def __init__(self, model, tokenizer, settings: Settings, template: str = "alpaca"):
         self.model, self.tokenizer, self.settings, self.template = model, tokenizer, settings, template
         self.memory = Memory()
+        self.cut = False  # whether the last answer reached max_new_tokens or the end of the context
         self.reset()
 
     def reset(self) -> None:
@@ -295,6 +313,7 @@ class Conversation:
             longest_answer(self.model, ids, self.settings.max_new_tokens)
         except UserError as e:
             raise UserError(f"{e}, or begin anew with /reset" if self.turns else str(e)) from None
+        self.cut = False
         said: list[str] = []
 
         def noted(pieces: Iterator[str]) -> Iterator[str]:
@@ -302,12 +321,18 @@ class Conversation:
                 said.append(piece)
                 yield piece
 
-        try:
-            with closing(stream_ids(self.model, self.tokenizer, ids, self.settings, self.memory)) as pieces:
-                yield from stripped(noted(pieces))
-        finally:
+        def keep() -> None:
             if turns and said:
                 self.turns = [*turns, {"role": "assistant", "content": "".join(said)}]
+
+        try:
+            given = {"memory": self.memory, "on_cut": lambda: setattr(self, "cut", True)}
+            with closing(stream_ids(self.model, self.tokenizer, ids, self.settings, **given)) as pieces:
+                yield from stripped(noted(pieces))
+        except (GeneratorExit, KeyboardInterrupt):
+            keep()
+            raise
+        keep()
 
 
 def answer_batch(
@@ -336,9 +361,7 @@ def answer_batch(
                 on_tokens(len(step))
     except torch.OutOfMemoryError:
         if len(prompts) == 1:
-            raise UserError(
-                f"a prompt of {len(prompts[0])} tokens and its answer do not fit the memory: lower --max_new_tokens"
-            ) from None
+            raise too_large(prompts[0]) from None
         written = None
     if written is None:  # out of the handler, which keeps the tensors of the failed call alive
         if torch.accelerator.is_available():
@@ -346,11 +369,11 @@ def answer_batch(
         half = len(prompts) // 2
         parts = prompts[:half], prompts[half:]
         return [answer for part in parts for answer in answer_batch(model, tokenizer, part, settings, on_tokens)]
-    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
     limits = [longest_answer(model, ids, settings.max_new_tokens) for ids in prompts]
     return [
-        ("".join(cut_at([text], STOP)), len(ids), len(ids) == limit and row not in done)
-        for row, (text, ids, limit) in enumerate(zip(texts, written, limits, strict=True))
+        # Not decode(ids), which may differ: a stream cannot take back what broken bytes make of the text before them.
+        ("".join(cut_at(decode_pieces(tokenizer, ids), STOP)), len(ids), len(ids) == limit and row not in done)
+        for row, (ids, limit) in enumerate(zip(written, limits, strict=True))
     ]
 
 
