@@ -105,9 +105,9 @@ def load(
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {device} is not there: cpu is, and without --device the best is taken") from None
     folder = Path(path)
-    adapter = (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists()
+    adapter = is_adapter(folder)
     if adapter:
-        base = _base_of(folder, base_path)
+        base = base_of(folder, base_path)
         has_tokenizer = any((folder / name).exists() for name in TOKENIZER)
     else:
         if base_path is not None:
@@ -142,7 +142,12 @@ def load(
         ) from None
 
 
-def _base_of(folder: Path, base_path: str | os.PathLike | None) -> str:
+def is_adapter(path: str | os.PathLike) -> bool:
+    """Whether a folder holds a LoRA adapter and no model."""
+    return (Path(path) / ADAPTER_CONFIG).exists() and not (Path(path) / "config.json").exists()
+
+
+def base_of(folder: Path, base_path: str | os.PathLike | None) -> str:
     """The base of the adapter in ``folder``: a folder that holds a model, or a hub name."""
     named = base_path or read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not named:
