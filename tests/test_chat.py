@@ -490,7 +490,7 @@ def test_another_base_or_dtype_does_not_finish_a_run(tiny_llama, tmp_path, monke
     assert "differs in dtype: give the same again" in exit.value.code
     with pytest.raises(SystemExit) as exit:
         run_file(monkeypatch, adapter, RECORDS, out, "--base_path", tiny_llama)
-    assert "differs in base, base_path: give the same again" in exit.value.code
+    assert "differs in base_path: give the same again" in exit.value.code
     os.utime(base / "model.safetensors")
     with pytest.raises(SystemExit) as exit:
         run_file(monkeypatch, adapter, RECORDS, out)
