@@ -76,9 +76,15 @@ def chat(
         port: with --web; 0 takes a free one.
         auth: with --web, user:password, which the page then asks for.
     """
+    if hasattr(sys.stdout, "reconfigure"):  # one that is not UTF-8 must not end an answer at its first emoji
+        sys.stdout.reconfigure(errors="replace")
     if web:
         if instruction is not None or batch_path is not None:
             raise UserError("--instruction and --batch_path answer and leave, --web serves a page: take one of them")
+        if template != "alpaca" or input or output_path is not None:
+            raise UserError(
+                "--web asks with Alpaca's template what is typed there: drop --template, --input, --output_path"
+            )
         from alpaca import web as demo
 
         sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
@@ -89,6 +95,8 @@ def chat(
         raise UserError("--instruction is empty")
     if instruction is not None and batch_path is not None:
         raise UserError("--instruction and --batch_path do not go together: give one of them")
+    if batch_path is not None and input:
+        raise UserError("--input goes with --instruction; the records of --batch_path have their own: drop it")
     if (batch_path is None) != (output_path is None):
         raise UserError("--batch_path, the instructions, and --output_path, their answers, go together: give both")
     if template not in ("alpaca", "chat"):
@@ -105,6 +113,10 @@ def chat(
     settings = inference.Settings(max_new_tokens, temperature, top_p, seed)
     if batch_path is not None:
         requests, faults = answers.read_requests(batch_path, skip_errors)
+        identity = {"model_path": model_path, "model": answers.weights_state(model_path), "template": template}
+        if inference.is_adapter(model_path):
+            base = inference.base_of(Path(model_path), base_path)
+            identity |= {"base_path": base, "base": answers.weights_state(base)}
         answers.check_output(output_path)
     model, tokenizer = inference.load(model_path, device, dtype, base_path)
     if batch_path is not None:
@@ -117,7 +129,7 @@ def chat(
             settings,
             batch_tokens,
             generator=Path(model_path).resolve().name if Path(model_path).exists() else model_path,
-            identity={"model_path": model_path, "model": answers.weights_state(model_path), "template": template},
+            identity=identity | {"dtype": str(model.dtype).removeprefix("torch.")},
             skip_errors=skip_errors,
         )
         report(output_path, counts, faults)
@@ -182,6 +194,8 @@ def answer(conversation, instruction: str, input: str) -> None:
         for piece in pieces:
             print(piece, end="", flush=True)
     print(flush=True)
+    if conversation.cut:
+        print("note: cut off at --max_new_tokens or the end of the context", file=sys.stderr, flush=True)
 
 
 def read_message(read_line: Callable[[str], str | None]) -> tuple[str, str] | None:

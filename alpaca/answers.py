@@ -57,7 +57,10 @@ def read_requests(path: str | os.PathLike, skip_errors: bool = False) -> tuple[l
         lines = enumerate(utils.read_text(path).split("\n"), 1)
         entries = [(f"line {number}", line) for number, line in lines if line.strip()]
     else:
-        entries = [(f"record {number}", record) for number, record in enumerate(utils.jload(path), 1)]
+        try:
+            entries = [(f"record {number}", record) for number, record in enumerate(utils.jload(path), 1)]
+        except RecursionError:
+            raise UserError(f"{path}: malformed JSON, nested too deeply") from None
     requests, faults = [], []
     for place, entry in entries:
         try:
@@ -77,6 +80,8 @@ def _request(place: str, entry: str | dict) -> Request:
             entry = json.loads(entry)
         except ValueError as e:
             raise UserError(f"malformed JSON, {e}") from None
+        except RecursionError:
+            raise UserError("malformed JSON, nested too deeply") from None
     if not isinstance(entry, dict):
         raise UserError(f"a {type(entry).__name__} where an object was expected")
     instruction, input = entry.get("instruction"), entry.get("input")
@@ -211,7 +216,8 @@ def _same_run(journal: Journal, identity: dict, settings: Settings) -> Settings:
 
 def _write(path: Path, requests: list[Request], answered: dict, errors: dict, generator: str) -> None:
     rows = [
-        request.record | ({"output": answered[row]["output"], "generator": generator})
+        {key: value for key, value in request.record.items() if key != "error"}  # that of an earlier run
+        | {"output": answered[row]["output"], "generator": generator}
         if row in answered
         else {key: value for key, value in request.record.items() if key != "output"} | {"error": errors[row]}
         for row, request in enumerate(requests)

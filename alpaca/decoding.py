@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,9 +68,11 @@ class Memory:
         # A sliding window has forgotten what a shorter prompt needs.
         if self.cache is None or any(type(layer) is not DynamicLayer for layer in self.cache.layers):
             same, self.cache = 0, None
-        elif same < len(self.ids):
-            self.cache.crop(same - len(self.ids))
+        cache, self.cache = self.cache, None  # until it fits the tokens: Ctrl-C may come anywhere
+        if cache is not None and same < len(self.ids):
+            cache.crop(same - len(self.ids))
         self.ids = self.ids[:same]
+        self.cache = cache
         return same
 
 
@@ -172,7 +174,13 @@ def _lay_out(prompts: Sequence[list[int]], room: int) -> tuple[torch.Tensor, tor
 
 
 def decode(
-    model, prompts: Sequence[list[int]], ends: frozenset[int], settings: Settings, done: set[int], memory: Memory | None
+    model,
+    prompts: Sequence[list[int]],
+    ends: frozenset[int],
+    settings: Settings,
+    done: set[int],
+    memory: Memory | None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[list[tuple[int, int]]]:
     """Yields (row, token) of each row that goes on, step by step; a row that has ended leaves the batch.
 
@@ -183,6 +191,7 @@ def decode(
         settings: a row ends at ``max_new_tokens`` and at the end of the context as well.
         done: rows that the caller wants no more of; read after each step.
         memory: of a conversation whose next prompt ``prompts[0]`` is; tokens that it holds are not computed again.
+        stopped: asked before each step, the first included; all rows end where it says yes.
 
     Raises:
         UserError: a prompt is empty or fills the context.
@@ -198,7 +207,7 @@ def decode(
         generators = [_generator(seed, ids) for ids in prompts]
     accepted = inspect.signature(model.forward).parameters
     rows, read = list(range(len(prompts))), known
-    while rows:
+    while rows and not stopped():
         end = read + ids.shape[1]
         inputs = {"attention_mask": mask if mask is None else mask[:, :end], "position_ids": positions[:, read:end]}
         inputs |= {"logits_to_keep": 1}
@@ -213,8 +222,8 @@ def decode(
             if settings.temperature > 0:
                 draws = torch.stack([torch.rand((), generator=generators[row]) for row in rows])
             chosen = choose(output.logits[:, -1].float(), settings.temperature, settings.top_p, draws)
-        memory.cache = cache
         memory.ids += ids[0].tolist()
+        memory.cache = cache  # last: there, it has what ids says
         read, tokens = end, chosen.tolist()
         yield [(row, token) for row, token in zip(rows, tokens, strict=True) if token not in ends]
         written = read - longest + 1

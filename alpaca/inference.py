@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import utils
 from alpaca import UserError
+from alpaca.check_model import check_cache, check_no_difference, odd_special_tokens, tokenizer_fits
 from alpaca.checkpoint import TOKENIZER, check_model_folder, read_json
 from alpaca.decoding import (
     STOP,
@@ -104,9 +105,9 @@ def load(
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {device} is not there: cpu is, and without --device the best is taken") from None
     folder = Path(path)
-    adapter = (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists()
+    adapter = is_adapter(folder)
     if adapter:
-        base = _base_of(folder, base_path)
+        base = base_of(folder, base_path)
         has_tokenizer = any((folder / name).exists() for name in TOKENIZER)
     else:
         if base_path is not None:
@@ -127,14 +128,26 @@ def load(
         model = lora.merge_adapter(model, folder, len(tokenizer))
     if dtype is None and device.type != "cpu" and (odd := _unfit(model.dtype, device)):
         model = model.to(odd)
+    check_cache(model, path)
+    check_no_difference(model, path)
     tokenizer_fits(model, tokenizer, path)
     prompt_ids(tokenizer, [""])  # switches it to typed special tokens as text: not while threads share it
     for warning in odd_special_tokens(model, tokenizer, path):
         print(f"warning: {warning}", file=sys.stderr)
-    return model.to(device).eval(), tokenizer
+    try:
+        return model.to(device).eval(), tokenizer
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"{path} does not fit the memory of {device}: take --dtype bfloat16, --device cpu, or a smaller model"
+        ) from None
 
 
-def _base_of(folder: Path, base_path: str | os.PathLike | None) -> str:
+def is_adapter(path: str | os.PathLike) -> bool:
+    """Whether a folder holds a LoRA adapter and no model."""
+    return (Path(path) / ADAPTER_CONFIG).exists() and not (Path(path) / "config.json").exists()
+
+
+def base_of(folder: Path, base_path: str | os.PathLike | None) -> str:
     """The base of the adapter in ``folder``: a folder that holds a model, or a hub name."""
     named = base_path or read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not named:
@@ -174,44 +187,6 @@ def _unfit(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if dtype == torch.float32 else None
 
 
-def tokenizer_fits(model, tokenizer, path: str | os.PathLike) -> None:
-    """Raises UserError if the vocabulary, what was added to it left out, goes beyond the model's rows."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    if tokenizer.vocab_size > rows:
-        raise UserError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {rows}: it is another model's, copy "
-            "the tokenizer of the model that was trained"
-        )
-
-
-def odd_special_tokens(model, tokenizer, path: str | os.PathLike) -> list[str]:
-    """What training got wrong about EOS and pad, a line each: it is why answers do not end, or end too early."""
-    eos, found = tokenizer.eos_token, []
-    named = getattr(model.generation_config, "eos_token_id", None)
-    named = [] if named is None else [named] if isinstance(named, int) else list(named)
-    if not eos:
-        found.append(
-            f"the tokenizer's EOS is {eos!r}: a model trained with it never learnt to end an answer, which then runs "
-            "to a new '### Instruction:' or to max_new_tokens; set eos_token in tokenizer_config.json and train again"
-        )
-    elif eos == tokenizer.unk_token:
-        found.append(
-            f"EOS and unk are the same token ({eos!r}): a character that the tokenizer does not know ends an answer"
-        )
-    # Ours makes labels and masks from lengths, not from the pad id, and leaves a receipt.
-    if eos and eos == tokenizer.pad_token and not (Path(path) / "training_receipt.json").exists():
-        found.append(
-            f"EOS and pad are the same token ({eos!r}): where training masked padding by its id, it masked EOS too, "
-            "and answers do not end by themselves"
-        )
-    if eos and named and tokenizer.eos_token_id not in named:
-        found.append(
-            f"generation_config.json ends answers with id {', '.join(map(str, named))}, the tokenizer with "
-            f"{tokenizer.eos_token_id} ({eos!r}): here each of them does, elsewhere only one may"
-        )
-    return found
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Answers.
 
@@ -234,20 +209,54 @@ def stream(
     temperature: float = 0.7,
     top_p: float = 0.9,
     seed: int | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+    on_cut: Callable[[], None] = lambda: None,
 ) -> Iterator[str]:
     """Yields the answer to ``prompt`` piece by piece; ends at EOS, at a new "### Instruction:" or at max_new_tokens.
 
-    ``temperature`` 0 takes the likeliest token each time. Closing the iterator stops the model.
+    ``temperature`` 0 takes the likeliest token each time. Closing the iterator stops the model, and so does
+    ``stopped``, which is asked before each token: also while nothing comes, as white space is held back. ``on_cut`` is
+    called if the answer reached max_new_tokens or the end of the context.
     """
     settings = Settings(max_new_tokens, temperature, top_p, seed)
-    yield from stream_ids(model, tokenizer, prompt_ids(tokenizer, [prompt])[0], settings)
+    ids = prompt_ids(tokenizer, [prompt])[0]
+    yield from stream_ids(model, tokenizer, ids, settings, stopped=stopped, on_cut=on_cut)
 
 
-def stream_ids(model, tokenizer, ids: list[int], settings: Settings, memory: Memory | None = None) -> Iterator[str]:
+def stream_ids(
+    model,
+    tokenizer,
+    ids: list[int],
+    settings: Settings,
+    memory: Memory | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+    on_cut: Callable[[], None] = lambda: None,
+) -> Iterator[str]:
     """As stream(), from tokens; ``memory`` is that of a conversation, whose tokens are not computed again."""
-    with closing(decode(model, [ids], end_ids(model, tokenizer), settings, set(), memory)) as steps:
-        tokens = (token for step in steps for _, token in step)
-        yield from cut_at(decode_pieces(tokenizer, tokens), STOP)
+    limit = longest_answer(model, ids, settings.max_new_tokens)
+
+    def tokens(steps: Iterator[list[tuple[int, int]]]) -> Iterator[int]:
+        written = 0
+        for step in steps:
+            for _, token in step:
+                written += 1
+                yield token
+        if written == limit:  # not reached where STOP has ended the text
+            on_cut()
+
+    try:
+        with closing(decode(model, [ids], end_ids(model, tokenizer), settings, set(), memory, stopped)) as steps:
+            yield from cut_at(decode_pieces(tokenizer, tokens(steps)), STOP)
+    except torch.OutOfMemoryError:
+        raise too_large(ids) from None
+
+
+def too_large(ids: list[int]) -> UserError:
+    """What to do about a single prompt that does not fit the memory."""
+    return UserError(
+        f"a prompt of {len(ids)} tokens and its answer do not fit the memory: lower --max_new_tokens, or take --dtype "
+        "bfloat16 or --device cpu"
+    )
 
 
 TEMPLATES = ("alpaca", "chat")
@@ -288,6 +297,7 @@ class Conversation:
     def __init__(self, model, tokenizer, settings: Settings, template: str = "alpaca"):
         self.model, self.tokenizer, self.settings, self.template = model, tokenizer, settings, template
         self.memory = Memory()
+        self.cut = False  # whether the last answer reached max_new_tokens or the end of the context
         self.reset()
 
     def reset(self) -> None:
@@ -308,6 +318,7 @@ class Conversation:
             longest_answer(self.model, ids, self.settings.max_new_tokens)
         except UserError as e:
             raise UserError(f"{e}, or begin anew with /reset" if self.turns else str(e)) from None
+        self.cut = False
         said: list[str] = []
 
         def noted(pieces: Iterator[str]) -> Iterator[str]:
@@ -315,12 +326,18 @@ class Conversation:
                 said.append(piece)
                 yield piece
 
-        try:
-            with closing(stream_ids(self.model, self.tokenizer, ids, self.settings, self.memory)) as pieces:
-                yield from stripped(noted(pieces))
-        finally:
+        def keep() -> None:
             if turns and said:
                 self.turns = [*turns, {"role": "assistant", "content": "".join(said)}]
+
+        try:
+            given = {"memory": self.memory, "on_cut": lambda: setattr(self, "cut", True)}
+            with closing(stream_ids(self.model, self.tokenizer, ids, self.settings, **given)) as pieces:
+                yield from stripped(noted(pieces))
+        except (GeneratorExit, KeyboardInterrupt):
+            keep()
+            raise
+        keep()
 
 
 def answer_batch(
@@ -349,9 +366,7 @@ def answer_batch(
                 on_tokens(len(step))
     except torch.OutOfMemoryError:
         if len(prompts) == 1:
-            raise UserError(
-                f"a prompt of {len(prompts[0])} tokens and its answer do not fit the memory: lower --max_new_tokens"
-            ) from None
+            raise too_large(prompts[0]) from None
         written = None
     if written is None:  # out of the handler, which keeps the tensors of the failed call alive
         if torch.accelerator.is_available():
@@ -359,11 +374,11 @@ def answer_batch(
         half = len(prompts) // 2
         parts = prompts[:half], prompts[half:]
         return [answer for part in parts for answer in answer_batch(model, tokenizer, part, settings, on_tokens)]
-    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
     limits = [longest_answer(model, ids, settings.max_new_tokens) for ids in prompts]
     return [
-        ("".join(cut_at([text], STOP)), len(ids), len(ids) == limit and row not in done)
-        for row, (text, ids, limit) in enumerate(zip(texts, written, limits, strict=True))
+        # Not decode(ids), which may differ: a stream cannot take back what broken bytes make of the text before them.
+        ("".join(cut_at(decode_pieces(tokenizer, ids), STOP)), len(ids), len(ids) == limit and row not in done)
+        for row, (ids, limit) in enumerate(zip(written, limits, strict=True))
     ]
 
 

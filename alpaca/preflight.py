@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from alpaca import RankError, launch, memory
+from alpaca.check_model import near_zero
 from alpaca.check_tokens import IGNORE_INDEX, check_examples, columns, show_example
 from alpaca.findings import Finding, colour_wanted, finish, gather, lowest, paint, raise_errors
 from alpaca.launch import say
@@ -43,25 +44,9 @@ def check_precision(bf16: bool) -> list[Finding]:
 
 
 def check_difference(model) -> list[Finding]:
-    """Whether the weights look like the difference of two models, as Alpaca's were released: all of them near 0.
-
-    A model's norms are of order 0.1 to 10 (SmolLM2: 0.3 to 3.3; 1 before training), or 0 and more where they are added
-    to 1 (Gemma); its embeddings are of order 0.01 to 0.1. Fine-tuning at a learning rate of 2e-5 moves either by 1e-3
-    at most.
-    """
-    weights = [
-        module.weight
-        for module in model.modules()
-        if "norm" in type(module).__name__.lower() and getattr(module, "weight", None) is not None
-    ]
-    words = model.get_input_embeddings().weight
-    if not weights or 0 in (words.numel(), *(weight.numel() for weight in weights)):  # none, or ZeRO-3 has them apart
+    """Whether the weights look like the difference of two models: see check_model.near_zero."""
+    if not (what := near_zero(model)):
         return []
-    with torch.no_grad():
-        norm, word = max(float(weight.abs().max()) for weight in weights), float(words.float().abs().mean())
-    if norm > 0.1 or word > 2e-3:
-        return []
-    what = f"all weights are near 0 (norms below {norm:.1g}, embeddings {word:.1g} on average)"
     cure = "recover the model first (python weight_diff.py recover --help)"
     return [Finding("error", what, "it looks like a weight diff, from which nothing can be learnt", cure)]
 

@@ -7,8 +7,8 @@ the page. What a model writes is a stranger's text: its Markdown is rendered, it
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
-import datetime
 import html
 import importlib.util
 import logging
@@ -33,18 +33,14 @@ for _package in ("gradio", "markdown_it"):
 
 import gradio as gr  # noqa: E402
 
-from alpaca.web_server import COPY, WORKER, close, launch, render_answer, render_status  # noqa: E402
+from alpaca.web_reports import FLAGGED, MAX_REASON_CHARS, NOTE, flag  # noqa: E402
+from alpaca.web_server import COPY, WORKER, close, launch, page_error, render_answer, render_status  # noqa: E402
 
 MAX_CHARS = 8_000  # of an instruction, and of an input
 MAX_PROMPT_TOKENS = 2_048  # training read 512; never more than half of what the model can read
-MAX_REASON_CHARS = 500
 MAX_WAITING = 20  # requests in the queue; whoever comes after them is told to come back
 MAX_SEED = 2**31 - 1
-STREAMS = 2  # answers at once: a long one does not keep the next page waiting
-FLAGGED = "flagged.jsonl"
-NOTE = (
-    f"A report adds instruction, input, answer and settings to {FLAGGED} beside the server; nothing is sent elsewhere."
-)
+STREAMS = 2  # answers of a model at once: a long one does not keep the next page waiting
 EXAMPLES = [
     ["Give three tips for sleeping better.", ""],
     ["Explain to a ten-year-old why the sky is blue.", ""],
@@ -65,6 +61,10 @@ class Model:
     name: str
     model: object
     tokenizer: object
+    path: str = ""
+    # Gradio takes an answer that was stopped for ended, while its model may still read the prompt. These are held until
+    # it has ended, so that Answer and Stop in turn do not set more to work than STREAMS.
+    slots: threading.Semaphore = dataclasses.field(default_factory=lambda: threading.Semaphore(STREAMS))
 
     def count_tokens(self, prompt: str) -> int:
         """As inference.stream counts them: a special token that somebody types is text."""
@@ -86,10 +86,6 @@ class Settings:
     seed: int | None = None
 
 
-def _error(message: str) -> gr.Error:
-    return gr.Error(html.escape(message), title="Not answered", print_exception=False)
-
-
 def check(models: list[Model], most: int, instruction, input, max_new_tokens, temperature, top_p, seed):
     """The prompt and the settings of a request, from a page or from a program.
 
@@ -103,16 +99,20 @@ def check(models: list[Model], most: int, instruction, input, max_new_tokens, te
     instruction, input = instruction or "", input or ""
     for name, text in (("instruction", instruction), ("input", input)):
         if not isinstance(text, str):
-            raise _error(f"The {name} must be text.")
+            raise page_error(f"The {name} must be text.")
         if len(text) > MAX_CHARS:
-            raise _error(f"The {name} has {len(text):,} characters; at most {MAX_CHARS:,} are read: shorten it.")
+            raise page_error(f"The {name} has {len(text):,} characters; at most {MAX_CHARS:,} are read: shorten it.")
+    try:
+        (instruction + input).encode()
+    except UnicodeEncodeError:
+        raise page_error("The text holds half of a surrogate pair, which is no character: type it anew.") from None
     if not instruction.strip():
-        raise _error("Type an instruction first.")
+        raise page_error("Type an instruction first.")
 
     def number(name: str, value, low: float, high: float):
         right = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if not right or not low <= value <= high:
-            raise _error(f"{name} must be a number from {low} to {high}.")
+            raise page_error(f"{name} must be a number from {low} to {high}.")
         return value
 
     if isinstance(seed, str):
@@ -126,15 +126,17 @@ def check(models: list[Model], most: int, instruction, input, max_new_tokens, te
     prompt = utils.format_prompt(instruction, input)
     for model in models:
         if (tokens := model.count_tokens(prompt)) > model.max_prompt_tokens:
-            raise _error(
+            raise page_error(
                 f"Instruction and input have {tokens:,} tokens; {model.name} reads at most "
                 f"{model.max_prompt_tokens:,} here: shorten them."
             )
     return prompt, settings
 
 
-async def answers(models: list[Model], prompt: str, settings: Settings) -> AsyncIterator[list[str]]:
+async def answers(models: list[Model], prompt: str, settings: Settings, cut: set[int]) -> AsyncIterator[list[str]]:
     """Yields what each model has said so far, some 20 times a second at most. Closing it stops the models.
+
+    Those whose answer reached its greatest length are added to ``cut`` by their places.
 
     Each model has a thread of its own, so that neither a long prompt nor the end of an answer holds up other pages.
     """
@@ -149,18 +151,24 @@ async def answers(models: list[Model], prompt: str, settings: Settings) -> Async
             left.set()
 
     def work(index: int, model: Model) -> None:
+        while not model.slots.acquire(timeout=0.1):
+            if left.is_set():
+                return
+        given = {"stopped": left.is_set, "on_cut": lambda: cut.add(index)}
         try:
-            stream = inference.stream(model.model, model.tokenizer, prompt, **dataclasses.asdict(settings))
-            try:
+            if left.is_set():
+                return
+            stream = inference.stream(model.model, model.tokenizer, prompt, **dataclasses.asdict(settings), **given)
+            with contextlib.closing(stream):
                 for piece in stream:
                     if left.is_set():
                         return
                     tell(index, piece)
-            finally:
-                stream.close()
             tell(index, None)
         except Exception as e:
             tell(index, e)
+        finally:
+            model.slots.release()
 
     for index, model in enumerate(models):
         threading.Thread(target=work, args=(index, model), name=WORKER, daemon=True).start()
@@ -172,10 +180,10 @@ async def answers(models: list[Model], prompt: str, settings: Settings) -> Async
                 batch.append(news.get_nowait())
             for index, piece in batch:
                 if isinstance(piece, UserError):
-                    raise _error(str(piece))
+                    raise page_error(str(piece))
                 if isinstance(piece, Exception):
                     logging.error("%s failed", models[index].name, exc_info=piece)
-                    raise _error(f"{models[index].name} failed; the terminal of the server says why.")
+                    raise page_error(f"{models[index].name} failed; the terminal of the server says why.")
                 if piece is None:
                     running -= 1
                 else:
@@ -185,45 +193,6 @@ async def answers(models: list[Model], prompt: str, settings: Settings) -> Async
                 await asyncio.sleep(0.05)
     finally:
         left.set()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is reported.
-
-_flagging = threading.Lock()
-
-
-def append_line(path: str | os.PathLike, record: dict) -> None:
-    """Adds a JSON line and waits until it is on disk. A line that a crash has torn stays alone on its own."""
-    with _flagging, open(path, "a+b", opener=lambda *args: os.open(*args, 0o600)) as file:  # it holds what people typed
-        torn = False
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            torn = file.read(1) != b"\n"
-        file.write(b"\n" * torn + utils.json_text(record).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def flag(exchange: dict | None, which: int | None, reason: str | None) -> str:
-    """Saves an answer that somebody reports; returns what the page says then."""
-    which, reason = which or 0, reason or ""
-    if not exchange or not exchange["answers"][which]:
-        raise _error("There is no answer to report yet.")
-    if len(reason) > MAX_REASON_CHARS:
-        raise _error(f"The reason may have {MAX_REASON_CHARS} characters.")
-    if which not in exchange["flagged"]:
-        record = {name: exchange[name] for name in ("instruction", "input")}
-        record |= {"answer": exchange["answers"][which], "model": exchange["models"][which]}
-        record |= {"settings": exchange["settings"], "reason": reason}
-        record["time"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        try:
-            append_line(FLAGGED, record)
-        except OSError as e:
-            logging.error("%s: %s", FLAGGED, e)
-            raise _error("The report could not be saved; the terminal of the server says why.") from None
-        exchange["flagged"].append(which)
-    return render_status(f"Saved in {FLAGGED} on the machine that runs this page. Thank you.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -240,7 +209,9 @@ def build(models: list[Model], defaults: Settings) -> gr.Blocks:
     async def run(instruction, input, *given):
         prompt, settings = check(models, defaults.max_new_tokens, instruction, input, *given)
         exchange = {"instruction": instruction, "input": input or "", "models": [model.name for model in models]}
-        exchange |= {"settings": dataclasses.asdict(settings), "answers": [""] * len(models), "flagged": []}
+        exchange |= {"paths": [model.path for model in models], "settings": dataclasses.asdict(settings)}
+        exchange |= {"answers": [""] * len(models), "running": True, "flagged": []}
+        cut: set[int] = set()
 
         def show(status: str, running: bool):
             texts = exchange["answers"]
@@ -250,17 +221,22 @@ def build(models: list[Model], defaults: Settings) -> gr.Blocks:
         started = time.monotonic()
         yield show("Answering …", True)
         try:
-            async for texts in answers(models, prompt, settings):
+            async for texts in answers(models, prompt, settings, cut):
                 exchange["answers"] = texts
                 yield show("Answering …", True)
         except gr.Error:
+            exchange["running"] = False
             yield show("Not answered to the end.", False)
             raise
-        yield show(f"Answered in {time.monotonic() - started:.1f} s, seed {settings.seed}.", False)
+        finally:  # also of one that is stopped
+            exchange["running"] = False
+        which = "" if len(models) == 1 else f" ({', '.join(names[index][0] for index in sorted(cut))})"
+        note = f" Cut off at the longest answer{which}." if cut else ""
+        yield show(f"Answered in {time.monotonic() - started:.1f} s, seed {settings.seed}.{note}", False)
 
     async def run_again(exchange, *given):
         if not exchange:
-            raise _error("There is no answer yet.")
+            raise page_error("There is no answer yet.")
         async for shown in run(exchange["instruction"], exchange["input"], *given[:-1], None):
             yield shown
 
@@ -321,11 +297,19 @@ def build(models: list[Model], defaults: Settings) -> gr.Blocks:
         exchange = gr.State(None)
         options = {"outputs": [*shown, *texts, exchange, status, stop, reported], "show_progress_on": status}
         options |= {"concurrency_limit": STREAMS, "concurrency_id": "answer"}
-        triggers = [ask.click, instruction.submit, input.submit]
-        asked = gr.on(triggers, run, [*fields, *settings], api_name="answer", **options)
-        asked_again = again.click(run_again, [exchange, *settings], api_visibility="private", **options)
-        stop.click(None, cancels=[asked, asked_again])
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
+        triggers, waiting = [ask.click, instruction.submit, input.submit], gr.Button(interactive=True, render=False)
+        # The page goes through the listeners of a click in turn and waits for each, but not for what is in a then().
+        pressed = gr.on(
+            triggers, lambda: waiting, None, stop, queue=False, **quiet
+        )  # Stop also what waits in the queue
+        asked = pressed.then(run, [*fields, *settings], api_name="answer", **options)
+        pressed_again = again.click(lambda: waiting, None, stop, queue=False, **quiet)
+        asked_again = pressed_again.then(run_again, [exchange, *settings], api_visibility="private", **options)
+        # Both write into the same fields: whichever comes later ends the other.
+        gr.on(triggers, None, cancels=asked_again)
+        again.click(None, cancels=asked)
+        stop.click(None, cancels=[asked, asked_again])
         shown_stopped = render_status("Stopped."), gr.Button(interactive=False, render=False)
         stop.click(lambda: shown_stopped, None, [status, stop], queue=False, **quiet)
         report.click(flag, [exchange, which, reason], reported, **quiet)
@@ -378,7 +362,8 @@ def serve(
     models = []
     for path in filter(None, [model_path, compare_path]):
         base = base_path if (Path(path) / "adapter_config.json").exists() else None
-        models.append(Model(Path(path).resolve().name or str(path), *inference.load(path, device, dtype, base)))
+        name = Path(path).resolve().name or str(path)
+        models.append(Model(name, *inference.load(path, device, dtype, base), str(path)))
         models[-1].count_tokens("")  # sets the tokenizer up: it must not be done twice at once
     page = build(models, settings)
     stopped = threading.Event()

@@ -75,6 +75,11 @@ def render_status(text: str) -> str:
     return f'<div class="status" role="status">{html.escape(text)}</div>'
 
 
+def page_error(message: str, title: str = "Not answered") -> gr.Error:
+    """What the page shows in red; the message may hold what a visitor typed."""
+    return gr.Error(html.escape(message), title=title, print_exception=False)
+
+
 class Guard:
     """Answers what the page needs and nothing else of what Gradio serves (uploads, proxies, files, recordings).
 

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import peft
 import pytest
 from conftest import ROOT, make_records, run_script
 from huggingface_hub.utils import filter_repo_objects
@@ -22,7 +23,7 @@ from test_inference import chain
 import chat
 import train
 import utils
-from alpaca import answers, cli, inference
+from alpaca import UserError, answers, cli, inference
 from alpaca.decoding import STOP
 
 
@@ -83,9 +84,9 @@ def asked(monkeypatch) -> list[str]:
     """The prompts that the model is given, special tokens left out; it goes on to answer."""
     seen, inner = [], inference.stream_ids
 
-    def note(model, tokenizer, ids, settings, memory=None):
+    def note(model, tokenizer, ids, settings, **given):
         seen.append(tokenizer.decode(ids, skip_special_tokens=True))
-        return inner(model, tokenizer, ids, settings, memory)
+        return inner(model, tokenizer, ids, settings, **given)
 
     monkeypatch.setattr(inference, "stream_ids", note)
     return seen
@@ -161,7 +162,9 @@ def test_an_instruction_that_is_too_long_does_not_end_a_conversation(tiny_llama,
         run_chat(monkeypatch, "--model_path", tiny_llama, *QUICK, stdin="Q" * 2000 + "\nHi\n")
     assert exit.value.code == 1
     out, err = capsys.readouterr()
-    assert err.startswith("error: the prompt has ") and err.endswith("shorten it\n")
+    error, note = err.splitlines()
+    assert error.startswith("error: the prompt has ") and error.endswith("shorten it")
+    assert note == "note: cut off at --max_new_tokens or the end of the context"
     assert out.strip()
 
 
@@ -175,6 +178,10 @@ def test_an_instruction_that_is_too_long_does_not_end_a_conversation(tiny_llama,
         (["--instruction", "x", "--batch_path", "x"], "--instruction and --batch_path do not go together"),
         (["--instruction", "x", "--output_path", "x"], "--batch_path, the instructions, and --output_path"),
         (["--batch_path", "x"], "--batch_path, the instructions, and --output_path"),
+        (["--batch_path", "x", "--output_path", "y", "--input", "z"], "--input goes with --instruction; the records"),
+        (["--web", "--template", "chat"], "--web asks with Alpaca's template what is typed there: drop --template"),
+        (["--web", "--input", "x"], "drop --template, --input, --output_path"),
+        (["--web", "--output_path", "x"], "drop --template, --input, --output_path"),
         (["--batch_path", "nowhere.json", "--output_path", "x"], "nowhere.json does not exist"),
         (["--template", "llama"], "--template llama is not known: choose from alpaca, chat"),
         (["--instruction", "x", "--template", "chat"], "this tokenizer has no chat template"),
@@ -339,10 +346,11 @@ BAD_LINES = {
     '{"instruction": "x", "input": 3}': 'needs a text "instruction", and "input" must be a text',
     '{"instruction": "x", "instances": []}': '"instances" must be a list of one object',
     '{"instruction": "a\\ud800"}': "holds half of a surrogate pair",
+    '{"instruction": "x", "more": ' + "[" * 100_000: "malformed JSON, nested too deeply",
 }
 
 
-@pytest.mark.parametrize("line", BAD_LINES)
+@pytest.mark.parametrize("line", BAD_LINES, ids=range(len(BAD_LINES)))
 def test_a_bad_line_is_named_by_its_number_or_left_out_and_counted(tiny_llama, tmp_path, monkeypatch, capsys, line):
     good = [json.dumps(record) for record in RECORDS[:2]]
     lines = f"{good[0]}\n\n{line}\n{good[1]}\n"
@@ -366,6 +374,25 @@ def test_an_instruction_longer_than_the_context_is_told_by_its_number_and_never_
     rows = run_file(monkeypatch, tiny_llama, records, tmp_path / "out.jsonl", "--skip_errors")
     assert "output" not in rows[1] and "reads at most 1024" in rows[1]["error"] and rows[1]["instruction"] == "Q" * 2000
     assert rows[0]["output"] and rows[2]["output"] and "error" not in rows[0]
+
+
+def test_a_list_that_is_nested_too_deeply_is_one_line(tmp_path):
+    (tmp_path / "in.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="in.json: malformed JSON, nested too deeply"):
+        answers.read_requests(tmp_path / "in.json")
+
+
+def test_an_error_of_an_earlier_run_does_not_stay_beside_an_answer(tiny_llama, tmp_path, monkeypatch):
+    rows = run_file(monkeypatch, tiny_llama, [{"instruction": "Hi", "error": "too long"}], tmp_path / "out.jsonl")
+    assert rows[0].keys() == {"instruction", "output", "generator"}
+
+
+def test_a_stdout_that_is_not_utf_8_takes_any_answer(tmp_path, monkeypatch):
+    model, out = chain(tmp_path / "model", "caf", "é ", "好", "!"), io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, "latin-1"))
+    run_chat(monkeypatch, "--model_path", model, "--device", "cpu", "--instruction", "x")
+    sys.stdout.flush()
+    assert out.getvalue() == "café ?!\n".encode("latin-1")
 
 
 def test_no_instruction_at_all_is_told(tiny_llama, tmp_path, monkeypatch):
@@ -449,6 +476,27 @@ def test_another_model_in_the_same_folder_does_not_finish_a_run(tiny_llama, tmp_
     assert "differs in model, requests: give the same again, or delete it" in exit.value.code
 
 
+def test_another_base_or_dtype_does_not_finish_a_run(tiny_llama, tmp_path, monkeypatch):
+    base, adapter, out = shutil.copytree(tiny_llama, tmp_path / "base"), tmp_path / "adapter", tmp_path / "out.jsonl"
+    lora = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    model = peft.get_peft_model(inference.load(base, "cpu")[0], lora)
+    model.save_pretrained(adapter)
+    with monkeypatch.context() as patch:
+        patch.setattr(answers, "_write", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_file(monkeypatch, adapter, RECORDS, out)
+    with pytest.raises(SystemExit) as exit:
+        run_file(monkeypatch, adapter, RECORDS, out, "--dtype", "bfloat16")
+    assert "differs in dtype: give the same again" in exit.value.code
+    with pytest.raises(SystemExit) as exit:
+        run_file(monkeypatch, adapter, RECORDS, out, "--base_path", tiny_llama)
+    assert "differs in base_path: give the same again" in exit.value.code
+    os.utime(base / "model.safetensors")
+    with pytest.raises(SystemExit) as exit:
+        run_file(monkeypatch, adapter, RECORDS, out)
+    assert "differs in base: give the same again" in exit.value.code
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # docs/publish.md.
 
@@ -465,13 +513,14 @@ def test_what_goes_to_the_hub_is_the_model_and_what_tells_of_it(tiny_llama, tmp_
     argv += ["--max_steps", 2, "--save_strategy", "steps", "--save_steps", 1, "--lora_r", 2, "--report_to", "none"]
     argv += ["--skip_save_rehearsal"]
     train.train(*train.parse_args([str(word) for word in argv]))
+    shutil.copytree(out / "checkpoint-1", out / "abandoned-checkpoint-1")  # what a run from an earlier checkpoint left
     (out / "training_args.bin").touch()  # what a run without LoRA leaves, and TensorBoard where it is installed
     (out / "runs").mkdir()
     (out / "runs" / "events.out.tfevents.1").touch()
     (command,) = [shlex.split(line) for line in published().splitlines() if line.startswith("hf upload REPO OUT .")]
     patterns = [word for flag, word in zip(command, command[1:], strict=False) if flag == "--exclude"]
     there = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
-    assert {"checkpoint-2/optimizer.pt", "checkpoint-2/training_args.bin"} <= set(there)
+    assert {"checkpoint-2/optimizer.pt", "abandoned-checkpoint-1/training_args.bin"} <= set(there)
     tokenizer = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
     expected = ["config.json", "generation_config.json", "loss.png", "model.safetensors", "model_card.md"]
     expected += ["training_receipt.json", *tokenizer, "adapter/README.md", "adapter/adapter_config.json"]

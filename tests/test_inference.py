@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 import utils
 from alpaca import UserError, decoding, inference
@@ -214,6 +214,36 @@ def test_closing_a_stream_early_stops_the_model(tmp_path):
     assert fed == [1, 1]  # the prompt, and "a"
 
 
+def test_a_stream_of_held_back_white_space_stops_when_it_is_told_to(tmp_path):
+    """It yields nothing until its end; and one that is stopped before it begins reads no prompt."""
+    model, tokenizer = inference.load(chain(tmp_path / "model", "\n", loop=True), "cpu")
+    fed, calls = count_fed(model), []
+
+    def stopped() -> bool:
+        calls.append(len(fed))
+        return len(fed) == 3
+
+    list(stream(model, tokenizer, "x", 200, stopped=stopped))
+    assert fed == [1, 1, 1] and calls == [0, 1, 2, 3]
+    fed.clear()
+    assert list(stream(model, tokenizer, "x", 200, stopped=lambda: True)) == fed == []
+
+
+def test_a_stream_tells_that_it_was_cut_off(tmp_path, paris, loaded):
+    looping = inference.load(chain(tmp_path / "model", "a ", "### Instruction:", loop=True), "cpu")
+    model, tokenizer = loaded
+    cut = []
+    for which, given, longest in (
+        ("ends at EOS", inference.load(paris, "cpu"), 5),
+        ("has a token less than that", inference.load(paris, "cpu"), 4),
+        ("ends at STOP in its last token", looping, 2),
+        ("is in the middle", looping, 1),
+    ):
+        list(stream(*given, "x", longest, 0, on_cut=lambda which=which: cut.append(which)))
+    list(stream(model, tokenizer, "Q" * 1020, 50, 0, on_cut=lambda: cut.append("context")))
+    assert cut == ["has a token less than that", "is in the middle", "context"]
+
+
 def test_a_prompt_that_fills_the_context_is_refused_and_one_that_leaves_a_token_is_answered(loaded):
     """tiny_llama reads 1,024 tokens, BOS among them; each letter here is one."""
     model, tokenizer = loaded
@@ -384,6 +414,23 @@ def test_a_single_prompt_that_is_too_large_for_the_memory_is_told(loaded, monkey
         inference.answer_batch(*loaded, [[1, 5]], Settings(5, 0))
 
 
+def test_a_batch_says_of_broken_bytes_what_a_stream_says(sentencepiece_folder, loaded, monkeypatch):
+    """LLaMA's decoder makes a replacement of each byte of a run that is not UTF-8, also of what was whole before."""
+    tokenizer = inference.load_tokenizer(sentencepiece_folder)
+    byte = {value: tokenizer.convert_tokens_to_ids(f"<0x{value:02X}>") for value in (0xE5, 0xA5, 0xBD, 0xFF)}
+    ids = [byte[value] for value in (0xE5, 0xA5, 0xBD, 0xFF)] + tokenizer(" x", add_special_tokens=False)["input_ids"]
+    pieces = list(decode_pieces(tokenizer, ids))
+    assert pieces[0] == "好" != tokenizer.decode(ids)[0]  # shown before it is known that it would be taken back
+
+    def steps(model, prompts, *_):
+        yield from ([(0, token)] for token in ids)
+
+    monkeypatch.setattr(inference, "decode", steps)
+    model = loaded[0]
+    ((text, _, _),) = inference.answer_batch(model, tokenizer, [[1]], Settings(50, 0))
+    assert text == "".join(pieces) == "".join(inference.stream_ids(model, tokenizer, [1], Settings(50, 0)))
+
+
 @pytest.mark.parametrize(
     ("lengths", "max_tokens", "expected"),
     [
@@ -519,6 +566,44 @@ def test_memory_is_empty_after_a_step_that_did_not_end(talking):
     assert "".join(conversation.ask("Hi")) == "".join(
         inference.Conversation(model, tokenizer, Settings(8, 0), "chat").ask("Hi")
     )
+
+
+@pytest.mark.parametrize("place", ["crop", "tolist"])
+def test_ctrl_c_anywhere_leaves_no_memory_that_its_tokens_do_not_tell(loaded, place, monkeypatch):
+    """While the cache is cut to what two prompts share, and between a step and the note of its tokens."""
+    model, _ = loaded
+    memory, first, second = Memory(), [1, 50, 60, 70], [1, 50, 99, 98]
+
+    def ask(ids):
+        return [t for step in decode(model, [ids], frozenset(), Settings(3, 0), set(), memory) for _, t in step]
+
+    ask(first)
+    with monkeypatch.context() as patch:
+        if place == "crop":
+            inner = memory.cache.crop
+            memory.cache.crop = lambda length: (inner(length), (_ for _ in ()).throw(KeyboardInterrupt))
+        else:
+            patch.setattr(torch.Tensor, "tolist", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            ask(second)
+    assert memory.cache is None
+    assert ask(second) == rows_of(model, [second], Settings(3, 0), frozenset())[0]
+
+
+def test_an_answer_that_fails_is_no_turn(talking):
+    model, tokenizer, fed = talking
+    conversation = inference.Conversation(model, tokenizer, Settings(8, 0), "chat")
+
+    def fail(*_):
+        if len(fed) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = model.register_forward_pre_hook(fail)
+    said = []
+    with pytest.raises(UserError, match="its answer do not fit the memory: lower --max_new_tokens, or take --dtype"):
+        said.extend(conversation.ask("Hi"))
+    handle.remove()
+    assert len(fed) == 5 and conversation.turns == []
 
 
 def test_a_stopped_answer_is_a_turn_and_a_refused_one_is_none(talking):
@@ -667,6 +752,18 @@ def test_a_16_bit_model_stays_so_on_a_cpu_that_has_no_memory_for_32(tiny_llama, 
     assert "loaded as it was saved" in capsys.readouterr().err
 
 
+def test_a_diff_without_its_manifest_is_refused(tiny_llama, tmp_path):
+    folder = shutil.copytree(tiny_llama, tmp_path / "diff")
+    model = LlamaForCausalLM.from_pretrained(tiny_llama)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(1e-4 * torch.randn(parameter.shape))
+    model.save_pretrained(folder)
+    with pytest.raises(UserError, match="near 0 .*as in a weight diff: recover the model first") as error:
+        inference.load(folder, "cpu")
+    assert "\n" not in str(error.value)
+
+
 def test_another_models_tokenizer_is_refused(tiny_llama, paris, tmp_path):
     folder = shutil.copytree(paris, tmp_path / "model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -682,6 +779,8 @@ ODD = {
     "pad": ({"pad_token": "</s>"}, {}, ["EOS and pad are the same token ('</s>')"]),
     "disagree": ({}, {"eos_token_id": [5, 6]}, ["ends answers with id 5, 6, the tokenizer with 2 ('</s>')"]),
     "agree": ({}, {"eos_token_id": [5, 2]}, []),
+    "EOS without a row": ({"eos_token": "<new>"}, {"eos_token_id": 300}, ["EOS is token 300, and", "with id 300, and"]),
+    "pad without a row": ({"pad_token": "[PAD]"}, {}, ["pad is token 300, and the model has 300 rows, up to 299: "]),
     "right": ({}, {}, []),
 }
 
@@ -697,6 +796,31 @@ def test_what_training_got_wrong_about_special_tokens_is_told_in_a_line(tiny_lla
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert len(lines) == len(expected)
     assert all(words in line for words, line in zip(expected, lines, strict=True)), lines
+
+
+def test_a_bos_without_a_row_is_refused(tiny_llama, tmp_path):
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": "<new>"}))
+    with pytest.raises(UserError, match=r"BOS is token 300 \('<new>'\), the model has 300 rows: copy the tokenizer"):
+        inference.load(folder, "cpu")
+
+
+def test_a_model_without_a_key_value_cache_is_refused(tiny_llama, tmp_path):
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    shape = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 1, "vocab_size": 300}
+    MambaForCausalLM(MambaConfig(**shape)).save_pretrained(folder)
+    with pytest.raises(UserError, match="is a MambaForCausalLM, which has no key/value cache: take a model that has"):
+        inference.load(folder, "cpu")
+
+
+def test_a_model_that_does_not_fit_the_device_is_told(tiny_llama, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(LlamaForCausalLM, "to", full)
+    with pytest.raises(UserError, match="does not fit the memory of cpu: take --dtype bfloat16, --device cpu, or"):
+        inference.load(tiny_llama, "cpu")
 
 
 def test_a_model_of_our_training_may_pad_with_eos(tiny_llama, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -15,13 +16,14 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from concurrent import futures
 from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 
 import utils
-from alpaca import UserError, inference, web, web_server
+from alpaca import UserError, inference, web, web_reports, web_server
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
@@ -37,9 +39,10 @@ class Model:
     def __init__(self):
         self.config = SimpleNamespace(max_position_embeddings=2_000)
         self.calls, self.running, self.all_stopped = [], 0, threading.Event()
+        self.may_go_on = threading.Event()
         self.lock = threading.Lock()
 
-    def stream(self, model, tokenizer, prompt, **settings):
+    def stream(self, model, tokenizer, prompt, stopped, on_cut, **settings):
         with self.lock:
             self.calls.append((prompt, settings))
             self.running += 1
@@ -49,6 +52,14 @@ class Model:
                 for number in range(10**6):
                     yield f"{number} "
                     time.sleep(0.01)
+            elif "\nmute" in prompt:  # only white space, which is held back
+                while not stopped():
+                    time.sleep(0.01)
+            elif "\nlong" in prompt:
+                yield "long"
+                on_cut()
+            elif "\nread" in prompt:  # a prompt, in a step that cannot be left
+                self.may_go_on.wait(20)
             elif "\nfail" in prompt:
                 raise RuntimeError("secret of the server")
             else:
@@ -192,6 +203,72 @@ def test_an_answer_grows_while_it_is_written_and_stop_ends_it(visit, sites):
     page.ask("say", "A new one.")
     page.see("A new one.")
     assert " 20 " in before and page.text().endswith("A new one.")
+
+
+@needs_browser
+def test_an_answer_that_is_cut_off_says_so(visit):
+    page = visit()
+    page.ask("long")
+    page.see("Cut off at the longest answer.", ".status")
+    page.ask("say", "whole")
+    page.see("whole")
+    page.see("Answered in", ".status")
+    assert "Cut off" not in page.page.locator(".status").first.inner_text()
+
+
+@needs_browser
+def test_asking_anew_ends_the_answer_that_is_being_tried_again(visit, sites):
+    page, model = visit(), sites().model
+    page.ask("count")
+    page.see(re.compile(r" 5 "))
+    asked = len(model.calls)
+    page.button("Try again").click()
+    wait_until(lambda: len(model.calls) == asked + 1 and model.running == 1)
+    before = len(model.calls)
+    page.button("Try again").click()  # it is at work already
+    page.page.wait_for_timeout(300)
+    assert len(model.calls) == before
+    page.ask("say", "the last word")
+    page.see("the last word")
+    page.see("Answered in", ".status")
+    assert model.all_stopped.wait(10)
+    page.page.wait_for_timeout(300)
+    assert page.text().endswith("the last word")
+
+
+@needs_browser
+def test_a_request_that_waits_can_be_stopped(visit, sites):
+    busy, waiting, model = [visit(), visit()], visit(), sites().model
+    for page in busy:
+        page.ask("count")
+        page.see(re.compile(r" 5 "))
+    before = len(model.calls)
+    waiting.ask("say", "too late")
+    waiting.page.get_by_text(re.compile("queue: 1/1")).first.wait_for()
+    waiting.button("Stop").click()
+    waiting.see("Stopped.", ".status")
+    for page in busy:
+        page.button("Stop").click()
+    assert model.all_stopped.wait(10)
+    waiting.page.wait_for_timeout(300)
+    assert len(model.calls) == before
+
+
+@needs_browser
+def test_an_answer_can_be_reported_once_it_is_stopped(visit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = visit()
+    page.ask("count")
+    page.see(re.compile(r" 5 "))
+    page.page.get_by_role("button", name="Report a harmful answer").click()
+    page.button("Report").click()
+    page.page.get_by_text("still being written").wait_for()
+    page.button("Stop").click()
+    page.see("Stopped.", ".status")
+    page.button("Report").click()
+    page.page.get_by_text("Saved in flagged.jsonl").wait_for()
+    (record,) = utils.jload(tmp_path / "flagged.jsonl")
+    assert " 5 " in record["answer"]
 
 
 @needs_browser
@@ -360,6 +437,7 @@ def test_a_report_is_a_line_of_json_on_this_machine(visit, tmp_path, monkeypatch
         "input": "something bad",
         "answer": "something bad",
         "model": "tiny <i>&</i> co",
+        "model_path": "",
         "reason": "rude <b>",
     }
 
@@ -453,6 +531,7 @@ def test_a_program_that_asks_gets_the_answer(sites):
         ({0: "x" * 8_001}, "The instruction has 8,001 characters; at most 8,000 are read"),
         ({1: "x" * 8_001}, "The input has 8,001 characters; at most 8,000 are read"),
         ({1: "w " * 2_000}, "tokens; tiny &lt;i&gt;&amp;&lt;/i&gt; co reads at most 1,000 here"),
+        ({0: "half \ud83d"}, "The text holds half of a surrogate pair"),
         ({0: ""}, "Type an instruction first."),
         ({0: None}, "Type an instruction first."),
     ],
@@ -503,6 +582,43 @@ def test_a_request_must_say_its_length_and_be_meant_for_this_machine(sites):
     assert site.http("/", headers={"Host": "localhost:1"})[0] == 200
 
 
+def drive(models, word, use):
+    """Runs ``use(stream of answers)`` in a loop of its own."""
+
+    async def run():
+        stream = web.answers(models, utils.format_prompt(word), web.Settings(seed=0), set())
+        try:
+            return await use(stream)
+        finally:
+            await stream.aclose()
+
+    with futures.ThreadPoolExecutor(1) as pool:  # the browser's loop runs in this one
+        return pool.submit(asyncio.run, run()).result()
+
+
+async def leave_soon(stream):
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(anext(stream), 0.3)
+
+
+def test_leaving_stops_a_model_whose_text_is_held_back():
+    model = Model()
+    drive([web.Model("m", model, words)], "mute", leave_soon)
+    assert model.all_stopped.wait(10) and model.running == 0
+
+
+def test_asking_and_stopping_in_turn_never_has_more_models_at_work_than_streams():
+    model = Model()
+    models = [web.Model("m", model, words)]
+    for _ in range(web.STREAMS + 2):
+        drive(models, "read", leave_soon)
+    assert len(model.calls) == model.running == web.STREAMS
+    model.may_go_on.set()
+    assert model.all_stopped.wait(10)
+    wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name == web_server.WORKER])
+    assert len(model.calls) == web.STREAMS  # who had left was not answered
+
+
 def test_the_queue_is_bounded(sites):
     site = sites(fresh=True)
     statuses = []
@@ -522,25 +638,30 @@ def test_a_report_needs_an_answer_and_a_short_reason(tmp_path, monkeypatch):
         "instruction": "i",
         "input": "",
         "answers": ["a", ""],
-        "models": ["m", "n"],
+        "models": ["m", "m"],
+        "paths": ["a/m", "b/m"],
+        "running": False,
         "settings": {},
         "flagged": [],
     }
-    for bad in ((None, 0, ""), (exchange, 1, ""), (exchange, 0, "r" * 501)):
+    for bad in ((None, 0, ""), (exchange, 1, ""), (exchange, 0, "r" * 501), (exchange | {"running": True}, 0, "")):
         with pytest.raises(web.gr.Error):
             web.flag(*bad)
     assert not os.listdir(tmp_path)
-    web.flag(exchange, 0, None)
-    web.flag(exchange, 0, "twice")
-    assert [record["reason"] for record in utils.jload("flagged.jsonl")] == [""]
+    assert "Saved in flagged.jsonl" in web.flag(exchange, 0, None)
+    assert "already reported" in web.flag(exchange, 0, "twice")
+    exchange["answers"] = ["a", "b"]
+    web.flag(exchange, 1, "other")
+    records = utils.jload("flagged.jsonl")
+    assert [(record["reason"], record["model_path"]) for record in records] == [("", "a/m"), ("other", "b/m")]
 
 
 def test_a_line_that_a_crash_has_torn_costs_no_other_line(tmp_path):
     path = tmp_path / "flagged.jsonl"
-    web.append_line(path, {"n": 1})
+    web_reports.append_line(path, {"n": 1})
     with open(path, "a") as file:
         file.write('{"n": 2, "tor')
-    web.append_line(path, {"n": 3, "half": "\ud83d"})
+    web_reports.append_line(path, {"n": 3, "half": "\ud83d"})
     assert path.read_text().split("\n") == ['{"n": 1}', '{"n": 2, "tor', '{"n": 3, "half": "\\ud83d"}', ""]
     assert path.stat().st_mode & 0o777 == 0o600
 
@@ -548,7 +669,7 @@ def test_a_line_that_a_crash_has_torn_costs_no_other_line(tmp_path):
 def test_reports_from_many_threads_stay_whole_lines(tmp_path):
     path = tmp_path / "flagged.jsonl"
     record = {"answer": "x" * 5_000}
-    threads = [threading.Thread(target=web.append_line, args=(path, record)) for _ in range(20)]
+    threads = [threading.Thread(target=web_reports.append_line, args=(path, record)) for _ in range(20)]
     for thread in threads:
         thread.start()
     for thread in threads:
