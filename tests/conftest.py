@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,8 @@ sys.path.insert(0, str(ROOT))
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
 _cache = tempfile.TemporaryDirectory(prefix="alpaca-cache-")  # gone at exit: no test reads or fills the user's own
 os.environ["XDG_CACHE_HOME"] = _cache.name
+# A shell's background job ignores Ctrl-C, and all that it starts would as well.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
     os.environ.pop(name, None)
 
