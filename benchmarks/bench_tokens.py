@@ -65,7 +65,7 @@ def main() -> None:
 
     report = provenance("tokenizers", "transformers", "datasets") | {"records": a.records, "max_length": MAX_LENGTH}
     tokenizer = AutoTokenizer.from_pretrained(a.model_path)
-    made = make_data(utils.load_records(a.data), tokenizer, min(a.records, 1000))
+    made = make_data(utils.load_records(a.data), tokenizer, 100)
     records = [
         made[i % len(made)] | {"instruction": f"{made[i % len(made)]['instruction']} ({i})"} for i in range(a.records)
     ]
