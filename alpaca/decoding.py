@@ -47,7 +47,7 @@ class Settings:
     def __post_init__(self):
         if self.max_new_tokens < 1 or not self.temperature >= 0 or not 0 < self.top_p <= 1:  # NaN fails too
             raise UserError(
-                "max_new_tokens must be at least 1, temperature at least 0, and top_p above 0 and at most 1"
+                "--max_new_tokens must be at least 1, --temperature at least 0, and --top_p above 0 and at most 1"
             )
 
 

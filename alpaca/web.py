@@ -23,6 +23,7 @@ from pathlib import Path
 
 import utils
 from alpaca import UserError
+from alpaca.decoding import Settings
 from alpaca.teacher import free_port
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
@@ -74,16 +75,6 @@ class Model:
     def max_prompt_tokens(self) -> int:
         longest = getattr(self.model.config, "max_position_embeddings", None) or 2 * MAX_PROMPT_TOKENS
         return min(MAX_PROMPT_TOKENS, longest // 2)
-
-
-@dataclasses.dataclass
-class Settings:
-    """How an answer is sampled."""
-
-    max_new_tokens: int = 512
-    temperature: float = 0.7
-    top_p: float = 0.9
-    seed: int | None = None
 
 
 def check(models: list[Model], most: int, instruction, input, max_new_tokens, temperature, top_p, seed):
@@ -300,9 +291,8 @@ def build(models: list[Model], defaults: Settings) -> gr.Blocks:
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
         triggers, waiting = [ask.click, instruction.submit, input.submit], gr.Button(interactive=True, render=False)
         # The page goes through the listeners of a click in turn and waits for each, but not for what is in a then().
-        pressed = gr.on(
-            triggers, lambda: waiting, None, stop, queue=False, **quiet
-        )  # Stop also what waits in the queue
+        # Stop is for what waits in the queue as well.
+        pressed = gr.on(triggers, lambda: waiting, None, stop, queue=False, **quiet)
         asked = pressed.then(run, [*fields, *settings], api_name="answer", **options)
         pressed_again = again.click(lambda: waiting, None, stop, queue=False, **quiet)
         asked_again = pressed_again.then(run_again, [exchange, *settings], api_visibility="private", **options)
