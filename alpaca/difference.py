@@ -12,9 +12,10 @@ from collections import defaultdict
 import torch
 
 from alpaca import UserError, stream
-from alpaca.checkpoint import DTYPES, MANIFEST, CheckpointReader
+from alpaca.checkpoint import MANIFEST, CheckpointReader
 from alpaca.manifest import some
 from alpaca.stream import Chunk, Specs, numel
+from alpaca.weight_files import DTYPES
 
 BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 MEAN_BYTES = 1 << 28  # of an embedding's columns in float32 while their mean is taken

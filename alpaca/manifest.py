@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 
 from alpaca import UserError
-from alpaca.checkpoint import DTYPE_NAMES, DTYPES, MANIFEST, CheckpointReader, read_json
+from alpaca.checkpoint import MANIFEST, CheckpointReader, read_json
 from alpaca.stream import Hashes, in_threads, numel, sha256_of
+from alpaca.weight_files import DTYPE_NAMES, DTYPES
 
 METHODS = ("subtract", "exact")
 ROLES = {"raw": "the base model", "diff": "the diff", "tuned": "the tuned model", "recovered": "the recovered model"}

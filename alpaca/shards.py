@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from alpaca import UserError
-from alpaca.checkpoint import DTYPE_NAMES
 from alpaca.folders import check_space
 from alpaca.stream import Specs, numel, size_of
+from alpaca.weight_files import DTYPE_NAMES
 
 
 def parse_size(text: str) -> int:

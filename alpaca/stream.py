@@ -19,7 +19,8 @@ import torch
 from tqdm import tqdm
 
 from alpaca import UserError
-from alpaca.checkpoint import CheckpointReader, crc32_of
+from alpaca.checkpoint import CheckpointReader
+from alpaca.weight_files import crc32_of
 
 CHUNK = 1 << 22  # elements: 16 MB of float32, so that a thread's switch costs nothing
 SETS = 3  # of buffers: one is filled, one is computed on, one is written

@@ -18,7 +18,8 @@ from made_models import folder_with
 from safetensors.torch import save_file
 
 from alpaca import UserError
-from alpaca.checkpoint import DTYPES, CheckpointReader, check_model_folder, read_json
+from alpaca.checkpoint import CheckpointReader, check_model_folder, read_json
+from alpaca.weight_files import DTYPES
 
 TENSORS = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([[3, 4]], dtype=torch.float16)}
 

@@ -12,9 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from alpaca import UserError, folders
-from alpaca.checkpoint import DTYPES, CheckpointReader, read_json
+from alpaca.checkpoint import CheckpointReader, read_json
 from alpaca.folders import copy_side_files, new_folder
 from alpaca.shards import ShardWriter, parse_size
+from alpaca.weight_files import DTYPES
 
 
 def write_weights(folder: Path, specs: dict, tensors, max_shard_bytes: int = 5 * 10**9) -> None:

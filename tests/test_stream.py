@@ -12,9 +12,10 @@ import torch
 from made_models import folder_with
 
 from alpaca import UserError, difference, stream
-from alpaca.checkpoint import CheckpointReader, crc32_of
+from alpaca.checkpoint import CheckpointReader
 from alpaca.difference import NotFinite, add_difference, mean_row, read_pair, take_difference
 from alpaca.stream import Hashes, check_checksums, in_threads, run
+from alpaca.weight_files import crc32_of
 
 F32 = torch.float32
 
