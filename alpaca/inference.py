@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import utils
 from alpaca import UserError
 from alpaca.check_model import check_cache, check_no_difference, odd_special_tokens, tokenizer_fits
-from alpaca.checkpoint import TOKENIZER, check_model_folder, read_json
+from alpaca.checkpoint import FLOATS, TOKENIZER, check_model_folder, read_json
 from alpaca.decoding import (
     STOP,
     Memory,
@@ -34,7 +34,6 @@ from alpaca.decoding import (
 from alpaca.memory import as_text, available_bytes
 from alpaca.template import INPUT_HEADING
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -97,8 +96,8 @@ def load(
     Raises:
         UserError: what cannot be loaded, and why.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype} is not known: choose from {', '.join(DTYPES)}")
+    if dtype is not None and dtype not in FLOATS:
+        raise UserError(f"--dtype {dtype} is not known: choose from {', '.join(FLOATS)}")
     try:
         device = torch.device(device or (torch.accelerator.current_accelerator() or "cpu"))
         torch.empty(0, device=device)
@@ -162,7 +161,7 @@ def base_of(folder: Path, base_path: str | os.PathLike | None) -> str:
 
 def _dtype(path: str | os.PathLike, device: torch.device, dtype: str | None) -> torch.dtype | str:
     if dtype is not None or device.type != "cpu":
-        return DTYPES[dtype] if dtype else "auto"
+        return FLOATS[dtype] if dtype else "auto"
     files = [file for file in Path(path).glob("*") if file.suffix in (".safetensors", ".bin")]
     files = [file for file in files if file.name.startswith(("model", "pytorch_model"))]
     saved = read_json(Path(path) / "config.json") if files else {}

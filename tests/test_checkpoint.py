@@ -95,8 +95,22 @@ def test_a_link_into_the_cache_of_a_hub_is_followed(tmp_path):
     ],
 )
 def test_names_leave_out_rotary_buffers_and_a_tied_output_embedding(tmp_path, config, names):
-    tensors = {name: torch.ones(1) for name in ("x", "lm_head.weight", "l.0.rotary_emb.inv_freq")}
-    assert CheckpointReader(folder_with(tmp_path / "model", config, pytorch_model__bin=tensors)).names() == names
+    words = {"opt": "model.decoder.embed_tokens.weight"}.get(config.get("model_type"), "model.embed_tokens.weight")
+    tensors = {name: torch.ones(1) for name in ("x", "lm_head.weight", words, "l.0.rotary_emb.inv_freq")}
+    reader = CheckpointReader(folder_with(tmp_path / "model", config, pytorch_model__bin=tensors))
+    assert [name for name in reader.names() if name != words] == names
+
+
+def test_causal_masks_of_old_checkpoints_are_left_out_and_biases_are_not(tmp_path):
+    """As gpt2 has them on the hub: bias is a (1, 1, n, n) triangle beside the bias of a layer."""
+    tensors = {
+        "h.0.attn.bias": torch.ones(3, 3, dtype=torch.uint8).tril().view(1, 1, 3, 3),
+        "h.0.attn.masked_bias": torch.tensor(-1e4),
+        "h.0.attn.c_attn.bias": torch.ones(3),
+    }
+    assert CheckpointReader(folder_with(tmp_path / "model", pytorch_model__bin=tensors)).names() == [
+        "h.0.attn.c_attn.bias"
+    ]
 
 
 BAD_WEIGHTS = {
@@ -245,6 +259,14 @@ def test_layers_come_in_the_order_of_their_numbers(tmp_path):
     tensors = {f"layers.{i}.{part}": torch.ones(1) for i in (10, 2, 1) for part in ("b", "a")}
     names = ["layers.1.a", "layers.1.b", "layers.2.a", "layers.2.b", "layers.10.a", "layers.10.b"]
     assert CheckpointReader(folder_with(tmp_path / "model", model__safetensors=tensors)).names() == names
+
+
+def test_a_name_may_have_any_number_in_any_digits(tmp_path):
+    """int() refuses more than 4,300 digits, and takes an Arabic three for a three."""
+    names = ["a.٣.x", "a.03.x", "a.3.x", "a.4.x", f"a.{'9' * 5000}.x"]
+    folder = folder_with(tmp_path / "model", pytorch_model__bin={name: torch.ones(1) for name in names})
+    assert set(CheckpointReader(folder).names()) == set(names)
+    assert CheckpointReader(folder).names()[-2:] == [names[-1], names[0]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
