@@ -314,6 +314,8 @@ def _matching_specs(raw: CheckpointReader, other: CheckpointReader, flag: str) -
                 + (f"another base model, or are --path_raw and {flag} swapped?" if swapped else "another base model?")
             )
     check_floats(raw)
+    for path in [*raw.bare_pickles(), *other.bare_pickles()]:
+        print(f"note: {path} is in PyTorch's format of before 1.6, which has no checksums: damage in it may go unseen")
     return specs
 
 

@@ -222,6 +222,10 @@ class CheckpointReader:
                         found.append((path, names.get(offset, member.filename), offset, member.file_size, member.CRC))
         return found
 
+    def bare_pickles(self) -> list[Path]:
+        """``.bin`` shards from before PyTorch 1.6, which have no checksums and are read into memory whole."""
+        return [self.folder / s for s in self._shards if s.endswith(".bin") and not is_zip(self.folder / s)]
+
     def _open(self, shard: str) -> dict[str, Stored]:
         if shard not in self._shards:
             path = self.folder / shard

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
-import jinja2
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,7 +31,7 @@ from alpaca.decoding import (
     stripped,
 )
 from alpaca.memory import as_text, available_bytes
-from alpaca.template import INPUT_HEADING
+from alpaca.template import INPUT_HEADING, chat_ids
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -271,20 +270,11 @@ def request_ids(tokenizer, template: str, requests: Sequence[tuple[str, str]]) -
     """
     if template == "alpaca":
         return prompt_ids(tokenizer, [utils.format_prompt(*request) for request in requests])
-    return [_chat_ids(tokenizer, [_user(*request)]) for request in requests]
+    return [chat_ids(tokenizer, [_user(*request)]) for request in requests]
 
 
 def _user(instruction: str, input: str) -> dict[str, str]:
     return {"role": "user", "content": instruction + (INPUT_HEADING + input if input else "")}
-
-
-def _chat_ids(tokenizer, messages: list[dict[str, str]]) -> list[int]:
-    if not tokenizer.chat_template:
-        raise UserError("--template chat: this tokenizer has no chat template, leave the flag out for Alpaca's")
-    try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    except (jinja2.TemplateError, TypeError, UnicodeEncodeError) as e:
-        raise UserError(f"--template chat: this tokenizer's chat template fails: {e}") from None
 
 
 class Conversation:
@@ -310,7 +300,7 @@ class Conversation:
         """
         turns = [*self.turns, _user(instruction, input)] if self.template == "chat" else []
         if turns:
-            ids = _chat_ids(self.tokenizer, turns)
+            ids = chat_ids(self.tokenizer, turns)
         else:
             ids = request_ids(self.tokenizer, "alpaca", [(instruction, input)])[0]
         try:

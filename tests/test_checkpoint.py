@@ -66,6 +66,9 @@ def test_a_bin_from_before_the_zip_format_is_read(tmp_path):
     folder = folder_with(tmp_path / "model")
     torch.save(TENSORS, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     assert read_all(folder) == READ
+    assert CheckpointReader(folder).bare_pickles() == [folder / "pytorch_model.bin"]
+    for name, tensors in (("zip", {"pytorch_model__bin": TENSORS}), ("data", {"model__safetensors": TENSORS})):
+        assert CheckpointReader(folder_with(tmp_path / name, **tensors)).bare_pickles() == []
 
 
 def test_safetensors_come_before_a_bin_of_the_same_folder(tmp_path):
@@ -384,6 +387,14 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path):
         CheckpointReader(folder)
 
 
+def test_the_name_that_is_there_twice_is_found_among_any_number(tmp_path):
+    """To count each of 10^5 names would take minutes."""
+    names = ", ".join(f'"{i}": "x.bin"' for i in [*range(10**5), 10**5 - 1])
+    folder = folder_with(tmp_path / "model", pytorch_model__bin__index__json=f'{{"weight_map": {{{names}}}}}')
+    with pytest.raises(UserError, match="index.json is malformed: 99999 is there twice"):
+        CheckpointReader(folder)
+
+
 def test_an_index_that_has_a_name_twice_is_refused(tmp_path):
     text = '{"weight_map": {"a": "x.bin", "a": "y.bin"}}'
     folder = folder_with(tmp_path / "model", pytorch_model__bin__index__json=text)
@@ -467,6 +478,42 @@ def test_a_name_that_plain_tensors_do_not_need_is_refused_before_the_pickle_is_l
     with pytest.raises(UserError) as error:
         CheckpointReader(folder)
     assert f"its pickle asks to run code: {name}) and was not loaded" in str(error.value)
+
+
+HUGE = {
+    "BINUNICODE": b"X\xf0\xff\xff\xff",
+    "BINUNICODE8": b"\x8d" + (2**62).to_bytes(8, "little"),
+    "BINSTRING": b"T\xf0\xff\xff\x7f",
+    "BINBYTES": b"B\xf0\xff\xff\xff",
+    "BINBYTES8": b"\x8e" + (2**62).to_bytes(8, "little"),
+    "BYTEARRAY8": b"\x96" + (2**62).to_bytes(8, "little"),
+    "LONG4": b"\x8b\xf0\xff\xff\x7f",
+    "LONG4, negative": b"\x8b\xff\xff\xff\xff",
+    "a name without an end": b"c" + b"x" * 10**6,
+    "FRAME": b"\x95" + (2**62).to_bytes(8, "little"),
+}
+
+
+@pytest.mark.parametrize("opcode", HUGE)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_length_that_a_pickle_claims_takes_no_memory(tmp_path, monkeypatch, opcode, zipped):
+    folder = bin_folder(tmp_path, {"a": 1}, _use_new_zipfile_serialization=zipped)
+    file = folder / "pytorch_model.bin"
+    if zipped:
+        repacked(file, lambda n, data: (b"\x80\x02" + HUGE[opcode] if "pkl" in n else data, zipfile.ZIP_STORED))
+    else:
+        file.write_bytes(b"\x80\x02" + HUGE[opcode])
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was loaded"))
+    with pytest.raises(UserError, match="pytorch_model.bin cannot be read") as error, at_most_more(2 * 10**8):
+        CheckpointReader(folder)
+    assert "\n" not in str(error.value) and "MemoryError" not in str(error.value)
+
+
+def test_a_bare_pickle_that_is_longer_than_any_models_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("alpaca.weight_files.MAX_HEADER", 10**5)
+    folder = folder_with(tmp_path / "model", pytorch_model__bin=b"\x80\x02" + b"N" * 10**5 + b"." + b"\x80\x02N." * 4)
+    with pytest.raises(UserError, match="pytorch_model.bin cannot be read .*pickle exhausted before seeing STOP"):
+        CheckpointReader(folder)
 
 
 def test_a_second_pickle_in_a_zip_is_refused_however_it_is_spelled(tmp_path):
