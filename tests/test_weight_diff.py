@@ -512,13 +512,11 @@ def test_a_base_in_a_format_without_checksums_is_told(folders, capsys):
     (folders / "raw" / "model.safetensors").unlink()
     make_diff(folders / "raw", folders / "tuned", folders / "new")
     recover(folders / "raw", folders / "new", folders / "recovered")
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    file = folders / "raw" / "pytorch_model.bin"
     assert (
-        said
-        == [
-            f"note: {folders / 'raw' / 'pytorch_model.bin'} is in PyTorch's format of before 1.6, which has no checksums: "
-            "damage in it may go unseen"
-        ]
+        notes
+        == [f"note: {file} is in PyTorch's format of before 1.6, which has no checksums: damage in it may go unseen"]
         * 2
     )
     assert_same_bits(load_tensors(folders / "new"), load_tensors(folders / "diff"))
