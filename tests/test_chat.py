@@ -233,7 +233,7 @@ def in_a_terminal(model: Path, *steps: tuple[str, str]) -> tuple[int, str]:
     seen = 0
     try:
         while time.monotonic() < deadline:
-            if not select.select([terminal], [], [], 2)[0]:
+            if not select.select([terminal], [], [], 10)[0]:  # to leave takes a busy machine more than 2 s
                 if not steps:  # one that comes between readline's prompt and its wait is noticed at the next key
                     os.write(terminal, b"\x03")
                 continue

@@ -484,7 +484,7 @@ def test_a_trained_model_answers_on_the_page_and_ctrl_c_ends_it(visit, tiny_llam
         env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
     )
     try:
-        line = server.stdout.readline()
+        line, reports = server.stdout.readline(), server.stdout.readline()  # communicate() loses what they read ahead
         url = re.search(r"http://127\.0\.0\.1:\d+/", line)
         assert url and line.startswith("tiny-llama at "), line + server.stderr.read()
         page = visit(url[0])
@@ -495,7 +495,7 @@ def test_a_trained_model_answers_on_the_page_and_ctrl_c_ends_it(visit, tiny_llam
     finally:
         server.kill()
     assert (server.returncode, output.splitlines()[-1]) == (0, "stopped"), errors
-    assert str(tmp_path / "flagged.jsonl") in output and "Traceback" not in errors
+    assert str(tmp_path / "flagged.jsonl") in reports and "Traceback" not in errors
 
 
 # ---------------------------------------------------------------------------------------------------------------------
