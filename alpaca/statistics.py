@@ -210,10 +210,13 @@ def cohens_kappa(a: Sequence, b: Sequence) -> float:
     if not both:
         return math.nan
     observed = sum(x == y for x, y in both) / len(both)
-    expected = sum(
-        sum(x == category for x, _ in both) * sum(y == category for _, y in both)
-        for category in {category for pair in both for category in pair}
-    ) / len(both) ** 2
+    expected = (
+        sum(
+            sum(x == category for x, _ in both) * sum(y == category for _, y in both)
+            for category in {category for pair in both for category in pair}
+        )
+        / len(both) ** 2
+    )
     return (observed - expected) / (1 - expected) if expected < 1 else math.nan
 
 

@@ -111,11 +111,8 @@ def read_asks(rows: Sequence[dict], a: str, b: str, answer_hashes: Mapping[tuple
     Raises:
         UserError: rows of other generators, of an item that is not there, or that judged another answer.
     """
-    prompts: dict[str, set] = {}
-    for row in rows:
-        prompts.setdefault(row["judge"]["name"], set()).add(_identity(row["judge"]))
     asks: dict[tuple, Ask] = {}
-    for row in rows:
+    for row, judge in zip(rows, judge_names(rows), strict=True):
         id, shown = row["id"], (row["first"], row["second"])
         if set(shown) != {a, b} or a == b:
             raise UserError(
@@ -131,18 +128,24 @@ def read_asks(rows: Sequence[dict], a: str, b: str, answer_hashes: Mapping[tuple
                     f"item {id} was judged with another answer of {generator} than the one given: judge it again, or "
                     "give the answers that were judged"
                 )
-        judge, kind = row["judge"]["name"], row["judge"]["kind"]
-        if len(prompts[judge]) > 1:
-            prompt = row["judge"].get("prompt_sha256")
-            judge += f" ({kind}, prompt {prompt[:8]})" if prompt else f" ({kind})"
-        ask = Ask(id, judge, kind, row["first"] == a, row["preferred"], row.get("error"))
+        ask = Ask(id, judge, row["judge"]["kind"], row["first"] == a, row["preferred"], row.get("error"))
         asks.pop((judge, id, ask.a_first), None)
         asks[judge, id, ask.a_first] = ask
     return list(asks.values())
 
 
-def _identity(judge: dict) -> tuple:
-    return judge["kind"], judge.get("prompt_sha256")
+def judge_names(rows: Sequence[dict]) -> list[str]:
+    """The judge of each row by name; with its kind and prompt where the name alone would mix two judges."""
+    different: dict[str, set] = {}
+    for judge in (row["judge"] for row in rows):
+        different.setdefault(judge["name"], set()).add((judge["kind"], judge.get("prompt_sha256")))
+    names = []
+    for judge in (row["judge"] for row in rows):
+        name, prompt = judge["name"], judge.get("prompt_sha256")
+        if len(different[name]) > 1:
+            name += f" ({judge['kind']}, prompt {prompt[:8]})" if prompt else f" ({judge['kind']})"
+        names.append(name)
+    return names
 
 
 def fold(asks: Iterable[Ask]) -> list[Verdict]:
