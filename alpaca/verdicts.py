@@ -378,7 +378,7 @@ def in_words(rate: dict, a: str, b: str) -> str:
     )
     if rate["wins"] + rate["losses"] == 0:
         return text + "Nothing was decided, so nothing can be said about a difference."
-    p = f"sign test, p = {p_value(rate['p'])}"
+    p = f"sign test, p {p_value(rate['p'])}"
     if rate["p"] < 0.05:
         return text + f"{a if rate['wins'] > rate['losses'] else b} wins more often than chance explains ({p})."
     return text + (
@@ -387,5 +387,30 @@ def in_words(rate: dict, a: str, b: str) -> str:
     )
 
 
+def position_in_words(position: dict) -> str:
+    """Whether a judge prefers a place rather than an answer, in a sentence or two."""
+    if not position["decided"]:
+        return "No ask was decided, so nothing can be said about a preference for a place."
+    share, p = position["share_first"], p_value(position["p"])
+    text = f"What was shown first was preferred in {share:.1%} of {position['decided']} decided asks (p {p}"
+    if position["p"] < 0.05:
+        text += "): more than chance explains. " if share > 0.5 else "): less than chance explains. "
+    else:
+        text += "): no preference for a place can be seen. "
+    if position["both_orders"]:
+        text += f"Asked in both orders, the verdict was the same for {position['agreed']:.1%} of the items."
+    return text.strip()
+
+
 def p_value(p: float) -> str:
-    return "below 0.0001" if p < 0.0001 else f"{p:.4f}" if p < 0.01 else f"{p:.2f}"
+    """A p-value behind "p ": never 0, and two digits that count."""
+    return "< 0.0001" if p < 0.0001 else f"= {p:.4f}" if p < 0.01 else f"= {p:.2f}"
+
+
+def without_nan(value):
+    """A report with None where a figure does not exist, since JSON has no NaN; tuples become lists."""
+    if isinstance(value, dict):
+        return {key: without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
