@@ -43,7 +43,7 @@ def report(
     answerers = [read_answers(path, items) for path in _paths("answers", answers)]
     names = [each.generator for each in answerers]
     if len(set(names)) < len(names):
-        raise UserError(f"--answers are of {', '.join(names)}: a name twice; give each a \"generator\" of its own")
+        raise UserError(f'--answers are of {", ".join(names)}: a name twice; give each a "generator" of its own')
     judges, agreement, examples = [], None, []
     if judgments is not None and len(answerers) != 2:
         raise UserError(f"--judgments compare two answerers, --answers names {len(answerers)}: give A.jsonl,B.jsonl")
@@ -73,9 +73,7 @@ def report(
             "is_the_252": is_the_252(instructions),
             "without_reference": sum(item.reference is None for item in items),
         },
-        "answerers": [
-            _answerer(each) | metrics for each, metrics in zip(answerers, references, strict=True)
-        ],
+        "answerers": [_answerer(each) | metrics for each, metrics in zip(answerers, references, strict=True)],
         "judges": judges,
         "agreement": agreement,
         "examples": examples,
@@ -156,7 +154,11 @@ def _examples(found: list, items: list[Item], answerers: list[Answers], scores: 
                     "input": item.input,
                     "reference": item.reference,
                     "answers": {each.generator: each.outputs[id] for each in answerers},
-                    "judges": [v.judge for v in found if v.id == id and v.outcome is not None],
+                    "verdicts": {
+                        v.judge: {1.0 - side: "lost", 0.5: "tie", side: "won"}[v.outcome]
+                        for v in found
+                        if v.id == id and v.outcome is not None
+                    },
                 }
             )
     return examples
@@ -173,9 +175,11 @@ def _notes(scores: list[dict] | None, answerers: list[Answers], judges: list[dic
             notes.append(f"{each.generator} left {count} instruction{'s' * (count > 1)} unanswered, not counted here.")
     for judge in judges:
         if judge["failed"]:
-            notes.append(f"{judge['judge']}: {judge['failed']} verdicts failed and are left out; they are no ties.")
+            notes.append(f"{judge['judge']} failed on some items ({judge['failed']}): left out, not counted as ties.")
         if judge["not_asked"]:
-            notes.append(f"{judge['judge']} was not asked about {judge['not_asked']} of the instructions.")
+            notes.append(f"{judge['judge']} has not judged {judge['not_asked']} of the instructions.")
         if 0 < judge["judged"] < 30:
-            notes.append(f"{judge['judge']} judged {judge['judged']} items: of fewer than 30, intervals are too narrow.")
+            notes.append(
+                f"{judge['judge']} judged {judge['judged']} items: of fewer than 30, intervals are too narrow."
+            )
     return notes

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import os
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -73,9 +74,8 @@ def with_interval(value: float | None, interval: Sequence[float | None], scale: 
 
 
 def _judge_table(report: dict) -> list[list[str]]:
-    a, b = (each["name"] for each in report["answerers"])
-    head = ["judge", "items", f"{a} wins", "ties", f"{b} wins", "failed", f"win rate of {a}", "p", "at equal length"]
-    rows = [[*head, "first preferred"]]
+    head = ["judge", "items", "wins", "ties", "losses", "failed", "win rate", "p", "at equal length", "first preferred"]
+    rows = [head]
     for judge in report["judges"]:
         length, position = judge["length"], judge["position"]
         rows.append(
@@ -92,8 +92,8 @@ def _judge_table(report: dict) -> list[list[str]]:
 
 
 def _reference_table(report: dict) -> list[list[str]]:
-    first = report["answerers"][0]["name"]
-    rows = [["answers of", "answered", "characters", "ROUGE-L", f"above {first}'s", "reference loss", "perplexity"]]
+    head = ["answers of", "answered", "characters", "ROUGE-L", "over the first's", "reference loss", "perplexity"]
+    rows = [head]
     for each in report["answerers"]:
         rouge, difference, loss = each["rouge_l"], each["rouge_l_difference"], each["loss"]
         rows.append(
@@ -129,13 +129,13 @@ def _alpha(report: dict) -> str:
 
 def _overlap_words(overlap: dict) -> str:
     parts = [
-        f"{g['shared']} of the {g['long_enough']} instructions of {g['n']} words or more share a {g['n']}-gram"
+        f"{g['shared']} of the {g['long_enough']} instructions of {g['n']} words or more share {g['n']} words in a row"
         for g in overlap["ngrams"]
     ]
     same, both, above = len(overlap["same_instruction"]), len(overlap["same_task"]), overlap["above_duplicate"]
     return (
-        f"Of {overlap['file']} ({overlap['records']:,} records): {'; '.join(parts)}. {same} have the words of a record's "
-        f"instruction, {both} those of its input too. The nearest instruction has a ROUGE-L of "
+        f"Of {overlap['file']} ({overlap['records']:,} records): {'; '.join(parts)}. {same} have the words of a "
+        f"record's instruction, {both} those of its input too. The nearest instruction has a ROUGE-L of "
         f"{overlap['rouge_l']['highest']:.2f} (median over the set {overlap['rouge_l']['median']:.2f}); {above} are "
         "above 0.7, where the generator would have taken them for duplicates."
     )
@@ -149,24 +149,31 @@ def terminal(report: dict) -> str:
     """The figures as text, 100 columns or so wide."""
     lines = [f"{report['set']['file']}: {report['set']['items']:,} instructions{_the_252(report)}"]
     for judge in report["judges"]:
-        lines += ["", f"{judge['judge']}:", f"  {judge['words']}"]
-        if judge["position_words"]:
-            lines.append(f"  {judge['position_words']}")
+        lines += ["", f"{judge['judge']}:"]
+        for words in filter(None, (judge["words"], judge["position_words"])):
+            lines += _wrap(words, "  ", "  ")
     if report["judges"]:
-        lines += ["", *_columns(_judge_table(report))]
+        lines += ["", f"wins, losses and rates of {report['answerers'][0]['name']}", *_columns(_judge_table(report))]
     lines += ["", *_columns(_reference_table(report))]
     if report["agreement"] and report["agreement"]["pairs"]:
         lines += ["", *_columns(_agreement_table(report))]
         lines += [_alpha(report)] if _alpha(report) else []
     if report["overlap"]:
-        lines += ["", _overlap_words(report["overlap"])]
-    return "\n".join(lines + [f"note: {note}" for note in report["notes"]])
+        lines += ["", *_wrap(_overlap_words(report["overlap"]))]
+    notes = [line for note in report["notes"] for line in _wrap(f"note: {note}", "", "  ")]
+    return "\n".join(lines + ([""] if notes else []) + notes)
+
+
+def _wrap(text: str, first: str = "", later: str = "") -> list[str]:
+    return textwrap.wrap(text, 100, initial_indent=first, subsequent_indent=later, break_on_hyphens=False)
 
 
 def _columns(rows: list[list[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        "  ".join(cell.ljust(w) if not i else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.ljust(w) if not i else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     ]
 
@@ -179,13 +186,12 @@ def _the_252(report: dict) -> str:
 # The page.
 
 MORE_STYLE = """
-body { max-width: 56rem; }
+body { max-width: 60rem; }
 .lead { margin: 1rem 0 0; color: var(--ink); font-size: 1.125rem; overflow-wrap: anywhere; }
 h3 { margin: 2rem 0 .5rem; font-size: 1rem; overflow-wrap: anywhere; }
 td, th { font-variant-numeric: tabular-nums; }
-td:not(:first-child), th:not(:first-child) { text-align: right; white-space: nowrap; }
-table.text td, table.text th { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
-table.text td:nth-child(-n+2) { min-width: 0; }
+td:first-child { min-width: 9rem; }
+td:not(:first-child), th:not(:first-child) { padding-left: .75rem; text-align: right; white-space: nowrap; }
 article { margin: 1.5rem 0; padding: 1rem; border: 1px solid var(--line); border-radius: 8px; }
 article h3 { margin: 0 0 .5rem; }
 .label { margin: .75rem 0 .25rem; font-size: .8125rem; }
@@ -244,13 +250,13 @@ def _section(title: str, body: str) -> str:
     return f"<section>\n<h2>{esc(title)}</h2>\n{body}\n</section>\n"
 
 
-def _table(rows: list[list[str]], kind: str = "") -> str:
+def _table(rows: list[list[str]]) -> str:
     head, *body = [[esc(cell) for cell in row] for row in rows]
     lines = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body)
     columns = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     return (
-        f'<div class="scroll" tabindex="0">\n<table class="{kind}">\n<thead><tr>{columns}</tr></thead>\n<tbody>\n{lines}\n'
-        "</tbody>\n</table>\n</div>\n"
+        f'<div class="scroll" tabindex="0">\n<table>\n<thead><tr>{columns}</tr></thead>\n<tbody>\n{lines}\n</tbody>\n'
+        "</table>\n</div>\n"
     )
 
 
@@ -277,54 +283,58 @@ def _picture(report: dict, png: bytes | None) -> str:
 def _judges(report: dict) -> str:
     if not report["judges"]:
         return ""
-    body = _table(_judge_table(report))
+    a, b = (each["name"] for each in report["answerers"])
+    body = _list([f"Wins and rates are {a}'s, losses its defeats by {b}."]) + _table(_judge_table(report))
+    biased = [judge for judge in report["judges"] if judge["position"] and judge["position"]["p"] < 0.05]
+    body += _list(f"{judge['judge']}: {judge['position_words']}" for judge in biased)
     for judge in report["judges"]:
-        body += f"<h3>{esc(judge['judge'])}</h3>\n" + _list(
-            text for text in (judge["words"], judge["position_words"]) if text
-        )
+        body += _details(judge["judge"], _list(filter(None, (judge["words"], judge["position_words"]))))
     return _section("The judges", body)
 
 
 def _lengths(report: dict) -> str:
-    if not report["judges"] or not report["judges"][0]["judged"]:
-        return ""
-    a, b = (each["name"] for each in report["answerers"])
     body = ""
-    for place, judge in enumerate(report["judges"]):
-        length = judge["length"]
-        if length["longer"] is None:
-            continue
-        words = (
-            f"{a}'s answers are {abs(length['longer']):,.0f} characters {'longer' if length['longer'] >= 0 else 'shorter'} "
-            f"than {b}'s on average. At equal length {a} would win "
-            f"{with_interval(length['length_controlled'], length['interval'])}, against {percent(judge['win_rate'])} as "
-            "the answers are"
-        )
-        if length["correlation"] is not None:
-            words += f"; outcome and difference of length correlate by {length['correlation']:+.2f}"
-        rows = [[f"characters longer than {b}'s", f"{a} wins", "ties", f"{b} wins", f"win rate of {a}"]]
-        for bin in length["bins"]:
-            between = f"{bin['from']:+,} to {bin['to']:+,}".replace("-", "−")
-            counts = [f"{bin[key]:,}" for key in ("wins", "ties", "losses")]
-            rows.append([between, *counts, with_interval(bin["win_rate"], bin["interval"])])
-        text = _list([words + "."]) + (_table(rows) if len(rows) > 1 else "")
-        body += text if place == 0 else _details(judge["judge"], text)
-    return _section("Does the longer answer win?", body)
+    for judge in report["judges"]:
+        if judge["judged"]:
+            body += _details(judge["judge"], _length(report, judge)) if body else _length(report, judge)
+    return _section("Does the longer answer win?", body) if body else ""
+
+
+def _length(report: dict, judge: dict) -> str:
+    a, b = (each["name"] for each in report["answerers"])
+    length = judge["length"]
+    controlled = with_interval(length["length_controlled"], length["interval"])
+    words = (
+        f"{a}'s answers are {abs(length['longer']):,.0f} characters {'longer' if length['longer'] >= 0 else 'shorter'} "
+        f"than {b}'s on average. At equal length its win rate would be {controlled}, against "
+        f"{percent(judge['win_rate'])} as the answers are ({judge['judge']})"
+    )
+    if length["correlation"] is not None:
+        words += f"; outcome and difference of length correlate by {length['correlation']:+.2f}".replace("-", "−")
+    rows = [["characters longer", "wins", "ties", "losses", "win rate"]]
+    for bin in length["bins"]:
+        between = f"{report_plot.signed(bin['from'])} to {report_plot.signed(bin['to'])}"
+        rows.append([between, *_counts(bin), with_interval(bin["win_rate"], bin["interval"])])
+    return _list([words + "."]) + (_table(rows) if len(rows) > 1 else "")
+
+
+def _counts(figures: dict) -> list[str]:
+    return [f"{figures[key]:,}" for key in ("wins", "ties", "losses")]
 
 
 def _categories(report: dict) -> str:
     if not report["judges"] or not any(c["category"] for c in report["judges"][0]["categories"]):
         return ""
     judge = report["judges"][0]
-    a, b = (each["name"] for each in report["answerers"])
-    rows = [["category", f"{a} wins", "ties", f"{b} wins", f"win rate of {a}"]]
+    rows = [["category", "wins", "ties", "losses", "win rate"]]
     for each in judge["categories"]:
-        counts = [f"{each[key]:,}" for key in ("wins", "ties", "losses")]
-        rows.append([each["category"] or "(none)", *counts, with_interval(each["win_rate"], each["interval"])])
+        rate = with_interval(each["win_rate"], each["interval"])
+        rows.append([each["category"] or "(none)", *_counts(each), rate])
     told = sum(each["win_rate"] is not None for each in judge["categories"])
     words = (
-        f"{len(rows) - 1} categories, as {judge['judge']} sees them. Only {told} of them hold ten items or more; of "
-        "smaller ones counts are told, and no rate. One in twenty intervals misses its true value by chance alone."
+        f"{len(rows) - 1} categories, by {judge['judge']}; {told or 'none'} of them with ten verdicts or more. Of "
+        "smaller ones no rate is told: its interval would reach over 30 points to each side. One in twenty intervals "
+        "misses its true value by chance alone."
     )
     return _section("By category", _list([words]) + _details("The counts", _table(rows)))
 
@@ -349,18 +359,18 @@ def _overlap(report: dict) -> str:
     overlap = report["overlap"]
     if not overlap:
         return ""
-    near = [["ROUGE-L", "item", "its instruction", "record", "the record's instruction"]]
-    near += [
-        [f"{n['rouge_l']:.2f}", n["id"], n["instruction"], f"{n['record']:,}", n["record_instruction"]]
+    near = "".join(
+        f'<p class="label">{n["rouge_l"]:.2f} · {esc(n["id"])} and record {n["record"]:,}</p>\n'
+        f"{_text('', n['instruction'])}{_text('', n['record_instruction'])}"
         for n in overlap["nearest"]
-    ]
-    long = [["words", "item", "shared words", "record"]]
-    long += [
-        [f"{n['words']}", n["id"], n["ngram"], "–" if n["record"] is None else f"{n['record']:,}"]
+    )
+    long = "".join(
+        f'<p class="label">{n["words"]} words · {esc(n["id"])} and record {n["record"]:,}</p>\n{_text("", n["ngram"])}'
         for n in overlap["longest"]
-    ]
-    body = _list([_overlap_words(overlap)]) + _details("The nearest instructions", _table(near, "text"))
-    return _section("Is the set in the training data?", body + _details("The longest n-grams", _table(long, "text")))
+        if n["words"]
+    )
+    body = _list([_overlap_words(overlap)]) + _details("The nearest instructions", near)
+    return _section("Is the set in the training data?", body + _details("The longest runs of shared words", long))
 
 
 def _examples(report: dict) -> str:
@@ -370,12 +380,12 @@ def _examples(report: dict) -> str:
         texts += _text("Input", example["input"]) if example["input"] else ""
         pair = "".join(f"<div>{_text(name, text or '(empty)')}</div>\n" for name, text in example["answers"].items())
         reference = _details("Reference answer", _text("", example["reference"])) if example["reference"] else ""
-        head = f"{example['winner']} wins, by {', '.join(example['judges'])}"
+        verdicts = example["verdicts"]
+        won = sum(verdict == "won" for verdict in verdicts.values())
+        head = f"{example['winner']} wins, {won} of {len(verdicts)} judge{'s' * (len(verdicts) > 1)}"
         where = " · ".join(filter(None, (example["id"], example["category"])))
-        body += (
-            f'<article>\n<h3>{esc(head)}</h3>\n<p class="label">{esc(where)}</p>\n{texts}<div class="pair">\n{pair}</div>\n'
-            f"{reference}</article>\n"
-        )
+        head = f'<h3>{esc(head)}</h3>\n<p class="label">{esc(where)}</p>\n'
+        body += f'<article>\n{head}{texts}<div class="pair">\n{pair}</div>\n{reference}</article>\n'
     return _section("The clearest wins", body) if body else ""
 
 

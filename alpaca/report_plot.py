@@ -24,7 +24,7 @@ def picture(report: dict) -> bytes | None:
     panels = []  # (height in inches, function that draws)
     if judges:
         panels.append((0.9 + 0.75 * len(judges), lambda axes: _counts(axes, judges, _names(report))))
-        panels.append((1.1 + 0.75 * len(judges), lambda axes: _rates(axes, judges, _names(report))))
+        panels.append((1.3 + 0.75 * len(judges), lambda axes: _rates(axes, judges, _names(report))))
         if len(judges[0]["length"]["bins"]) > 1:
             panels.append((3.6, lambda axes: _bins(axes, judges[0], _names(report))))
     scored = [each for each in report["answerers"] if each["rouge_l"]]
@@ -61,19 +61,21 @@ def _style(axes, title: str) -> None:
         spine.set_color(FAINT)
 
 
-def _rows(axes, names: list[str]) -> None:
-    """One row a name, which stands above it: a name may be longer than a margin is wide."""
-    axes.set(ylim=(len(names) - 0.35, -0.65), yticks=[])
+def _rows(axes, names: list[str], room: float = 0.0) -> None:
+    """One row a name, which stands above it: a name may be longer than a margin is wide. Room for a legend below."""
+    axes.set(ylim=(len(names) - 0.45 + room, -0.6), yticks=[])
     left, _ = axes.get_xlim()
     for row, name in enumerate(names):
-        axes.text(left, row - 0.3, _short(name), size=LETTERS, color=INK, ha="left", va="center", parse_math=False)
+        style = {"size": LETTERS, "color": INK, "ha": "left", "va": "center", "parse_math": False}
+        box = {"fc": PAPER, "ec": "none", "pad": 1.5}  # hides the lines behind a long name
+        axes.text(left, row - 0.3, _short(name), bbox=box, **style)
 
 
 def _counts(axes, judges: list[dict], names: tuple[str, str]) -> None:
     _style(axes, "Verdicts")
     axes.set(xlim=(0, 1), xticks=[])
     axes.spines["bottom"].set_visible(False)
-    _rows(axes, [judge["judge"] for judge in judges])
+    _rows(axes, [judge["judge"] for judge in judges], room=0.5)
     parts = (("wins", A_COLOUR, "white"), ("ties", TIE_COLOUR, INK), ("losses", B_COLOUR, INK))
     for row, judge in enumerate(judges):
         left = 0.0
@@ -84,33 +86,28 @@ def _counts(axes, judges: list[dict], names: tuple[str, str]) -> None:
                 style = {"size": LETTERS, "color": ink, "ha": "center", "va": "center_baseline"}
                 axes.text(left + width / 2, row + 0.12, f"{judge[key]:,}", **style)
             left += width
-    labels = (f"{names[0]} wins", "ties", f"{names[1]} wins")
     handles = [axes.barh([-9], [0], color=colour) for _, colour, _ in parts]  # rows out of sight
-    axes.legend(
-        handles,
-        [label.replace("$", r"\$") for label in labels],
-        loc="upper left",
-        bbox_to_anchor=(0, 0),
-        ncols=3,
-        fontsize=LETTERS - 1,
-        frameon=False,
-        handlelength=1,
-        columnspacing=1.2,
-        borderaxespad=0,
-        labelcolor=INK,
-    )
+    _legend(axes, handles, [f"{names[0]} wins", "ties", f"{names[1]} wins"])
+
+
+def _legend(axes, handles: list, labels: list[str]) -> None:
+    """A row of labels at the bottom of the axes, where _rows left room."""
+    style = {"loc": "lower left", "ncols": 3, "fontsize": LETTERS - 1, "labelcolor": INK}
+    style |= {"facecolor": PAPER, "edgecolor": "none", "framealpha": 1}  # hides the lines behind it
+    space = {"handlelength": 1, "columnspacing": 1.2, "borderaxespad": 0.2, "borderpad": 0}
+    for text in axes.legend(handles, labels, **style, **space).get_texts():
+        text.set_parse_math(False)
 
 
 def _rates(axes, judges: list[dict], names: tuple[str, str]) -> None:
     _style(axes, f"Win rate of {names[0]}")
     _percent_axis(axes, 0, 1)
-    _rows(axes, [judge["judge"] for judge in judges])
+    _rows(axes, [judge["judge"] for judge in judges], room=0.5)
     for row, judge in enumerate(judges):
-        _interval(axes, judge["win_rate"], judge["interval"], row, "o", A_COLOUR, "as the answers are" * (row == 0))
         length = judge["length"]
-        label = "at equal length" * (row == 0)
-        _interval(axes, length["length_controlled"], length["interval"], row + 0.28, "D", FAINT, label)
-    axes.legend(loc="lower right", fontsize=LETTERS - 1, frameon=False, labelcolor=INK, borderaxespad=0.1)
+        as_is = _interval(axes, judge["win_rate"], judge["interval"], row, "o", A_COLOUR)
+        equal = _interval(axes, length["length_controlled"], length["interval"], row + 0.27, "D", FAINT)
+    _legend(axes, [as_is, equal], ["as the answers are", "at equal length"])
 
 
 def _percent_axis(axes, low: float, high: float) -> None:
@@ -119,18 +116,18 @@ def _percent_axis(axes, low: float, high: float) -> None:
     axes.grid(axis="x", color="#dfe2e5", lw=0.8)
 
 
-def _interval(axes, value: float, interval: list, y: float, marker: str, colour: str, label: str = "") -> None:
+def _interval(axes, value: float, interval: list, y: float, marker: str, colour: str):
     axes.plot(interval, [y, y], color=colour, lw=2.5, solid_capstyle="round")
-    axes.plot([value], [y], marker, ms=9, color=colour, label=label or None, ls="")
+    return axes.plot([value], [y], marker, ms=9, color=colour, ls="")[0]
 
 
 def _bins(axes, judge: dict, names: tuple[str, str]) -> None:
-    _style(axes, f"Win rate of {names[0]} by length")
+    _style(axes, f"… by length ({_short(judge['judge'], 36)})")
     bins = judge["length"]["bins"]
     for x, bin in enumerate(bins):
         axes.plot([x, x], bin["interval"], color=A_COLOUR, lw=2.5, solid_capstyle="round")
         axes.plot([x], [bin["win_rate"]], "o", ms=9, color=A_COLOUR)
-    labels = [f"{_signed(bin['from'])}\nto {_signed(bin['to'])}" for bin in bins]
+    labels = [f"{signed(bin['from'])}\nto {signed(bin['to'])}" for bin in bins]
     axes.set(xlim=(-0.6, len(bins) - 0.4), ylim=(0, 1), xticks=range(len(bins)), xticklabels=labels)
     axes.set(yticks=[0, 0.5, 1], yticklabels=["0", "50%", "100%"])
     axes.axhline(0.5, color=INK, lw=1.2, ls=(0, (4, 2)))
@@ -138,7 +135,7 @@ def _bins(axes, judge: dict, names: tuple[str, str]) -> None:
     axes.set_xlabel("characters longer than the other's", size=LETTERS, color=INK, labelpad=8)
 
 
-def _signed(number: int) -> str:
+def signed(number: int) -> str:
     return f"{number:+,}".replace("-", "−") if number else "0"
 
 

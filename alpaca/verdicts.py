@@ -345,8 +345,8 @@ def agreement(verdicts: Sequence[Verdict]) -> dict:
 def clearest(verdicts: Sequence[Verdict], side: float, witness: Mapping[str, float], most: int) -> list[str]:
     """Ids of the items that were won most clearly.
 
-    Every judge with a verdict took that side, and no model contradicted itself. More judges go first, then the larger
-    margin of an independent witness.
+    First those that every judge gave to that side, a model in both orders; then by the share of it that they gave.
+    More judges go before fewer, and then the larger margin of an independent witness.
 
     Args:
         verdicts: of all judges.
@@ -354,12 +354,16 @@ def clearest(verdicts: Sequence[Verdict], side: float, witness: Mapping[str, flo
         witness: item id → a margin of a over b that is no judge's (ROUGE-L to the reference, say).
         most: how many ids.
     """
-    outcomes: dict[str, list[float]] = {}
+    shares: dict[str, list[float]] = {}
     for verdict in verdicts:
         if verdict.outcome is not None:
-            outcomes.setdefault(verdict.id, []).append(verdict.outcome)
-    won = [id for id, each in outcomes.items() if all(outcome == side for outcome in each)]
-    return sorted(won, key=lambda id: (-len(outcomes[id]), -(2 * side - 1) * witness.get(id, 0.0)))[:most]
+            shares.setdefault(verdict.id, []).append(1 - abs(verdict.outcome - side))
+    won = [id for id, each in shares.items() if sum(each) > len(each) / 2]
+    sign = 2 * side - 1
+    clear = sorted(
+        won, key=lambda id: (-sum(shares[id]) / len(shares[id]), -len(shares[id]), -sign * witness.get(id, 0))
+    )
+    return clear[:most]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
