@@ -158,6 +158,36 @@ def read_answers(path: str | os.PathLike, items: list[Item]) -> Answers:
     return Answers(generator, outputs, [item.id for item in items if item.id not in outputs], rows)
 
 
+def read_pair(instructions: str | os.PathLike, answers: str) -> tuple[list[Item], list[Answers]]:
+    """The set and two models' answers to it; what is not answered is told.
+
+    Raises:
+        UserError: not two files, or both of one model.
+    """
+    items, paths = read_set(instructions), answers.split(",")
+    if len(paths) != 2:
+        raise UserError(f"--answers takes two files with a comma between them, A.jsonl,B.jsonl, not {len(paths)}")
+    pair = [read_answers(path, items) for path in paths]
+    if pair[0].generator == pair[1].generator:
+        raise UserError(
+            f'both files of --answers are by {pair[0].generator!r}: give one another name ("generator" in its rows; '
+            "judge.py answer --generator writes it)"
+        )
+    for one in pair:
+        if one.unanswered:
+            print(f"note: {one.generator} has no answer to {len(one.unanswered):,} of {len(items):,} instructions")
+    return items, pair
+
+
+def write_answers(rows: list[dict], path: str | os.PathLike) -> None:
+    """Writes rows at once: JSON Lines, or, when the name ends in ``.json``, the JSON list that alpaca_eval reads."""
+    if Path(path).suffix == ".json":
+        utils.jdump(rows, path)
+        return
+    with utils.replace_file(path) as file:
+        file.writelines(utils.json_text(row) + "\n" for row in rows)
+
+
 def _records(path: Path) -> list:
     try:
         return utils.jload(path)
