@@ -60,7 +60,8 @@ def summary(items: Sequence[Item], answerers: Sequence[Answers], seed: int = 0) 
     Differences are paired: of the items that both have.
 
     Returns:
-        For each answerer a dict: rouge_l and its difference from the first one's, both in [0, 1], and loss with
+        For each answerer a dict: name; answered, unanswered and empty counts; characters of an answer on average;
+        rouge_l and its difference from the first one's, both in [0, 1], and loss with
         perplexity, and its difference, each {"mean", "interval", "items"} or None; losses of different tokenizers (told
         by their numbers of tokens) have no difference. Then for each answerer item id → ROUGE-L; None without nltk.
     """
@@ -71,8 +72,19 @@ def summary(items: Sequence[Item], answerers: Sequence[Answers], seed: int = 0) 
         scores = None
     losses = [reference_losses(answers.rows) for answers in answerers]
     found = []
-    for place in range(len(answerers)):
-        entry: dict = {"rouge_l": None, "rouge_l_difference": None, "loss": None, "loss_difference": None}
+    for place, answers in enumerate(answerers):
+        lengths = [len(text) for text in answers.outputs.values()]
+        entry: dict = {
+            "name": answers.generator,
+            "answered": len(lengths),
+            "unanswered": len(answers.unanswered),
+            "empty": lengths.count(0),
+            "characters": sum(lengths) / len(lengths),
+            "rouge_l": None,
+            "rouge_l_difference": None,
+            "loss": None,
+            "loss_difference": None,
+        }
         if scores and scores[place]:
             entry["rouge_l"] = _mean(list(scores[place].values()), seed=seed)
             common = [id for id in scores[0] if id in scores[place]]
