@@ -281,9 +281,10 @@ def in_words(rate: dict, a: str, b: str) -> str:
     p = f"sign test, p {p_value(rate['p'])}"
     if rate["p"] < 0.05:
         return text + f"{a if rate['wins'] > rate['losses'] else b} wins more often than chance explains ({p})."
+    given = f"With {rate['judged']} instructions{' and so many ties' if rate['ties'] else ''}"
     return text + (
-        f"No difference can be seen ({p}). With {rate['judged']} instructions and so many ties, only a win rate beyond "
-        f"{rate['detectable']:.1%}, or below {1 - rate['detectable']:.1%}, would have been, four times in five."
+        f"No difference can be seen ({p}). {given}, only a win rate beyond {rate['detectable']:.1%}, or below "
+        f"{1 - rate['detectable']:.1%}, would have been, four times in five."
     )
 
 

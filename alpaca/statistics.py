@@ -48,7 +48,7 @@ def bootstrap_interval(
     for start in range(0, resamples, block):
         drawn = random.integers(0, count, size=(min(block, resamples - start), count))
         values.append(statistic(*(array[drawn] for array in arrays)))
-    low, high = np.nanpercentile(np.concatenate(values), [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
+    low, high = np.percentile(np.concatenate(values), [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
     return float(low), float(high)
 
 

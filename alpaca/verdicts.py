@@ -69,15 +69,18 @@ def read_judgments(paths: Iterable[str | os.PathLike]) -> list[dict]:
     """The rows of files that judge.py judge made.
 
     Raises:
-        UserError: a file that cannot be read, or a row without a field that is needed.
+        UserError: a file that cannot be read or holds no row, or a row without a field that is needed.
     """
-    rows = []
+    rows: list[dict] = []
     for path in paths:
+        before = len(rows)
         for number, row in enumerate(utils.jload(path), 1):
             fault = _fault(row)
             if fault:
                 raise UserError(f"{path}, row {number}: {fault}; give files that judge.py judge wrote")
             rows.append(row)
+        if len(rows) == before:
+            raise UserError(f"{path} holds no judgments: give a file with at least one")
     return rows
 
 

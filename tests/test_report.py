@@ -31,7 +31,9 @@ def files(tmp_path_factory):
             "id": f"t{n}",
             "motivation_app": "Gmail" if n < 12 else "<b>Netflix</b>",
             "instruction": f"Write a short note about topic number {n} for my friend.",
-            "instances": [{"input": HOSTILE if n == 0 else "", "output": f"This is the note about {n}."}],
+            "instances": [
+                {"input": HOSTILE if n == 0 else "", "output": f"This is the note about {n}." if n else HOSTILE}
+            ],
         }
         for n in range(COUNT)
     ]
@@ -212,7 +214,9 @@ def test_the_page_in_a_browser_is_as_wide_as_a_phone_and_runs_nothing_it_was_tol
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (width, scheme)
             assert [url for url in asked if not url.startswith(("file:", "data:"))] == [] and errors == []
             assert page.evaluate("window.hit") is None
-            assert HOSTILE.split("</p>")[0].strip() in page.locator("main").inner_text()
+            assert (
+                page.locator("main").inner_text().count(HOSTILE.split("</p>")[0].strip()) == 3
+            )  # input, answer, reference
             back, ink = (page.evaluate(f"getComputedStyle(document.body).{c}") for c in ("backgroundColor", "color"))
             assert (luminance(back) < luminance(ink)) == (scheme == "dark")
             page.close()

@@ -149,6 +149,12 @@ def test_rows_that_are_no_objects_or_no_judgments_are_named(tmp_path):
             verdicts.read_judgments([path])
 
 
+def test_a_file_without_a_row_is_named(tmp_path):
+    (tmp_path / "judged.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="judged.jsonl holds no judgments"):
+        verdicts.read_judgments([tmp_path / "judged.jsonl"])
+
+
 def test_a_majority_is_the_side_of_more_votes():
     votes = {"1": [1.0, 1.0, 0.0], "2": [0.5, 0.5, 0.0], "3": [1.0, 0.0], "4": [None, 0.0], "5": [None]}
     given = [Verdict(id, str(n), "person", vote) for id, each in votes.items() for n, vote in enumerate(each)]
