@@ -38,7 +38,7 @@ def report(
         seed: of the draws behind the bootstrap intervals.
     """
     # numpy, rapidfuzz and what draws: the other tasks do without
-    from alpaca import comparison, overlap, reference, report_page, verdicts
+    from alpaca import comparison, overlap, reference, report_page, report_text, verdicts
 
     items = read_set(instructions)
     answerers = [read_answers(path, items) for path in _paths("answers", answers)]
@@ -79,7 +79,7 @@ def report(
     found["notes"] = _notes(found, answerers, scores is None)
 
     found = comparison.without_nan(found)
-    print(report_page.terminal(found))
+    print(report_text.terminal(found))
     for name in report_page.write(found, output_dir):
         print(f"wrote {Path(output_dir) / name}")
 

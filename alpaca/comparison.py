@@ -25,8 +25,8 @@ def judge_figures(
 
     Returns:
         A dict for each judge: judge, kind, the figures of win_rate, not_judged, words, position and position_words
-        (None for a majority, which sees nothing first), length, categories; then the judges' agreement; then the
-        verdicts, without the majority's.
+        (None for a majority, which sees nothing first), length and length_words, categories. Then the judges'
+        agreement. Then the verdicts, without the majority's.
     """
     verdicts = sorted(fold(asks), key=lambda verdict: verdict.kind != "person")
     people = [verdict for verdict in verdicts if verdict.kind == "person"]
@@ -39,6 +39,7 @@ def judge_figures(
     figures = []
     for judge, own in groups.items():
         rate = win_rate(own, seed)
+        length = length_bias(own, lengths, seed)
         position = position_bias([ask for ask in asks if ask.judge == judge], seed) if judge != PEOPLE else None
         figures.append(
             {
@@ -49,7 +50,8 @@ def judge_figures(
                 "words": in_words(rate, a.generator, b.generator),
                 "position": position,
                 "position_words": position_in_words(position) if position else None,
-                "length": length_bias(own, lengths, seed),
+                "length": length,
+                "length_words": length_in_words(rate, length, a.generator, b.generator),
                 "categories": by_category(own, categories),
             }
         )
@@ -204,8 +206,9 @@ def agreement(verdicts: Sequence[Verdict]) -> dict:
     """How far judges agree: of each two the raw share and Cohen's kappa, of more than two Krippendorff's alpha.
 
     Returns:
-        pairs of judges with their kinds ("person–model"), common items, raw agreement and kappa; alpha of all judges
-        and alpha_people of the people among them, NaN where there are not more than two.
+        pairs of judges with their kinds ("person–model"), common items, raw agreement and kappa; by_kinds: raw
+        agreement over all pairs of two kinds, each weighted by its items; alpha of all judges and alpha_people of the
+        people among them, NaN where there are not more than two.
     """
     table: dict[str, dict[str, float | None]] = {}
     kinds: dict[str, str] = {}
@@ -229,10 +232,17 @@ def agreement(verdicts: Sequence[Verdict]) -> dict:
                     "kappa": statistics.cohens_kappa(x, y),
                 }
             )
+    by_kinds = []
+    for both in dict.fromkeys(pair["kinds"] for pair in pairs):
+        of_these = [pair for pair in pairs if pair["kinds"] == both and pair["items"]]
+        items = sum(pair["items"] for pair in of_these)
+        raw = sum(pair["raw"] * pair["items"] for pair in of_these) / items if items else math.nan
+        by_kinds.append({"kinds": both, "pairs": len(of_these), "items": items, "raw": raw})
     people = [columns[name] for name in names if kinds[name] == "person"]
     alpha = statistics.krippendorffs_alpha
     return {
         "pairs": pairs,
+        "by_kinds": by_kinds,
         "alpha": alpha(list(columns.values())) if len(columns) > 2 else math.nan,
         "alpha_people": alpha(people) if len(people) > 2 else math.nan,
     }
@@ -301,6 +311,22 @@ def position_in_words(position: dict) -> str:
     if position["both_orders"]:
         text += f"Asked in both orders, the verdict was the same for {position['agreed']:.1%} of the items."
     return text.strip()
+
+
+def length_in_words(rate: dict, length: dict, a: str, b: str) -> str | None:
+    """Whether the verdict would be another one at equal length; None where there is none that could be.
+
+    Larger than chance is here: the interval of the length-controlled win rate leaves out one half.
+    """
+    if not rate["judged"]:
+        return None
+    controlled, (low, high) = length["length_controlled"], length["interval"]
+    figures = f"a win rate of {controlled:.1%} for {a} (95% interval {low:.1%} to {high:.1%})"
+    if low <= 0.5 <= high:
+        return f"At equal length nothing would be left of it: {figures}." if rate["p"] < 0.05 else None
+    if rate["p"] < 0.05 and (controlled > 0.5) == (rate["wins"] > rate["losses"]):
+        return f"At equal length it stays: {figures}."
+    return f"At equal length {a if controlled > 0.5 else b} would win more often: {figures}."
 
 
 def p_value(p: float) -> str:

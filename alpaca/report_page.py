@@ -1,34 +1,16 @@
-"""What a report looks like: a table in the terminal, one picture, one HTML page that needs nothing else.
-
-All three show the same dictionary (judge.py report makes it), in which None stands for a figure that does not exist.
-"""
+"""A report as files: report.json, report.png, and one HTML page that needs nothing else."""
 
 from __future__ import annotations
 
 import base64
 import html
 import os
-import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import utils
-from alpaca import report_plot
+from alpaca import report_plot, report_text
 from alpaca.plots import STYLE
-
-METHOD = (
-    "Win rate: wins and half of the ties, of all items with a verdict. A model is asked in both orders; where it "
-    "contradicts itself the item is a tie, and where an ask failed the item is left out.",
-    "Intervals of win rates, ROUGE-L and losses: 95% percentile bootstrap over instructions, 10,000 resamples. Of bins "
-    "and categories: Wilson's 95% interval.",
-    "p: exact two-sided sign test, ties dropped; of a preference for the first place, over items.",
-    "At equal length: win rate predicted by a logistic regression on tanh of the standardised difference of lengths in "
-    "characters, at no difference, as in AlpacaEval 2 without its term for an instruction's difficulty "
-    "(arXiv 2404.04475).",
-    "ROUGE-L: F with Porter's stemmer, times 100, as Tk-Instruct's compute_metrics.py and Self-Instruct report it.",
-    "Overlap: words are runs of letters and digits, case aside. 13 and 8 are the longest and the shortest n-grams by "
-    "which GPT-3's authors called an example contaminated (arXiv 2005.14165, appendix C).",
-)
 
 
 def write(report: dict, output_dir: str | os.PathLike) -> list[str]:
@@ -55,134 +37,6 @@ def write(report: dict, output_dir: str | os.PathLike) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Figures as text.
-
-
-def percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f}%"
-
-
-def with_interval(value: float | None, interval: Sequence[float | None], scale: float = 100.0, unit: str = "%") -> str:
-    """ "50.2% (45.0–55.4)"; a dash where there is no figure."""
-    if value is None:
-        return "–"
-    text = f"{scale * value:.{1 if scale == 100 else 3}f}{unit}"
-    if interval[0] is None:
-        return text
-    low, high = (f"{scale * end:.{1 if scale == 100 else 3}f}" for end in interval)
-    return f"{text} ({low} to {high})"
-
-
-def _judge_table(report: dict) -> list[list[str]]:
-    head = ["judge", "items", "wins", "ties", "losses", "failed", "win rate", "p", "at equal length", "first preferred"]
-    rows = [head]
-    for judge in report["judges"]:
-        length, position = judge["length"], judge["position"]
-        rows.append(
-            [
-                judge["judge"],
-                *(f"{judge[key]:,}" for key in ("judged", "wins", "ties", "losses", "failed")),
-                with_interval(judge["win_rate"], judge["interval"]),
-                f"{judge['p']:.4f}",
-                with_interval(length["length_controlled"], length["interval"]),
-                percent(position["share_first"]) if position else "–",
-            ]
-        )
-    return rows
-
-
-def _reference_table(report: dict) -> list[list[str]]:
-    head = ["answers of", "answered", "characters", "ROUGE-L", "over the first's", "reference loss", "perplexity"]
-    rows = [head]
-    for each in report["answerers"]:
-        rouge, difference, loss = each["rouge_l"], each["rouge_l_difference"], each["loss"]
-        rows.append(
-            [
-                each["name"],
-                f"{each['answered']:,}",
-                f"{each['characters']:,.0f}",
-                with_interval(rouge["mean"], rouge["interval"], unit="") if rouge else "–",
-                with_interval(difference["mean"], difference["interval"], unit="") if difference else "–",
-                with_interval(loss["mean"], loss["interval"], 1, "") if loss else "–",
-                f"{loss['perplexity']:.2f}" if loss else "–",
-            ]
-        )
-    return rows
-
-
-def _agreement_table(report: dict) -> list[list[str]]:
-    rows = [["judges", "kinds", "items", "same verdict", "Cohen's kappa"]]
-    for pair in report["agreement"]["pairs"]:
-        kappa = "–" if pair["kappa"] is None else f"{pair['kappa']:.2f}"
-        rows.append([" and ".join(pair["judges"]), pair["kinds"], f"{pair['items']:,}", percent(pair["raw"]), kappa])
-    return rows
-
-
-def _alpha(report: dict) -> str:
-    parts = [
-        f"Krippendorff's alpha of {who}: {report['agreement'][key]:.2f}."
-        for key, who in (("alpha_people", "the people"), ("alpha", "all judges"))
-        if report["agreement"][key] is not None
-    ]
-    return " ".join(parts)
-
-
-def _overlap_words(overlap: dict) -> str:
-    parts = [
-        f"{g['shared']} of the {g['long_enough']} instructions of {g['n']} words or more share {g['n']} words in a row"
-        for g in overlap["ngrams"]
-    ]
-    same, both, above = len(overlap["same_instruction"]), len(overlap["same_task"]), overlap["above_duplicate"]
-    return (
-        f"Of {overlap['file']} ({overlap['records']:,} records): {'; '.join(parts)}. {same} have the words of a "
-        f"record's instruction, {both} those of its input too. The nearest instruction has a ROUGE-L of "
-        f"{overlap['rouge_l']['highest']:.2f} (median over the set {overlap['rouge_l']['median']:.2f}); {above} are "
-        "above 0.7, where the generator would have taken them for duplicates."
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The terminal.
-
-
-def terminal(report: dict) -> str:
-    """The figures as text, 100 columns or so wide."""
-    lines = [f"{report['set']['file']}: {report['set']['items']:,} instructions{_the_252(report)}"]
-    for judge in report["judges"]:
-        lines += ["", f"{judge['judge']}:"]
-        for words in filter(None, (judge["words"], judge["position_words"])):
-            lines += _wrap(words, "  ", "  ")
-    if report["judges"]:
-        lines += ["", f"wins, losses and rates of {report['answerers'][0]['name']}", *_columns(_judge_table(report))]
-    lines += ["", *_columns(_reference_table(report))]
-    if report["agreement"] and report["agreement"]["pairs"]:
-        lines += ["", *_columns(_agreement_table(report))]
-        lines += [_alpha(report)] if _alpha(report) else []
-    if report["overlap"]:
-        lines += ["", *_wrap(_overlap_words(report["overlap"]))]
-    notes = [line for note in report["notes"] for line in _wrap(f"note: {note}", "", "  ")]
-    return "\n".join(lines + ([""] if notes else []) + notes)
-
-
-def _wrap(text: str, first: str = "", later: str = "") -> list[str]:
-    return textwrap.wrap(text, 100, initial_indent=first, subsequent_indent=later, break_on_hyphens=False)
-
-
-def _columns(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(w) if not i else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-
-
-def _the_252(report: dict) -> str:
-    return ", those that Self-Instruct published" if report["set"]["is_the_252"] else ""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The page.
 
 MORE_STYLE = """
@@ -206,17 +60,21 @@ def page(report: dict, png: bytes | None) -> str:
     """One HTML page with everything inside: no script, no request; what models and people wrote is text in it."""
     names = [each["name"] for each in report["answerers"]]
     title = " against ".join(names) if report["judges"] else ", ".join(names)
-    lead = "".join(f'<p class="lead">{esc(judge["words"])}</p>' for judge in report["judges"][:1])
+    lead = "".join(
+        f'<p class="lead">{esc(words)}</p>\n'
+        for judge in report["judges"][:1]
+        for words in filter(None, (judge["words"], judge["length_words"]))
+    )
     sections = [
         _picture(report, png),
         _judges(report),
         _lengths(report),
         _categories(report),
         _agreement(report),
-        _section("Against the references", _table(_reference_table(report)) + _reference_words(report)),
+        _section("Against the references", _table(report_text.reference_table(report)) + _reference_words(report)),
         _overlap(report),
         _examples(report),
-        _section("How this was computed", _list([*report["notes"], *METHOD])),
+        _section("How this was computed", _list([*report["notes"], *report_text.METHOD])),
     ]
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -230,7 +88,7 @@ def page(report: dict, png: bytes | None) -> str:
 <body>
 <header>
 <h1>{esc(title)}</h1>
-<p>{report["set"]["items"]:,} instructions of {esc(report["set"]["file"])}{_the_252(report)}. Made by
+<p>{report["set"]["items"]:,} instructions of {esc(report["set"]["file"])}{report_text.the_252(report)}. Made by
 <code>judge.py report</code>.</p>
 {lead}
 </header>
@@ -284,11 +142,11 @@ def _judges(report: dict) -> str:
     if not report["judges"]:
         return ""
     a, b = (each["name"] for each in report["answerers"])
-    body = _list([f"Wins and rates are {a}'s, losses its defeats by {b}."]) + _table(_judge_table(report))
+    body = _list([f"Wins and rates are {a}'s, losses its defeats by {b}."]) + _table(report_text.judge_table(report))
     biased = [judge for judge in report["judges"] if judge["position"] and judge["position"]["p"] < 0.05]
     body += _list(f"{judge['judge']}: {judge['position_words']}" for judge in biased)
     for judge in report["judges"]:
-        body += _details(judge["judge"], _list(filter(None, (judge["words"], judge["position_words"]))))
+        body += _details(judge["judge"], _list(report_text.words(judge)))
     return _section("The judges", body)
 
 
@@ -303,18 +161,18 @@ def _lengths(report: dict) -> str:
 def _length(report: dict, judge: dict) -> str:
     a, b = (each["name"] for each in report["answerers"])
     length = judge["length"]
-    controlled = with_interval(length["length_controlled"], length["interval"])
+    controlled = report_text.with_interval(length["length_controlled"], length["interval"])
     words = (
         f"{a}'s answers are {abs(length['longer']):,.0f} characters {'longer' if length['longer'] >= 0 else 'shorter'} "
         f"than {b}'s on average. At equal length its win rate would be {controlled}, against "
-        f"{percent(judge['win_rate'])} as the answers are ({judge['judge']})"
+        f"{report_text.percent(judge['win_rate'])} as the answers are ({judge['judge']})"
     )
     if length["correlation"] is not None:
         words += f"; outcome and difference of length correlate by {length['correlation']:+.2f}".replace("-", "−")
     rows = [["characters longer", "wins", "ties", "losses", "win rate"]]
     for bin in length["bins"]:
         between = f"{report_plot.signed(bin['from'])} to {report_plot.signed(bin['to'])}"
-        rows.append([between, *_counts(bin), with_interval(bin["win_rate"], bin["interval"])])
+        rows.append([between, *_counts(bin), report_text.with_interval(bin["win_rate"], bin["interval"])])
     return _list([words + "."]) + (_table(rows) if len(rows) > 1 else "")
 
 
@@ -328,7 +186,7 @@ def _categories(report: dict) -> str:
     judge = report["judges"][0]
     rows = [["category", "wins", "ties", "losses", "win rate"]]
     for each in judge["categories"]:
-        rate = with_interval(each["win_rate"], each["interval"])
+        rate = report_text.with_interval(each["win_rate"], each["interval"])
         rows.append([each["category"] or "(none)", *_counts(each), rate])
     told = sum(each["win_rate"] is not None for each in judge["categories"])
     words = (
@@ -342,7 +200,10 @@ def _categories(report: dict) -> str:
 def _agreement(report: dict) -> str:
     if not report["agreement"] or not report["agreement"]["pairs"]:
         return ""
-    return _section("Do the judges agree?", _table(_agreement_table(report)) + _list(filter(None, [_alpha(report)])))
+    return _section(
+        "Do the judges agree?",
+        _table(report_text.agreement_table(report)) + _list(filter(None, [report_text.agreement_words(report)])),
+    )
 
 
 def _reference_words(report: dict) -> str:
@@ -369,7 +230,7 @@ def _overlap(report: dict) -> str:
         for n in overlap["longest"]
         if n["words"]
     )
-    body = _list([_overlap_words(overlap)]) + _details("The nearest instructions", near)
+    body = _list([report_text.overlap_words(overlap)]) + _details("The nearest instructions", near)
     return _section("Is the set in the training data?", body + _details("The longest runs of shared words", long))
 
 

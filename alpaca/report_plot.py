@@ -68,7 +68,7 @@ def _rows(axes, names: list[str], room: float = 0.0) -> None:
     for row, name in enumerate(names):
         style = {"size": LETTERS, "color": INK, "ha": "left", "va": "center", "parse_math": False}
         box = {"fc": PAPER, "ec": "none", "pad": 1.5}  # hides the lines behind a long name
-        axes.text(left, row - 0.3, _short(name), bbox=box, **style)
+        axes.text(left, row - 0.3, _short(name), bbox=box, **style).set_in_layout(False)
 
 
 def _counts(axes, judges: list[dict], names: tuple[str, str]) -> None:
@@ -87,7 +87,8 @@ def _counts(axes, judges: list[dict], names: tuple[str, str]) -> None:
                 axes.text(left + width / 2, row + 0.12, f"{judge[key]:,}", **style)
             left += width
     handles = [axes.barh([-9], [0], color=colour) for _, colour, _ in parts]  # rows out of sight
-    _legend(axes, handles, [f"{names[0]} wins", "ties", f"{names[1]} wins"])
+    a, b = (_short(name, 18) for name in names)
+    _legend(axes, handles, [f"{a} wins", "ties", f"{b} wins"])
 
 
 def _legend(axes, handles: list, labels: list[str]) -> None:
@@ -95,7 +96,9 @@ def _legend(axes, handles: list, labels: list[str]) -> None:
     style = {"loc": "lower left", "ncols": 3, "fontsize": LETTERS - 1, "labelcolor": INK}
     style |= {"facecolor": PAPER, "edgecolor": "none", "framealpha": 1}  # hides the lines behind it
     space = {"handlelength": 1, "columnspacing": 1.2, "borderaxespad": 0.2, "borderpad": 0}
-    for text in axes.legend(handles, labels, **style, **space).get_texts():
+    legend = axes.legend(handles, labels, **style, **space)
+    legend.set_in_layout(False)  # a wide one would narrow all panels
+    for text in legend.get_texts():
         text.set_parse_math(False)
 
 
@@ -118,7 +121,7 @@ def _percent_axis(axes, low: float, high: float) -> None:
 
 def _interval(axes, value: float, interval: list, y: float, marker: str, colour: str):
     axes.plot(interval, [y, y], color=colour, lw=2.5, solid_capstyle="round")
-    return axes.plot([value], [y], marker, ms=9, color=colour, ls="")[0]
+    return axes.plot([value], [y], marker, ms=9, color=colour, ls="", clip_on=False)[0]
 
 
 def _bins(axes, judge: dict, names: tuple[str, str]) -> None:

@@ -115,10 +115,10 @@ def length_controlled(outcomes: np.ndarray, differences: np.ndarray) -> np.ndarr
     """The win rate that a would have if its answers were as long as b's, by logistic regression.
 
     P(a preferred) = σ(θ + φ·tanh(Δ/s)), Δ the difference of lengths, s its standard deviation; the answer is σ(θ). That
-    is the length-controlled win rate of AlpacaEval 2 (Dubois et al., 2024, arXiv 2404.04475) without its term for an
-    instruction's difficulty, which is estimated from the many models of its leaderboard for its 805 instructions, and
-    of which two answerers know nothing. Its lengths are in characters. Instead of its L1 penalty, chosen by
-    cross-validation, here stands a ridge of 1e-3, which only keeps the fit finite where all is won or lost.
+    is the length-controlled win rate of AlpacaEval 2 (Dubois et al., 2024, arXiv 2404.04475) without what it knows from
+    its leaderboard: an instruction's difficulty, estimated from many models' answers to its 805 instructions, and two
+    answerers that only gamed length. Its lengths are in characters, as they should be here. In place of its L1 penalty,
+    chosen by cross-validation, stands a ridge of 1e-3, which only keeps the fit finite where all is won or lost.
 
     Args:
         outcomes: in [0, 1], shape (rows, items); each row is fitted by itself.

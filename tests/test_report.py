@@ -11,7 +11,7 @@ import pytest
 from test_plots import References
 
 import judge_report_task as judge
-from alpaca import UserError, report_page, report_plot
+from alpaca import UserError, report_page, report_plot, report_text
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = (
@@ -111,7 +111,7 @@ def test_the_figures_of_a_report(judged):
 
 
 def test_the_terminal_says_who_wins_and_whether_by_chance(judged):
-    text = report_page.terminal(judged[1])
+    text = report_text.terminal(judged[1])
     flat = " ".join(text.split())
     assert f"{A} wins 18, {B} 5, 0 ties" in flat and f"{A} wins more often than chance explains" in flat
     assert "No difference can be seen" in flat  # Ada, Grace and both

@@ -259,6 +259,28 @@ def test_length_bias_bins_by_the_difference():
     assert math.isnan(comparison.length_bias([], {})["length_controlled"])
 
 
+@pytest.mark.parametrize(
+    "wins, losses, controlled, interval, words",
+    [
+        (90, 89, 0.52, (0.46, 0.58), None),
+        (150, 90, 0.52, (0.46, 0.58), "At equal length nothing would be left of it: a win rate of 52.0% for alpaca"),
+        (
+            150,
+            90,
+            0.60,
+            (0.55, 0.65),
+            "At equal length it stays: a win rate of 60.0% for alpaca (95% interval 55.0% to",
+        ),
+        (150, 90, 0.40, (0.35, 0.45), "At equal length davinci would win more often: a win rate of 40.0% for alpaca"),
+        (90, 89, 0.60, (0.55, 0.65), "At equal length alpaca would win more often"),
+    ],
+)
+def test_what_equal_length_would_change_is_said(wins, losses, controlled, interval, words):
+    rate = comparison.win_rate(some(wins, losses))
+    found = comparison.length_in_words(rate, {"length_controlled": controlled, "interval": interval}, A, B)
+    assert found is None if words is None else found.startswith(words)
+
+
 def test_a_category_of_fewer_than_ten_has_counts_and_no_rate():
     categories = {str(n): "many" if n < 10 else "few" for n in range(13)}
     many, few = comparison.by_category(some(6, 5, 2), categories)
@@ -282,6 +304,10 @@ def test_agreement_of_each_two_and_of_all():
         frozenset(["Ada", "gpt"]): ("person–model", 3, pytest.approx(2 / 3)),
         frozenset(["Grace", "gpt"]): ("person–model", 2, 0.5),
     }
+    assert [(kind["kinds"], kind["pairs"], kind["items"], kind["raw"]) for kind in found["by_kinds"]] == [
+        ("person–person", 1, 3, pytest.approx(2 / 3)),
+        ("person–model", 2, 5, pytest.approx(3 / 5)),
+    ]
     assert 0 < found["alpha"] < 1 and math.isnan(found["alpha_people"])
 
 
