@@ -15,7 +15,7 @@ from alpaca import statistics
 from alpaca.instruction_set import Answers, Item
 from alpaca.verdicts import PEOPLE, Ask, Verdict, fold, majority
 
-SMALL = 10  # items; of fewer no rate is told, since the interval of 9 reaches over 30 points to each side
+SMALL = 10  # items; of fewer no rate is told: that of 9, evenly split, has an interval 55 points wide
 
 
 def judge_figures(

@@ -45,7 +45,8 @@ body { max-width: 60rem; }
 h3 { margin: 2rem 0 .5rem; font-size: 1rem; overflow-wrap: anywhere; }
 td, th { font-variant-numeric: tabular-nums; }
 td:first-child { min-width: 9rem; }
-td:not(:first-child), th:not(:first-child) { padding-left: .75rem; text-align: right; white-space: nowrap; }
+img { max-width: 36rem; } /* its letters are as large as the text's then */
+td:not(:first-child), th:not(:first-child) { text-align: right; white-space: nowrap; }
 article { margin: 1.5rem 0; padding: 1rem; border: 1px solid var(--line); border-radius: 8px; }
 article h3 { margin: 0 0 .5rem; }
 .label { margin: .75rem 0 .25rem; font-size: .8125rem; }
@@ -191,8 +192,8 @@ def _categories(report: dict) -> str:
     told = sum(each["win_rate"] is not None for each in judge["categories"])
     words = (
         f"{len(rows) - 1} categories, by {judge['judge']}; {told or 'none'} of them with ten verdicts or more. Of "
-        "smaller ones no rate is told: its interval would reach over 30 points to each side. One in twenty intervals "
-        "misses its true value by chance alone."
+        "smaller ones no rate is told: nine items, evenly split, have an interval 55 points wide. One in twenty "
+        "intervals misses its true value by chance alone."
     )
     return _section("By category", _list([words]) + _details("The counts", _table(rows)))
 

@@ -109,16 +109,16 @@ def words(judge: dict) -> list[str]:
 
 
 def overlap_words(overlap: dict) -> str:
-    parts = [
-        f"{g['shared']} of the {g['long_enough']} instructions of {g['n']} words or more share {g['n']} words in a row"
+    shared = "; ".join(
+        f"{g['n']} words in a row with a record: {g['shared']} of the {g['long_enough']} that are so long"
         for g in overlap["ngrams"]
-    ]
-    same, both, above = len(overlap["same_instruction"]), len(overlap["same_task"]), overlap["above_duplicate"]
+    )
     return (
-        f"Of {overlap['file']} ({overlap['records']:,} records): {'; '.join(parts)}. {same} have the words of a "
-        f"record's instruction, {both} those of its input too. The nearest instruction has a ROUGE-L of "
-        f"{overlap['rouge_l']['highest']:.2f} (median over the set {overlap['rouge_l']['median']:.2f}); {above} are "
-        "above 0.7, where the generator would have taken them for duplicates."
+        f"Searched in {overlap['file']} ({overlap['records']:,} records). Instructions with their input that share "
+        f"{shared}. Whose instruction has a record's words: {len(overlap['same_instruction'])}, and its input too: "
+        f"{len(overlap['same_task'])}. Highest ROUGE-L to a record's instruction: {overlap['rouge_l']['highest']:.2f} "
+        f"(median over the set {overlap['rouge_l']['median']:.2f}); above 0.7, where the generator drops a candidate "
+        f"as a duplicate: {overlap['above_duplicate']}."
     )
 
 

@@ -116,7 +116,7 @@ def test_the_terminal_says_who_wins_and_whether_by_chance(judged):
     assert f"{A} wins 18, {B} 5, 0 ties" in flat and f"{A} wins more often than chance explains" in flat
     assert "No difference can be seen" in flat  # Ada, Grace and both
     assert "What was shown first was preferred in 100.0% of 24 decided asks (p < 0.0001)" in flat
-    assert "1 of the 24 instructions of 8 words or more share 8 words in a row" in flat
+    assert "share 8 words in a row with a record: 1 of the 24 that are so long" in flat
     table = next(line for line in text.splitlines() if line.startswith("<i>gpt</i>  "))
     assert table.split()[1:6] == ["23", "18", "0", "5", "1"]
 
