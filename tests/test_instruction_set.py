@@ -137,6 +137,13 @@ def test_an_input_belongs_to_what_is_matched(tmp_path):
     assert read_answers(write(tmp_path / "out.json", rows), items_of(("a", "1"), ("a", "2"))).outputs == {"2": "x"}
 
 
+def test_an_answer_whose_input_stands_behind_its_instruction_belongs_to_the_same_item(tmp_path):
+    items = items_of(("a", "1"), ("a", ""))
+    rows = [item.row("x.json") | {"output": f"to {item.id}"} for item in items]
+    assert [row["instruction"] for row in rows] == ["a\n\n### Input:\n1", "a"]
+    assert read_answers(write(tmp_path / "out.json", rows), items).outputs == {"1": "to 1", "2": "to 2"}
+
+
 def test_an_error_is_unanswered_and_an_empty_answer_is_one(tmp_path):
     rows = [{"instruction": "a", "error": "timeout"}, {"instruction": "b", "output": None}]
     rows += [{"instruction": "c", "output": " "}]
