@@ -29,7 +29,6 @@ from alpaca.budget import Budget
 from alpaca.cli import run_cli
 from alpaca.instruction_set import read_pair, read_set, write_answers
 from alpaca.journal import Journal, check_output
-from alpaca.template import INPUT_HEADING
 
 # A base model would write the next instruction, and answer that too.
 STOP = ["\n### Instruction:"]
@@ -69,7 +68,8 @@ def answer(
 
     Args:
         instructions: the set: Self-Instruct's 252, AlpacaEval's, or Alpaca's format; JSON, or JSON Lines.
-        output_path: where the answers go: JSON Lines, or, if it ends in .json, a list that alpaca_eval reads.
+        output_path: where the answers go: JSON Lines, or, if it ends in .json, a list for alpaca_eval, which has the
+            input behind the instruction under "### Input:".
         model_path: the folder of a model, or of a LoRA adapter.
         model_name: a model by the name that its server knows.
         generator: the model's name in the rows (default: the folder's, or the server's name for it).
@@ -124,16 +124,11 @@ def answer(
             items, output_path, model_path, generator, template, sampling, loading, batch_tokens, reference_loss
         )
         return
-    stop = STOP if api == "completions" else None
-    decoding = utils.OpenAIDecodingArguments(max_new_tokens, temperature, top_p, stop)
+    decoding = utils.OpenAIDecodingArguments(max_new_tokens, temperature, top_p, STOP if api == "completions" else None)
     tries = (5, 0 if max_total_tokens or max_cost_usd else 2)  # with a budget, an empty reply is not paid for twice
     teacher = utils.Teacher(model_name, decoding, api, base_url, request_timeout, *tries, max_concurrency)
-    prompts = [
-        utils.format_prompt(item.instruction, item.input)
-        if api == "completions"
-        else item.instruction + (INPUT_HEADING + item.input if item.input else "")
-        for item in items
-    ]
+    chat = api == "chat"
+    prompts = [item.task if chat else utils.format_prompt(item.instruction, item.input) for item in items]
     run = {"task": "answer", "model_name": model_name, "api": api, "seed": seed, "prompts": _digest(prompts)}
     output, journal_path = check_output(output_path)
     with Journal(journal_path) as journal:
@@ -141,12 +136,14 @@ def answer(
         replies = ask_each(teacher, prompts, seed, journal, budget, max_new_tokens, max_concurrency, "answer")
     rows = []
     for item, reply in zip(items, replies, strict=True):
-        row = {"id": item.id, "instruction": item.instruction, "input": item.input}
+        row = item.row(output)
         if reply is None or reply.text is None:
             row["error"] = reply.error if reply else "not asked"
         else:
             row |= {"output": reply.text.strip(), "finish_reason": reply.finish_reason, "model": reply.model}
         rows.append(row | {"generator": generator or model_name})
+    if output.suffix == ".json":  # alpaca_eval would take a row without an answer for one that says "nan"
+        rows = [row for row in rows if "output" in row]
     write_answers(rows, output)
     made = sum("output" in row for row in rows)
     notes = [(sum(row.get("finish_reason") == "length" for row in rows), "cut off at --max_new_tokens")]
@@ -165,12 +162,11 @@ def _answer_here(items, output_path, model_path, generator, template, sampling, 
         logging.disable_progress_bar()
     settings = inference.Settings(**sampling)
     identity = answers.identity_of(model_path, loading["base_path"], template)
-    rows = [{"id": item.id, "instruction": item.instruction, "input": item.input} for item in items]
     model, tokenizer = inference.load(model_path, **loading)
     counts = answers.answer_file(
         model,
         tokenizer,
-        [answers.Request(f"id {row['id']}", row, row["instruction"], row["input"]) for row in rows],
+        [answers.Request(f"id {i.id}", i.row(output_path), i.instruction, i.input) for i in items],
         output_path,
         lambda requests: inference.request_ids(tokenizer, template, [(r.instruction, r.input) for r in requests]),
         settings,

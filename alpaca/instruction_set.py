@@ -13,6 +13,7 @@ from pathlib import Path
 import utils
 from alpaca import UserError
 from alpaca.download import git_blob_id
+from alpaca.template import INPUT_HEADING
 
 # The 252 user-oriented instructions of Self-Instruct, on which Alpaca was judged.
 THE_252 = "user_oriented_instructions.jsonl"
@@ -37,6 +38,23 @@ class Item:
     input: str
     reference: str | None
     category: str
+
+    @property
+    def task(self) -> str:
+        """Instruction and input as one text, the input under its heading: what a chat model is asked, and judges see.
+
+        A model that train.py has made gets training's prompt from it, through its chat template (alpaca/template.py).
+        """
+        return self.instruction + (INPUT_HEADING + self.input if self.input else "")
+
+    def row(self, output_path: str | os.PathLike) -> dict:
+        """What the row of its answer begins with; where that goes to ``.json``, in alpaca_eval's columns.
+
+        alpaca_eval shows its judge the instruction alone, so the whole task has to be in it.
+        """
+        if Path(output_path).suffix == ".json":
+            return {"id": self.id, "dataset": self.category, "instruction": self.task}
+        return {"id": self.id, "instruction": self.instruction, "input": self.input}
 
 
 @dataclass(frozen=True)
@@ -106,11 +124,11 @@ def read_set(path: str | os.PathLike) -> list[Item]:
 def read_answers(path: str | os.PathLike, items: list[Item]) -> Answers:
     """Reads a model's answers to a set, in any order.
 
-    A row has the "instruction" (and the "input", if there is one) that it answers, and the answer as "output" (judge.py
-    answer, chat.py --batch_path, alpaca_eval) or as "response" (Self-Instruct's predictions). It belongs to the item
-    with the same texts, white space around them aside; of several such items to the one with its "id", else to the
-    first that has no answer yet. The model's name is "generator", else the file's name without "_predictions". A row
-    without an answer, or with null, counts as unanswered.
+    A row has the instruction that it answers, as "instruction" and "input" or as one text (Item.task), and the answer
+    as "output" (judge.py answer, chat.py --batch_path, alpaca_eval) or "response" (Self-Instruct's predictions). It
+    belongs to the item with the same texts, white space around them aside; of several such items to the one with its
+    "id", else to the first that has no answer yet. The model's name is "generator", else the file's name without
+    "_predictions". A row without an answer, or with null, counts as unanswered.
 
     Raises:
         UserError: a file that is missing, malformed or holds no answer; a row of another set, a second answer to an
@@ -119,7 +137,8 @@ def read_answers(path: str | os.PathLike, items: list[Item]) -> Answers:
     path = Path(path)
     places: dict[tuple[str, str], list[Item]] = {}
     for item in items:
-        places.setdefault((item.instruction.strip(), item.input.strip()), []).append(item)
+        for texts in {(item.instruction.strip(), item.input.strip()), (item.task.strip(), "")}:
+            places.setdefault(texts, []).append(item)
     outputs: dict[str, str] = {}
     rows: dict[str, dict] = {}
     strangers: list[str] = []

@@ -50,9 +50,8 @@ def fill(prompt: str, item: Item, shown: Shown) -> str:
     {fence} becomes a line of tildes that is longer than any in the texts, so none of them can end its own quotation.
     """
     (_, answer_a), (_, answer_b) = shown
-    task = item.instruction + (f"\n\nInput:\n{item.input}" if item.input else "")
-    longest = max(map(len, re.findall("~+", f"{task}\n{answer_a}\n{answer_b}")), default=0)
-    texts = {"{task}": task, "{answer_a}": answer_a, "{answer_b}": answer_b, "{fence}": "~" * max(8, longest + 1)}
+    longest = max(map(len, re.findall("~+", f"{item.task}\n{answer_a}\n{answer_b}")), default=0)
+    texts = {"{task}": item.task, "{answer_a}": answer_a, "{answer_b}": answer_b, "{fence}": "~" * max(8, longest + 1)}
     # In one pass: what stands in an answer is not filled in.
     return re.sub("|".join(map(re.escape, PLACEHOLDERS)), lambda match: texts[match[0]], prompt)
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 
+import jinja2
 import pytest
+import yaml
+from conftest import ROOT
 
 from alpaca import UserError
 from alpaca.download import git_blob_id
@@ -135,6 +138,21 @@ def test_equal_instructions_are_told_apart_by_id_and_else_by_order(tmp_path):
 def test_an_input_belongs_to_what_is_matched(tmp_path):
     rows = [{"instruction": "a", "input": "2", "output": "x"}]
     assert read_answers(write(tmp_path / "out.json", rows), items_of(("a", "1"), ("a", "2"))).outputs == {"2": "x"}
+
+
+def test_an_answer_whose_input_stands_behind_its_instruction_belongs_to_the_same_item(tmp_path):
+    items = items_of(("a", "1"), ("a", ""))
+    rows = [item.row("x.json") | {"output": f"to {item.id}"} for item in items]
+    assert [row["instruction"] for row in rows] == ["a\n\n### Input:\n1", "a"]
+    assert read_answers(write(tmp_path / "out.json", rows), items).outputs == {"1": "to 1", "2": "to 2"}
+
+
+def test_lm_evals_task_file_asks_what_a_chat_model_is_asked(tmp_path):
+    task = yaml.safe_load((ROOT / "configs" / "judge" / "lm_eval_252.yaml").read_text())
+    records = [SELF_INSTRUCT[0], SELF_INSTRUCT[0] | {"id": "x", "instances": [{"input": "", "output": "Soup"}]}]
+    for record, item in zip(records, read_set(write(tmp_path / "set.jsonl", records)), strict=True):
+        assert jinja2.Template(task["doc_to_text"]).render(record) == item.task
+        assert jinja2.Template(task["doc_to_target"]).render(record) == item.reference
 
 
 def test_an_error_is_unanswered_and_an_empty_answer_is_one(tmp_path):
