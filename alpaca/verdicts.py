@@ -165,23 +165,24 @@ def settings_of(rows: Sequence[dict], judge: str) -> list[dict]:
 
 
 def fold(asks: Iterable[Ask]) -> list[Verdict]:
-    """One verdict of each judge on each item, in the order of first meeting."""
+    """One verdict of each judge on each item, in the order of first meeting.
+
+    Of an item that a model saw in one order only, since its run has not ended, there is none yet.
+    """
     groups: dict[tuple[str, str], list[Ask]] = {}
     for ask in asks:
         groups.setdefault((ask.judge, ask.id), []).append(ask)
-    return [_verdict(group) for group in groups.values()]
+    return [verdict for group in groups.values() if (verdict := _verdict(group)) is not None]
 
 
-def _verdict(asks: list[Ask]) -> Verdict:
+def _verdict(asks: list[Ask]) -> Verdict | None:
     who = (asks[0].id, asks[0].judge, asks[0].kind)
     failed = next((ask for ask in asks if ask.preferred is None), None)
     if failed is not None:
         return Verdict(*who, None, failure=failed.error or "failed")
     outcomes = [_outcome(ask) for ask in asks]
     if len(asks) == 1:
-        if asks[0].kind == "model":
-            return Verdict(*who, None, failure="asked in one order only")
-        return Verdict(*who, outcomes[0])
+        return Verdict(*who, outcomes[0]) if asks[0].kind == "person" else None
     agreed = outcomes[0] == outcomes[1]
     return Verdict(*who, outcomes[0] if agreed else 0.5, agreed)
 

@@ -10,6 +10,7 @@ import sys
 import pytest
 from test_plots import References
 
+import judge as judge_script
 import judge_report_task as judge
 from alpaca import UserError, report_page, report_plot, report_text
 
@@ -119,6 +120,22 @@ def test_the_terminal_says_who_wins_and_whether_by_chance(judged):
     assert "share 8 words in a row with a record: 1 of the 24 that are so long" in flat
     table = next(line for line in text.splitlines() if line.startswith("<i>gpt</i>  "))
     assert table.split()[1:6] == ["23", "18", "0", "5", "1"]
+
+
+def test_a_judge_that_always_says_a_is_reported_as_bias(files, teacher, tmp_path):
+    """From the server's reply to the report, by judge.py's own judgments; one reply in both orders has no verdict."""
+
+    def answer(number, body):
+        return "I cannot decide." if "topic number 5 " in body["messages"][0]["content"] else "Verdict: A"
+
+    arguments = {"instructions": str(files / "set.jsonl"), "answers": f"{files}/a.jsonl,{files}/b.jsonl"}
+    base_url = teacher(answer).base_url
+    judge_script.judge(**arguments, output_path=str(tmp_path / "j.jsonl"), model_name="m", base_url=base_url)
+    (found,) = run(files, tmp_path / "out", judgments=str(tmp_path / "j.jsonl"))["judges"]
+    assert (found["wins"], found["ties"], found["losses"], found["failed"]) == (0, COUNT - 1, 0, 1)
+    assert (found["win_rate"], found["p"], found["not_judged"]) == (0.5, 1.0, 0)
+    assert (found["position"]["share_first"], found["position"]["agreed"]) == (1.0, 0.0)
+    assert found["asked_with"][0]["answered_by"] == "m"
 
 
 def test_without_judgments_there_are_the_reference_metrics_of_any_number_of_answerers(files, tmp_path, capsys):

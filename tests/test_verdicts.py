@@ -72,8 +72,9 @@ def test_both_orders_make_one_verdict(a_first, b_first, folded):
     assert outcome_of(*rows) == outcome_of(*rows[::-1]) == folded
 
 
-def test_a_model_asked_in_one_order_has_no_verdict_and_a_person_has():
-    assert outcome_of(row("1", B, "second")) == (None, None)
+def test_a_model_asked_in_one_order_has_no_verdict_yet_and_a_person_has():
+    assert verdicts.fold(asks_of([row("1", B, "second")])) == []
+    assert outcome_of(row("1", B, None)) == (None, None)
     assert outcome_of(row("1", B, "second", kind="person")) == (1.0, None)
     assert outcome_of(row("1", B, "first", kind="person")) == (0.0, None)
     assert outcome_of(row("1", B, None, kind="person", error="skipped")) == (None, None)
