@@ -61,22 +61,21 @@ def judge_table(report: dict) -> list[list[str]]:
 
 
 def reference_table(report: dict) -> list[list[str]]:
-    head = ["answers of", "answered", "characters", "ROUGE-L", "over the first's", "reference loss", "perplexity"]
-    rows = [head]
+    rows = [["answers of", "answered", "characters", "ROUGE-L", "over the first's", "reference loss", "perplexity"]]
+    compared = any(each["loss_difference"] for each in report["answerers"])
+    if compared:
+        rows[0].append("loss over the first's")
     for each in report["answerers"]:
         rouge, difference, loss = each["rouge_l"], each["rouge_l_difference"], each["loss"]
-        rows.append(
-            [
-                each["name"],
-                f"{each['answered']:,}",
-                f"{each['characters']:,.0f}",
-                with_interval(rouge["mean"], rouge["interval"], unit="") if rouge else "–",
-                with_interval(difference["mean"], difference["interval"], unit="") if difference else "–",
-                with_interval(loss["mean"], loss["interval"], 1, "") if loss else "–",
-                f"{loss['perplexity']:.2f}" if loss else "–",
-            ]
-        )
+        row = [each["name"], f"{each['answered']:,}", f"{each['characters']:,.0f}"]
+        row += [_mean(rouge, 100), _mean(difference, 100), _mean(loss, 1)]
+        row.append(f"{loss['perplexity']:.2f}" if loss else "–")
+        rows.append(row + [_mean(each["loss_difference"], 1)] * compared)
     return rows
+
+
+def _mean(figure: dict | None, scale: float) -> str:
+    return with_interval(figure["mean"], figure["interval"], scale, "") if figure else "–"
 
 
 def agreement_table(report: dict) -> list[list[str]]:

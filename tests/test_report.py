@@ -149,6 +149,16 @@ def test_without_judgments_there_are_the_reference_metrics_of_any_number_of_answ
     assert (tmp_path / "out" / "report.html").exists()
 
 
+def test_a_model_before_and_after_training_is_compared_by_its_loss(files, tmp_path):
+    before = [json.loads(line) for line in (files / "a.jsonl").read_text().splitlines()]
+    write(tmp_path / "after.jsonl", [row | {"generator": "after", "reference_loss": 1.5} for row in before])
+    found = run(files, tmp_path / "out", answers=f"{files}/a.jsonl,{tmp_path}/after.jsonl")
+    head, first, second = report_text.reference_table(found)
+    assert head[-1] == "loss over the first's"
+    assert first[-3:] == ["2.000 (2.000 to 2.000)", "7.39", "–"]
+    assert second[-3:] == ["1.500 (1.500 to 1.500)", "4.48", "-0.500 (-0.500 to -0.500)"]
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
