@@ -38,7 +38,7 @@ def report(
         seed: of the draws behind the bootstrap intervals.
     """
     # numpy, rapidfuzz and what draws: the other tasks do without
-    from alpaca import comparison, overlap, reference, report_page, report_text, verdicts
+    from alpaca import comparison, overlap, reference, report_page, report_text, rouge, verdicts
 
     items = read_set(instructions)
     answerers = [read_answers(path, items) for path in _paths("answers", answers)]
@@ -56,6 +56,7 @@ def report(
             "items": len(items),
             "is_the_252": is_the_252(instructions),
             "without_reference": sum(item.reference is None for item in items),
+            "unseen_by_rouge": sum(rouge.is_mostly_unseen(item.reference or "") for item in items),
         },
         "judges": [],
         "agreement": None,
@@ -96,6 +97,8 @@ def _notes(found: dict, answerers: list[Answers], no_rouge: bool) -> list[str]:
     notes = []
     if no_rouge:
         notes.append("ROUGE-L was left out: nltk, whose stemmer it needs, is not installed (pip install '.[judge]').")
+    if unseen := found["set"]["unseen_by_rouge"]:
+        notes.append(f"ROUGE-L knows no letters but a to z: {unseen} of the references are mostly of others.")
     for one in answerers:
         if one.unanswered:
             few = ", ".join(one.unanswered[:3]) + (", …" if len(one.unanswered) > 3 else "")

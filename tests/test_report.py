@@ -149,6 +149,15 @@ def test_without_judgments_there_are_the_reference_metrics_of_any_number_of_answ
     assert (tmp_path / "out" / "report.html").exists()
 
 
+def test_references_that_rouge_does_not_see_are_told(tmp_path):
+    write(tmp_path / "set.jsonl", [{"instruction": "Greet.", "output": text} for text in ("Привет!", "Hello!")])
+    rows = [{"instruction": "Greet.", "output": text, "generator": "a"} for text in ("Привет!", "Hello!")]
+    write(tmp_path / "a.jsonl", rows)
+    found = run(tmp_path, tmp_path / "out", answers=f"{tmp_path}/a.jsonl")
+    assert found["answerers"][0]["rouge_l"]["mean"] == 0.5
+    assert found["notes"] == ["ROUGE-L knows no letters but a to z: 1 of the references are mostly of others."]
+
+
 def test_a_model_before_and_after_training_is_compared_by_its_loss(files, tmp_path):
     before = [json.loads(line) for line in (files / "a.jsonl").read_text().splitlines()]
     write(tmp_path / "after.jsonl", [row | {"generator": "after", "reference_loss": 1.5} for row in before])
