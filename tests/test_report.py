@@ -10,8 +10,7 @@ import sys
 import pytest
 from test_plots import References
 
-import judge as judge_script
-import judge_report_task as judge
+import judge
 from alpaca import UserError, report_page, report_plot, report_text
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -130,7 +129,7 @@ def test_a_judge_that_always_says_a_is_reported_as_bias(files, teacher, tmp_path
 
     arguments = {"instructions": str(files / "set.jsonl"), "answers": f"{files}/a.jsonl,{files}/b.jsonl"}
     base_url = teacher(answer).base_url
-    judge_script.judge(**arguments, output_path=str(tmp_path / "j.jsonl"), model_name="m", base_url=base_url)
+    judge.judge(**arguments, output_path=str(tmp_path / "j.jsonl"), model_name="m", base_url=base_url)
     (found,) = run(files, tmp_path / "out", judgments=str(tmp_path / "j.jsonl"))["judges"]
     assert (found["wins"], found["ties"], found["losses"], found["failed"]) == (0, COUNT - 1, 0, 1)
     assert (found["win_rate"], found["p"], found["not_judged"]) == (0.5, 1.0, 0)
