@@ -254,22 +254,22 @@ def judge(
     to_ask = [place for place, (_, shown) in enumerate(pairs) if pairwise.to_ask(shown)]
     prompts = [pairwise.fill(text, *pairs[place]) for place in to_ask]
     settings = {name: value for name, value in asdict(decoding).items() if value is not None} | {"seed": seed}
-    by = {"kind": "model", "name": model_name, "prompt_sha256": prompt_sha256}
     run = {"task": "judge", "model_name": model_name, "prompt": prompt_sha256, "settings": settings}
     run |= {"instructions": _digest([asdict(item) for item in items]), "answers": _digest([a.outputs, b.outputs])}
     with Journal(journal_path) as journal:
         journal.begin(run | {"generators": [a.generator, b.generator]})
         asked = pairwise.Judge(teacher)
         replies = ask_each(asked, prompts, seed, journal, budget, max_tokens, max_concurrency, "judgment")
+    left_out = {name for reply in replies if reply for name in reply.left_out or ()}
+    settings = {name: value for name, value in settings.items() if name not in left_out}
+    by = {"kind": "model", "name": model_name, "prompt_sha256": prompt_sha256, "settings": settings}
     reply_to = dict(zip(to_ask, replies, strict=True))
     rows = []
     for place, (item, shown) in enumerate(pairs):
         reply = reply_to.get(place)
         if reply is None and place in reply_to:
             continue  # the run ended before
-        used = {name: value for name, value in settings.items() if not reply or name not in (reply.left_out or ())}
-        judged_by = by | {"answered_by": reply.model if reply else None, "settings": used}
-        rows.append(pairwise.judgment(item, shown, judged_by, reply))
+        rows.append(pairwise.judgment(item, shown, by, reply))
     write_answers(rows, output)
     equal = sum("note" in row for row in rows)
     notes = [(equal, "for equal answers, which are a tie unasked")]

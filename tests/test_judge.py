@@ -149,11 +149,11 @@ def test_a_row_says_who_judged_by_what_and_of_which_texts(teacher, files, tmp_pa
             "kind": "model",
             "name": "m",
             "prompt_sha256": pairwise.sha256((ROOT / "configs" / "judge" / "pairwise.txt").read_text()),
-            "answered_by": "m",
             "settings": {"max_tokens": 99, "temperature": 0.0, "top_p": 1.0, "seed": 5},
         },
         "error": None,
         "reply": "Mine.\nVerdict: B",
+        "answered_by": "m",
         "seconds": None,
         "answers_sha256": [pairwise.sha256("0"), pairwise.sha256("0 and more")],
     }
@@ -413,10 +413,11 @@ def test_bad_input_is_one_line_with_the_cure(files, tmp_path, flags, words):
     assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
 
 
-def test_a_server_that_is_not_there_is_one_line(files):
-    argv = [word for name, value in files(1).items() for word in (f"--{name}", value)]
-    result = run_script("judge.py", "judge", *argv, "--base_url", "http://127.0.0.1:1/v1")
-    assert_one_line_error(result, "nothing answers at http://127.0.0.1:1/v1")
+def test_on_the_command_line_a_flag_is_checked_before_anything_is_asked(teacher, files, tmp_path):
+    server = teacher(prefers_long)
+    result = run_script(*command(server, files(1), "--max_token", 5))
+    assert_one_line_error(result, "unknown flag --max_token: did you mean --max_tokens?")
+    assert not server.requests and not list(tmp_path.glob("*.journal"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -505,3 +506,9 @@ def test_answers_do_not_go_on_from_another_models(teacher, tmp_path):
 def test_flags_that_do_not_go_together_are_one_line(tmp_path, flags, said):
     with pytest.raises(UserError, match=said):
         judge.answer(str(write(tmp_path / "set.jsonl", SET)), str(tmp_path / "o.jsonl"), **flags)
+
+
+def test_where_no_two_answers_differ_nobody_is_asked(teacher, files, tmp_path):
+    server = teacher(prefers_long)
+    judge.judge(**files(2, b="{}"), base_url=server.base_url)
+    assert [row["preferred"] for row in read(tmp_path / "j.jsonl")] == ["tie"] * 4 and not server.requests
