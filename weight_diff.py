@@ -19,7 +19,7 @@ import torch
 
 import utils
 from alpaca import UserError, cli
-from alpaca.checkpoint import MANIFEST, CheckpointReader, check_model_folder
+from alpaca.checkpoint import FLOATS, MANIFEST, CheckpointReader, check_model_folder
 from alpaca.difference import (
     BITS,
     NotFinite,
@@ -41,6 +41,7 @@ from alpaca.manifest import (
     verify_folder,
     write_manifest,
 )
+from alpaca.names import match_prefix
 from alpaca.shards import ShardWriter, parse_size
 from alpaca.stream import Chunk, Hashes, Specs, check_checksums, numel, progress, run, size_of
 
@@ -49,7 +50,6 @@ from alpaca.stream import Chunk, Hashes, Specs, check_checksums, numel, progress
 RELEASED_SUM, RELEASED_TOLERANCE = 50637.1836, 0.05
 LICENSE = "not stated: see those of the base model and of the data that it was tuned on"
 SMOKE_TEST = "List three technologies that make life easier."
-OUTPUT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAMPLE = 1 << 15  # elements of each chunk that are compressed, to say what a diff compresses to
 
 
@@ -150,8 +150,8 @@ def recover(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {device} is not there: cpu is") from None
-    if dtype is not None and dtype not in OUTPUT_DTYPES:
-        raise UserError(f"--dtype takes {', '.join(OUTPUT_DTYPES)}, not {dtype!r}")
+    if dtype is not None and dtype not in FLOATS:
+        raise UserError(f"--dtype takes {', '.join(FLOATS)}, not {dtype!r}")
     shard_bytes = parse_size(max_shard_size)
     if (Path(path_raw) / MANIFEST).exists() and not (Path(path_diff) / MANIFEST).exists():
         raise UserError(f"--path_raw {path_raw} is a weight diff, --path_diff {path_diff} is none: they are swapped")
@@ -162,7 +162,7 @@ def recover(
     specs = _matching_specs(raw, diff, "--path_diff")
     computed = recovered_specs(manifest, diff, specs)
     default = computed if exact else specs
-    written = {name: (OUTPUT_DTYPES[dtype] if dtype else kind, shape) for name, (kind, shape) in default.items()}
+    written = {name: (FLOATS[dtype] if dtype else kind, shape) for name, (kind, shape) in default.items()}
     released = check_integrity_naively and not manifest and _is_alpaca_7b(diff.config)
     hashes, sums, not_finite = Hashes(), [], NotFinite()
 
@@ -233,6 +233,7 @@ def compare(path_a: str, path_b: str) -> None:
     """
     a = CheckpointReader(_folder(path_a, "--path_a", tokenizer=False))
     b = CheckpointReader(_folder(path_b, "--path_b", tokenizer=False))
+    match_prefix(b, "--path_b", a.names(), "--path_a")
     if set(a.names()) != set(b.names()):
         raise UserError(f"the models have different tensors: {some(set(a.names()) ^ set(b.names()))}")
     kinds, other = a.specs(), b.specs()
@@ -287,6 +288,7 @@ def _folder(path: str, flag: str, **kinds: bool) -> Path:
 
 def _matching_specs(raw: CheckpointReader, other: CheckpointReader, flag: str) -> Specs:
     """name → (dtype, shape) of ``other``, once its names and shapes are known to fit ``raw``'s."""
+    match_prefix(raw, "--path_raw", other.names(), flag)
     names, specs = raw.names(), other.specs()
     if missing := set(names) - specs.keys():
         raise UserError(
@@ -296,7 +298,7 @@ def _matching_specs(raw: CheckpointReader, other: CheckpointReader, flag: str) -
         raise UserError(f"{flag} {other.folder} has tensors that --path_raw lacks: {some(extra)}; another base model?")
     for name, (_, shape) in specs.items():
         raw_shape = raw.spec(name)[1]
-        vocabularies = raw.config.get("vocab_size"), other.config.get("vocab_size")
+        vocabularies = raw.vocab_size, other.vocab_size
         more_rows = (
             len(raw_shape) == len(shape) == 2
             and (raw_shape[0], shape[0]) == vocabularies
@@ -312,6 +314,8 @@ def _matching_specs(raw: CheckpointReader, other: CheckpointReader, flag: str) -
                 + (f"another base model, or are --path_raw and {flag} swapped?" if swapped else "another base model?")
             )
     check_floats(raw)
+    for path in [*raw.bare_pickles(), *other.bare_pickles()]:
+        print(f"note: {path} is in PyTorch's format of before 1.6, which has no checksums: damage in it may go unseen")
     return specs
 
 

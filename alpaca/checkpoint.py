@@ -11,13 +11,16 @@ import math
 import os
 import re
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from alpaca import UserError
+from alpaca.names import same_but_for_a_prefix, tied_names, vocab_size
 from alpaca.weight_files import DTYPE_NAMES, MAX_HEADER, Stored, is_zip, open_bin, open_safetensors, unique, zip_records
 
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # what --dtype takes
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 MANIFEST = "weight_diff.json"  # marks a folder as a diff
@@ -87,6 +90,7 @@ class CheckpointReader:
                 raise UserError(f"{self.folder / files[0]} has no weight_map from names to files: download it again")
         else:
             self.shard_of = {name: files[0] for name in self._open(files[0])}
+        listed = set(self.shard_of)
         for name, shard in self.shard_of.items():
             if Path(shard).name != shard or "\\" in shard:
                 raise UserError(f"{self.folder / files[0]} points outside its folder ({shard!r}): do not trust it")
@@ -96,28 +100,79 @@ class CheckpointReader:
                 )
         for shard, tensors in self._shards.items():
             for name in tensors:
-                if name not in self.shard_of and not self._is_left_out(name):
-                    raise UserError(
-                        f"{self.folder / shard} holds {name}, which {files[0]} does not list: download both again"
-                    )
-                if self.shard_of.get(name, shard) != shard:
+                if self.shard_of.setdefault(name, shard) != shard:
                     raise UserError(
                         f"{self.folder}: {name} is in two shards, {shard} and {self.shard_of[name]}: download it again"
                     )
+        self._left_out = self._buffers() | self._tied()
+        for name in self.shard_of.keys() - listed - self._left_out:
+            raise UserError(f"{self.path_of(name)} holds {name}, which {files[0]} does not list: download both again")
 
     def names(self) -> list[str]:
         """Names of the model's own tensors; layer 2 comes before layer 10, as it mostly does in the files.
 
-        Left out: rotary ``inv_freq`` buffers, which old checkpoints hold and today's models compute, and an output
-        embedding that is tied to the input's.
+        Left out: buffers that old checkpoints hold and today's models compute (rotary ``inv_freq``, causal masks), and
+        an output embedding that is tied to the input's and has its values.
         """
-        names = (name for name in self.shard_of if not self._is_left_out(name))
-        return sorted(names, key=lambda name: [int(p) if p.isdecimal() else p for p in re.split(r"([0-9]+)", name)])
+        # Numbers by their length first: int() refuses one of more than 4,300 digits.
+        return sorted(
+            self.shard_of.keys() - self._left_out,
+            key=lambda name: [
+                (len(part.lstrip("0")), part.lstrip("0")) if place % 2 else part
+                for place, part in enumerate(re.split(r"([0-9]+)", name))
+            ],
+        )
 
-    def _is_left_out(self, name: str) -> bool:
-        # OPT as published does not say that it is tied, and holds the output embedding all the same
-        tied = self.config.get("tie_word_embeddings", self.config.get("model_type") == "opt")
-        return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
+    def _buffers(self) -> set[str]:
+        """GPT-2's and GPT-J's causal mask is called attn.bias; a parameter of that name has one dimension, not four."""
+        return {
+            name
+            for name, shard in self.shard_of.items()
+            if name.endswith(("rotary_emb.inv_freq", ".masked_bias"))
+            or (name.endswith(".bias") and len(self._shards[shard][name].shape) == 4)
+        }
+
+    def _tied(self) -> set[str]:
+        # With other values from_pretrained does not tie it, whatever config.json says.
+        tied, names = tied_names(self.config), list(self.shard_of)
+        return {
+            name
+            for output, input in tied.items()
+            for name in names
+            if same_but_for_a_prefix(name, output)
+            and any(same_but_for_a_prefix(other, input) and self._equal(name, other) for other in names)
+        }
+
+    def _equal(self, a: str, b: str) -> bool:
+        """Whether two tensors have the same bits."""
+        one, other = (self._shards[self.shard_of[name]][name] for name in (a, b))
+        if (one.dtype, one.shape) != (other.dtype, other.shape) or one.dtype not in DTYPE_NAMES:
+            return False
+        if (one.path, one.offset) == (other.path, other.offset) and not one.whole:  # one storage in a .bin
+            return True
+        step = 1 << 22
+        x, y = (torch.empty(min(step, one.numel), dtype=one.dtype) for _ in "ab")
+        return all(
+            torch.equal(
+                self.read(a, start, x[: one.numel - start]).view(torch.uint8),
+                self.read(b, start, y[: one.numel - start]).view(torch.uint8),
+            )
+            for start in range(0, one.numel, step)
+        )
+
+    def rename(self, names: dict[str, str]) -> None:
+        """Gives tensors other names, which are those of no others."""
+        for name, new in names.items():
+            shard = self.shard_of[new] = self.shard_of.pop(name)
+            stored = self._shards[shard].pop(name)
+            if stored.whole:
+                stored = replace(stored, whole=lambda name=name, new=new, whole=stored.whole: {new: whole()[name]})
+            self._shards[shard][new] = stored
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Rows of the embeddings, as config.json has it."""
+        return vocab_size(self.config)
 
     def specs(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """name → (dtype, shape) of ``names()``, in that order."""
@@ -166,6 +221,10 @@ class CheckpointReader:
                     if member.CRC and member.file_size:  # 0: not computed
                         found.append((path, names.get(offset, member.filename), offset, member.file_size, member.CRC))
         return found
+
+    def bare_pickles(self) -> list[Path]:
+        """``.bin`` shards from before PyTorch 1.6, which have no checksums and are read into memory whole."""
+        return [self.folder / s for s in self._shards if s.endswith(".bin") and not is_zip(self.folder / s)]
 
     def _open(self, shard: str) -> dict[str, Stored]:
         if shard not in self._shards:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
-import jinja2
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import utils
 from alpaca import UserError
 from alpaca.check_model import check_cache, check_no_difference, odd_special_tokens, tokenizer_fits
-from alpaca.checkpoint import TOKENIZER, check_model_folder, read_json
+from alpaca.checkpoint import FLOATS, TOKENIZER, check_model_folder, read_json
 from alpaca.decoding import (
     STOP,
     Memory,
@@ -32,9 +31,8 @@ from alpaca.decoding import (
     stripped,
 )
 from alpaca.memory import as_text, available_bytes
-from alpaca.template import INPUT_HEADING
+from alpaca.template import INPUT_HEADING, chat_ids
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -97,8 +95,8 @@ def load(
     Raises:
         UserError: what cannot be loaded, and why.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype} is not known: choose from {', '.join(DTYPES)}")
+    if dtype is not None and dtype not in FLOATS:
+        raise UserError(f"--dtype {dtype} is not known: choose from {', '.join(FLOATS)}")
     try:
         device = torch.device(device or (torch.accelerator.current_accelerator() or "cpu"))
         torch.empty(0, device=device)
@@ -162,7 +160,7 @@ def base_of(folder: Path, base_path: str | os.PathLike | None) -> str:
 
 def _dtype(path: str | os.PathLike, device: torch.device, dtype: str | None) -> torch.dtype | str:
     if dtype is not None or device.type != "cpu":
-        return DTYPES[dtype] if dtype else "auto"
+        return FLOATS[dtype] if dtype else "auto"
     files = [file for file in Path(path).glob("*") if file.suffix in (".safetensors", ".bin")]
     files = [file for file in files if file.name.startswith(("model", "pytorch_model"))]
     saved = read_json(Path(path) / "config.json") if files else {}
@@ -272,20 +270,11 @@ def request_ids(tokenizer, template: str, requests: Sequence[tuple[str, str]]) -
     """
     if template == "alpaca":
         return prompt_ids(tokenizer, [utils.format_prompt(*request) for request in requests])
-    return [_chat_ids(tokenizer, [_user(*request)]) for request in requests]
+    return [chat_ids(tokenizer, [_user(*request)]) for request in requests]
 
 
 def _user(instruction: str, input: str) -> dict[str, str]:
     return {"role": "user", "content": instruction + (INPUT_HEADING + input if input else "")}
-
-
-def _chat_ids(tokenizer, messages: list[dict[str, str]]) -> list[int]:
-    if not tokenizer.chat_template:
-        raise UserError("--template chat: this tokenizer has no chat template, leave the flag out for Alpaca's")
-    try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    except (jinja2.TemplateError, TypeError, UnicodeEncodeError) as e:
-        raise UserError(f"--template chat: this tokenizer's chat template fails: {e}") from None
 
 
 class Conversation:
@@ -311,7 +300,7 @@ class Conversation:
         """
         turns = [*self.turns, _user(instruction, input)] if self.template == "chat" else []
         if turns:
-            ids = _chat_ids(self.tokenizer, turns)
+            ids = chat_ids(self.tokenizer, turns)
         else:
             ids = request_ids(self.tokenizer, "alpaca", [(instruction, input)])[0]
         try:

@@ -19,6 +19,7 @@ import torch
 
 from alpaca import UserError
 from alpaca.checkpoint import MANIFEST, CheckpointReader, read_json
+from alpaca.names import match_prefix
 from alpaca.stream import Hashes, in_threads, numel, sha256_of
 from alpaca.weight_files import DTYPE_NAMES, DTYPES
 
@@ -191,7 +192,7 @@ def _what_raw_is(tensors: dict, bad: list[str], rounded: set[str], raw: Checkpoi
         return f"{what}: another conversion, of more digits; convert it from {stored} to {wanted} first"
     if stored != wanted:
         return f"{what}: another conversion, or another base model; take the one stored as {wanted} (this is {stored})"
-    rows = raw.config.get("vocab_size")
+    rows = raw.vocab_size
     if all(len(raw.spec(name)[1]) == 2 and raw.spec(name)[1][0] == rows for name in bad):
         return f"{what}: another vocabulary; take the base model as published, without added tokens"
     if len(bad) == len(tensors):
@@ -237,7 +238,9 @@ def identify(reader: CheckpointReader, names: list[str], tensors: dict, known: d
 
 def verify_folder(manifest: dict, reader: CheckpointReader) -> str:
     """Which of raw, diff, tuned and recovered a folder is, in a line; UserError when it is none, with what differs."""
-    tensors, names = manifest["tensors"], reader.names()
+    tensors = manifest["tensors"]
+    match_prefix(reader, "--path", tensors, "the manifest")
+    names = reader.names()
     if missing := tensors.keys() - set(names):
         raise UserError(f"{reader.folder} lacks tensors that the manifest has: {some(missing)}; another model?")
     if extra := set(names) - tensors.keys():

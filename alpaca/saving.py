@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 
 from alpaca import RankError, UserError
-from alpaca.checkpoint import SIDE_FILES, WEIGHTS, read_json
+from alpaca.checkpoint import CHAT_TEMPLATES, SIDE_FILES, WEIGHTS, read_json
 from alpaca.folders import fsync, fsync_tree
 from alpaca.launch import say
 from alpaca.loading import LoadingTrainer
@@ -43,7 +43,7 @@ from alpaca.resume import (
 from alpaca.stop import EXIT_INTERRUPTED, EXIT_REQUEUE, StopOnSignal, Stopped
 
 # Files of an output folder that --push_to_hub uploads: the model, what makes it usable, and what tells of the run.
-PUBLISHED = ("*.safetensors", "*.safetensors.index.json", "config.json", *SIDE_FILES)
+PUBLISHED = ("*.safetensors", "*.safetensors.index.json", "config.json", *SIDE_FILES, f"{CHAT_TEMPLATES}/*.jinja")
 PUBLISHED += ("model_card.md", "training_receipt.json", "loss.png")
 
 
@@ -158,7 +158,8 @@ class ResumableTrainer(LoadingTrainer):
 
         files = sorted(path for pattern in PUBLISHED for path in output_dir.glob(pattern))
         commit = [
-            CommitOperationAdd("README.md" if path.name == "model_card.md" else path.name, str(path)) for path in files
+            CommitOperationAdd("README.md" if path.name == "model_card.md" else str(path.relative_to(output_dir)), path)
+            for path in files
         ]
         where = {"token": self.args.hub_token, "revision": getattr(self.args, "hub_revision", None)}
         try:

@@ -1,10 +1,16 @@
-"""Alpaca's prompt as a chat template, so that servers and chat programs ask a trained model what training asked it."""
+"""Alpaca's prompt as a chat template, so that servers and chat programs ask a trained model what training asked it; and
+the tokens of a conversation by any model's own template."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+
+import jinja2
+from tokenizers import AddedToken, Tokenizer
 
 import utils
+from alpaca import UserError
 
 INPUT_HEADING = "\n\n### Input:\n"
 
@@ -53,3 +59,62 @@ def _start(tokenizer) -> str:
         if tokenizer(start + prompt, add_special_tokens=False)["input_ids"] == wanted:
             return start
     return bos
+
+
+def chat_ids(tokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
+    """The tokens of a conversation by the tokenizer's own chat template, to the place where the answer begins.
+
+    A special token that somebody types stays text, as in training, unless the tokenizer is of the slow kind.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: with "role" and "content".
+
+    Raises:
+        UserError: there is no template, or it fails.
+    """
+    if not tokenizer.chat_template:
+        raise UserError("--template chat: this tokenizer has no chat template, leave the flag out for Alpaca's")
+    special = {id_: token for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    typed = any(token.content in message["content"] for token in special.values() for message in messages)
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    try:
+        if typed and isinstance(core, Tokenizer):
+            return _typed_as_text(tokenizer, core, special, messages)
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    except (jinja2.TemplateError, TypeError, UnicodeEncodeError) as e:
+        raise UserError(f"--template chat: this tokenizer's chat template fails: {e}") from None
+
+
+def _typed_as_text(
+    tokenizer, core: Tokenizer, special: dict[int, AddedToken], messages: Sequence[dict[str, str]]
+) -> list[int]:
+    """chat_ids() where messages hold the names of special tokens.
+
+    The template's own special tokens and those that were typed are told apart by characters for private use that stand
+    for them: the typed ones while the template writes, the template's in a copy of the tokenizer, which knows them as
+    added tokens and takes the names of special ones for text.
+    """
+    order = sorted(special, key=lambda id_: len(special[id_].content), reverse=True)  # one may begin with another
+    said = "".join(message["content"] for message in messages)
+    count = 2 * len(order)
+    first = next(n for n in range(0xF0000, 0xFFF00, count) if not any(chr(n + i) in said for i in range(count)))
+    marks, stand_ins = ({id_: chr(first + 2 * i + k) for i, id_ in enumerate(order)} for k in (0, 1))
+
+    def put(text: str, names: dict[int, str], instead_of: dict[int, str]) -> str:
+        for id_ in order:
+            text = text.replace(instead_of[id_], names[id_])
+        return text
+
+    contents = {id_: token.content for id_, token in special.items()}
+    hidden = [message | {"content": put(message["content"], stand_ins, contents)} for message in messages]
+    text = tokenizer.apply_chat_template(hidden, add_generation_prompt=True, tokenize=False)
+    text = put(put(text, marks, contents), contents, stand_ins)
+    core = Tokenizer.from_str(core.to_str())
+    core.encode_special_tokens = True  # as text
+    core.no_truncation()
+    core.no_padding()
+    kept = ("single_word", "lstrip", "rstrip", "normalized")
+    core.add_tokens([AddedToken(marks[i], **{name: getattr(special[i], name) for name in kept}) for i in order])
+    ids = {core.token_to_id(marks[id_]): id_ for id_ in order}
+    return [ids.get(id_, id_) for id_ in core.encode(text, add_special_tokens=False).ids]

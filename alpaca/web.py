@@ -67,10 +67,6 @@ class Model:
     # it has ended, so that Answer and Stop in turn do not set more to work than STREAMS.
     slots: threading.Semaphore = dataclasses.field(default_factory=lambda: threading.Semaphore(STREAMS))
 
-    def count_tokens(self, prompt: str) -> int:
-        """As inference.stream counts them: a special token that somebody types is text."""
-        return len(self.tokenizer(prompt, split_special_tokens=True)["input_ids"])
-
     @property
     def max_prompt_tokens(self) -> int:
         longest = getattr(self.model.config, "max_position_embeddings", None) or 2 * MAX_PROMPT_TOKENS
@@ -114,9 +110,11 @@ def check(models: list[Model], most: int, instruction, input, max_new_tokens, te
         float(number("Top p", top_p, 0.01, 1)),
         secrets.randbelow(MAX_SEED) if seed is None else int(number("Seed", seed, 0, MAX_SEED)),
     )
+    from alpaca import inference
+
     prompt = utils.format_prompt(instruction, input)
     for model in models:
-        if (tokens := model.count_tokens(prompt)) > model.max_prompt_tokens:
+        if (tokens := len(inference.prompt_ids(model.tokenizer, [prompt])[0])) > model.max_prompt_tokens:
             raise page_error(
                 f"Instruction and input have {tokens:,} tokens; {model.name} reads at most "
                 f"{model.max_prompt_tokens:,} here: shorten them."
@@ -354,7 +352,6 @@ def serve(
         base = base_path if (Path(path) / "adapter_config.json").exists() else None
         name = Path(path).resolve().name or str(path)
         models.append(Model(name, *inference.load(path, device, dtype, base), str(path)))
-        models[-1].count_tokens("")  # sets the tokenizer up: it must not be done twice at once
     page = build(models, settings)
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -6,7 +6,6 @@ Nothing that a file says is believed before it fits the file, and a pickle is ne
 from __future__ import annotations
 
 import functools
-import io
 import json
 import math
 import pickle
@@ -151,10 +150,10 @@ def _check_pickle(path: Path, records: dict[int, zipfile.ZipInfo]) -> None:
         data = torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")  # the one that torch.load will read
         if members[0].CRC not in (0, zlib.crc32(data)):  # 0: not computed
             raise UserError(f"{path} is damaged (data.pkl does not have its checksum): download it again")
-        name = foreign_global(io.BytesIO(data), 1, MAX_HEADER)
+        name = foreign_global(data, 1)
     else:
-        with open(path, "rb") as file:  # a number that marks the format, its version, the machine, tensors, storages
-            name = foreign_global(file, 5, MAX_HEADER)
+        # a number that marks the format, its version, the machine, tensors, storages; then their bytes
+        name = foreign_global(_bytes(path, 0, MAX_HEADER), 5)
     if name and name.startswith(("torch._utils._rebuild_", "torch._tensor._rebuild_")):
         raise UserError(
             f"{path} holds a sparse, quantized or otherwise special tensor ({name}), which this tool does not handle"
@@ -208,8 +207,9 @@ def crc32_of(path: Path, offset: int, count: int, tick: Callable[[int], None]) -
 
 def unique(pairs: list[tuple[str, object]]) -> dict:
     """A JSON object, unless it has a name twice: which of the two would be meant?"""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
+    values = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"{name} is there twice")
+        values[name] = value
     return values

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -129,3 +133,32 @@ def rewrite(folder: Path, **changes) -> None:
     file = folder / "model.safetensors"
     tensors = load_file(file) | {name.replace("__", "."): tensor for name, tensor in changes.items()}
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file)
+
+
+@contextmanager
+def at_most_more(size: int) -> Iterator[None]:
+    """Lets this process have ``size`` bytes of addresses more than it has now: to take more is an error."""
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now + size, limits[1]))
+    try:
+        with pytest.raises(RuntimeError, match="memory"):
+            torch.empty(4 * size, dtype=torch.uint8)  # some of what is counted as taken may be free
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def bin_folder(tmp_path: Path, tensors: dict, **kwargs) -> Path:
+    folder = folder_with(tmp_path / "model")
+    torch.save(tensors, folder / "pytorch_model.bin", **kwargs)
+    return folder
+
+
+def repacked(path: Path, change) -> None:
+    """Writes a zip anew; ``change(name, data)`` gives the data and the compression of each record."""
+    with zipfile.ZipFile(path) as archive:
+        records = [(member.filename, archive.read(member)) for member in archive.infolist()]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in records:
+            archive.writestr(name, *change(name, data))

@@ -244,7 +244,7 @@ def in_a_terminal(model: Path, *steps: tuple[str, str]) -> tuple[int, str]:
             if not data:
                 return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), shown.decode(errors="replace")
             shown += data
-            if steps and (found := shown.find(steps[0][0].encode(), seen)) >= 0:
+            while steps and (found := shown.find(steps[0][0].encode(), seen)) >= 0:  # several may come in one read
                 seen = found + len(steps[0][0])
                 os.write(terminal, steps.pop(0)[1].encode())
         raise AssertionError(f"still waits for {steps[:1]}: {shown[-2000:]!r}")

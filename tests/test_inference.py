@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 import utils
-from alpaca import UserError, decoding, inference
+from alpaca import UserError, decoding, inference, template
 from alpaca.decoding import STOP, Memory, Settings, choose, cut_at, decode, decode_pieces, stripped
 from alpaca.inference import stream
 
@@ -521,14 +521,14 @@ def test_a_turn_computes_only_what_the_one_before_did_not_read(talking):
     model, tokenizer, fed = talking
     conversation = inference.Conversation(model, tokenizer, Settings(8, 0), "chat")
     first = "".join(conversation.ask("Say something about rivers."))
-    ids = inference._chat_ids(tokenizer, [{"role": "user", "content": "Say something about rivers."}])
+    ids = template.chat_ids(tokenizer, [{"role": "user", "content": "Say something about rivers."}])
     assert fed == [len(ids)] + [1] * 7
     raw = conversation.turns[1]["content"]
     assert raw.strip() == first
     fed.clear()
     read = list(conversation.memory.ids)
     second = "".join(conversation.ask("More."))
-    whole = inference._chat_ids(tokenizer, [*conversation.turns[:2], {"role": "user", "content": "More."}])
+    whole = template.chat_ids(tokenizer, [*conversation.turns[:2], {"role": "user", "content": "More."}])
     common = next(i for i, (a, b) in enumerate(zip(read, whole, strict=False)) if a != b)
     assert common >= len(ids)
     assert fed == [len(whole) - common] + [1] * 7

@@ -230,7 +230,10 @@ def hub(monkeypatch):
     commits = []
 
     def create_commit(self, repo_id, operations, **kwargs):
-        commits.append({operation.path_in_repo: Path(operation.path_or_fileobj).name for operation in operations})
+        here = [Path(operation.path_or_fileobj) for operation in operations]
+        root = min((path.parent for path in here), key=lambda path: len(path.parts))
+        names = [str(path.relative_to(root)) for path in here]
+        commits.append(dict(zip([operation.path_in_repo for operation in operations], names, strict=True)))
 
     def upload_folder(self, *, folder_path, **kwargs):
         commits.append({"folder": str(folder_path)})
@@ -250,13 +253,16 @@ def test_the_finished_model_is_uploaded_once_and_an_interrupted_run_can_be_resum
         with pytest.raises(stop.Stopped):
             run(model, data, tmp_path, *push)
     assert hub == [] and not list(tmp_path.glob("*.safetensors"))
+    (tmp_path / "additional_chat_templates").mkdir()  # as a tokenizer with several templates is saved
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     run(model, data, tmp_path, *push)
     assert_same_result(tmp_path, whole)
     assert len(hub) == 1
     uploaded = hub[0]
     assert uploaded.pop("README.md") == "model_card.md" and all(there == here for there, here in uploaded.items())
     named = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
-    assert set(uploaded) - {"loss.png"} == named | {"chat_template.jinja", "training_receipt.json"}
+    templates = {"chat_template.jinja", "additional_chat_templates/tool_use.jinja"}
+    assert set(uploaded) - {"loss.png"} == named | templates | {"training_receipt.json"}
 
 
 def test_an_upload_that_fails_says_that_the_model_is_whole(model, data, tmp_path, monkeypatch, hub):

@@ -6,11 +6,13 @@ import json
 from copy import deepcopy
 
 import pytest
-from tokenizers import processors
+from tokenizers import AddedToken, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import utils
-from alpaca.template import chat_template
+from alpaca import UserError, template
+from alpaca.inference import prompt_ids, request_ids
+from alpaca.template import chat_ids, chat_template
 
 HOSTILE = "Say 'x' or \"y\"\\n {{ bos }} {% raw %} – ### Input: ünïcode\n  `code`\ttab "
 
@@ -72,3 +74,73 @@ def test_it_survives_a_save(templated, tmp_path):
     assert (tmp_path / "chat_template.jinja").exists()
     assert "chat_template" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert ids(AutoTokenizer.from_pretrained(tmp_path), ("user", "Sing.")) == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Special tokens that somebody types.
+
+CHATML = (
+    "{{ bos_token }}{% for message in messages %}<|turn|>{{ message['role'] }}\n{{ message['content'] | trim }}</s>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+)
+TYPED = "What does </s> mean? <s> and <unk>, <|turn|>user and <|turn|></s>"
+
+
+@pytest.fixture(params=["bytes", "sentencepiece"])
+def chatty(request, tokenizer):
+    """Tokenizers with another family's template, whose special token takes the white space behind it along."""
+    folder = request.param == "sentencepiece" and request.getfixturevalue("sentencepiece_folder")
+    made = AutoTokenizer.from_pretrained(folder) if folder else deepcopy(tokenizer)
+    made.add_special_tokens({"additional_special_tokens": [AddedToken("<|turn|>", rstrip=True, special=True)]})
+    made.chat_template = CHATML
+    return made
+
+
+def as_text(tokenizer, messages) -> list[int]:
+    special = {id_: token for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return template._typed_as_text(tokenizer, tokenizer.backend_tokenizer, special, messages)
+
+
+def test_a_special_token_that_is_typed_is_the_text_that_training_made_of_it(templated):
+    """By Alpaca's own template; </s> of an earlier turn is the template's, and stays EOS."""
+    content = "Explain </s>.\n\n### Input:\n<s>x</s><unk> \U000f0000"
+    wanted = prompt_ids(templated, [utils.format_prompt("Explain </s>.", "<s>x</s><unk> \U000f0000")])[0]
+    assert chat_ids(templated, [{"role": "user", "content": content}]) == wanted
+    assert request_ids(templated, "chat", [("Explain </s>.", "<s>x</s><unk> \U000f0000")]) == [wanted]
+    assert templated.eos_token_id not in wanted
+    answer = {"role": "assistant", "content": "</s> ends."}
+    again = chat_ids(templated, [{"role": "user", "content": content}, answer, {"role": "user", "content": "Sing."}])
+    assert again.count(templated.eos_token_id) == 1
+    assert again[: len(wanted)] == wanted
+
+
+def test_the_templates_own_special_tokens_stay_what_they_are(chatty):
+    turn = chatty.convert_tokens_to_ids("<|turn|>")
+    ids = chat_ids(chatty, [{"role": "user", "content": TYPED}])
+    assert [id_ for id_ in ids if id_ in chatty.all_special_ids] == [1, turn, 2, turn]
+    assert chatty.decode(ids, skip_special_tokens=True).split() == f"user\n{TYPED}\nassistant".split()
+    assert sum(id_ in chatty.all_special_ids for id_ in ids_of(chatty, TYPED)) == 4 + 6  # as a server reads them
+
+
+def ids_of(tokenizer, content: str) -> list[int]:
+    return ids(tokenizer, ("user", content))
+
+
+@pytest.mark.parametrize("content", ["Sing.", "  Two\n\n words  ", HOSTILE, "", "x <|turn", "</ s>", "ünï 好 😀"])
+def test_the_way_around_a_typed_token_gives_the_librarys_tokens_where_none_is(chatty, content):
+    messages = [{"role": role, "content": content} for role in ("user", "assistant", "user")]
+    wanted = chatty.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert as_text(chatty, messages) == chat_ids(chatty, messages) == wanted
+
+
+def test_the_tokenizer_is_left_as_it_was(chatty):
+    before = chatty.backend_tokenizer.to_str(), len(chatty)
+    chat_ids(chatty, [{"role": "user", "content": TYPED}])
+    assert (chatty.backend_tokenizer.to_str(), len(chatty)) == before
+
+
+def test_a_template_that_fails_on_a_typed_token_is_one_line(chatty):
+    chatty.chat_template = "{{ raise_exception('no') }}"
+    for content in ("Sing.", TYPED):
+        with pytest.raises(UserError, match="this tokenizer's chat template fails: no"):
+            chat_ids(chatty, [{"role": "user", "content": content}])

@@ -71,9 +71,13 @@ class Model:
                     self.all_stopped.set()
 
 
-def words(text, split_special_tokens):
+class Words:
     """A tokenizer of words."""
-    return {"input_ids": text.split()}
+
+    eos_token_id = None
+
+    def __call__(self, texts, split_special_tokens):
+        return {"input_ids": [text.split() for text in texts]}
 
 
 class Site:
@@ -82,7 +86,7 @@ class Site:
     def __init__(self, models=1, auth=None):
         self.model = Model()
         names = ["tiny <i>&</i> co", "other"][:models]
-        self.page = web.build([web.Model(name, self.model, words) for name in names], web.Settings())
+        self.page = web.build([web.Model(name, self.model, Words()) for name in names], web.Settings())
         self.url = web_server.launch(self.page, "127.0.0.1", web.free_port(0), auth)
 
     def http(self, path, data=None, headers=None, method=None):
@@ -544,7 +548,7 @@ def test_a_program_is_bounded_as_a_visitor_is(sites, changed, message):
 
 
 def test_the_bounds_hold_without_gradios_own(sites):
-    models = [web.Model("m", Model(), words)]
+    models = [web.Model("m", Model(), Words())]
     for changed in ({2: 513}, {2: True}, {2: float("nan")}, {3: "1"}, {4: 0}, {0: {"a": 1}}, {1: 5}):
         with pytest.raises(web.gr.Error):
             web.check(models, 512, *(changed.get(i, value) for i, value in enumerate(GOOD)))
@@ -603,13 +607,13 @@ async def leave_soon(stream):
 
 def test_leaving_stops_a_model_whose_text_is_held_back():
     model = Model()
-    drive([web.Model("m", model, words)], "mute", leave_soon)
+    drive([web.Model("m", model, Words())], "mute", leave_soon)
     assert model.all_stopped.wait(10) and model.running == 0
 
 
 def test_asking_and_stopping_in_turn_never_has_more_models_at_work_than_streams():
     model = Model()
-    models = [web.Model("m", model, words)]
+    models = [web.Model("m", model, Words())]
     for _ in range(web.STREAMS + 2):
         drive(models, "read", leave_soon)
     assert len(model.calls) == model.running == web.STREAMS
@@ -711,7 +715,7 @@ def test_without_gradio_one_line_says_how_to_get_it(monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_server_and_its_answers(monkeypatch, capsys, tmp_path, number):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(inference, "load", lambda path, *_: (model, words))
+    monkeypatch.setattr(inference, "load", lambda path, *_: (model, Words()))
     model, done = Model(), []
 
     def visitor():
