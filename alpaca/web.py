@@ -10,12 +10,9 @@ import asyncio
 import contextlib
 import dataclasses
 import html
-import importlib.util
 import logging
 import math
-import os
 import secrets
-import signal
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -25,17 +22,8 @@ import utils
 from alpaca import UserError
 from alpaca.decoding import Settings
 from alpaca.teacher import free_port
-
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
-os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(10**9)  # else pandas counts all requests anew after each one
-for _package in ("gradio", "markdown_it"):
-    if importlib.util.find_spec(_package) is None:
-        raise UserError("--web needs Gradio: pip install -e '.[web]'")
-
-import gradio as gr  # noqa: E402
-
-from alpaca.web_reports import FLAGGED, MAX_REASON_CHARS, NOTE, flag  # noqa: E402
-from alpaca.web_server import COPY, WORKER, close, launch, page_error, render_answer, render_status  # noqa: E402
+from alpaca.web_reports import FLAGGED, MAX_REASON_CHARS, NOTE, flag
+from alpaca.web_server import COPY, WORKER, check_exposure, gr, page_error, render_answer, render_status, run
 
 MAX_CHARS = 8_000  # of an instruction, and of an input
 MAX_PROMPT_TOKENS = 2_048  # training read 512; never more than half of what the model can read
@@ -197,7 +185,7 @@ def build(models: list[Model], defaults: Settings) -> gr.Blocks:
         names = [f"{letter}: {name}" for letter, name in zip("AB", names, strict=True)]
     most = min(model.max_prompt_tokens for model in models)
 
-    async def run(instruction, input, *given):
+    async def answer(instruction, input, *given):
         prompt, settings = check(models, defaults.max_new_tokens, instruction, input, *given)
         exchange = {"instruction": instruction, "input": input or "", "models": [model.name for model in models]}
         exchange |= {"paths": [model.path for model in models], "settings": dataclasses.asdict(settings)}
@@ -225,10 +213,10 @@ def build(models: list[Model], defaults: Settings) -> gr.Blocks:
         note = f" Cut off at the longest answer{which}." if cut else ""
         yield show(f"Answered in {time.monotonic() - started:.1f} s, seed {settings.seed}.{note}", False)
 
-    async def run_again(exchange, *given):
+    async def answer_again(exchange, *given):
         if not exchange:
             raise page_error("There is no answer yet.")
-        async for shown in run(exchange["instruction"], exchange["input"], *given[:-1], None):
+        async for shown in answer(exchange["instruction"], exchange["input"], *given[:-1], None):
             yield shown
 
     with gr.Blocks(title=f"{names[0]} · Alpaca", analytics_enabled=False) as page:
@@ -293,9 +281,9 @@ def build(models: list[Model], defaults: Settings) -> gr.Blocks:
         # The page goes through the listeners of a click in turn and waits for each, but not for what is in a then().
         # Stop is for what waits in the queue as well.
         pressed = gr.on(triggers, lambda: waiting, None, stop, queue=False, **quiet)
-        asked = pressed.then(run, [*fields, *settings], api_name="answer", **options)
+        asked = pressed.then(answer, [*fields, *settings], api_name="answer", **options)
         pressed_again = again.click(lambda: waiting, None, stop, queue=False, **quiet)
-        asked_again = pressed_again.then(run_again, [exchange, *settings], api_visibility="private", **options)
+        asked_again = pressed_again.then(answer_again, [exchange, *settings], api_visibility="private", **options)
         # Both write into the same fields: whichever comes later ends the other.
         gr.on(triggers, None, cancels=asked_again)
         again.click(None, cancels=asked)
@@ -336,11 +324,7 @@ def serve(
     Raises:
         UserError: a flag is wrong, the port is taken, or a model cannot be loaded.
     """
-    user, _, password = (auth or "").partition(":")
-    if auth is not None and not (user.strip() and password):
-        raise UserError("--auth takes user:password, both of them not empty")
-    if not (local := host in ("127.0.0.1", "localhost")) and not auth:
-        raise UserError(f"--host {host} lets other machines in: set --auth user:password too")
+    login = check_exposure(host, auth)
     settings = Settings(**defaults)
     if settings.max_new_tokens < 1 or not 0 <= settings.temperature <= 2 or not 0.01 <= settings.top_p <= 1:
         raise UserError("--max_new_tokens must be at least 1, --temperature from 0 to 2, and --top_p from 0.01 to 1")
@@ -356,20 +340,5 @@ def serve(
         models.append(Model(name, *inference.load(path, device, dtype, base), str(path)))
         models[-1].count_tokens("")  # sets the tokenizer up: it must not be done twice at once
     page = build(models, settings)
-    stopped = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
-    url = launch(page, host, port, (user.strip(), password) if auth else None)
-    if not local:
-        print(
-            f"warning: other machines can reach this page at port {port}, and passwords go over the line in clear: put "
-            "a proxy with https in front, and let in only people whom you trust with the model.",
-            flush=True,
-        )
-    print(f"{' and '.join(model.name for model in models)} at {url} (Ctrl-C ends it)", flush=True)
-    print(f"reports of harmful answers go to {Path(FLAGGED).resolve()}", flush=True)
-    try:
-        stopped.wait()
-    finally:
-        close(page)
-    print("stopped", flush=True)
+    names = " and ".join(model.name for model in models)
+    run(page, host, port, login, names, [f"reports of harmful answers go to {Path(FLAGGED).resolve()}"])

@@ -1,20 +1,31 @@
-"""Between the live demo and the browser: how it looks, what of Gradio is let through, how it starts and ends."""
+"""Between a page and the browser: how it looks, what of Gradio is let through, how it starts and ends.
+
+The live demo and the blind page both stand on it; they take Gradio from here, where it is set up.
+"""
 
 from __future__ import annotations
 
 import html
+import importlib.util
 import logging
 import os
 import re
+import signal
 import threading
 
-import gradio as gr
-from markdown_it import MarkdownIt
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse
-
 from alpaca import UserError
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
+os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(10**9)  # else pandas counts all requests anew after each one
+for _package in ("gradio", "markdown_it"):
+    if importlib.util.find_spec(_package) is None:
+        raise UserError("a page in the browser needs Gradio: pip install -e '.[web]'")
+
+import gradio as gr  # noqa: E402
+from markdown_it import MarkdownIt  # noqa: E402
+from starlette.datastructures import Headers, MutableHeaders  # noqa: E402
+from starlette.middleware import Middleware  # noqa: E402
+from starlette.responses import PlainTextResponse  # noqa: E402
 
 MAX_BODY_BYTES = 256_000  # two texts of 8,000 characters, each escaped as \uXXXX\uXXXX, and what is around them
 WORKER = "alpaca-answer"  # the name of each thread that a model writes an answer in
@@ -137,7 +148,49 @@ class Guard:
         return None
 
 
-def launch(page: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None) -> str:
+def check_exposure(host: str, auth: str | None) -> tuple[str, str] | None:
+    """User and password of ``auth`` ("user:password"), without which no other machine is let in.
+
+    Raises:
+        UserError: it is malformed, or ``host`` needs it.
+    """
+    user, _, password = (auth or "").partition(":")
+    if auth is not None and not (user.strip() and password):
+        raise UserError("--auth takes user:password, both of them not empty")
+    if not is_local(host) and not auth:
+        raise UserError(f"--host {host} lets other machines in: set --auth user:password too")
+    return (user.strip(), password) if auth else None
+
+
+def is_local(host: str) -> bool:
+    return host in ("127.0.0.1", "localhost")
+
+
+def run(
+    page: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None, name: str, notes: list[str], css: str = ""
+) -> None:
+    """Serves a page until Ctrl-C or SIGTERM; says where it is under its ``name``, and the notes."""
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    url = launch(page, host, port, auth, css)
+    if not is_local(host):
+        print(
+            f"warning: other machines can reach this page at port {port}, and passwords go over the line in clear: put "
+            "a proxy with https in front, and let in only people whom you trust with what it shows.",
+            flush=True,
+        )
+    print(f"{name} at {url} (Ctrl-C ends it)", flush=True)
+    for note in notes:
+        print(note, flush=True)
+    try:
+        stopped.wait()
+    finally:
+        close(page)
+    print("stopped", flush=True)
+
+
+def launch(page: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None, css: str = "") -> str:
     """Starts the server in a thread; returns its address."""
     for name in ("no_proxy", "NO_PROXY"):  # Gradio asks its own server whether it is up
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
@@ -169,7 +222,7 @@ def launch(page: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None) 
             mcp_server=False,
             max_file_size=0,
             state_session_capacity=1000,
-            css=CSS,
+            css=CSS + css,
             theme=theme,
             app_kwargs={"middleware": [Middleware(Guard, hosts=hosts)]},
         )

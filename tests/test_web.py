@@ -7,7 +7,6 @@ import http.client
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,14 +18,14 @@ import urllib.request
 from concurrent import futures
 from types import SimpleNamespace
 
+import browser
 import pytest
+from browser import needs_browser, wait_until
 from conftest import ROOT
 
 import utils
 from alpaca import UserError, inference, web, web_reports, web_server
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 HOSTILE = (
     "<script>window.hit = 1</script> <img src=x onerror='window.hit = 1'> ${window.hit = 1} {{value}} "
     "[click](javascript:window.hit=1) ![far](http://192.0.2.1/far.png) & <b>not bold</b>"
@@ -126,64 +125,27 @@ def sites():
         web_server.close(each.page)
 
 
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    """A headless Chromium with a user folder of its own, without the requests that it makes for itself."""
-    from playwright.sync_api import sync_playwright
-
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-    flags += ["--disable-component-update", "--disable-sync"]
-    with sync_playwright() as playwright:
-        context = playwright.chromium.launch_persistent_context(
-            tmp_path_factory.mktemp("chromium"), executable_path=BROWSER, headless=True, args=flags
-        )
-        yield context.browser or context
-        context.close()
-
-
-class Visit:
-    """A page in the browser, and whom it has asked for anything."""
-
-    def __init__(self, chromium, url, width=1000):
-        self.page, self.asked_hosts, self.errors = chromium.new_page(), set(), []
-        self.page.set_default_timeout(20_000)
-        self.page.set_viewport_size({"width": width, "height": 800})
-        self.page.on("request", lambda request: self.asked_hosts.add(urllib.parse.urlsplit(request.url).hostname))
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.goto(url)
+class Visit(browser.Visit):
+    """A page of the demo."""
 
     def ask(self, instruction, input=""):
         self.page.get_by_label("Input (optional)").fill(input)
         self.page.get_by_label("Instruction", exact=True).fill(instruction)
         self.page.get_by_label("Instruction", exact=True).press("Enter")
 
-    def see(self, text, within=".answer"):
-        self.page.locator(within).filter(has_text=text).first.wait_for()
-
-    def text(self, which=0):
-        return self.page.locator(".answer").nth(which).inner_text()
-
-    def button(self, name):
-        return self.page.get_by_role("button", name=name, exact=True)
-
-    def is_as_wide_as_its_window(self):
-        return self.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-
 
 @pytest.fixture
 def visit(chromium, sites):
-    """``visit(url)`` opens a page; each must have kept to 127.0.0.1 and run without an error."""
+    """``visit(url)`` opens a page."""
     visits = []
 
     def open_page(url=None, **kwargs) -> Visit:
-        visits.append(Visit(chromium, url or sites().url, **kwargs))
+        visits.append(Visit(chromium.new_page(), url or sites().url, **kwargs))
         return visits[-1]
 
     yield open_page
     for each in visits:
-        hosts, errors = each.asked_hosts, each.errors
-        each.page.close()
-        assert hosts <= {"127.0.0.1", None, ""} and not errors
+        each.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -500,13 +462,6 @@ def test_a_trained_model_answers_on_the_page_and_ctrl_c_ends_it(visit, tiny_llam
 GOOD = ["say", "hello", 16, 0.5, 0.9, 3]
 
 
-def wait_until(condition, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_a_program_that_asks_gets_the_answer(sites):
     event, data = sites().call(*GOOD)
     assert event == "complete" and "hello" in json.loads(data)[0]
@@ -701,11 +656,13 @@ def test_a_port_in_use_is_one_line(sites):
         web.serve("no-such-folder", port=port)
 
 
-def test_without_gradio_one_line_says_how_to_get_it(monkeypatch):
+@pytest.mark.parametrize("page", ["web", "judge_page"])
+def test_without_gradio_one_line_says_how_to_get_it(monkeypatch, page):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "alpaca.web")
-    with pytest.raises(UserError, match=r"--web needs Gradio: pip install -e '\.\[web\]'"):
-        __import__("alpaca.web")
+    for module in (page, "web_server"):
+        monkeypatch.delitem(sys.modules, f"alpaca.{module}", raising=False)
+    with pytest.raises(UserError, match=r"a page in the browser needs Gradio: pip install -e '\.\[web\]'"):
+        __import__(f"alpaca.{page}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
