@@ -103,8 +103,8 @@ class Ballots:
         return hashlib.sha256(json.dumps([self.seed, *what]).encode()).digest()
 
     def _sides(self, annotator: str, id: str):
-        """The answers that are shown first and second."""
-        return self._answers[:: -1 if self._draw("sides", annotator, id)[0] & 1 else 1]
+        """The answers that are shown first and second, alike for all spellings that annotator() takes for one."""
+        return self._answers[:: -1 if self._draw("sides", annotator.casefold(), id)[0] & 1 else 1]
 
     def annotator(self, name) -> str:
         """The name as it stands in the rows; another spelling of one that has voted is that one.

@@ -193,6 +193,7 @@ def test_a_name_is_one_person_however_it_is_spaced_or_spelled(opened):
     assert box.annotator("  Ann  Lee ") == "Ann Lee" and box.annotator("ann lee") == "ann lee"
     box.vote("Ann Lee", 0, "tie")
     assert box.annotator("ann lee") == "Ann Lee"
+    assert all(box.pair("ann lee", place) == box.pair("Ann Lee", place) for place in range(40))
     assert box.annotator("Zoë") == box.annotator("Zoe\u0308")
     for bad in ("", "  ", "x" * 61, "a\nb", "\x00", "half \ud83d", None, 5, ["a"]):
         with pytest.raises(UserError, match="A name has 1 to 60 letters"):
