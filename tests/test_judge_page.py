@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import re
 import subprocess
 import sys
 import urllib.parse
@@ -267,12 +266,12 @@ def test_a_second_window_does_not_judge_a_pair_twice(visit, site):
 def test_a_phone_shows_the_page_without_scrolling_sideways(visit, scheme):
     page = visit(width=360)
     page.page.emulate_media(color_scheme=scheme)
+    page.page.reload()
     page.begin(f"Phone {scheme}")
     assert page.is_as_wide_as_its_window()
     box = page.page.locator("#choose-undo").bounding_box()
     assert box["x"] >= 0 and box["x"] + box["width"] <= 360 and box["y"] + box["height"] <= 800
-    background = page.page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 200) == (scheme == "dark")
+    page.stands_out(scheme, "h1", ".task :is(h2, p)", ".answer :is(h2, p)", "#choices button:enabled", ".progress span")
 
 
 @needs_browser
@@ -316,10 +315,7 @@ judge_page.serve(ITEMS, SPARROW, RAVEN, "votes.jsonl", port=int(sys.argv[1]))
     finally:
         server.kill()
     assert [vote["preferred"] for vote in utils.jload(tmp_path / "votes.jsonl")] == ["first", "second", "tie"]
-    assert (server.returncode, output.splitlines()) == (
-        0,
-        [f"votes go to {tmp_path / 'votes.jsonl'}", "stopped"],
-    )
+    assert (server.returncode, output.splitlines()[-1]) == (0, "stopped")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -54,9 +54,9 @@ class Model:
             elif "\nmute" in prompt:  # only white space, which is held back
                 while not stopped():
                     time.sleep(0.01)
-            elif "\nlong" in prompt:
-                yield "long"
-                on_cut()
+            elif limit := re.search(r"\n(long|full)\n", prompt):
+                yield limit[1]
+                on_cut({"long": "max_new_tokens", "full": "context"}[limit[1]])
             elif "\nread" in prompt:  # a prompt, in a step that cannot be left
                 self.may_go_on.wait(20)
             elif "\nfail" in prompt:
@@ -94,11 +94,20 @@ class Site:
         reply = connection.getresponse()
         return reply.status, reply.read().decode()
 
-    def call(self, *data):
+    def log_in(self, password="right"):
+        """(status, headers for who is let in)"""
+        request = f"username=ann&password={password}".encode()
+        connection = http.client.HTTPConnection(urllib.parse.urlsplit(self.url).netloc, timeout=20)
+        connection.request("POST", "/login", request, {"Content-Type": "application/x-www-form-urlencoded"})
+        reply = connection.getresponse()
+        cookies = [value.partition(";")[0] for name, value in reply.getheaders() if name.lower() == "set-cookie"]
+        return reply.status, {"Cookie": "; ".join(cookies)}
+
+    def call(self, *data, headers=None):
         """What a program that calls the page's endpoint gets: (event, data) of the last message."""
-        status, body = self.http("/gradio_api/call/answer", {"data": list(data)})
+        status, body = self.http("/gradio_api/call/answer", {"data": list(data)}, headers)
         assert status == 200, body
-        _, stream = self.http(f"/gradio_api/call/answer/{json.loads(body)['event_id']}")
+        _, stream = self.http(f"/gradio_api/call/answer/{json.loads(body)['event_id']}", headers=headers)
         return re.findall(r"event: (\w+)\ndata: (.*)\n", stream)[-1]
 
 
@@ -168,14 +177,32 @@ def test_an_answer_grows_while_it_is_written_and_stop_ends_it(visit, sites):
 
 
 @needs_browser
-def test_an_answer_that_is_cut_off_says_so(visit):
+def test_an_answer_that_is_cut_off_says_at_what(visit, sites):
     page = visit()
+    page.ask("full")
+    page.see("Cut off at the end of what the model can read.", ".status")
     page.ask("long")
     page.see("Cut off at the longest answer.", ".status")
     page.ask("say", "whole")
     page.see("whole")
     page.see("Answered in", ".status")
     assert "Cut off" not in page.page.locator(".status").first.inner_text()
+
+
+@needs_browser
+def test_after_a_refusal_there_is_nothing_to_stop(visit, sites):
+    page, refused = visit(), "button:has-text('Stop')[disabled]"
+    page.ask("  ")
+    page.page.get_by_text("Type an instruction first.").wait_for()
+    page.page.locator(refused).wait_for()
+    page.button("Try again").click()
+    page.page.get_by_text("There is no answer yet.").wait_for()
+    page.page.locator(refused).wait_for()
+    page.ask("count")
+    page.see(re.compile(r" 5 "))
+    page.button("Stop").click()
+    page.see("Stopped.", ".status")
+    assert sites().model.all_stopped.wait(10)
 
 
 @needs_browser
@@ -341,6 +368,18 @@ def test_a_phone_shows_the_page_without_scrolling_sideways(visit, sites, models)
         page.page.get_by_role("button", name=section).click()
     page.page.get_by_label("What is wrong with it?").wait_for()
     assert page.is_as_wide_as_its_window()
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_from_its_ground_light_and_dark(visit, scheme):
+    page = visit()
+    page.page.emulate_media(color_scheme=scheme)
+    page.page.reload()
+    page.ask("say", "A `word` and\n```\ncode\n```\n> quoted\n\n[there](https://example.org)")
+    page.see("there")
+    page.see("Answered in", ".status")
+    page.stands_out(scheme, "h1", ".notice", "textarea", "button.primary", ".status", ".answer :is(h2, code, a)", "pre")
 
 
 @needs_browser
@@ -537,11 +576,74 @@ def test_a_request_must_say_its_length_and_be_meant_for_this_machine(sites):
     assert site.http("/", headers={"Host": "localhost:1"})[0] == 200
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": "http://attacker.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://127.0.0.1:1"}, 403),
+        ({"Origin": "http://attacker.example", "Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Origin": "http://{host}"}, 200),
+        ({"Origin": "https://demo.example", "X-Forwarded-Host": "demo.example"}, 200),
+        ({"Origin": "https://demo.example", "Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Sec-Fetch-Site": "cross-site"}, 200),  # a link to this page
+    ],
+)
+def test_a_page_of_another_site_is_not_answered(sites, headers, status):
+    host = urllib.parse.urlsplit(sites().url).netloc
+    headers = {name: value.replace("{host}", host) for name, value in headers.items()}
+    assert sites().http("/config", headers=headers)[0] == status
+    assert sites().http("/gradio_api/call/answer", {"data": GOOD}, headers)[0] == status
+
+
+def test_wrong_passwords_are_tried_with_pauses_and_keep_nobody_else_waiting(monkeypatch):
+    guard, slept = web_server.Guard(None, None), []
+
+    async def sleep(seconds):
+        slept.append(round(seconds, 1))
+
+    async def attempts():
+        return [await guard._may_log_in(address) for address in [*["a"] * 8, "b"]]
+
+    monkeypatch.setattr(web_server.asyncio, "sleep", sleep)
+    monkeypatch.setattr(web_server.time, "monotonic", lambda: 100.0)
+    with futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(asyncio.run, attempts()).result() == [True] * 6 + [False] * 2 + [True]
+    assert slept == [0, 2, 4, 6, 8, 10, 0]
+    monkeypatch.setattr(web_server.time, "monotonic", lambda: 113.0)
+    with futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(asyncio.run, guard._may_log_in("a")).result() and guard.next_login == {"a": 115.0}
+
+
+def test_a_right_password_ends_the_pauses(sites, monkeypatch):
+    monkeypatch.setattr(web_server, "LOGIN_PAUSE", 30.0)
+    site = sites(auth=("ann", "right"))
+    assert [site.log_in(password)[0] for password in ("right", "right", "wrong", "right")] == [200, 200, 400, 429]
+    guard = site.page.app.middleware_stack
+    while not isinstance(guard, web_server.Guard):
+        guard = guard.app
+    guard.next_login.clear()  # as if half a minute had passed
+    assert site.log_in()[0] == 200
+
+
+def test_of_two_requests_by_one_login_the_later_is_answered(sites):
+    site = sites(auth=("ann", "right"))
+    mine, other = site.log_in()[1], site.log_in()[1]
+    with futures.ThreadPoolExecutor(2) as pool:
+        first = pool.submit(site.call, "count", "", 512, 1, 1, 0, headers=mine)
+        wait_until(lambda: site.model.running == 1)
+        assert site.call(*GOOD, headers=other)[0] == "complete" and site.model.running == 1
+        assert site.call(*GOOD, headers=mine)[0] == "complete"
+        event, data = first.result()
+    assert event == "error" and "in another window: one at a time" in data
+    assert site.model.all_stopped.wait(10)
+
+
 def drive(models, word, use):
     """Runs ``use(stream of answers)`` in a loop of its own."""
 
     async def run():
-        stream = web.answers(models, utils.format_prompt(word), web.Settings(seed=0), set())
+        stream = web.answers(models, utils.format_prompt(word), web.Settings(seed=0), {})
         try:
             return await use(stream)
         finally:
