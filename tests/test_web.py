@@ -19,7 +19,10 @@ from concurrent import futures
 from types import SimpleNamespace
 
 import browser
+import peft
 import pytest
+import torch
+import transformers
 from browser import needs_browser, wait_until
 from conftest import ROOT
 
@@ -30,6 +33,9 @@ HOSTILE = (
     "<script>window.hit = 1</script> <img src=x onerror='window.hit = 1'> ${window.hit = 1} {{value}} "
     "[click](javascript:window.hit=1) ![far](http://192.0.2.1/far.png) & <b>not bold</b>"
 )
+
+
+TASKS = [("Give three tips.", "For sleep."), ("Count to ten.", "")]
 
 
 class Model:
@@ -461,19 +467,28 @@ def test_a_password_is_asked_for_and_needed(visit, sites):
 
 
 @needs_browser
-def test_a_trained_model_answers_on_the_page_and_ctrl_c_ends_it(visit, tiny_llama, tmp_path):
+def test_an_adapter_answers_on_two_pages_at_once_and_ctrl_c_ends_it(visit, tiny_llama, tmp_path):
+    """A real model in its threads: each page gets what the adapter over --base_path says to it alone."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
+    torch.manual_seed(1)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=0.2) if "lora_B" in name else None
+    model.save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "/gone"
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    transformers.AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "adapter")
+
+    def said(path, *given):
+        model, tokenizer = inference.load(path, "cpu", None, *given)
+        ids = inference.request_ids(tokenizer, "alpaca", TASKS)
+        return [text for text, *_ in inference.answer_batch(model, tokenizer, ids, web.Settings(400, 0))]
+
     server = subprocess.Popen(
-        [
-            sys.executable,
-            str(ROOT / "chat.py"),
-            "--model_path",
-            str(tiny_llama),
-            "--web",
-            "--port",
-            "0",
-            "--device",
-            "cpu",
-        ],
+        [sys.executable, str(ROOT / "chat.py"), "--model_path", "adapter", "--base_path", str(tiny_llama), "--web"]
+        + "--port 0 --device cpu --temperature 0 --max_new_tokens 400".split(),
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -481,18 +496,28 @@ def test_a_trained_model_answers_on_the_page_and_ctrl_c_ends_it(visit, tiny_llam
         env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
     )
     try:
-        line = server.stdout.readline()
+        expected = said(tmp_path / "adapter", tiny_llama)
+        assert len(set(expected)) == 2 and not set(expected) & set(said(tiny_llama))
+        line, note = server.stdout.readline(), server.stdout.readline()
         url = re.search(r"http://127\.0\.0\.1:\d+/", line)
-        assert url and line.startswith("tiny-llama at "), line + server.stderr.read()
-        page = visit(url[0])
-        page.ask("Give three tips.", "For sleep.")
-        page.page.wait_for_function("document.querySelector('.answer').innerText.length > 40")
+        assert url and line.startswith("adapter at "), line + server.stderr.read()
+        pages = [visit(url[0]) for _ in TASKS]
+        for page, task in zip(pages, TASKS, strict=True):
+            page.ask(*task)
+        pages[0].see("Answering", ".status")
+        for page, text in zip(pages, expected, strict=True):
+            page.see("Answered in", ".status")
+            page.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+            page.page.bring_to_front()
+            page.button("Copy").click()
+            wait_until(lambda page=page: page.page.evaluate("navigator.clipboard.readText()"))
+            assert page.page.evaluate("navigator.clipboard.readText()") == text
         server.send_signal(signal.SIGINT)
         output, errors = server.communicate(timeout=30)
     finally:
         server.kill()
     assert (server.returncode, output.splitlines()[-1]) == (0, "stopped"), errors
-    assert str(tmp_path / "flagged.jsonl") in output and "Traceback" not in errors
+    assert str(tmp_path / "flagged.jsonl") in note and "Traceback" not in errors
 
 
 # ---------------------------------------------------------------------------------------------------------------------
