@@ -191,7 +191,8 @@ def answer(conversation, instruction: str, input: str) -> None:
             print(piece, end="", flush=True)
     print(flush=True)
     if conversation.cut:
-        print("note: cut off at --max_new_tokens or the end of the context", file=sys.stderr, flush=True)
+        limit = "--max_new_tokens" if conversation.cut == "max_new_tokens" else "the end of the context"
+        print(f"note: cut off at {limit}", file=sys.stderr, flush=True)
 
 
 def read_message(read_line: Callable[[str], str | None]) -> tuple[str, str] | None:
