@@ -9,9 +9,13 @@ A judge, by its server's name for it, sees each pair twice, with one answer firs
 
     python judge.py judge --instructions user_oriented_instructions.jsonl --answers ours.jsonl,theirs.jsonl --model_name MODEL --output_path judged.jsonl
 
+People can judge as well, in a browser (pip install -e '.[web]'):
+
+    python judge.py people --instructions user_oriented_instructions.jsonl --answers ours.jsonl,theirs.jsonl --output_path votes.jsonl
+
 And what that comes to, by more than chance or not:
 
-    python judge.py report --instructions user_oriented_instructions.jsonl --answers ours.jsonl,theirs.jsonl --judgments judged.jsonl --output_dir report
+    python judge.py report --instructions user_oriented_instructions.jsonl --answers ours.jsonl,theirs.jsonl --judgments judged.jsonl,votes.jsonl --output_dir report
 
 Answers that others have published do as well: Self-Instruct's *_predictions.jsonl, alpaca_eval's model_outputs.json.
 
@@ -32,13 +36,13 @@ from alpaca import UserError, pairwise
 from alpaca.asking import ask_each, in_brackets, wind_up
 from alpaca.budget import Budget
 from alpaca.cli import run_cli
-from alpaca.instruction_set import Answers, is_the_252, read_answers, read_pair, read_set, write_answers
+from alpaca.instruction_set import is_the_252, read_answers, read_pair, read_set, write_answers
 from alpaca.journal import Journal, check_output
 
 # A base model would write the next instruction, and answer that too.
 STOP = ["\n### Instruction:"]
+PROMPT = Path(__file__).parent / "configs" / "judge" / "pairwise.txt"
 EXAMPLES = 5  # of the clearest wins, and of the clearest losses
-FEW = 30  # items: of fewer, a bootstrap interval is too narrow
 
 
 def answer(
@@ -196,7 +200,7 @@ def judge(
     answers: str,
     output_path: str,
     model_name: str | None = None,
-    prompt: str = "configs/judge/pairwise.txt",
+    prompt: str | None = None,
     max_tokens: int = 1024,
     seed: int = 0,
     base_url: str | None = None,
@@ -220,7 +224,7 @@ def judge(
         answers: the two files, A.jsonl,B.jsonl.
         output_path: where the judgments go, as JSON Lines.
         model_name: the judge, by the name that its server knows.
-        prompt: what it is asked; configs/judge/README.md says what has to be in it.
+        prompt: a file of what it is asked, by default configs/judge/pairwise.txt; the README there says what is in it.
         max_tokens: the longest reply, in tokens; a model that thinks first needs more.
         seed: given with each request.
         base_url: the server, e.g. http://127.0.0.1:8000/v1 (default: OPENAI_BASE_URL, then api.openai.com).
@@ -244,8 +248,7 @@ def judge(
     budget = Budget(time_limit, max_total_tokens, max_cost_usd, prompt_price, completion_price, max_failure_rate)
     output, journal_path = check_output(output_path)
     items, (a, b) = read_pair(instructions, answers)
-    # People as judges (alpaca/judge_page.py) come in here: they need no prompt and no server.
-    text, prompt_sha256 = pairwise.read_prompt(prompt)
+    text, prompt_sha256 = pairwise.read_prompt(PROMPT if prompt is None else prompt)
     decoding = utils.OpenAIDecodingArguments(max_tokens, temperature=0.0)
     tries = (5, 0 if max_total_tokens or max_cost_usd else 2)
     teacher = utils.Teacher(model_name, decoding, "chat", base_url, request_timeout, *tries, max_concurrency)
@@ -274,6 +277,34 @@ def judge(
     equal = sum("note" in row for row in rows)
     notes = [(equal, "for equal answers, which are a tie unasked")]
     wind_up(journal_path, f"{len(rows):,} judgments in {output}", replies, budget, notes)
+
+
+def people(
+    instructions: str,
+    answers: str,
+    output_path: str,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    auth: str | None = None,
+    seed: int | None = None,
+) -> None:
+    """Has people compare two files of answers on a page that does not say whose they are.
+
+    Each gives a name, and chooses by a key or a button; votes are on disk at once, and the same command goes on.
+
+    Args:
+        instructions: the set that was answered.
+        answers: the two files, A.jsonl,B.jsonl.
+        output_path: where the votes go, as JSON Lines like the task judge's.
+        host: the address to listen at; any but this machine's own needs --auth.
+        port: 0 takes a free one.
+        auth: user:password, which the page then asks for.
+        seed: of the order of the pairs and of the sides (default: drawn, which no voter can guess).
+    """
+    items, pair = read_pair(instructions, answers)
+    from alpaca import judge_page
+
+    judge_page.serve(items, *pair, output_path, host, port, auth, seed)
 
 
 def _digest(content) -> str:
@@ -345,7 +376,7 @@ def report(
     if data_path is not None:
         records = utils.load_records(data_path)
         found["overlap"] = {"file": Path(data_path).name} | overlap.summary(items, records)
-    found["notes"] = _notes(found, answerers, scores is None)
+    found["notes"] = report_text.notes(found, answerers, scores is None)
 
     found = comparison.without_nan(found)
     print(report_text.terminal(found))
@@ -360,26 +391,5 @@ def _paths(flag: str, text: str) -> list[str]:
     return paths
 
 
-def _notes(found: dict, answerers: list[Answers], no_rouge: bool) -> list[str]:
-    """What a reader must know before taking the figures for what they look like."""
-    notes = []
-    if no_rouge:
-        notes.append("ROUGE-L was left out: nltk, whose stemmer it needs, is not installed (pip install '.[judge]').")
-    if unseen := found["set"]["unseen_by_rouge"]:
-        notes.append(f"ROUGE-L knows no letters but a to z: {unseen} of the references are mostly of others.")
-    for one in answerers:
-        if one.unanswered:
-            few = ", ".join(one.unanswered[:3]) + (", …" if len(one.unanswered) > 3 else "")
-            notes.append(f"{one.generator} has no answer to {len(one.unanswered)} instructions, left out: {few}")
-    for judge in found["judges"]:
-        if judge["failed"]:
-            notes.append(f"{judge['judge']} failed on some items ({judge['failed']}): left out, not counted as ties.")
-        if judge["not_judged"]:
-            notes.append(f"{judge['judge']} has not judged {judge['not_judged']} of the answered instructions.")
-        if 0 < judge["judged"] < FEW:
-            notes.append(f"{judge['judge']} judged {judge['judged']} items: of so few, intervals are too narrow.")
-    return notes
-
-
 if __name__ == "__main__":
-    run_cli({"answer": answer, "judge": judge, "report": report})
+    run_cli({"answer": answer, "judge": judge, "people": people, "report": report})

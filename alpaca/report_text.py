@@ -8,6 +8,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
+from alpaca.instruction_set import Answers
+
 METHOD = (
     "Win rate: wins and half of the ties, of all items with a verdict. A model is asked in both orders; where it "
     "contradicts itself the item is a tie, and where an ask failed the item is left out.",
@@ -21,6 +23,7 @@ METHOD = (
     "Overlap: words are runs of letters and digits, case aside. 13 and 8 are the longest and the shortest n-grams by "
     "which GPT-3's authors called an example contaminated (arXiv 2005.14165, appendix C).",
 )
+FEW = 30  # items: of fewer, a bootstrap interval is too narrow
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,3 +163,24 @@ def _columns(rows: list[list[str]]) -> list[str]:
 
 def the_252(report: dict) -> str:
     return ", those that Self-Instruct published" if report["set"]["is_the_252"] else ""
+
+
+def notes(found: dict, answerers: list[Answers], no_rouge: bool) -> list[str]:
+    """What a reader must know before taking the figures for what they look like."""
+    said = []
+    if no_rouge:
+        said.append("ROUGE-L was left out: nltk, whose stemmer it needs, is not installed (pip install '.[judge]').")
+    if unseen := found["set"]["unseen_by_rouge"]:
+        said.append(f"ROUGE-L knows no letters but a to z: {unseen} of the references are mostly of others.")
+    for one in answerers:
+        if one.unanswered:
+            few = ", ".join(one.unanswered[:3]) + (", …" if len(one.unanswered) > 3 else "")
+            said.append(f"{one.generator} has no answer to {len(one.unanswered)} instructions, left out: {few}")
+    for judge in found["judges"]:
+        if judge["failed"]:
+            said.append(f"{judge['judge']} failed on some items ({judge['failed']}): left out, not counted as ties.")
+        if judge["not_judged"]:
+            said.append(f"{judge['judge']} has not judged {judge['not_judged']} of the answered instructions.")
+        if 0 < judge["judged"] < FEW:
+            said.append(f"{judge['judge']} judged {judge['judged']} items: of so few, intervals are too narrow.")
+    return said
