@@ -156,11 +156,12 @@ def judge_names(rows: Sequence[dict]) -> list[str]:
 
 
 def settings_of(rows: Sequence[dict], judge: str) -> list[dict]:
-    """How a judge was asked: the different "judge" fields of its rows, in the order of meeting; [] for a majority."""
+    """The different ways in which a judge was asked, with the model that its server names; [] for a majority."""
     found = []
     for row, name in zip(rows, judge_names(rows), strict=True):
-        if name == judge and row["judge"] not in found:
-            found.append(row["judge"])
+        settings = row["judge"] | {"answered_by": row["answered_by"]} if row.get("answered_by") else row["judge"]
+        if name == judge and settings not in found:
+            found.append(settings)
     return found
 
 
