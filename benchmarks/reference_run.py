@@ -24,7 +24,7 @@ import judge  # noqa: E402
 import utils  # noqa: E402
 from alpaca.cli import run_cli  # noqa: E402
 
-NAMES = ("SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct after make demo")
+NAMES = ("SmolLM2-135M-Instruct", "after make demo")
 
 
 def main(
