@@ -14,7 +14,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import closing
-from pathlib import Path
 
 from alpaca import UserError, cli
 
@@ -113,10 +112,7 @@ def chat(
     settings = inference.Settings(max_new_tokens, temperature, top_p, seed)
     if batch_path is not None:
         requests, faults = answers.read_requests(batch_path, skip_errors)
-        identity = {"model_path": model_path, "model": answers.weights_state(model_path), "template": template}
-        if inference.is_adapter(model_path):
-            base = inference.base_of(Path(model_path), base_path)
-            identity |= {"base_path": base, "base": answers.weights_state(base)}
+        identity = answers.identity_of(model_path, base_path, template)
         answers.check_output(output_path)
     model, tokenizer = inference.load(model_path, device, dtype, base_path)
     if batch_path is not None:
@@ -128,7 +124,7 @@ def chat(
             lambda requests: inference.request_ids(tokenizer, template, [(r.instruction, r.input) for r in requests]),
             settings,
             batch_tokens,
-            generator=Path(model_path).resolve().name if Path(model_path).exists() else model_path,
+            generator=answers.name_of(model_path),
             identity=identity | {"dtype": str(model.dtype).removeprefix("torch.")},
             skip_errors=skip_errors,
         )
@@ -195,7 +191,8 @@ def answer(conversation, instruction: str, input: str) -> None:
             print(piece, end="", flush=True)
     print(flush=True)
     if conversation.cut:
-        print("note: cut off at --max_new_tokens or the end of the context", file=sys.stderr, flush=True)
+        limit = "--max_new_tokens" if conversation.cut == "max_new_tokens" else "the end of the context"
+        print(f"note: cut off at {limit}", file=sys.stderr, flush=True)
 
 
 def read_message(read_line: Callable[[str], str | None]) -> tuple[str, str] | None:

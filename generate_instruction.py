@@ -307,10 +307,6 @@ def generate_instruction_following_data(
         (max_concurrency < 1, "--max_concurrency must be at least 1"),
         (max_tokens < 1, "--max_tokens must be at least 1"),
         (not model_name, "no teacher named: --model_name takes the name that its server knows"),
-        (
-            max_cost_usd and not prompt_price + completion_price,
-            "--max_cost_usd needs --prompt_price and --completion_price, in dollars a million tokens",
-        ),
     ):
         if wrong:
             raise UserError(message)

@@ -195,6 +195,8 @@ class Completion:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     error: str | None = None
+    model: str | None = dataclasses.field(default=None, compare=False)  # that answered, by its server's word
+    left_out: list[str] | None = dataclasses.field(default=None, compare=False)  # settings that the model does not take
 
 
 class Teacher:
@@ -367,15 +369,17 @@ class Teacher:
         tokens = (usage.get("prompt_tokens"), usage.get("completion_tokens"))
         if not all(isinstance(count, int) for count in tokens):  # a server that does not count: English has about
             tokens = (len(prompt) // 4, len(text or "") // 4)  # 4 characters a token
+        model, left_out = reply.get("model"), sorted(self._refused - settings.keys() - {"max_tokens"})
+        who = {"model": model if isinstance(model, str) else None, "left_out": left_out or None}
         if finish_reason == "content_filter":
-            return Completion(None, finish_reason, *tokens, error="content filter"), True
+            return Completion(None, finish_reason, *tokens, error="content filter", **who), True
         if finish_reason in ("error", "abort"):  # by the server, in the middle
-            return Completion(None, finish_reason, *tokens, error=f"cut off (finish_reason {finish_reason})"), True
+            return Completion(None, finish_reason, *tokens, f"cut off (finish_reason {finish_reason})", **who), True
         if not text or not text.strip():  # one that stopped for its length has thought for all of it, and would again
             error = f"empty reply (finish_reason {finish_reason})"
-            return Completion(None, finish_reason, *tokens, error=error), finish_reason != "length"
+            return Completion(None, finish_reason, *tokens, error, **who), finish_reason != "length"
         text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair could not be written to a file
-        return Completion(text, finish_reason, *tokens), False
+        return Completion(text, finish_reason, *tokens, **who), False
 
 
 def _is_refused(e: BaseException | None) -> bool:

@@ -22,8 +22,9 @@ from tqdm import tqdm
 import utils
 from alpaca import UserError
 from alpaca.decoding import Settings, longest_answer
-from alpaca.inference import answer_batch, batches
-from alpaca.journal import Journal
+from alpaca.inference import answer_batch, base_of, batches, is_adapter
+from alpaca.instruction_set import write_answers
+from alpaca.journal import Journal, check_output
 
 LISTED = 5  # faults that are told one by one
 
@@ -100,17 +101,6 @@ def _request(place: str, entry: str | dict) -> Request:
     return Request(place, entry, instruction, input)
 
 
-def check_output(path: str | os.PathLike) -> tuple[Path, Path]:
-    """The file to make and its journal; UserError if there are answers already, or no folder to write to."""
-    path = Path(path)
-    journal = path.with_name(path.name + ".journal")
-    if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"--output_path {path} must be a file in a folder that exists")
-    if path.exists() and not journal.exists():
-        raise UserError(f"--output_path {path} exists: move it away, or give another name")
-    return path, journal
-
-
 def answer_file(
     model,
     tokenizer,
@@ -122,6 +112,7 @@ def answer_file(
     generator: str,
     identity: dict,
     skip_errors: bool = False,
+    more: Callable[[], list[dict]] | None = None,
 ) -> dict[str, int]:
     """Writes the requests' records with "output" and "generator" to ``output_path``, in their order.
 
@@ -139,6 +130,7 @@ def answer_file(
         generator: the model's name in the rows.
         identity: what else the answers depend on; a run that differs in it does not go on from this one's journal.
         skip_errors: whether an instruction that does not fit the context is passed over.
+        more: called when all answers are there; gives what else goes into the row of each request.
 
     Returns:
         Counts: "answers", "earlier" (of them found in the journal), "tokens" (of this run's answers), "cut" (answers
@@ -161,7 +153,8 @@ def answer_file(
     content = hashlib.sha256(json.dumps([asdict(request) for request in requests], sort_keys=True).encode()).hexdigest()
     identity = identity | {"requests": content, "batch_tokens": max_tokens}
     with Journal(journal_path) as journal:
-        settings = _same_run(journal, identity, settings)
+        settings = _with_seed(journal, settings)
+        journal.begin(identity | asdict(settings))
         answered = {entry["row"]: entry for entry in journal.entries[1:]}
         counts = {"answers": len(fitting), "earlier": len(answered), "too_long": len(errors)}
         started, new = time.monotonic(), 0
@@ -190,31 +183,20 @@ def answer_file(
                 answered |= {entry["row"]: entry for entry in entries}
                 bar.update(len(entries))
         counts |= {"tokens": new, "cut": sum(entry["cut"] for entry in answered.values())}
-        _write(output_path, requests, answered, errors, generator)
+        _write(output_path, requests, answered, errors, generator, more() if more else [{}] * len(requests))
         journal_path.unlink()
     return counts
 
 
-def _same_run(journal: Journal, identity: dict, settings: Settings) -> Settings:
-    """Begins a journal, or checks that it is of this run; the settings with the seed that it was begun with."""
-    asked = identity | asdict(settings)
-    if not journal.entries:
-        if settings.seed is None:
-            settings = replace(settings, seed=random.SystemRandom().getrandbits(48))
-        journal.append([{"run": asked | asdict(settings)}])
+def _with_seed(journal: Journal, settings: Settings) -> Settings:
+    """The settings with a seed: the one that is given, that of the run that the journal is of, or a new one."""
+    if settings.seed is not None:
         return settings
-    begun = journal.entries[0].get("run", {})
-    if settings.seed is None:
-        asked["seed"] = begun.get("seed")
-    if different := sorted(key for key in asked.keys() | begun.keys() if asked.get(key) != begun.get(key)):
-        raise UserError(
-            f"{journal.path} is of a run that differs in {', '.join(different)}: give the same again, or delete it to "
-            "begin anew"
-        )
-    return replace(settings, seed=begun["seed"])
+    begun = journal.entries[0].get("run", {}) if journal.entries else {}
+    return replace(settings, seed=begun.get("seed", random.SystemRandom().getrandbits(48)))
 
 
-def _write(path: Path, requests: list[Request], answered: dict, errors: dict, generator: str) -> None:
+def _write(path: Path, requests: list[Request], answered: dict, errors: dict, generator: str, more: list[dict]) -> None:
     rows = [
         {key: value for key, value in request.record.items() if key != "error"}  # that of an earlier run
         | {"output": answered[row]["output"], "generator": generator}
@@ -222,11 +204,21 @@ def _write(path: Path, requests: list[Request], answered: dict, errors: dict, ge
         else {key: value for key, value in request.record.items() if key != "output"} | {"error": errors[row]}
         for row, request in enumerate(requests)
     ]
-    if path.suffix == ".json":
-        utils.jdump(rows, path)
-        return
-    with utils.replace_file(path) as file:
-        file.writelines(utils.json_text(row) + "\n" for row in rows)
+    write_answers([row | fields for row, fields in zip(rows, more, strict=True)], path)
+
+
+def identity_of(model_path: str, base_path: str | None, template: str) -> dict:
+    """What answers depend on besides the settings: the model, its base if it is a LoRA adapter, and the template."""
+    identity = {"model_path": model_path, "model": weights_state(model_path), "template": template}
+    if is_adapter(model_path):
+        base = base_of(Path(model_path), base_path)
+        identity |= {"base_path": base, "base": weights_state(base)}
+    return identity
+
+
+def name_of(model_path: str) -> str:
+    """What a model is called in its rows: its folder's own name, or the hub's."""
+    return Path(model_path).resolve().name if Path(model_path).exists() else model_path
 
 
 def weights_state(path: str | os.PathLike) -> str | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 
+from alpaca import UserError
+
 
 class Budget:
     """Counts replies, tokens, dollars and failures against limits. Replies of an earlier run count, but not its time.
@@ -14,6 +16,9 @@ class Budget:
         max_total_tokens: prompts and replies together.
         max_cost_usd: dollars, at ``prompt_price`` and ``completion_price`` a million tokens.
         max_failure_rate: the share of this run's last 100 replies that may be failures, once there are 10.
+
+    Raises:
+        UserError: dollars without a price.
     """
 
     def __init__(
@@ -25,6 +30,8 @@ class Budget:
         completion_price: float = 0.0,
         max_failure_rate: float = 0.5,
     ):
+        if max_cost_usd and not prompt_price + completion_price:
+            raise UserError("--max_cost_usd needs --prompt_price and --completion_price, in dollars a million tokens")
         self.time_limit, self.max_total_tokens, self.max_cost_usd = time_limit, max_total_tokens, max_cost_usd
         self.prices, self.max_failure_rate = (prompt_price, completion_price), max_failure_rate
         self.started = time.monotonic()

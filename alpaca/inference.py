@@ -208,13 +208,13 @@ def stream(
     top_p: float = 0.9,
     seed: int | None = None,
     stopped: Callable[[], bool] = lambda: False,
-    on_cut: Callable[[], None] = lambda: None,
+    on_cut: Callable[[str], None] = lambda limit: None,
 ) -> Iterator[str]:
     """Yields the answer to ``prompt`` piece by piece; ends at EOS, at a new "### Instruction:" or at max_new_tokens.
 
     ``temperature`` 0 takes the likeliest token each time. Closing the iterator stops the model, and so does
     ``stopped``, which is asked before each token: also while nothing comes, as white space is held back. ``on_cut`` is
-    called if the answer reached max_new_tokens or the end of the context.
+    called with "max_new_tokens", or "context" for its end, if the answer reached that.
     """
     settings = Settings(max_new_tokens, temperature, top_p, seed)
     ids = prompt_ids(tokenizer, [prompt])[0]
@@ -228,7 +228,7 @@ def stream_ids(
     settings: Settings,
     memory: Memory | None = None,
     stopped: Callable[[], bool] = lambda: False,
-    on_cut: Callable[[], None] = lambda: None,
+    on_cut: Callable[[str], None] = lambda limit: None,
 ) -> Iterator[str]:
     """As stream(), from tokens; ``memory`` is that of a conversation, whose tokens are not computed again."""
     limit = longest_answer(model, ids, settings.max_new_tokens)
@@ -240,7 +240,7 @@ def stream_ids(
                 written += 1
                 yield token
         if written == limit:  # not reached where STOP has ended the text
-            on_cut()
+            on_cut("context" if limit < settings.max_new_tokens else "max_new_tokens")
 
     try:
         with closing(decode(model, [ids], end_ids(model, tokenizer), settings, set(), memory, stopped)) as steps:
@@ -286,7 +286,7 @@ class Conversation:
     def __init__(self, model, tokenizer, settings: Settings, template: str = "alpaca"):
         self.model, self.tokenizer, self.settings, self.template = model, tokenizer, settings, template
         self.memory = Memory()
-        self.cut = False  # whether the last answer reached max_new_tokens or the end of the context
+        self.cut = ""  # "max_new_tokens" or "context" if the last answer reached that limit
         self.reset()
 
     def reset(self) -> None:
@@ -307,7 +307,7 @@ class Conversation:
             longest_answer(self.model, ids, self.settings.max_new_tokens)
         except UserError as e:
             raise UserError(f"{e}, or begin anew with /reset" if self.turns else str(e)) from None
-        self.cut = False
+        self.cut = ""
         said: list[str] = []
 
         def noted(pieces: Iterator[str]) -> Iterator[str]:
@@ -320,7 +320,7 @@ class Conversation:
                 self.turns = [*turns, {"role": "assistant", "content": "".join(said)}]
 
         try:
-            given = {"memory": self.memory, "on_cut": lambda: setattr(self, "cut", True)}
+            given = {"memory": self.memory, "on_cut": lambda limit: setattr(self, "cut", limit)}
             with closing(stream_ids(self.model, self.tokenizer, ids, self.settings, **given)) as pieces:
                 yield from stripped(noted(pieces))
         except (GeneratorExit, KeyboardInterrupt):

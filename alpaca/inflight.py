@@ -20,6 +20,7 @@ async def ask_all(
     in_order: Callable[[Completion], None],
     want: Callable[[int, int], bool],
     max_concurrency: int,
+    retry_failed: bool = False,
 ) -> None:
     """Sends requests 0, 1, 2, … with many in flight, journals each reply, and hands the replies on in their order.
 
@@ -37,6 +38,7 @@ async def ask_all(
         want: given the number of the next request, and how many before it have replies that were not handed on, whether
             to send it now. All is done when it declines with none of them left.
         max_concurrency: requests in flight at most.
+        retry_failed: ask again what the journal holds without a text; what that cost still counts.
 
     Raises:
         UserError: from Teacher.ask. It and Ctrl-C end the requests in flight; replies that were there are journalled.
@@ -44,8 +46,10 @@ async def ask_all(
     replies: dict[int, Completion] = {}
     for entry in journal.entries:
         if "i" in entry:
-            replies[entry["i"]] = Completion(**{key: value for key, value in entry.items() if key != "i"})
-            arrived(replies[entry["i"]], False)
+            reply = Completion(**{key: value for key, value in entry.items() if key != "i"})
+            if not retry_failed or reply.text is not None:
+                replies[entry["i"]] = reply
+            arrived(reply, False)
     known = set(replies)
     handed_on = sent = 0
     new: list[tuple[int, Completion]] = []  # replies that the clerk has not got yet

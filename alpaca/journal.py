@@ -39,6 +39,21 @@ class Journal:
         if created:
             _sync_folder(self.path.parent)
 
+    def begin(self, run: dict) -> None:
+        """Writes down what a run depends on, or checks that this log was begun for the same.
+
+        Raises:
+            UserError: it was begun for another run; the message names what differs.
+        """
+        if not self.entries:
+            self.append([{"run": run}])
+        begun = self.entries[0].get("run", {})
+        if different := sorted(key for key in run.keys() | begun.keys() if run.get(key) != begun.get(key)):
+            raise UserError(
+                f"{self.path} is of a run that differs in {', '.join(different)}: give the same again, or delete it to "
+                "begin anew"
+            )
+
     def append(self, entries: Iterable[dict]) -> None:
         """Adds entries and waits until they are on disk; one fsync for all of them."""
         entries = list(entries)
@@ -74,6 +89,21 @@ class Journal:
             good += len(line)
         self._file.seek(0, os.SEEK_END)
         return entries
+
+
+def check_output(path: str | os.PathLike) -> tuple[Path, Path]:
+    """The file that a run makes and its journal, which is there as long as the run has something to go on with.
+
+    Raises:
+        UserError: the file is there already and no journal is, or there is no folder to write to.
+    """
+    path = Path(path)
+    journal = path.with_name(path.name + ".journal")
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"--output_path {path} must be a file in a folder that exists")
+    if path.exists() and not journal.exists():
+        raise UserError(f"--output_path {path} exists: move it away, or give another name")
+    return path, journal
 
 
 def _encode(entry: dict) -> bytes:

@@ -178,7 +178,7 @@ def verb_noun_figure(pairs: Sequence[tuple[str, str]], records: int) -> Figure:
     most = Counter({(v.verb, noun): count for v in top for noun, count in v.objects}).most_common(5)
     return Figure(
         name="verb_noun.png",
-        png=_png(figure),
+        png=png_bytes(figure),
         title="What the instructions ask for",
         caption=(
             f"The {len(top)} most common root verbs (inside) and up to {TOP_OBJECTS} of the most common direct objects "
@@ -277,7 +277,7 @@ def lengths_figure(lengths: dict[str, list[int]], records: int) -> Figure:
     medians = ", ".join(f"{field} {np.median(counts):g}" for field, counts in lengths.items() if counts)
     return Figure(
         name="lengths.png",
-        png=_png(figure),
+        png=png_bytes(figure),
         title="How long they are",
         caption=(
             f"Words (between white space) of {records:,} instructions, {len(lengths['input']):,} inputs "
@@ -349,7 +349,7 @@ def similarity_figure(nearest: np.ndarray) -> Figure:
     median = np.median(nearest)
     return Figure(
         name="similarity.png",
-        png=_png(figure),
+        png=png_bytes(figure),
         title="How alike they are",
         caption=(
             f"The highest ROUGE-L of each of {len(nearest):,} instructions to any other one: median {median:.2f}, "
@@ -395,7 +395,7 @@ def _style(axes, title: str, unit: str) -> None:
         spine.set_color(FAINT)
 
 
-def _png(figure) -> bytes:
+def png_bytes(figure) -> bytes:
     """The figure in 256 colours: flat pictures lose nothing that shows, and weigh a third."""
     from PIL import Image
 

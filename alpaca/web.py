@@ -10,12 +10,9 @@ import asyncio
 import contextlib
 import dataclasses
 import html
-import importlib.util
 import logging
 import math
-import os
 import secrets
-import signal
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -25,22 +22,14 @@ import utils
 from alpaca import UserError
 from alpaca.decoding import Settings
 from alpaca.teacher import free_port
-
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
-os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(10**9)  # else pandas counts all requests anew after each one
-for _package in ("gradio", "markdown_it"):
-    if importlib.util.find_spec(_package) is None:
-        raise UserError("--web needs Gradio: pip install -e '.[web]'")
-
-import gradio as gr  # noqa: E402
-
-from alpaca.web_reports import FLAGGED, MAX_REASON_CHARS, NOTE, flag  # noqa: E402
-from alpaca.web_server import COPY, WORKER, close, launch, page_error, render_answer, render_status  # noqa: E402
+from alpaca.web_reports import FLAGGED, MAX_REASON_CHARS, NOTE, flag
+from alpaca.web_server import COPY, WORKER, check_exposure, gr, page_error, render_answer, render_status, run
 
 MAX_CHARS = 8_000  # of an instruction, and of an input
 MAX_PROMPT_TOKENS = 2_048  # training read 512; never more than half of what the model can read
 MAX_WAITING = 20  # requests in the queue; whoever comes after them is told to come back
 MAX_SEED = 2**31 - 1
+LIMITS = {"max_new_tokens": "the longest answer", "context": "the end of what the model can read"}
 STREAMS = 2  # answers of a model at once: a long one does not keep the next page waiting
 EXAMPLES = [
     ["Give three tips for sleeping better.", ""],
@@ -122,10 +111,12 @@ def check(models: list[Model], most: int, instruction, input, max_new_tokens, te
     return prompt, settings
 
 
-async def answers(models: list[Model], prompt: str, settings: Settings, cut: set[int]) -> AsyncIterator[list[str]]:
+async def answers(
+    models: list[Model], prompt: str, settings: Settings, cut: dict[int, str]
+) -> AsyncIterator[list[str]]:
     """Yields what each model has said so far, some 20 times a second at most. Closing it stops the models.
 
-    Those whose answer reached its greatest length are added to ``cut`` by their places.
+    The limit that an answer reached (see inference.stream) is put into ``cut`` under its model's place.
 
     Each model has a thread of its own, so that neither a long prompt nor the end of an answer holds up other pages.
     """
@@ -143,7 +134,7 @@ async def answers(models: list[Model], prompt: str, settings: Settings, cut: set
         while not model.slots.acquire(timeout=0.1):
             if left.is_set():
                 return
-        given = {"stopped": left.is_set, "on_cut": lambda: cut.add(index)}
+        given = {"stopped": left.is_set, "on_cut": lambda limit: cut.update({index: limit})}
         try:
             if left.is_set():
                 return
@@ -194,13 +185,21 @@ def build(models: list[Model], defaults: Settings) -> gr.Blocks:
     if len(models) == 2:
         names = [f"{letter}: {name}" for letter, name in zip("AB", names, strict=True)]
     most = min(model.max_prompt_tokens for model in models)
+    latest: dict[str | None, dict] = {}  # login → its last request
 
-    async def run(instruction, input, *given):
+    def login_of(request: gr.Request) -> str | None:
+        """Whoever came in by one password at one time; None on a page without one, which this machine alone sees."""
+        names = (f"access-token{kind}-{page.app.cookie_id}" for kind in ("", "-unsecure"))
+        return next(filter(None, map(request.cookies.get, names)), None) if page.auth else None
+
+    async def answer(request: gr.Request, instruction, input, *given):
         prompt, settings = check(models, defaults.max_new_tokens, instruction, input, *given)
         exchange = {"instruction": instruction, "input": input or "", "models": [model.name for model in models]}
         exchange |= {"paths": [model.path for model in models], "settings": dataclasses.asdict(settings)}
         exchange |= {"answers": [""] * len(models), "running": True, "flagged": []}
-        cut: set[int] = set()
+        login = login_of(request)
+        latest[login] = exchange
+        cut: dict[int, str] = {}
 
         def show(status: str, running: bool):
             texts = exchange["answers"]
@@ -212,6 +211,8 @@ def build(models: list[Model], defaults: Settings) -> gr.Blocks:
         try:
             async for texts in answers(models, prompt, settings, cut):
                 exchange["answers"] = texts
+                if login and latest.get(login) is not exchange:
+                    raise page_error("You have asked something else meanwhile, in another window: one at a time.")
                 yield show("Answering …", True)
         except gr.Error:
             exchange["running"] = False
@@ -219,14 +220,17 @@ def build(models: list[Model], defaults: Settings) -> gr.Blocks:
             raise
         finally:  # also of one that is stopped
             exchange["running"] = False
-        which = "" if len(models) == 1 else f" ({', '.join(names[index][0] for index in sorted(cut))})"
-        note = f" Cut off at the longest answer{which}." if cut else ""
-        yield show(f"Answered in {time.monotonic() - started:.1f} s, seed {settings.seed}.{note}", False)
+            if latest.get(login) is exchange:
+                del latest[login]
+        notes = [f"Answered in {time.monotonic() - started:.1f} s, seed {settings.seed}."]
+        for index, limit in sorted(cut.items()):
+            notes.append(f"{'Cut' if len(models) == 1 else names[index][0] + ' is cut'} off at {LIMITS[limit]}.")
+        yield show(" ".join(notes), False)
 
-    async def run_again(exchange, *given):
+    async def answer_again(request: gr.Request, exchange, *given):
         if not exchange:
             raise page_error("There is no answer yet.")
-        async for shown in run(exchange["instruction"], exchange["input"], *given[:-1], None):
+        async for shown in answer(request, exchange["instruction"], exchange["input"], *given[:-1], None):
             yield shown
 
     with gr.Blocks(title=f"{names[0]} · Alpaca", analytics_enabled=False) as page:
@@ -291,9 +295,11 @@ def build(models: list[Model], defaults: Settings) -> gr.Blocks:
         # The page goes through the listeners of a click in turn and waits for each, but not for what is in a then().
         # Stop is for what waits in the queue as well.
         pressed = gr.on(triggers, lambda: waiting, None, stop, queue=False, **quiet)
-        asked = pressed.then(run, [*fields, *settings], api_name="answer", **options)
+        asked = pressed.then(answer, [*fields, *settings], api_name="answer", **options)
         pressed_again = again.click(lambda: waiting, None, stop, queue=False, **quiet)
-        asked_again = pressed_again.then(run_again, [exchange, *settings], api_visibility="private", **options)
+        asked_again = pressed_again.then(answer_again, [exchange, *settings], api_visibility="private", **options)
+        for event in (asked, asked_again):  # also of one that was refused, in which nothing has set the button back
+            event.failure(lambda: gr.Button(interactive=False, render=False), None, stop, queue=False, **quiet)
         # Both write into the same fields: whichever comes later ends the other.
         gr.on(triggers, None, cancels=asked_again)
         again.click(None, cancels=asked)
@@ -334,11 +340,7 @@ def serve(
     Raises:
         UserError: a flag is wrong, the port is taken, or a model cannot be loaded.
     """
-    user, _, password = (auth or "").partition(":")
-    if auth is not None and not (user.strip() and password):
-        raise UserError("--auth takes user:password, both of them not empty")
-    if not (local := host in ("127.0.0.1", "localhost")) and not auth:
-        raise UserError(f"--host {host} lets other machines in: set --auth user:password too")
+    login = check_exposure(host, auth)
     settings = Settings(**defaults)
     if settings.max_new_tokens < 1 or not 0 <= settings.temperature <= 2 or not 0.01 <= settings.top_p <= 1:
         raise UserError("--max_new_tokens must be at least 1, --temperature from 0 to 2, and --top_p from 0.01 to 1")
@@ -353,20 +355,5 @@ def serve(
         name = Path(path).resolve().name or str(path)
         models.append(Model(name, *inference.load(path, device, dtype, base), str(path)))
     page = build(models, settings)
-    stopped = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
-    url = launch(page, host, port, (user.strip(), password) if auth else None)
-    if not local:
-        print(
-            f"warning: other machines can reach this page at port {port}, and passwords go over the line in clear: put "
-            "a proxy with https in front, and let in only people whom you trust with the model.",
-            flush=True,
-        )
-    print(f"{' and '.join(model.name for model in models)} at {url} (Ctrl-C ends it)", flush=True)
-    print(f"reports of harmful answers go to {Path(FLAGGED).resolve()}", flush=True)
-    try:
-        stopped.wait()
-    finally:
-        close(page)
-    print("stopped", flush=True)
+    names = " and ".join(model.name for model in models)
+    run(page, host, port, login, names, [f"reports of harmful answers go to {Path(FLAGGED).resolve()}"])

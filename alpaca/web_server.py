@@ -1,22 +1,38 @@
-"""Between the live demo and the browser: how it looks, what of Gradio is let through, how it starts and ends."""
+"""Between a page and the browser: how it looks, what of Gradio is let through, how it starts and ends.
+
+The live demo and the blind page both stand on it; they take Gradio from here, where it is set up.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import html
+import importlib.util
 import logging
 import os
 import re
+import signal
 import threading
-
-import gradio as gr
-from markdown_it import MarkdownIt
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse
+import time
+import urllib.parse
 
 from alpaca import UserError
 
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
+os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(10**9)  # else pandas counts all requests anew after each one
+for _package in ("gradio", "markdown_it"):
+    if importlib.util.find_spec(_package) is None:
+        raise UserError("a page in the browser needs Gradio: pip install -e '.[web]'")
+
+import gradio as gr  # noqa: E402
+from markdown_it import MarkdownIt  # noqa: E402
+from starlette.datastructures import Headers, MutableHeaders  # noqa: E402
+from starlette.middleware import Middleware  # noqa: E402
+from starlette.responses import PlainTextResponse  # noqa: E402
+
 MAX_BODY_BYTES = 256_000  # two texts of 8,000 characters, each escaped as \uXXXX\uXXXX, and what is around them
+LOGIN_PAUSE = 2.0  # s between attempts to log in from one address, of which the last was wrong
+MAX_LOGIN_WAIT = 10.0  # s; attempts that would wait longer are refused
 WORKER = "alpaca-answer"  # the name of each thread that a model writes an answer in
 # In a page that is not served by https or from this machine, browsers have no clipboard object.
 COPY = """(text) => {
@@ -83,6 +99,9 @@ def page_error(message: str, title: str = "Not answered") -> gr.Error:
 class Guard:
     """Answers what the page needs and nothing else of what Gradio serves (uploads, proxies, files, recordings).
 
+    A page of another site is not answered: Gradio lets any origin read, and its cookie goes along by https. Passwords
+    are tried one after another, with a pause after a wrong one.
+
     Args:
         app: the ASGI application behind it.
         hosts: names under which this server may be asked, None for any. Without a password a page of another site
@@ -104,6 +123,7 @@ class Guard:
 
     def __init__(self, app, hosts: set[str] | None):
         self.app, self.hosts = app, hosts
+        self.next_login: dict[str, float] = {}  # address → when it may try to log in
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "lifespan":
@@ -112,19 +132,45 @@ class Guard:
             return await send({"type": "websocket.close", "code": 1000})
         if refusal := self._refusal(scope):
             return await PlainTextResponse(refusal[1], refusal[0])(scope, receive, send)
+        login = scope["method"] == "POST" and scope["path"].startswith("/login")
+        address = (scope.get("client") or ("",))[0]  # behind a proxy on this machine, what it says that the client is
+        if login and not await self._may_log_in(address):
+            return await PlainTextResponse("Too many attempts: wait.\n", 429)(scope, receive, send)
 
         async def send_with_headers(message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(self.HEADERS)
+                if login and message["status"] == 200:
+                    self.next_login.pop(address, None)
             await send(message)
 
         await self.app(scope, receive, send_with_headers)
+
+    async def _may_log_in(self, address: str) -> bool:
+        """Waits for the turn of an attempt; False if there are too many before it."""
+        now = time.monotonic()
+        self.next_login = {known: at for known, at in self.next_login.items() if at > now}
+        turn = max(now, self.next_login.get(address, now))
+        if turn - now > MAX_LOGIN_WAIT:
+            return False
+        self.next_login[address] = turn + LOGIN_PAUSE
+        await asyncio.sleep(turn - now)
+        return True
 
     def _refusal(self, scope) -> tuple[int, str] | None:
         headers = Headers(scope=scope)
         host = re.sub(r":\d+$", "", headers.get("host", ""))
         if self.hosts is not None and host not in self.hosts:
             return 403, "This demo answers on this machine only; --auth opens it to others.\n"
+        # A proxy may hand on another Host than it was asked for; the browser's own word on where a request comes from
+        # and X-Forwarded-Host cannot be set by another site's page.
+        origin = headers.get("origin")
+        ours = headers.get("sec-fetch-site") == "same-origin" or origin is None
+        if not ours and urllib.parse.urlsplit(origin).netloc not in (
+            headers.get("host"),
+            headers.get("x-forwarded-host"),
+        ):
+            return 403, "Requests from pages of other sites are not answered (a proxy must hand on the Host header).\n"
         paths = {"GET": self.GET, "HEAD": self.GET, "POST": self.POST}.get(scope["method"])
         if paths is None or not paths.fullmatch(scope["path"]):
             return 404, "Not here.\n"
@@ -137,7 +183,49 @@ class Guard:
         return None
 
 
-def launch(page: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None) -> str:
+def check_exposure(host: str, auth: str | None) -> tuple[str, str] | None:
+    """User and password of ``auth`` ("user:password"), without which no other machine is let in.
+
+    Raises:
+        UserError: it is malformed, or ``host`` needs it.
+    """
+    user, _, password = (auth or "").partition(":")
+    if auth is not None and not (user.strip() and password):
+        raise UserError("--auth takes user:password, both of them not empty")
+    if not is_local(host) and not auth:
+        raise UserError(f"--host {host} lets other machines in: set --auth user:password too")
+    return (user.strip(), password) if auth else None
+
+
+def is_local(host: str) -> bool:
+    return host in ("127.0.0.1", "localhost")
+
+
+def run(
+    page: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None, name: str, notes: list[str], css: str = ""
+) -> None:
+    """Serves a page until Ctrl-C or SIGTERM; says where it is under its ``name``, and the notes."""
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    url = launch(page, host, port, auth, css)
+    if not is_local(host):
+        print(
+            f"warning: other machines can reach this page at port {port}, and passwords go over the line in clear: put "
+            "a proxy with https in front, and let in only people whom you trust with what it shows.",
+            flush=True,
+        )
+    print(f"{name} at {url} (Ctrl-C ends it)", flush=True)
+    for note in notes:
+        print(note, flush=True)
+    try:
+        stopped.wait()
+    finally:
+        close(page)
+    print("stopped", flush=True)
+
+
+def launch(page: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None, css: str = "") -> str:
     """Starts the server in a thread; returns its address."""
     for name in ("no_proxy", "NO_PROXY"):  # Gradio asks its own server whether it is up
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
@@ -146,7 +234,9 @@ def launch(page: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None) 
     theme = gr.themes.Default(font=[gr.themes.LocalFont("Source Sans Pro", (400, 700)), "system-ui", "sans-serif"])
     theme.set(  # white on its orange, and its grey on white, are hard to read
         button_primary_background_fill="*primary_700",
+        button_primary_background_fill_dark="*primary_700",
         button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_hover_dark="*primary_800",
         input_placeholder_color="*neutral_500",
         input_placeholder_color_dark="*neutral_400",
     )
@@ -169,7 +259,7 @@ def launch(page: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None) 
             mcp_server=False,
             max_file_size=0,
             state_session_capacity=1000,
-            css=CSS,
+            css=CSS + css,
             theme=theme,
             app_kwargs={"middleware": [Middleware(Guard, hosts=hosts)]},
         )

@@ -84,6 +84,10 @@ def open_bin(path: Path) -> dict[str, Stored]:
             raise ValueError("not a PyTorch file")
     records = zip_records(path) if zipped else {}
     _check_pickle(path, records)
+    orders = [offset for offset, record in records.items() if record.filename.lower().endswith("/byteorder")]
+    # torch would swap the bytes of what it has not read
+    if any(_bytes(path, offset, 3) == b"big" for offset in orders):
+        raise UserError(f"{path} was saved on a big-endian machine, which this tool does not handle: convert it there")
     tensors = _load_bin(path, fake=True)
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
@@ -96,7 +100,8 @@ def open_bin(path: Path) -> dict[str, Stored]:
         if tensor.layout != torch.strided or tensor.is_quantized:
             raise UserError(f"{path}: {name} is sparse or quantized, which this tool does not handle")
         storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage.nbytes()
+        start = getattr(storage, "_checkpoint_offset", None)  # where torch says it: 2.7 and later
+        storages[storage._cdata if start is None else start] = storage.nbytes()  # tensors may share one
         reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
         room = storage.nbytes()
         if tensor.numel() and max(tensor.storage_offset() + reach + 1, tensor.numel()) * tensor.itemsize > room:
@@ -104,7 +109,6 @@ def open_bin(path: Path) -> dict[str, Stored]:
                 f"{path}: {name} claims {tensor.numel() * tensor.itemsize:,} bytes of a storage of {room:,}: "
                 "do not trust it"
             )
-        start = getattr(storage, "_checkpoint_offset", None)  # where torch says it: 2.7 and later
         dtype = tensor.dtype if tensor.dtype in DTYPE_NAMES else str(tensor.dtype)
         place = {"whole": whole}
         if start is not None and tensor.is_contiguous():
@@ -116,9 +120,6 @@ def open_bin(path: Path) -> dict[str, Stored]:
         raise ValueError(f"its tensors take {sum(storages.values()):,} bytes, the file has {size:,}")
     if not zipped:
         whole()
-    orders = [offset for offset, record in records.items() if record.filename.endswith("/byteorder")]
-    if orders and _bytes(path, orders[0], 3) == b"big":  # torch swaps the bytes, in memory
-        stored = {name: Stored(tensor.dtype, tensor.shape, path, whole=whole) for name, tensor in stored.items()}
     return stored
 
 
@@ -127,7 +128,9 @@ def _load_bin(path: Path, fake: bool = False) -> dict:
     try:
         if not fake:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
-        from torch._subclasses.fake_tensor import FakeTensorMode  # as torch's serialization notes have it; 1.5 s
+        if is_zip(path) and hasattr(torch.serialization, "_is_meta_location"):  # a torch that then reads no values
+            return torch.load(path, map_location="meta", weights_only=True)
+        from torch._subclasses.fake_tensor import FakeTensorMode  # as torch's serialization notes have it; 1.4 s
 
         with FakeTensorMode():
             return torch.load(path, map_location="cpu", weights_only=True)

@@ -288,3 +288,17 @@ def teacher():
     for server in running:
         server.server.shutdown()
         server.server.server_close()
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    """A headless Chromium with a user folder of its own."""
+    from browser import BROWSER, FLAGS
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        context = playwright.chromium.launch_persistent_context(
+            tmp_path_factory.mktemp("chromium"), executable_path=BROWSER, headless=True, args=FLAGS
+        )
+        yield context.browser or context
+        context.close()

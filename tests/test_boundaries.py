@@ -32,6 +32,10 @@ def test_generating_loads_no_torch():
     assert loaded_by("generate_instruction").isdisjoint({"torch", "transformers"})
 
 
+def test_judging_waits_with_what_is_heavy_until_a_task_needs_it():
+    assert loaded_by("judge").isdisjoint({"torch", "transformers", "openai", "gradio", "matplotlib"})
+
+
 @pytest.mark.parametrize("script", ["train", "weight_diff", "chat"])
 def test_what_touches_weights_loads_no_api_client(script):
     assert "openai" not in loaded_by(script)

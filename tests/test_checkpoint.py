@@ -162,6 +162,20 @@ def test_weights_that_cannot_be_trusted_or_read_are_refused_in_one_line(tmp_path
     assert "\n" not in str(error.value)
 
 
+def test_a_bin_of_the_other_byte_order_is_refused_in_one_line(tmp_path):
+    """torch swaps the bytes in place, which ends Python where only the places are read."""
+    torch.save({"a": torch.arange(4.0)}, tmp_path / "little.bin")
+    folder = folder_with(tmp_path / "model", pytorch_model__bin={"a": torch.arange(4.0)})
+    with (
+        zipfile.ZipFile(tmp_path / "little.bin") as little,
+        zipfile.ZipFile(folder / "pytorch_model.bin", "w") as big,
+    ):
+        for record in little.infolist():
+            big.writestr(record.filename, b"big" if record.filename.endswith("byteorder") else little.read(record))
+    with pytest.raises(UserError, match="pytorch_model.bin was saved on a big-endian machine"):
+        CheckpointReader(folder)
+
+
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.95])
 @pytest.mark.parametrize("kind", ["safetensors", "bin", "bare pickle"])
 def test_a_truncated_file_is_refused_in_one_line(tmp_path, kind, share):

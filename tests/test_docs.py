@@ -17,6 +17,7 @@ FIRE = {
     "weight_diff": ["make_diff", "recover", "verify", "compare"],
     "chat": None,
     "analyze_data": ["fetch", "stats", "lint", "plot"],
+    "judge": ["answer", "judge", "people", "report"],
 }
 
 

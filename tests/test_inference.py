@@ -239,9 +239,10 @@ def test_a_stream_tells_that_it_was_cut_off(tmp_path, paris, loaded):
         ("ends at STOP in its last token", looping, 2),
         ("is in the middle", looping, 1),
     ):
-        list(stream(*given, "x", longest, 0, on_cut=lambda which=which: cut.append(which)))
-    list(stream(model, tokenizer, "Q" * 1020, 50, 0, on_cut=lambda: cut.append("context")))
-    assert cut == ["has a token less than that", "is in the middle", "context"]
+        list(stream(*given, "x", longest, 0, on_cut=lambda limit, which=which: cut.append((limit, which))))
+    list(stream(model, tokenizer, "Q" * 1020, 50, 0, on_cut=lambda limit: cut.append(limit)))
+    limit = "max_new_tokens"
+    assert cut == [(limit, "has a token less than that"), (limit, "is in the middle"), "context"]
 
 
 def test_a_prompt_that_fills_the_context_is_refused_and_one_that_leaves_a_token_is_answered(loaded):

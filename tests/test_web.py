@@ -7,7 +7,6 @@ import http.client
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,18 +18,24 @@ import urllib.request
 from concurrent import futures
 from types import SimpleNamespace
 
+import browser
+import peft
 import pytest
+import torch
+import transformers
+from browser import needs_browser, wait_until
 from conftest import ROOT
 
 import utils
 from alpaca import UserError, inference, web, web_reports, web_server
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 HOSTILE = (
     "<script>window.hit = 1</script> <img src=x onerror='window.hit = 1'> ${window.hit = 1} {{value}} "
     "[click](javascript:window.hit=1) ![far](http://192.0.2.1/far.png) & <b>not bold</b>"
 )
+
+
+TASKS = [("Give three tips.", "For sleep."), ("Count to ten.", "")]
 
 
 class Model:
@@ -55,9 +60,9 @@ class Model:
             elif "\nmute" in prompt:  # only white space, which is held back
                 while not stopped():
                     time.sleep(0.01)
-            elif "\nlong" in prompt:
-                yield "long"
-                on_cut()
+            elif limit := re.search(r"\n(long|full)\n", prompt):
+                yield limit[1]
+                on_cut({"long": "max_new_tokens", "full": "context"}[limit[1]])
             elif "\nread" in prompt:  # a prompt, in a step that cannot be left
                 self.may_go_on.wait(20)
             elif "\nfail" in prompt:
@@ -99,11 +104,20 @@ class Site:
         reply = connection.getresponse()
         return reply.status, reply.read().decode()
 
-    def call(self, *data):
+    def log_in(self, password="right"):
+        """(status, headers for who is let in)"""
+        request = f"username=ann&password={password}".encode()
+        connection = http.client.HTTPConnection(urllib.parse.urlsplit(self.url).netloc, timeout=20)
+        connection.request("POST", "/login", request, {"Content-Type": "application/x-www-form-urlencoded"})
+        reply = connection.getresponse()
+        cookies = [value.partition(";")[0] for name, value in reply.getheaders() if name.lower() == "set-cookie"]
+        return reply.status, {"Cookie": "; ".join(cookies)}
+
+    def call(self, *data, headers=None):
         """What a program that calls the page's endpoint gets: (event, data) of the last message."""
-        status, body = self.http("/gradio_api/call/answer", {"data": list(data)})
+        status, body = self.http("/gradio_api/call/answer", {"data": list(data)}, headers)
         assert status == 200, body
-        _, stream = self.http(f"/gradio_api/call/answer/{json.loads(body)['event_id']}")
+        _, stream = self.http(f"/gradio_api/call/answer/{json.loads(body)['event_id']}", headers=headers)
         return re.findall(r"event: (\w+)\ndata: (.*)\n", stream)[-1]
 
 
@@ -130,64 +144,27 @@ def sites():
         web_server.close(each.page)
 
 
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    """A headless Chromium with a user folder of its own, without the requests that it makes for itself."""
-    from playwright.sync_api import sync_playwright
-
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-    flags += ["--disable-component-update", "--disable-sync"]
-    with sync_playwright() as playwright:
-        context = playwright.chromium.launch_persistent_context(
-            tmp_path_factory.mktemp("chromium"), executable_path=BROWSER, headless=True, args=flags
-        )
-        yield context.browser or context
-        context.close()
-
-
-class Visit:
-    """A page in the browser, and whom it has asked for anything."""
-
-    def __init__(self, chromium, url, width=1000):
-        self.page, self.asked_hosts, self.errors = chromium.new_page(), set(), []
-        self.page.set_default_timeout(20_000)
-        self.page.set_viewport_size({"width": width, "height": 800})
-        self.page.on("request", lambda request: self.asked_hosts.add(urllib.parse.urlsplit(request.url).hostname))
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.goto(url)
+class Visit(browser.Visit):
+    """A page of the demo."""
 
     def ask(self, instruction, input=""):
         self.page.get_by_label("Input (optional)").fill(input)
         self.page.get_by_label("Instruction", exact=True).fill(instruction)
         self.page.get_by_label("Instruction", exact=True).press("Enter")
 
-    def see(self, text, within=".answer"):
-        self.page.locator(within).filter(has_text=text).first.wait_for()
-
-    def text(self, which=0):
-        return self.page.locator(".answer").nth(which).inner_text()
-
-    def button(self, name):
-        return self.page.get_by_role("button", name=name, exact=True)
-
-    def is_as_wide_as_its_window(self):
-        return self.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-
 
 @pytest.fixture
 def visit(chromium, sites):
-    """``visit(url)`` opens a page; each must have kept to 127.0.0.1 and run without an error."""
+    """``visit(url)`` opens a page."""
     visits = []
 
     def open_page(url=None, **kwargs) -> Visit:
-        visits.append(Visit(chromium, url or sites().url, **kwargs))
+        visits.append(Visit(chromium.new_page(), url or sites().url, **kwargs))
         return visits[-1]
 
     yield open_page
     for each in visits:
-        hosts, errors = each.asked_hosts, each.errors
-        each.page.close()
-        assert hosts <= {"127.0.0.1", None, ""} and not errors
+        each.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,14 +187,32 @@ def test_an_answer_grows_while_it_is_written_and_stop_ends_it(visit, sites):
 
 
 @needs_browser
-def test_an_answer_that_is_cut_off_says_so(visit):
+def test_an_answer_that_is_cut_off_says_at_what(visit, sites):
     page = visit()
+    page.ask("full")
+    page.see("Cut off at the end of what the model can read.", ".status")
     page.ask("long")
     page.see("Cut off at the longest answer.", ".status")
     page.ask("say", "whole")
     page.see("whole")
     page.see("Answered in", ".status")
     assert "Cut off" not in page.page.locator(".status").first.inner_text()
+
+
+@needs_browser
+def test_after_a_refusal_there_is_nothing_to_stop(visit, sites):
+    page, refused = visit(), "button:has-text('Stop')[disabled]"
+    page.ask("  ")
+    page.page.get_by_text("Type an instruction first.").wait_for()
+    page.page.locator(refused).wait_for()
+    page.button("Try again").click()
+    page.page.get_by_text("There is no answer yet.").wait_for()
+    page.page.locator(refused).wait_for()
+    page.ask("count")
+    page.see(re.compile(r" 5 "))
+    page.button("Stop").click()
+    page.see("Stopped.", ".status")
+    assert sites().model.all_stopped.wait(10)
 
 
 @needs_browser
@@ -386,6 +381,18 @@ def test_a_phone_shows_the_page_without_scrolling_sideways(visit, sites, models)
 
 
 @needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_from_its_ground_light_and_dark(visit, scheme):
+    page = visit()
+    page.page.emulate_media(color_scheme=scheme)
+    page.page.reload()
+    page.ask("say", "A `word` and\n```\ncode\n```\n> quoted\n\n[there](https://example.org)")
+    page.see("there")
+    page.see("Answered in", ".status")
+    page.stands_out(scheme, "h1", ".notice", "textarea", "button.primary", ".status", ".answer :is(h2, code, a)", "pre")
+
+
+@needs_browser
 def test_every_field_and_button_has_a_name(visit):
     page = visit()
     for section in ("Sampling", "Report a harmful answer"):
@@ -464,19 +471,28 @@ def test_a_password_is_asked_for_and_needed(visit, sites):
 
 
 @needs_browser
-def test_a_trained_model_answers_on_the_page_and_ctrl_c_ends_it(visit, tiny_llama, tmp_path):
+def test_an_adapter_answers_on_two_pages_at_once_and_ctrl_c_ends_it(visit, tiny_llama, tmp_path):
+    """A real model in its threads: each page gets what the adapter over --base_path says to it alone."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
+    torch.manual_seed(1)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=0.2) if "lora_B" in name else None
+    model.save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "/gone"
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    transformers.AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "adapter")
+
+    def said(path, *given):
+        model, tokenizer = inference.load(path, "cpu", None, *given)
+        ids = inference.request_ids(tokenizer, "alpaca", TASKS)
+        return [text for text, *_ in inference.answer_batch(model, tokenizer, ids, web.Settings(400, 0))]
+
     server = subprocess.Popen(
-        [
-            sys.executable,
-            str(ROOT / "chat.py"),
-            "--model_path",
-            str(tiny_llama),
-            "--web",
-            "--port",
-            "0",
-            "--device",
-            "cpu",
-        ],
+        [sys.executable, str(ROOT / "chat.py"), "--model_path", "adapter", "--base_path", str(tiny_llama), "--web"]
+        + "--port 0 --device cpu --temperature 0 --max_new_tokens 400".split(),
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -484,31 +500,34 @@ def test_a_trained_model_answers_on_the_page_and_ctrl_c_ends_it(visit, tiny_llam
         env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
     )
     try:
-        line, reports = server.stdout.readline(), server.stdout.readline()  # communicate() loses what they read ahead
+        expected = said(tmp_path / "adapter", tiny_llama)
+        assert len(set(expected)) == 2 and not set(expected) & set(said(tiny_llama))
+        line, note = server.stdout.readline(), server.stdout.readline()
         url = re.search(r"http://127\.0\.0\.1:\d+/", line)
-        assert url and line.startswith("tiny-llama at "), line + server.stderr.read()
-        page = visit(url[0])
-        page.ask("Give three tips.", "For sleep.")
-        page.page.wait_for_function("document.querySelector('.answer').innerText.length > 40")
+        assert url and line.startswith("adapter at "), line + server.stderr.read()
+        pages = [visit(url[0]) for _ in TASKS]
+        for page, task in zip(pages, TASKS, strict=True):
+            page.ask(*task)
+        pages[0].see("Answering", ".status")
+        for page, text in zip(pages, expected, strict=True):
+            page.see("Answered in", ".status")
+            page.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+            page.page.bring_to_front()
+            page.button("Copy").click()
+            wait_until(lambda page=page: page.page.evaluate("navigator.clipboard.readText()"))
+            assert page.page.evaluate("navigator.clipboard.readText()") == text
         server.send_signal(signal.SIGINT)
         output, errors = server.communicate(timeout=30)
     finally:
         server.kill()
     assert (server.returncode, output.splitlines()[-1]) == (0, "stopped"), errors
-    assert str(tmp_path / "flagged.jsonl") in reports and "Traceback" not in errors
+    assert str(tmp_path / "flagged.jsonl") in note and "Traceback" not in errors
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Past the browser.
 
 GOOD = ["say", "hello", 16, 0.5, 0.9, 3]
-
-
-def wait_until(condition, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_a_program_that_asks_gets_the_answer(sites):
@@ -586,11 +605,74 @@ def test_a_request_must_say_its_length_and_be_meant_for_this_machine(sites):
     assert site.http("/", headers={"Host": "localhost:1"})[0] == 200
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": "http://attacker.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://127.0.0.1:1"}, 403),
+        ({"Origin": "http://attacker.example", "Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Origin": "http://{host}"}, 200),
+        ({"Origin": "https://demo.example", "X-Forwarded-Host": "demo.example"}, 200),
+        ({"Origin": "https://demo.example", "Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Sec-Fetch-Site": "cross-site"}, 200),  # a link to this page
+    ],
+)
+def test_a_page_of_another_site_is_not_answered(sites, headers, status):
+    host = urllib.parse.urlsplit(sites().url).netloc
+    headers = {name: value.replace("{host}", host) for name, value in headers.items()}
+    assert sites().http("/config", headers=headers)[0] == status
+    assert sites().http("/gradio_api/call/answer", {"data": GOOD}, headers)[0] == status
+
+
+def test_wrong_passwords_are_tried_with_pauses_and_keep_nobody_else_waiting(monkeypatch):
+    guard, slept = web_server.Guard(None, None), []
+
+    async def sleep(seconds):
+        slept.append(round(seconds, 1))
+
+    async def attempts():
+        return [await guard._may_log_in(address) for address in [*["a"] * 8, "b"]]
+
+    monkeypatch.setattr(web_server.asyncio, "sleep", sleep)
+    monkeypatch.setattr(web_server.time, "monotonic", lambda: 100.0)
+    with futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(asyncio.run, attempts()).result() == [True] * 6 + [False] * 2 + [True]
+    assert slept == [0, 2, 4, 6, 8, 10, 0]
+    monkeypatch.setattr(web_server.time, "monotonic", lambda: 113.0)
+    with futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(asyncio.run, guard._may_log_in("a")).result() and guard.next_login == {"a": 115.0}
+
+
+def test_a_right_password_ends_the_pauses(sites, monkeypatch):
+    monkeypatch.setattr(web_server, "LOGIN_PAUSE", 30.0)
+    site = sites(auth=("ann", "right"))
+    assert [site.log_in(password)[0] for password in ("right", "right", "wrong", "right")] == [200, 200, 400, 429]
+    guard = site.page.app.middleware_stack
+    while not isinstance(guard, web_server.Guard):
+        guard = guard.app
+    guard.next_login.clear()  # as if half a minute had passed
+    assert site.log_in()[0] == 200
+
+
+def test_of_two_requests_by_one_login_the_later_is_answered(sites):
+    site = sites(auth=("ann", "right"))
+    mine, other = site.log_in()[1], site.log_in()[1]
+    with futures.ThreadPoolExecutor(2) as pool:
+        first = pool.submit(site.call, "count", "", 512, 1, 1, 0, headers=mine)
+        wait_until(lambda: site.model.running == 1)
+        assert site.call(*GOOD, headers=other)[0] == "complete" and site.model.running == 1
+        assert site.call(*GOOD, headers=mine)[0] == "complete"
+        event, data = first.result()
+    assert event == "error" and "in another window: one at a time" in data
+    assert site.model.all_stopped.wait(10)
+
+
 def drive(models, word, use):
     """Runs ``use(stream of answers)`` in a loop of its own."""
 
     async def run():
-        stream = web.answers(models, utils.format_prompt(word), web.Settings(seed=0), set())
+        stream = web.answers(models, utils.format_prompt(word), web.Settings(seed=0), {})
         try:
             return await use(stream)
         finally:
@@ -705,11 +787,13 @@ def test_a_port_in_use_is_one_line(sites):
         web.serve("no-such-folder", port=port)
 
 
-def test_without_gradio_one_line_says_how_to_get_it(monkeypatch):
+@pytest.mark.parametrize("page", ["web", "judge_page"])
+def test_without_gradio_one_line_says_how_to_get_it(monkeypatch, page):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "alpaca.web")
-    with pytest.raises(UserError, match=r"--web needs Gradio: pip install -e '\.\[web\]'"):
-        __import__("alpaca.web")
+    for module in (page, "web_server"):
+        monkeypatch.delitem(sys.modules, f"alpaca.{module}", raising=False)
+    with pytest.raises(UserError, match=r"a page in the browser needs Gradio: pip install -e '\.\[web\]'"):
+        __import__(f"alpaca.{page}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
