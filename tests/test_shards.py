@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -172,3 +174,12 @@ def test_a_sharded_model_of_ours_loads_with_from_pretrained(tiny_llama, tmp_path
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", output_loading_info=True)
     assert not any(report.values())
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_disk_that_takes_no_advice_is_written_to_all_the_same(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse, raising=False)
+    write_weights(tmp_path, {"a": (torch.float32, (2,))}, [torch.tensor([1.0, 2.0])])
+    assert load_file(tmp_path / "model.safetensors")["a"].tolist() == [1.0, 2.0]
