@@ -11,6 +11,7 @@ As a page for the browser (the live demo): python chat.py --model_path DIR --web
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -25,6 +26,7 @@ HELP = r'''Type an instruction. Each is answered on its own (with --template cha
   /quit         leaves, as Ctrl-D does; Ctrl-C stops an answer, twice it leaves'''
 COMMANDS = ("/input", "/reset", "/help", "/?", "/quit", "/exit")
 FENCE = '"""'
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
 
 
 def chat(
@@ -185,10 +187,11 @@ def talk(conversation, input: str = "") -> bool:
 
 
 def answer(conversation, instruction: str, input: str) -> None:
-    """Prints an answer as it comes."""
+    """Prints an answer as it comes, to a terminal without the control characters that could rewrite what it shows."""
+    terminal = sys.stdout.isatty()
     with closing(conversation.ask(instruction, input)) as pieces:
         for piece in pieces:
-            print(piece, end="", flush=True)
+            print(CONTROL.sub("", piece) if terminal else piece, end="", flush=True)
     print(flush=True)
     if conversation.cut:
         limit = "--max_new_tokens" if conversation.cut == "max_new_tokens" else "the end of the context"
