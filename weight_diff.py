@@ -301,8 +301,8 @@ def _matching_specs(raw: CheckpointReader, other: CheckpointReader, flag: str) -
     for name, (_, shape) in specs.items():
         raw_shape = raw.spec(name)[1]
         vocabularies = raw.vocab_size, other.vocab_size
-        more_rows = (
-            len(raw_shape) == len(shape) == 2
+        more_rows = (  # of an embedding, or of the output's bias, as Phi and GPT-J have one
+            len(raw_shape) == len(shape) in (1, 2)
             and (raw_shape[0], shape[0]) == vocabularies
             and raw_shape[0] < shape[0]
             and raw_shape[1:] == shape[1:]
@@ -334,8 +334,11 @@ def _check_before(manifest: dict, raw: CheckpointReader, diff: CheckpointReader,
 
 
 def _mean_rows(raw: CheckpointReader, specs: Specs, known: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the original has in the new rows of each matrix to which training gave some, unless it is known already."""
-    names = [name for name, (_, shape) in specs.items() if raw.spec(name)[1] != shape]
+    """What the original has in the new rows of each matrix to which training gave some, unless it is known already.
+
+    A bias that grew has 0 there, as transformers grows one.
+    """
+    names = [name for name, (_, shape) in specs.items() if len(shape) == 2 and raw.spec(name)[1] != shape]
     return {name: known[name] if name in known else mean_row(raw, name) for name in names}
 
 
