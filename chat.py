@@ -11,7 +11,6 @@ As a page for the browser (the live demo): python chat.py --model_path DIR --web
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -26,7 +25,6 @@ HELP = r'''Type an instruction. Each is answered on its own (with --template cha
   /quit         leaves, as Ctrl-D does; Ctrl-C stops an answer, twice it leaves'''
 COMMANDS = ("/input", "/reset", "/help", "/?", "/quit", "/exit")
 FENCE = '"""'
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
 
 
 def chat(
@@ -191,7 +189,7 @@ def answer(conversation, instruction: str, input: str) -> None:
     terminal = sys.stdout.isatty()
     with closing(conversation.ask(instruction, input)) as pieces:
         for piece in pieces:
-            print(CONTROL.sub("", piece) if terminal else piece, end="", flush=True)
+            print(cli.CONTROL.sub("", piece) if terminal else piece, end="", flush=True)
     print(flush=True)
     if conversation.cut:
         limit = "--max_new_tokens" if conversation.cut == "max_new_tokens" else "the end of the context"
