@@ -20,7 +20,7 @@ from alpaca.weight_files import DTYPE_NAMES
 
 def parse_size(text: str) -> int:
     """Bytes of a size such as ``5GB`` or ``500MB``, in powers of 1000 as transformers has it; GiB in powers of 1024."""
-    match = re.fullmatch(r"([0-9]*\.?[0-9]+) ?([KMGT]?)(i?)B", str(text).strip(), re.I)
+    match = re.fullmatch(r"([0-9]{0,15}\.?[0-9]{1,15}) ?([KMGT]?)(i?)B", str(text).strip(), re.I)
     size = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")) if match else 0
     if size < 1:
         raise UserError(f"--max_shard_size takes a size such as 5GB or 500MB, not {text!r}")
