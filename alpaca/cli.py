@@ -6,12 +6,15 @@ import difflib
 import errno
 import inspect
 import math
+import re
 import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
 
 from alpaca import UserError
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what makes a terminal do things; not tab and line feed
 
 
 def run_cli(commands: Callable | dict[str, Callable]) -> None:
@@ -25,8 +28,8 @@ def run_cli(commands: Callable | dict[str, Callable]) -> None:
     try:
         argv = _typed_argv(commands, sys.argv[1:])
         fire.Fire(commands, command=argv, name=Path(sys.argv[0]).name)
-    except UserError as e:
-        sys.exit(f"error: {e}")
+    except UserError as e:  # it may quote a file of a stranger
+        sys.exit("error: " + CONTROL.sub(lambda found: ascii(found[0])[1:-1], str(e)))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)

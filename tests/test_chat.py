@@ -396,6 +396,24 @@ def test_a_stdout_that_is_not_utf_8_takes_any_answer(tmp_path, monkeypatch):
     assert out.getvalue() == "café ?!\n".encode("latin-1")
 
 
+@pytest.mark.parametrize(
+    ("terminal", "shown"), [(True, "é\tok]0;title[2J\n\n"), (False, "é\tok\x1b]0;title\x07\x9b\r\x1b[2J\n\n")]
+)
+def test_a_terminal_gets_no_control_characters_and_a_file_gets_every_byte(monkeypatch, terminal, shown):
+    class Conversation:
+        cut = ""
+
+        def ask(self, instruction, input):
+            yield "é\tok\x1b]0;title\x07"
+            yield "\x9b\r\x1b[2J\n"
+
+    out = io.StringIO()
+    out.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stdout", out)
+    chat.answer(Conversation(), "x", "")
+    assert out.getvalue() == shown
+
+
 def test_no_instruction_at_all_is_told(tiny_llama, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as exit:
         run_file(monkeypatch, tiny_llama, "\n", tmp_path / "out.jsonl")
