@@ -82,6 +82,9 @@ def _parse_json(text: str, path: Path, line: int | None = None):
     except json.JSONDecodeError as e:
         hint = "" if line or "Extra data" not in e.msg else " (one object a line? name it .jsonl)"
         raise UserError(f"{path}, line {line or e.lineno}: malformed JSON, {e.msg} at column {e.colno}{hint}") from None
+    except (RecursionError, ValueError) as e:  # the second: a number of more than 4,300 digits
+        why = "nested too deeply" if isinstance(e, RecursionError) else "a number with too many digits"
+        raise UserError(f"{path}{f', line {line}' if line else ''}: malformed JSON, {why}") from None
 
 
 def jdump(obj, path: str | os.PathLike, indent: int = 4) -> None:
