@@ -167,6 +167,16 @@ def test_a_model_before_and_after_training_is_compared_by_its_loss(files, tmp_pa
     assert second[-3:] == ["1.500 (1.500 to 1.500)", "4.48", "-0.500 (-0.500 to -0.500)"]
 
 
+def test_a_model_whose_losses_are_all_nan_has_none_and_that_is_told(files, tmp_path):
+    rows = [
+        json.loads(line) | {"reference_loss": float("nan")} for line in (files / "a.jsonl").read_text().splitlines()
+    ]
+    write(tmp_path / "a.jsonl", rows)
+    found = run(files, tmp_path / "out", answers=f"{tmp_path}/a.jsonl")
+    assert found["answerers"][0]["loss"] is None
+    assert found["notes"] == [f"{A}'s loss is no finite number on {COUNT} references: left out."]
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
