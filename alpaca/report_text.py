@@ -111,6 +111,18 @@ def words(judge: dict) -> list[str]:
     return [text for text in (judge["words"], judge["length_words"], judge["position_words"]) if text]
 
 
+def asked_with(judge: dict) -> list[str]:
+    """How a model was asked: who answered, the prompt, the settings. One line a way."""
+    said = []
+    for way in judge["asked_with"] if judge["kind"] == "model" else ():
+        settings = way.get("settings")
+        facts = [f"prompt {way['prompt_sha256'][:8]}"] if way.get("prompt_sha256") else []
+        facts += [f"{name} {value}" for name, value in settings.items()] if isinstance(settings, dict) else []
+        by = f"; its server names {way['answered_by']}" if way.get("answered_by") else ""
+        said.append(f"Asked with {', '.join(facts) or 'nothing that is known'}{by}.")
+    return said
+
+
 def overlap_words(overlap: dict) -> str:
     shared = "; ".join(
         f"{g['n']} words in a row with a record: {g['shared']} of the {g['long_enough']} that are so long"
@@ -183,6 +195,11 @@ def notes(found: dict, answerers: list[Answers], no_rouge: bool) -> list[str]:
     for judge in found["judges"]:
         if judge["failed"]:
             said.append(f"{judge['judge']} failed on some items ({judge['failed']}): left out, not counted as ties.")
+        if judge["kind"] == "model" and (ways := len(judge["asked_with"])) > 1:
+            said.append(
+                f"{judge['judge']} was asked in {ways} ways, or answered by {ways} models: where it judged the same "
+                "twice, the last counts."
+            )
         if judge["not_judged"]:
             said.append(f"{judge['judge']} has not judged {judge['not_judged']} of the answered instructions.")
         if 0 < judge["judged"] < FEW:
