@@ -332,7 +332,7 @@ def report(
         instructions: the instruction set that was answered.
         answers: files of answers to it, with commas between: A.jsonl,B.jsonl. Wins are A's.
         output_dir: folder for the three files.
-        judgments: files that the task judge wrote about A and B, of one judge or several, with commas between.
+        judgments: files that the tasks judge and people wrote about A and B, with commas between.
         data_path: training data in Alpaca's format, to look for the instructions in it.
         seed: of the draws behind the bootstrap intervals.
     """

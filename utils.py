@@ -82,6 +82,9 @@ def _parse_json(text: str, path: Path, line: int | None = None):
     except json.JSONDecodeError as e:
         hint = "" if line or "Extra data" not in e.msg else " (one object a line? name it .jsonl)"
         raise UserError(f"{path}, line {line or e.lineno}: malformed JSON, {e.msg} at column {e.colno}{hint}") from None
+    except (RecursionError, ValueError) as e:  # the second: a number of more than 4,300 digits
+        why = "nested too deeply" if isinstance(e, RecursionError) else "a number with too many digits"
+        raise UserError(f"{path}{f', line {line}' if line else ''}: malformed JSON, {why}") from None
 
 
 def jdump(obj, path: str | os.PathLike, indent: int = 4) -> None:
@@ -204,8 +207,8 @@ class Teacher:
 
     Args:
         model_name: the model, as its server calls it.
-        decoding: how it samples. ``max_tokens`` is halved for good when the server says that prompt and reply together
-            do not fit its context, and half of it does.
+        decoding: how it samples. ``max_tokens`` is halved when the server says that prompt and reply together do not
+            fit its context; what fits then is asked for at once behind all prompts that are as long.
         api: "chat" sends a prompt as one user message; "completions" lets a base model continue it.
         base_url: default OPENAI_BASE_URL, then api.openai.com; the key is OPENAI_API_KEY.
         request_timeout: seconds until a request is tried again.
@@ -245,6 +248,7 @@ class Teacher:
         # without user:password@ and ?key=…
         self._where = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
         self._empty_retries, self._refused = min(max_retries, empty_retries), set()
+        self._fitting: dict[int, int] = {}  # characters of a prompt → tokens of a reply, where max_tokens were too many
         # A server that drips a byte now and then never times out: its limit is that of all tries together.
         self._patience = (max_retries + 1) * request_timeout + 120
         limits = httpx2.Limits(max_connections=max_concurrency, max_keepalive_connections=max_concurrency)
@@ -282,12 +286,15 @@ class Teacher:
         """A reply of at most ``limit`` tokens, and whether it has no text but another try may bring one."""
         import openai
 
-        where, model, settings = self._where, self.model_name, self._settings(seed, limit)
+        where, model, settings = self._where, self.model_name, self._settings(len(prompt), seed, limit)
         try:
             reply, again = await asyncio.wait_for(self._send(prompt, settings), self._patience)
-            if limit and reply.text and limit < self.decoding.max_tokens:  # not for a prompt that is too long by itself
-                logging.warning("the context of %s is too short: replies of at most %d tokens now", model, limit)
-                self.decoding.max_tokens = limit
+            if limit and reply.text and limit < self._longest(len(prompt)):  # a prompt may be too long by itself
+                logging.warning(
+                    "the context of %s is too short for prompts of %d characters: replies of at most %d tokens to such",
+                    *(model, len(prompt), limit),
+                )
+                self._fitting[len(prompt)] = limit
             return reply, again
         except asyncio.TimeoutError:
             return Completion(None, error="timeout"), False
@@ -325,9 +332,14 @@ class Teacher:
         except (openai.OpenAIError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as e:
             return Completion(None, error=f"unreadable reply ({type(e).__name__})"), True
 
-    def _settings(self, seed: int | None, limit: int | None) -> dict:
+    def _longest(self, characters: int) -> int:
+        """The most tokens to ask for behind a prompt of so many characters: a long one limits no shorter one."""
+        fitting = (tokens for length, tokens in self._fitting.items() if length <= characters)
+        return min(fitting, default=self.decoding.max_tokens)
+
+    def _settings(self, characters: int, seed: int | None, limit: int | None) -> dict:
         settings = dataclasses.asdict(self.decoding) | {"seed": seed}
-        settings["max_tokens"] = min(limit or settings["max_tokens"], settings["max_tokens"])
+        settings["max_tokens"] = limit or self._longest(characters)
         if "max_tokens" in self._refused:  # what models that think before they answer call it
             settings["max_completion_tokens"] = settings["max_tokens"]
         return {key: value for key, value in settings.items() if value is not None and key not in self._refused}

@@ -58,10 +58,7 @@ def read_requests(path: str | os.PathLike, skip_errors: bool = False) -> tuple[l
         lines = enumerate(utils.read_text(path).split("\n"), 1)
         entries = [(f"line {number}", line) for number, line in lines if line.strip()]
     else:
-        try:
-            entries = [(f"record {number}", record) for number, record in enumerate(utils.jload(path), 1)]
-        except RecursionError:
-            raise UserError(f"{path}: malformed JSON, nested too deeply") from None
+        entries = [(f"record {number}", record) for number, record in enumerate(utils.jload(path), 1)]
     requests, faults = [], []
     for place, entry in entries:
         try:

@@ -34,13 +34,14 @@ def judge_figures(
     lengths = {id: (len(a.outputs[id]), len(b.outputs[id])) for id in a.outputs if id in b.outputs}
     categories = {item.id: item.category for item in items}
     groups: dict[str, list[Verdict]] = {}
-    for verdict in [*together, *verdicts]:
+    for verdict in verdicts:
         groups.setdefault(verdict.judge, []).append(verdict)
     figures = []
-    for judge, own in groups.items():
+    # Not one more group: a person may have taken that very name.
+    for judge, own in [*([(PEOPLE, together)] if together else []), *groups.items()]:
         rate = win_rate(own, seed)
         length = length_bias(own, lengths, seed)
-        position = position_bias([ask for ask in asks if ask.judge == judge], seed) if judge != PEOPLE else None
+        position = position_bias([ask for ask in asks if ask.judge == judge], seed) if own is not together else None
         figures.append(
             {
                 "judge": judge,
@@ -121,6 +122,8 @@ def position_bias(asks: Sequence[Ask], seed: int = 0) -> dict:
 
     Asked in both orders, a judge without bias prefers the first in half of them by construction; so the items are what
     varies, and the test is a sign test over items: where more firsts than seconds were preferred against the reverse.
+    An ask of a model whose other order failed, or was not asked yet, says who is better rather than which place is
+    preferred, and is left out; a person's sides were drawn at random.
 
     Returns:
         decided asks; share_first of them with a bootstrap interval over items and p; of the items with unequal answers
@@ -129,8 +132,9 @@ def position_bias(asks: Sequence[Ask], seed: int = 0) -> dict:
     """
     firsts: Counter = Counter()
     decided: Counter = Counter()
+    answered = Counter(ask.id for ask in asks if ask.preferred is not None)
     for ask in asks:
-        if ask.preferred in ("first", "second"):
+        if ask.preferred in ("first", "second") and (ask.kind == "person" or answered[ask.id] == 2):
             firsts[ask.id] += ask.preferred == "first"
             decided[ask.id] += 1
     net = [2 * firsts[id] - decided[id] for id in decided]
@@ -291,6 +295,10 @@ def in_words(rate: dict, a: str, b: str) -> str:
     p = f"sign test, p {p_value(rate['p'])}"
     if rate["p"] < 0.05:
         return text + f"{a if rate['wins'] > rate['losses'] else b} wins more often than chance explains ({p})."
+    decided = rate["wins"] + rate["losses"]
+    if rate["detectable"] >= 0.5 + decided / rate["judged"] / 2:  # more than if one side had won them all
+        few = f"{decided} decided instruction{'s are' if decided > 1 else ' is'} too few to show any but the largest."
+        return text + f"No difference can be seen ({p}). {few}"
     given = f"With {rate['judged']} instructions{' and so many ties' if rate['ties'] else ''}"
     return text + (
         f"No difference can be seen ({p}). {given}, only a win rate beyond {rate['detectable']:.1%}, or below "
@@ -323,15 +331,15 @@ def length_in_words(rate: dict, length: dict, a: str, b: str) -> str | None:
     controlled, (low, high) = length["length_controlled"], length["interval"]
     figures = f"a win rate of {controlled:.1%} for {a} (95% interval {low:.1%} to {high:.1%})"
     if low <= 0.5 <= high:
-        return f"At equal length nothing would be left of it: {figures}." if rate["p"] < 0.05 else None
+        return f"At equal length no difference can be seen any more: {figures}." if rate["p"] < 0.05 else None
     if rate["p"] < 0.05 and (controlled > 0.5) == (rate["wins"] > rate["losses"]):
         return f"At equal length it stays: {figures}."
     return f"At equal length {a if controlled > 0.5 else b} would win more often: {figures}."
 
 
 def p_value(p: float) -> str:
-    """A p-value behind "p ": never 0, and two digits that count."""
-    return "< 0.0001" if p < 0.0001 else f"= {p:.4f}" if p < 0.01 else f"= {p:.2f}"
+    """A p-value behind "p ": never 0, and told apart from 0.05."""
+    return "< 0.0001" if p < 0.0001 else f"= {p:.4f}" if p < 0.1 else f"= {p:.2f}"
 
 
 def without_nan(value):

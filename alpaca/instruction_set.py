@@ -99,7 +99,7 @@ def read_set(path: str | os.PathLike) -> list[Item]:
             f"{path} does not exist; it is Self-Instruct's (yizhongw/self-instruct, human_eval/{THE_252}): "
             f"python analyze_data.py fetch --url {THE_252_URL} --blob_id {THE_252_BLOB} --output_path {path}"
         )
-    items, records = [], _records(path)
+    items, records = [], utils.jload(path)
     for number, record in enumerate(records, 1):
         try:
             items += _items(record, number)
@@ -143,10 +143,10 @@ def read_answers(path: str | os.PathLike, items: list[Item]) -> Answers:
     rows: dict[str, dict] = {}
     strangers: list[str] = []
     names: dict[str, None] = {}
-    for number, row in enumerate(_records(path), 1):
+    for number, row in enumerate(utils.jload(path), 1):
         try:
             instruction, input = _texts(row)
-            answer = _answer(row)
+            answer, name = _answer(row), _generator(row)
         except UserError as e:
             raise UserError(f"{path}, record {number}: {e}") from None
         same = places.get((instruction.strip(), input.strip()), [])
@@ -157,8 +157,8 @@ def read_answers(path: str | os.PathLike, items: list[Item]) -> Answers:
         free = [item for item in named or same if item.id not in rows]
         if not free:
             raise UserError(f"{path}, record {number} answers {_short(instruction)} once more: keep one answer to each")
-        if isinstance(row.get("generator"), str):
-            names[row["generator"]] = None
+        if name:
+            names[name] = None
         rows[free[0].id] = row
         if answer is not None:
             outputs[free[0].id] = answer.strip()
@@ -183,7 +183,7 @@ def read_pair(instructions: str | os.PathLike, answers: str) -> tuple[list[Item]
     Raises:
         UserError: not two files, or both of one model.
     """
-    items, paths = read_set(instructions), answers.split(",")
+    items, paths = read_set(instructions), [path.strip() for path in answers.split(",")]
     if len(paths) != 2:
         raise UserError(f"--answers takes two files with a comma between them, A.jsonl,B.jsonl, not {len(paths)}")
     pair = [read_answers(path, items) for path in paths]
@@ -207,13 +207,6 @@ def write_answers(rows: list[dict], path: str | os.PathLike) -> None:
         file.writelines(utils.json_text(row) + "\n" for row in rows)
 
 
-def _records(path: Path) -> list:
-    try:
-        return utils.jload(path)
-    except RecursionError:
-        raise UserError(f"{path}: malformed JSON, nested too deeply") from None
-
-
 def _items(record, number: int) -> list[Item]:
     """The items of a record of any of the formats."""
     if not isinstance(record, dict):
@@ -221,6 +214,7 @@ def _items(record, number: int) -> list[Item]:
     id, category = record.get("id", number), record.get("motivation_app", record.get("dataset", ""))
     if not isinstance(id, str | int) or not isinstance(category, str):
         raise UserError('its "id", "motivation_app" or "dataset" is no text')
+    _encodable(f"{id}{category}")
     if "instances" not in record:
         return [Item(str(id), *_texts(record), _reference(record), category)]
     instances = record["instances"]
@@ -262,6 +256,13 @@ def _answer(row: dict) -> str | None:
         raise UserError('the answer, "output" or "response", is no text')
     _encodable(answer or "")
     return answer
+
+
+def _generator(row: dict) -> str | None:
+    name = row.get("generator")
+    if name is not None and not (isinstance(name, str) and name.strip() and name.isprintable()):
+        raise UserError('"generator" must be a name in one line if it is there')
+    return name
 
 
 def _encodable(text: str) -> None:

@@ -60,8 +60,10 @@ def verdict(reply: str) -> str | None:
     """ "first", "second" or "tie" as the reply's last line says ("Verdict: A", "B" or "tie"); None if it says nothing.
 
     Case and Markdown do not matter. A reply with two verdicts that differ says nothing. Thoughts that a model writes
-    down before its reply (up to "</think>") are no part of it.
+    down before its reply (up to "</think>") are no part of it; a reply that was cut off in them says nothing.
     """
+    if reply.lstrip().startswith("<think>") and "</think>" not in reply:
+        return None
     lines = [re.sub(r"[*_`#>\[\]()\"']", "", line).strip() for line in reply.rpartition("</think>")[2].splitlines()]
     lines = [line for line in lines if line]
     found = [re.fullmatch(r"(?:final )?verdict\s*[:：]\s*(?:answer )?(a|b|tie)\.?", line, re.I) for line in lines]

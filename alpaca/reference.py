@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
@@ -44,11 +45,14 @@ def rouge_l(pairs: Iterable[tuple[str, str]]) -> list[float]:
 
 
 def reference_losses(rows: Mapping[str, dict]) -> dict[str, tuple[float, int]]:
-    """Item id → mean loss in nats per token of the reference answer, and its tokens, where the rows have them."""
+    """Item id → mean loss in nats per token of the reference answer, and its tokens, where the rows have them.
+
+    NaN and infinity, which a model in float16 can come to, are no figures to take a mean of.
+    """
     found = {}
     for id, row in rows.items():
         loss, tokens = row.get("reference_loss"), row.get("reference_tokens")
-        if isinstance(loss, int | float) and isinstance(tokens, int) and tokens > 0:
+        if isinstance(loss, int | float) and isinstance(tokens, int) and tokens > 0 and math.isfinite(loss):
             found[id] = (float(loss), tokens)
     return found
 
@@ -61,9 +65,10 @@ def summary(items: Sequence[Item], answerers: Sequence[Answers], seed: int = 0) 
 
     Returns:
         For each answerer a dict: name; answered, unanswered and empty counts; characters of an answer on average;
-        rouge_l and its difference from the first one's, both in [0, 1], and loss with
-        perplexity, and its difference, each {"mean", "interval", "items"} or None; losses of different tokenizers (told
-        by their numbers of tokens) have no difference. Then for each answerer item id → ROUGE-L; None without nltk.
+        rouge_l and its difference from the first one's, both in [0, 1], and loss with perplexity, and its difference,
+        each {"mean", "interval", "items"} or None; losses of different tokenizers (told by their numbers of tokens)
+        have no difference; loss_not_finite: how many losses were left out as no finite number. Then for each answerer
+        item id → ROUGE-L; None without nltk.
     """
     references = {item.id: item.reference for item in items if item.reference}
     try:
@@ -84,6 +89,7 @@ def summary(items: Sequence[Item], answerers: Sequence[Answers], seed: int = 0) 
             "rouge_l_difference": None,
             "loss": None,
             "loss_difference": None,
+            "loss_not_finite": sum(_not_finite(row.get("reference_loss")) for row in answers.rows.values()),
         }
         if scores and scores[place]:
             entry["rouge_l"] = _mean(list(scores[place].values()), seed=seed)
@@ -100,6 +106,10 @@ def summary(items: Sequence[Item], answerers: Sequence[Answers], seed: int = 0) 
                 entry["loss_difference"] = _mean(differences, [losses[0][id][1] for id in common], seed=seed)
         found.append(entry)
     return found, scores
+
+
+def _not_finite(loss) -> bool:
+    return isinstance(loss, float) and not math.isfinite(loss)
 
 
 def _scores(answers: Answers, references: Mapping[str, str]) -> dict[str, float]:

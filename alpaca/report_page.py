@@ -147,7 +147,7 @@ def _judges(report: dict) -> str:
     biased = [judge for judge in report["judges"] if judge["position"] and judge["position"]["p"] < 0.05]
     body += _list(f"{judge['judge']}: {judge['position_words']}" for judge in biased)
     for judge in report["judges"]:
-        body += _details(judge["judge"], _list(report_text.words(judge)))
+        body += _details(judge["judge"], _list(report_text.words(judge) + report_text.asked_with(judge)))
     return _section("The judges", body)
 
 

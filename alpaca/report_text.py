@@ -13,6 +13,7 @@ from alpaca.instruction_set import Answers
 METHOD = (
     "Win rate: wins and half of the ties, of all items with a verdict. A model is asked in both orders; where it "
     "contradicts itself the item is a tie, and where an ask failed the item is left out.",
+    "Where several people judged, their majority is the side that more of them chose, whatever number saw a tie.",
     "Intervals of win rates, ROUGE-L and losses: 95% percentile bootstrap over instructions, 10,000 resamples. Of bins "
     "and categories: Wilson's 95% interval.",
     "p: exact two-sided sign test, ties dropped; of a preference for the first place, over items.",
@@ -110,6 +111,18 @@ def words(judge: dict) -> list[str]:
     return [text for text in (judge["words"], judge["length_words"], judge["position_words"]) if text]
 
 
+def asked_with(judge: dict) -> list[str]:
+    """How a model was asked: who answered, the prompt, the settings. One line a way."""
+    said = []
+    for way in judge["asked_with"] if judge["kind"] == "model" else ():
+        settings = way.get("settings")
+        facts = [f"prompt {way['prompt_sha256'][:8]}"] if way.get("prompt_sha256") else []
+        facts += [f"{name} {value}" for name, value in settings.items()] if isinstance(settings, dict) else []
+        by = f"; its server names {way['answered_by']}" if way.get("answered_by") else ""
+        said.append(f"Asked with {', '.join(facts) or 'nothing that is known'}{by}.")
+    return said
+
+
 def overlap_words(overlap: dict) -> str:
     shared = "; ".join(
         f"{g['n']} words in a row with a record: {g['shared']} of the {g['long_enough']} that are so long"
@@ -176,9 +189,17 @@ def notes(found: dict, answerers: list[Answers], no_rouge: bool) -> list[str]:
         if one.unanswered:
             few = ", ".join(one.unanswered[:3]) + (", …" if len(one.unanswered) > 3 else "")
             said.append(f"{one.generator} has no answer to {len(one.unanswered)} instructions, left out: {few}")
+    for one in found["answerers"]:
+        if one["loss_not_finite"]:
+            said.append(f"{one['name']}'s loss is no finite number on {one['loss_not_finite']} references: left out.")
     for judge in found["judges"]:
         if judge["failed"]:
             said.append(f"{judge['judge']} failed on some items ({judge['failed']}): left out, not counted as ties.")
+        if judge["kind"] == "model" and (ways := len(judge["asked_with"])) > 1:
+            said.append(
+                f"{judge['judge']} was asked in {ways} ways, or answered by {ways} models: where it judged the same "
+                "twice, the last counts."
+            )
         if judge["not_judged"]:
             said.append(f"{judge['judge']} has not judged {judge['not_judged']} of the answered instructions.")
         if 0 < judge["judged"] < FEW:

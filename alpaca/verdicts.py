@@ -66,7 +66,7 @@ class Verdict:
 
 
 def read_judgments(paths: Iterable[str | os.PathLike]) -> list[dict]:
-    """The rows of files that judge.py judge made.
+    """The rows of files that judge.py judge and judge.py people made.
 
     Raises:
         UserError: a file that cannot be read or holds no row, or a row without a field that is needed.
@@ -77,7 +77,7 @@ def read_judgments(paths: Iterable[str | os.PathLike]) -> list[dict]:
         for number, row in enumerate(utils.jload(path), 1):
             fault = _fault(row)
             if fault:
-                raise UserError(f"{path}, row {number}: {fault}; give files that judge.py judge wrote")
+                raise UserError(f"{path}, row {number}: {fault}; give files that judge.py judge or people wrote")
             rows.append(row)
         if len(rows) == before:
             raise UserError(f"{path} holds no judgments: give a file with at least one")
@@ -93,12 +93,18 @@ def _fault(row) -> str | None:
     if "preferred" not in row or row["preferred"] not in PREFERRED:
         return '"preferred" must be "first", "second", "tie" or null'
     judge = row.get("judge")
-    if not isinstance(judge, dict) or judge.get("kind") not in ("model", "person") or not judge.get("name"):
+    if not isinstance(judge, dict) or judge.get("kind") not in ("model", "person") or not _is_name(judge.get("name")):
         return 'no "judge" with a "kind" (model, person) and a "name"'
+    if not isinstance(judge.get("prompt_sha256"), str | None):
+        return 'the judge\'s "prompt_sha256" must be a hash or null'
     hashes = row.get("answers_sha256")
     if not isinstance(hashes, list) or len(hashes) != 2 or not all(isinstance(one, str | None) for one in hashes):
         return '"answers_sha256" must be the hashes of the two answers'
     return None
+
+
+def _is_name(name) -> bool:
+    return isinstance(name, str) and bool(name.strip()) and name.isprintable()
 
 
 def read_asks(rows: Sequence[dict], a: Answers, b: Answers) -> list[Ask]:
@@ -156,13 +162,18 @@ def judge_names(rows: Sequence[dict]) -> list[str]:
 
 
 def settings_of(rows: Sequence[dict], judge: str) -> list[dict]:
-    """The different ways in which a judge was asked, with the model that its server names; [] for a majority."""
-    found = []
+    """The different ways in which a judge was asked, with the model that its server names; [] for a majority.
+
+    Where no reply came, or nobody was asked about equal answers, there is no word of a server's: such rows tell a way
+    of their own only if no reply tells it.
+    """
+    found, silent = [], []
     for row, name in zip(rows, judge_names(rows), strict=True):
-        settings = row["judge"] | {"answered_by": row["answered_by"]} if row.get("answered_by") else row["judge"]
-        if name == judge and settings not in found:
-            found.append(settings)
-    return found
+        answered_by = {"answered_by": row["answered_by"]} if row.get("answered_by") else {}
+        if name == judge and (settings := row["judge"] | answered_by) not in (ways := found if answered_by else silent):
+            ways.append(settings)
+    told = [{key: value for key, value in way.items() if key != "answered_by"} for way in found]
+    return found + [way for way in silent if way not in told]
 
 
 def fold(asks: Iterable[Ask]) -> list[Verdict]:

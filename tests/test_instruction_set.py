@@ -86,6 +86,8 @@ def test_where_the_252_come_from_is_said_when_they_are_missing(tmp_path):
         ([{"instruction": "x", "instances": []}], "record 1: .*a list of objects, one at least"),
         ([{"instruction": "x", "id": "a"}, {"instruction": "y", "id": "a"}], "the id 'a' twice"),
         ([{"instruction": "x", "motivation_app": 3}], "record 1: .* is no text"),
+        ([{"instruction": "x", "id": "\ud83d"}], "record 1: holds half of a surrogate pair"),
+        ([{"instruction": "x", "dataset": "\ud83d"}], "record 1: holds half of a surrogate pair"),
     ],
 )
 def test_a_malformed_set_is_one_line(tmp_path, rows, said):
@@ -173,6 +175,8 @@ def test_an_error_is_unanswered_and_an_empty_answer_is_one(tmp_path):
         ([{"instruction": "a", "output": 3}], "record 1: the answer, .* is no text"),
         ([{"instruction": "a", "output": "\udc00"}], "record 1: holds half of a surrogate pair"),
         ([{"output": "x"}], 'record 1: needs a text "instruction"'),
+        ([{"instruction": "a", "output": "x", "generator": "m\ud83d"}], 'record 1: "generator" must be a name'),
+        ([{"instruction": "a", "output": "x", "generator": "\x1b[2Jm"}], 'record 1: "generator" must be a name'),
         (
             [
                 {"instruction": "a", "output": "x", "generator": "m"},

@@ -77,6 +77,7 @@ def prefers_long(number, body) -> str:
         ("## Final verdict: Answer B", "second"),
         ("Verdict: A\nso\n_Verdict:_ **A**\n```", "first"),
         ("<think>\nVerdict: A\n</think>\nVerdict: B", "second"),
+        ("<think>\nIs it B? It would end in\nVerdict: B", None),  # cut off while it thought
         ("A", None),
         ("Verdict: A or B", None),
         ("Verdict: C", None),
@@ -135,6 +136,12 @@ def test_both_orders_are_asked_and_the_preference_follows_the_answer(teacher, fi
     assert sorted(shown(body) for body in server.requests)[:2] == [("0", "0 and more"), ("0 and more", "0")]
     assert {(body["temperature"], body["seed"]) for body in server.requests} == {(0.0, 0)}
     assert not list(tmp_path.glob("*.journal"))
+
+
+def test_a_space_behind_the_comma_is_no_part_of_a_files_name(teacher, files, tmp_path):
+    flags = files(1)
+    judge.judge(**flags | {"answers": flags["answers"].replace(",", ", ")}, base_url=teacher(prefers_long).base_url)
+    assert len(read(tmp_path / "j.jsonl")) == 2
 
 
 def test_a_row_says_who_judged_by_what_and_of_which_texts(teacher, files, tmp_path):

@@ -97,6 +97,12 @@ def test_the_loss_is_weighted_by_tokens():
     assert third["loss"]["mean"] == pytest.approx(1.3) and third["loss_difference"] is None
 
 
+def test_a_loss_that_is_no_number_is_left_out_and_counted():
+    a = answers("a", {"1": "x", "2": "y", "3": "z"}, {"1": (2.0, 3), "2": (math.nan, 1), "3": (math.inf, 1)})
+    (found,), _ = reference.summary(ITEMS, [a])
+    assert (found["loss"]["mean"], found["loss"]["items"], found["loss_not_finite"]) == (2.0, 1, 2)
+
+
 def test_without_nltk_rouge_l_is_left_out_and_not_computed_otherwise(monkeypatch):
     monkeypatch.setitem(sys.modules, "nltk.stem.porter", None)
     (found,), scores = reference.summary(ITEMS, [answers("a", {"1": "alpha"}, {"1": (1.0, 3)})])

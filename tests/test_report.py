@@ -110,6 +110,22 @@ def test_the_figures_of_a_report(judged):
     assert "NaN" not in (folder / "report.json").read_text()
 
 
+def test_the_page_says_how_a_model_was_asked_and_a_second_way_is_told(files, tmp_path):
+    rows = [json.loads(line) for line in (files / "model.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["judge"]["settings"] = {"temperature": 0.0, "seed": 1}
+        row["answered_by"] = "<b>gpt-5.1</b>-0401"
+    write(tmp_path / "again.jsonl", [row | {"judge": row["judge"] | {"settings": {"seed": 2}}} for row in rows])
+    write(tmp_path / "once.jsonl", rows)
+    found = run(files, tmp_path / "out", judgments=f"{tmp_path}/once.jsonl")
+    said = "Asked with prompt pppppppp, temperature 0.0, seed 1; its server names &lt;b&gt;gpt-5.1&lt;/b&gt;-0401."
+    assert said in (tmp_path / "out" / "report.html").read_text()
+    assert not [note for note in found["notes"] if "ways" in note]
+    found = run(files, tmp_path / "out", judgments=f"{tmp_path}/once.jsonl,{tmp_path}/again.jsonl")
+    assert [note for note in found["notes"] if "was asked in 2 ways" in note]
+    assert found["judges"][0]["judged"] == 23  # not 46
+
+
 def test_the_terminal_says_who_wins_and_whether_by_chance(judged):
     text = report_text.terminal(judged[1])
     flat = " ".join(text.split())
@@ -165,6 +181,16 @@ def test_a_model_before_and_after_training_is_compared_by_its_loss(files, tmp_pa
     assert head[-1] == "loss over the first's"
     assert first[-3:] == ["2.000 (2.000 to 2.000)", "7.39", "–"]
     assert second[-3:] == ["1.500 (1.500 to 1.500)", "4.48", "-0.500 (-0.500 to -0.500)"]
+
+
+def test_a_model_whose_losses_are_all_nan_has_none_and_that_is_told(files, tmp_path):
+    rows = [
+        json.loads(line) | {"reference_loss": float("nan")} for line in (files / "a.jsonl").read_text().splitlines()
+    ]
+    write(tmp_path / "a.jsonl", rows)
+    found = run(files, tmp_path / "out", answers=f"{tmp_path}/a.jsonl")
+    assert found["answerers"][0]["loss"] is None
+    assert found["notes"] == [f"{A}'s loss is no finite number on {COUNT} references: left out."]
 
 
 @pytest.mark.parametrize(

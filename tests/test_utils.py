@@ -74,6 +74,8 @@ def assert_user_error(call, *words: str) -> None:
         ("data.json", b"", ["data.json, line 1: malformed JSON"]),
         ("data.json", b'{"a": 1}\n{"a": 2}\n', ["line 2", "name it .jsonl"]),
         ("data.jsonl", b'{"a": 1}\n\n{"a": 2}\n{"a": \n', ["data.jsonl, line 4: malformed JSON"]),
+        ("data.jsonl", b"{}\n" + b"[" * 200_000, ["data.jsonl, line 2: malformed JSON, nested too deeply"]),
+        ("data.json", b"[" + b"1" * 5_000 + b"]", ["data.json: malformed JSON, a number with too many digits"]),
         ("data.json", b'{"a": 1}', ["a JSON dict, not a list", "[ ]"]),
         ("data.json", b'"text"', ["a JSON str, not a list"]),
         ("data.json", '["é"]'.encode("latin-1"), ["not UTF-8", "byte 2"]),
@@ -625,22 +627,25 @@ def test_half_of_a_surrogate_pair_in_a_reply_becomes_a_question_mark(teacher):
     assert ask(teacher(lambda n, body: "tree \U0001f333"))[0].text == "tree \U0001f333"
 
 
-def test_a_context_that_is_too_long_halves_max_tokens_for_good(teacher):
-    """800 tokens do not fit, 400 neither, 200 do; the next request starts with 200."""
+def test_a_context_that_is_too_long_halves_max_tokens_for_prompts_as_long(teacher):
+    """Behind 4 characters 800 tokens do not fit, 400 neither, 200 do: the next starts there, a shorter one at 800.
+
+    What is said to one prompt must not depend on which was asked before it: a run that is gone on with asks others.
+    """
 
     def answer(n, body):
-        return "fits" if body["max_tokens"] <= 250 else ("context", 400)
+        return "fits" if body["max_tokens"] <= 250 or len(prompt_of(body)) < 4 else ("context", 400)
 
     server = teacher(answer)
     asked = utils.Teacher("m", utils.OpenAIDecodingArguments(max_tokens=800), "chat", server.base_url, 30.0, 0)
 
     async def twice():
-        replies = [await asked.ask("p"), await asked.ask("p")]
+        replies = [await asked.ask(prompt) for prompt in ("long", "longer", "p")]
         await asked.close()
         return replies
 
-    assert [reply.text for reply in asyncio.run(twice())] == ["fits", "fits"]
-    assert [body["max_tokens"] for body in server.requests] == [800, 400, 200, 200]
+    assert [reply.text for reply in asyncio.run(twice())] == ["fits"] * 3
+    assert [body["max_tokens"] for body in server.requests] == [800, 400, 200, 200, 800]
 
 
 def test_a_context_that_is_too_long_for_any_reply_is_a_failure(teacher):

@@ -132,6 +132,9 @@ def test_an_item_without_an_answer_is_no_verdict_at_all():
         ({"preferred": "A"}, '"preferred" must be'),
         ({"judge": {"kind": "oracle", "name": "x"}}, 'no "judge"'),
         ({"judge": "gpt"}, 'no "judge"'),
+        ({"judge": {"kind": "person", "name": ["Ada"]}}, 'no "judge"'),
+        ({"judge": {"kind": "person", "name": "half \ud83d"}}, 'no "judge"'),
+        ({"judge": {"kind": "model", "name": "gpt", "prompt_sha256": [1]}}, '"prompt_sha256" must be a hash or null'),
         ({"answers_sha256": ["one"]}, "hashes of the two answers"),
     ],
 )
@@ -190,6 +193,23 @@ def test_a_difference_is_called_one_for_the_side_that_wins():
     assert "davinci wins more often than chance explains (sign test, p < 0.0001)." in words
 
 
+def test_p_on_either_side_of_a_twentieth_is_told_apart_from_it():
+    """142 of 252 have p 0.0506 and 143 have 0.0374: "0.05" would stand for either claim."""
+    assert "No difference can be seen (sign test, p = 0.0506)." in comparison.in_words(
+        comparison.win_rate(some(142, 110)), A, B
+    )
+    assert [comparison.p_value(p) for p in (0, 0.00123, 0.0496, 0.0504, 0.234)] == [
+        *("< 0.0001", "= 0.0012", "= 0.0496", "= 0.0504"),
+        "= 0.23",
+    ]
+
+
+@pytest.mark.parametrize("wins, losses, ties, words", [(3, 2, 0, "5 decided"), (1, 0, 30, "1 decided")])
+def test_of_too_few_no_rate_is_named_that_would_have_shown(wins, losses, ties, words):
+    said = comparison.in_words(comparison.win_rate(some(wins, losses, ties)), A, B)
+    assert words in said and said.endswith("too few to show any but the largest.") and "four times in five" not in said
+
+
 def test_failures_and_skips_are_counted_apart_and_left_out():
     rest = [Verdict("x", "gpt", "model", None, failure=why) for why in ("skipped", "HTTP 500", "no verdict")]
     rate = comparison.win_rate(some(3, 1) + rest)
@@ -230,6 +250,14 @@ def test_position_bias_is_tested_over_items_not_over_asks():
     assert position["agreed"] == pytest.approx(14 / 20)
 
 
+def test_where_one_order_alone_was_answered_a_models_preference_is_for_the_answer_not_the_place():
+    """Asks with b first always failed: that a won 20 of 20 says nothing of the first place."""
+    rows = [row(str(n), A, "first") for n in range(20)] + [row(str(n), B, None) for n in range(20)]
+    rows += [row("both", A, "first"), row("both", B, "second"), row("not yet", A, "first")]
+    position = comparison.position_bias(asks_of(rows))
+    assert (position["decided"], position["share_first"], position["p"]) == (2, 0.5, 1.0)
+
+
 def test_a_persons_position_bias_is_the_binomial_test_of_what_was_first():
     rows = [row(str(n), A, "first" if n < 9 else "second", kind="person") for n in range(10)]
     position = comparison.position_bias(asks_of(rows + [row("t", A, "tie", kind="person")]))
@@ -264,7 +292,13 @@ def test_length_bias_bins_by_the_difference():
     "wins, losses, controlled, interval, words",
     [
         (90, 89, 0.52, (0.46, 0.58), None),
-        (150, 90, 0.52, (0.46, 0.58), "At equal length nothing would be left of it: a win rate of 52.0% for alpaca"),
+        (
+            150,
+            90,
+            0.52,
+            (0.46, 0.58),
+            "At equal length no difference can be seen any more: a win rate of 52.0% for alpaca",
+        ),
         (
             150,
             90,
@@ -330,6 +364,26 @@ def test_figures_of_people_come_first_and_their_majority_before_them():
     assert [each["win_rate"] for each in figures] == [1.0, 1.0, 1.0, 0.5]
     assert figures[0]["position"] is None and figures[1]["position"]["decided"] == 12
     assert len(agreement["pairs"]) == 3 and len(folded) == 36
+
+
+def test_a_person_who_takes_the_majoritys_name_is_not_counted_with_it():
+    ids = [str(n) for n in range(12)]
+    rows = [row(id, A, "first", judge=name, kind="person") for id in ids for name in ("Ada", verdicts.PEOPLE)]
+    items = [Item(id, "Say.", "", None, "app") for id in ids]
+    figures, _, _ = comparison.judge_figures(asks_of(rows), items, answers(A, ids), answers(B, ids))
+    assert [(each["judge"], each["judged"], each["not_judged"]) for each in figures] == [
+        (verdicts.PEOPLE, 12, 0),
+        ("Ada", 12, 0),
+        (verdicts.PEOPLE, 12, 0),
+    ]
+    assert figures[0]["position"] is None and figures[2]["position"]["decided"] == 12
+
+
+def test_a_way_of_asking_is_told_once_though_not_each_row_has_a_servers_word():
+    rows = [row("1", A, "tie", answered_by="gpt-5.1-0401"), row("1", B, None), row("2", A, "tie", note="equal")]
+    (way,) = verdicts.settings_of(rows, "gpt")
+    assert way == rows[0]["judge"] | {"answered_by": "gpt-5.1-0401"}
+    assert verdicts.settings_of(rows[1:], "gpt") == [rows[0]["judge"]]
 
 
 def test_a_report_has_no_nan_for_json_to_choke_on():
