@@ -484,7 +484,8 @@ def test_an_adapter_answers_on_two_pages_at_once_and_ctrl_c_ends_it(visit, tiny_
     def said(path, *given):
         model, tokenizer = inference.load(path, "cpu", None, *given)
         ids = inference.request_ids(tokenizer, "alpaca", TASKS)
-        return [text for text, *_ in inference.answer_batch(model, tokenizer, ids, web.Settings(400, 0))]
+        beginnings = inference.answer_batch(model, tokenizer, ids, web.Settings(40, 0))
+        return [text.strip().rstrip("\ufffd") for text, *_ in beginnings]  # the last may be half a character
 
     server = subprocess.Popen(
         [sys.executable, str(ROOT / "chat.py"), "--model_path", "adapter", "--base_path", str(tiny_llama), "--web"]
@@ -495,9 +496,11 @@ def test_an_adapter_answers_on_two_pages_at_once_and_ctrl_c_ends_it(visit, tiny_
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
     )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the server needs the others
     try:
         expected = said(tmp_path / "adapter", tiny_llama)
-        assert len(set(expected)) == 2 and not set(expected) & set(said(tiny_llama))
+        assert len(set(expected)) == 2 and all(expected) and not set(expected) & set(said(tiny_llama))
         line, note = server.stdout.readline(), server.stdout.readline()
         url = re.search(r"http://127\.0\.0\.1:\d+/", line)
         assert url and line.startswith("adapter at "), line + server.stderr.read()
@@ -511,10 +514,11 @@ def test_an_adapter_answers_on_two_pages_at_once_and_ctrl_c_ends_it(visit, tiny_
             page.page.bring_to_front()
             page.button("Copy").click()
             wait_until(lambda page=page: page.page.evaluate("navigator.clipboard.readText()"))
-            assert page.page.evaluate("navigator.clipboard.readText()") == text
+            assert page.page.evaluate("navigator.clipboard.readText()").strip().startswith(text)
         server.send_signal(signal.SIGINT)
         output, errors = server.communicate(timeout=30)
     finally:
+        torch.set_num_threads(threads)
         server.kill()
     assert (server.returncode, output.splitlines()[-1]) == (0, "stopped"), errors
     assert str(tmp_path / "flagged.jsonl") in note and "Traceback" not in errors
