@@ -212,6 +212,19 @@ def test_after_a_refusal_there_is_nothing_to_stop(visit, sites):
 
 
 @needs_browser
+def test_who_comes_to_a_full_queue_is_told_and_has_nothing_to_stop(visit, sites):
+    site = sites(fresh=True)
+    page = visit(site.url)
+    while site.http("/gradio_api/call/answer", {"data": ["count", "", 512, 1, 1, 0]})[0] == 200:
+        pass
+    page.ask("say", "too late")
+    page.page.get_by_text("currently busy").wait_for()
+    page.page.locator("button:has-text('Stop')[disabled]").wait_for()
+    web_server.close(site.page)
+    assert site.model.all_stopped.wait(10)
+
+
+@needs_browser
 def test_asking_anew_ends_the_answer_that_is_being_tried_again(visit, sites):
     page, model = visit(), sites().model
     page.ask("count")
