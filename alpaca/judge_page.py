@@ -1,4 +1,4 @@
-"""The blind page: people choose between two answers without knowing whose they are (``judge.py judge --people``).
+"""The blind page: people choose between two answers without knowing whose they are (``judge.py people``).
 
 What would unblind stays on the server: the page gets the texts of one pair at a time, in the order that is drawn for
 this annotator, and sends back a place and a choice. Names of generators, the seed and the ids of the set are in nothing
