@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -46,7 +47,7 @@ h3 { margin: 2rem 0 .5rem; font-size: 1rem; overflow-wrap: anywhere; }
 td, th { font-variant-numeric: tabular-nums; }
 td:first-child { min-width: 9rem; }
 img { max-width: 36rem; } /* its letters are as large as the text's then */
-td:not(:first-child), th:not(:first-child) { text-align: right; white-space: nowrap; }
+td:not(:first-child), th:not(:first-child) { text-align: right; white-space: normal; }
 article { margin: 1.5rem 0; padding: 1rem; border: 1px solid var(--line); border-radius: 8px; }
 article h3 { margin: 0 0 .5rem; }
 .label { margin: .75rem 0 .25rem; font-size: .8125rem; }
@@ -110,7 +111,10 @@ def _section(title: str, body: str) -> str:
 
 
 def _table(rows: list[list[str]]) -> str:
-    head, *body = [[esc(cell) for cell in row] for row in rows]
+    def shown(cell: str) -> str:
+        return re.sub(r"\(\S+ to \S+\)", lambda interval: interval[0].replace(" ", "\u00a0"), esc(cell))  # in one line
+
+    head, *body = [[shown(cell) for cell in row] for row in rows]
     lines = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body)
     columns = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     return (
