@@ -185,10 +185,11 @@ def talk(conversation, input: str = "") -> bool:
 
 
 def answer(conversation, instruction: str, input: str) -> None:
-    """Prints an answer as it comes."""
+    """Prints an answer as it comes, to a terminal without the control characters that could rewrite what it shows."""
+    terminal = sys.stdout.isatty()
     with closing(conversation.ask(instruction, input)) as pieces:
         for piece in pieces:
-            print(piece, end="", flush=True)
+            print(cli.CONTROL.sub("", piece) if terminal else piece, end="", flush=True)
     print(flush=True)
     if conversation.cut:
         limit = "--max_new_tokens" if conversation.cut == "max_new_tokens" else "the end of the context"

@@ -61,6 +61,7 @@ def make_diff(
     max_shard_size: str = "5GB",
     overwrite: bool = False,
     license: str = LICENSE,
+    device: str = "cpu",
 ) -> None:
     """Writes the difference tuned - raw to a new folder.
 
@@ -73,6 +74,7 @@ def make_diff(
         max_shard_size: size of a file of weights, such as 5GB or 500MB.
         overwrite: replace a diff that is there already.
         license: of the diff, for its manifest; "CC BY-NC 4.0" for a model tuned on Alpaca's data.
+        device: of the original's command line. Without effect: the disk is slower than a processor's subtraction.
     """
     if method not in METHODS:
         raise UserError(f"--method takes subtract or exact, not {method!r}")
@@ -200,7 +202,7 @@ def recover(
         if folder:
             as_tuned = exact and not dtype
             copy_side_files(diff.folder, folder, diff.config if as_tuned else _with_dtype(diff.config, written))
-    where = f" in {path_tuned}" if path_tuned else " (not written: no --path_tuned)"
+    where = f" in {path_tuned}" if path_tuned else " (not written and not asked anything: no --path_tuned)"
     proved = ", each with the hash that the manifest gives it" if manifest.get("tensors") else ""
     print(f"{len(specs)} tensors recovered{where}{proved}")
     if test_inference and path_tuned:
@@ -299,8 +301,8 @@ def _matching_specs(raw: CheckpointReader, other: CheckpointReader, flag: str) -
     for name, (_, shape) in specs.items():
         raw_shape = raw.spec(name)[1]
         vocabularies = raw.vocab_size, other.vocab_size
-        more_rows = (
-            len(raw_shape) == len(shape) == 2
+        more_rows = (  # of an embedding, or of the output's bias, as Phi and GPT-J have one
+            len(raw_shape) == len(shape) in (1, 2)
             and (raw_shape[0], shape[0]) == vocabularies
             and raw_shape[0] < shape[0]
             and raw_shape[1:] == shape[1:]
@@ -332,8 +334,11 @@ def _check_before(manifest: dict, raw: CheckpointReader, diff: CheckpointReader,
 
 
 def _mean_rows(raw: CheckpointReader, specs: Specs, known: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the original has in the new rows of each matrix to which training gave some, unless it is known already."""
-    names = [name for name, (_, shape) in specs.items() if raw.spec(name)[1] != shape]
+    """What the original has in the new rows of each matrix to which training gave some, unless it is known already.
+
+    A bias that grew has 0 there, as transformers grows one.
+    """
+    names = [name for name, (_, shape) in specs.items() if len(shape) == 2 and raw.spec(name)[1] != shape]
     return {name: known[name] if name in known else mean_row(raw, name) for name in names}
 
 

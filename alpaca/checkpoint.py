@@ -92,6 +92,8 @@ class CheckpointReader:
             self.shard_of = {name: files[0] for name in self._open(files[0])}
         listed = set(self.shard_of)
         for name, shard in self.shard_of.items():
+            self._check_name(name)
+            self._check_name(shard)
             if Path(shard).name != shard or "\\" in shard:
                 raise UserError(f"{self.folder / files[0]} points outside its folder ({shard!r}): do not trust it")
             if name not in self._open(shard):
@@ -100,6 +102,7 @@ class CheckpointReader:
                 )
         for shard, tensors in self._shards.items():
             for name in tensors:
+                self._check_name(name)
                 if self.shard_of.setdefault(name, shard) != shard:
                     raise UserError(
                         f"{self.folder}: {name} is in two shards, {shard} and {self.shard_of[name]}: download it again"
@@ -122,6 +125,11 @@ class CheckpointReader:
                 for place, part in enumerate(re.split(r"([0-9]+)", name))
             ],
         )
+
+    def _check_name(self, name: str) -> None:
+        """Messages show names: with control characters they could rewrite what a terminal says."""
+        if not name.isprintable():
+            raise UserError(f"{self.folder}: {name[:99]!r} has control characters, as no name has: do not trust it")
 
     def _buffers(self) -> set[str]:
         """GPT-2's and GPT-J's causal mask is called attn.bias; a parameter of that name has one dimension, not four."""

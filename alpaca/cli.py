@@ -16,6 +16,7 @@ from pathlib import Path
 from alpaca import UserError
 
 KINDS = {bool: "True or False", int: "whole number", float: "number"}  # text is left as it is given
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what makes a terminal do things; not tab and line feed
 
 
 def run_cli(commands: Callable | dict[str, Callable]) -> None:
@@ -32,8 +33,8 @@ def run_cli(commands: Callable | dict[str, Callable]) -> None:
             print(help_text(Path(sys.argv[0]).name, commands, sys.argv[1:]))
             sys.exit(0)
         fire.Fire(commands, command=argv, name=Path(sys.argv[0]).name)
-    except UserError as e:
-        sys.exit(f"error: {e}")
+    except UserError as e:  # it may quote a file of a stranger
+        sys.exit("error: " + CONTROL.sub(lambda found: ascii(found[0])[1:-1], str(e)))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
@@ -59,9 +60,8 @@ def help_text(script: str, commands: Callable | dict[str, Callable], argv: list[
         named = next((word for word in argv[:1] if word in commands), None)
         if named is None:
             tasks = (f"    {name}\n        {_documented(task)[0]}" for name, task in commands.items())
-            return f"SYNOPSIS\n    {script} TASK --FLAG VALUE …\n\nTASKS (TASK --help tells its flags)\n" + "\n".join(
-                tasks
-            )
+            head = f"SYNOPSIS\n    {script} TASK --FLAG VALUE …\n\nTASKS (TASK --help tells its flags)\n"
+            return head + "\n".join(tasks)
         script, commands = f"{script} {named}", commands[named]
     first, rest, told = _documented(commands)
     flags, required = [], ""
@@ -69,15 +69,9 @@ def help_text(script: str, commands: Callable | dict[str, Callable], argv: list[
         kinds = typing.get_args(parameter.annotation) or (parameter.annotation,)
         kind = next((what for kind, what in KINDS.items() if kind in kinds), "text")
         default = parameter.default
+        said = None if default in (None, "") else f"default: {default}"
         if default is inspect.Parameter.empty:
-            required += f" --{name} {kind.upper()}"
-        said = (
-            "required"
-            if default is inspect.Parameter.empty
-            else None
-            if default in (None, "")
-            else f"default: {default}"
-        )
+            required, said = f"{required} --{name} {kind.upper()}", "required"
         flags.append(f"    --{name} ({', '.join(filter(None, (kind, said)))})")
         flags += textwrap.wrap(told.get(name, ""), 120, initial_indent=" " * 8, subsequent_indent=" " * 8)
     about = textwrap.indent("\n\n".join(filter(None, (first, rest))), "    ")

@@ -39,7 +39,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 def load_tokenizer(path: str | os.PathLike, **kwargs):
     """AutoTokenizer with a one-line UserError for what cannot be read."""
     try:
-        return AutoTokenizer.from_pretrained(path, **kwargs)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **kwargs)
     except (OSError, ValueError, ImportError, KeyError) as e:
         raise UserError(f"{path}: the tokenizer cannot be loaded: {str(e).strip().splitlines()[0]}") from None
 
@@ -52,7 +52,12 @@ def load_model(path: str | os.PathLike, dtype: torch.dtype | str, **kwargs):
     """
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            path,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,  # left out, it is asked for on stdin, where a piped instruction may begin with "y"
+            **kwargs,
         )
     except pickle.UnpicklingError:
         raise UserError(f"{path} holds more than tensors (its pickle asks to run code) and was not loaded") from None

@@ -49,7 +49,9 @@ KEEP_NAME = "(name) => { localStorage.setItem('annotator', name); }"
 KEPT_NAME = "() => localStorage.getItem('annotator') ?? ''"
 FORGET_NAME = "() => { localStorage.removeItem('annotator'); }"
 CSS = """
+.gradio-container, .gradio-container main { width: 100% !important; box-sizing: border-box; }
 .gradio-container main { padding-bottom: 7em !important; }
+.status { min-height: 0; padding: 0; }
 .task { border-left: 4px solid var(--color-accent); padding: .1em 0 .1em 1em; margin: .6em 0 1em; }
 .task h2 { font-size: .85em !important; opacity: .7; margin: 0 0 .2em !important; }
 .task p { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 .6em; font-size: 1.05em; line-height: 1.5; }

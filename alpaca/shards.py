@@ -7,6 +7,7 @@ import os
 import re
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from alpaca.weight_files import DTYPE_NAMES
 
 def parse_size(text: str) -> int:
     """Bytes of a size such as ``5GB`` or ``500MB``, in powers of 1000 as transformers has it; GiB in powers of 1024."""
-    match = re.fullmatch(r"([0-9]*\.?[0-9]+) ?([KMGT]?)(i?)B", str(text).strip(), re.I)
+    match = re.fullmatch(r"([0-9]{0,15}\.?[0-9]{1,15}) ?([KMGT]?)(i?)B", str(text).strip(), re.I)
     size = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")) if match else 0
     if size < 1:
         raise UserError(f"--max_shard_size takes a size such as 5GB or 500MB, not {text!r}")
@@ -132,7 +133,8 @@ class ShardWriter:
                 # The disk begins at once (Linux does so for pages that are dirty). Left to itself the kernel gathers
                 # gigabytes first: 4.4 GB took 9.5 s and 7 s of processor time, so 6 s and 3.2 s.
                 if hasattr(os, "posix_fadvise"):
-                    os.posix_fadvise(self._out.fileno(), position, count, os.POSIX_FADV_DONTNEED)
+                    with suppress(OSError):  # advice: what was written stays written where a disk takes none
+                        os.posix_fadvise(self._out.fileno(), position, count, os.POSIX_FADV_DONTNEED)
         except OSError as e:
             e.filename = self._out.name
             raise

@@ -4,8 +4,13 @@
 
 The prompts are records of alpaca_data.json in a shuffled order, at most 32 new tokens; DIR is made from the embedded
 model (135 M parameters) when it is not there. In each round each way has its turn, one round forwards and the next
-backwards: one prompt after the other (the first 4), greedy and sampled, and all in batches, greedy, generate()'s in the
-order of the file and ours by length, both of as many rows.
+backwards. Three questions are kept apart:
+
+    one stream   decode() and stream_ids() against generate(), one prompt after the other (the first 4)
+    decoder      decode() and answer_batch() against generate(), on the same batches, by length and in the file's order
+    batching     batches by length against batches in the file's order, with the same decoder
+
+each greedy and sampled. stream_ids() and answer_batch() are what chat.py calls: decode() with its text.
 Writes benchmarks/results/chat.json.
 """
 
@@ -17,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,43 +36,58 @@ from alpaca.cli import run_cli  # noqa: E402
 from alpaca.decoding import Settings, decode, end_ids  # noqa: E402
 
 ALONE = 4  # prompts that are answered one after the other
+GENERATE, DECODE, TEXT = "generate()", "decode()", "with text"
+KINDS = {"greedy": (0.0, 1.0), "sampled": (0.7, 0.9)}  # temperature, top_p
+
+# Each takes prompts (token ids) that are one batch, and returns the answers: token ids, or how many tokens they have.
 
 
-def ours_alone(model, tokenizer, prompts: list[list[int]], settings: Settings, rows: int) -> list[list[int]]:
-    ends = end_ids(model, tokenizer)
-    return [
-        [token for step in decode(model, [ids], ends, settings, set(), None) for _, token in step] for ids in prompts
-    ]
-
-
-def ours_batched(model, tokenizer, prompts: list[list[int]], settings: Settings, rows: int) -> list[list[int]]:
+def by_decode(model, tokenizer, prompts: list[list[int]], settings: Settings) -> list[list[int]]:
     written = [[] for _ in prompts]
-    order = [place for batch in inference.batches(list(map(len, prompts)), 0, 10**9) for place in batch]
-    for start in range(0, len(order), rows):
-        batch = order[start : start + rows]
-        for step in decode(model, [prompts[i] for i in batch], end_ids(model, tokenizer), settings, set(), None):
-            for row, token in step:
-                written[batch[row]].append(token)
+    for step in decode(model, prompts, end_ids(model, tokenizer), settings, set(), None):
+        for row, token in step:
+            written[row].append(token)
     return written
 
 
-def generate_alone(model, tokenizer, prompts: list[list[int]], settings: Settings, rows: int) -> list[list[int]]:
-    return generate_batched(model, tokenizer, prompts, settings, 1)
+def by_generate(model, tokenizer, prompts: list[list[int]], settings: Settings) -> list[list[int]]:
+    tokenizer.padding_side, ends = "left", end_ids(model, tokenizer)
+    inputs = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
+    sampling = {"do_sample": settings.temperature > 0}
+    if settings.temperature > 0:
+        sampling |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
+    made = model.generate(
+        **inputs, **sampling, max_new_tokens=settings.max_new_tokens, pad_token_id=tokenizer.pad_token_id
+    )
+    answers = made[:, inputs["input_ids"].shape[1] :].tolist()
+    return [tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))] for tokens in answers]
 
 
-def generate_batched(model, tokenizer, prompts: list[list[int]], settings: Settings, rows: int) -> list[list[int]]:
-    tokenizer.padding_side, written, ends = "left", [], end_ids(model, tokenizer)
-    for start in range(0, len(prompts), rows):
-        inputs = tokenizer.pad({"input_ids": prompts[start : start + rows]}, return_tensors="pt").to(model.device)
-        sampling = {"do_sample": settings.temperature > 0}
-        if settings.temperature > 0:
-            sampling |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
-        made = model.generate(
-            **inputs, **sampling, max_new_tokens=settings.max_new_tokens, pad_token_id=tokenizer.pad_token_id
-        )
-        for tokens in made[:, inputs["input_ids"].shape[1] :].tolist():
-            written.append(tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))])
-    return written
+def by_stream_ids(model, tokenizer, prompts: list[list[int]], settings: Settings) -> list[int]:
+    """One prompt; its tokens are counted as the model is given them: all but the last, and EOS is none."""
+    (prompt,), given = prompts, []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: given.append(kwargs["input_ids"][0, -1]), with_kwargs=True
+    )
+    try:
+        for _ in inference.stream_ids(model, tokenizer, prompt, settings):
+            pass
+    finally:
+        handle.remove()
+    # Each call is for one token more; the last call's was EOS if the answer is shorter than it might be.
+    return [len(given) - (len(given) < settings.max_new_tokens)]
+
+
+def by_answer_batch(model, tokenizer, prompts: list[list[int]], settings: Settings) -> list[int]:
+    return [tokens for _, tokens, _ in inference.answer_batch(model, tokenizer, prompts, settings)]
+
+
+def answers(way: Callable, batches: list[list[int]], prompts: list[list[int]], *args) -> list:
+    """What a way says to each prompt; ``batches`` are places of prompts."""
+    said = {}
+    for batch in batches:
+        said |= zip(batch, way(*args[:2], [prompts[place] for place in batch], *args[2:]), strict=True)
+    return [said[place] for place in sorted(said)]
 
 
 def main(
@@ -77,6 +98,7 @@ def main(
     rounds: int = 4,
     max_new_tokens: int = 32,
     device: str | None = None,
+    output_path: str = str(ROOT / "benchmarks" / "results" / "chat.json"),
 ) -> None:
     """Measures tokens a second.
 
@@ -88,6 +110,7 @@ def main(
         rounds: turns of each way; the median counts.
         max_new_tokens: of an answer.
         device: as for chat.py.
+        output_path: of the result.
     """
     teacher.prepare(model_path)
     model, tokenizer = inference.load(model_path, device)
@@ -95,64 +118,71 @@ def main(
     random.Random(0).shuffle(records)
     pairs = [(record["instruction"], record["input"]) for record in records[:prompts]]
     ids = inference.request_ids(tokenizer, "alpaca", pairs)
-    greedy, sampled = Settings(max_new_tokens, 0), Settings(max_new_tokens, 0.7, 0.9, seed=0)
-    ways: dict[str, tuple[Callable, list[list[int]], Settings]] = {
-        "generate, one by one": (generate_alone, ids[:ALONE], greedy),
-        "ours, one by one": (ours_alone, ids[:ALONE], greedy),
-        "generate, one by one, sampled": (generate_alone, ids[:ALONE], sampled),
-        "ours, one by one, sampled": (ours_alone, ids[:ALONE], sampled),
-        "generate, batches in file order": (generate_batched, ids, greedy),
-        "ours, batches by length": (ours_batched, ids, greedy),
-    }
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    said: dict[str, list[list[int]]] = {}
-    for number in range(-1, rounds):
-        for name in list(ways)[:: 1 if number % 2 else -1]:
-            way, wanted, settings = ways[name]
-            if number < 0:  # warm up
-                way(model, tokenizer, wanted[:2], Settings(4, settings.temperature, settings.top_p, 0), rows)
-                continue
+    order = [place for batch in inference.batches(list(map(len, ids)), 0, 10**9) for place in batch]
+    in_order = {"by length": order, "in file order": list(range(len(ids)))}
+    batches = {name: [o[i : i + rows] for i in range(0, len(o), rows)] for name, o in in_order.items()}
+    batches["one by one"] = [[place] for place in range(min(ALONE, len(ids)))]
+
+    ways: dict[tuple[str, str, str], Callable[[], list]] = {}
+    for kind, (temperature, top_p) in KINDS.items():
+        settings = Settings(max_new_tokens, temperature, top_p, seed=0)
+        for name, batch in batches.items():
+            text = by_stream_ids if name == "one by one" else by_answer_batch
+            for what, way in ((GENERATE, by_generate), (DECODE, by_decode), (TEXT, text)):
+                ways[name, kind, what] = partial(answers, way, batch, ids, model, tokenizer, settings)
+    rates: dict[tuple, list[float]] = {name: [] for name in ways}
+    said: dict[tuple, list] = {}
+    for way in (by_generate, by_decode, by_stream_ids, by_answer_batch):  # warm up
+        way(model, tokenizer, ids[:1], Settings(4, 0.7, 0.9, 0))
+    for number in range(rounds):
+        for name in list(ways)[:: -1 if number % 2 else 1]:
             started = time.perf_counter()
-            said[name] = way(model, tokenizer, wanted, settings, rows)
-            rates[name].append(round(sum(map(len, said[name])) / (time.perf_counter() - started), 2))
-            print(f"round {number + 1}: {name:<32} {rates[name][-1]:8.1f} tokens/s", flush=True)
+            said[name] = ways[name]()
+            seconds = time.perf_counter() - started
+            tokens = sum(answer if isinstance(answer, int) else len(answer) for answer in said[name])
+            rates[name].append(round(tokens / seconds, 2))
+            print(f"round {number + 1}: {', '.join(name):<36} {rates[name][-1]:8.1f} tokens/s", flush=True)
 
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-
-    def ratio(ours: str, theirs: str) -> dict:
+    def ratio(ours: tuple, theirs: tuple) -> dict:
         """Of the medians, and the least and the greatest of a round's."""
         each = [a / b for a, b in zip(rates[ours], rates[theirs], strict=True)]
-        return {
-            "median": round(medians[ours] / medians[theirs], 3),
-            "rounds": [round(r, 3) for r in (min(each), max(each))],
-        }
+        medians = [statistics.median(rates[name]) for name in (ours, theirs)]
+        return {"median": round(medians[0] / medians[1], 3), "rounds": [round(r, 3) for r in (min(each), max(each))]}
 
-    def same(ours: str, theirs: str) -> int:
-        return sum(a == b for a, b in zip(said[ours], said[theirs], strict=True))
-
-    ratios = {
-        "one by one": ratio("ours, one by one", "generate, one by one"),
-        "one by one, sampled": ratio("ours, one by one, sampled", "generate, one by one, sampled"),
-        "batches": ratio("ours, batches by length", "generate, batches in file order"),
-        "batches by length against one by one": ratio("ours, batches by length", "generate, one by one"),
+    against_generate = {
+        f"{name}, {kind}, {what}": ratio((name, kind, what), (name, kind, GENERATE))
+        for name, kind, what in ways
+        if what != GENERATE
+    }
+    by_length = {
+        f"{kind}, {what}": ratio(("by length", kind, what), ("in file order", kind, what))
+        for kind in KINDS
+        for what in (GENERATE, DECODE, TEXT)
     }
     lengths = sorted(map(len, ids))
     result = provenance("torch", "transformers") | {
         "device": str(model.device),
         "prompts": {"count": len(ids), "tokens_min_median_max": [lengths[0], statistics.median(lengths), lengths[-1]]},
-        "answers": {"tokens_each": sorted(map(len, said["ours, batches by length"])), "max_new_tokens": max_new_tokens},
+        "answers": {
+            "tokens_each": sorted(map(len, said["by length", "greedy", DECODE])),
+            "max_new_tokens": max_new_tokens,
+        },
         "rows_of_a_batch": rows,
-        "tokens_per_s": rates,
-        "ratios": ratios,
-        "answers_equal_to_generate": {
-            "one by one": same("ours, one by one", "generate, one by one"),
-            "batches": same("ours, batches by length", "generate, batches in file order"),
+        "tokens_per_s": {", ".join(name): values for name, values in rates.items()},
+        "against_generate": against_generate,
+        "batches_by_length_against_file_order": by_length,
+        "greedy_answers_equal_to_generate": {
+            name: sum(a == b for a, b in zip(said[name, "greedy", DECODE], said[name, "greedy", GENERATE], strict=True))
+            for name in batches
+            for name in batches
         },
     }
-    for name, value in ratios.items():
-        print(f"{name}: {value['median']:.2f}× ({value['rounds'][0]:.2f} to {value['rounds'][1]:.2f})")
-    print(json.dumps(result["answers_equal_to_generate"]))
-    utils.jdump(result, ROOT / "benchmarks" / "results" / "chat.json", indent=2)
+    for title in ("against_generate", "batches_by_length_against_file_order"):
+        print(title.replace("_", " "))
+        for name, value in result[title].items():
+            print(f"  {name:<36} {value['median']:.2f}× ({value['rounds'][0]:.2f} to {value['rounds'][1]:.2f})")
+    print(json.dumps(result["greedy_answers_equal_to_generate"]))
+    utils.jdump(result, output_path, indent=2)
 
 
 if __name__ == "__main__":

@@ -234,7 +234,7 @@ def in_a_terminal(model: Path, *steps: tuple[str, str]) -> tuple[int, str]:
     seen = 0
     try:
         while time.monotonic() < deadline:
-            if not select.select([terminal], [], [], 2)[0]:
+            if not select.select([terminal], [], [], 10)[0]:  # to leave takes a busy machine more than 2 s
                 if not steps:  # one that comes between readline's prompt and its wait is noticed at the next key
                     os.write(terminal, b"\x03")
                 continue
@@ -394,6 +394,24 @@ def test_a_stdout_that_is_not_utf_8_takes_any_answer(tmp_path, monkeypatch):
     run_chat(monkeypatch, "--model_path", model, "--device", "cpu", "--instruction", "x")
     sys.stdout.flush()
     assert out.getvalue() == "café ?!\n".encode("latin-1")
+
+
+@pytest.mark.parametrize(
+    ("terminal", "shown"), [(True, "é\tok]0;title[2J\n\n"), (False, "é\tok\x1b]0;title\x07\x9b\r\x1b[2J\n\n")]
+)
+def test_a_terminal_gets_no_control_characters_and_a_file_gets_every_byte(monkeypatch, terminal, shown):
+    class Conversation:
+        cut = ""
+
+        def ask(self, instruction, input):
+            yield "é\tok\x1b]0;title\x07"
+            yield "\x9b\r\x1b[2J\n"
+
+    out = io.StringIO()
+    out.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stdout", out)
+    chat.answer(Conversation(), "x", "")
+    assert out.getvalue() == shown
 
 
 def test_no_instruction_at_all_is_told(tiny_llama, tmp_path, monkeypatch):

@@ -120,6 +120,18 @@ BAD_WEIGHTS = {
         {"pytorch_model__bin__index__json": index(a="/etc/passwd")},
         ["points outside its folder ('/etc/passwd')"],
     ),
+    "index with a name that clears the screen": (
+        {"x__bin": {"a\x1b[2J": torch.ones(1)}, "pytorch_model__bin__index__json": index(**{"a\x1b[2J": "x__bin"})},
+        [r"'a\x1b[2J' has control characters"],
+    ),
+    "index with a file of two lines": (
+        {"pytorch_model__bin__index__json": index(a="x\nall is well__bin")},
+        [r"'x\nall is well.bin' has control characters"],
+    ),
+    "safetensors with a name of two lines": (
+        {"model__safetensors": {"a\nb": torch.ones(1)}},
+        [r"'a\nb' has control characters"],
+    ),
     "index that names a folder": ({"pytorch_model__bin__index__json": index(a="..")}, ["cannot be read"]),
     "index that names a missing file": (
         {"pytorch_model__bin__index__json": index(a="x__bin")},

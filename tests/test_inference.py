@@ -725,6 +725,21 @@ def test_a_damaged_model_is_refused_in_one_line(tiny_llama, tmp_path, damage):
     assert not (tmp_path / "marker").exists()
 
 
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_beside_a_model_does_not_run_whatever_is_on_stdin(tiny_llama, tmp_path, monkeypatch, file):
+    """transformers asks on stdin whether it may, and a piped instruction may well begin with a "y"."""
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')\nclass Own: pass\n")
+    names = {"auto_map": {"AutoConfig": "own.Own", "AutoTokenizer": ["own.Own", None]}, "model_type": "own"}
+    names |= {"tokenizer_class": "Own"} if file == "tokenizer_config.json" else {}
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | names))
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda prompt: asked.append(prompt) or "y")
+    with pytest.raises(UserError, match=r"^[^\n]*custom code[^\n]*$"):
+        inference.load(folder, "cpu")
+    assert (asked, (tmp_path / "marker").exists()) == ([], False)
+
+
 def test_a_tied_output_embedding_is_not_missing(tiny_opt):
     model, _ = inference.load(tiny_opt, "cpu")
     assert model.lm_head.weight is model.model.decoder.embed_tokens.weight

@@ -248,6 +248,29 @@ def test_new_rows_are_found_by_the_vocabulary_of_a_nested_config(folders):
     assert left_in(folders) == before
 
 
+@pytest.mark.parametrize("method", ["subtract", "exact"])
+def test_an_output_bias_grows_with_the_vocabulary(tmp_path, tiny_llama, method):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("phi", **SMALL, intermediate_size=16, tie_word_embeddings=False)
+    model = AutoModelForCausalLM.from_config(config)
+    torch.nn.init.normal_(model.lm_head.bias)
+    model.save_pretrained(tmp_path / "raw")
+    model.resize_token_embeddings(41, mean_resizing=False)
+    expected = model.lm_head.bias[-1].item()
+    torch.nn.init.normal_(model.lm_head.bias)
+    model.save_pretrained(tmp_path / "tuned")
+    shutil.copy(tiny_llama / "tokenizer.json", tmp_path / "tuned")
+    make_diff(tmp_path / "raw", tmp_path / "tuned", tmp_path / "diff", method)
+    recover(tmp_path / "raw", tmp_path / "diff", tmp_path / "recovered")
+    tuned, recovered = (load_tensors(tmp_path / name) for name in ("tuned", "recovered"))
+    assert (expected, recovered["lm_head.bias"].shape) == (0, (41,))
+    if method == "exact":
+        assert_same_bits(recovered, tuned)
+    else:
+        assert max((recovered[name] - tuned[name]).abs().max() for name in tuned) < 1e-6
+        assert load_tensors(tmp_path / "diff")["lm_head.bias"][-1] == tuned["lm_head.bias"][-1]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # LoRA.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -153,7 +155,7 @@ def test_sizes_are_read_as_transformers_reads_them(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "5", "GB", "-5GB", "5GBs", "0GB", "0.1B", "5PB", "five"])
+@pytest.mark.parametrize("text", ["", "5", "GB", "-5GB", "5GBs", "0GB", "0.1B", "5PB", "five", "9" * 400 + "B"])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(UserError, match="--max_shard_size takes a size such as 5GB"):
         parse_size(text)
@@ -172,3 +174,12 @@ def test_a_sharded_model_of_ours_loads_with_from_pretrained(tiny_llama, tmp_path
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", output_loading_info=True)
     assert not any(report.values())
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_disk_that_takes_no_advice_is_written_to_all_the_same(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse, raising=False)
+    write_weights(tmp_path, {"a": (torch.float32, (2,))}, [torch.tensor([1.0, 2.0])])
+    assert load_file(tmp_path / "model.safetensors")["a"].tolist() == [1.0, 2.0]

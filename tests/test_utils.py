@@ -341,6 +341,16 @@ def test_an_error_of_the_users_ends_in_one_line(monkeypatch, raised, code):
     assert exit.value.code == code
 
 
+def test_an_error_that_quotes_a_strangers_file_moves_no_cursor(monkeypatch):
+    def fail():
+        raise UserError("a\x1b[2J, \x9b1A\rb\nc é")
+
+    monkeypatch.setattr("sys.argv", ["script.py"])
+    with pytest.raises(SystemExit) as exit:
+        run_cli(fail)
+    assert exit.value.code == "error: a\\x1b[2J, \\x9b1A\\rb\nc é"
+
+
 def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
     def fail() -> None:
         raise ZeroDivisionError

@@ -216,6 +216,19 @@ def test_after_a_refusal_there_is_nothing_to_stop(visit, sites):
 
 
 @needs_browser
+def test_who_comes_to_a_full_queue_is_told_and_has_nothing_to_stop(visit, sites):
+    site = sites(fresh=True)
+    page = visit(site.url)
+    while site.http("/gradio_api/call/answer", {"data": ["count", "", 512, 1, 1, 0]})[0] == 200:
+        pass
+    page.ask("say", "too late")
+    page.page.get_by_text("currently busy").wait_for()
+    page.page.locator("button:has-text('Stop')[disabled]").wait_for()
+    web_server.close(site.page)
+    assert site.model.all_stopped.wait(10)
+
+
+@needs_browser
 def test_asking_anew_ends_the_answer_that_is_being_tried_again(visit, sites):
     page, model = visit(), sites().model
     page.ask("count")
@@ -488,7 +501,8 @@ def test_an_adapter_answers_on_two_pages_at_once_and_ctrl_c_ends_it(visit, tiny_
     def said(path, *given):
         model, tokenizer = inference.load(path, "cpu", None, *given)
         ids = inference.request_ids(tokenizer, "alpaca", TASKS)
-        return [text for text, *_ in inference.answer_batch(model, tokenizer, ids, web.Settings(400, 0))]
+        beginnings = inference.answer_batch(model, tokenizer, ids, web.Settings(40, 0))
+        return [text.strip().rstrip("\ufffd") for text, *_ in beginnings]  # the last may be half a character
 
     server = subprocess.Popen(
         [sys.executable, str(ROOT / "chat.py"), "--model_path", "adapter", "--base_path", str(tiny_llama), "--web"]
@@ -499,9 +513,11 @@ def test_an_adapter_answers_on_two_pages_at_once_and_ctrl_c_ends_it(visit, tiny_
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
     )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the server needs the others
     try:
         expected = said(tmp_path / "adapter", tiny_llama)
-        assert len(set(expected)) == 2 and not set(expected) & set(said(tiny_llama))
+        assert len(set(expected)) == 2 and all(expected) and not set(expected) & set(said(tiny_llama))
         line, note = server.stdout.readline(), server.stdout.readline()
         url = re.search(r"http://127\.0\.0\.1:\d+/", line)
         assert url and line.startswith("adapter at "), line + server.stderr.read()
@@ -515,10 +531,11 @@ def test_an_adapter_answers_on_two_pages_at_once_and_ctrl_c_ends_it(visit, tiny_
             page.page.bring_to_front()
             page.button("Copy").click()
             wait_until(lambda page=page: page.page.evaluate("navigator.clipboard.readText()"))
-            assert page.page.evaluate("navigator.clipboard.readText()") == text
+            assert page.page.evaluate("navigator.clipboard.readText()").strip().startswith(text)
         server.send_signal(signal.SIGINT)
         output, errors = server.communicate(timeout=30)
     finally:
+        torch.set_num_threads(threads)
         server.kill()
     assert (server.returncode, output.splitlines()[-1]) == (0, "stopped"), errors
     assert str(tmp_path / "flagged.jsonl") in note and "Traceback" not in errors
