@@ -293,6 +293,35 @@ def test_help_is_printed_with_exit_code_0_and_nothing_runs(cli, capfd, argv, tas
     assert "SYNOPSIS" in printed and "Shows what it got" in printed
 
 
+def test_help_tells_each_flag_as_it_is_taken_and_no_other_way(monkeypatch, capsys):
+    """Fire's tells of -c and of positional values, which are refused."""
+
+    def copy(source: str, count: int = 2, fast: bool = False, note: str | None = None, mark: str = "") -> None:
+        """Copies.
+
+        Into the same folder.
+
+        Args:
+            source: what to copy,
+                a file (yes: a file).
+            count: how often.
+
+        Raises:
+            UserError: never.
+        """
+
+    monkeypatch.setattr(sys, "argv", ["do.py", "copy", "--help"])
+    with pytest.raises(SystemExit):
+        run_cli({"copy": copy})
+    assert capsys.readouterr().out == (
+        "SYNOPSIS\n    do.py copy --source TEXT --FLAG VALUE …\n\nDESCRIPTION\n    Copies.\n\n"
+        "    Into the same folder.\n\n"
+        "FLAGS\n    --source (text, required)\n        what to copy, a file (yes: a file).\n"
+        "    --count (whole number, default: 2)\n        how often.\n    --fast (True or False, default: False)\n"
+        "    --note (text)\n    --mark (text)\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("raised", "code"),
     [
