@@ -5,7 +5,8 @@
 
 The two files are Self-Instruct's (yizhongw/self-instruct, human_eval; Apache-2.0), MODEL is what `make demo` converts
 (~/.cache/alpaca/smollm2-135m-instruct). Both models answer greedily, with up to 256 tokens, in float32; answers that
-lie in --work_dir already are taken as they are. No judge is asked: what is compared is ROUGE-L to the reference and the
+lie in --work_dir already are taken as they are. Before training, the model is asked in its own chat template as well:
+Alpaca's is new to it, and a part of what training changes may be no more than that. No judge is asked: what is compared is ROUGE-L to the reference and the
 loss on it. Writes report.html and the rest to --work_dir, and the figures to benchmarks/results/reference_run.json.
 """
 
@@ -24,7 +25,7 @@ import judge  # noqa: E402
 import utils  # noqa: E402
 from alpaca.cli import run_cli  # noqa: E402
 
-NAMES = ("SmolLM2-135M-Instruct", "after make demo")
+MODEL = "SmolLM2-135M-Instruct"
 
 
 def main(
@@ -50,20 +51,18 @@ def main(
     made_with = provenance("torch", "transformers", "rouge-score", "nltk")
     folder = Path(work_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for model, name, file in zip((before, after), NAMES, ("before.jsonl", "after.jsonl"), strict=True):
-        files.append(folder / file)
-        if not files[-1].exists():
-            judge.answer(
-                instructions,
-                str(files[-1]),
-                model,
-                generator=name,
-                max_new_tokens=256,
-                reference_loss=True,
-                device="cpu",
-            )
-    judge.report(instructions, ",".join(map(str, [*files, predictions])), work_dir, data_path=data_path)
+    runs = (
+        ("before.jsonl", before, MODEL, "alpaca"),
+        ("after.jsonl", after, "after make demo", "alpaca"),
+        ("before_chat.jsonl", before, f"{MODEL} with its own template", "chat"),
+    )
+    options = {"max_new_tokens": 256, "device": "cpu"}
+    for file, model, name, template in runs:
+        if not (folder / file).exists():
+            options |= {"template": template, "reference_loss": template == "alpaca"}
+            judge.answer(instructions, str(folder / file), model, generator=name, **options)
+    files = [str(folder / file) for file, *_ in runs]
+    judge.report(instructions, ",".join([*files, predictions]), work_dir, data_path=data_path)
     found = json.loads((folder / "report.json").read_text())
     kept = {key: found[key] for key in ("set", "answerers", "overlap", "notes", "seed")}
     kept["overlap"] = {key: value for key, value in kept["overlap"].items() if key != "nearest"}
