@@ -4,10 +4,11 @@
         --predictions text-davinci-003_predictions.jsonl --before MODEL --after demo/recovered --work_dir eval
 
 The two files are Self-Instruct's (yizhongw/self-instruct, human_eval; Apache-2.0), MODEL is what `make demo` converts
-(~/.cache/alpaca/smollm2-135m-instruct). Both models answer greedily, with up to 256 tokens, in float32; answers that
-lie in --work_dir already are taken as they are. Before training, the model is asked in its own chat template as well:
-Alpaca's is new to it, and a part of what training changes may be no more than that. No judge is asked: what is compared is ROUGE-L to the reference and the
-loss on it. Writes report.html and the rest to --work_dir, and the figures to benchmarks/results/reference_run.json.
+(~/.cache/alpaca/smollm2-135m-instruct). The models answer greedily, with up to 256 tokens, in float32; answers that lie
+in --work_dir already are taken as they are. Before training, the model is asked in its own chat template as well:
+Alpaca's is new to it, and a part of what training changes may be no more than that. No judge is asked: what is compared
+is ROUGE-L to the reference and the loss on it. Writes report.html and the rest to --work_dir, and the figures to
+benchmarks/results/reference_run.json.
 """
 
 from __future__ import annotations
