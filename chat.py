@@ -24,6 +24,7 @@ HELP = r'''Type an instruction. Each is answered on its own (with --template cha
   /help         this
   /quit         leaves, as Ctrl-D does; Ctrl-C stops an answer, twice it leaves'''
 COMMANDS = ("/input", "/reset", "/help", "/?", "/quit", "/exit")
+BATCH_TOKENS = 16384
 FENCE = '"""'
 
 
@@ -41,7 +42,7 @@ def chat(
     device: str | None = None,
     dtype: str | None = None,
     base_path: str | None = None,
-    batch_tokens: int = 16384,
+    batch_tokens: int = BATCH_TOKENS,
     skip_errors: bool = False,
     web: bool = False,
     compare_path: str | None = None,
@@ -80,14 +81,17 @@ def chat(
     if web:
         if instruction is not None or batch_path is not None:
             raise UserError("--instruction and --batch_path answer and leave, --web serves a page: take one of them")
-        if template != "alpaca" or input or output_path is not None:
+        if template != "alpaca" or input or output_path is not None or skip_errors or batch_tokens != BATCH_TOKENS:
             raise UserError(
-                "--web asks with Alpaca's template what is typed there: drop --template, --input, --output_path"
+                "--web asks with Alpaca's template what is typed there: drop --template, --input, --output_path, "
+                "--skip_errors, --batch_tokens"
             )
         from alpaca import web as demo
 
         sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         return demo.serve(model_path, compare_path, host, port, auth, device, dtype, base_path, **sampling)
+    if batch_path is None and (skip_errors or batch_tokens != BATCH_TOKENS):
+        raise UserError("--skip_errors and --batch_tokens are for the records of a file: give --batch_path")
     if compare_path or auth or host != "127.0.0.1" or port != 7860:
         raise UserError("--compare_path, --host, --port and --auth are for the page: add --web")
     if instruction is not None and not instruction.strip():

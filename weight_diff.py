@@ -11,7 +11,6 @@ RAW is the base model in Hugging Face format. Tensors are streamed in pieces: 7B
 from __future__ import annotations
 
 import math
-import zlib
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -25,12 +24,13 @@ from alpaca.difference import (
     NotFinite,
     add_difference,
     check_floats,
+    compressed_size,
     mean_row,
     read_pair,
     recovered_specs,
     take_difference,
 )
-from alpaca.folders import copy_side_files, new_folder
+from alpaca.folders import check_links, copy_side_files, new_folder
 from alpaca.manifest import (
     METHODS,
     check_inputs,
@@ -50,7 +50,6 @@ from alpaca.stream import Chunk, Hashes, Specs, check_checksums, numel, progress
 RELEASED_SUM, RELEASED_TOLERANCE = 50637.1836, 0.05
 LICENSE = "not stated: see those of the base model and of the data that it was tuned on"
 SMOKE_TEST = "List three technologies that make life easier."
-SAMPLE = 1 << 15  # elements of each chunk that are compressed, to say what a diff compresses to
 
 
 def make_diff(
@@ -95,7 +94,7 @@ def make_diff(
         diff = chunk.buffer("diff", written[chunk.name][0])
         writer.write(chunk.name, diff)
         if exact:
-            compressed.append(_compressed_size(diff))
+            compressed.append(compressed_size(diff))
         bar.update(diff.numel() * diff.itemsize)
 
     after = [
@@ -159,6 +158,7 @@ def recover(
         raise UserError(f"--path_raw {path_raw} is a weight diff, --path_diff {path_diff} is none: they are swapped")
     raw = CheckpointReader(_folder(path_raw, "--path_raw", tokenizer=False))
     diff = CheckpointReader(_folder(path_diff, "--path_diff", diff=True))
+    check_links(diff.folder)
     manifest = read_manifest(diff)
     exact = manifest.get("method") == "exact"
     specs = _matching_specs(raw, diff, "--path_diff")
@@ -369,12 +369,6 @@ def _smoke_test(path: str, device: str, size: int) -> None:
             f"{path} is recovered and whole, but did not answer on {device}: {cause} (--test_inference False skips it)"
         ) from None
     print(f"{SMOKE_TEST}\n{answer.strip()}")
-
-
-def _compressed_size(data: torch.Tensor) -> float:
-    """Bytes after zlib, judged by those in the middle."""
-    middle = data[max(0, len(data) - SAMPLE) // 2 :][:SAMPLE]
-    return len(zlib.compress(middle.view(torch.uint8).numpy(), 1)) * len(data) / max(len(middle), 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ and so loses nothing.
 from __future__ import annotations
 
 import math
+import zlib
 from collections import defaultdict
 
 import torch
@@ -18,6 +19,7 @@ from alpaca.stream import Chunk, Specs, numel
 from alpaca.weight_files import DTYPES
 
 BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+SAMPLE = 1 << 15  # elements of each chunk that are compressed, to say what a diff compresses to
 MEAN_BYTES = 1 << 28  # of an embedding's columns in float32 while their mean is taken
 
 
@@ -190,3 +192,9 @@ def _sum(values: torch.Tensor) -> float:
 def _finite(values: torch.Tensor) -> bool:
     """One pass: a sum is finite only if all its terms are; where it is not, it may have been too large."""
     return math.isfinite(values.sum(dtype=torch.float32).item()) or bool(values.isfinite().all())
+
+
+def compressed_size(data: torch.Tensor) -> float:
+    """Bytes after zlib, judged by those in the middle."""
+    middle = data[max(0, len(data) - SAMPLE) // 2 :][:SAMPLE]
+    return len(zlib.compress(middle.view(torch.uint8).numpy(), 1)) * len(data) / max(len(middle), 1)

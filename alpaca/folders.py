@@ -127,6 +127,19 @@ def check_space(folder: Path, size: int) -> None:
         )
 
 
+def check_links(source: Path) -> None:
+    """Raises UserError when a tokenizer or generation file is a link to somewhere else.
+
+    A stranger's folder could have a private file of this machine copied into what is published next. Links inside the
+    folder are welcome, and so are those of the hub's cache, from snapshots/REVISION to ../../blobs.
+    """
+    roots = [source.resolve(), source.resolve().parent.parent / "blobs"]
+    templates = (source / CHAT_TEMPLATES).glob("*.jinja")
+    for path in [*(source / name for name in (*SIDE_FILES, "config.json")), *templates]:
+        if not any(path.resolve().is_relative_to(root) for root in roots):
+            raise UserError(f"{path} is a link out of its folder: do not trust it, or copy the file there yourself")
+
+
 def copy_side_files(source: Path, target: Path, config: dict) -> None:
     """Copies tokenizer and generation files as they are, and writes ``config`` as config.json, to be named last."""
     for name in SIDE_FILES:

@@ -109,7 +109,7 @@ class Guard:
     """
 
     GET = re.compile(
-        r"/|/(login_check|logout|config|theme\.css|favicon\.ico|manifest\.json|robots\.txt)/?|/(assets|static)/.*"
+        r"/|/(login_check|config|theme\.css|favicon\.ico|manifest\.json|robots\.txt)/?|/(assets|static)/.*"
         r"|/gradio_api/((info|startup-events|theme\.css|app_id|user|login_check|queue/data)/?|(heartbeat|call)/.+)"
     )
     POST = re.compile(r"/login/?|/gradio_api/(queue/join|cancel|reset|(call|run)/.+)/?")  # run: only what is not queued

@@ -11,7 +11,7 @@ import pytest
 from made_models import folder_with, left_in
 
 from alpaca import UserError, folders
-from alpaca.folders import copy_side_files, new_folder
+from alpaca.folders import check_links, copy_side_files, new_folder
 
 
 def test_a_new_folder_appears_whole(tmp_path):
@@ -372,3 +372,24 @@ def test_a_read_only_parent_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--out .* cannot be written"), new_folder(tmp_path / "target", "--out"):
         raise AssertionError("not reached")
     assert left_in(tmp_path) == []
+
+
+def test_a_link_out_of_a_diff_is_refused_and_those_of_the_hubs_cache_are_not(tmp_path):
+    """models--x/snapshots/r/tokenizer.json -> ../../blobs/1, as the hub's cache has it."""
+    folder, blobs = tmp_path / "models--x" / "snapshots" / "r", tmp_path / "models--x" / "blobs"
+    folder.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "1").write_text("{}")
+    (folder / "tokenizer.json").symlink_to("../../blobs/1")
+    (folder / "config.json").write_text("{}")
+    (folder / "merges.txt").symlink_to("config.json")
+    check_links(folder)
+    (tmp_path / "private").write_text("key")
+    (folder / "tokenizer.model").symlink_to(tmp_path / "private")
+    with pytest.raises(UserError, match="tokenizer.model is a link out of its folder"):
+        check_links(folder)
+    (folder / "tokenizer.model").unlink()
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "a.jinja").symlink_to(tmp_path / "private")
+    with pytest.raises(UserError, match="a.jinja is a link"):
+        check_links(folder)

@@ -607,6 +607,7 @@ def test_the_bounds_hold_without_gradios_own(sites):
         ("/gradio_api/proxy=http://192.0.2.1/", None, 404),
         ("/gradio_api/deep_link?session_hash=x", None, 404),
         ("/monitoring", None, 404),
+        ("/logout", None, 404),  # which ends the logins of all who came in with the same name
         ("/static/../../../../../../../../etc/passwd", None, 403),
     ],
 )
