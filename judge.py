@@ -74,8 +74,9 @@ def answer(
 ) -> None:
     """Answers an instruction set with a local model (--model_path) or one behind a server (--model_name).
 
-    Each row of OUTPUT_PATH has "id", "instruction", "input", "output" and "generator"; one that could not be answered
-    has "error" and no "output". By default each model takes its likeliest token each time.
+    Each row of OUTPUT_PATH has "id", "instruction", "input", "output", "finish_reason" ("length": it was cut off) and
+    "generator"; one that could not be answered has "error" and no "output". By default each model takes its likeliest
+    token each time.
 
     Args:
         instructions: the set: Self-Instruct's 252, AlpacaEval's, or Alpaca's format; JSON, or JSON Lines.
@@ -186,6 +187,7 @@ def _answer_here(items, output_path, model_path, generator, template, sampling, 
         identity | {"dtype": str(model.dtype).removeprefix("torch.")},
         skip_errors=True,
         more=(lambda: reference_fields(model, tokenizer, items)) if reference_loss else None,
+        finish_reason=True,
     )
     notes = [
         (counts["earlier"], "of an earlier run"),

@@ -190,6 +190,8 @@ def notes(found: dict, answerers: list[Answers], no_rouge: bool) -> list[str]:
             few = ", ".join(one.unanswered[:3]) + (", …" if len(one.unanswered) > 3 else "")
             said.append(f"{one.generator} has no answer to {len(one.unanswered)} instructions, left out: {few}")
     for one in found["answerers"]:
+        if one["cut"]:
+            said.append(f"{one['cut']} of {one['name']}'s {one['answered']} answers were cut off: it had more to say.")
         if one["loss_not_finite"]:
             said.append(f"{one['name']}'s loss is no finite number on {one['loss_not_finite']} references: left out.")
     for judge in found["judges"]:

@@ -173,6 +173,15 @@ def test_references_that_rouge_does_not_see_are_told(tmp_path):
     assert found["notes"] == ["ROUGE-L knows no letters but a to z: 1 of the references are mostly of others."]
 
 
+def test_answers_that_were_cut_off_are_counted_and_told(files, tmp_path):
+    rows = [json.loads(line) for line in (files / "a.jsonl").read_text().splitlines()]
+    ends = ["length", "length", *["stop"] * (COUNT - 2)]
+    write(tmp_path / "a.jsonl", [row | {"finish_reason": end} for row, end in zip(rows, ends, strict=True)])
+    found = run(files, tmp_path / "out", answers=f"{tmp_path}/a.jsonl,{files}/b.jsonl")
+    assert [each["cut"] for each in found["answerers"]] == [2, None]  # nobody says how b's ended
+    assert found["notes"] == [f"2 of {A}'s {COUNT} answers were cut off: it had more to say."]
+
+
 def test_a_model_before_and_after_training_is_compared_by_its_loss(files, tmp_path):
     before = [json.loads(line) for line in (files / "a.jsonl").read_text().splitlines()]
     write(tmp_path / "after.jsonl", [row | {"generator": "after", "reference_loss": 1.5} for row in before])
