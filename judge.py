@@ -378,6 +378,9 @@ def report(
     if data_path is not None:
         records = utils.load_records(data_path)
         found["overlap"] = {"file": Path(data_path).name} | overlap.summary(items, records)
+    files = {"set": [instructions], "answers": _paths("answers", answers), "data": [data_path] if data_path else []}
+    files["judgments"] = _paths("judgments", judgments) if judgments is not None else []
+    found |= report_page.made_from(files)
     found["notes"] = report_text.notes(found, answerers, scores is None)
 
     found = comparison.without_nan(found)

@@ -66,10 +66,10 @@ def summary(items: Sequence[Item], answerers: Sequence[Answers], seed: int = 0) 
     Returns:
         For each answerer a dict: name; answered, unanswered and empty counts; cut: how many answers their rows say to
         have been cut off ("finish_reason": "length"), None where no row tells how it ended; characters of an answer
-        on average; rouge_l and its difference from the first one's, both in [0, 1], and loss with perplexity, and its difference,
-        each {"mean", "interval", "items"} or None; losses of different tokenizers (told by their numbers of tokens)
-        have no difference; loss_not_finite: how many losses were left out as no finite number. Then for each answerer
-        item id → ROUGE-L; None without nltk.
+        on average; rouge_l and its difference from the first one's, both in [0, 1], and loss with perplexity, and its
+        difference, each {"mean", "interval", "items"} or None; losses of different tokenizers (told by their numbers
+        of tokens) have no difference; loss_not_finite: how many losses were left out as no finite number. Then for
+        each answerer item id → ROUGE-L; None without nltk.
     """
     references = {item.id: item.reference for item in items if item.reference}
     try:

@@ -110,6 +110,20 @@ def test_the_figures_of_a_report(judged):
     assert "NaN" not in (folder / "report.json").read_text()
 
 
+def test_a_report_names_what_it_was_made_from(files, judged):
+    named = judged[1]["files"]
+    assert {kind: [each["file"] for each in of_kind] for kind, of_kind in named.items()} == {
+        "set": ["set.jsonl"],
+        "answers": ["a.jsonl", "b.jsonl"],
+        "judgments": ["model.jsonl", "people.jsonl"],
+        "data": ["train.json"],
+    }
+    for each in sum(named.values(), []):
+        assert each["sha256"] == hashlib.sha256((files / each["file"]).read_bytes()).hexdigest()
+    assert judged[1]["versions"].keys() == {"python", "numpy", "rapidfuzz", "nltk"}
+    assert judged[1]["versions"]["numpy"] == sys.modules["numpy"].__version__
+
+
 def test_the_page_says_how_a_model_was_asked_and_a_second_way_is_told(files, tmp_path):
     rows = [json.loads(line) for line in (files / "model.jsonl").read_text().splitlines()]
     for row in rows:
