@@ -51,6 +51,7 @@ class Verdict:
         outcome: 1.0 where a wins, 0.5 a tie, 0.0 where b wins; None: no verdict.
         agreed: whether both orders led to the same; None where only one was asked.
         failure: why there is no verdict: "skipped", or what went wrong.
+        equal: the two answers were the same text.
     """
 
     id: str
@@ -59,6 +60,7 @@ class Verdict:
     outcome: float | None
     agreed: bool | None = None
     failure: str | None = None
+    equal: bool = False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,15 +190,15 @@ def fold(asks: Iterable[Ask]) -> list[Verdict]:
 
 
 def _verdict(asks: list[Ask]) -> Verdict | None:
-    who = (asks[0].id, asks[0].judge, asks[0].kind)
+    who, equal = (asks[0].id, asks[0].judge, asks[0].kind), asks[0].equal
     failed = next((ask for ask in asks if ask.preferred is None), None)
     if failed is not None:
-        return Verdict(*who, None, failure=failed.error or "failed")
+        return Verdict(*who, None, failure=failed.error or "failed", equal=equal)
     outcomes = [_outcome(ask) for ask in asks]
     if len(asks) == 1:
-        return Verdict(*who, outcomes[0]) if asks[0].kind == "person" else None
+        return Verdict(*who, outcomes[0], equal=equal) if asks[0].kind == "person" else None
     agreed = outcomes[0] == outcomes[1]
-    return Verdict(*who, outcomes[0] if agreed else 0.5, agreed)
+    return Verdict(*who, outcomes[0] if agreed else 0.5, agreed, equal=equal)
 
 
 def _outcome(ask: Ask) -> float:

@@ -346,6 +346,18 @@ def test_agreement_of_each_two_and_of_all():
     assert 0 < found["alpha"] < 1 and math.isnan(found["alpha_people"])
 
 
+def test_equal_answers_are_no_agreement_between_judges():
+    same = {"answers_sha256": ["0" * 64] * 2, "note": "equal answers, not asked"}
+    rows = [row(id, first, "tie", judge=judge) | same for id in "123" for judge in "pq" for first in (A, B)]
+    rows += [row(id, A, "tie", judge="Ada", kind="person") | same for id in "123"]
+    equal = [Ask(r["id"], r["judge"]["name"], r["judge"]["kind"], r["first"] == A, "tie", equal=True) for r in rows]
+    decided = [row("4", first, prefers) for first, prefers in ((A, "first"), (B, "second"))]
+    asks = equal + asks_of([r | {"judge": r["judge"] | {"name": "p"}} for r in decided])
+    asks += asks_of([row("4", first, "tie", judge="q") for first in (A, B)])
+    found = comparison.agreement(verdicts.fold(asks))
+    assert [(pair["judges"], pair["items"], pair["raw"]) for pair in found["pairs"]] == [(["p", "q"], 1, 0.0)]
+
+
 def test_the_clearest_win_has_all_judges_then_more_of_them_then_the_reference():
     votes = {"all": [1.0, 1.0], "one": [1.0], "near": [1.0, 1.0], "split": [1.0, 0.5], "tie": [0.5], "lost": [0.0, 0.5]}
     given = [Verdict(id, str(n), "model", vote) for id, each in votes.items() for n, vote in enumerate(each)]
