@@ -150,17 +150,25 @@ def read_asks(rows: Sequence[dict], a: Answers, b: Answers) -> list[Ask]:
 
 
 def judge_names(rows: Sequence[dict]) -> list[str]:
-    """The judge of each row by name; with its kind and prompt where the name alone would mix two judges."""
+    """The judge of each row by name; with its kind, prompt or seed where the name alone would mix two judges.
+
+    Of a person the seed is that of the page: at two pages, which draw their sides apart, one name may be two people.
+    """
     different: dict[str, set] = {}
     for judge in (row["judge"] for row in rows):
-        different.setdefault(judge["name"], set()).add((judge["kind"], judge.get("prompt_sha256")))
-    names = []
-    for judge in (row["judge"] for row in rows):
-        name, prompt = judge["name"], judge.get("prompt_sha256")
-        if len(different[name]) > 1:
-            name += f" ({judge['kind']}, prompt {prompt[:8]})" if prompt else f" ({judge['kind']})"
-        names.append(name)
-    return names
+        different.setdefault(judge["name"], set()).add(_facts(judge))
+    return [
+        judge["name"] + (f" ({', '.join(_facts(judge))})" if len(different[judge["name"]]) > 1 else "")
+        for judge in (row["judge"] for row in rows)
+    ]
+
+
+def _facts(judge: dict) -> tuple[str, ...]:
+    prompt, settings = judge.get("prompt_sha256"), judge.get("settings")
+    facts = [judge["kind"]] + ([f"prompt {prompt[:8]}"] if prompt else [])
+    if judge["kind"] == "person" and isinstance(settings, dict) and "seed" in settings:
+        facts.append(f"votes of seed {settings['seed']}")
+    return tuple(facts)
 
 
 def settings_of(rows: Sequence[dict], judge: str) -> list[dict]:

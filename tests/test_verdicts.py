@@ -98,6 +98,17 @@ def test_judges_are_kept_apart_by_name_kind_and_prompt():
     assert len(found) == 4
 
 
+def test_one_name_at_two_pages_is_two_people_and_their_votes_make_no_tie():
+    rows = [row(id, A, "first", judge="Ada", kind="person") for id in "12"]
+    rows += [row(id, B, "first", judge="Ada", kind="person") for id in "12"]
+    for place, each in enumerate(rows):
+        each["judge"]["settings"] = {"seed": 7 + (place > 1)}
+    found = {(v.judge, v.id): v.outcome for v in verdicts.fold(asks_of(rows))}
+    one, other = "Ada (person, votes of seed 7)", "Ada (person, votes of seed 8)"
+    assert found == {(one, "1"): 1.0, (one, "2"): 1.0, (other, "1"): 0.0, (other, "2"): 0.0}
+    assert {v.judge for v in verdicts.fold(asks_of(rows[:2]))} == {"Ada"}
+
+
 def test_other_generators_and_other_answers_are_refused():
     with pytest.raises(UserError, match="item 1 compares alpaca with gpt4"):
         asks_of([row("1", A, "tie", second="gpt4")])
