@@ -267,14 +267,15 @@ def judge(
         replies = ask_each(asked, prompts, seed, journal, budget, max_tokens, max_concurrency, "judgment")
     left_out = {name for reply in replies if reply for name in reply.left_out or ()}
     settings = {name: value for name, value in settings.items() if name not in left_out}
-    by = {"kind": "model", "name": model_name, "prompt_sha256": prompt_sha256, "settings": settings}
+    by = {"kind": "model", "name": model_name, "prompt_sha256": prompt_sha256}
     reply_to = dict(zip(to_ask, replies, strict=True))
     rows = []
     for place, (item, shown) in enumerate(pairs):
         reply = reply_to.get(place)
         if reply is None and place in reply_to:
             continue  # the run ended before
-        rows.append(pairwise.judgment(item, shown, by, reply))
+        fewer = {"max_tokens": reply.max_tokens} if reply and reply.max_tokens else {}  # than the flag says
+        rows.append(pairwise.judgment(item, shown, by | {"settings": settings | fewer}, reply))
     write_answers(rows, output)
     equal = sum("note" in row for row in rows)
     notes = [(equal, "for equal answers, which are a tie unasked")]

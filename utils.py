@@ -200,6 +200,7 @@ class Completion:
     error: str | None = None
     model: str | None = dataclasses.field(default=None, compare=False)  # that answered, by its server's word
     left_out: list[str] | None = dataclasses.field(default=None, compare=False)  # settings that the model does not take
+    max_tokens: int | None = dataclasses.field(default=None, compare=False)  # asked for, where the context forced fewer
 
 
 class Teacher:
@@ -383,6 +384,8 @@ class Teacher:
             tokens = (len(prompt) // 4, len(text or "") // 4)  # 4 characters a token
         model, left_out = reply.get("model"), sorted(self._refused - settings.keys() - {"max_tokens"})
         who = {"model": model if isinstance(model, str) else None, "left_out": left_out or None}
+        longest = settings.get("max_tokens") or settings.get("max_completion_tokens")
+        who["max_tokens"] = longest if longest and longest < self.decoding.max_tokens else None
         if finish_reason == "content_filter":
             return Completion(None, finish_reason, *tokens, error="content filter", **who), True
         if finish_reason in ("error", "abort"):  # by the server, in the middle

@@ -183,6 +183,16 @@ def test_what_a_model_does_not_take_is_not_among_the_settings(teacher, files, tm
     assert [row["judge"]["settings"] for row in rows] == [{"max_tokens": 1024, "top_p": 1.0, "seed": 0}] * 4
 
 
+def test_where_the_context_forced_a_shorter_reply_the_row_has_the_limit_that_was_used(teacher, files, tmp_path):
+    def answer(number, body):
+        return ("context", 400) if body["max_tokens"] > 300 and "1" in shown(body)[0] else prefers_long(number, body)
+
+    server = teacher(answer)
+    judge.judge(**files(2, b="{} and more" + " and more" * 9), base_url=server.base_url, max_concurrency=1)
+    limits = {row["id"]: row["judge"]["settings"]["max_tokens"] for row in read(tmp_path / "j.jsonl")}
+    assert limits["2"] == 256 and {body["max_tokens"] for body in server.requests} == {1024, 512, 256}
+
+
 def test_a_reply_without_a_verdict_is_asked_for_again_with_a_reminder_and_then_failed_never_a_tie(
     teacher, files, tmp_path, capsys
 ):
