@@ -241,7 +241,9 @@ class Teacher:
         base_url = base_url or os.environ.get("OPENAI_BASE_URL") or None
         key = os.environ.get("OPENAI_API_KEY")
         if not key and not base_url:
-            raise UserError("no teacher: set OPENAI_API_KEY, or --base_url (OPENAI_BASE_URL) for a server of your own")
+            raise UserError(
+                "no server to ask: set OPENAI_API_KEY, or --base_url (OPENAI_BASE_URL) for a server of your own"
+            )
         if base_url and not _is_url(base_url):
             raise UserError("--base_url is not a URL: it looks like http://127.0.0.1:8000/v1")
         self.model_name, self.decoding, self.api, self._key = model_name, dataclasses.replace(decoding), api, key
@@ -307,11 +309,11 @@ class Teacher:
         except openai.NotFoundError:
             raise UserError(
                 f"{where} knows no model {model!r}, or has no {self.api} endpoint (404): "
-                "check --model_name, --base_url and --api"
+                "check --model_name and --base_url"
             ) from None
         except openai.APIConnectionError as e:
             if _is_refused(e):
-                raise UserError(f"nothing answers at {where}: is the teacher running?") from None
+                raise UserError(f"nothing answers at {where}: is the server running?") from None
             if isinstance(e, openai.APITimeoutError):
                 return Completion(None, error="timeout"), False
             return Completion(None, error=f"connection: {type(e.__cause__ or e).__name__}"), False

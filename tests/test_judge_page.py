@@ -230,6 +230,7 @@ def test_what_an_answer_says_is_text_and_markdown_is_rendered_on_both_sides(visi
 def test_white_space_and_emptiness_look_alike():
     pair = judge_page.render_pair("Do.", " ", "\n    indented\r\n", "")
     assert "<p>indented</p>" in pair and "<em>(empty)</em>" in pair
+    assert 'aria-label="Answer 1"' in pair and 'aria-label="Answer 2"' in pair
     assert "Input" not in pair and "<code>" not in pair
 
 
