@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from test_plots import References
@@ -253,14 +255,24 @@ def test_without_matplotlib_the_page_has_no_picture_and_says_why(judged, tmp_pat
     assert "<img" not in text and "matplotlib is not installed" in text
 
 
-def test_a_failed_write_leaves_the_old_report(judged, tmp_path, monkeypatch):
-    """report.html is replaced whole or not at all."""
+@pytest.mark.parametrize("name", ["report.json", "report.png", "report.html"])
+def test_a_failed_write_leaves_the_old_file(judged, tmp_path, monkeypatch, name):
+    """Each of the three is replaced whole or not at all; what would be written differs from what is there."""
     report_page.write(judged[1], tmp_path)
-    before = (tmp_path / "report.html").read_bytes()
-    monkeypatch.setattr("os.replace", lambda *paths: (_ for _ in ()).throw(OSError("disk")))
-    with pytest.raises(OSError):
-        report_page.write(judged[1] | {"seed": 1}, tmp_path)
-    assert (tmp_path / "report.html").read_bytes() == before
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    replace, failed = os.replace, []
+
+    def full(source, target):
+        if Path(target).name == name:
+            failed.append(Path(source).read_bytes())
+            raise OSError("disk")
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", full)
+    judges = [each | {"judge": f"another {each['judge']}"} for each in judged[1]["judges"]]
+    with pytest.raises(OSError, match="disk"):
+        report_page.write(judged[1] | {"judges": judges}, tmp_path)
+    assert (tmp_path / name).read_bytes() == before[name] and failed[0] != before[name]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json", "report.png"]
 
 
