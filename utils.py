@@ -6,6 +6,7 @@ Light on purpose: importing this loads neither torch nor an API client.
 from __future__ import annotations
 
 import asyncio
+import base64
 import dataclasses
 import json
 import logging
@@ -219,7 +220,7 @@ class Teacher:
         max_concurrency: requests that will be in flight at once, so that as many connections are kept.
 
     Raises:
-        UserError: neither a key nor a base URL.
+        UserError: neither a key nor a base URL, or both a key and user:password@ in the URL.
     """
 
     MIN_TOKENS = 64  # below this a shorter reply is no cure for a context that is too long
@@ -248,15 +249,23 @@ class Teacher:
             raise UserError("--base_url is not a URL: it looks like http://127.0.0.1:8000/v1")
         self.model_name, self.decoding, self.api, self._key = model_name, dataclasses.replace(decoding), api, key
         parts = urllib.parse.urlsplit(base_url or "https://api.openai.com/v1")
-        # without user:password@ and ?key=…
-        self._where = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+        # aiohttp refuses an address with user:password@ beside an Authorization header, which openai always sets.
+        login, _, netloc = parts.netloc.rpartition("@")
+        if login and key:
+            raise UserError(
+                "--base_url has user:password@ and OPENAI_API_KEY is set, of which a request carries one: leave one out"
+            )
+        basic = base64.b64encode(urllib.parse.unquote(login).encode()).decode()
+        parts = parts._replace(netloc=netloc)
+        self._where = parts._replace(query="", fragment="").geturl()  # without user:password@ and ?key=…
         self._empty_retries, self._refused = min(max_retries, empty_retries), set()
         self._fitting: dict[int, int] = {}  # characters of a prompt → tokens of a reply, where max_tokens were too many
         # A server that drips a byte now and then never times out: its limit is that of all tries together.
         self._patience = (max_retries + 1) * request_timeout + 120
         limits = httpx2.Limits(max_connections=max_concurrency, max_keepalive_connections=max_concurrency)
         self._client = openai.AsyncOpenAI(
-            base_url=base_url,
+            base_url=parts.geturl(),
+            default_headers={"Authorization": f"Basic {basic}"} if login else None,
             api_key=key or "none",  # a local server asks for no key, but the client refuses to start without one
             timeout=request_timeout,
             max_retries=max_retries,

@@ -456,6 +456,18 @@ def test_the_key_is_sent_and_a_server_of_ones_own_needs_none(teacher, monkeypatc
     assert sent == ["Bearer none", "Bearer sk-test"]
 
 
+def test_a_login_in_the_address_is_sent_and_beside_a_key_refused_without_being_repeated(teacher, monkeypatch):
+    server = teacher(lambda n, body: "hi")
+    url = server.base_url.replace("//", "//user:p%40ss@")
+    assert ask(url)[0].text == "hi"
+    sent = {name.lower(): value for name, value in server.headers[0].items()}
+    assert sent["authorization"] == "Basic dXNlcjpwQHNz"  # user:p@ss
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    with pytest.raises(UserError, match="has user:password@ and OPENAI_API_KEY is set") as caught:
+        ask(url)
+    assert "ss@" not in str(caught.value) and "secret" not in str(caught.value) and len(server.requests) == 1
+
+
 def test_the_base_url_of_the_environment_is_taken_when_none_is_given(teacher, monkeypatch):
     server = teacher(lambda n, body: "hi")
     monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
