@@ -33,7 +33,7 @@ from pathlib import Path
 
 import utils
 from alpaca import UserError, pairwise
-from alpaca.asking import ask_each, in_brackets, wind_up
+from alpaca.asking import Answerer, ask_each, in_brackets, wind_up
 from alpaca.budget import Budget
 from alpaca.cli import run_cli
 from alpaca.instruction_set import is_the_252, read_answers, read_pair, read_set, write_answers
@@ -139,13 +139,12 @@ def answer(
     decoding = utils.OpenAIDecodingArguments(max_new_tokens, temperature, top_p, STOP if api == "completions" else None)
     tries = (5, 0 if max_total_tokens or max_cost_usd else 2)  # with a budget, an empty reply is not paid for twice
     teacher = utils.Teacher(model_name, decoding, api, base_url, request_timeout, *tries, max_concurrency)
-    chat = api == "chat"
-    prompts = [item.task if chat else utils.format_prompt(item.instruction, item.input) for item in items]
+    prompts = [item.task if api == "chat" else utils.format_prompt(item.instruction, item.input) for item in items]
     run = {"task": "answer", "model_name": model_name, "api": api, "seed": seed, "prompts": _digest(prompts)}
     output, journal_path = check_output(output_path)
     with Journal(journal_path) as journal:
         journal.begin(run | asdict(decoding))
-        replies = ask_each(teacher, prompts, seed, journal, budget, max_new_tokens, max_concurrency, "answer")
+        replies = ask_each(Answerer(teacher), prompts, seed, journal, budget, max_new_tokens, max_concurrency, "answer")
     rows = []
     for item, reply in zip(items, replies, strict=True):
         row = item.row(output)
@@ -157,9 +156,9 @@ def answer(
     if output.suffix == ".json":  # alpaca_eval would take a row without an answer for one that says "nan"
         rows = [row for row in rows if "output" in row]
     write_answers(rows, output)
-    made = sum("output" in row for row in rows)
     notes = [(sum(row.get("finish_reason") == "length" for row in rows), "cut off at --max_new_tokens")]
-    wind_up(journal_path, f"{made:,} answers in {output}", replies, budget, notes)
+    notes += [(sum(row.get("output") == "" for row in rows), "empty, and counted as answers")]
+    wind_up(journal_path, f"{sum('output' in row for row in rows):,} answers in {output}", replies, budget, notes)
 
 
 def _answer_here(items, output_path, model_path, generator, template, sampling, loading, batch_tokens, reference_loss):

@@ -500,6 +500,17 @@ def test_what_a_server_does_not_answer_has_an_error_and_is_asked_again(teacher, 
         judge.answer(str(instructions), str(output), **flags)
 
 
+def test_a_server_that_says_nothing_has_answered_with_nothing_after_the_retries(teacher, tmp_path, capsys):
+    server = teacher(lambda number, body: (" ", "stop") if "Rest" in json.dumps(body) else ("", "length"))
+    instructions, output = write(tmp_path / "set.jsonl", SET), tmp_path / "out.jsonl"
+    judge.answer(str(instructions), str(output), model_name="m", base_url=server.base_url)
+    cut, empty = read(output)
+    assert cut["error"] == "empty reply (finish_reason length)" and "output" not in cut
+    assert (empty["output"], empty["finish_reason"], "error" in empty) == ("", "stop", False)
+    assert len(server.requests) == 1 + 3
+    assert "1 answers in" in (said := capsys.readouterr().out) and "1 empty, and counted as answers" in said
+
+
 def test_answers_do_not_go_on_from_another_models(teacher, tmp_path):
     server, instructions = teacher(lambda number, body: "3"), write(tmp_path / "set.jsonl", SET)
     flags = {"base_url": server.base_url, "max_concurrency": 1}
