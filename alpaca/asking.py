@@ -18,7 +18,7 @@ from utils import Completion, Teacher
 
 
 class Answerer:
-    """A teacher who is being judged: where it ends without a word, each time, that is its answer, as a local model's is.
+    """A teacher who is being judged: ending without a word, each time, is its answer, as it is a local model's.
 
     A refused, cut off or unreadable reply stays a failure: only an empty one has no text and the finish reason "stop".
     """
