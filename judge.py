@@ -33,7 +33,7 @@ from pathlib import Path
 
 import utils
 from alpaca import UserError, pairwise
-from alpaca.asking import ask_each, in_brackets, wind_up
+from alpaca.asking import Answerer, ask_each, in_brackets, wind_up
 from alpaca.budget import Budget
 from alpaca.cli import run_cli
 from alpaca.instruction_set import is_the_252, read_answers, read_pair, read_set, write_answers
@@ -74,8 +74,9 @@ def answer(
 ) -> None:
     """Answers an instruction set with a local model (--model_path) or one behind a server (--model_name).
 
-    Each row of OUTPUT_PATH has "id", "instruction", "input", "output" and "generator"; one that could not be answered
-    has "error" and no "output". By default each model takes its likeliest token each time.
+    Each row of OUTPUT_PATH has "id", "instruction", "input", "output", "finish_reason" ("length": it was cut off) and
+    "generator"; one that could not be answered has "error" and no "output". By default each model takes its likeliest
+    token each time.
 
     Args:
         instructions: the set: Self-Instruct's 252, AlpacaEval's, or Alpaca's format; JSON, or JSON Lines.
@@ -138,13 +139,12 @@ def answer(
     decoding = utils.OpenAIDecodingArguments(max_new_tokens, temperature, top_p, STOP if api == "completions" else None)
     tries = (5, 0 if max_total_tokens or max_cost_usd else 2)  # with a budget, an empty reply is not paid for twice
     teacher = utils.Teacher(model_name, decoding, api, base_url, request_timeout, *tries, max_concurrency)
-    chat = api == "chat"
-    prompts = [item.task if chat else utils.format_prompt(item.instruction, item.input) for item in items]
+    prompts = [item.task if api == "chat" else utils.format_prompt(item.instruction, item.input) for item in items]
     run = {"task": "answer", "model_name": model_name, "api": api, "seed": seed, "prompts": _digest(prompts)}
     output, journal_path = check_output(output_path)
     with Journal(journal_path) as journal:
         journal.begin(run | asdict(decoding))
-        replies = ask_each(teacher, prompts, seed, journal, budget, max_new_tokens, max_concurrency, "answer")
+        replies = ask_each(Answerer(teacher), prompts, seed, journal, budget, max_new_tokens, max_concurrency, "answer")
     rows = []
     for item, reply in zip(items, replies, strict=True):
         row = item.row(output)
@@ -156,9 +156,9 @@ def answer(
     if output.suffix == ".json":  # alpaca_eval would take a row without an answer for one that says "nan"
         rows = [row for row in rows if "output" in row]
     write_answers(rows, output)
-    made = sum("output" in row for row in rows)
     notes = [(sum(row.get("finish_reason") == "length" for row in rows), "cut off at --max_new_tokens")]
-    wind_up(journal_path, f"{made:,} answers in {output}", replies, budget, notes)
+    notes += [(sum(row.get("output") == "" for row in rows), "empty, and counted as answers")]
+    wind_up(journal_path, f"{sum('output' in row for row in rows):,} answers in {output}", replies, budget, notes)
 
 
 def _answer_here(items, output_path, model_path, generator, template, sampling, loading, batch_tokens, reference_loss):
@@ -186,6 +186,7 @@ def _answer_here(items, output_path, model_path, generator, template, sampling, 
         identity | {"dtype": str(model.dtype).removeprefix("torch.")},
         skip_errors=True,
         more=(lambda: reference_fields(model, tokenizer, items)) if reference_loss else None,
+        finish_reason=True,
     )
     notes = [
         (counts["earlier"], "of an earlier run"),
@@ -265,14 +266,15 @@ def judge(
         replies = ask_each(asked, prompts, seed, journal, budget, max_tokens, max_concurrency, "judgment")
     left_out = {name for reply in replies if reply for name in reply.left_out or ()}
     settings = {name: value for name, value in settings.items() if name not in left_out}
-    by = {"kind": "model", "name": model_name, "prompt_sha256": prompt_sha256, "settings": settings}
+    by = {"kind": "model", "name": model_name, "prompt_sha256": prompt_sha256}
     reply_to = dict(zip(to_ask, replies, strict=True))
     rows = []
     for place, (item, shown) in enumerate(pairs):
         reply = reply_to.get(place)
         if reply is None and place in reply_to:
             continue  # the run ended before
-        rows.append(pairwise.judgment(item, shown, by, reply))
+        fewer = {"max_tokens": reply.max_tokens} if reply and reply.max_tokens else {}  # than the flag says
+        rows.append(pairwise.judgment(item, shown, by | {"settings": settings | fewer}, reply))
     write_answers(rows, output)
     equal = sum("note" in row for row in rows)
     notes = [(equal, "for equal answers, which are a tie unasked")]
@@ -376,6 +378,9 @@ def report(
     if data_path is not None:
         records = utils.load_records(data_path)
         found["overlap"] = {"file": Path(data_path).name} | overlap.summary(items, records)
+    files = {"set": [instructions], "answers": _paths("answers", answers), "data": [data_path] if data_path else []}
+    files["judgments"] = _paths("judgments", judgments) if judgments is not None else []
+    found |= report_page.made_from(files)
     found["notes"] = report_text.notes(found, answerers, scores is None)
 
     found = comparison.without_nan(found)

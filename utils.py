@@ -6,6 +6,7 @@ Light on purpose: importing this loads neither torch nor an API client.
 from __future__ import annotations
 
 import asyncio
+import base64
 import dataclasses
 import json
 import logging
@@ -200,6 +201,7 @@ class Completion:
     error: str | None = None
     model: str | None = dataclasses.field(default=None, compare=False)  # that answered, by its server's word
     left_out: list[str] | None = dataclasses.field(default=None, compare=False)  # settings that the model does not take
+    max_tokens: int | None = dataclasses.field(default=None, compare=False)  # asked for, where the context forced fewer
 
 
 class Teacher:
@@ -218,7 +220,7 @@ class Teacher:
         max_concurrency: requests that will be in flight at once, so that as many connections are kept.
 
     Raises:
-        UserError: neither a key nor a base URL.
+        UserError: neither a key nor a base URL, or both a key and user:password@ in the URL.
     """
 
     MIN_TOKENS = 64  # below this a shorter reply is no cure for a context that is too long
@@ -240,20 +242,30 @@ class Teacher:
         base_url = base_url or os.environ.get("OPENAI_BASE_URL") or None
         key = os.environ.get("OPENAI_API_KEY")
         if not key and not base_url:
-            raise UserError("no teacher: set OPENAI_API_KEY, or --base_url (OPENAI_BASE_URL) for a server of your own")
+            raise UserError(
+                "no server to ask: set OPENAI_API_KEY, or --base_url (OPENAI_BASE_URL) for a server of your own"
+            )
         if base_url and not _is_url(base_url):
             raise UserError("--base_url is not a URL: it looks like http://127.0.0.1:8000/v1")
         self.model_name, self.decoding, self.api, self._key = model_name, dataclasses.replace(decoding), api, key
         parts = urllib.parse.urlsplit(base_url or "https://api.openai.com/v1")
-        # without user:password@ and ?key=…
-        self._where = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+        # aiohttp refuses an address with user:password@ beside an Authorization header, which openai always sets.
+        login, _, netloc = parts.netloc.rpartition("@")
+        if login and key:
+            raise UserError(
+                "--base_url has user:password@ and OPENAI_API_KEY is set, of which a request carries one: leave one out"
+            )
+        basic = base64.b64encode(urllib.parse.unquote(login).encode()).decode()
+        parts = parts._replace(netloc=netloc)
+        self._where = parts._replace(query="", fragment="").geturl()  # without user:password@ and ?key=…
         self._empty_retries, self._refused = min(max_retries, empty_retries), set()
         self._fitting: dict[int, int] = {}  # characters of a prompt → tokens of a reply, where max_tokens were too many
         # A server that drips a byte now and then never times out: its limit is that of all tries together.
         self._patience = (max_retries + 1) * request_timeout + 120
         limits = httpx2.Limits(max_connections=max_concurrency, max_keepalive_connections=max_concurrency)
         self._client = openai.AsyncOpenAI(
-            base_url=base_url,
+            base_url=parts.geturl(),
+            default_headers={"Authorization": f"Basic {basic}"} if login else None,
             api_key=key or "none",  # a local server asks for no key, but the client refuses to start without one
             timeout=request_timeout,
             max_retries=max_retries,
@@ -306,11 +318,11 @@ class Teacher:
         except openai.NotFoundError:
             raise UserError(
                 f"{where} knows no model {model!r}, or has no {self.api} endpoint (404): "
-                "check --model_name, --base_url and --api"
+                "check --model_name and --base_url"
             ) from None
         except openai.APIConnectionError as e:
             if _is_refused(e):
-                raise UserError(f"nothing answers at {where}: is the teacher running?") from None
+                raise UserError(f"nothing answers at {where}: is the server running?") from None
             if isinstance(e, openai.APITimeoutError):
                 return Completion(None, error="timeout"), False
             return Completion(None, error=f"connection: {type(e.__cause__ or e).__name__}"), False
@@ -383,6 +395,8 @@ class Teacher:
             tokens = (len(prompt) // 4, len(text or "") // 4)  # 4 characters a token
         model, left_out = reply.get("model"), sorted(self._refused - settings.keys() - {"max_tokens"})
         who = {"model": model if isinstance(model, str) else None, "left_out": left_out or None}
+        longest = settings.get("max_tokens") or settings.get("max_completion_tokens")
+        who["max_tokens"] = longest if longest and longest < self.decoding.max_tokens else None
         if finish_reason == "content_filter":
             return Completion(None, finish_reason, *tokens, error="content filter", **who), True
         if finish_reason in ("error", "abort"):  # by the server, in the middle

@@ -110,6 +110,7 @@ def answer_file(
     identity: dict,
     skip_errors: bool = False,
     more: Callable[[], list[dict]] | None = None,
+    finish_reason: bool = False,
 ) -> dict[str, int]:
     """Writes the requests' records with "output" and "generator" to ``output_path``, in their order.
 
@@ -128,6 +129,8 @@ def answer_file(
         identity: what else the answers depend on; a run that differs in it does not go on from this one's journal.
         skip_errors: whether an instruction that does not fit the context is passed over.
         more: called when all answers are there; gives what else goes into the row of each request.
+        finish_reason: whether a row has "finish_reason", as a server tells it: "length" where the answer was cut off,
+            else "stop".
 
     Returns:
         Counts: "answers", "earlier" (of them found in the journal), "tokens" (of this run's answers), "cut" (answers
@@ -180,7 +183,11 @@ def answer_file(
                 answered |= {entry["row"]: entry for entry in entries}
                 bar.update(len(entries))
         counts |= {"tokens": new, "cut": sum(entry["cut"] for entry in answered.values())}
-        _write(output_path, requests, answered, errors, generator, more() if more else [{}] * len(requests))
+        fields = more() if more else [{} for _ in requests]
+        if finish_reason:
+            for row, entry in answered.items():
+                fields[row]["finish_reason"] = "length" if entry["cut"] else "stop"
+        _write(output_path, requests, answered, errors, generator, fields)
         journal_path.unlink()
     return counts
 

@@ -14,7 +14,22 @@ from alpaca import UserError
 from alpaca.budget import Budget, in_words
 from alpaca.inflight import ask_all
 from alpaca.journal import Journal
-from utils import Completion
+from utils import Completion, Teacher
+
+
+class Answerer:
+    """A teacher who is being judged: ending without a word, each time, is its answer, as it is a local model's.
+
+    A refused, cut off or unreadable reply stays a failure: only an empty one has no text and the finish reason "stop".
+    """
+
+    def __init__(self, teacher: Teacher):
+        self.teacher, self.close = teacher, teacher.close
+
+    async def ask(self, prompt: str, seed: int | None = None) -> Completion:
+        reply = await self.teacher.ask(prompt, seed)
+        empty = reply.text is None and reply.finish_reason == "stop"
+        return dataclasses.replace(reply, text="", error=None) if empty else reply
 
 
 def ask_each(

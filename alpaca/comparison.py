@@ -209,6 +209,8 @@ def by_category(verdicts: Sequence[Verdict], categories: Mapping[str, str]) -> l
 def agreement(verdicts: Sequence[Verdict]) -> dict:
     """How far judges agree: of each two the raw share and Cohen's kappa, of more than two Krippendorff's alpha.
 
+    Items with equal answers are left out: a model's tie there was never asked for, and to agree on it is no merit.
+
     Returns:
         pairs of judges with their kinds ("person–model"), common items, raw agreement and kappa; by_kinds: raw
         agreement over all pairs of two kinds, each weighted by its items; alpha of all judges and alpha_people of the
@@ -216,6 +218,7 @@ def agreement(verdicts: Sequence[Verdict]) -> dict:
     """
     table: dict[str, dict[str, float | None]] = {}
     kinds: dict[str, str] = {}
+    verdicts = [verdict for verdict in verdicts if not verdict.equal]
     for verdict in verdicts:
         table.setdefault(verdict.judge, {})[verdict.id] = verdict.outcome
         kinds[verdict.judge] = verdict.kind

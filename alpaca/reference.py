@@ -64,11 +64,12 @@ def summary(items: Sequence[Item], answerers: Sequence[Answers], seed: int = 0) 
     Differences are paired: of the items that both have.
 
     Returns:
-        For each answerer a dict: name; answered, unanswered and empty counts; characters of an answer on average;
-        rouge_l and its difference from the first one's, both in [0, 1], and loss with perplexity, and its difference,
-        each {"mean", "interval", "items"} or None; losses of different tokenizers (told by their numbers of tokens)
-        have no difference; loss_not_finite: how many losses were left out as no finite number. Then for each answerer
-        item id → ROUGE-L; None without nltk.
+        For each answerer a dict: name; answered, unanswered and empty counts; cut: how many answers their rows say to
+        have been cut off ("finish_reason": "length"), None where no row tells how it ended; characters of an answer
+        on average; rouge_l and its difference from the first one's, both in [0, 1], and loss with perplexity, and its
+        difference, each {"mean", "interval", "items"} or None; losses of different tokenizers (told by their numbers
+        of tokens) have no difference; loss_not_finite: how many losses were left out as no finite number. Then for
+        each answerer item id → ROUGE-L; None without nltk.
     """
     references = {item.id: item.reference for item in items if item.reference}
     try:
@@ -84,6 +85,7 @@ def summary(items: Sequence[Item], answerers: Sequence[Answers], seed: int = 0) 
             "answered": len(lengths),
             "unanswered": len(answers.unanswered),
             "empty": lengths.count(0),
+            "cut": _cut(answers),
             "characters": sum(lengths) / len(lengths),
             "rouge_l": None,
             "rouge_l_difference": None,
@@ -106,6 +108,11 @@ def summary(items: Sequence[Item], answerers: Sequence[Answers], seed: int = 0) 
                 entry["loss_difference"] = _mean(differences, [losses[0][id][1] for id in common], seed=seed)
         found.append(entry)
     return found, scores
+
+
+def _cut(answers: Answers) -> int | None:
+    ends = [row.get("finish_reason") for id, row in answers.rows.items() if id in answers.outputs]
+    return ends.count("length") if any(ends) else None
 
 
 def _not_finite(loss) -> bool:

@@ -3,15 +3,45 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import os
+import platform
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from importlib import metadata
 from pathlib import Path
 
 import utils
 from alpaca import report_plot, report_text
 from alpaca.plots import STYLE
+
+COUNTED_WITH = ("numpy", "rapidfuzz", "nltk")  # draws and means; ROUGE-L's common subsequences, and its stemmer
+
+
+def made_from(files: Mapping[str, Iterable[str]]) -> dict:
+    """What a report's figures depend on besides its seed.
+
+    Args:
+        files: "set", "answers", "judgments", "data" → paths of files that have been read.
+
+    Returns:
+        files: under the same names lists of {"file": its name, "sha256"}; versions of Python and of COUNTED_WITH, None
+        for what is not installed.
+    """
+    found = {
+        name: [
+            {"file": Path(path).name, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()} for path in each
+        ]
+        for name, each in files.items()
+    }
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in COUNTED_WITH:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {"files": found, "versions": versions}
 
 
 def write(report: dict, output_dir: str | os.PathLike) -> list[str]:

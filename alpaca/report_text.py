@@ -13,6 +13,7 @@ from alpaca.instruction_set import Answers
 METHOD = (
     "Win rate: wins and half of the ties, of all items with a verdict. A model is asked in both orders; where it "
     "contradicts itself the item is a tie, and where an ask failed the item is left out.",
+    "Two equal answers are a tie; agreement between judges leaves them out.",
     "Where several people judged, their majority is the side that more of them chose, whatever number saw a tie.",
     "Intervals of win rates, ROUGE-L and losses: 95% percentile bootstrap over instructions, 10,000 resamples. Of bins "
     "and categories: Wilson's 95% interval.",
@@ -190,6 +191,8 @@ def notes(found: dict, answerers: list[Answers], no_rouge: bool) -> list[str]:
             few = ", ".join(one.unanswered[:3]) + (", …" if len(one.unanswered) > 3 else "")
             said.append(f"{one.generator} has no answer to {len(one.unanswered)} instructions, left out: {few}")
     for one in found["answerers"]:
+        if one["cut"]:
+            said.append(f"{one['cut']} of {one['name']}'s {one['answered']} answers were cut off: it had more to say.")
         if one["loss_not_finite"]:
             said.append(f"{one['name']}'s loss is no finite number on {one['loss_not_finite']} references: left out.")
     for judge in found["judges"]:

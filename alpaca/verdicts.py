@@ -51,6 +51,7 @@ class Verdict:
         outcome: 1.0 where a wins, 0.5 a tie, 0.0 where b wins; None: no verdict.
         agreed: whether both orders led to the same; None where only one was asked.
         failure: why there is no verdict: "skipped", or what went wrong.
+        equal: the two answers were the same text.
     """
 
     id: str
@@ -59,6 +60,7 @@ class Verdict:
     outcome: float | None
     agreed: bool | None = None
     failure: str | None = None
+    equal: bool = False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,17 +150,25 @@ def read_asks(rows: Sequence[dict], a: Answers, b: Answers) -> list[Ask]:
 
 
 def judge_names(rows: Sequence[dict]) -> list[str]:
-    """The judge of each row by name; with its kind and prompt where the name alone would mix two judges."""
+    """The judge of each row by name; with its kind, prompt or seed where the name alone would mix two judges.
+
+    Of a person the seed is that of the page: at two pages, which draw their sides apart, one name may be two people.
+    """
     different: dict[str, set] = {}
     for judge in (row["judge"] for row in rows):
-        different.setdefault(judge["name"], set()).add((judge["kind"], judge.get("prompt_sha256")))
-    names = []
-    for judge in (row["judge"] for row in rows):
-        name, prompt = judge["name"], judge.get("prompt_sha256")
-        if len(different[name]) > 1:
-            name += f" ({judge['kind']}, prompt {prompt[:8]})" if prompt else f" ({judge['kind']})"
-        names.append(name)
-    return names
+        different.setdefault(judge["name"], set()).add(_facts(judge))
+    return [
+        judge["name"] + (f" ({', '.join(_facts(judge))})" if len(different[judge["name"]]) > 1 else "")
+        for judge in (row["judge"] for row in rows)
+    ]
+
+
+def _facts(judge: dict) -> tuple[str, ...]:
+    prompt, settings = judge.get("prompt_sha256"), judge.get("settings")
+    facts = [judge["kind"]] + ([f"prompt {prompt[:8]}"] if prompt else [])
+    if judge["kind"] == "person" and isinstance(settings, dict) and "seed" in settings:
+        facts.append(f"votes of seed {settings['seed']}")
+    return tuple(facts)
 
 
 def settings_of(rows: Sequence[dict], judge: str) -> list[dict]:
@@ -188,15 +198,15 @@ def fold(asks: Iterable[Ask]) -> list[Verdict]:
 
 
 def _verdict(asks: list[Ask]) -> Verdict | None:
-    who = (asks[0].id, asks[0].judge, asks[0].kind)
+    who, equal = (asks[0].id, asks[0].judge, asks[0].kind), asks[0].equal
     failed = next((ask for ask in asks if ask.preferred is None), None)
     if failed is not None:
-        return Verdict(*who, None, failure=failed.error or "failed")
+        return Verdict(*who, None, failure=failed.error or "failed", equal=equal)
     outcomes = [_outcome(ask) for ask in asks]
     if len(asks) == 1:
-        return Verdict(*who, outcomes[0]) if asks[0].kind == "person" else None
+        return Verdict(*who, outcomes[0], equal=equal) if asks[0].kind == "person" else None
     agreed = outcomes[0] == outcomes[1]
-    return Verdict(*who, outcomes[0] if agreed else 0.5, agreed)
+    return Verdict(*who, outcomes[0] if agreed else 0.5, agreed, equal=equal)
 
 
 def _outcome(ask: Ask) -> float:

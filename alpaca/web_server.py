@@ -83,7 +83,7 @@ def render_answer(name: str, text: str) -> str:
     """The HTML of an answer under its model's name."""
     name = html.escape(name)
     body = _MARKDOWN.render(text.strip("\n"))
-    return f'<section class="answer" aria-label="Answer of {name}" dir="auto"><h2>{name}</h2>{body}</section>'
+    return f'<section class="answer" aria-label="{name}" dir="auto"><h2>{name}</h2>{body}</section>'
 
 
 def render_status(text: str) -> str:

@@ -78,6 +78,7 @@ def test_a_local_models_answers_are_greedy_in_the_sets_order_with_their_losses(t
     rows = read(output)
     assert [row["id"] for row in rows] == ["1", "2", "3", "4", "5", "6", "7"]
     assert {row["generator"] for row in rows} == {"tiny-llama"}
+    assert {row["finish_reason"] for row in rows} == {"length"}  # it is untrained, and never ends by itself
     scores = reference_losses(*loaded, records[:6])
     assert [(row["reference_loss"], row["reference_tokens"]) for row in rows[:6]] == scores
     assert "reference_loss" not in rows[6]  # it has no reference
@@ -94,9 +95,18 @@ def test_an_instruction_that_does_not_fit_is_told_and_has_an_error(tiny_llama, t
     judge.answer(instructions, str(output), model_path=str(tiny_llama), max_new_tokens=3, device="cpu", generator="me")
     rows = json.loads(output.read_text())
     assert "the model reads at most 1024" in rows[0]["error"] and "output" not in rows[0]
-    assert rows[1]["generator"] == "me"
+    assert rows[1]["generator"] == "me" and rows[1]["finish_reason"] == "length" and "finish_reason" not in rows[0]
     assert "1 answers in" in (said := capsys.readouterr().out) and "1 instructions do not fit the context" in said
     assert read_answers(output, read_set(instructions)).unanswered == ["1"]
+
+
+def test_an_answer_that_ended_by_itself_says_stop_and_one_that_was_cut_length(tiny_llama, tmp_path, monkeypatch):
+    made = [("It ends.", 3, False), ("It goes on and", 3, True)]
+    monkeypatch.setattr(answers, "answer_batch", lambda model, tokenizer, ids, *_: [made.pop(0) for _ in ids])
+    instructions, output = write(tmp_path / "set.jsonl", make_records(2)), tmp_path / "out.jsonl"
+    judge.answer(instructions, str(output), model_path=str(tiny_llama), max_new_tokens=3, device="cpu")
+    ends = {row["output"]: row["finish_reason"] for row in read(output)}
+    assert ends == {"It ends.": "stop", "It goes on and": "length"}
 
 
 def test_a_run_that_ends_before_its_losses_goes_on_without_answering_again(tiny_llama, tmp_path, monkeypatch):

@@ -501,7 +501,7 @@ def test_the_run_goes_on_through_faults_and_ends_with_enough(teacher, run, tmp_p
         ({"prompt_path": "no.txt"}, ["no.txt does not exist"]),
         ({"prompt_path": sys.executable}, ["is not UTF-8 text"]),
         ({"base_url": "127.0.0.1:8000"}, ["--base_url is not a URL"]),
-        ({"base_url": None}, ["no teacher: set OPENAI_API_KEY"]),
+        ({"base_url": None}, ["no server to ask: set OPENAI_API_KEY"]),
     ],
 )
 def test_bad_input_is_told_before_any_request_and_nothing_is_written(run, tmp_path, flags, words):
@@ -584,7 +584,7 @@ def test_an_unknown_flag_is_one_line_with_a_suggestion_and_contacts_no_teacher(t
 
 def test_without_a_teacher_the_command_is_one_line(tmp_path):
     result = generate(None, tmp_path / "out")
-    assert_one_line_error(result, "no teacher", "OPENAI_API_KEY", "--base_url")
+    assert_one_line_error(result, "no server to ask", "OPENAI_API_KEY", "--base_url")
     assert not (tmp_path / "out").exists()
 
 

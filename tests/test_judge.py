@@ -183,6 +183,16 @@ def test_what_a_model_does_not_take_is_not_among_the_settings(teacher, files, tm
     assert [row["judge"]["settings"] for row in rows] == [{"max_tokens": 1024, "top_p": 1.0, "seed": 0}] * 4
 
 
+def test_where_the_context_forced_a_shorter_reply_the_row_has_the_limit_that_was_used(teacher, files, tmp_path):
+    def answer(number, body):
+        return ("context", 400) if body["max_tokens"] > 300 and "1" in shown(body)[0] else prefers_long(number, body)
+
+    server = teacher(answer)
+    judge.judge(**files(2, b="{} and more" + " and more" * 9), base_url=server.base_url, max_concurrency=1)
+    limits = {row["id"]: row["judge"]["settings"]["max_tokens"] for row in read(tmp_path / "j.jsonl")}
+    assert limits["2"] == 256 and {body["max_tokens"] for body in server.requests} == {1024, 512, 256}
+
+
 def test_a_reply_without_a_verdict_is_asked_for_again_with_a_reminder_and_then_failed_never_a_tie(
     teacher, files, tmp_path, capsys
 ):
@@ -488,6 +498,17 @@ def test_what_a_server_does_not_answer_has_an_error_and_is_asked_again(teacher, 
     assert [row["output"] for row in read(output)] == ["3", "3"] and len(server.requests) == 3
     with pytest.raises(UserError, match="out.jsonl exists"):
         judge.answer(str(instructions), str(output), **flags)
+
+
+def test_a_server_that_says_nothing_has_answered_with_nothing_after_the_retries(teacher, tmp_path, capsys):
+    server = teacher(lambda number, body: (" ", "stop") if "Rest" in json.dumps(body) else ("", "length"))
+    instructions, output = write(tmp_path / "set.jsonl", SET), tmp_path / "out.jsonl"
+    judge.answer(str(instructions), str(output), model_name="m", base_url=server.base_url)
+    cut, empty = read(output)
+    assert cut["error"] == "empty reply (finish_reason length)" and "output" not in cut
+    assert (empty["output"], empty["finish_reason"], "error" in empty) == ("", "stop", False)
+    assert len(server.requests) == 1 + 3
+    assert "1 answers in" in (said := capsys.readouterr().out) and "1 empty, and counted as answers" in said
 
 
 def test_answers_do_not_go_on_from_another_models(teacher, tmp_path):

@@ -230,6 +230,7 @@ def test_what_an_answer_says_is_text_and_markdown_is_rendered_on_both_sides(visi
 def test_white_space_and_emptiness_look_alike():
     pair = judge_page.render_pair("Do.", " ", "\n    indented\r\n", "")
     assert "<p>indented</p>" in pair and "<em>(empty)</em>" in pair
+    assert 'aria-label="Answer 1"' in pair and 'aria-label="Answer 2"' in pair
     assert "Input" not in pair and "<code>" not in pair
 
 
@@ -323,11 +324,17 @@ judge_page.serve(ITEMS, SPARROW, RAVEN, "votes.jsonl", port=int(sys.argv[1]))
 # Past the browser.
 
 
-@pytest.mark.parametrize("place", [-1, 3, 10**9, None, "two", 0.5])
+@pytest.mark.parametrize("place", [-1, 3, 10**9, None, "two"])
 def test_a_program_cannot_vote_on_a_pair_that_is_not_there(site, place):
     before = site.votes()
     status, body = site.call("choose-first", ["Prog", place])
-    assert (status, site.votes()) == (500, before) or place == 0.5
+    assert (status, site.votes()) == (500, before)
+    assert not [secret for secret in SECRETS if secret in body]
+
+
+def test_a_programs_place_between_two_pairs_is_a_vote_on_the_pair_that_it_is_rounded_to(site):
+    status, body = site.call("choose-first", ["Half", 0.5])
+    assert (status, [vote["id"] for vote in site.votes("Half")]) == (200, [site.ballots.items[0].id])
     assert not [secret for secret in SECRETS if secret in body]
 
 

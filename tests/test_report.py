@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from test_plots import References
@@ -110,6 +112,20 @@ def test_the_figures_of_a_report(judged):
     assert "NaN" not in (folder / "report.json").read_text()
 
 
+def test_a_report_names_what_it_was_made_from(files, judged):
+    named = judged[1]["files"]
+    assert {kind: [each["file"] for each in of_kind] for kind, of_kind in named.items()} == {
+        "set": ["set.jsonl"],
+        "answers": ["a.jsonl", "b.jsonl"],
+        "judgments": ["model.jsonl", "people.jsonl"],
+        "data": ["train.json"],
+    }
+    for each in sum(named.values(), []):
+        assert each["sha256"] == hashlib.sha256((files / each["file"]).read_bytes()).hexdigest()
+    assert judged[1]["versions"].keys() == {"python", "numpy", "rapidfuzz", "nltk"}
+    assert judged[1]["versions"]["numpy"] == sys.modules["numpy"].__version__
+
+
 def test_the_page_says_how_a_model_was_asked_and_a_second_way_is_told(files, tmp_path):
     rows = [json.loads(line) for line in (files / "model.jsonl").read_text().splitlines()]
     for row in rows:
@@ -173,6 +189,15 @@ def test_references_that_rouge_does_not_see_are_told(tmp_path):
     assert found["notes"] == ["ROUGE-L knows no letters but a to z: 1 of the references are mostly of others."]
 
 
+def test_answers_that_were_cut_off_are_counted_and_told(files, tmp_path):
+    rows = [json.loads(line) for line in (files / "a.jsonl").read_text().splitlines()]
+    ends = ["length", "length", *["stop"] * (COUNT - 2)]
+    write(tmp_path / "a.jsonl", [row | {"finish_reason": end} for row, end in zip(rows, ends, strict=True)])
+    found = run(files, tmp_path / "out", answers=f"{tmp_path}/a.jsonl,{files}/b.jsonl")
+    assert [each["cut"] for each in found["answerers"]] == [2, None]  # nobody says how b's ended
+    assert found["notes"] == [f"2 of {A}'s {COUNT} answers were cut off: it had more to say."]
+
+
 def test_a_model_before_and_after_training_is_compared_by_its_loss(files, tmp_path):
     before = [json.loads(line) for line in (files / "a.jsonl").read_text().splitlines()]
     write(tmp_path / "after.jsonl", [row | {"generator": "after", "reference_loss": 1.5} for row in before])
@@ -230,14 +255,24 @@ def test_without_matplotlib_the_page_has_no_picture_and_says_why(judged, tmp_pat
     assert "<img" not in text and "matplotlib is not installed" in text
 
 
-def test_a_failed_write_leaves_the_old_report(judged, tmp_path, monkeypatch):
-    """report.html is replaced whole or not at all."""
+@pytest.mark.parametrize("name", ["report.json", "report.png", "report.html"])
+def test_a_failed_write_leaves_the_old_file(judged, tmp_path, monkeypatch, name):
+    """Each of the three is replaced whole or not at all; what would be written differs from what is there."""
     report_page.write(judged[1], tmp_path)
-    before = (tmp_path / "report.html").read_bytes()
-    monkeypatch.setattr("os.replace", lambda *paths: (_ for _ in ()).throw(OSError("disk")))
-    with pytest.raises(OSError):
-        report_page.write(judged[1] | {"seed": 1}, tmp_path)
-    assert (tmp_path / "report.html").read_bytes() == before
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    replace, failed = os.replace, []
+
+    def full(source, target):
+        if Path(target).name == name:
+            failed.append(Path(source).read_bytes())
+            raise OSError("disk")
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", full)
+    judges = [each | {"judge": f"another {each['judge']}"} for each in judged[1]["judges"]]
+    with pytest.raises(OSError, match="disk"):
+        report_page.write(judged[1] | {"judges": judges}, tmp_path)
+    assert (tmp_path / name).read_bytes() == before[name] and failed[0] != before[name]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json", "report.png"]
 
 

@@ -456,6 +456,18 @@ def test_the_key_is_sent_and_a_server_of_ones_own_needs_none(teacher, monkeypatc
     assert sent == ["Bearer none", "Bearer sk-test"]
 
 
+def test_a_login_in_the_address_is_sent_and_beside_a_key_refused_without_being_repeated(teacher, monkeypatch):
+    server = teacher(lambda n, body: "hi")
+    url = server.base_url.replace("//", "//user:p%40ss@")
+    assert ask(url)[0].text == "hi"
+    sent = {name.lower(): value for name, value in server.headers[0].items()}
+    assert sent["authorization"] == "Basic dXNlcjpwQHNz"  # user:p@ss
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    with pytest.raises(UserError, match="has user:password@ and OPENAI_API_KEY is set") as caught:
+        ask(url)
+    assert "ss@" not in str(caught.value) and "secret" not in str(caught.value) and len(server.requests) == 1
+
+
 def test_the_base_url_of_the_environment_is_taken_when_none_is_given(teacher, monkeypatch):
     server = teacher(lambda n, body: "hi")
     monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
@@ -464,7 +476,7 @@ def test_the_base_url_of_the_environment_is_taken_when_none_is_given(teacher, mo
 
 def test_without_a_key_and_without_a_base_url_there_is_no_teacher():
     assert_user_error(
-        lambda: utils.Teacher("m", utils.OpenAIDecodingArguments()), "no teacher", "OPENAI_API_KEY", "--base_url"
+        lambda: utils.Teacher("m", utils.OpenAIDecodingArguments()), "no server to ask", "OPENAI_API_KEY", "--base_url"
     )
 
 
@@ -491,6 +503,7 @@ def test_what_no_retry_can_mend_ends_after_one_request_without_the_key(teacher, 
         ask(server, max_retries=5)
     assert f"({status})" in str(caught.value) and word in str(caught.value) and server.base_url in str(caught.value)
     assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
+    assert "--api" not in str(caught.value) and "teacher" not in str(caught.value)  # judge.py judge has no such flag
     assert len(server.requests) == 1
 
 
@@ -498,7 +511,7 @@ def test_a_server_that_is_not_there_is_one_line(teacher):
     from alpaca.teacher import free_port
 
     assert_user_error(
-        lambda: ask(f"http://127.0.0.1:{free_port()}/v1", max_retries=1), "nothing answers at", "running?"
+        lambda: ask(f"http://127.0.0.1:{free_port()}/v1", max_retries=1), "nothing answers at", "is the server running?"
     )
 
 

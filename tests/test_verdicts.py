@@ -98,6 +98,17 @@ def test_judges_are_kept_apart_by_name_kind_and_prompt():
     assert len(found) == 4
 
 
+def test_one_name_at_two_pages_is_two_people_and_their_votes_make_no_tie():
+    rows = [row(id, A, "first", judge="Ada", kind="person") for id in "12"]
+    rows += [row(id, B, "first", judge="Ada", kind="person") for id in "12"]
+    for place, each in enumerate(rows):
+        each["judge"]["settings"] = {"seed": 7 + (place > 1)}
+    found = {(v.judge, v.id): v.outcome for v in verdicts.fold(asks_of(rows))}
+    one, other = "Ada (person, votes of seed 7)", "Ada (person, votes of seed 8)"
+    assert found == {(one, "1"): 1.0, (one, "2"): 1.0, (other, "1"): 0.0, (other, "2"): 0.0}
+    assert {v.judge for v in verdicts.fold(asks_of(rows[:2]))} == {"Ada"}
+
+
 def test_other_generators_and_other_answers_are_refused():
     with pytest.raises(UserError, match="item 1 compares alpaca with gpt4"):
         asks_of([row("1", A, "tie", second="gpt4")])
@@ -344,6 +355,18 @@ def test_agreement_of_each_two_and_of_all():
         ("person–model", 2, 5, pytest.approx(3 / 5)),
     ]
     assert 0 < found["alpha"] < 1 and math.isnan(found["alpha_people"])
+
+
+def test_equal_answers_are_no_agreement_between_judges():
+    same = {"answers_sha256": ["0" * 64] * 2, "note": "equal answers, not asked"}
+    rows = [row(id, first, "tie", judge=judge) | same for id in "123" for judge in "pq" for first in (A, B)]
+    rows += [row(id, A, "tie", judge="Ada", kind="person") | same for id in "123"]
+    equal = [Ask(r["id"], r["judge"]["name"], r["judge"]["kind"], r["first"] == A, "tie", equal=True) for r in rows]
+    decided = [row("4", first, prefers) for first, prefers in ((A, "first"), (B, "second"))]
+    asks = equal + asks_of([r | {"judge": r["judge"] | {"name": "p"}} for r in decided])
+    asks += asks_of([row("4", first, "tie", judge="q") for first in (A, B)])
+    found = comparison.agreement(verdicts.fold(asks))
+    assert [(pair["judges"], pair["items"], pair["raw"]) for pair in found["pairs"]] == [(["p", "q"], 1, 0.0)]
 
 
 def test_the_clearest_win_has_all_judges_then_more_of_them_then_the_reference():
