@@ -12,7 +12,7 @@ import torch
 from made_models import assert_same_bits, edit_json, left_in, load_tensors, made_pair, refused, rewrite, write_model
 
 import weight_diff
-from alpaca import UserError
+from alpaca import UserError, difference
 from weight_diff import compare, make_diff, verify
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -605,10 +605,10 @@ def test_exact_says_what_it_compresses_to(folders, capsys):
     make_diff(folders / "a", folders / "b", folders / "new", method="exact")
     said = capsys.readouterr().out
     assert ": 0.000 GB, which zlib makes about 0.000 GB (estimated from a sample)\n" in said
-    assert weight_diff._compressed_size(torch.zeros(100_000, dtype=torch.int32)) < 3000
+    assert difference.compressed_size(torch.zeros(100_000, dtype=torch.int32)) < 3000
     noise = torch.randint(-(2**31), 2**31, (100_000,), dtype=torch.int32)
-    assert 380_000 < weight_diff._compressed_size(noise) < 420_000
-    assert weight_diff._compressed_size(torch.zeros(0)) == 0
+    assert 380_000 < difference.compressed_size(noise) < 420_000
+    assert difference.compressed_size(torch.zeros(0)) == 0
 
 
 def test_a_disk_that_is_too_full_is_told_before_anything_is_read(folders, monkeypatch):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -652,12 +653,13 @@ def test_wrong_passwords_are_tried_with_pauses_and_keep_nobody_else_waiting(monk
     async def attempts():
         return [await guard._may_log_in(address) for address in [*["a"] * 8, "b"]]
 
-    monkeypatch.setattr(web_server.asyncio, "sleep", sleep)
-    monkeypatch.setattr(web_server.time, "monotonic", lambda: 100.0)
+    # names of this module alone: the servers of other tests go on sleeping
+    monkeypatch.setattr(web_server, "asyncio", types.SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(web_server, "time", types.SimpleNamespace(monotonic=lambda: 100.0))
     with futures.ThreadPoolExecutor(1) as pool:
         assert pool.submit(asyncio.run, attempts()).result() == [True] * 6 + [False] * 2 + [True]
     assert slept == [0, 2, 4, 6, 8, 10, 0]
-    monkeypatch.setattr(web_server.time, "monotonic", lambda: 113.0)
+    monkeypatch.setattr(web_server, "time", types.SimpleNamespace(monotonic=lambda: 113.0))
     with futures.ThreadPoolExecutor(1) as pool:
         assert pool.submit(asyncio.run, guard._may_log_in("a")).result() and guard.next_login == {"a": 115.0}
 
