@@ -348,7 +348,8 @@ def generate_instruction_following_data(
             there = sum("i" in entry for entry in journal.entries)
             asyncio.run(collect(teacher, request, journal, budget, selection, output, max_concurrency))
         finally:  # after Ctrl-C and errors too: what was learned is written
-            if len(selection.kept) > len(start) and selection.fed >= there:  # else regen.json holds more than this
+            whole = selection.fed >= there or selection.is_over()
+            if len(selection.kept) > len(start) and whole:  # else regen.json holds more than this
                 utils.jdump(selection.kept, output / "regen.json")
             utils.jdump(counts(selection, budget) | {"model_name": model_name}, output / "report.json")
             print_report(selection, budget)

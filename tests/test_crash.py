@@ -14,6 +14,8 @@ import zlib
 import pytest
 from conftest import ROOT, assert_one_line_error, run_script
 
+from alpaca.journal import Journal
+
 WORDS = (ROOT / "prompt.txt").read_text().split()
 
 
@@ -95,6 +97,20 @@ def test_a_torn_last_line_is_cut_off_told_and_asked_again(teacher, tmp_path):
     assert again.returncode == 0, again.stderr
     assert "were torn by a crash and are cut off" in again.stdout
     assert digest(tmp_path) == expected
+
+
+def test_a_reply_lost_behind_the_one_that_was_enough_is_not_asked_for_and_the_result_is_written(teacher, tmp_path):
+    argv = command(teacher(steady), tmp_path, "--num_instructions_to_generate", 10)
+    assert run_script(*argv).returncode == 0
+    expected = digest(tmp_path)
+    with Journal(tmp_path / "regen.journal") as journal:  # of two that were in flight, the second alone arrived
+        last = max((entry for entry in journal.entries if "i" in entry), key=lambda entry: entry["i"])
+        journal.append([last | {"i": last["i"] + 2}])
+    (tmp_path / "regen.json").unlink()
+    again = run_script(*argv)
+    assert again.returncode == 0, again.stderr
+    assert digest(tmp_path) == expected
+    assert last["i"] + 1 not in {entry["i"] for entry in journalled(tmp_path)}
 
 
 def test_a_larger_target_goes_on_with_the_replies_that_are_there(teacher, tmp_path):
