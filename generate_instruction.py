@@ -36,6 +36,7 @@ import utils
 from alpaca import UserError
 from alpaca.budget import Budget
 from alpaca.cli import run_cli
+from alpaca.completions import Completion, OpenAIDecodingArguments, Teacher
 from alpaca.dedup import DistinctPool, dedup
 from alpaca.inflight import ask_all
 from alpaca.journal import Journal
@@ -184,7 +185,7 @@ class Selection:
         """Whether enough is kept, or the teacher only repeats itself. Later replies change nothing."""
         return len(self.kept) >= self.target or self.barren >= PATIENCE
 
-    def feed(self, reply: utils.Completion) -> None:
+    def feed(self, reply: Completion) -> None:
         self.fed += 1
         if self.is_over():
             self.unused += 1
@@ -302,9 +303,7 @@ def generate_instruction_following_data(
         num_cpus: the original's; accepted and ignored, similarity takes microseconds in one process.
     """
     for wrong, message in (
-        (api not in ("chat", "completions"), f"--api takes chat or completions, not {api!r}"),
         (num_prompt_instructions < 1, "--num_prompt_instructions must be at least 1"),
-        (max_concurrency < 1, "--max_concurrency must be at least 1"),
         (max_tokens < 1, "--max_tokens must be at least 1"),
         (not model_name, "no teacher named: --model_name takes the name that its server knows"),
     ):
@@ -322,10 +321,9 @@ def generate_instruction_following_data(
     prompt = utils.read_text(prompt_path)
     rules = Rules(keyword_pattern(filter_keywords), min_words, max_words, tokenizer)
     # The prompt asks for 20 tasks; a base model would go on for ever.
-    decoding = utils.OpenAIDecodingArguments(max_tokens, temperature, top_p, stop=["\n21. Instruction:"])
-    again = 0 if max_total_tokens or max_cost_usd else 2  # with a budget, a reply without a text is not paid for twice
-    teacher = utils.Teacher(model_name, decoding, api, base_url, request_timeout, 5, again, max_concurrency)
+    decoding = OpenAIDecodingArguments(max_tokens, temperature, top_p, stop=["\n21. Instruction:"])
     budget = Budget(time_limit, max_total_tokens, max_cost_usd, prompt_price, completion_price, max_failure_rate)
+    teacher = Teacher(model_name, decoding, api, base_url, request_timeout, max_concurrency, budget.empty_retries())
 
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
@@ -372,7 +370,7 @@ async def collect(teacher, request, journal, budget, selection, output, max_conc
         """New instructions a reply: as if 4 replies with 2 each had been there, until there are enough to tell."""
         return (len(selection.kept) - selection.start + 8) / (budget.replies - selection.unused + 4)
 
-    def in_order(reply: utils.Completion) -> None:
+    def in_order(reply: Completion) -> None:
         nonlocal saved
         selection.feed(reply)
         if time.monotonic() - saved > SAVE_EVERY and selection.fed > len(there):

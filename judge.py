@@ -36,6 +36,7 @@ from alpaca import UserError, pairwise
 from alpaca.asking import Answerer, ask_each, in_brackets, wind_up
 from alpaca.budget import Budget
 from alpaca.cli import run_cli
+from alpaca.completions import Completion, OpenAIDecodingArguments, Teacher
 from alpaca.instruction_set import is_the_252, read_answers, read_pair, read_set, write_answers
 from alpaca.journal import Journal, check_output
 
@@ -110,10 +111,8 @@ def answer(
     """
     for wrong, message in (
         ((model_path is None) == (model_name is None), "give --model_path, a folder, or --model_name, at a server"),
-        (api not in ("chat", "completions"), f"--api takes chat or completions, not {api!r}"),
         (template not in ("alpaca", "chat"), f"--template takes alpaca or chat, not {template!r}"),
         (max_new_tokens < 1, "--max_new_tokens must be at least 1"),
-        (max_concurrency < 1, "--max_concurrency must be at least 1"),
         (batch_tokens < 1, "--batch_tokens must be at least 1"),
         (
             model_name is not None and (reference_loss or base_path or device or dtype or template != "alpaca"),
@@ -128,7 +127,7 @@ def answer(
             raise UserError(message)
     budget = Budget(time_limit, max_total_tokens, max_cost_usd, prompt_price, completion_price, max_failure_rate)
     items = read_set(instructions)
-    check_output(output_path)
+    output, journal_path = check_output(output_path)
     if model_path is not None:
         sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         loading = {"device": device, "dtype": dtype, "base_path": base_path}
@@ -136,29 +135,28 @@ def answer(
             items, output_path, model_path, generator, template, sampling, loading, batch_tokens, reference_loss
         )
         return
-    decoding = utils.OpenAIDecodingArguments(max_new_tokens, temperature, top_p, STOP if api == "completions" else None)
-    tries = (5, 0 if max_total_tokens or max_cost_usd else 2)  # with a budget, an empty reply is not paid for twice
-    teacher = utils.Teacher(model_name, decoding, api, base_url, request_timeout, *tries, max_concurrency)
+    decoding = OpenAIDecodingArguments(max_new_tokens, temperature, top_p, STOP if api == "completions" else None)
+    teacher = Teacher(model_name, decoding, api, base_url, request_timeout, max_concurrency, budget.empty_retries())
     prompts = [item.task if api == "chat" else utils.format_prompt(item.instruction, item.input) for item in items]
     run = {"task": "answer", "model_name": model_name, "api": api, "seed": seed, "prompts": _digest(prompts)}
-    output, journal_path = check_output(output_path)
     with Journal(journal_path) as journal:
         journal.begin(run | asdict(decoding))
         replies = ask_each(Answerer(teacher), prompts, seed, journal, budget, max_new_tokens, max_concurrency, "answer")
-    rows = []
-    for item, reply in zip(items, replies, strict=True):
-        row = item.row(output)
-        if reply is None or reply.text is None:
-            row["error"] = reply.error if reply else "not asked"
-        else:
-            row |= {"output": reply.text.strip(), "finish_reason": reply.finish_reason, "model": reply.model}
-        rows.append(row | {"generator": generator or model_name})
+    pairs = zip(items, replies, strict=True)
+    rows = [item.row(output) | _answered(reply) | {"generator": generator or model_name} for item, reply in pairs]
     if output.suffix == ".json":  # alpaca_eval would take a row without an answer for one that says "nan"
         rows = [row for row in rows if "output" in row]
     write_answers(rows, output)
     notes = [(sum(row.get("finish_reason") == "length" for row in rows), "cut off at --max_new_tokens")]
     notes += [(sum(row.get("output") == "" for row in rows), "empty, and counted as answers")]
     wind_up(journal_path, f"{sum('output' in row for row in rows):,} answers in {output}", replies, budget, notes)
+
+
+def _answered(reply: Completion | None) -> dict:
+    """The fields that a server's reply adds to an item's row."""
+    if reply is None or reply.text is None:
+        return {"error": reply.error if reply else "not asked"}
+    return {"output": reply.text.strip(), "finish_reason": reply.finish_reason, "model": reply.model}
 
 
 def _answer_here(items, output_path, model_path, generator, template, sampling, loading, batch_tokens, reference_loss):
@@ -241,7 +239,6 @@ def judge(
     for wrong, message in (
         (not model_name, "no judge named: --model_name takes the name that its server knows"),
         (max_tokens < 1, "--max_tokens must be at least 1"),
-        (max_concurrency < 1, "--max_concurrency must be at least 1"),
         (output_path.endswith(".json"), "--output_path takes a name that ends in .jsonl: judgments are JSON Lines"),
     ):
         if wrong:
@@ -250,9 +247,8 @@ def judge(
     output, journal_path = check_output(output_path)
     items, (a, b) = read_pair(instructions, answers)
     text, prompt_sha256 = pairwise.read_prompt(PROMPT if prompt is None else prompt)
-    decoding = utils.OpenAIDecodingArguments(max_tokens, temperature=0.0)
-    tries = (5, 0 if max_total_tokens or max_cost_usd else 2)
-    teacher = utils.Teacher(model_name, decoding, "chat", base_url, request_timeout, *tries, max_concurrency)
+    decoding = OpenAIDecodingArguments(max_tokens, temperature=0.0)
+    teacher = Teacher(model_name, decoding, "chat", base_url, request_timeout, max_concurrency, budget.empty_retries())
     orders = [(item, shown) for item in items for shown in ((a, b), (b, a))]
     pairs = [(item, [(one.generator, one.outputs.get(item.id)) for one in shown]) for item, shown in orders]
     to_ask = [place for place, (_, shown) in enumerate(pairs) if pairwise.to_ask(shown)]

@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from alpaca import UserError
 from alpaca.budget import Budget, in_words
+from alpaca.completions import Completion, Teacher
 from alpaca.inflight import ask_all
 from alpaca.journal import Journal
-from utils import Completion, Teacher
 
 
 class Answerer:
@@ -45,7 +45,7 @@ def ask_each(
     """Asks for a reply to each prompt that the journal has no text for, with a forecast, a bar and a budget.
 
     Args:
-        teacher: a utils.Teacher, or what has its ``ask`` and ``close``.
+        teacher: a Teacher, or what has its ``ask`` and ``close``.
         prompts: the same, in the same order, each time that the run goes on.
         seed: given with each request.
         journal: as in ask_all(); a request that failed in an earlier run is sent again.

@@ -18,12 +18,11 @@ import random
 import threading
 import time
 import unicodedata
-from pathlib import Path
 
 import utils
 from alpaca import UserError
 from alpaca.instruction_set import Answers, Item
-from alpaca.journal import Journal
+from alpaca.journal import Journal, check_output
 
 CHOICES = ("first", "second", "tie", "skip")
 MAX_NAME_CHARS = 60
@@ -54,14 +53,9 @@ class Ballots:
         self.items = [item for item in items if all(item.id in answers.outputs for answers in self._answers)]
         if not self.items:
             raise UserError(f"no instruction has an answer of both {a.generator} and {b.generator}: nothing to judge")
-        self.path = Path(output_path)
-        journal = self.path.with_name(self.path.name + ".journal")
-        if self.path.is_dir() or not self.path.parent.is_dir():
-            raise UserError(f"--output_path {self.path} must be a file in a folder that exists")
+        self.path, journal = check_output(output_path)
         if self.path.suffix != ".jsonl":
             raise UserError(f"--output_path {self.path} becomes JSON Lines: let its name end in .jsonl")
-        if self.path.exists() and not journal.exists():
-            raise UserError(f"--output_path {self.path} exists, without its journal: move it away, or name another")
         self._journal = Journal(journal)
         try:
             self.seed = self._begin(seed)
@@ -77,27 +71,22 @@ class Ballots:
         self._shown: dict[tuple[str, int], float] = {}
 
     def _begin(self, seed: int | None) -> int:
-        """Writes the journal's first entry, or checks it; returns the seed."""
+        """Writes down whose votes the journal holds, or checks it; returns the seed."""
         pairs = sorted(
             [item.id, item.instruction, item.input, *(answers.outputs[item.id] for answers in self._answers)]
             for item in self.items
         )
         run = {
+            "task": "people",
             "generators": [answers.generator for answers in self._answers],
             "pairs": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
         }
-        if not self._journal.entries:
-            seed = random.SystemRandom().getrandbits(48) if seed is None else seed
-            self._journal.append([{"people": run | {"seed": seed}}])
-            return seed
-        begun = self._journal.entries[0].get("people", {})
-        asked = run | {"seed": begun.get("seed") if seed is None else seed}
-        if different := sorted(key for key in asked if asked[key] != begun.get(key)):
-            raise UserError(
-                f"{self._journal.path} is of votes that differ in {', '.join(different)}: give the same again, or name "
-                "another --output_path"
-            )
-        return begun["seed"]
+        if seed is None and self._journal.entries:
+            seed = self._journal.entries[0].get("run", {}).get("seed")
+        elif seed is None:
+            seed = random.SystemRandom().getrandbits(48)
+        self._journal.begin(run | {"seed": seed})
+        return seed
 
     def _draw(self, *what: str) -> bytes:
         return hashlib.sha256(json.dumps([self.seed, *what]).encode()).digest()

@@ -41,8 +41,12 @@ class Budget:
         self.failures: Counter[str] = Counter()
         self._first: dict[str, str] = {}  # "HTTP 400" → the first message of that kind: others differ in numbers
 
+    def empty_retries(self) -> int:
+        """How often to ask again for a reply without a text: with a budget it is not paid for twice."""
+        return 0 if self.max_total_tokens or self.max_cost_usd else 2
+
     def arrived(self, reply, new: bool) -> None:
-        """Counts a utils.Completion; ``new`` is False for one that an earlier run has paid for."""
+        """Counts a Completion; ``new`` is False for one that an earlier run has paid for."""
         self.replies += 1
         self.prompt_tokens += reply.prompt_tokens
         self.completion_tokens += reply.completion_tokens

@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+from alpaca.completions import Completion, Teacher
 from alpaca.journal import Journal
-from utils import Completion, Teacher
 
 
 async def ask_all(

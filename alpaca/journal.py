@@ -50,8 +50,8 @@ class Journal:
         begun = self.entries[0].get("run", {})
         if different := sorted(key for key in run.keys() | begun.keys() if run.get(key) != begun.get(key)):
             raise UserError(
-                f"{self.path} is of a run that differs in {', '.join(different)}: give the same again, or delete it to "
-                "begin anew"
+                f"{self.path} is of a run that differs in {', '.join(different)}: give the same again, or take another "
+                "--output_path"
             )
 
     def append(self, entries: Iterable[dict]) -> None:

@@ -138,10 +138,12 @@ def check_inputs(manifest: dict, raw: CheckpointReader, diff: CheckpointReader) 
     tensors = manifest["tensors"]
     if odd := [name for name, entry in tensors.items() if raw.spec(name)[1] != tuple(entry["raw_shape"])]:
         raise UserError(_what_rows_are(tensors, odd, raw))
+    # From the last tensor to the first: of models that memory cannot hold, the system then still has the part that is
+    # read again first.
     items = [
         (reader, name, DTYPES[entry["dtype"][role]], role)
+        for name, entry in reversed(tensors.items())
         for role, reader in (("raw", raw), ("diff", diff))
-        for name, entry in tensors.items()
     ]
     found = in_threads(
         lambda reader, name, dtype, role, tick: sha256_of(reader, name, dtype, tick),
@@ -151,7 +153,7 @@ def check_inputs(manifest: dict, raw: CheckpointReader, diff: CheckpointReader) 
     )
     bad: dict[str, list[str]] = {"raw": [], "diff": []}
     rounded, known = set(), {"raw": {}, "diff": {}}
-    for (reader, name, dtype, role), (sha256, exact) in zip(items, found, strict=True):
+    for (reader, name, dtype, role), (sha256, exact) in reversed(list(zip(items, found, strict=True))):
         if reader.spec(name)[0] == dtype:
             known[role][name] = sha256
         if sha256 != tensors[name]["sha256"][role] or not exact:

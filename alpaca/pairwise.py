@@ -12,8 +12,8 @@ import re
 
 import utils
 from alpaca import UserError
+from alpaca.completions import Completion, Teacher
 from alpaca.instruction_set import Item
-from utils import Completion, Teacher
 
 Shown = list[tuple[str, str | None]]  # generator and answer, the first and the second; None: it has no answer
 

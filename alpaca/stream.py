@@ -165,13 +165,14 @@ def sha256_of(reader: CheckpointReader, name: str, dtype: torch.dtype | None, ti
 
 def check_checksums(*readers: CheckpointReader) -> None:
     """Raises UserError when a record of a ``.bin`` shard does not have its CRC-32, which torch never looks at."""
-    records = [record for reader in readers for record in reader.checksums()]
+    records = [record for reader in readers for record in reader.checksums()][::-1]  # as check_inputs() does
 
     def damaged(path: Path, name: str, offset: int, size: int, crc: int, tick: Callable) -> str | None:
         return None if crc32_of(path, offset, size, tick) == crc else f"{path} is damaged at {name}"
 
     if records:
-        found = [line for line in in_threads(damaged, records, [record[3] for record in records], "checksums") if line]
+        found = in_threads(damaged, records, [record[3] for record in records], "checksums")[::-1]
+        found = [line for line in found if line]
         if found:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             raise UserError(f"{found[0]}{more}: its bytes do not have the file's own checksum, download it again")

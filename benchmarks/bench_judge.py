@@ -9,12 +9,9 @@ files to the written judgments: prompts, journal (fsync), verdicts, rows. Writes
 
 from __future__ import annotations
 
-import asyncio
-import json
 import math
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from local_server import local_server  # noqa: E402
 from provenance import provenance  # noqa: E402
 
 import judge  # noqa: E402
@@ -30,46 +28,9 @@ import utils  # noqa: E402
 from alpaca.cli import run_cli  # noqa: E402
 
 PAIRS = 252
+REASONS = "The first is complete, the second is not. " * 8
+REPLIES = [f"{REASONS}\n\nVerdict: {verdict}" for verdict in ("A", "B", "tie")]
 WORDS = (60, 90, 90)  # in an instruction, and in the two answers: about what the 252 have with text-davinci-003
-
-
-def reply(verdict: str) -> bytes:
-    message = {
-        "role": "assistant",
-        "content": "The first is complete, the second is not. " * 8 + f"\n\nVerdict: {verdict}",
-    }
-    body = {"id": "x", "object": "chat.completion", "created": 0, "model": "m"}
-    body |= {"choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
-    body |= {"usage": {"prompt_tokens": 900, "completion_tokens": 80, "total_tokens": 980}}
-    return json.dumps(body).encode()
-
-
-def serve(latency: float) -> None:
-    """A judge that answers every request after ``latency`` seconds; prints its port."""
-    replies, number = [reply(verdict) for verdict in ("A", "B", "tie")], 0
-
-    async def answer(reader, writer):
-        nonlocal number
-        try:
-            while True:
-                head = await reader.readuntil(b"\r\n\r\n")
-                length = int(next(line for line in head.lower().split(b"\r\n") if b"content-length" in line).split()[1])
-                await reader.readexactly(length)
-                number += 1
-                body = replies[number % 3]
-                await asyncio.sleep(latency)
-                writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n")
-                writer.write(b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
-                await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError):
-            writer.close()
-
-    async def main():
-        server = await asyncio.start_server(answer, "127.0.0.1", 0)
-        print(server.sockets[0].getsockname()[1], flush=True)
-        await server.serve_forever()
-
-    asyncio.run(main())
 
 
 def write_files(folder: Path) -> dict[str, str]:
@@ -97,10 +58,8 @@ def main(latency: float = 0.5, in_flight: int = 32, repeat: int = 5) -> None:
     """
     import openai  # noqa: F401  its 0.7 s are start-up, not throughput
 
-    server = subprocess.Popen([sys.executable, __file__, "serve", str(latency)], stdout=subprocess.PIPE, text=True)
     seconds = []
-    try:
-        url = f"http://127.0.0.1:{int(server.stdout.readline())}/v1"
+    with local_server(latency, REPLIES) as url:
         for _ in range(repeat):
             with tempfile.TemporaryDirectory() as folder:
                 files = write_files(Path(folder))
@@ -109,9 +68,6 @@ def main(latency: float = 0.5, in_flight: int = 32, repeat: int = 5) -> None:
                 judge.judge(**files, output_path=str(output), model_name="m", base_url=url, max_concurrency=in_flight)
                 seconds.append(time.monotonic() - started)
                 assert len(utils.jload(output)) == 2 * PAIRS
-    finally:
-        server.kill()
-        server.wait()
     ideal = math.ceil(2 * PAIRS / in_flight) * latency
     share = ideal / statistics.median(seconds)
     print(f"{2 * PAIRS} judgments in {statistics.median(seconds):.2f} s, {share:.1%} of the ideal ({ideal:.2f} s)")
@@ -121,7 +77,4 @@ def main(latency: float = 0.5, in_flight: int = 32, repeat: int = 5) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["serve"]:
-        serve(float(sys.argv[2]))
-    else:
-        run_cli(main)
+    run_cli(main)

@@ -19,6 +19,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from alpaca import UserError  # noqa: E402
+
 # Nothing here may reach a hub, and two cores are shared by up to two processes.
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
 _cache = tempfile.TemporaryDirectory(prefix="alpaca-cache-")  # gone at exit: no test reads or fills the user's own
@@ -64,6 +66,16 @@ def assert_one_line_error(result: subprocess.CompletedProcess, *words: str) -> N
     assert "Traceback" not in result.stderr
     for word in words:
         assert word in lines[-1], lines[-1]
+
+
+def assert_user_error(call, *words: str) -> None:
+    """The message is one line and has each of the words."""
+    with pytest.raises(UserError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
 
 
 def losses(output: str) -> list[float]:

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 import generate_instruction
 import utils
 from alpaca import UserError, cli
+from alpaca.completions import Completion
 from generate_instruction import Rules, encode_prompt, filter_reason, parse_response
 
 quick = settings(deadline=None, database=None, max_examples=100)
@@ -698,19 +699,19 @@ def test_after_a_run_is_over_a_late_reply_changes_nothing():
     rejected = io.StringIO()
     selection = generate_instruction.Selection([seed_task(SEEDS[0])], [], 2, 3, Rules(), True, rejected)
     for _ in range(generate_instruction.PATIENCE):
-        selection.feed(utils.Completion(None, error="timeout"))
+        selection.feed(Completion(None, error="timeout"))
     assert not selection.is_over()  # a failure says nothing about what the teacher still knows
     for _ in range(generate_instruction.PATIENCE):
-        selection.feed(utils.Completion("I am sorry.", "stop"))
+        selection.feed(Completion("I am sorry.", "stop"))
     assert selection.is_over()
-    selection.feed(utils.Completion(item(fresh(0)), "stop"))
+    selection.feed(Completion(item(fresh(0)), "stop"))
     assert (selection.kept, selection.parsed, selection.unused) == ([], generate_instruction.PATIENCE, 1)
 
 
 def test_a_rejected_record_is_kept_with_its_reason_its_text_and_its_nearest():
     rejected = io.StringIO()
     selection = generate_instruction.Selection([seed_task(SEEDS[0])], [], 9, 3, Rules(), True, rejected)
-    selection.feed(utils.Completion(reply(fresh(0), SEEDS[0] + " Now", fresh(0) + " now"), "stop"))
+    selection.feed(Completion(reply(fresh(0), SEEDS[0] + " Now", fresh(0) + " now"), "stop"))
     notes = [json.loads(line) for line in rejected.getvalue().splitlines()]
     assert [(note["reason"], note.get("nearest")) for note in notes] == [
         ("near-duplicate", SEEDS[0]),
