@@ -226,7 +226,9 @@ class Teacher:
         path = "/chat/completions" if self.api == "chat" else "/completions"
         reply = (await self._client.post(path, cast_to=httpx2.Response, body=body)).json()
         choice = (reply.get("choices") or [{}])[0]
-        text = (choice.get("message") or {}).get("content") if self.api == "chat" else choice.get("text")
+        message = choice.get("message") or {}
+        # A model that will not answer may say so in a field of its own: that is its reply.
+        text = message.get("content") or message.get("refusal") if self.api == "chat" else choice.get("text")
         if text is not None and not isinstance(text, str):
             raise TypeError("a text that is none")
         finish_reason, usage = choice.get("finish_reason"), reply.get("usage") or {}

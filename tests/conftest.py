@@ -214,7 +214,8 @@ class Teacher:
     A fault is an int (HTTP status), "reset" (connection closed), "half" (body cut off), "null" (null content),
     "empty" (no choices), "garbage" (a body that is not UTF-8), "hang" (nothing for 3 s), ("context", 400) (the context
     is too long), ("wait", seconds) (429 with Retry-After), ("quota", 429) (no credit), ("unsupported", name) (400, that
-    setting is not taken), or a (text, finish_reason) pair for a reply that is not a fault at all.
+    setting is not taken), ("refusal", text) (null content, and the text as a refusal), or a (text, finish_reason) pair
+    for a reply that is not a fault at all.
     """
 
     def __init__(self, answer):
@@ -259,10 +260,13 @@ class Teacher:
                     data = json.dumps({"error": {"message": f"fault {reply}", "code": reply}}).encode()
                 else:
                     text, reason = reply if isinstance(reply, tuple) else (reply, "stop")
-                    text = None if reply == "null" else text
+                    message = {"role": "assistant", "content": None if reply == "null" else text}
+                    if text == "refusal":
+                        message, reason = {"role": "assistant", "content": None, "refusal": reason}, "stop"
+                    text = message["content"]
                     chat = self.path.endswith("/chat/completions")
                     choice = {"index": 0, "finish_reason": reason}
-                    choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+                    choice |= {"message": message} if chat else {"text": text}
                     data = {"id": "x", "object": "chat.completion" if chat else "text_completion", "created": 0}
                     data |= {"model": body["model"], "choices": [] if reply == "empty" else [choice]}
                     data |= {"usage": {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import analyze_data
 import utils
-from alpaca import UserError, arithmetic, cli, download, lint
+from alpaca import UserError, arithmetic, cli, download, lint, lint_answers
 from alpaca.rouge import RougePool
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def test_a_missing_full_stop_is_opt_in():
     unended = record(output="Green is one. It lies between yellow and blue")
     assert classes_of(unended) == []
     assert [f["class"] for f in lint.find([unended], {"no-full-stop"})] == ["no-full-stop"]
-    assert lint.no_full_stop(record(output="Green is one. It lies between yellow and blue.")) is None
+    assert lint_answers.no_full_stop(record(output="Green is one. It lies between yellow and blue.")) is None
 
 
 def test_duplicates_are_later_copies_whatever_the_case_and_white_space():

@@ -221,6 +221,12 @@ def test_what_is_blank_or_was_cut_off_by_the_server_is_a_failure(teacher, answer
     assert ask(teacher(lambda n, body: answer))[0].error == error
 
 
+def test_a_refusal_in_a_field_of_its_own_is_the_reply(teacher):
+    server = teacher(lambda n, body: ("refusal", "I will not say."))
+    assert ask(server) == [Completion("I will not say.", "stop", 7, 5)]
+    assert len(server.requests) == 1
+
+
 def test_a_key_in_the_address_is_not_repeated_in_an_error(teacher):
     url = teacher(lambda n, body: 401).base_url + "?key=SECRET"
     with pytest.raises(UserError) as caught:

