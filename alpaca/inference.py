@@ -103,7 +103,8 @@ def load(
     if dtype is not None and dtype not in FLOATS:
         raise UserError(f"--dtype {dtype} is not known: choose from {', '.join(FLOATS)}")
     try:
-        device = torch.device(device or (torch.accelerator.current_accelerator() or "cpu"))
+        # A build of torch for GPUs names its accelerator on a machine without one, too.
+        device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {device} is not there: cpu is, and without --device the best is taken") from None

@@ -271,6 +271,8 @@ def test_near_duplicates_in_another_script_are_warned_of_and_found_with_the_unic
     blind = run_script(*command(teacher(answer), tmp_path / "a", *flags))
     assert blind.returncode == 0, blind.stderr
     assert "warning: 2 of 2 kept instructions are mostly not ASCII" in blind.stdout
-    seeing = run_script(*command(teacher(answer), tmp_path / "b", *flags, "--tokenizer", "unicode", "--time_limit", 1))
+    seeing = run_script(
+        *command(teacher(answer), tmp_path / "b", *flags, "--tokenizer", "unicode", "--max_total_tokens", 24)
+    )
     assert "warning" not in seeing.stdout
     assert '"near-duplicate"' in (tmp_path / "b" / "rejected.jsonl").read_text()

@@ -751,6 +751,14 @@ def test_a_device_that_is_not_there_is_refused(tiny_llama, device):
         inference.load(tiny_llama, device)
 
 
+def test_a_build_of_torch_for_gpus_takes_the_cpu_where_there_is_none(tiny_llama, monkeypatch):
+    def named(check_available=False):
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", named)
+    assert inference.load(tiny_llama)[0].device == torch.device("cpu")
+
+
 def test_a_dtype_can_be_asked_for_and_is_named_when_it_is_none(tiny_llama):
     assert inference.load(tiny_llama, "cpu", "bfloat16")[0].dtype == torch.bfloat16
     with pytest.raises(UserError, match="--dtype int4 is not known: choose from float32, bfloat16, float16"):
