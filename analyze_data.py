@@ -32,11 +32,10 @@ import numpy as np
 
 import utils
 from alpaca import UserError, cli
-from alpaca.download import download, git_blob_id
+from alpaca.download import RELEASED_BLOB, download, git_blob_id
 from alpaca.lint import CLASSES, OPT_IN, find
 
 RELEASED_URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
-RELEASED_BLOB = "3779ddbc040543ab1834ef216c983d6fcc06cc9a"  # git hash-object alpaca_data.json
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,7 +225,7 @@ def lint(
         print(f"{len(bad):,} rejected records in {rejects_path}")
     if report_path:
         with utils.replace_file(report_path) as file:
-            file.writelines(json.dumps(finding, ensure_ascii=False) + "\n" for finding in findings)
+            file.writelines(utils.json_text(finding) + "\n" for finding in findings)
     if strict and findings:
         sys.exit(1)
 
@@ -250,7 +249,7 @@ def _write(records: list[dict], path: str) -> None:
         utils.jdump(records, path)
         return
     with utils.replace_file(path) as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        file.writelines(utils.json_text(record) + "\n" for record in records)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -76,8 +76,6 @@ def chat(
         port: with --web; 0 takes a free one.
         auth: with --web, user:password, which the page then asks for.
     """
-    if hasattr(sys.stdout, "reconfigure"):  # one that is not UTF-8 must not end an answer at its first emoji
-        sys.stdout.reconfigure(errors="replace")
     if web:
         if instruction is not None or batch_path is not None:
             raise UserError("--instruction and --batch_path answer and leave, --web serves a page: take one of them")

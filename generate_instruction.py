@@ -365,6 +365,7 @@ async def collect(teacher, request, journal, budget, selection, output, max_conc
     """Asks until the selection has enough or may not go on; keeps regen.json and the progress bar up to date."""
     saved = time.monotonic()
     there = [entry["i"] for entry in journal.entries if "i" in entry]
+    last = max(there, default=-1)
 
     def per_reply() -> float:
         """New instructions a reply: as if 4 replies with 2 each had been there, until there are enough to tell."""
@@ -380,7 +381,7 @@ async def collect(teacher, request, journal, budget, selection, output, max_conc
     def want(number: int, in_flight: int) -> bool:
         if selection.is_over() or budget.failing():
             return False
-        if there and number < max(there):  # was in flight when an earlier run was killed: later replies wait for it
+        if number < last:  # was in flight when an earlier run was killed: later replies wait for it
             return True
         # Near the end no more requests than it should take: each is paid for.
         return not budget.exhausted() and in_flight < (selection.target - len(selection.kept)) / per_reply()

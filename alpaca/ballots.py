@@ -67,7 +67,7 @@ class Ballots:
             self._journal.close()
             raise
         self.items.sort(key=lambda item: self._draw("order", item.id))
-        self._lock, self._failed = threading.Lock(), False
+        self._lock = threading.Lock()
         self._shown: dict[tuple[str, int], float] = {}
 
     def _begin(self, seed: int | None) -> int:
@@ -171,13 +171,7 @@ class Ballots:
             self._journal.close()
 
     def _keep(self, entry: dict) -> None:
-        if self._failed:
-            raise OSError(f"{self._journal.path}: an earlier vote could not be written: start the server anew")
-        try:
-            self._journal.append([entry])
-        except BaseException:  # what is on disk of it is not known: nothing may be added behind it
-            self._failed = True
-            raise
+        self._journal.append([entry])
         self._count(entry)
         try:
             self._write()

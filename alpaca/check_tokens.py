@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from alpaca.findings import Finding, paint
+from alpaca.tokens import IGNORE_INDEX
 
-IGNORE_INDEX = -100
 ROLES = ("bos", "eos", "pad", "unk")
 LISTED = 10  # record numbers a finding names
 

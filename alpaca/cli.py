@@ -27,6 +27,8 @@ def run_cli(commands: Callable | dict[str, Callable]) -> None:
     """
     import fire
 
+    if hasattr(sys.stdout, "reconfigure"):  # one that is not UTF-8 must not end a run at the first emoji
+        sys.stdout.reconfigure(errors="replace")
     try:
         argv = _typed_argv(commands, sys.argv[1:])
         if argv is None:

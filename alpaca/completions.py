@@ -102,7 +102,7 @@ class Teacher:
         self._empty_retries, self._refused = min(max_retries, empty_retries), set()
         self._fitting: dict[int, int] = {}  # characters of a prompt → tokens of a reply, where max_tokens were too many
         # A server that drips a byte now and then never times out: its limit is that of all tries together.
-        self._patience = (max_retries + 1) * request_timeout + 120
+        self._patience = (max_retries + 1) * request_timeout + max_retries * 120
         limits = httpx2.Limits(max_connections=max_concurrency, max_keepalive_connections=max_concurrency)
         self._client = openai.AsyncOpenAI(
             base_url=parts.geturl(),

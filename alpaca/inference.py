@@ -263,9 +263,6 @@ def too_large(ids: list[int]) -> UserError:
     )
 
 
-TEMPLATES = ("alpaca", "chat")
-
-
 def request_ids(tokenizer, template: str, requests: Sequence[tuple[str, str]]) -> list[list[int]]:
     """The tokens of the prompt of each (instruction, input), each on its own.
 

@@ -125,7 +125,9 @@ async def ask_all(
             for task in pending:
                 task.cancel()
             await asyncio.gather(*pending, filing, return_exceptions=True)
-            if new:
-                await file_new()
-            await asyncio.gather(*handing, return_exceptions=True)
-            await teacher.close()
+            try:
+                if new:
+                    await file_new()
+            finally:
+                await asyncio.gather(*handing, return_exceptions=True)
+                await teacher.close()

@@ -27,6 +27,7 @@ class Journal:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
+        self._failure: BaseException | None = None
         self.repaired_bytes = 0  # what a torn end was, if there was one
         created = not self.path.exists()
         self._file = open(self.path, "a+b")
@@ -55,11 +56,21 @@ class Journal:
             )
 
     def append(self, entries: Iterable[dict]) -> None:
-        """Adds entries and waits until they are on disk; one fsync for all of them."""
+        """Adds entries and waits until they are on disk; one fsync for all of them.
+
+        Raises:
+            OSError: they could not be written; each later call raises the same.
+        """
         entries = list(entries)
-        self._file.write(b"".join(map(_encode, entries)))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._failure:  # whole lines behind half a line would be taken for damage
+            raise self._failure
+        try:
+            self._file.write(b"".join(map(_encode, entries)))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except BaseException as e:
+            self._failure = e
+            raise
         self.entries += entries
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import has_length
 
-IGNORE_INDEX = -100
+from alpaca.tokens import IGNORE_INDEX
 
 # FLOP/s of one GPU at bf16 (V100, T4: fp16) without sparsity, from NVIDIA's data sheets; where a sheet has the figure
 # with sparsity alone, half of it. A card is known by the words of its name: the first line whose words all occur.

@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 
 import utils
+from alpaca.download import RELEASED_BLOB, git_blob_id
 from alpaca.meter import clock
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "alpaca_data.json"
-RELEASED_BLOB = "3779ddbc040543ab1834ef216c983d6fcc06cc9a"  # git hash-object of the 52,002 records of Stanford Alpaca
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "datasets", "peft", "bitsandbytes")
 PACKAGES += ("deepspeed", "liger-kernel")
 SECRET = re.compile(r"(_token|secret|password|api_?key)$", re.I)
@@ -38,9 +38,8 @@ def data_facts(path: str | os.PathLike) -> dict:
     """Hash, size and licence of a data file. ``licence`` is None for data that this project does not know."""
     content = Path(path).read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
-    blob = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
     shipped = SHIPPED.exists() and hashlib.sha256(SHIPPED.read_bytes()).hexdigest() == sha256
-    licence = "CC BY-NC 4.0" if shipped or blob == RELEASED_BLOB else None
+    licence = "CC BY-NC 4.0" if shipped or git_blob_id(path) == RELEASED_BLOB else None
     what = "shipped with this project" if shipped else "released by Stanford Alpaca" if licence else "the user's"
     return {"path": str(path), "sha256": sha256, "bytes": len(content), "source": what, "licence": licence}
 

@@ -36,10 +36,9 @@ from alpaca.check_tokens import columns
 from alpaca.checkpoint import WEIGHTS, CheckpointReader
 from alpaca.findings import gather
 from alpaca.fingerprint import differences, plain_name, states_of, weights_of
-from alpaca.resume import barrier, saved_names
+from alpaca.resume import ADAPTER, barrier, saved_names
 
 FOLDER = ".save-rehearsal"  # in the output folder, so that the file system is the one that training will write to
-ADAPTER = "adapter_model.safetensors"
 
 
 @dataclasses.dataclass

@@ -59,6 +59,7 @@ class ResumableTrainer(LoadingTrainer):
         super().__init__(model, *args, **kwargs)
         self._staging: Path | None = None
         self._saved_step = -1
+        self._stop = StopOnSignal()
         self._data: dict = {}
         self._checked: Path | None = None
 
@@ -73,7 +74,7 @@ class ResumableTrainer(LoadingTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and self.is_world_process_zero():
             say("note: --push_to_hub uploads the finished model once, at the end, whatever --hub_strategy says")
-        stop = StopOnSignal()
+        stop = self._stop = StopOnSignal()
         if self.args.save_strategy == "no":  # then a signal ends the process, as it does everywhere
             return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
         self.add_callback(stop)
@@ -89,6 +90,24 @@ class ResumableTrainer(LoadingTrainer):
                 EXIT_INTERRUPTED if stop.received == signal.SIGINT else EXIT_REQUEUE,
             )
         return result
+
+    def _init_training_state(self, *args, **kwargs):
+        """The best checkpoint is known by its path: in a folder that has moved since, it is beside the others still."""
+        started = super()._init_training_state(*args, **kwargs)
+        if self._checked and (best := read_json(self._checked / TRAINER_STATE_NAME).get("best_model_checkpoint")):
+            here = self._checked.parent / Path(best).name
+            self.state.best_model_checkpoint = str(here) if here.is_dir() else None
+        return started
+
+    def _finalize_training(self, *args, **kwargs):
+        """Of a stopped run the library would load the best checkpoint and, with a limit of 1, delete the newest."""
+        best, limit = self.args.load_best_model_at_end, self.args.save_total_limit
+        if self._stop.received and self.state.global_step < self.state.max_steps:
+            self.args.load_best_model_at_end, self.args.save_total_limit = False, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.load_best_model_at_end, self.args.save_total_limit = best, limit
 
     def _run_epoch(self, **kwargs):
         # The library would train one step more than asked for where the last one is not the last of its epoch.
@@ -167,7 +186,8 @@ class ResumableTrainer(LoadingTrainer):
         except Exception as e:  # whatever a network does: the run is done
             raise UserError(
                 f"the upload to {self.hub_model_id} failed ({(str(e).strip() or type(e).__name__).splitlines()[0]}); "
-                f"the model in {output_dir} is whole: hf upload {self.hub_model_id} {output_dir} . --exclude '*/*'"
+                f"the model in {output_dir} is whole: hf upload {self.hub_model_id} {output_dir} . --exclude '*/*' "
+                "--exclude trainer_state.json"
             ) from e
         say(f"uploaded {len(files)} files to {self.hub_model_id}")
 
@@ -275,6 +295,8 @@ class ResumableTrainer(LoadingTrainer):
             if self.is_world_process_zero():
                 if not any((staging / name).exists() for name in WEIGHTS):
                     raise RuntimeError(f"the library saved no weights in {staging}; the checkpoints there are whole")
+                # A pickle with every argument, --hub_token among them, in a folder that will be published.
+                (staging / "training_args.bin").unlink(missing_ok=True)
                 _move_files(staging, output_dir)
         self.accelerator.wait_for_everyone()
 

@@ -184,7 +184,7 @@ def equal_bins(values: Sequence[float], bins: int) -> list[np.ndarray]:
     Equal values stay together, so that there may be fewer bins; none is empty.
     """
     values = np.asarray(values, np.float64)
-    if not len(values):
+    if not len(values) or bins < 1:
         return []
     edges = np.unique(np.quantile(values, np.arange(1, bins) / bins))
     number = np.digitize(values, edges, right=True)

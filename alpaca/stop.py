@@ -67,3 +67,8 @@ class StopOnSignal(transformers.TrainerCallback):
             self.received = int(received)
         if self.received and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # it would come first, take its time, and with "best" decide on the save
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.received and state.global_step < state.max_steps:
+            control.should_evaluate = False

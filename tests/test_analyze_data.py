@@ -361,6 +361,17 @@ def test_the_exit_code_is_0_with_findings_and_1_under_strict(data):
     assert clean.returncode == 0 and "0 findings" in clean.stdout
 
 
+def test_half_of_a_surrogate_pair_is_reported_and_written(tmp_path):
+    record = {"instruction": "Say more than N/A.", "input": "no input", "output": "\ud83d"}
+    utils.jdump([record, record | {"input": "\ud83d no input\ufeff"}], tmp_path / "data.json")
+    flags = [
+        word for name in ("output", "rejects", "report") for word in (f"--{name}_path", tmp_path / f"{name}.jsonl")
+    ]
+    result = run_script("analyze_data.py", "lint", "--data_path", tmp_path / "data.json", *flags)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert utils.jload(tmp_path / "rejects.jsonl")[0]["output"] == "\ud83d"
+
+
 @pytest.mark.parametrize("flag", ["output_path", "rejects_path", "report_path"])
 def test_lint_refuses_to_write_over_its_input(data, flag, tmp_path):
     (tmp_path / "link.json").symlink_to(data)

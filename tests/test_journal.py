@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -91,3 +92,22 @@ def test_what_append_returned_for_is_there_after_sigkill(tmp_path, round):
     entries = read(tmp_path / "j")
     assert len(entries) >= acknowledged
     assert [entry["i"] for entry in entries] == list(range(len(entries)))
+
+
+def test_after_a_write_that_failed_in_the_middle_of_a_line_nothing_is_written_behind_it(tmp_path):
+    log = Journal(tmp_path / "log")
+    log.append([{"i": 0}])
+    limit, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))  # as a disk that is full from there on
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            log.append([{"i": 1, "text": "x" * 20_000}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, ignored)
+    with pytest.raises(OSError, match="File too large"):  # though there is room now
+        log.append([{"i": 2}])
+    assert log.entries == [{"i": 0}]
+    log.close()
+    entries = read(tmp_path / "log")
+    assert entries[0] == {"i": 0} and {"i": 2} not in entries

@@ -354,7 +354,6 @@ def test_a_vote_that_cannot_be_saved_is_told_and_tells_no_path(site, monkeypatch
 
     monkeypatch.setattr(site.ballots._journal, "append", full)
     status, body = site.call("choose-first", ["Full", 0])
-    monkeypatch.setattr(site.ballots, "_failed", False)
     assert status == 500 and "could not be saved; the terminal of the server says why" in body
     assert not [secret for secret in SECRETS if secret in body] and "No space left" in caplog.text
 

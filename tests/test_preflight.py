@@ -454,7 +454,7 @@ class SavesRounded(train.Trainer):
     ],
 )
 def test_a_fault_in_saving_or_loading_is_found_before_step_one(tiny_opt, tmp_path, trainer_class, what):
-    result = rehearse(make_trainer(tiny_opt, tmp_path, trainer_class, dropout=0.1), tmp_path)
+    result = rehearse(make_trainer(tiny_opt, tmp_path, trainer_class, dropout=0.5), tmp_path)
     assert any(what in fault[0] for fault in result.faults), result.faults
     assert list(tmp_path.iterdir()) == []
 

@@ -204,7 +204,9 @@ def test_leftovers_of_a_save_and_of_a_rehearsal_are_removed_and_what_is_whole_is
 def test_a_finished_run_leaves_no_scraps_and_is_readable_by_others(whole):
     assert not (whole / ".saving").exists()
     assert (whole / "model.safetensors").stat().st_mode == (whole / "config.json").stat().st_mode
-    assert {"tokenizer.json", "generation_config.json"} < {path.name for path in whole.iterdir()}
+    names = {path.name for path in whole.iterdir()}
+    assert {"tokenizer.json", "generation_config.json"} < names
+    assert "training_args.bin" not in names  # a pickle that would hold --hub_token
     assert json.loads((whole / "config.json").read_text())["use_cache"]  # off in training, on in the base model
 
 
@@ -218,6 +220,34 @@ def test_the_limit_keeps_the_newest_and_the_best(model, data, tmp_path):
     assert best < 3
     assert [path.name for path in resume.checkpoints(tmp_path)] == ["checkpoint-4", f"checkpoint-{best}"]
     assert state["best_model_checkpoint"] == str(tmp_path / f"checkpoint-{best}")
+
+
+@pytest.mark.parametrize("strategy", ["steps", "best"])
+def test_a_stopped_run_keeps_its_newest_checkpoint_beside_the_best_and_finds_both_in_a_folder_that_has_moved(
+    model, data, tmp_path, monkeypatch, strategy
+):
+    keep = ("--save_total_limit", 1, "--max_steps", 4, "--eval_fraction", 0.3, "--load_best_model_at_end", "True")
+    keep += ("--eval_strategy", "steps", "--eval_steps", 1, "--learning_rate", 1.0, "--save_strategy", strategy)
+    keep += ("--metric_for_best_model", "loss")
+    with monkeypatch.context() as patch:
+        send_at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(stop.Stopped, match="checkpoint-3 of 4 steps saved"):
+            run(model, data, tmp_path / "here", *keep)
+    state = json.loads((tmp_path / "here" / "checkpoint-3" / "trainer_state.json").read_text())
+    best = Path(state["best_model_checkpoint"]).name
+    assert best != "checkpoint-3"  # the loss diverges
+    assert [path.name for path in resume.checkpoints(tmp_path / "here")] == ["checkpoint-3", best]
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    chosen = []
+    inner = train.Trainer._load_best_model
+    monkeypatch.setattr(
+        train.Trainer,
+        "_load_best_model",
+        lambda self: chosen.append(self.state.best_model_checkpoint) or inner(self),
+    )
+    run(model, data, tmp_path / "there", *keep, "--resume_from_checkpoint", "auto")
+    assert chosen == [str(tmp_path / "there" / best)]
+    assert (tmp_path / "here" / "checkpoint-3").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
