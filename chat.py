@@ -221,8 +221,10 @@ def read_message(read_line: Callable[[str], str | None]) -> tuple[str, str] | No
         more = read_line("… ")
         line = line[:-1] + ("" if more is None else "\n" + more)
     line = line.strip()
-    command, _, text = line.partition(" ")
-    return (command, text.strip()) if command in COMMANDS else ("", line)
+    command, *text = line.split(maxsplit=1) or [""]
+    # A pasted text that begins with another command is not lost to it.
+    known = command in COMMANDS and (command == "/input" or "\n" not in line)
+    return (command, "".join(text)) if known else ("", line)
 
 
 def say(text: str) -> None:

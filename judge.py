@@ -37,7 +37,7 @@ from alpaca.asking import Answerer, ask_each, in_brackets, wind_up
 from alpaca.budget import Budget
 from alpaca.cli import run_cli
 from alpaca.completions import Completion, OpenAIDecodingArguments, Teacher
-from alpaca.instruction_set import is_the_252, read_answers, read_pair, read_set, write_answers
+from alpaca.instruction_set import is_name, is_the_252, read_answers, read_pair, read_set, write_answers
 from alpaca.journal import Journal, check_output
 
 # A base model would write the next instruction, and answer that too.
@@ -111,6 +111,10 @@ def answer(
     """
     for wrong, message in (
         ((model_path is None) == (model_name is None), "give --model_path, a folder, or --model_name, at a server"),
+        *(
+            (name is not None and not is_name(name), f"--{flag} must be a name in one line, not {name!r}")
+            for flag, name in (("model_name", model_name), ("generator", generator))
+        ),
         (template not in ("alpaca", "chat"), f"--template takes alpaca or chat, not {template!r}"),
         (max_new_tokens < 1, "--max_new_tokens must be at least 1"),
         (batch_tokens < 1, "--batch_tokens must be at least 1"),
@@ -238,6 +242,7 @@ def judge(
     """
     for wrong, message in (
         (not model_name, "no judge named: --model_name takes the name that its server knows"),
+        (not is_name(model_name), f"--model_name must be a name in one line, not {model_name!r}"),
         (max_tokens < 1, "--max_tokens must be at least 1"),
         (output_path.endswith(".json"), "--output_path takes a name that ends in .jsonl: judgments are JSON Lines"),
     ):
@@ -337,6 +342,9 @@ def report(
     # numpy, rapidfuzz and what draws: the other tasks do without
     from alpaca import comparison, overlap, reference, report_page, report_text, rouge, verdicts
 
+    there = next(path for path in (Path(output_dir), *Path(output_dir).parents) if path.exists())
+    if not there.is_dir():  # told before the work rather than after it
+        raise UserError(f"--output_dir {output_dir}: {there} is a file; give a folder, or a name for a new one")
     items = read_set(instructions)
     answerers = [read_answers(path, items) for path in _paths("answers", answers)]
     names = [one.generator for one in answerers]
@@ -365,9 +373,11 @@ def report(
     if judgments is not None:
         rows = verdicts.read_judgments(_paths("judgments", judgments))
         asks = verdicts.read_asks(rows, *answerers)
+        repeated = verdicts.repeated(rows, asks)
         found["judges"], found["agreement"], folded = comparison.judge_figures(asks, items, *answerers, seed)
         for figures in found["judges"]:
             figures["asked_with"] = verdicts.settings_of(rows, figures["judge"])
+            figures["repeated"] = repeated[figures["judge"]]
         # What a person or a model took for a clear win, ROUGE-L may bear out: it breaks ties between examples.
         margins = {id: scores[0][id] - scores[1][id] for id in scores[0] if id in scores[1]} if scores else {}
         found["examples"] = comparison.examples(folded, items, *answerers, margins, EXAMPLES)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import peft
 import pytest
-from conftest import ROOT, make_records, run_script
+from conftest import ROOT, assert_user_error, make_records, run_script
 from huggingface_hub.utils import filter_repo_objects
 from test_inference import chain
 
@@ -131,6 +131,10 @@ def test_an_input_holds_for_one_instruction_and_quit_or_the_end_leaves(tiny_llam
         (["/input a\\", "b"], ("/input", "a\nb"), 0),
         (['/input """', "a", " b", '"""', "next"], ("/input", "a\n b"), 1),
         (["/input"], ("/input", ""), 0),
+        (["/input\ta\tb"], ("/input", "a\tb"), 0),
+        (["/input\\", "a"], ("/input", "a"), 0),
+        (["/input\npasted\nlines"], ("/input", "pasted\nlines"), 0),
+        (["/reset\npasted"], ("", "/reset\npasted"), 0),
         (["/inputs are not a command"], ("", "/inputs are not a command"), 0),
         (["/etc/passwd is what?"], ("", "/etc/passwd is what?"), 0),
         ([" /quit "], ("/quit", ""), 0),
@@ -342,7 +346,7 @@ def test_answers_are_not_written_over(tiny_llama, tmp_path, monkeypatch):
 
 
 BAD_LINES = {
-    "{broken": "malformed JSON, ",
+    "{broken": "malformed JSON, Expecting property name enclosed in double quotes at column 2",
     "[1]": "a list where an object was expected",
     '{"input": "x"}': 'needs a text "instruction"',
     '{"instruction": "  "}': 'needs a text "instruction"',
@@ -350,6 +354,7 @@ BAD_LINES = {
     '{"instruction": "x", "instances": []}': '"instances" must be a list of one object',
     '{"instruction": "a\\ud800"}': "holds half of a surrogate pair",
     '{"instruction": "x", "more": ' + "[" * 100_000: "malformed JSON, nested too deeply",
+    '{"instruction": "x", "more": ' + "1" * 5_000 + "}": "malformed JSON, a number with too many digits",
 }
 
 
@@ -377,6 +382,18 @@ def test_an_instruction_longer_than_the_context_is_told_by_its_number_and_never_
     rows = run_file(monkeypatch, tiny_llama, records, tmp_path / "out.jsonl", "--skip_errors")
     assert "output" not in rows[1] and "reads at most 1024" in rows[1]["error"] and rows[1]["instruction"] == "Q" * 2000
     assert rows[0]["output"] and rows[2]["output"] and "error" not in rows[0]
+
+
+@pytest.mark.parametrize("text", ['[{"instruction": "x"}]', '[\n    {"instruction": "x"}\n]\n'])
+def test_a_json_list_that_is_named_as_json_lines_is_told_its_name(tmp_path, text):
+    (tmp_path / "in.jsonl").write_text(text)
+    assert_user_error(lambda: answers.read_requests(tmp_path / "in.jsonl"), "line 1: ", "let its name end in .json")
+
+
+def test_where_all_records_are_malformed_the_first_fault_is_told(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"input": "x"}\n{}\n')
+    said = ("all 2 records are malformed", 'in.jsonl, line 1: needs a text "instruction"')
+    assert_user_error(lambda: answers.read_requests(tmp_path / "in.jsonl", skip_errors=True), *said)
 
 
 def test_a_list_that_is_nested_too_deeply_is_one_line(tmp_path):

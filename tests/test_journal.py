@@ -9,10 +9,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, assert_one_line_error, run_script
+from conftest import ROOT, assert_one_line_error, assert_user_error, run_script
 
 from alpaca import UserError
-from alpaca.journal import Journal
+from alpaca.journal import Journal, check_output
 
 ENTRIES = [{"i": 0, "text": "plain"}, {"i": 1, "text": "line\nbreak \u2028 é \ud83d"}, {"i": 2, "text": None}]
 
@@ -91,3 +91,8 @@ def test_what_append_returned_for_is_there_after_sigkill(tmp_path, round):
     entries = read(tmp_path / "j")
     assert len(entries) >= acknowledged
     assert [entry["i"] for entry in entries] == list(range(len(entries)))
+
+
+@pytest.mark.parametrize("path", ["", ".", "/", "..", "no/folder/out.jsonl"])
+def test_an_output_that_can_be_no_file_is_refused(path):
+    assert_user_error(lambda: check_output(path), "must be a file in a folder that exists")
