@@ -165,7 +165,13 @@ def _wrap(text: str, first: str = "", later: str = "") -> list[str]:
     return textwrap.wrap(text, 100, initial_indent=first, subsequent_indent=later, break_on_hyphens=False)
 
 
+def _short(name: str, most: int = 60) -> str:
+    """A name without its middle if it is long: the end may be what tells two judges of one name apart."""
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[1 - most // 2 :]}"
+
+
 def _columns(rows: list[list[str]]) -> list[str]:
+    rows = [[_short(name), *figures] for name, *figures in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

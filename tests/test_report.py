@@ -252,6 +252,13 @@ def test_a_report_of_two_items_and_of_a_judge_without_a_verdict(files, tmp_path)
     assert report_text.judge_table(found)[1] == ["<i>gpt</i>", "0", "0", "0", "0", "1", "–", "–", "–", "–"]
 
 
+def test_a_very_long_name_does_not_widen_the_terminals_tables(judged):
+    found = judged[1] | {"judges": [{**each, "judge": "j" * 300 + " (prompt 1)"} for each in judged[1]["judges"]]}
+    said = report_text.terminal(found).splitlines()
+    (table,) = (said[n + 1 :] for n, line in enumerate(said) if line.startswith("wins, losses and rates"))
+    assert table[1].startswith("j" * 30 + "…" + "j" * 18 + " (prompt 1)  ") and max(map(len, table)) < 180
+
+
 def test_judgments_that_were_given_twice_are_told_and_count_once(files, tmp_path):
     found = run(files, tmp_path, judgments=f"{files}/model.jsonl,{files}/model.jsonl")
     assert found["judges"][0]["judged"] + found["judges"][0]["failed"] == COUNT
