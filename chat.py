@@ -190,14 +190,17 @@ def talk(conversation, input: str = "") -> bool:
 
 def answer(conversation, instruction: str, input: str) -> None:
     """Prints an answer as it comes, to a terminal without the control characters that could rewrite what it shows."""
-    terminal = sys.stdout.isatty()
+    terminal, empty = sys.stdout.isatty(), True
     with closing(conversation.ask(instruction, input)) as pieces:
         for piece in pieces:
+            empty = empty and not piece.strip()
             print(cli.CONTROL.sub("", piece) if terminal else piece, end="", flush=True)
     print(flush=True)
     if conversation.cut:
         limit = "--max_new_tokens" if conversation.cut == "max_new_tokens" else "the end of the context"
         print(f"note: cut off at {limit}", file=sys.stderr, flush=True)
+    elif empty:
+        print("note: the answer is empty: the model ended at once", file=sys.stderr, flush=True)
 
 
 def read_message(read_line: Callable[[str], str | None]) -> tuple[str, str] | None:

@@ -175,7 +175,11 @@ def answer_file(
                 rows = [fitting[place] for place in batch]
                 if all(row in answered for row in rows):
                     continue
-                made = answer_batch(model, tokenizer, [prompts[row] for row in rows], settings, count)
+                try:
+                    made = answer_batch(model, tokenizer, [prompts[row] for row in rows], settings, count)
+                except KeyboardInterrupt:
+                    print(f"\nthe same command goes on: the answers are in {journal_path}", file=sys.stderr)
+                    raise
                 entries = [
                     {"row": row, "output": text.strip(), "tokens": tokens, "cut": cut}
                     for row, (text, tokens, cut) in zip(rows, made, strict=True)

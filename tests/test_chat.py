@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -416,6 +417,21 @@ def test_a_stdout_that_is_not_utf_8_takes_any_answer(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("pieces", "cut", "note"),
+    [
+        ([], "", "note: the answer is empty: the model ended at once\n"),
+        ([" \n", ""], "", "note: the answer is empty: the model ended at once\n"),
+        ([" ", "a", " "], "", ""),
+        ([], "max_new_tokens", "note: cut off at --max_new_tokens\n"),
+    ],
+)
+def test_an_answer_of_nothing_is_told(capsys, pieces, cut, note):
+    conversation = SimpleNamespace(cut=cut, ask=lambda instruction, input: (piece for piece in pieces))
+    chat.answer(conversation, "x", "")
+    assert capsys.readouterr() == ("".join(pieces) + "\n", note)
+
+
+@pytest.mark.parametrize(
     ("terminal", "shown"), [(True, "é\tok]0;title[2J\n\n"), (False, "é\tok\x1b]0;title\x07\x9b\r\x1b[2J\n\n")]
 )
 def test_a_terminal_gets_no_control_characters_and_a_file_gets_every_byte(monkeypatch, terminal, shown):
@@ -477,6 +493,19 @@ def test_a_run_that_was_killed_goes_on_and_ends_as_an_uninterrupted_one(tiny_lla
     assert run_file(monkeypatch, tiny_llama, MANY, out, *flags) == whole
     assert "of an earlier run" in capsys.readouterr().err
     assert out.read_bytes() == (tmp_path / "a" / "out.jsonl").read_bytes()
+
+
+def test_ctrl_c_says_how_to_go_on(tiny_llama, tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answers, "answer_batch", interrupted)
+        with pytest.raises(SystemExit) as exit:
+            run_file(monkeypatch, tiny_llama, RECORDS, tmp_path / "out.jsonl")
+    assert exit.value.code == 130
+    assert f"the same command goes on: the answers are in {tmp_path}/out.jsonl.journal" in capsys.readouterr().err
+    assert len(run_file(monkeypatch, tiny_llama, RECORDS, tmp_path / "out.jsonl")) == len(RECORDS)
 
 
 def test_a_torn_batch_is_answered_again_and_its_whole_rows_stay(tiny_llama, tmp_path, monkeypatch):
