@@ -188,14 +188,17 @@ def talk(conversation, input: str = "") -> bool:
 
 def answer(conversation, instruction: str, input: str) -> None:
     """Prints an answer as it comes, to a terminal without the control characters that could rewrite what it shows."""
-    terminal = sys.stdout.isatty()
+    terminal, empty = sys.stdout.isatty(), True
     with closing(conversation.ask(instruction, input)) as pieces:
         for piece in pieces:
+            empty = empty and not piece.strip()
             print(cli.CONTROL.sub("", piece) if terminal else piece, end="", flush=True)
     print(flush=True)
     if conversation.cut:
         limit = "--max_new_tokens" if conversation.cut == "max_new_tokens" else "the end of the context"
         print(f"note: cut off at {limit}", file=sys.stderr, flush=True)
+    elif empty:
+        print("note: the answer is empty: the model ended at once", file=sys.stderr, flush=True)
 
 
 def read_message(read_line: Callable[[str], str | None]) -> tuple[str, str] | None:
@@ -219,8 +222,10 @@ def read_message(read_line: Callable[[str], str | None]) -> tuple[str, str] | No
         more = read_line("… ")
         line = line[:-1] + ("" if more is None else "\n" + more)
     line = line.strip()
-    command, _, text = line.partition(" ")
-    return (command, text.strip()) if command in COMMANDS else ("", line)
+    command, *text = line.split(maxsplit=1) or [""]
+    # A pasted text that begins with another command is not lost to it.
+    known = command in COMMANDS and (command == "/input" or "\n" not in line)
+    return (command, "".join(text)) if known else ("", line)
 
 
 def say(text: str) -> None:

@@ -37,7 +37,7 @@ from alpaca.asking import Answerer, ask_each, in_brackets, wind_up
 from alpaca.budget import Budget
 from alpaca.cli import run_cli
 from alpaca.completions import Completion, OpenAIDecodingArguments, Teacher
-from alpaca.instruction_set import is_the_252, read_answers, read_pair, read_set, write_answers
+from alpaca.instruction_set import is_name, is_the_252, read_answers, read_pair, read_set, write_answers
 from alpaca.journal import Journal, check_output
 
 # A base model would write the next instruction, and answer that too.
@@ -111,6 +111,8 @@ def answer(
     """
     for wrong, message in (
         ((model_path is None) == (model_name is None), "give --model_path, a folder, or --model_name, at a server"),
+        (model_name is not None and not is_name(model_name), "--model_name must be a name in one line"),
+        (generator is not None and not is_name(generator), "--generator must be a name in one line"),
         (template not in ("alpaca", "chat"), f"--template takes alpaca or chat, not {template!r}"),
         (max_new_tokens < 1, "--max_new_tokens must be at least 1"),
         (batch_tokens < 1, "--batch_tokens must be at least 1"),
@@ -186,10 +188,8 @@ def _answer_here(items, output_path, model_path, generator, template, sampling, 
         more=(lambda: reference_fields(model, tokenizer, items)) if reference_loss else None,
         finish_reason=True,
     )
-    notes = [
-        (counts["earlier"], "of an earlier run"),
-        (counts["cut"], "cut off at --max_new_tokens or the context's end"),
-    ]
+    notes = [(counts["earlier"], "of an earlier run")]
+    notes += [(counts["cut"], "cut off at --max_new_tokens or the context's end")]
     notes += [(counts["too_long"], 'instructions do not fit the context: "error" in their rows')]
     print(f"{counts['answers']:,} answers in {output_path}" + in_brackets(notes))
 
@@ -238,6 +238,7 @@ def judge(
     """
     for wrong, message in (
         (not model_name, "no judge named: --model_name takes the name that its server knows"),
+        (not is_name(model_name), f"--model_name must be a name in one line, not {model_name!r}"),
         (max_tokens < 1, "--max_tokens must be at least 1"),
         (output_path.endswith(".json"), "--output_path takes a name that ends in .jsonl: judgments are JSON Lines"),
     ):
@@ -337,6 +338,7 @@ def report(
     # numpy, rapidfuzz and what draws: the other tasks do without
     from alpaca import comparison, overlap, reference, report_page, report_text, rouge, verdicts
 
+    report_page.check_output_dir(output_dir)
     items = read_set(instructions)
     answerers = [read_answers(path, items) for path in _paths("answers", answers)]
     names = [one.generator for one in answerers]
@@ -365,9 +367,11 @@ def report(
     if judgments is not None:
         rows = verdicts.read_judgments(_paths("judgments", judgments))
         asks = verdicts.read_asks(rows, *answerers)
+        repeated = verdicts.repeated(rows, asks)
         found["judges"], found["agreement"], folded = comparison.judge_figures(asks, items, *answerers, seed)
         for figures in found["judges"]:
             figures["asked_with"] = verdicts.settings_of(rows, figures["judge"])
+            figures["repeated"] = repeated[figures["judge"]]
         # What a person or a model took for a clear win, ROUGE-L may bear out: it breaks ties between examples.
         margins = {id: scores[0][id] - scores[1][id] for id in scores[0] if id in scores[1]} if scores else {}
         found["examples"] = comparison.examples(folded, items, *answerers, margins, EXAMPLES)

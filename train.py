@@ -17,8 +17,7 @@ Two processes on a CPU, as in `make demo`:
         --eval_fraction 0.1 --fsdp --fsdp_config configs/fsdp.json
 
 A run that was killed goes on with the same command and --resume_from_checkpoint auto, on another number of GPUs too.
-SIGTERM and SIGUSR1 make it save a checkpoint and exit with 75 ("try again"), Ctrl-C with 130; torchrun exits with 1.
-With --save_strategy no, a signal ends it at once.
+SIGTERM and SIGUSR1 make it save (not with --save_strategy no) and exit with 75, "try again", Ctrl-C with 130.
 """
 
 from __future__ import annotations

@@ -43,6 +43,8 @@ def format_prompt(instruction: str, input: str = "") -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # JSON in and out.
 
+LIST_HINT = " (a JSON list? let its name end in .json)"
+
 
 def read_text(path: str | os.PathLike) -> str:
     """A UTF-8 file's text, without a byte order mark; UserError when it is missing, unreadable or not UTF-8."""
@@ -76,10 +78,22 @@ def _parse_json(text: str, path: Path, line: int | None = None):
         return json.loads(text)
     except json.JSONDecodeError as e:
         hint = "" if line or "Extra data" not in e.msg else " (one object a line? name it .jsonl)"
-        raise UserError(f"{path}, line {line or e.lineno}: malformed JSON, {e.msg} at column {e.colno}{hint}") from None
-    except (RecursionError, ValueError) as e:  # the second: a number of more than 4,300 digits
-        why = "nested too deeply" if isinstance(e, RecursionError) else "a number with too many digits"
-        raise UserError(f"{path}{f', line {line}' if line else ''}: malformed JSON, {why}") from None
+        hint = LIST_HINT if begins_a_list(text, line == 1) else hint
+        raise UserError(f"{path}, line {line or e.lineno}: malformed JSON, {json_fault(e)}{hint}") from None
+    except (RecursionError, ValueError) as e:
+        raise UserError(f"{path}{f', line {line}' if line else ''}: malformed JSON, {json_fault(e)}") from None
+
+
+def begins_a_list(text, first_line: bool) -> bool:
+    """Whether what should be a file of one object a line begins as a JSON list does."""
+    return first_line and isinstance(text, str) and text.lstrip().startswith("[")
+
+
+def json_fault(e: ValueError | RecursionError) -> str:
+    """What json.loads did not like, without the advice that it gives to programmers."""
+    if isinstance(e, json.JSONDecodeError):
+        return f"{e.msg} at column {e.colno}"
+    return "nested too deeply" if isinstance(e, RecursionError) else "a number with too many digits"  # than 4,300
 
 
 def jdump(obj, path: str | os.PathLike, indent: int = 4) -> None:

@@ -27,6 +27,7 @@ from alpaca.instruction_set import write_answers
 from alpaca.journal import Journal, check_output
 
 LISTED = 5  # faults that are told one by one
+ON_WITHOUT = " (--skip_errors goes on without it)"
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,11 @@ def read_requests(path: str | os.PathLike, skip_errors: bool = False) -> tuple[l
             requests.append(_request(place, entry))
         except UserError as e:
             if not skip_errors:
-                raise UserError(f"{path}, {place}: {e} (--skip_errors goes on without it)") from None
+                hint = utils.LIST_HINT if utils.begins_a_list(entry, place == "line 1") else ON_WITHOUT
+                raise UserError(f"{path}, {place}: {e}{hint}") from None
             faults.append(f"{path}, {place}: {e}")
+    if not requests and faults:
+        raise UserError(f"all {len(faults):,} records are malformed, so that nothing can be answered; {faults[0]}")
     if not requests:
         raise UserError(f"{path} holds no instructions: give a file with at least one")
     return requests, faults
@@ -76,10 +80,8 @@ def _request(place: str, entry: str | dict) -> Request:
     if isinstance(entry, str):
         try:
             entry = json.loads(entry)
-        except ValueError as e:
-            raise UserError(f"malformed JSON, {e}") from None
-        except RecursionError:
-            raise UserError("malformed JSON, nested too deeply") from None
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"malformed JSON, {utils.json_fault(e)}") from None
     if not isinstance(entry, dict):
         raise UserError(f"a {type(entry).__name__} where an object was expected")
     instruction, input = entry.get("instruction"), entry.get("input")
@@ -146,7 +148,7 @@ def answer_file(
             longest_answer(model, ids, settings.max_new_tokens)
         except UserError as e:
             if not skip_errors:
-                raise UserError(f"{request.place}: {e} (--skip_errors goes on without it)") from None
+                raise UserError(f"{request.place}: {e}{ON_WITHOUT}") from None
             errors[number] = str(e)
     fitting = [number for number in range(len(requests)) if number not in errors]
     planned = batches([len(prompts[number]) for number in fitting], settings.max_new_tokens, max_tokens)
@@ -173,7 +175,11 @@ def answer_file(
                 rows = [fitting[place] for place in batch]
                 if all(row in answered for row in rows):
                     continue
-                made = answer_batch(model, tokenizer, [prompts[row] for row in rows], settings, count)
+                try:
+                    made = answer_batch(model, tokenizer, [prompts[row] for row in rows], settings, count)
+                except KeyboardInterrupt:
+                    print(f"\nthe same command goes on: the answers are in {journal_path}", file=sys.stderr)
+                    raise
                 entries = [
                     {"row": row, "output": text.strip(), "tokens": tokens, "cut": cut}
                     for row, (text, tokens, cut) in zip(rows, made, strict=True)

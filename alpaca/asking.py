@@ -66,7 +66,7 @@ def ask_each(
             "prompt); told anew, with the time, after the first replies"
         )
     told_after, interval = max(8, max_concurrency), 0.5 if sys.stderr.isatty() else 30  # a file would fill with it
-    with tqdm(total=len(prompts), initial=there, unit=unit, mininterval=interval) as bar:
+    with tqdm(total=len(prompts), initial=there, unit=unit, mininterval=interval, disable=not prompts) as bar:
 
         def arrived(reply: Completion, new: bool) -> None:
             # One that failed in an earlier run is asked again: what it cost counts, that it failed does not.
@@ -122,7 +122,7 @@ def wind_up(
         notes: counts and what they count.
 
     Raises:
-        UserError: too much of it failed.
+        UserError: too much of it failed, or all that was asked: fewer than the budget judges a share of may be all.
     """
     unasked = sum(reply is None for reply in replies)
     errors = Counter(reply.error for reply in replies if reply and reply.error)
@@ -135,6 +135,8 @@ def wind_up(
         said += "; the same command goes on with what is missing"
     if why := budget.failing():
         raise UserError(f"{why}: the run ended; {said}")
+    if errors and all(reply is None or reply.error for reply in replies):
+        raise UserError(f"not one request succeeded: {said}")
     if unasked:
         print(f"{budget.exhausted()} ended the run")
     print(said)

@@ -329,7 +329,8 @@ def length_in_words(rate: dict, length: dict, a: str, b: str) -> str | None:
 
     Larger than chance is here: the interval of the length-controlled win rate leaves out one half.
     """
-    if not rate["judged"]:
+    # Of five even a clean sweep is no more than chance (p = 0.06), and a regression on them is sure of anything.
+    if statistics.sign_test(rate["wins"] + rate["losses"], 0) >= 0.05:
         return None
     controlled, (low, high) = length["length_controlled"], length["interval"]
     figures = f"a win rate of {controlled:.1%} for {a} (95% interval {low:.1%} to {high:.1%})"

@@ -41,7 +41,8 @@ def load_tokenizer(path: str | os.PathLike, **kwargs):
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **kwargs)
     except (OSError, ValueError, ImportError, KeyError) as e:
-        raise UserError(f"{path}: the tokenizer cannot be loaded: {str(e).strip().splitlines()[0]}") from None
+        hub = "" if os.path.exists(path) else "there is no such folder here, and from the hub "
+        raise UserError(f"{path}: {hub}the tokenizer cannot be loaded: {str(e).strip().splitlines()[0]}") from None
 
 
 def load_model(path: str | os.PathLike, dtype: torch.dtype | str, **kwargs):

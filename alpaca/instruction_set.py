@@ -260,9 +260,14 @@ def _answer(row: dict) -> str | None:
 
 def _generator(row: dict) -> str | None:
     name = row.get("generator")
-    if name is not None and not (isinstance(name, str) and name.strip() and name.isprintable()):
+    if name is not None and not is_name(name):
         raise UserError('"generator" must be a name in one line if it is there')
     return name
+
+
+def is_name(name) -> bool:
+    """Whether a model or a judge can be called that: a text in one line, with nothing unprintable in it."""
+    return isinstance(name, str) and bool(name.strip()) and name.isprintable()
 
 
 def _encodable(text: str) -> None:

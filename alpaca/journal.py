@@ -109,9 +109,9 @@ def check_output(path: str | os.PathLike) -> tuple[Path, Path]:
         UserError: the file is there already and no journal is, or there is no folder to write to.
     """
     path = Path(path)
-    journal = path.with_name(path.name + ".journal")
-    if path.is_dir() or not path.parent.is_dir():
+    if path.is_dir() or not path.parent.is_dir():  # first: "." and "/" have no name to append to
         raise UserError(f"--output_path {path} must be a file in a folder that exists")
+    journal = path.with_name(path.name + ".journal")
     if path.exists() and not journal.exists():
         raise UserError(f"--output_path {path} exists: move it away, or give another name")
     return path, journal

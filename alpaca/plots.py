@@ -7,6 +7,7 @@ they are called.
 from __future__ import annotations
 
 import io
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -313,7 +314,9 @@ def png_bytes(figure) -> bytes:
     from PIL import Image
 
     raw, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(raw, format="png", facecolor=PAPER)
+    with warnings.catch_warnings():  # one for each letter that the font lacks: the picture has a box there
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(raw, format="png", facecolor=PAPER)
     Image.open(raw).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
     return small.getvalue()
 

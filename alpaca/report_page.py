@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 import utils
-from alpaca import report_plot, report_text
+from alpaca import UserError, report_plot, report_text
 from alpaca.plots_page import STYLE
 
 COUNTED_WITH = ("numpy", "rapidfuzz", "nltk")  # draws and means; ROUGE-L's common subsequences, and its stemmer
@@ -42,6 +42,13 @@ def made_from(files: Mapping[str, Iterable[str]]) -> dict:
         except metadata.PackageNotFoundError:
             versions[package] = None
     return {"files": found, "versions": versions}
+
+
+def check_output_dir(path: str | os.PathLike) -> None:
+    """Raises UserError if write() could not make that folder; told before the work rather than after it."""
+    there = next(folder for folder in (Path(path), *Path(path).parents) if folder.exists())
+    if not there.is_dir():
+        raise UserError(f"--output_dir {path}: {there} is a file; give a folder, or a name for a new one")
 
 
 def write(report: dict, output_dir: str | os.PathLike) -> list[str]:

@@ -57,7 +57,7 @@ def judge_table(report: dict) -> list[list[str]]:
                 judge["judge"],
                 *(f"{judge[key]:,}" for key in ("judged", "wins", "ties", "losses", "failed")),
                 with_interval(judge["win_rate"], judge["interval"]),
-                f"{judge['p']:.4f}",
+                f"{judge['p']:.4f}" if judge["judged"] else "–",
                 with_interval(length["length_controlled"], length["interval"]),
                 percent(position["share_first"]) if position else "–",
             ]
@@ -165,7 +165,13 @@ def _wrap(text: str, first: str = "", later: str = "") -> list[str]:
     return textwrap.wrap(text, 100, initial_indent=first, subsequent_indent=later, break_on_hyphens=False)
 
 
+def _short(name: str, most: int = 60) -> str:
+    """A name without its middle if it is long: the end may be what tells two judges of one name apart."""
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[1 - most // 2 :]}"
+
+
 def _columns(rows: list[list[str]]) -> list[str]:
+    rows = [[_short(name), *figures] for name, *figures in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -202,6 +208,11 @@ def notes(found: dict, answerers: list[Answers], no_rouge: bool) -> list[str]:
             said.append(
                 f"{judge['judge']} was asked in {ways} ways, or answered by {ways} models: where it judged the same "
                 "twice, the last counts."
+            )
+        elif judge["repeated"]:
+            said.append(
+                f"{judge['judge']} judged again what it had judged ({judge['repeated']} of its rows): of each ask the "
+                "last row counts."
             )
         if judge["not_judged"]:
             said.append(f"{judge['judge']} has not judged {judge['not_judged']} of the answered instructions.")

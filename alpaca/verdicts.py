@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import utils
 from alpaca import UserError
-from alpaca.instruction_set import Answers
+from alpaca.instruction_set import Answers, is_name
 
 PREFERRED = ("first", "second", "tie", None)
 PEOPLE = "people, by majority"
@@ -95,7 +96,7 @@ def _fault(row) -> str | None:
     if "preferred" not in row or row["preferred"] not in PREFERRED:
         return '"preferred" must be "first", "second", "tie" or null'
     judge = row.get("judge")
-    if not isinstance(judge, dict) or judge.get("kind") not in ("model", "person") or not _is_name(judge.get("name")):
+    if not isinstance(judge, dict) or judge.get("kind") not in ("model", "person") or not is_name(judge.get("name")):
         return 'no "judge" with a "kind" (model, person) and a "name"'
     if not isinstance(judge.get("prompt_sha256"), str | None):
         return 'the judge\'s "prompt_sha256" must be a hash or null'
@@ -103,10 +104,6 @@ def _fault(row) -> str | None:
     if not isinstance(hashes, list) or len(hashes) != 2 or not all(isinstance(one, str | None) for one in hashes):
         return '"answers_sha256" must be the hashes of the two answers'
     return None
-
-
-def _is_name(name) -> bool:
-    return isinstance(name, str) and bool(name.strip()) and name.isprintable()
 
 
 def read_asks(rows: Sequence[dict], a: Answers, b: Answers) -> list[Ask]:
@@ -147,6 +144,12 @@ def read_asks(rows: Sequence[dict], a: Answers, b: Answers) -> list[Ask]:
         asks.pop((judge, id, ask.a_first), None)
         asks[judge, id, ask.a_first] = ask
     return list(asks.values())
+
+
+def repeated(rows: Sequence[dict], asks: Sequence[Ask]) -> Counter[str]:
+    """For each judge how many of its rows do not count, since a later row is of the same ask."""
+    counting = [name for name, row in zip(judge_names(rows), rows, strict=True) if None not in row["answers_sha256"]]
+    return Counter(counting) - Counter(ask.judge for ask in asks)
 
 
 def judge_names(rows: Sequence[dict]) -> list[str]:

@@ -13,10 +13,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
-from conftest import ROOT, make_records, run_script
+from conftest import ROOT, assert_user_error, make_records, run_script
 from huggingface_hub.utils import filter_repo_objects
 from test_inference import chain
 
@@ -131,6 +132,10 @@ def test_an_input_holds_for_one_instruction_and_quit_or_the_end_leaves(tiny_llam
         (["/input a\\", "b"], ("/input", "a\nb"), 0),
         (['/input """', "a", " b", '"""', "next"], ("/input", "a\n b"), 1),
         (["/input"], ("/input", ""), 0),
+        (["/input\ta\tb"], ("/input", "a\tb"), 0),
+        (["/input\\", "a"], ("/input", "a"), 0),
+        (["/input\npasted\nlines"], ("/input", "pasted\nlines"), 0),
+        (["/reset\npasted"], ("", "/reset\npasted"), 0),
         (["/inputs are not a command"], ("", "/inputs are not a command"), 0),
         (["/etc/passwd is what?"], ("", "/etc/passwd is what?"), 0),
         ([" /quit "], ("/quit", ""), 0),
@@ -342,7 +347,7 @@ def test_answers_are_not_written_over(tiny_llama, tmp_path, monkeypatch):
 
 
 BAD_LINES = {
-    "{broken": "malformed JSON, ",
+    "{broken": "malformed JSON, Expecting property name enclosed in double quotes at column 2",
     "[1]": "a list where an object was expected",
     '{"input": "x"}': 'needs a text "instruction"',
     '{"instruction": "  "}': 'needs a text "instruction"',
@@ -350,6 +355,7 @@ BAD_LINES = {
     '{"instruction": "x", "instances": []}': '"instances" must be a list of one object',
     '{"instruction": "a\\ud800"}': "holds half of a surrogate pair",
     '{"instruction": "x", "more": ' + "[" * 100_000: "malformed JSON, nested too deeply",
+    '{"instruction": "x", "more": ' + "1" * 5_000 + "}": "malformed JSON, a number with too many digits",
 }
 
 
@@ -379,6 +385,18 @@ def test_an_instruction_longer_than_the_context_is_told_by_its_number_and_never_
     assert rows[0]["output"] and rows[2]["output"] and "error" not in rows[0]
 
 
+@pytest.mark.parametrize("text", ['[{"instruction": "x"}]', '[\n    {"instruction": "x"}\n]\n'])
+def test_a_json_list_that_is_named_as_json_lines_is_told_its_name(tmp_path, text):
+    (tmp_path / "in.jsonl").write_text(text)
+    assert_user_error(lambda: answers.read_requests(tmp_path / "in.jsonl"), "line 1: ", "let its name end in .json")
+
+
+def test_where_all_records_are_malformed_the_first_fault_is_told(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"input": "x"}\n{}\n')
+    said = ("all 2 records are malformed", 'in.jsonl, line 1: needs a text "instruction"')
+    assert_user_error(lambda: answers.read_requests(tmp_path / "in.jsonl", skip_errors=True), *said)
+
+
 def test_a_list_that_is_nested_too_deeply_is_one_line(tmp_path):
     (tmp_path / "in.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match="in.json: malformed JSON, nested too deeply"):
@@ -396,6 +414,21 @@ def test_a_stdout_that_is_not_utf_8_takes_any_answer(tmp_path, monkeypatch):
     run_chat(monkeypatch, "--model_path", model, "--device", "cpu", "--instruction", "x")
     sys.stdout.flush()
     assert out.getvalue() == "café ?!\n".encode("latin-1")
+
+
+@pytest.mark.parametrize(
+    ("pieces", "cut", "note"),
+    [
+        ([], "", "note: the answer is empty: the model ended at once\n"),
+        ([" \n", ""], "", "note: the answer is empty: the model ended at once\n"),
+        ([" ", "a", " "], "", ""),
+        ([], "max_new_tokens", "note: cut off at --max_new_tokens\n"),
+    ],
+)
+def test_an_answer_of_nothing_is_told(capsys, pieces, cut, note):
+    conversation = SimpleNamespace(cut=cut, ask=lambda instruction, input: (piece for piece in pieces))
+    chat.answer(conversation, "x", "")
+    assert capsys.readouterr() == ("".join(pieces) + "\n", note)
 
 
 @pytest.mark.parametrize(
@@ -460,6 +493,19 @@ def test_a_run_that_was_killed_goes_on_and_ends_as_an_uninterrupted_one(tiny_lla
     assert run_file(monkeypatch, tiny_llama, MANY, out, *flags) == whole
     assert "of an earlier run" in capsys.readouterr().err
     assert out.read_bytes() == (tmp_path / "a" / "out.jsonl").read_bytes()
+
+
+def test_ctrl_c_says_how_to_go_on(tiny_llama, tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answers, "answer_batch", interrupted)
+        with pytest.raises(SystemExit) as exit:
+            run_file(monkeypatch, tiny_llama, RECORDS, tmp_path / "out.jsonl")
+    assert exit.value.code == 130
+    assert f"the same command goes on: the answers are in {tmp_path}/out.jsonl.journal" in capsys.readouterr().err
+    assert len(run_file(monkeypatch, tiny_llama, RECORDS, tmp_path / "out.jsonl")) == len(RECORDS)
 
 
 def test_a_torn_batch_is_answered_again_and_its_whole_rows_stay(tiny_llama, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from conftest import assert_user_error
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
@@ -930,3 +931,7 @@ def test_an_adapter_without_peft_says_how_to_get_it(adapted, monkeypatch):
 def test_a_model_has_no_base(tiny_llama):
     with pytest.raises(UserError, match="is the base of a LoRA adapter, and .* is none: drop it"):
         inference.load(tiny_llama, "cpu", base_path=tiny_llama)
+
+
+def test_a_name_that_is_no_folder_here_is_told_before_the_hub_is_blamed():
+    assert_user_error(lambda: inference.load("typo", "cpu"), "typo: there is no such folder here, and from the hub the")

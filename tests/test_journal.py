@@ -10,10 +10,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, assert_one_line_error, run_script
+from conftest import ROOT, assert_one_line_error, assert_user_error, run_script
 
 from alpaca import UserError
-from alpaca.journal import Journal
+from alpaca.journal import Journal, check_output
 
 ENTRIES = [{"i": 0, "text": "plain"}, {"i": 1, "text": "line\nbreak \u2028 é \ud83d"}, {"i": 2, "text": None}]
 
@@ -111,3 +111,8 @@ def test_after_a_write_that_failed_in_the_middle_of_a_line_nothing_is_written_be
     log.close()
     entries = read(tmp_path / "log")
     assert entries[0] == {"i": 0} and {"i": 2} not in entries
+
+
+@pytest.mark.parametrize("path", ["", ".", "/", "..", "no/folder/out.jsonl"])
+def test_an_output_that_can_be_no_file_is_refused(path):
+    assert_user_error(lambda: check_output(path), "must be a file in a folder that exists")

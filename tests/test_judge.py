@@ -419,6 +419,7 @@ def test_faults_of_every_kind_cost_no_judgment(teacher, files, tmp_path):
         ({"base_url": "no url"}, ["--base_url is not a URL"]),
         ({"base_url": None}, ["set OPENAI_API_KEY"]),
         ({"max_tokens": 0}, ["--max_tokens must be at least 1"]),
+        ({"model_name": "a\nb"}, ["--model_name must be a name in one line, not 'a\\nb'"]),
     ],
 )
 def test_bad_input_is_one_line_with_the_cure(files, tmp_path, flags, words):
@@ -528,6 +529,9 @@ def test_answers_do_not_go_on_from_another_models(teacher, tmp_path):
         ({"model_name": "m", "reference_loss": True}, "are for --model_path"),
         ({"model_path": "x", "base_url": "http://127.0.0.1/v1"}, "are for --model_name"),
         ({"model_name": "m", "api": "tokens"}, "--api takes chat or completions"),
+        ({"model_name": ""}, "--model_name must be a name in one line"),
+        ({"model_name": "m", "generator": "two\nlines"}, "--generator must be a name in one line"),
+        ({"model_path": "x", "generator": " "}, "--generator must be a name in one line"),
         ({"model_path": "x", "template": "vicuna"}, "--template takes alpaca or chat"),
     ],
 )
@@ -536,7 +540,16 @@ def test_flags_that_do_not_go_together_are_one_line(tmp_path, flags, said):
         judge.answer(str(write(tmp_path / "set.jsonl", SET)), str(tmp_path / "o.jsonl"), **flags)
 
 
-def test_where_no_two_answers_differ_nobody_is_asked(teacher, files, tmp_path):
+@pytest.mark.parametrize("reply", [400, "No opinion."])
+def test_where_no_request_succeeded_the_run_has_failed_however_few_they_were(teacher, files, tmp_path, reply):
+    server = teacher(lambda number, body: reply)
+    with pytest.raises(UserError, match="^not one request succeeded: 4 judgments in .*4 failed"):
+        judge.judge(**files(2), base_url=server.base_url)
+    assert [row["preferred"] for row in read(tmp_path / "j.jsonl")] == [None] * 4
+
+
+def test_where_no_two_answers_differ_nobody_is_asked(teacher, files, tmp_path, capsys):
     server = teacher(prefers_long)
     judge.judge(**files(2, b="{}"), base_url=server.base_url)
     assert [row["preferred"] for row in read(tmp_path / "j.jsonl")] == ["tie"] * 4 and not server.requests
+    assert capsys.readouterr().err == ""  # a bar of nothing would be two lines of "0judgment"

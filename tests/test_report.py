@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -227,12 +228,14 @@ def test_a_model_whose_losses_are_all_nan_has_none_and_that_is_told(files, tmp_p
         ({"judgments": "{0}/missing.jsonl"}, "missing.jsonl does not exist"),
         ({"judgments": "{0}/a.jsonl"}, 'a.jsonl, row 1: no text "first"'),
         ({"data_path": "{0}/missing.json"}, "missing.json does not exist"),
+        ({"output_dir": "{0}/a.jsonl"}, "--output_dir .*a.jsonl is a file; give a folder"),
+        ({"output_dir": "{0}/a.jsonl/new"}, "--output_dir .*a.jsonl/new: .*a.jsonl is a file; give a folder"),
     ],
 )
 def test_a_bad_argument_is_one_line_and_nothing_is_written(change, message, files, tmp_path):
     change = {key: value.format(files) for key, value in change.items()}
     with pytest.raises(UserError, match=message) as caught:
-        run(files, tmp_path / "out", **change)
+        run(files, **{"output_dir": tmp_path / "out"} | change)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -246,6 +249,20 @@ def test_a_report_of_two_items_and_of_a_judge_without_a_verdict(files, tmp_path)
     found = run(tmp_path, tmp_path / "out", judgments=f"{tmp_path}/failed.jsonl")
     assert found["judges"][0]["judged"] == 0 and found["judges"][0]["win_rate"] is None
     assert found["judges"][0]["words"] == "There is no verdict to count."
+    assert report_text.judge_table(found)[1] == ["<i>gpt</i>", "0", "0", "0", "0", "1", "–", "–", "–", "–"]
+
+
+def test_a_very_long_name_does_not_widen_the_terminals_tables(judged):
+    found = judged[1] | {"judges": [{**each, "judge": "j" * 300 + " (prompt 1)"} for each in judged[1]["judges"]]}
+    said = report_text.terminal(found).splitlines()
+    (table,) = (said[n + 1 :] for n, line in enumerate(said) if line.startswith("wins, losses and rates"))
+    assert table[1].startswith("j" * 30 + "…" + "j" * 18 + " (prompt 1)  ") and max(map(len, table)) < 180
+
+
+def test_judgments_that_were_given_twice_are_told_and_count_once(files, tmp_path):
+    found = run(files, tmp_path, judgments=f"{files}/model.jsonl,{files}/model.jsonl")
+    assert found["judges"][0]["judged"] + found["judges"][0]["failed"] == COUNT
+    assert f"<i>gpt</i> judged again what it had judged ({2 * COUNT} of its rows): of each" in str(found["notes"])
 
 
 def test_without_matplotlib_the_page_has_no_picture_and_says_why(judged, tmp_path, monkeypatch):
@@ -290,6 +307,10 @@ def test_the_picture_is_drawn_whatever_the_names(judged):
     judges = [{**each, "judge": "$" + "judge " * 30} for each in judged[1]["judges"]] * 3
     png = report_plot.picture(judged[1] | {"answerers": names, "judges": judges})
     assert png.startswith(b"\x89PNG") and int.from_bytes(png[16:20], "big") == 1500
+    foreign = [{**each, "name": "日本語 🦙"} for each in judged[1]["answerers"]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # one for each letter that the font lacks would fill a terminal
+        report_plot.picture(judged[1] | {"answerers": foreign})
     assert report_plot.picture({"judges": [], "answerers": [{"rouge_l": None}]}) is None
 
 

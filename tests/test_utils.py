@@ -48,6 +48,7 @@ def test_braces_in_a_record_are_text():
         ("data.json", b"", ["data.json, line 1: malformed JSON"]),
         ("data.json", b'{"a": 1}\n{"a": 2}\n', ["line 2", "name it .jsonl"]),
         ("data.jsonl", b'{"a": 1}\n\n{"a": 2}\n{"a": \n', ["data.jsonl, line 4: malformed JSON"]),
+        ("data.jsonl", b'[\n  {"a": 1}\n]', ["data.jsonl, line 1", "let its name end in .json"]),
         ("data.jsonl", b"{}\n" + b"[" * 200_000, ["data.jsonl, line 2: malformed JSON, nested too deeply"]),
         ("data.json", b"[" + b"1" * 5_000 + b"]", ["data.json: malformed JSON, a number with too many digits"]),
         ("data.json", b'{"a": 1}', ["a JSON dict, not a list", "[ ]"]),

@@ -85,6 +85,12 @@ def test_an_ask_that_was_made_again_counts_once_and_the_last_counts():
     assert len(asks_of([row("1", A, "first"), row("1", A, "first")])) == 1
 
 
+def test_rows_that_a_later_one_of_the_same_ask_replaces_are_counted():
+    rows = [row("1", A, "first"), row("1", B, "tie"), row("1", A, "second"), row("2", A, "first", judge="other")]
+    assert verdicts.repeated(rows, asks_of(rows)) == {"gpt": 1}
+    assert verdicts.repeated(rows[:2], asks_of(rows[:2])) == {}
+
+
 def test_judges_are_kept_apart_by_name_kind_and_prompt():
     rows = [row("1", first, "tie", prompt=prompt * 64) for first in (A, B) for prompt in "pq"]
     rows += [row("1", A, "first", kind="person"), row("1", A, "first", judge="Ada", kind="person")]
@@ -319,6 +325,9 @@ def test_length_bias_bins_by_the_difference():
         ),
         (150, 90, 0.40, (0.35, 0.45), "At equal length davinci would win more often: a win rate of 40.0% for alpaca"),
         (90, 89, 0.60, (0.55, 0.65), "At equal length alpaca would win more often"),
+        (0, 1, 0.005, (0.005, 0.005), None),  # a regression on one item is as sure as it can be
+        (5, 0, 0.995, (0.995, 0.995), None),
+        (6, 0, 0.995, (0.995, 0.995), "At equal length it stays"),
     ],
 )
 def test_what_equal_length_would_change_is_said(wins, losses, controlled, interval, words):
