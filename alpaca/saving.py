@@ -187,7 +187,7 @@ class ResumableTrainer(LoadingTrainer):
             raise UserError(
                 f"the upload to {self.hub_model_id} failed ({(str(e).strip() or type(e).__name__).splitlines()[0]}); "
                 f"the model in {output_dir} is whole: hf upload {self.hub_model_id} {output_dir} . --exclude '*/*' "
-                "--exclude trainer_state.json"
+                "--exclude trainer_state.json --exclude training_args.bin"
             ) from e
         say(f"uploaded {len(files)} files to {self.hub_model_id}")
 

@@ -581,7 +581,7 @@ def test_what_goes_to_the_hub_is_the_model_and_what_tells_of_it(tiny_llama, tmp_
     argv += ["--skip_save_rehearsal"]
     train.train(*train.parse_args([str(word) for word in argv]))
     shutil.copytree(out / "checkpoint-1", out / "abandoned-checkpoint-1")  # what a run from an earlier checkpoint left
-    (out / "training_args.bin").touch()  # what a run without LoRA leaves, and TensorBoard where it is installed
+    (out / "training_args.bin").touch()  # what the library leaves, and TensorBoard where it is installed
     (out / "runs").mkdir()
     (out / "runs" / "events.out.tfevents.1").touch()
     (command,) = [shlex.split(line) for line in published().splitlines() if line.startswith("hf upload REPO OUT .")]

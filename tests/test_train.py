@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
 
 import pytest
 import torch
@@ -195,15 +196,22 @@ def test_the_originals_flags_are_translated_and_told(monkeypatch, tmp_path, caps
     assert "--fsdp_transformer_layer_cls_to_wrap is not needed any more" in out
 
 
-def test_bad_input_is_one_line(tiny_llama, tmp_path):
+def test_bad_input_is_one_line(tiny_llama, tmp_path, monkeypatch):
+    """In this process; test_a_folder_with_a_trained_model_is_not_overwritten starts one of its own."""
     data = write_data(tmp_path / "data.json")
-    assert_one_line_error(
-        run_script("train.py", "--learning_rat", "1"), "--learning_rat", "did you mean --learning_rate"
-    )
-    assert_one_line_error(run_script("train.py", "--learning_rate", "fast"), "--learning_rate")
-    assert_one_line_error(run_script("train.py"), "--model_name_or_path, --data_path and --output_dir are needed")
-    assert_one_line_error(run_script(*arguments(tmp_path / "none", data, tmp_path / "o")), "does not exist")
-    assert_one_line_error(run_script(*arguments(tiny_llama, data, tmp_path / "o", "--fsdp")), "torchrun")
+    for argv, words in (
+        (["train.py", "--learning_rat", "1"], ["--learning_rat", "did you mean --learning_rate"]),
+        (["train.py", "--learning_rate", "fast"], ["--learning_rate"]),
+        (["train.py"], ["--model_name_or_path, --data_path and --output_dir are needed"]),
+        (arguments(tmp_path / "none", data, tmp_path / "o"), ["does not exist"]),
+        (arguments(tiny_llama, data, tmp_path / "o", "--fsdp"), ["torchrun"]),
+    ):
+        monkeypatch.setattr(sys, "argv", [str(word) for word in argv])
+        with pytest.raises(SystemExit) as exit:
+            train.main()
+        message = exit.value.code  # which Python prints to stderr, and exits with 1
+        assert message.startswith("error: ") and "\n" not in message
+        assert all(word in message for word in words), message
     assert not (tmp_path / "o").exists() or not list((tmp_path / "o").iterdir())
 
 
