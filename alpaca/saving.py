@@ -59,7 +59,6 @@ class ResumableTrainer(LoadingTrainer):
         super().__init__(model, *args, **kwargs)
         self._staging: Path | None = None
         self._saved_step = -1
-        self._stop = StopOnSignal()
         self._data: dict = {}
         self._checked: Path | None = None
 
@@ -74,7 +73,7 @@ class ResumableTrainer(LoadingTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and self.is_world_process_zero():
             say("note: --push_to_hub uploads the finished model once, at the end, whatever --hub_strategy says")
-        stop = self._stop = StopOnSignal()
+        self._stop = stop = StopOnSignal()
         if self.args.save_strategy == "no":  # then a signal ends the process, as it does everywhere
             return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
         self.add_callback(stop)
@@ -83,7 +82,7 @@ class ResumableTrainer(LoadingTrainer):
                 result = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
         finally:
             self.remove_callback(stop)
-        if stop.received and self.state.global_step < self.state.max_steps:
+        if stop.ends_early(self.state):
             raise Stopped(
                 f"stopped by {signal.Signals(stop.received).name} with checkpoint-{self.state.global_step} of "
                 f"{self.state.max_steps} steps saved; to go on: the same command with --resume_from_checkpoint auto",
@@ -95,14 +94,14 @@ class ResumableTrainer(LoadingTrainer):
         """The best checkpoint is known by its path: in a folder that has moved since, it is beside the others still."""
         started = super()._init_training_state(*args, **kwargs)
         if self._checked and (best := read_json(self._checked / TRAINER_STATE_NAME).get("best_model_checkpoint")):
-            here = self._checked.parent / Path(best).name
-            self.state.best_model_checkpoint = str(here) if here.is_dir() else None
+            if (here := self._checked.parent / Path(best).name).is_dir():
+                self.state.best_model_checkpoint = str(here)
         return started
 
     def _finalize_training(self, *args, **kwargs):
         """Of a stopped run the library would load the best checkpoint and, with a limit of 1, delete the newest."""
         best, limit = self.args.load_best_model_at_end, self.args.save_total_limit
-        if self._stop.received and self.state.global_step < self.state.max_steps:
+        if self._stop.ends_early(self.state):
             self.args.load_best_model_at_end, self.args.save_total_limit = False, None
         try:
             return super()._finalize_training(*args, **kwargs)
@@ -187,7 +186,7 @@ class ResumableTrainer(LoadingTrainer):
             raise UserError(
                 f"the upload to {self.hub_model_id} failed ({(str(e).strip() or type(e).__name__).splitlines()[0]}); "
                 f"the model in {output_dir} is whole: hf upload {self.hub_model_id} {output_dir} . --exclude '*/*' "
-                "--exclude trainer_state.json --exclude training_args.bin"
+                "--exclude trainer_state.json"
             ) from e
         say(f"uploaded {len(files)} files to {self.hub_model_id}")
 

@@ -60,15 +60,19 @@ class StopOnSignal(transformers.TrainerCallback):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
+    def ends_early(self, state) -> bool:
+        """Whether the run was asked to stop before its last step."""
+        return bool(self.received) and state.global_step < state.max_steps
+
     def on_step_end(self, args, state, control, **kwargs):
         if args.world_size > 1:  # all ranks must leave after the same step
             received = torch.tensor(self.received, device=args.device)
             torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
             self.received = int(received)
-        if self.received and state.global_step < state.max_steps:
+        if self.ends_early(state):
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False  # it would come first, take its time, and with "best" decide on the save
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.received and state.global_step < state.max_steps:
+        if self.ends_early(state):
             control.should_evaluate = False

@@ -1,7 +1,4 @@
-"""A chat server of fixed latency in a process of its own, for benchmarks of what asks it.
-
-with local_server(0.5, ["a reply", "another"]) as base_url: …
-"""
+"""A chat server of fixed latency in a process of its own, for benchmarks of what asks it."""
 
 from __future__ import annotations
 
