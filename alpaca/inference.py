@@ -31,7 +31,7 @@ from alpaca.decoding import (
     stripped,
 )
 from alpaca.memory import as_text, available_bytes
-from alpaca.template import INPUT_HEADING, chat_ids
+from alpaca.template import INPUT_HEADING, chat_ids, prompt_ids
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -194,16 +194,6 @@ def _unfit(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Answers.
-
-
-def prompt_ids(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
-    """Tokens of each prompt as in training: a special token that somebody types stays text, no EOS stands behind."""
-    try:
-        "".join(prompts).encode()
-    except UnicodeEncodeError:
-        raise UserError("the prompt holds half of a surrogate pair, which is no text: write it anew in UTF-8") from None
-    every = tokenizer(list(prompts), split_special_tokens=True)["input_ids"]
-    return [ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids for ids in every]
 
 
 def stream(

@@ -1,5 +1,5 @@
-"""Alpaca's prompt as a chat template, so that servers and chat programs ask a trained model what training asked it; and
-the tokens of a conversation by any model's own template."""
+"""The tokens of a prompt and of an answer, in training as in chat; Alpaca's prompt as a chat template, so that servers
+ask a trained model with the same tokens; and the tokens of a conversation in any model's own template."""
 
 from __future__ import annotations
 
@@ -13,6 +13,46 @@ import utils
 from alpaca import UserError
 
 INPUT_HEADING = "\n\n### Input:\n"
+# Texts to put before an answer while it is tokenized. The first is the prompt's own last line.
+BEFORE_ANSWER = ("### Response:", "\n", "a")
+
+
+def prompt_ids(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """Return the tokens of each prompt, as training, chat, judge and a server send them.
+
+    A special token that somebody types stays text, and a tokenizer that appends EOS loses it here.
+
+    Raises:
+        UserError: a prompt that UTF-8 cannot encode.
+    """
+    try:
+        "".join(prompts).encode()
+    except UnicodeEncodeError:
+        raise UserError("the prompt holds half of a surrogate pair, which is no text: write it anew in UTF-8") from None
+    every = tokenizer(list(prompts), split_special_tokens=True, verbose=False)["input_ids"]
+    return [ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids for ids in every]
+
+
+def answer_ids(tokenizer, answers: Sequence[str]) -> list[list[int]]:
+    """Return the tokens of each answer as it continues a prompt: the ones that the model has to generate.
+
+    Tokenizing prompt and answer together can join the prompt's last character and the answer's first (":" and "The" are
+    one token, ":The", in today's vocabularies); the model would then be asked with a token that it never saw in
+    training. Tokenizing the answer alone puts a space before it with LLaMA's tokenizers. So it is tokenized after the
+    first of BEFORE_ANSWER with which it shares no token. Without specials, BOS or EOS; special tokens stay text.
+    """
+    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    found: list = [None] * len(answers)
+    for before in BEFORE_ANSWER:
+        left = [i for i, ids in enumerate(found) if ids is None]
+        if not left:
+            break
+        encoded = tokenizer([before + answers[i] for i in left], return_offsets_mapping=True, **options)
+        for i, ids, offsets in zip(left, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            first = sum(start < len(before) for start, _ in offsets)
+            if all(end <= len(before) for _, end in offsets[:first]):
+                found[i] = ids[first:]
+    return [tokenizer(answers[i], **options)["input_ids"] if ids is None else ids for i, ids in enumerate(found)]
 
 
 def chat_template(tokenizer) -> str:

@@ -8,7 +8,6 @@ import json
 import multiprocessing
 import os
 import threading
-import warnings
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,41 +17,35 @@ import tokenizers
 import utils
 from alpaca import UserError
 from alpaca.folders import new_folder
+from alpaca.template import answer_ids, prompt_ids
 
 IGNORE_INDEX = -100  # torch's cross entropy passes over it
 
 # In the cache's key: raise it when `preprocess` gives other tokens or labels for the same record.
-RULE_VERSION = 1
+RULE_VERSION = 2
 # Starting a worker costs about as much as tokenising this many records.
 RECORDS_PER_WORKER = 4000
 MAX_WORKERS = 16
 
 
 def preprocess(records: list[dict], tokenizer, max_length: int) -> list[dict]:
-    """Tokenises records into ``{"input_ids": [int], "labels": [int]}``, cut to max_length tokens.
+    """Return ``{"input_ids": [int], "labels": [int]}`` for each record, cut to max_length tokens.
 
-    The text is prompt + output + EOS, tokenised as a whole. Labels are IGNORE_INDEX for each token that starts inside
-    the prompt; that is the original's rule (a prompt's own tokens need not be a prefix of the whole's), in one pass
-    instead of two. A special token that is written out in the data, such as "</s>", stays text.
+    The tokens are those of the prompt, exactly as chat asks it, then those of the answer, then EOS. Labels are
+    IGNORE_INDEX for the prompt. The original tokenized prompt and answer together: the tokens are the same except where
+    one token would span both. A special token that is written out in the data, such as "</s>", stays text.
+
+    Raises:
+        UserError: the tokenizer is of the slow kind, which has no offsets.
     """
     if not tokenizer.is_fast:
         raise UserError("this tokenizer has no offsets: convert it to a tokenizer.json (AutoTokenizer, use_fast)")
-    prompts = [utils.format_prompt(record["instruction"], record["input"]) for record in records]
-    texts = [prompt + record["output"] for prompt, record in zip(prompts, records, strict=True)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "longer than the maximum": cut below, after EOS is in place
-        encoded = tokenizer(
-            texts, return_offsets_mapping=True, return_attention_mask=False, split_special_tokens=True, verbose=False
-        )
+    prompts = prompt_ids(tokenizer, [utils.format_prompt(record["instruction"], record["input"]) for record in records])
+    answers = answer_ids(tokenizer, [record["output"] for record in records])
     examples = []
-    for prompt, ids, offsets in zip(prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        labels = [
-            IGNORE_INDEX if start < len(prompt) else token for token, (start, _) in zip(ids, offsets, strict=True)
-        ]
-        if ids[-1] != tokenizer.eos_token_id:  # else the tokenizer itself appends it
-            ids, labels = ids + [tokenizer.eos_token_id], labels + [tokenizer.eos_token_id]
-        else:
-            labels = labels[:-1] + [tokenizer.eos_token_id]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = [*prompt, *answer, tokenizer.eos_token_id]
+        labels = [IGNORE_INDEX] * len(prompt) + ids[len(prompt) :]
         examples.append({"input_ids": ids[:max_length], "labels": labels[:max_length]})
     return examples
 
