@@ -31,9 +31,10 @@ from pathlib import Path
 import numpy as np
 
 import utils
-from alpaca import UserError, cli
-from alpaca.download import RELEASED_BLOB, download, git_blob_id
-from alpaca.lint import CLASSES, OPT_IN, find
+from alpaca import UserError
+from alpaca.common import cli
+from alpaca.data.lint.run import CLASSES, OPT_IN, find
+from alpaca.data.released import RELEASED_BLOB, download, git_blob_id
 
 RELEASED_URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
 
@@ -263,7 +264,7 @@ def plot(data_path: str, output_dir: str) -> None:
         data_path: records to read, JSON or JSON Lines.
         output_dir: folder for the PNG files and the HTML page.
     """
-    from alpaca import plots  # loads matplotlib and spaCy, which the other tasks do without
+    from alpaca.data import plots  # loads matplotlib and spaCy, which the other tasks do without
 
     plots.plot(data_path, output_dir)
 

@@ -15,7 +15,8 @@ import sys
 from collections.abc import Callable
 from contextlib import closing
 
-from alpaca import UserError, cli
+from alpaca import UserError
+from alpaca.common import cli
 
 HELP = r'''Type an instruction. Each is answered on its own (with --template chat, turns are remembered).
   a line that ends in \ goes on in the next; a text of several lines stands between two """
@@ -84,7 +85,7 @@ def chat(
                 "--web asks with Alpaca's template what is typed there: drop --template, --input, --output_path, "
                 "--skip_errors, --batch_tokens"
             )
-        from alpaca import web as demo
+        from alpaca.inference.web import page as demo
 
         sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         return demo.serve(model_path, compare_path, host, port, auth, device, dtype, base_path, **sampling)
@@ -107,18 +108,19 @@ def chat(
     # torch and transformers take seconds to load: not before the flags are known good
     from transformers.utils import logging
 
-    from alpaca import answers, inference
+    from alpaca.inference import answer_file
+    from alpaca.inference import load as inference
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     settings = inference.Settings(max_new_tokens, temperature, top_p, seed)
     if batch_path is not None:
-        requests, faults = answers.read_requests(batch_path, skip_errors)
-        identity = answers.identity_of(model_path, base_path, template)
-        answers.check_output(output_path)
+        requests, faults = answer_file.read_requests(batch_path, skip_errors)
+        identity = answer_file.identity_of(model_path, base_path, template)
+        answer_file.check_output(output_path)
     model, tokenizer = inference.load(model_path, device, dtype, base_path)
     if batch_path is not None:
-        counts = answers.answer_file(
+        counts = answer_file.answer_file(
             model,
             tokenizer,
             requests,
@@ -126,7 +128,7 @@ def chat(
             lambda requests: inference.request_ids(tokenizer, template, [(r.instruction, r.input) for r in requests]),
             settings,
             batch_tokens,
-            generator=answers.name_of(model_path),
+            generator=answer_file.name_of(model_path),
             identity=identity | {"dtype": str(model.dtype).removeprefix("torch.")},
             skip_errors=skip_errors,
         )
@@ -262,9 +264,9 @@ def _prepare_terminal() -> None:
 
 def report(output_path: str, counts: dict[str, int], faults: list[str]) -> None:
     """Says on stderr what a file's run came to."""
-    from alpaca import answers
+    from alpaca.inference import answer_file
 
-    for line in answers.told(faults):
+    for line in answer_file.told(faults):
         print(f"left out: {line}", file=sys.stderr)
     notes = [
         f"{counts['earlier']:,} of an earlier run" * bool(counts["earlier"]),

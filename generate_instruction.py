@@ -34,14 +34,14 @@ from typing import TextIO
 
 import utils
 from alpaca import UserError
-from alpaca.budget import Budget
-from alpaca.cli import run_cli
-from alpaca.completions import Completion, OpenAIDecodingArguments, Teacher
-from alpaca.dedup import DistinctPool, dedup
-from alpaca.inflight import ask_all
-from alpaca.journal import Journal
-from alpaca.progress import counts, print_forecast, print_report, progress_bar
-from alpaca.rouge import is_mostly_unseen, tokenize_unicode, tokenizer_named
+from alpaca.common.cli import run_cli
+from alpaca.common.journal import Journal
+from alpaca.data.dedup import DistinctPool, dedup
+from alpaca.data.rouge import is_mostly_unseen, tokenize_unicode, tokenizer_named
+from alpaca.endpoint.budget import Budget
+from alpaca.endpoint.client import Completion, OpenAIDecodingArguments, Teacher
+from alpaca.endpoint.parallel import ask_all
+from alpaca.endpoint.progress import counts, print_forecast, print_report, progress_bar
 
 # Tasks that cannot be done in text alone, judged by a word of their instruction.
 KEYWORDS = (

@@ -32,13 +32,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import utils
-from alpaca import UserError, pairwise
-from alpaca.asking import Answerer, ask_each, in_brackets, wind_up
-from alpaca.budget import Budget
-from alpaca.cli import run_cli
-from alpaca.completions import Completion, OpenAIDecodingArguments, Teacher
-from alpaca.instruction_set import is_name, is_the_252, read_answers, read_pair, read_set, write_answers
-from alpaca.journal import Journal, check_output
+from alpaca import UserError
+from alpaca.common.cli import run_cli
+from alpaca.common.journal import Journal, check_output
+from alpaca.data.instruction_sets import is_name, is_the_252, read_answers, read_pair, read_set, write_answers
+from alpaca.endpoint.asking import Answerer, ask_each, in_brackets, wind_up
+from alpaca.endpoint.budget import Budget
+from alpaca.endpoint.client import Completion, OpenAIDecodingArguments, Teacher
+from alpaca.judging import prompt as judge_prompt
 
 # A base model would write the next instruction, and answer that too.
 STOP = ["\n### Instruction:"]
@@ -166,8 +167,9 @@ def _answer_here(items, output_path, model_path, generator, template, sampling, 
     # torch and transformers take seconds to load: not before the flags are known good
     from transformers.utils import logging
 
-    from alpaca import answers, inference
-    from alpaca.reference_loss import reference_fields
+    from alpaca.inference import answer_file as answers
+    from alpaca.inference import load as inference
+    from alpaca.training.reference_loss import reference_fields
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -247,19 +249,19 @@ def judge(
     budget = Budget(time_limit, max_total_tokens, max_cost_usd, prompt_price, completion_price, max_failure_rate)
     output, journal_path = check_output(output_path)
     items, (a, b) = read_pair(instructions, answers)
-    text, prompt_sha256 = pairwise.read_prompt(PROMPT if prompt is None else prompt)
+    text, prompt_sha256 = judge_prompt.read_prompt(PROMPT if prompt is None else prompt)
     decoding = OpenAIDecodingArguments(max_tokens, temperature=0.0)
     teacher = Teacher(model_name, decoding, "chat", base_url, request_timeout, max_concurrency, budget.empty_retries())
     orders = [(item, shown) for item in items for shown in ((a, b), (b, a))]
     pairs = [(item, [(one.generator, one.outputs.get(item.id)) for one in shown]) for item, shown in orders]
-    to_ask = [place for place, (_, shown) in enumerate(pairs) if pairwise.to_ask(shown)]
-    prompts = [pairwise.fill(text, *pairs[place]) for place in to_ask]
+    to_ask = [place for place, (_, shown) in enumerate(pairs) if judge_prompt.to_ask(shown)]
+    prompts = [judge_prompt.fill(text, *pairs[place]) for place in to_ask]
     settings = {name: value for name, value in asdict(decoding).items() if value is not None} | {"seed": seed}
     run = {"task": "judge", "model_name": model_name, "prompt": prompt_sha256, "settings": settings}
     run |= {"instructions": _digest([asdict(item) for item in items]), "answers": _digest([a.outputs, b.outputs])}
     with Journal(journal_path) as journal:
         journal.begin(run | {"generators": [a.generator, b.generator]})
-        asked = pairwise.Judge(teacher)
+        asked = judge_prompt.Judge(teacher)
         replies = ask_each(asked, prompts, seed, journal, budget, max_tokens, max_concurrency, "judgment")
     left_out = {name for reply in replies if reply for name in reply.left_out or ()}
     settings = {name: value for name, value in settings.items() if name not in left_out}
@@ -271,7 +273,7 @@ def judge(
         if reply is None and place in reply_to:
             continue  # the run ended before
         fewer = {"max_tokens": reply.max_tokens} if reply and reply.max_tokens else {}  # than the flag says
-        rows.append(pairwise.judgment(item, shown, by | {"settings": settings | fewer}, reply))
+        rows.append(judge_prompt.judgment(item, shown, by | {"settings": settings | fewer}, reply))
     write_answers(rows, output)
     equal = sum("note" in row for row in rows)
     notes = [(equal, "for equal answers, which are a tie unasked")]
@@ -301,7 +303,7 @@ def people(
         seed: of the order of the pairs and of the sides (default: drawn, which no voter can guess).
     """
     items, pair = read_pair(instructions, answers)
-    from alpaca import judge_page
+    from alpaca.judging import page as judge_page
 
     judge_page.serve(items, *pair, output_path, host, port, auth, seed)
 
@@ -336,7 +338,9 @@ def report(
         seed: of the draws behind the bootstrap intervals.
     """
     # numpy, rapidfuzz and what draws: the other tasks do without
-    from alpaca import comparison, overlap, reference, report_page, report_text, rouge, verdicts
+    from alpaca.data import rouge
+    from alpaca.judging import comparison, metrics, overlap, report_text, verdicts
+    from alpaca.judging import report as report_page
 
     report_page.check_output_dir(output_dir)
     items = read_set(instructions)
@@ -363,7 +367,7 @@ def report(
         "overlap": None,
         "seed": seed,
     }
-    found["answerers"], scores = reference.summary(items, answerers, seed)
+    found["answerers"], scores = metrics.summary(items, answerers, seed)
     if judgments is not None:
         rows = verdicts.read_judgments(_paths("judgments", judgments))
         asks = verdicts.read_asks(rows, *answerers)

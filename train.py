@@ -36,19 +36,23 @@ import torch
 import transformers
 
 import utils
-from alpaca import RankError, UserError, check_tokens, cli, launch, lora, packing, packing_check, receipt
-from alpaca.checkpoint import check_model_folder, check_writable
-from alpaca.findings import raise_errors
-from alpaca.held_out import HeldOutLoss
-from alpaca.inference import load_model, load_tokenizer
-from alpaca.launch import say as _say
-from alpaca.meter import Metered
-from alpaca.preflight import check_loading, check_precision, preflight
-from alpaca.resume import check_fits, choose_checkpoint
-from alpaca.saving import ResumableTrainer
-from alpaca.stop import Stopped
-from alpaca.template import chat_template
-from alpaca.tokens import IGNORE_INDEX, Records, SupervisedDataset, preprocess  # noqa: F401  (the original has them here)
+from alpaca import RankError, UserError
+from alpaca.common import cli
+from alpaca.inference.load import load_model, load_tokenizer
+from alpaca.prompts import chat_template
+from alpaca.training import distributed, lora, packing, receipt
+from alpaca.training.checkpoints import check_fits, choose_checkpoint
+from alpaca.training.distributed import say as _say
+from alpaca.training.evaluate import HeldOutLoss
+from alpaca.training.examples import IGNORE_INDEX, Records, SupervisedDataset, preprocess  # noqa: F401  (the original has them here)
+from alpaca.training.meter import Metered
+from alpaca.training.preflight import examples_and_tokenizer
+from alpaca.training.preflight import packing as packing_check
+from alpaca.training.preflight.findings import raise_errors
+from alpaca.training.preflight.run import check_loading, check_precision, preflight
+from alpaca.training.stop import Stopped
+from alpaca.training.trainer import ResumableTrainer
+from alpaca.weights.checkpoint import check_model_folder, check_writable
 
 # What a LLaMA tokenizer calls them. A missing one may be None or "" (some conversions of LLaMA have "").
 DEFAULT_PAD_TOKEN, DEFAULT_EOS_TOKEN, DEFAULT_BOS_TOKEN, DEFAULT_UNK_TOKEN = "[PAD]", "</s>", "<s>", "<unk>"
@@ -117,9 +121,9 @@ class TrainingArguments(transformers.TrainingArguments):
             raise UserError(f"--gpu_hour_price {self.gpu_hour_price} is no price: give dollars, as in 2.5")
         if self.report_to is None:
             self.report_to = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
-        launch.before_init(self)
+        distributed.before_init(self)
         super().__post_init__()
-        launch.after_init(self)
+        distributed.after_init(self)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,7 +139,7 @@ def add_special_tokens(tokenizer, model) -> int:
     Returns:
         The number of tokens added to the vocabulary.
     """
-    rows = launch.rows(model.get_input_embeddings().weight)
+    rows = distributed.rows(model.get_input_embeddings().weight)
     missing = {}
     if not tokenizer.pad_token:
         missing["pad_token"] = DEFAULT_PAD_TOKEN
@@ -157,7 +161,7 @@ def add_special_tokens(tokenizer, model) -> int:
         weights = [model.get_input_embeddings().weight]
         if not model.config.tie_word_embeddings and model.get_output_embeddings() is not None:
             weights.append(model.get_output_embeddings().weight)
-        with torch.no_grad(), launch.gathered(weights):
+        with torch.no_grad(), distributed.gathered(weights):
             for weight in weights:
                 weight[-new:] = weight[:-new].mean(dim=0, keepdim=True)
     for config in (model.config, model.generation_config):
@@ -168,7 +172,7 @@ def add_special_tokens(tokenizer, model) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Records → batches (tokens: alpaca/tokens.py, packing: alpaca/packing.py).
+# Records → batches (tokens: alpaca/training/examples.py, packing: alpaca/training/packing.py).
 
 
 @dataclass
@@ -270,7 +274,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     if training_args.eval_strategy != "no" and not (data_args.eval_data_path or data_args.eval_fraction):
         raise UserError("--eval_strategy needs held-out data: --eval_data_path or --eval_fraction")
     lora.check_arguments(training_args)
-    launch.check_packages(training_args)
+    distributed.check_packages(training_args)
     check_writable(output_dir, "--output_dir")
     checkpoint = choose_checkpoint(training_args.resume_from_checkpoint, output_dir)
     if os.path.exists(model_args.model_name_or_path) or model_args.model_name_or_path.startswith((".", "/")):
@@ -288,12 +292,12 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
 
     texts = [record["instruction"] + "\n" + record["output"] for record in train_records[:500]]
     findings = check_precision(training_args.bf16 and not training_args.use_cpu)
-    findings += check_tokens.mend_merges(tokenizer, texts)
+    findings += examples_and_tokenizer.mend_merges(tokenizer, texts)
 
     def load_base(dtype: torch.dtype = torch.float32, **options):
         model = load_model(model_args.model_name_or_path, dtype, cache_dir=training_args.cache_dir, **options)
-        rows = launch.rows(model.get_input_embeddings().weight)
-        findings.extend(check_tokens.check_tokenizer(tokenizer, rows, model.config))
+        rows = distributed.rows(model.get_input_embeddings().weight)
+        findings.extend(examples_and_tokenizer.check_tokenizer(tokenizer, rows, model.config))
         raise_errors(findings)  # before rows are added that would hide them
         if training_args.lora_r:
             lora.check_eos(tokenizer)
@@ -362,7 +366,7 @@ class ArgumentParser(transformers.HfArgumentParser):
 def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     parser = ArgumentParser((ModelArguments, DataArguments, TrainingArguments), description=__doc__, allow_abbrev=False)
     known = {name for action in parser._actions for name in action.option_strings}
-    argv = launch.translate_flags(sys.argv[1:] if argv is None else argv, known)
+    argv = distributed.translate_flags(sys.argv[1:] if argv is None else argv, known)
     for token in argv:
         flag = token.split("=")[0]
         if flag.startswith("--") and flag not in known:

@@ -17,9 +17,11 @@ from pathlib import Path
 import torch
 
 import utils
-from alpaca import UserError, cli
-from alpaca.checkpoint import FLOATS, MANIFEST, CheckpointReader, check_model_folder
-from alpaca.difference import (
+from alpaca import UserError
+from alpaca.common import cli
+from alpaca.weights.checkpoint import FLOATS, MANIFEST, CheckpointReader, check_model_folder
+from alpaca.weights.chunks import Chunk, Hashes, Specs, check_checksums, numel, progress, run, size_of
+from alpaca.weights.diff import (
     BITS,
     NotFinite,
     add_difference,
@@ -30,8 +32,8 @@ from alpaca.difference import (
     recovered_specs,
     take_difference,
 )
-from alpaca.folders import check_links, copy_side_files, new_folder
-from alpaca.manifest import (
+from alpaca.weights.folder import check_links, copy_side_files, new_folder
+from alpaca.weights.manifest import (
     METHODS,
     check_inputs,
     check_is_a_difference,
@@ -41,9 +43,8 @@ from alpaca.manifest import (
     verify_folder,
     write_manifest,
 )
-from alpaca.names import match_prefix
-from alpaca.shards import ShardWriter, parse_size
-from alpaca.stream import Chunk, Hashes, Specs, check_checksums, numel, progress, run, size_of
+from alpaca.weights.names import match_prefix
+from alpaca.weights.writer import ShardWriter, parse_size
 
 # Alpaca-7B, as released: the sum of all values of the recovered model, its rotary buffers included, as they were part
 # of the state dict until transformers 4.31.
@@ -352,7 +353,8 @@ def _with_dtype(config: dict, specs: Specs) -> dict:
 
 def _smoke_test(path: str, device: str, size: int) -> None:
     """Answers one instruction with a model of so many bytes, which is loaded whole; the recovery was done without."""
-    from alpaca import inference, memory
+    from alpaca.inference import load as inference
+    from alpaca.training.preflight import memory
 
     if size > (free := memory.host_free()):
         print(

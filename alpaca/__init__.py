@@ -4,7 +4,7 @@
 class UserError(Exception):
     """Bad input from the user: the message is one line that names the cause and the cure.
 
-    The scripts print it as ``error: …`` and exit with code 1 (alpaca.cli.run_cli); a library caller can catch it.
+    The scripts print it as ``error: …`` and exit with code 1 (common/cli.py); a library caller can catch it.
     """
 
 

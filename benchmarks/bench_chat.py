@@ -31,9 +31,10 @@ sys.path.insert(0, str(ROOT))
 from provenance import provenance  # noqa: E402
 
 import utils  # noqa: E402
-from alpaca import inference, teacher  # noqa: E402
-from alpaca.cli import run_cli  # noqa: E402
-from alpaca.decoding import Settings, decode, end_ids  # noqa: E402
+from alpaca import embedded_model  # noqa: E402
+from alpaca.common.cli import run_cli  # noqa: E402
+from alpaca.inference import load as inference  # noqa: E402
+from alpaca.inference.generate import Settings, decode, end_ids  # noqa: E402
 
 ALONE = 4  # prompts that are answered one after the other
 GENERATE, DECODE, TEXT = "generate()", "decode()", "with text"
@@ -112,7 +113,7 @@ def main(
         device: as for chat.py.
         output_path: of the result.
     """
-    teacher.prepare(model_path)
+    embedded_model.prepare(model_path)
     model, tokenizer = inference.load(model_path, device)
     records = utils.load_records(data_path)
     random.Random(0).shuffle(records)

@@ -22,10 +22,10 @@ from local_server import local_server  # noqa: E402
 from provenance import provenance  # noqa: E402
 
 import utils  # noqa: E402
-from alpaca.cli import run_cli  # noqa: E402
-from alpaca.completions import OpenAIDecodingArguments, Teacher  # noqa: E402
-from alpaca.inflight import ask_all  # noqa: E402
-from alpaca.journal import Journal  # noqa: E402
+from alpaca.common.cli import run_cli  # noqa: E402
+from alpaca.common.journal import Journal  # noqa: E402
+from alpaca.endpoint.client import OpenAIDecodingArguments, Teacher  # noqa: E402
+from alpaca.endpoint.parallel import ask_all  # noqa: E402
 
 
 def measure(base_url: str, in_flight: int, seconds: float) -> float:

@@ -45,7 +45,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from provenance import provenance  # noqa: E402
 
 import utils  # noqa: E402
-from alpaca.cli import run_cli  # noqa: E402
+from alpaca.common.cli import run_cli  # noqa: E402
 
 # Audit events of operations that change what is on the disk; ctypes.dlsym is how a system call without a function in
 # os is reached.

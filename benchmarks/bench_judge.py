@@ -25,7 +25,7 @@ from provenance import provenance  # noqa: E402
 
 import judge  # noqa: E402
 import utils  # noqa: E402
-from alpaca.cli import run_cli  # noqa: E402
+from alpaca.common.cli import run_cli  # noqa: E402
 
 PAIRS = 252
 REASONS = "The first is complete, the second is not. " * 8

@@ -25,7 +25,7 @@ from test_crash import command, digest, journalled, killed, steady  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import utils  # noqa: E402
-from alpaca.cli import run_cli  # noqa: E402
+from alpaca.common.cli import run_cli  # noqa: E402
 
 
 def one_run(server: Teacher, folder: Path, seed: int, target: int, rng: random.Random) -> dict:

@@ -1,4 +1,4 @@
-"""How fast alpaca/rouge.py and alpaca/dedup.py are. Results go to benchmarks/results/rouge.json, a section a task.
+"""How fast rouge.py and dedup.py are. Results go to benchmarks/results/rouge.json, a section a task.
 
     python benchmarks/bench_rouge.py pairs                      # a minute; against rouge_score in the same run
     python benchmarks/bench_rouge.py growth --sizes 1000 10000 52000 --stats
@@ -35,8 +35,8 @@ from provenance import provenance  # noqa: E402
 from rouge_score import rouge_scorer  # noqa: E402
 
 import utils  # noqa: E402
-from alpaca.dedup import dedup  # noqa: E402
-from alpaca.rouge import RougePool, tokenize  # noqa: E402
+from alpaca.data.dedup import dedup  # noqa: E402
+from alpaca.data.rouge import RougePool, tokenize  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "rouge.json"
 REFERENCE = "rouge_score _score_lcs"

@@ -35,7 +35,7 @@ def once(kind: str, data: str, model: str) -> dict:
     """Seconds of one way, in this process."""
     from transformers import AutoTokenizer
 
-    from alpaca.tokens import SupervisedDataset
+    from alpaca.training.examples import SupervisedDataset
 
     tokenizer, records = AutoTokenizer.from_pretrained(model), utils.load_records(data)
     began = time.perf_counter()
@@ -59,7 +59,7 @@ def main() -> None:
         print(json.dumps(once(*a.once, a.model_path)))
         return
     if not Path(a.model_path).exists():
-        command = [sys.executable, "-m", "alpaca.teacher", "prepare", "--model_path", a.model_path]
+        command = [sys.executable, "-m", "alpaca.embedded_model", "prepare", "--model_path", a.model_path]
         subprocess.run(command, check=True, cwd=ROOT)
     from transformers import AutoTokenizer
 

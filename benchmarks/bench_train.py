@@ -47,8 +47,8 @@ from provenance import provenance  # noqa: E402
 from released_mix import EPOCH_TOKENS, MAX_LENGTH, MEAN_TOKENS, encode, make_data  # noqa: E402
 
 import utils  # noqa: E402
-from alpaca.meter import IGNORE_INDEX, Metered, Totals  # noqa: E402
-from alpaca.receipt import hardware  # noqa: E402
+from alpaca.training.meter import IGNORE_INDEX, Metered, Totals  # noqa: E402
+from alpaca.training.receipt import hardware  # noqa: E402
 
 CONTENDERS = ("original", "ours", "ours_packed", "trl", "trl_flat")
 EPOCHS = 3
@@ -293,7 +293,7 @@ def main() -> None:
         else:
             model = str(SMOLLM2)
             if not SMOLLM2.exists():
-                command = [sys.executable, "-m", "alpaca.teacher", "prepare", "--model_path", model]
+                command = [sys.executable, "-m", "alpaca.embedded_model", "prepare", "--model_path", model]
                 subprocess.run(command, check=True, cwd=ROOT)
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
         made = make_data(records, tokenizer, batch * (a.warmup + a.steps))

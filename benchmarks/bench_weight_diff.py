@@ -42,8 +42,8 @@ from safetensors import safe_open  # noqa: E402
 
 import utils  # noqa: E402
 from alpaca import UserError  # noqa: E402
-from alpaca.cli import run_cli  # noqa: E402
-from alpaca.receipt import hardware  # noqa: E402
+from alpaca.common.cli import run_cli  # noqa: E402
+from alpaca.training.receipt import hardware  # noqa: E402
 
 # --sizes names them by billions of parameters; with each, how many rounds by default.
 SIZES = {

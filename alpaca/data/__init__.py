@@ -1,0 +1,1 @@
+"""Instruction data: near-duplicates, lint, released files, instruction sets and plots."""

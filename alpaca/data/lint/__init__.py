@@ -1,0 +1,1 @@
+"""Faults in instruction data, one class of fault at a time."""

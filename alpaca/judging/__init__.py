@@ -1,0 +1,1 @@
+"""Whose answers are better: verdicts, votes, statistics and the report."""

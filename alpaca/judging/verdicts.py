@@ -1,0 +1,231 @@
+"""Judgments, read and folded into one verdict of each judge on each item.
+
+A judgment is one ask: two answers in an order, and which was preferred. A model is asked in both orders; where it
+contradicts itself its verdict is a tie, and where one of the two asks failed there is no verdict. A person is asked
+once, in an order drawn at random.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import utils
+from alpaca import UserError
+from alpaca.data.instruction_sets import Answers, is_name
+
+PREFERRED = ("first", "second", "tie", None)
+PEOPLE = "people, by majority"
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One judgment, with a and b in place of first and second.
+
+    Attributes:
+        id: of the item.
+        judge: its name, told apart from others of that name.
+        kind: "model" or "person".
+        a_first: whether a's answer was shown first.
+        preferred: "first", "second", "tie", or None: none was given.
+        error: why none was given.
+        equal: the two answers were the same text, about which nobody need have been asked.
+    """
+
+    id: str
+    judge: str
+    kind: str
+    a_first: bool
+    preferred: str | None
+    error: str | None = None
+    equal: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one judge thinks of one item.
+
+    Attributes:
+        outcome: 1.0 where a wins, 0.5 a tie, 0.0 where b wins; None: no verdict.
+        agreed: whether both orders led to the same; None where only one was asked.
+        failure: why there is no verdict: "skipped", or what went wrong.
+        equal: the two answers were the same text.
+    """
+
+    id: str
+    judge: str
+    kind: str
+    outcome: float | None
+    agreed: bool | None = None
+    failure: str | None = None
+    equal: bool = False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading and folding.
+
+
+def read_judgments(paths: Iterable[str | os.PathLike]) -> list[dict]:
+    """The rows of files that judge.py judge and judge.py people made.
+
+    Raises:
+        UserError: a file that cannot be read or holds no row, or a row without a field that is needed.
+    """
+    rows: list[dict] = []
+    for path in paths:
+        before = len(rows)
+        for number, row in enumerate(utils.jload(path), 1):
+            fault = _fault(row)
+            if fault:
+                raise UserError(f"{path}, row {number}: {fault}; give files that judge.py judge or people wrote")
+            rows.append(row)
+        if len(rows) == before:
+            raise UserError(f"{path} holds no judgments: give a file with at least one")
+    return rows
+
+
+def _fault(row) -> str | None:
+    if not isinstance(row, dict):
+        return f"a {type(row).__name__} where an object was expected"
+    for field in ("id", "first", "second"):
+        if not isinstance(row.get(field), str):
+            return f'no text "{field}"'
+    if "preferred" not in row or row["preferred"] not in PREFERRED:
+        return '"preferred" must be "first", "second", "tie" or null'
+    judge = row.get("judge")
+    if not isinstance(judge, dict) or judge.get("kind") not in ("model", "person") or not is_name(judge.get("name")):
+        return 'no "judge" with a "kind" (model, person) and a "name"'
+    if not isinstance(judge.get("prompt_sha256"), str | None):
+        return 'the judge\'s "prompt_sha256" must be a hash or null'
+    hashes = row.get("answers_sha256")
+    if not isinstance(hashes, list) or len(hashes) != 2 or not all(isinstance(one, str | None) for one in hashes):
+        return '"answers_sha256" must be the hashes of the two answers'
+    return None
+
+
+def read_asks(rows: Sequence[dict], a: Answers, b: Answers) -> list[Ask]:
+    """Judgment rows in terms of a and b; of the same ask made again, the last one counts (it was retried, or undone).
+
+    Args:
+        rows: from ``read_judgments``.
+        a: the answers whose wins are counted, and that were judged.
+        b: the other ones.
+
+    Raises:
+        UserError: rows of other generators, or that judged another answer.
+    """
+    hashes = {
+        (id, one.generator): hashlib.sha256(text.encode()).hexdigest()
+        for one in (a, b)
+        for id, text in one.outputs.items()
+    }
+    asks: dict[tuple, Ask] = {}
+    for row, judge in zip(rows, judge_names(rows), strict=True):
+        id, shown = row["id"], (row["first"], row["second"])
+        if set(shown) != {a.generator, b.generator}:
+            raise UserError(
+                f"a judgment of item {id} compares {shown[0]} with {shown[1]}, the answers are {a.generator}'s and "
+                f"{b.generator}'s: give the judgments of these two"
+            )
+        for generator, judged in zip(shown, row["answers_sha256"], strict=True):
+            if hashes.get((id, generator)) != judged:
+                raise UserError(
+                    f"item {id} was judged with another answer of {generator} than the one given: judge it again, or "
+                    "give the answers that were judged"
+                )
+        if None in row["answers_sha256"]:
+            continue  # one of the two had no answer: nobody was asked
+        ask = Ask(id, judge, row["judge"]["kind"], row["first"] == a.generator, row["preferred"], row.get("error"))
+        if row["answers_sha256"][0] == row["answers_sha256"][1]:
+            ask = replace(ask, equal=True)
+        asks.pop((judge, id, ask.a_first), None)
+        asks[judge, id, ask.a_first] = ask
+    return list(asks.values())
+
+
+def repeated(rows: Sequence[dict], asks: Sequence[Ask]) -> Counter[str]:
+    """For each judge how many of its rows do not count, since a later row is of the same ask."""
+    counting = [name for name, row in zip(judge_names(rows), rows, strict=True) if None not in row["answers_sha256"]]
+    return Counter(counting) - Counter(ask.judge for ask in asks)
+
+
+def judge_names(rows: Sequence[dict]) -> list[str]:
+    """The judge of each row by name; with its kind, prompt or seed where the name alone would mix two judges.
+
+    Of a person the seed is that of the page: at two pages, which draw their sides apart, one name may be two people.
+    """
+    different: dict[str, set] = {}
+    for judge in (row["judge"] for row in rows):
+        different.setdefault(judge["name"], set()).add(_facts(judge))
+    return [
+        judge["name"] + (f" ({', '.join(_facts(judge))})" if len(different[judge["name"]]) > 1 else "")
+        for judge in (row["judge"] for row in rows)
+    ]
+
+
+def _facts(judge: dict) -> tuple[str, ...]:
+    prompt, settings = judge.get("prompt_sha256"), judge.get("settings")
+    facts = [judge["kind"]] + ([f"prompt {prompt[:8]}"] if prompt else [])
+    if judge["kind"] == "person" and isinstance(settings, dict) and "seed" in settings:
+        facts.append(f"votes of seed {settings['seed']}")
+    return tuple(facts)
+
+
+def settings_of(rows: Sequence[dict], judge: str) -> list[dict]:
+    """The different ways in which a judge was asked, with the model that its server names; [] for a majority.
+
+    Where no reply came, or nobody was asked about equal answers, there is no word of a server's: such rows tell a way
+    of their own only if no reply tells it.
+    """
+    found, silent = [], []
+    for row, name in zip(rows, judge_names(rows), strict=True):
+        answered_by = {"answered_by": row["answered_by"]} if row.get("answered_by") else {}
+        if name == judge and (settings := row["judge"] | answered_by) not in (ways := found if answered_by else silent):
+            ways.append(settings)
+    told = [{key: value for key, value in way.items() if key != "answered_by"} for way in found]
+    return found + [way for way in silent if way not in told]
+
+
+def fold(asks: Iterable[Ask]) -> list[Verdict]:
+    """One verdict of each judge on each item, in the order of first meeting.
+
+    Of an item that a model saw in one order only, since its run has not ended, there is none yet.
+    """
+    groups: dict[tuple[str, str], list[Ask]] = {}
+    for ask in asks:
+        groups.setdefault((ask.judge, ask.id), []).append(ask)
+    return [verdict for group in groups.values() if (verdict := _verdict(group)) is not None]
+
+
+def _verdict(asks: list[Ask]) -> Verdict | None:
+    who, equal = (asks[0].id, asks[0].judge, asks[0].kind), asks[0].equal
+    failed = next((ask for ask in asks if ask.preferred is None), None)
+    if failed is not None:
+        return Verdict(*who, None, failure=failed.error or "failed", equal=equal)
+    outcomes = [_outcome(ask) for ask in asks]
+    if len(asks) == 1:
+        return Verdict(*who, outcomes[0], equal=equal) if asks[0].kind == "person" else None
+    agreed = outcomes[0] == outcomes[1]
+    return Verdict(*who, outcomes[0] if agreed else 0.5, agreed, equal=equal)
+
+
+def _outcome(ask: Ask) -> float:
+    if ask.preferred == "tie":
+        return 0.5
+    return float((ask.preferred == "first") == ask.a_first)
+
+
+def majority(verdicts: Iterable[Verdict]) -> list[Verdict]:
+    """One verdict of all judges together on each item: which side more of them took, else a tie."""
+    votes: dict[str, list[float]] = {}
+    for verdict in verdicts:
+        if verdict.outcome is not None:
+            votes.setdefault(verdict.id, []).append(verdict.outcome)
+    return [Verdict(id, PEOPLE, "person", 0.5 + 0.5 * _sign(sum(o - 0.5 for o in each))) for id, each in votes.items()]
+
+
+def _sign(x: float) -> int:
+    return (x > 0) - (x < 0)

@@ -1,0 +1,193 @@
+"""Blind votes of people between two answers: what is shown on which side to whom, and what they chose.
+
+OUT.journal holds each vote, on disk before the voter sees the next pair; OUT, one row a vote, is written from it by a
+rename after each, so that a report can be made at any time. A server that was killed goes on from the journal.
+
+All see the pairs in one order, shuffled by the seed. Whoever stops early has then judged a random sample of the set,
+which is what an interval over instructions assumes (the sets themselves are sorted by application), and several who
+stop early have judged the same ones, without which their agreement cannot be told.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import random
+import threading
+import time
+import unicodedata
+
+import utils
+from alpaca import UserError
+from alpaca.common.journal import Journal, check_output
+from alpaca.data.instruction_sets import Answers, Item
+
+CHOICES = ("first", "second", "tie", "skip")
+MAX_NAME_CHARS = 60
+
+
+class Ballots:
+    """The votes on pairs of answers, of any number of annotators.
+
+    Args:
+        items: the instruction set.
+        a, b: two models' answers to it; an item that one of them has not answered is left out.
+        output_path: the judgments' file; its journal lies beside it. It is locked against a second server.
+        seed: of the order of the pairs and of the sides. Without one it is drawn, or taken from the journal that is
+            gone on with: one that a voter can guess would tell whether left is the same generator as the last time.
+
+    Raises:
+        UserError: both have one name, no item has two answers, the output is there without a journal, or the journal
+            is of other answers, of another seed, or in use.
+    """
+
+    def __init__(
+        self, items: list[Item], a: Answers, b: Answers, output_path: str | os.PathLike, seed: int | None = None
+    ):
+        if a.generator == b.generator:
+            raise UserError(f"both answer files are of {a.generator}: their rows need different names to be told apart")
+        # Named in the other order on the command line, the same pairs go on.
+        self._answers = sorted((a, b), key=lambda answers: answers.generator)
+        self.items = [item for item in items if all(item.id in answers.outputs for answers in self._answers)]
+        if not self.items:
+            raise UserError(f"no instruction has an answer of both {a.generator} and {b.generator}: nothing to judge")
+        self.path, journal = check_output(output_path)
+        if self.path.suffix != ".jsonl":
+            raise UserError(f"--output_path {self.path} becomes JSON Lines: let its name end in .jsonl")
+        self._journal = Journal(journal)
+        try:
+            self.seed = self._begin(seed)
+            self._votes: dict[str, dict[str, dict]] = {}  # annotator → item id → row, in the order of voting
+            for entry in self._journal.entries[1:]:
+                self._count(entry)
+            self._write()
+        except BaseException:
+            self._journal.close()
+            raise
+        self.items.sort(key=lambda item: self._draw("order", item.id))
+        self._lock = threading.Lock()
+        self._shown: dict[tuple[str, int], float] = {}
+
+    def _begin(self, seed: int | None) -> int:
+        """Writes down whose votes the journal holds, or checks it; returns the seed."""
+        pairs = sorted(
+            [item.id, item.instruction, item.input, *(answers.outputs[item.id] for answers in self._answers)]
+            for item in self.items
+        )
+        run = {
+            "task": "people",
+            "generators": [answers.generator for answers in self._answers],
+            "pairs": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
+        }
+        if seed is None and self._journal.entries:
+            seed = self._journal.entries[0].get("run", {}).get("seed")
+        elif seed is None:
+            seed = random.SystemRandom().getrandbits(48)
+        self._journal.begin(run | {"seed": seed})
+        return seed
+
+    def _draw(self, *what: str) -> bytes:
+        return hashlib.sha256(json.dumps([self.seed, *what]).encode()).digest()
+
+    def _sides(self, annotator: str, id: str):
+        """The answers that are shown first and second, alike for all spellings that annotator() takes for one."""
+        return self._answers[:: -1 if self._draw("sides", annotator.casefold(), id)[0] & 1 else 1]
+
+    def annotator(self, name) -> str:
+        """The name as it stands in the rows; another spelling of one that has voted is that one.
+
+        Raises:
+            UserError: it is empty, too long, or no text.
+        """
+        if not isinstance(name, str) or not name.isprintable() or len(name) > MAX_NAME_CHARS or not name.strip():
+            raise UserError(f"A name has 1 to {MAX_NAME_CHARS} letters, in one line.")
+        name = " ".join(unicodedata.normalize("NFC", name).split())
+        with self._lock:
+            return next((known for known in self._votes if known.casefold() == name.casefold()), name)
+
+    def done(self, annotator: str) -> int:
+        """How many pairs this annotator has voted on, or skipped."""
+        return len(self._votes.get(annotator, {}))
+
+    def next(self, annotator: str) -> int | None:
+        """The place of the first pair without a vote, whose time begins to count; None when there is none."""
+        with self._lock:
+            voted = self._votes.get(annotator, {})
+            place = next((place for place, item in enumerate(self.items) if item.id not in voted), None)
+            if place is not None:
+                self._shown[annotator, place] = time.monotonic()
+            return place
+
+    def pair(self, annotator: str, place: int) -> tuple[str, str, str, str]:
+        """Instruction, input, first and second answer."""
+        item = self.items[place]
+        return item.instruction, item.input, *(answers.outputs[item.id] for answers in self._sides(annotator, item.id))
+
+    def vote(self, annotator: str, place: int, choice: str) -> bool:
+        """Keeps a vote; False if there is one already, which stands: of a second press, or of another window.
+
+        Args:
+            place: the pair's, from next().
+            choice: one of CHOICES.
+
+        Raises:
+            OSError: it could not be kept, and none can be before the server is started anew.
+        """
+        item = self.items[place]
+        with self._lock:
+            if item.id in self._votes.get(annotator, {}):
+                return False
+            shown = self._shown.pop((annotator, place), None)
+            sides = self._sides(annotator, item.id)
+            row = {"id": item.id, "first": sides[0].generator, "second": sides[1].generator}
+            row |= {
+                "preferred": None if choice == "skip" else choice,
+                "judge": {
+                    "kind": "person",
+                    "name": annotator,
+                    "prompt_sha256": None,
+                    "settings": {"seed": self.seed},
+                },
+                "error": "skipped" if choice == "skip" else None,
+                "reply": None,
+                "seconds": None if shown is None else round(time.monotonic() - shown, 1),
+                "answers_sha256": [_sha256(answers.outputs[item.id]) for answers in sides],
+            }
+            self._keep(row)
+            return True
+
+    def undo(self, annotator: str) -> bool:
+        """Takes this annotator's last vote back; False if there is none."""
+        with self._lock:
+            if not self._votes.get(annotator):
+                return False
+            self._keep({"undo": annotator})
+            return True
+
+    def close(self) -> None:
+        with self._lock:
+            self._journal.close()
+
+    def _keep(self, entry: dict) -> None:
+        self._journal.append([entry])
+        self._count(entry)
+        try:
+            self._write()
+        except OSError as e:  # the vote is safe: the next one, or the next start, writes it again
+            logging.error("%s: %s", self.path, e)
+
+    def _count(self, entry: dict) -> None:
+        if "undo" in entry:
+            self._votes[entry["undo"]].popitem()
+        else:
+            self._votes.setdefault(entry["judge"]["name"], {})[entry["id"]] = entry
+
+    def _write(self) -> None:
+        with utils.replace_file(self.path) as file:
+            file.writelines(utils.json_text(row) + "\n" for rows in self._votes.values() for row in rows.values())
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

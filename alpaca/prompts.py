@@ -1,0 +1,160 @@
+"""The tokens of a prompt and of an answer, in training as in chat; Alpaca's prompt as a chat template, so that servers
+ask a trained model with the same tokens; and the tokens of a conversation in any model's own template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import jinja2
+from tokenizers import AddedToken, Tokenizer
+
+import utils
+from alpaca import UserError
+
+INPUT_HEADING = "\n\n### Input:\n"
+# Texts to put before an answer while it is tokenized. The first is the prompt's own last line.
+BEFORE_ANSWER = (utils.PROMPT_DICT["prompt_no_input"].rpartition("\n")[2], "\n", "a")
+
+
+def prompt_ids(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """Return the tokens of each prompt, as training, chat, judge and a server send them.
+
+    A special token that somebody types stays text, and a tokenizer that appends EOS loses it here.
+
+    Raises:
+        UserError: a prompt that UTF-8 cannot encode.
+    """
+    try:
+        "".join(prompts).encode()
+    except UnicodeEncodeError:
+        raise UserError("the prompt holds half of a surrogate pair, which is no text: write it anew in UTF-8") from None
+    every = tokenizer(list(prompts), split_special_tokens=True, verbose=False)["input_ids"]
+    return [ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids for ids in every]
+
+
+def answer_ids(tokenizer, answers: Sequence[str]) -> list[list[int]]:
+    """Return the tokens of each answer as it continues a prompt: the ones that the model has to generate.
+
+    Tokenizing prompt and answer together can join the prompt's last character and the answer's first (":" and "The" are
+    one token, ":The", in today's vocabularies); the model would then be asked with a token that it never saw in
+    training. Tokenizing the answer alone puts a space before it with LLaMA's tokenizers. So it is tokenized after the
+    first of BEFORE_ANSWER with which it shares no token. Without specials, BOS or EOS; special tokens stay text.
+    """
+    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    found: list = [None] * len(answers)
+    for before in BEFORE_ANSWER:
+        left = [i for i, ids in enumerate(found) if ids is None]
+        if not left:
+            break
+        encoded = tokenizer([before + answers[i] for i in left], return_offsets_mapping=True, **options)
+        for i, ids, offsets in zip(left, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            first = sum(start < len(before) for start, _ in offsets)
+            if all(end <= len(before) for _, end in offsets[:first]):
+                found[i] = ids[first:]
+    return [tokenizer(answers[i], **options)["input_ids"] if ids is None else ids for i, ids in enumerate(found)]
+
+
+def chat_template(tokenizer) -> str:
+    """A Jinja chat template that gives utils.format_prompt's text for one user message, as training's tokens.
+
+    The message is the instruction; an input stands behind it under the heading "### Input:", as in the prompt itself:
+    "Translate into French.\\n\\n### Input:\\nGood morning". Training knows one turn, so an earlier turn is written as
+    an example of its own, prompt, answer and EOS. A system message is refused, not dropped: training had none.
+    """
+    with_input, without = utils.PROMPT_DICT["prompt_input"], utils.PROMPT_DICT["prompt_no_input"]
+    preface_input, preface = (text[: text.index("{instruction}")] for text in (with_input, without))
+    ending = without.removeprefix(preface + "{instruction}")
+    assert with_input == f"{preface_input}{{instruction}}{INPUT_HEADING}{{input}}{ending}"
+    refusal = "Alpaca is trained without messages of this role, put their text into the instruction: "
+    return (
+        "{%- for message in messages -%}"
+        "{%- set text = message['content'] if message['content'] is string"
+        " else message['content'] | map(attribute='text') | join -%}"
+        "{%- if message['role'] == 'user' -%}"
+        f"{{{{- {json.dumps(_start(tokenizer))} -}}}}"
+        f"{{{{- {json.dumps(preface_input)} if {json.dumps(INPUT_HEADING)} in text else {json.dumps(preface)} -}}}}"
+        f"{{{{- text + {json.dumps(ending)} -}}}}"
+        "{%- elif message['role'] == 'assistant' -%}"
+        f"{{{{- text + {json.dumps(tokenizer.eos_token)} -}}}}"
+        "{%- else -%}"
+        f"{{{{- raise_exception({json.dumps(refusal)} + message['role']) -}}}}"
+        "{%- endif -%}"
+        "{%- endfor -%}"
+    )
+
+
+def _start(tokenizer) -> str:
+    """What must be written in front of a prompt that is tokenised without the tokenizer's own special tokens.
+
+    That is how a rendered chat template is tokenised. Some tokenizers put BOS in front by themselves, some (LLaMA's)
+    a space as well, which they leave out behind a special token.
+    """
+    prompt = utils.format_prompt("Hello")
+    wanted = tokenizer(prompt)["input_ids"]
+    if tokenizer.eos_token_id == wanted[-1]:  # one that appends EOS: to be answered, a prompt must not end
+        wanted = wanted[:-1]
+    bos = tokenizer.bos_token or ""
+    for start in ("", bos, bos + " "):
+        if tokenizer(start + prompt, add_special_tokens=False)["input_ids"] == wanted:
+            return start
+    return bos
+
+
+def chat_ids(tokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
+    """The tokens of a conversation by the tokenizer's own chat template, to the place where the answer begins.
+
+    A special token that somebody types stays text, as in training, unless the tokenizer is of the slow kind.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: with "role" and "content".
+
+    Raises:
+        UserError: there is no template, or it fails.
+    """
+    if not tokenizer.chat_template:
+        raise UserError("--template chat: this tokenizer has no chat template, leave the flag out for Alpaca's")
+    special = {id_: token for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    typed = any(token.content in message["content"] for token in special.values() for message in messages)
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    try:
+        if typed and isinstance(core, Tokenizer):
+            return _typed_as_text(tokenizer, core, special, messages)
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    except (jinja2.TemplateError, TypeError, UnicodeEncodeError) as e:
+        raise UserError(f"--template chat: this tokenizer's chat template fails: {e}") from None
+
+
+def _typed_as_text(
+    tokenizer, core: Tokenizer, special: dict[int, AddedToken], messages: Sequence[dict[str, str]]
+) -> list[int]:
+    """chat_ids() where messages hold the names of special tokens.
+
+    The template's own special tokens and those that were typed are told apart by characters for private use that stand
+    for them: the typed ones while the template writes, the template's in a copy of the tokenizer, which knows them as
+    added tokens and takes the names of special ones for text.
+    """
+    order = sorted(special, key=lambda id_: len(special[id_].content), reverse=True)  # one may begin with another
+    said = "".join(message["content"] for message in messages)
+    count = 2 * len(order)
+    first = next(n for n in range(0xF0000, 0xFFF00, count) if not any(chr(n + i) in said for i in range(count)))
+    marks, stand_ins = ({id_: chr(first + 2 * i + k) for i, id_ in enumerate(order)} for k in (0, 1))
+
+    def put(text: str, names: dict[int, str], instead_of: dict[int, str]) -> str:
+        for id_ in order:
+            text = text.replace(instead_of[id_], names[id_])
+        return text
+
+    contents = {id_: token.content for id_, token in special.items()}
+    hidden = [message | {"content": put(message["content"], stand_ins, contents)} for message in messages]
+    text = tokenizer.apply_chat_template(hidden, add_generation_prompt=True, tokenize=False)
+    text = put(put(text, marks, contents), contents, stand_ins)
+    core = Tokenizer.from_str(core.to_str())
+    core.encode_special_tokens = True  # as text
+    core.no_truncation()
+    core.no_padding()
+    kept = ("single_word", "lstrip", "rstrip", "normalized")
+    core.add_tokens([AddedToken(marks[i], **{name: getattr(special[i], name) for name in kept}) for i in order])
+    ids = {core.token_to_id(marks[id_]): id_ for id_ in order}
+    return [ids.get(id_, id_) for id_ in core.encode(text, add_special_tokens=False).ids]

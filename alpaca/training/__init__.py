@@ -1,0 +1,1 @@
+"""Fine-tuning: from records to a trained folder."""

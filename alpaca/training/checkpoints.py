@@ -1,0 +1,270 @@
+"""Which checkpoint a run goes on from: the newest that is complete, and of this model.
+
+saving.py writes checkpoints so that whatever is called checkpoint-N is whole. This module is for what happens to them
+afterwards (a copy that lost a file), and for those that a plain Trainer left half-written when it was killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+
+from alpaca import UserError
+from alpaca.training.distributed import say
+from alpaca.training.preflight.examples_and_tokenizer import columns
+from alpaca.weights.checkpoint import WEIGHTS, read_json
+
+STAGING = ".saving"  # in the output folder, with what is not whole yet
+MANIFEST = "checkpoint.json"  # each file of a checkpoint with its size, and what wrote it
+ABANDONED = "abandoned-"  # in front of the name of a checkpoint of a branch that was left
+ADAPTER = "adapter_model.safetensors"
+# Folders of torch.distributed.checkpoint under FSDP, as accelerate names them: each rank writes its own shard.
+SHARDED_MODEL, SHARDED_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
+
+
+def what_is_missing(folder: Path) -> str | None:
+    """Why a folder is not a complete checkpoint, in a few words; None if it is one.
+
+    The parts that each resume needs must be there (--save_only_model leaves some out), and the state must parse: the
+    library writes it last. With a checkpoint.json every file must be there in its size; a plain Trainer writes none.
+    """
+    try:
+        read_json(folder / TRAINER_STATE_NAME)["global_step"]
+        manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else None
+        if manifest is not None:
+            for name, size in manifest["files"].items():
+                if not (folder / name).is_file():
+                    return f"{name} is missing"
+                if (folder / name).stat().st_size != size:
+                    return f"{name} has {(folder / name).stat().st_size} bytes, not {size}"
+    except UserError as e:
+        return str(e).removeprefix(f"{folder}/")
+    except (KeyError, AttributeError):
+        return f"{TRAINER_STATE_NAME} or {MANIFEST} is malformed"
+    if (folder / "latest").exists():  # DeepSpeed keeps model and optimizer in a folder that this file names
+        return None if (folder / (folder / "latest").read_text().strip()).is_dir() else "what `latest` names is missing"
+    weights = (*WEIGHTS, ADAPTER, "pytorch_model_fsdp.bin", f"{SHARDED_MODEL}/.metadata")
+    optimizer = (OPTIMIZER_NAME, "optimizer.bin", f"{SHARDED_OPTIMIZER}/.metadata")
+    for index in (name for name in WEIGHTS if name.endswith(".index.json") and (folder / name).is_file()):
+        try:
+            shards = sorted(set(read_json(folder / index)["weight_map"].values()))
+        except (UserError, KeyError, TypeError, AttributeError):
+            return f"{index} is malformed"
+        if absent := [name for name in shards if not (folder / name).is_file()]:
+            return f"{absent[0]} is missing"
+    for what, names in (("weights", weights), ("optimizer", optimizer), ("scheduler", (SCHEDULER_NAME,))):
+        if not any((folder / name).is_file() for name in names):
+            return f"the {what} are missing" if what == "weights" else f"the {what} is missing"
+    ranks = sorted(int(file.stem.split("_")[2]) for file in folder.glob("rng_state_*.pth"))
+    if not (folder / "rng_state.pth").exists() and (not ranks or ranks != list(range(len(ranks)))):
+        return "random states (rng_state*.pth) are missing"
+    return None
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Folders named checkpoint-N, newest first."""
+    found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := numbered(path))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def rename_back(output_dir: Path) -> None:
+    """Puts in its place what a save had finished when it was killed, but for the last rename. Every rank calls it."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        for path in checkpoints(output_dir / STAGING):
+            place = output_dir / path.name
+            if (path / MANIFEST).exists() and what_is_missing(path) is None and not place.exists():
+                os.rename(path, place)
+                say(f"note: {place} is whole: the save that was interrupted had only not renamed it")
+    barrier()
+
+
+def barrier() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def set_aside(paths: Iterable[Path]) -> None:
+    """Renames checkpoints so that none of them is ever chosen again."""
+    for path in paths:
+        names = itertools.chain([ABANDONED], (f"{ABANDONED}{n}-" for n in itertools.count(2)))  # none is overwritten
+        os.rename(path, next(aside for name in names if not (aside := path.with_name(name + path.name)).exists()))
+
+
+def set_aside_newer(output_dir: Path, checkpoint: Path | None) -> None:
+    """Sets aside what is newer in a folder than the checkpoint that a run goes on from.
+
+    That is a branch that is left, or not complete: it must not be chosen later, nor count in --save_total_limit.
+
+    Args:
+        output_dir: of the run.
+        checkpoint: whole; of another folder, it leaves all that is in output_dir. None: the run begins anew.
+    """
+    here = checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
+    step = read_json(checkpoint / TRAINER_STATE_NAME)["global_step"] if here else -1
+    # One of the same step is of a branch too: somebody returned to one that he had left.
+    others = [path for path in checkpoints(output_dir) if not here or path.name != checkpoint.name]
+    if newer := [path for path in others if int(numbered(path)[1]) >= step]:
+        names = ", ".join(path.name for path in newer)
+        since = f"newer than {checkpoint.name}, which this run goes on from" if here else "not of this run"
+        say(f"note: renamed {names} in {output_dir} to {ABANDONED}…: {since}")
+        set_aside(newer)
+
+
+def numbered(path: Path) -> re.Match | None:
+    return re.fullmatch(r"checkpoint-(\d+)", path.name) if path.is_dir() else None
+
+
+def newest_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
+    """The complete checkpoint of the highest step in a folder; tells which newer ones it passes over, and why."""
+    for path in checkpoints(Path(output_dir)):
+        if (missing := what_is_missing(path)) is None:
+            return path
+        say(f"note: {path} is not complete ({missing}): passed over")
+    return None
+
+
+def choose_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
+    """Where a run starts: a checkpoint, or None for the beginning.
+
+    Args:
+        resume: --resume_from_checkpoint: a folder, "auto" for the newest complete one of output_dir if there is one,
+            or None.
+        output_dir: exists.
+
+    Raises:
+        UserError: the run would overwrite a finished model or an interrupted run, or what it names is not complete.
+    """
+    rename_back(output_dir)
+    if any((output_dir / name).exists() for name in WEIGHTS):
+        done = "the run there is finished" if resume == "auto" else "remove it"
+        raise UserError(f"--output_dir {output_dir} holds a trained model: {done}, or choose another folder")
+    if not resume:
+        if newest := newest_complete_checkpoint(output_dir):
+            raise UserError(
+                f"--output_dir {output_dir} holds {newest.name} of an interrupted run: go on with "
+                "--resume_from_checkpoint auto, or choose another folder"
+            )
+        return None
+    if resume == "auto":
+        newest = newest_complete_checkpoint(output_dir)
+        say(f"going on from {newest}" if newest else f"no complete checkpoint in {output_dir}: from the beginning")
+        return newest
+    if not (Path(resume) / TRAINER_STATE_NAME).exists():
+        raise UserError(f"--resume_from_checkpoint {resume} is no checkpoint (no {TRAINER_STATE_NAME})")
+    if missing := what_is_missing(Path(resume)):
+        newest = newest_complete_checkpoint(Path(resume).parent)
+        cure = f"{newest} is" if newest else "there is no complete one beside it"
+        raise UserError(f"--resume_from_checkpoint {resume} is not complete ({missing}): {cure}")
+    return Path(resume)
+
+
+def data_facts(dataset: Sequence, seed: int) -> dict:
+    """What a run trains on, for checkpoint.json.
+
+    Args:
+        dataset: of {"input_ids", "labels"}, or something that has one as its ``dataset`` (bins, a subset).
+        seed: of the order of the data.
+
+    Returns:
+        ``sha256`` of all tokens and labels (their place in the records included), ``examples``, ``packing``, ``seed``.
+    """
+    packing = False
+    while hasattr(dataset, "dataset"):
+        packing, dataset = packing or hasattr(dataset, "bins"), dataset.dataset
+    digest = hashlib.sha256()
+    for column in columns(dataset):
+        digest.update(column.astype("<i4").tobytes())
+    return {"sha256": digest.hexdigest(), "examples": len(dataset), "packing": packing, "seed": seed}
+
+
+def check_data(checkpoint: Path, there: dict, here: dict) -> None:
+    """Compares the data of a checkpoint with this run's; both are from data_facts. Another order is a warning only.
+
+    Raises:
+        UserError: other examples (a record that is held out now may have been trained on), or other batches.
+    """
+    cure = f'or, to go on with these all the same, remove "data" from {checkpoint / MANIFEST}'
+    if there["packing"] != here["packing"]:
+        flag = "with" if there["packing"] else "without"
+        raise UserError(f"{checkpoint} was trained {flag} --packing: do the same, {cure}")
+    if there["sha256"] != here["sha256"]:
+        raise UserError(
+            f"{checkpoint} was trained on other data ({there['examples']} examples, {here['examples']} here): take the "
+            f"same --data_path, --eval_fraction, --seed, --model_max_length and tokenizer, {cure}"
+        )
+    if there["seed"] != here["seed"]:
+        say(
+            f"warning: {checkpoint.name} was trained with the data in another order (seed {there['seed']}, here "
+            f"{here['seed']}): in this epoch some examples come twice and some not at all; --data_seed {there['seed']} "
+            "makes it equal"
+        )
+
+
+def check_fits(checkpoint: Path, model: torch.nn.Module) -> None:
+    """Raises UserError if the checkpoint's tensors are not those of the model: other names or other shapes."""
+    there = _shapes(checkpoint)
+    sharded = (checkpoint / SHARDED_MODEL).is_dir()
+    tensors = state_dict(model) if sharded else saved_names(model)
+    here = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    flag = f"--resume_from_checkpoint {checkpoint}"
+    if there is None:  # DeepSpeed's own format, or a pickle: the library finds out
+        return
+    if hasattr(model, "peft_config") != any(".lora_" in name for name in there):
+        raise UserError(f"{flag} holds {'no' if hasattr(model, 'peft_config') else 'an'} adapter: --lora_r must match")
+    for name in sorted(there):
+        if there[name] != here.get(name):
+            what = f"has the shape {here[name]} here" if name in here else "is not in this model"
+            raise UserError(f"{flag} is of another model: {name}, there {there[name]}, {what}")
+    # A tied output embedding is stored once, by either name.
+    if missing := sorted(set(here) - set(there) - set(getattr(model, "all_tied_weights_keys", None) or {})):
+        raise UserError(f"{flag} is of another model: it lacks {missing[0]}")
+
+
+def _shapes(checkpoint: Path) -> dict[str, tuple[int, ...]] | None:
+    """Tensor name → shape, from headers alone; None in a format that has no header."""
+    if (checkpoint / SHARDED_MODEL / ".metadata").exists():
+        from torch.distributed.checkpoint import FileSystemReader
+
+        stored = FileSystemReader(checkpoint / SHARDED_MODEL).read_metadata().state_dict_metadata
+        return {name.removeprefix("model."): tuple(entry.size) for name, entry in stored.items()}
+    for name in (WEIGHTS[1], WEIGHTS[0], ADAPTER):
+        if (checkpoint / name).exists():
+            indexed = name.endswith(".index.json")
+            files = set(read_json(checkpoint / name)["weight_map"].values()) if indexed else {name}
+            shapes = {}
+            for file in files:
+                with safe_open(checkpoint / file, framework="pt") as shard:
+                    shapes |= {key: tuple(shard.get_slice(key).get_shape()) for key in shard.keys()}
+            return shapes
+    return None
+
+
+def saved_names(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A model's tensors (on the meta device) under the names that save_pretrained gives them.
+
+    Some families are saved under other names than they have in the library: GPT-NeoX's lm_head as embed_out.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    # A tensor that FSDP has sharded has the shape of the whole.
+    tensors = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in state_dict(model).items()
+    }
+    return tensors if hasattr(model, "peft_config") else revert_weight_conversion(model, tensors)
+
+
+def state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A model's tensors under the names in which a checkpoint has them: of an adapter, its own alone."""
+    if not hasattr(model, "peft_config"):
+        return model.state_dict()
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(model, save_embedding_layers=False)

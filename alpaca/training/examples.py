@@ -1,0 +1,225 @@
+"""Records → tokens, once for each content: the label rule, and an Arrow cache that all processes of a node map."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import tokenizers
+
+import utils
+from alpaca import UserError
+from alpaca.prompts import answer_ids, prompt_ids
+from alpaca.weights.folder import new_folder
+
+IGNORE_INDEX = -100  # torch's cross entropy passes over it
+
+# In the cache's key: raise it when `preprocess` gives other tokens or labels for the same record.
+RULE_VERSION = 2
+# Starting a worker costs about as much as tokenising this many records.
+RECORDS_PER_WORKER = 4000
+MAX_WORKERS = 16
+
+
+def preprocess(records: list[dict], tokenizer, max_length: int) -> list[dict]:
+    """Return ``{"input_ids": [int], "labels": [int]}`` for each record, cut to max_length tokens.
+
+    The tokens are those of the prompt, exactly as chat asks it, then those of the answer, then EOS. Labels are
+    IGNORE_INDEX for the prompt. The original tokenized prompt and answer together: the tokens are the same except where
+    one token would span both. A special token that is written out in the data, such as "</s>", stays text.
+
+    Raises:
+        UserError: the tokenizer is of the slow kind, which has no offsets.
+    """
+    if not tokenizer.is_fast:
+        raise UserError("this tokenizer has no offsets: convert it to a tokenizer.json (AutoTokenizer, use_fast)")
+    prompts = prompt_ids(tokenizer, [utils.format_prompt(record["instruction"], record["input"]) for record in records])
+    answers = answer_ids(tokenizer, [record["output"] for record in records])
+    examples = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = [*prompt, *answer, tokenizer.eos_token_id]
+        labels = [IGNORE_INDEX] * len(prompt) + ids[len(prompt) :]
+        examples.append({"input_ids": ids[:max_length], "labels": labels[:max_length]})
+    return examples
+
+
+class Records(list):
+    """A share of a file's records; ``numbers`` are theirs in the file, from 1."""
+
+    def __init__(self, records: list[dict], numbers: list[int]):
+        super().__init__(records)
+        self.numbers = numbers
+
+
+class SupervisedDataset:
+    """Tokenised records, memory-mapped. Those whose prompt alone fills max_length teach nothing and are left out.
+
+    Attributes:
+        examples: the rows, a ``datasets.Dataset`` of ``input_ids`` and ``labels`` (int32 lists of one length).
+        lengths: tokens of each example.
+        numbers: of each example's record, in its file (those of ``Records``) or else in ``records``, from 1.
+        cut: those of the records of which only the first max_length tokens are there.
+        left_out: those of the records that are not there.
+        summary: one line about all that.
+
+    Raises:
+        UserError: no example is left, or the cache cannot be written.
+    """
+
+    def __init__(self, records: list[dict], tokenizer, max_length: int, name: str):
+        for number, record in enumerate(records, 1):
+            try:
+                f"{record['instruction']}{record['input']}{record['output']}".encode()
+            except UnicodeEncodeError as e:
+                half = ascii(e.object[e.start])
+                raise UserError(f"{name} record {number} holds {half}, half a character: remove it") from None
+        table = load_tokens(records, tokenizer, max_length)
+        every = getattr(records, "numbers", range(1, len(records) + 1))
+        self.numbers = [every[place - 1] for place in table["record"][:]]
+        self.cut = [number for number, cut in zip(self.numbers, table["cut"][:], strict=True) if cut]
+        self.left_out = sorted(set(every).difference(self.numbers))
+        self.lengths: list[int] = table["length"][:]
+        self.examples = table.select_columns(["input_ids", "labels"])
+        self.summary = (
+            f"{name}: {len(self)} examples, {sum(self.lengths)} tokens; {len(self.cut)} cut to {max_length} tokens, "
+            f"{len(self.left_out)} left out (the prompt alone is longer)"
+        )
+        if not len(self):
+            raise UserError(f"no example of the {name} data fits in {max_length} tokens: raise --model_max_length")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, i: int) -> dict:
+        return self.examples[i]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache: a folder for each content, made by one process, mapped by all.
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alpaca" / "tokens"
+
+
+def load_tokens(records: list[dict], tokenizer, max_length: int):
+    """The examples of ``records`` that have a label, from the cache; made first, where it does not hold them.
+
+    Returns:
+        A memory-mapped ``datasets.Dataset``, in the records' order: ``input_ids``, ``labels`` (lists of int32),
+        ``record`` (its number, from 1), ``length`` (tokens), ``cut`` (whether the record is longer).
+    """
+    import datasets  # 1 s: only where something is tokenised
+
+    folder = cache_folder() / content_key(records, tokenizer, max_length)
+    if not folder.exists():
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with _lock(folder.with_suffix(".lock")):
+                if not folder.exists():  # else another process made it while this one waited
+                    _make(folder, records, tokenizer, max_length)
+        except OSError as e:
+            raise UserError(
+                f"{e.filename or folder}: {e.strerror or e}: tokens are kept there; XDG_CACHE_HOME chooses another disk"
+            ) from None
+    files = sorted(folder.glob("*.arrow"))
+    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
+
+
+def content_key(records: list[dict], tokenizer, max_length: int) -> str:
+    """A SHA-256 of all that decides the tokens: the texts, the tokenizer's content, the maximum, the rule itself."""
+    if not tokenizer.is_fast:
+        raise UserError("this tokenizer has no offsets: convert it to a tokenizer.json (AutoTokenizer, use_fast)")
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    core["truncation"] = core["padding"] = None  # what its last call asked for
+    rule = [RULE_VERSION, tokenizers.__version__, tokenizer.eos_token_id, max_length, core]
+    digest = hashlib.sha256(json.dumps(rule, sort_keys=True).encode())
+    for record in records:
+        text = json.dumps([utils.format_prompt(record["instruction"], record["input"]), record["output"]])
+        digest.update(text.encode() + b"\n")
+    return digest.hexdigest()[:32]
+
+
+def _make(folder: Path, records: list[dict], tokenizer, max_length: int) -> None:
+    """Tokenises in worker processes, a file each, and puts the folder in its place by one rename."""
+    workers = max(1, min(_cores(), MAX_WORKERS, len(records) // RECORDS_PER_WORKER))
+    bounds = [len(records) * i // workers for i in range(workers + 1)]
+    with new_folder(folder) as temporary:
+        tasks = [
+            (temporary / f"{i:03}.arrow", records[start:end], start, tokenizer, max_length)
+            for i, (start, end) in enumerate(itertools.pairwise(bounds))
+        ]
+        if workers == 1:
+            _write_shard(*tasks[0])
+        else:
+            with _one_thread_each(), ProcessPoolExecutor(workers, initializer=_end_with_parent) as pool:
+                list(pool.map(_write_shard, *zip(*tasks, strict=True)))  # raises what a worker raised
+
+
+def _write_shard(path: Path, records: list[dict], start: int, tokenizer, max_length: int) -> None:
+    """Tokenises records, of which the first is number ``start`` + 1, and writes those that have a label."""
+    import datasets
+    from datasets.arrow_writer import ArrowWriter
+
+    int32s = datasets.List(datasets.Value("int32"))
+    numbers = {name: datasets.Value("int32") for name in ("record", "length")}
+    features = datasets.Features({"input_ids": int32s, "labels": int32s, **numbers, "cut": datasets.Value("bool")})
+    with ArrowWriter(path=str(path), features=features) as writer:
+        for i in range(0, len(records), 1000):  # so that a worker holds few Python lists at a time
+            rows = {name: [] for name in features}
+            for number, example in enumerate(preprocess(records[i : i + 1000], tokenizer, max_length), start + i + 1):
+                if any(label != IGNORE_INDEX for label in example["labels"]):
+                    cut = example["input_ids"][-1] != tokenizer.eos_token_id
+                    row = {**example, "record": number, "length": len(example["input_ids"]), "cut": cut}
+                    for name, value in row.items():
+                        rows[name].append(value)
+            if rows["record"]:
+                writer.write_batch(rows)
+        writer.finalize()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for its next task for ever."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+@contextmanager
+def _lock(path: Path):
+    """Held by one process of the node; the others wait. It is free when its holder dies, however it dies.
+
+    A POSIX lock, because workers do not inherit it: with flock they would hold it as well.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows: two processes may both tokenise there, and one rename wins
+        yield
+        return
+    with open(path, "a") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _one_thread_each():
+    """The tokenizer's own threads would fight with the other workers over the cores, and must not be forked."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before

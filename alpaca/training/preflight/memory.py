@@ -1,0 +1,331 @@
+"""How much memory a training step needs on each device, how much there is, and which flags would make it fit.
+
+Parameters, gradients and optimizer states are exact. Activations and logits are an estimate: it counts what autograd
+keeps for the backward pass of a decoder block, as Korthikanti et al., "Reducing Activation Recomputation in Large
+Transformer Models" (2022, section 4) do for GPT with 34·s·b·h bytes a layer, for today's blocks (RMSNorm in float32,
+grouped-query attention without a score matrix, gated MLP). Measured on small LLaMA and OPT models it is within a
+factor of 1.5 (tests/test_preflight.py holds it to that).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from alpaca import UserError
+from alpaca.weights.checkpoint import CheckpointReader
+
+GIB = 2**30
+
+
+def as_text(size: float) -> str:
+    """Bytes for people: "12.6 GiB", "0.4 MiB"."""
+    return f"{size / GIB:.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.1f} MiB"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model decides its memory. Sizes in elements; parameter_bytes as the parameters are stored now."""
+
+    parameters: int
+    trainable: int
+    parameter_bytes: int
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    gated: bool  # three matrices in the MLP (LLaMA, Mistral, Qwen), not two (OPT, GPT-NeoX)
+    tied: bool
+
+    @classmethod
+    def of(cls, model) -> Shape:
+        """From a model before FSDP shards it; DeepSpeed's ZeRO-3 and bitsandbytes may have taken it apart already."""
+        config, parameters = model.config, list(model.parameters())
+        heads = getattr(config, "num_attention_heads", None) or 0  # none: Mamba
+        return cls(
+            parameters=sum(_elements(p) for p in parameters),
+            trainable=sum(_elements(p) for p in parameters if p.requires_grad),
+            parameter_bytes=sum(_bytes(p) for p in parameters),
+            layers=getattr(config, "num_hidden_layers", 0),
+            hidden=config.hidden_size,
+            intermediate=getattr(config, "intermediate_size", None)
+            or getattr(config, "ffn_dim", 4 * config.hidden_size),
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // max(1, heads),
+            vocabulary=config.vocab_size,
+            gated=any(name.endswith("gate_proj") for name, _ in model.named_modules()),
+            tied=bool(getattr(config, "tie_word_embeddings", False)),
+        )
+
+    @property
+    def known(self) -> bool:
+        """Whether it is a transformer, whose activations can be estimated."""
+        return bool(self.layers and self.heads)
+
+    @property
+    def embedding(self) -> int:
+        return self.vocabulary * self.hidden
+
+    @property
+    def layer(self) -> int:
+        """Parameters of one decoder layer."""
+        return (self.parameters - self.embedding * (1 if self.tied else 2)) // self.layers
+
+    def lora(self, r: int) -> int:
+        """Trainable parameters of LoRA on all linear maps of the layers: r·(in + out) each (Hu et al. 2021)."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        maps = [(self.hidden, q), (self.hidden, kv), (self.hidden, kv), (q, self.hidden)]
+        maps += [(self.hidden, self.intermediate)] * (3 if self.gated else 2)
+        return self.layers * r * sum(a + b for a, b in maps)
+
+
+def _elements(parameter: torch.Tensor) -> int:
+    """Of the whole parameter: numel() of one that ZeRO-3 has partitioned is 0, and bitsandbytes packs two in a byte."""
+    if (packed := getattr(parameter, "quant_state", None)) is not None:
+        return packed.shape.numel()
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def _bytes(parameter: torch.Tensor) -> int:
+    """What it takes, the scales of 4-bit blocks (and theirs, if they are quantised too) included."""
+    if (packed := getattr(parameter, "quant_state", None)) is not None:
+        scales = [packed.absmax, *([packed.state2.absmax] if packed.nested else [])]
+        return parameter.nbytes + sum(tensor.nbytes for tensor in scales)
+    return _elements(parameter) * parameter.element_size()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How it is to be trained."""
+
+    batch: int  # examples a device and forward pass
+    length: int  # tokens of the longest example
+    logit_tokens: int | None = None  # the most positions of an example whose logits are computed; None: all of them
+    ranks: int = 1
+    accumulation: int = 1  # batches a step
+    sharded: bool = False  # over the ranks: FSDP full_shard, ZeRO-3
+    sync_each_batch: bool = False  # gradients are reduced after each batch: accelerate's option, and what ZeRO-3 does
+    offloaded: bool = False  # parameters, gradients and optimizer states are in CPU memory
+    bf16: bool = False
+    checkpointing: bool = False
+    optimizer_bytes: float = 8  # a trainable parameter: AdamW keeps two float32 moments (Loshchilov & Hutter 2019)
+    foreach: bool = False  # torch's foreach optimizers hold one more float32 copy while they step (torch.optim docs)
+
+
+def optimizer_bytes(optim: str) -> float:
+    """Bytes of state a trainable parameter for one of the library's --optim names."""
+    if "8bit" in optim:
+        return 2  # two moments of one byte, and their scales, 4 bytes for 256 values (Dettmers et al. 2022)
+    if "4bit" in optim:
+        return 1
+    if "adafactor" in optim:
+        return 0.01  # a row and a column for a matrix (Shazeer & Stern 2018)
+    if "sgd" in optim or "lion" in optim:
+        return 4
+    return 8
+
+
+def activation_bytes(shape: Shape, plan: Plan) -> tuple[int, int, int]:
+    """Bytes that autograd keeps for one token: (in a layer, in a layer with activation checkpointing, after the last).
+
+    c is the size of the computing type; r that of the residual stream, which autocast leaves in float32 and FSDP's
+    mixed precision does not. Kept are, in elements: by each norm its float32 input (not by LayerNorm, in models without
+    a gate), the normalised value (r) and what the linear maps read (c); by attention q, k, v (k and v repeated for each
+    query head) and its output; by the MLP the gate, its activation, up and their product (without a gate: both sides of
+    the activation).
+    """
+    c = 2 if plan.bf16 else 4
+    r = 2 if plan.bf16 and plan.sharded else 4
+    norm = shape.hidden * ((4 if shape.gated else 0) + r + c)
+    attention = 4 * shape.heads * shape.head_dim * c
+    mlp = (4 if shape.gated else 2) * shape.intermediate * c
+    return 2 * norm + attention + mlp, r * shape.hidden, norm
+
+
+def estimate(shape: Shape, plan: Plan) -> dict[str, int]:
+    """Bytes on each device, by what holds them; "total" is the peak.
+
+    - parameters as stored, gradients 4 bytes and optimizer states a trainable parameter, divided by the ranks when
+      sharded (Rajbhandari et al., "ZeRO", 2020, section 5). While FSDP accumulates gradients over several batches,
+      each device holds all of them, whole (torch's unsharded_accumulated_grad).
+    - gradient buckets: DistributedDataParallel keeps a second copy of the gradients, in which it reduces them (its
+      gradient_as_bucket_view is off, and neither accelerate nor transformers switches it on).
+    - working copies: under autocast a bf16 copy of each weight lives until the backward pass; sharded, the output
+      embedding, two layers (one is fetched ahead) and a layer's unreduced gradients are whole.
+    - logits: float32 logits, their log-softmax and its gradient, 12 bytes a position and vocabulary entry, and the
+      bf16 logits they came from.
+    """
+    share = plan.ranks if plan.sharded else 1
+    c = 2 if plan.bf16 else 4
+    parts = {
+        "parameters": shape.parameter_bytes // share,
+        "gradients": 4 * shape.trainable // share,
+        "optimizer": int(plan.optimizer_bytes * shape.trainable) // share,
+    }
+    if plan.sharded and plan.accumulation > 1 and not plan.sync_each_batch:
+        parts["gradients"] = 4 * shape.trainable
+    if plan.ranks > 1 and not plan.sharded:
+        parts["gradient buckets"] = 4 * shape.trainable
+    if plan.sharded:
+        parts["working copies"] = c * (shape.embedding + 2 * shape.layer) + 4 * shape.layer
+    else:
+        quantised = shape.parameter_bytes < 2 * shape.parameters
+        parts["working copies"] = 2 * shape.parameters if plan.bf16 and not quantised else 0
+    tokens = plan.batch * plan.length
+    whole, kept, after = activation_bytes(shape, plan)
+    layers = whole + kept * shape.layers if plan.checkpointing else whole * shape.layers
+    parts["activations"] = tokens * (layers + after)
+    positions = plan.batch * (plan.length if plan.logit_tokens is None else plan.logit_tokens)
+    parts["logits"] = positions * shape.vocabulary * (12 + (2 if plan.bf16 else 0))
+    stepping = 4 * shape.trainable // share if plan.foreach and not plan.offloaded else 0
+    in_passing = max(parts["working copies"] + parts["activations"] + parts["logits"], stepping)
+    parts["total"] = certain_bytes(parts, plan) + in_passing
+    return parts
+
+
+def certain_bytes(parts: dict[str, int], plan: Plan) -> int:
+    """Of an estimate what is no estimate: parameters, gradients and optimizer states on the device."""
+    if plan.offloaded:  # but for gradients that are accumulated whole
+        return parts["gradients"] if plan.accumulation > 1 and not plan.sync_each_batch else 0
+    return sum(parts.get(name, 0) for name in ("parameters", "gradients", "gradient buckets", "optimizer"))
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that this process can use on the device, what it holds already included.
+
+    On a CPU: what the machine (or its control group) has left, shared by the processes on it.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    here, processes = _held_here(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return here + max(0, host_free()) // processes
+
+
+def host_free(swap: bool = False) -> int:
+    """Bytes that the processes of this machine can still take, within its memory and their control groups' limits.
+
+    Args:
+        swap: whether to count free swap space.
+    """
+    limits = _control_groups_free()
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        names = ("MemAvailable", "SwapFree") if swap else ("MemAvailable",)
+        limits.append(sum(int(fields[name].split()[0]) * 1024 for name in names))
+    elif "SC_PHYS_PAGES" in os.sysconf_names:
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - _held_here())
+    return min(limits, default=2**62)
+
+
+def _control_groups_free(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """What each control group of this process (v1 or v2) leaves of its limit, and those above it.
+
+    Cached files count as free: the kernel drops them first.
+    """
+    found = []
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top, limit, used, prefix = root, "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):
+            top, limit, used, prefix = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+        else:
+            continue
+        steps = path.strip("/").split("/")
+        for i in range(len(steps) + 1):  # in a container the path may be the host's, and the top the group itself
+            folder = top.joinpath(*steps[:i])
+            try:
+                most, taken = int((folder / limit).read_text()), int((folder / used).read_text())
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):  # no such group, or "max"
+                continue
+            cached = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+            found.append(most - taken + cached)
+    return found
+
+
+def _held_here() -> int:
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+
+def weights_bytes(folder: Path, dtype: torch.dtype) -> int:
+    """Of a checkpoint's weights, loaded as that type; 0 where they cannot be counted (whoever loads them says why)."""
+    try:
+        reader = CheckpointReader(folder)
+        return sum(math.prod(reader.spec(name)[1]) for name in reader.names()) * dtype.itemsize
+    except (UserError, OSError):
+        return 0
+
+
+SYNC = """--accelerator_config '{"gradient_accumulation_kwargs": {"sync_each_batch": true}}'"""
+
+
+def advise(shape: Shape, plan: Plan, available: int, checkpointing_flag: str = "gradient_checkpointing") -> list[str]:
+    """Flags that would make the plan fit, by trying them in the estimate: up to three sets, the smallest first."""
+    if not shape.known:
+        return []
+    options: list[tuple[str, dict, dict]] = []  # flags, what they change in the plan, in the shape
+    if not plan.checkpointing:
+        options.append((f"--{checkpointing_flag} True", {"checkpointing": True}, {}))
+    if plan.batch > 1:
+        more = plan.batch * plan.accumulation
+        smaller = f"--per_device_train_batch_size 1 --gradient_accumulation_steps {more}"
+        options.append((smaller, {"batch": 1, "accumulation": more}, {}))
+    if not plan.sync_each_batch:
+        options.append((SYNC, {"sync_each_batch": True}, {}))
+    full = shape.trainable == shape.parameters
+    if plan.optimizer_bytes > 2 and not plan.sharded:
+        options.append(("--optim adamw_8bit", {"optimizer_bytes": 2, "foreach": False}, {}))
+    for ranks in (2, 4, 8, 16, 32, 64):
+        if ranks > (plan.ranks if plan.sharded else 1):
+            options.append((f"--fsdp over {ranks} devices", {"sharded": True, "ranks": ranks}, {}))
+    if full:
+        options.append(("--lora_r 8", {}, {"trainable": shape.lora(8)}))
+        four_bit = (shape.parameters - 2 * shape.embedding) * 9 // 16 + 8 * shape.embedding  # embeddings stay float32
+        four_bit = {"trainable": shape.lora(8), "parameter_bytes": four_bit}
+        options.append(("--lora_r 8 --load_in_4bit True", {}, four_bit))
+
+    chosen: list[tuple[set, str]] = []
+    for size in (1, 2, 3):
+        for combination in itertools.combinations(options, size):
+            kinds = [flags if flags == SYNC else flags.split()[0] for flags, _, _ in combination]
+            if len(set(kinds)) < size or {"--fsdp", "--lora_r"} <= set(kinds) and "4bit" in str(combination):
+                continue  # one of a kind; 4-bit weights are not sharded
+            if "--optim" in kinds and {"--lora_r", "--fsdp"} & set(kinds):
+                continue  # an adapter's optimizer is small already; bitsandbytes cannot be sharded
+            if any(earlier <= set(kinds) for earlier, _ in chosen):
+                continue  # a smaller set does it
+            new_plan, new_shape = plan, shape
+            for _, in_plan, in_shape in combination:
+                new_plan, new_shape = replace(new_plan, **in_plan), replace(new_shape, **in_shape)
+            if SYNC in kinds and not (new_plan.sharded and new_plan.accumulation > 1):
+                continue  # it would change nothing
+            total = estimate(new_shape, new_plan)["total"]
+            if total <= available:
+                text = " ".join(flags for flags, _, _ in combination)
+                chosen.append((set(kinds), f"{text} ({as_text(total)})"))
+    return [text for _, text in chosen[:3]]
+
+
+def checkpoint_bytes(shape: Shape, plan: Plan, full_fsdp: bool = False) -> tuple[int, int]:
+    """Bytes on disk of (one checkpoint, the final model).
+
+    A checkpoint holds what is trained (4 bytes), its optimizer states, and for FSDP's FULL_STATE_DICT the weights a
+    second time (pytorch_model_fsdp.bin).
+    """
+    weights = 4 * shape.trainable
+    checkpoint = weights * (2 if full_fsdp else 1) + int(plan.optimizer_bytes * shape.trainable)
+    final = weights if shape.trainable == shape.parameters else weights + 4 * shape.parameters  # adapter and merged
+    return checkpoint, final

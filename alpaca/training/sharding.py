@@ -1,0 +1,126 @@
+"""Reads a checkpoint on another number of processes, or another way of sharding, than those that wrote it."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME
+
+from alpaca.inference.load import load_model
+from alpaca.training.checkpoints import ADAPTER, SHARDED_MODEL, SHARDED_OPTIMIZER, saved_names, state_dict
+
+
+class LoadingTrainer(transformers.Trainer):
+    """Trainer that reads sharded checkpoints without FSDP, and whole ones with it."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        checkpoint = Path(resume_from_checkpoint)
+        if self.is_fsdp_enabled and _of_fsdp(checkpoint):
+            with self._state_dict_type(_format(checkpoint)):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif self.is_fsdp_enabled:
+            self._load_whole_into_shards(checkpoint)
+        elif (checkpoint / SHARDED_MODEL).is_dir():
+            self._load_sharded_weights(checkpoint)
+        else:
+            self._load_whole(checkpoint)
+
+    def _load_whole(self, checkpoint: Path) -> None:
+        if set(saved_names(self.model)) == set(state_dict(self.model)) and not _of_fsdp(checkpoint):
+            super()._load_from_checkpoint(str(checkpoint))
+            return
+        if hasattr(self.model, "peft_config"):
+            from peft import set_peft_model_state_dict
+
+            set_peft_model_state_dict(self.model, load_file(checkpoint / ADAPTER))
+            return
+        # The library would leave tensors that are saved under another name as they are, and only warn; and it refuses
+        # a whole checkpoint of FSDP without FSDP.
+        self.model.load_state_dict(load_model(checkpoint, self.model.dtype).state_dict())
+
+    def _load_whole_into_shards(self, checkpoint: Path) -> None:
+        """Rank 0 reads it in CPU memory, and each rank gets its part, a tensor at a time."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        adapter, state = hasattr(self.model, "peft_config"), {}
+        if self.is_world_process_zero():
+            if adapter:  # saved without the adapter's name
+                names = {name.replace(f".{self.model.active_adapter}.", "."): name for name in self.model.state_dict()}
+                state = {names[name]: tensor for name, tensor in load_file(checkpoint / ADAPTER).items()}
+            else:
+                state = load_model(checkpoint, self.model.dtype).state_dict()
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=not adapter)
+        set_model_state_dict(self.model, state, options=options)
+
+    def _load_sharded_weights(self, checkpoint: Path) -> None:
+        state = {"model": state_dict(self.model)}
+        torch.distributed.checkpoint.load(state, checkpoint_id=checkpoint / SHARDED_MODEL, no_dist=True)
+        if hasattr(self.model, "peft_config"):
+            from peft import set_peft_model_state_dict
+
+            set_peft_model_state_dict(self.model, state["model"])
+        else:
+            self.model.load_state_dict(state["model"])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        of_fsdp = checkpoint is not None and _of_fsdp(Path(checkpoint))
+        if checkpoint is None or self.is_deepspeed_enabled or of_fsdp == self.is_fsdp_enabled:
+            with self._state_dict_type(_format(Path(checkpoint)) if of_fsdp else None):
+                return super()._load_optimizer_and_scheduler(checkpoint)
+        from torch.distributed.checkpoint import load
+        from torch.distributed.checkpoint import state_dict as dcp
+
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        if (Path(checkpoint) / SHARDED_OPTIMIZER).is_dir():
+            state = {"optimizer": dcp.get_optimizer_state_dict(self.model, self.optimizer)}
+            load(state, checkpoint_id=Path(checkpoint) / SHARDED_OPTIMIZER, no_dist=True)
+            dcp.set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+            return
+        if of_fsdp:  # whole, by name
+            whole = torch.load(Path(checkpoint) / OPTIMIZER_NAME_BIN, map_location="cpu", weights_only=True, mmap=True)
+            dcp.set_optimizer_state_dict(self.model, self.optimizer, whole)
+            return
+        # optimizer.pt numbers the parameters in the order of the groups, which is the same here; shards go by name.
+        whole = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+        wrapper = "_checkpoint_wrapped_module."  # of --fsdp_config's activation_checkpointing; not in a state dict
+        names = {id(parameter): name.replace(wrapper, "") for name, parameter in self.model.named_parameters()}
+        named = {}
+        for group, stored in zip(self.optimizer.param_groups, whole["param_groups"], strict=True):
+            for parameter, number in zip(group["params"], stored["params"], strict=True):
+                named[number] = names[id(parameter)]
+            stored["params"] = [named[number] for number in stored["params"]]
+        whole["state"] = {named[number]: entry for number, entry in whole["state"].items()}
+        dcp.set_optimizer_state_dict(
+            self.model, self.optimizer, whole, options=dcp.StateDictOptions(full_state_dict=True)
+        )
+
+    @contextmanager
+    def _state_dict_type(self, name: str | None):
+        """In it, FSDP saves and loads in that format; None, or no FSDP, changes nothing."""
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled and name else None
+        if plugin is None or plugin.state_dict_type.name == name:
+            yield
+            return
+        attributes = ("state_dict_type", "state_dict_config", "optim_state_dict_config")
+        before = {attribute: getattr(plugin, attribute) for attribute in attributes}
+        plugin.state_dict_config = plugin.optim_state_dict_config = None  # each format has its own
+        plugin.set_state_dict_type(name)
+        try:
+            yield
+        finally:
+            for attribute, value in before.items():
+                setattr(plugin, attribute, value)
+
+
+def _format(checkpoint: Path) -> str:
+    """The state_dict_type in which FSDP wrote a checkpoint; this run's may be another."""
+    return "SHARDED_STATE_DICT" if (checkpoint / SHARDED_MODEL).is_dir() else "FULL_STATE_DICT"
+
+
+def _of_fsdp(checkpoint: Path) -> bool:
+    """Whether FSDP wrote it: in shards, or with state_dict_type FULL_STATE_DICT."""
+    return (checkpoint / SHARDED_MODEL).is_dir() or (checkpoint / "pytorch_model_fsdp.bin").exists()

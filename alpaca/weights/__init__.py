@@ -1,0 +1,1 @@
+"""Tensors into and out of folders, and the difference of two models."""

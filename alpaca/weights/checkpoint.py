@@ -1,0 +1,279 @@
+"""Reads checkpoint folders piece by piece: where each tensor lies is known at once, its values are read when asked for.
+
+safetensors and PyTorch ``.bin`` shards are read alike, as bytes at an offset of a file. Nothing that a file says is
+believed before it fits the file, and a pickle is never executed (``weights_only=True``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from alpaca import UserError
+from alpaca.weights.names import same_but_for_a_prefix, tied_names, vocab_size
+from alpaca.weights.tensor_files import (
+    DTYPE_NAMES,
+    MAX_HEADER,
+    Stored,
+    is_zip,
+    open_bin,
+    open_safetensors,
+    unique,
+    zip_records,
+)
+
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # what --dtype takes
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+MANIFEST = "weight_diff.json"  # marks a folder as a diff
+# Beside the weights and config.json, what makes a folder a model; anything else (training_args.bin, …) stays behind.
+SIDE_FILES = TOKENIZER + (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+CHAT_TEMPLATES = "additional_chat_templates"  # a folder of .jinja files, for a tokenizer that has more than one
+
+
+def check_model_folder(path: str | os.PathLike, flag: str, tokenizer: bool = True, diff: bool = False) -> Path:
+    """Raises UserError unless ``path`` is a folder with a config, weights and (if asked for) a tokenizer.
+
+    Args:
+        path: the folder.
+        flag: the command line's name for it, for the message.
+        tokenizer: whether one is needed.
+        diff: whether a weight diff is welcome.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        kind = "is a file, not a folder" if path.exists() else "does not exist"
+        raise UserError(f"{flag} {path} {kind}: give the folder of a model")
+    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        raise UserError(f"{flag} {path} is a LoRA adapter, not a model: merge it into its base model first")
+    if not (path / "config.json").exists():
+        raise UserError(f"{flag} {path} holds no model: it has no config.json")
+    if not any((path / name).exists() for name in WEIGHTS):
+        raise UserError(f"{flag} {path} holds no weights: none of {', '.join(WEIGHTS)} is there")
+    if tokenizer and not any((path / name).exists() for name in TOKENIZER):
+        raise UserError(
+            f"{flag} {path} holds no tokenizer: copy {', '.join(TOKENIZER[:-1])} or {TOKENIZER[-1]} there "
+            "from the model it was trained from"
+        )
+    if not diff and (path / MANIFEST).exists():
+        raise UserError(f"{flag} {path} is a weight diff: recover it first (python weight_diff.py recover --help)")
+    return path
+
+
+def check_writable(path: str | os.PathLike, flag: str) -> None:
+    """Raises UserError unless ``path`` is a writable folder or can be made one; makes nothing."""
+    nearest = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {path} cannot be written: {nearest} is a file or read-only, choose another folder")
+
+
+class CheckpointReader:
+    """The tensors of a checkpoint folder by name. No file stays open; threads may read at the same time."""
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self.config = read_json(self.folder / "config.json")
+        self._shards: dict[str, dict[str, Stored]] = {}
+        self._last = threading.local()  # a thread's last tensor that is no one piece: a copy once, not for each chunk
+        # safetensors first: a folder that has both has them for the same weights, and one of them is only data
+        files = [name for name in WEIGHTS if (self.folder / name).exists()]
+        if not files:
+            raise UserError(f"{self.folder} holds no weights")
+        if files[0].endswith(".index.json"):
+            self.shard_of = read_json(self.folder / files[0]).get("weight_map")
+            if not isinstance(self.shard_of, dict) or not all(isinstance(file, str) for file in self.shard_of.values()):
+                raise UserError(f"{self.folder / files[0]} has no weight_map from names to files: download it again")
+        else:
+            self.shard_of = {name: files[0] for name in self._open(files[0])}
+        listed = set(self.shard_of)
+        for name, shard in self.shard_of.items():
+            self._check_name(name)
+            self._check_name(shard)
+            if Path(shard).name != shard or "\\" in shard:
+                raise UserError(f"{self.folder / files[0]} points outside its folder ({shard!r}): do not trust it")
+            if name not in self._open(shard):
+                raise UserError(
+                    f"{self.folder / shard} lacks the tensor {name} that the index puts there: download both again"
+                )
+        for shard, tensors in self._shards.items():
+            for name in tensors:
+                self._check_name(name)
+                if self.shard_of.setdefault(name, shard) != shard:
+                    raise UserError(
+                        f"{self.folder}: {name} is in two shards, {shard} and {self.shard_of[name]}: download it again"
+                    )
+        self._left_out = self._buffers() | self._tied()
+        for name in self.shard_of.keys() - listed - self._left_out:
+            raise UserError(f"{self.path_of(name)} holds {name}, which {files[0]} does not list: download both again")
+
+    def names(self) -> list[str]:
+        """Names of the model's own tensors; layer 2 comes before layer 10, as it mostly does in the files.
+
+        Left out: buffers that old checkpoints hold and today's models compute (rotary ``inv_freq``, causal masks), and
+        an output embedding that is tied to the input's and has its values.
+        """
+        # Numbers by their length first: int() refuses one of more than 4,300 digits.
+        return sorted(
+            self.shard_of.keys() - self._left_out,
+            key=lambda name: [
+                (len(part.lstrip("0")), part.lstrip("0")) if place % 2 else part
+                for place, part in enumerate(re.split(r"([0-9]+)", name))
+            ],
+        )
+
+    def _check_name(self, name: str) -> None:
+        """Messages show names: with control characters they could rewrite what a terminal says."""
+        if not name.isprintable():
+            raise UserError(f"{self.folder}: {name[:99]!r} has control characters, as no name has: do not trust it")
+
+    def _buffers(self) -> set[str]:
+        """GPT-2's and GPT-J's causal mask is called attn.bias; a parameter of that name has one dimension, not four."""
+        return {
+            name
+            for name, shard in self.shard_of.items()
+            if name.endswith(("rotary_emb.inv_freq", ".masked_bias"))
+            or (name.endswith(".bias") and len(self._shards[shard][name].shape) == 4)
+        }
+
+    def _tied(self) -> set[str]:
+        # With other values from_pretrained does not tie it, whatever config.json says.
+        tied, names = tied_names(self.config), list(self.shard_of)
+        return {
+            name
+            for output, input in tied.items()
+            for name in names
+            if same_but_for_a_prefix(name, output)
+            and any(same_but_for_a_prefix(other, input) and self._equal(name, other) for other in names)
+        }
+
+    def _equal(self, a: str, b: str) -> bool:
+        """Whether two tensors have the same bits."""
+        one, other = (self._shards[self.shard_of[name]][name] for name in (a, b))
+        if (one.dtype, one.shape) != (other.dtype, other.shape) or one.dtype not in DTYPE_NAMES:
+            return False
+        if (one.path, one.offset) == (other.path, other.offset) and not one.whole:  # one storage in a .bin
+            return True
+        step = 1 << 22
+        x, y = (torch.empty(min(step, one.numel), dtype=one.dtype) for _ in "ab")
+        return all(
+            torch.equal(
+                self.read(a, start, x[: one.numel - start]).view(torch.uint8),
+                self.read(b, start, y[: one.numel - start]).view(torch.uint8),
+            )
+            for start in range(0, one.numel, step)
+        )
+
+    def rename(self, names: dict[str, str]) -> None:
+        """Gives tensors other names, which are those of no others."""
+        for name, new in names.items():
+            shard = self.shard_of[new] = self.shard_of.pop(name)
+            stored = self._shards[shard].pop(name)
+            if stored.whole:
+                stored = replace(stored, whole=lambda name=name, new=new, whole=stored.whole: {new: whole()[name]})
+            self._shards[shard][new] = stored
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Rows of the embeddings, as config.json has it."""
+        return vocab_size(self.config)
+
+    def specs(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """name → (dtype, shape) of ``names()``, in that order."""
+        return {name: self.spec(name) for name in self.names()}
+
+    def spec(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Data type and shape."""
+        stored = self._shards[self.shard_of[name]][name]
+        if stored.dtype not in DTYPE_NAMES:
+            raise UserError(f"{self.folder}: {name} has the type {stored.dtype}, which this tool does not handle")
+        return stored.dtype, stored.shape
+
+    def read(self, name: str, start: int, out: torch.Tensor) -> torch.Tensor:
+        """Fills ``out`` (1-D, of the stored dtype, contiguous) with the elements from ``start`` on."""
+        stored = self._shards[self.shard_of[name]][name]
+        if stored.whole:
+            if getattr(self._last, "stored", None) is not stored:
+                self._last.stored, self._last.values = stored, stored.whole()[name].reshape(-1)
+            return out.copy_(self._last.values[start : start + len(out)])
+        view = memoryview(out.view(torch.uint8).numpy())
+        position = stored.offset + start * out.itemsize
+        with open(stored.path, "rb", buffering=0) as file:
+            while len(view):
+                count = os.preadv(file.fileno(), [view], position)
+                if count == 0:
+                    raise UserError(f"{stored.path} became shorter while it was read ({name}): start again")
+                view, position = view[count:], position + count
+        return out
+
+    def get(self, name: str) -> torch.Tensor:
+        """A whole tensor."""
+        dtype, shape = self.spec(name)
+        return self.read(name, 0, torch.empty(math.prod(shape), dtype=dtype)).view(shape)
+
+    def path_of(self, name: str) -> Path:
+        return self.folder / self.shard_of[name]
+
+    def checksums(self) -> list[tuple[Path, str, int, int, int]]:
+        """(file, tensor, offset, bytes, CRC-32) of each record in ``.bin`` shards for which one was stored."""
+        found = []
+        for shard, tensors in self._shards.items():
+            path = self.folder / shard
+            if shard.endswith(".bin") and is_zip(path):
+                names = {stored.offset: name for name, stored in tensors.items()}
+                for offset, member in zip_records(path).items():
+                    if member.CRC and member.file_size:  # 0: not computed
+                        found.append((path, names.get(offset, member.filename), offset, member.file_size, member.CRC))
+        return found
+
+    def bare_pickles(self) -> list[Path]:
+        """``.bin`` shards from before PyTorch 1.6, which have no checksums and are read into memory whole."""
+        return [self.folder / s for s in self._shards if s.endswith(".bin") and not is_zip(self.folder / s)]
+
+    def _open(self, shard: str) -> dict[str, Stored]:
+        if shard not in self._shards:
+            path = self.folder / shard
+            if not path.exists():
+                raise UserError(f"{path} is missing, but the index names it: download it again")
+            try:
+                self._shards[shard] = (open_safetensors if shard.endswith(".safetensors") else open_bin)(path)
+            except UserError:
+                raise
+            except PermissionError as e:
+                raise UserError(f"{path} cannot be read: {e.strerror}") from None
+            except Exception as e:  # a hostile file can make a parser raise anything
+                cause = (str(e) or type(e).__name__).splitlines()[0]
+                raise UserError(
+                    f"{path} cannot be read (truncated, or a Git LFS pointer?): {cause}; download it again"
+                ) from None
+        return self._shards[shard]
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file of a checkpoint, or a one-line UserError."""
+    try:
+        if path.stat().st_size > MAX_HEADER:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes")
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except RecursionError:
+        raise UserError(f"{path} is malformed: it is nested too deeply") from None
+    except ValueError as e:
+        raise UserError(f"{path} is malformed: {e}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} is malformed: it holds a {type(data).__name__}, not an object")
+    return data

@@ -1,0 +1,64 @@
+"""benchmarks/bench_chat.py on a tiny model: that its ways are given the same prompts and count alike, not how fast."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, make_records
+
+from alpaca.inference import load as inference
+from alpaca.inference.generate import Settings
+
+sys.path.append(str(ROOT / "benchmarks"))
+
+import bench_chat  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A model this small is faster so, and many times faster on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_all_ways_answer_the_same_prompts_and_each_ratio_has_its_two_rates(tiny_llama, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_chat.teacher, "prepare", lambda path: None)
+    load = inference.load
+
+    def loaded(*args):
+        model, tokenizer = load(*args)
+        tokenizer.pad_token = tokenizer.unk_token  # the embedded model has one
+        return model, tokenizer
+
+    monkeypatch.setattr(inference, "load", loaded)
+    (tmp_path / "data.json").write_text(json.dumps(make_records(8)))
+    given = {"data_path": str(tmp_path / "data.json"), "output_path": str(tmp_path / "chat.json"), "device": "cpu"}
+    bench_chat.main(str(tiny_llama), prompts=5, rows=2, rounds=2, max_new_tokens=2, **given)
+    result = json.loads((tmp_path / "chat.json").read_text())
+    assert len(result["tokens_per_s"]) == 3 * 2 * 3  # batchings × greedy, sampled × ways
+    assert all(len(rates) == 2 for rates in result["tokens_per_s"].values())
+    assert result["greedy_answers_equal_to_generate"] == {"by length": 5, "in file order": 5, "one by one": 4}
+    assert len(result["against_generate"]) == 12 and len(result["batches_by_length_against_file_order"]) == 6
+    medians = {name: sum(rates) / 2 for name, rates in result["tokens_per_s"].items()}
+    for name, ratio in result["against_generate"].items():
+        batching, kind, _ = name.split(", ")
+        assert ratio["median"] == pytest.approx(medians[name] / medians[f"{batching}, {kind}, generate()"], abs=6e-3)
+    assert "by length, greedy, decode()" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("longest", [1, 3, 30])
+def test_the_tokens_of_a_stream_are_those_of_decode(tmp_path, longest):
+    """A made model that writes four tokens and EOS."""
+    from test_generate import chain
+
+    model, tokenizer = inference.load(chain(tmp_path / "model", "a", "b", "c", "d"), "cpu")
+    for temperature in (0, 1):
+        args = (model, tokenizer, [[1, 0]], Settings(longest, temperature, 1e-9, seed=0))
+        (tokens,) = bench_chat.by_decode(*args)
+        assert len(tokens) == min(4, longest)
+        assert bench_chat.by_stream_ids(*args) == bench_chat.by_answer_batch(*args) == [len(tokens)]

@@ -1,0 +1,856 @@
+"""page.py: the live demo, in a real browser and called past it; what a model writes there is text."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+import urllib.error
+import urllib.parse
+import urllib.request
+from concurrent import futures
+from types import SimpleNamespace
+
+import browser
+import peft
+import pytest
+import torch
+import transformers
+from browser import needs_browser, wait_until
+from conftest import ROOT
+
+import utils
+from alpaca import UserError
+from alpaca.inference import load as inference
+from alpaca.inference.web import page as web_page
+from alpaca.inference.web import reports as web_reports
+from alpaca.inference.web import server as web_server
+
+HOSTILE = (
+    "<script>window.hit = 1</script> <img src=x onerror='window.hit = 1'> ${window.hit = 1} {{value}} "
+    "[click](javascript:window.hit=1) ![far](http://192.0.2.1/far.png) & <b>not bold</b>"
+)
+
+
+TASKS = [("Give three tips.", "For sleep."), ("Count to ten.", "")]
+
+
+class Model:
+    """Stands in for inference.stream: "count" counts every 10 ms without an end, all else says the input again."""
+
+    def __init__(self):
+        self.config = SimpleNamespace(max_position_embeddings=2_000)
+        self.calls, self.running, self.all_stopped = [], 0, threading.Event()
+        self.may_go_on = threading.Event()
+        self.lock = threading.Lock()
+
+    def stream(self, model, tokenizer, prompt, stopped, on_cut, **settings):
+        with self.lock:
+            self.calls.append((prompt, settings))
+            self.running += 1
+            self.all_stopped.clear()
+        try:
+            if "\ncount" in prompt:
+                for number in range(10**6):
+                    yield f"{number} "
+                    time.sleep(0.01)
+            elif "\nmute" in prompt:  # only white space, which is held back
+                while not stopped():
+                    time.sleep(0.01)
+            elif limit := re.search(r"\n(long|full)\n", prompt):
+                yield limit[1]
+                on_cut({"long": "max_new_tokens", "full": "context"}[limit[1]])
+            elif "\nread" in prompt:  # a prompt, in a step that cannot be left
+                self.may_go_on.wait(20)
+            elif "\nfail" in prompt:
+                raise RuntimeError("secret of the server")
+            else:
+                yield from re.findall(r"\S+\s*|\s+", re.search(r"### Input:\n(.*)\n\n### Resp", prompt, re.S)[1])
+        finally:
+            with self.lock:
+                self.running -= 1
+                if not self.running:
+                    self.all_stopped.set()
+
+
+class Words:
+    """A tokenizer of words."""
+
+    eos_token_id = None
+
+    def __call__(self, texts, split_special_tokens):
+        return {"input_ids": [text.split() for text in texts]}
+
+
+class Site:
+    """A running page with a scripted model, and what it takes to ask it by HTTP."""
+
+    def __init__(self, models=1, auth=None):
+        self.model = Model()
+        names = ["tiny <i>&</i> co", "other"][:models]
+        self.page = web_page.build([web_page.Model(name, self.model, Words()) for name in names], web_page.Settings())
+        self.url = web_server.launch(self.page, "127.0.0.1", web_page.free_port(0), auth)
+
+    def http(self, path, data=None, headers=None, method=None):
+        """(status, body) of a request, JSON when there is data; nothing is followed or retried."""
+        body = data if data is None or isinstance(data, bytes) else json.dumps(data).encode()
+        host = urllib.parse.urlsplit(self.url).netloc
+        connection = http.client.HTTPConnection(host, timeout=20)
+        kind = {} if body is None else {"Content-Type": "application/json"}
+        connection.request(method or ("GET" if body is None else "POST"), path, body, kind | (headers or {}))
+        reply = connection.getresponse()
+        return reply.status, reply.read().decode()
+
+    def log_in(self, password="right"):
+        """(status, headers for who is let in)"""
+        request = f"username=ann&password={password}".encode()
+        connection = http.client.HTTPConnection(urllib.parse.urlsplit(self.url).netloc, timeout=20)
+        connection.request("POST", "/login", request, {"Content-Type": "application/x-www-form-urlencoded"})
+        reply = connection.getresponse()
+        cookies = [value.partition(";")[0] for name, value in reply.getheaders() if name.lower() == "set-cookie"]
+        return reply.status, {"Cookie": "; ".join(cookies)}
+
+    def call(self, *data, headers=None):
+        """What a program that calls the page's endpoint gets: (event, data) of the last message."""
+        status, body = self.http("/gradio_api/call/answer", {"data": list(data)}, headers)
+        assert status == 200, body
+        _, stream = self.http(f"/gradio_api/call/answer/{json.loads(body)['event_id']}", headers=headers)
+        return re.findall(r"event: (\w+)\ndata: (.*)\n", stream)[-1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scripted_stream():
+    """Whatever model is asked answers for itself, as long as it can; real models are asked in other processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "stream", lambda model, *args, **kwargs: model.stream(model, *args, **kwargs))
+        yield
+
+
+@pytest.fixture(scope="module")
+def sites():
+    """``sites(models, auth)`` is a running page; made once for each."""
+    made = {}
+
+    def site(models=1, auth=None, fresh=False) -> Site:
+        key = (models, auth, len(made) if fresh else None)
+        made[key] = made.get(key) or Site(models, auth)
+        return made[key]
+
+    yield site
+    for each in made.values():
+        web_server.close(each.page)
+
+
+class Visit(browser.Visit):
+    """A page of the demo."""
+
+    def ask(self, instruction, input=""):
+        self.page.get_by_label("Input (optional)").fill(input)
+        self.page.get_by_label("Instruction", exact=True).fill(instruction)
+        self.page.get_by_label("Instruction", exact=True).press("Enter")
+
+
+@pytest.fixture
+def visit(chromium, sites):
+    """``visit(url)`` opens a page."""
+    visits = []
+
+    def open_page(url=None, **kwargs) -> Visit:
+        visits.append(Visit(chromium.new_page(), url or sites().url, **kwargs))
+        return visits[-1]
+
+    yield open_page
+    for each in visits:
+        each.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In the browser.
+
+
+@needs_browser
+def test_an_answer_grows_while_it_is_written_and_stop_ends_it(visit, sites):
+    page, model = visit(), sites().model
+    page.ask("count")
+    page.see(re.compile(r" 20 "))
+    assert model.running == 1 and "Answering" in page.page.locator(".status").first.inner_text()
+    page.button("Stop").click()
+    page.see("Stopped.", ".status")
+    assert model.all_stopped.wait(10)
+    before = page.text()
+    page.ask("say", "A new one.")
+    page.see("A new one.")
+    assert " 20 " in before and page.text().endswith("A new one.")
+
+
+@needs_browser
+def test_an_answer_that_is_cut_off_says_at_what(visit, sites):
+    page = visit()
+    page.ask("full")
+    page.see("Cut off at the end of what the model can read.", ".status")
+    page.ask("long")
+    page.see("Cut off at the longest answer.", ".status")
+    page.ask("say", "whole")
+    page.see("whole")
+    page.see("Answered in", ".status")
+    assert "Cut off" not in page.page.locator(".status").first.inner_text()
+
+
+@needs_browser
+def test_after_a_refusal_there_is_nothing_to_stop(visit, sites):
+    page, refused = visit(), "button:has-text('Stop')[disabled]"
+    page.ask("  ")
+    page.page.get_by_text("Type an instruction first.").wait_for()
+    page.page.locator(refused).wait_for()
+    page.button("Try again").click()
+    page.page.get_by_text("There is no answer yet.").wait_for()
+    page.page.locator(refused).wait_for()
+    page.ask("count")
+    page.see(re.compile(r" 5 "))
+    page.button("Stop").click()
+    page.see("Stopped.", ".status")
+    assert sites().model.all_stopped.wait(10)
+
+
+@needs_browser
+def test_who_comes_to_a_full_queue_is_told_and_has_nothing_to_stop(visit, sites):
+    site = sites(fresh=True)
+    page = visit(site.url)
+    while site.http("/gradio_api/call/answer", {"data": ["count", "", 512, 1, 1, 0]})[0] == 200:
+        pass
+    page.ask("say", "too late")
+    page.page.get_by_text("currently busy").wait_for()
+    page.page.locator("button:has-text('Stop')[disabled]").wait_for()
+    web_server.close(site.page)
+    assert site.model.all_stopped.wait(10)
+
+
+@needs_browser
+def test_asking_anew_ends_the_answer_that_is_being_tried_again(visit, sites):
+    page, model = visit(), sites().model
+    page.ask("count")
+    page.see(re.compile(r" 5 "))
+    asked = len(model.calls)
+    page.button("Try again").click()
+    wait_until(lambda: len(model.calls) == asked + 1 and model.running == 1)
+    before = len(model.calls)
+    page.button("Try again").click()  # it is at work already
+    page.page.wait_for_timeout(300)
+    assert len(model.calls) == before
+    page.ask("say", "the last word")
+    page.see("the last word")
+    page.see("Answered in", ".status")
+    assert model.all_stopped.wait(10)
+    page.page.wait_for_timeout(300)
+    assert page.text().endswith("the last word")
+
+
+@needs_browser
+def test_a_request_that_waits_can_be_stopped(visit, sites):
+    busy, waiting, model = [visit(), visit()], visit(), sites().model
+    for page in busy:
+        page.ask("count")
+        page.see(re.compile(r" 5 "))
+    before = len(model.calls)
+    waiting.ask("say", "too late")
+    waiting.page.get_by_text(re.compile("queue: 1/1")).first.wait_for()
+    waiting.button("Stop").click()
+    waiting.see("Stopped.", ".status")
+    for page in busy:
+        page.button("Stop").click()
+    assert model.all_stopped.wait(10)
+    waiting.page.wait_for_timeout(300)
+    assert len(model.calls) == before
+
+
+@needs_browser
+def test_an_answer_can_be_reported_once_it_is_stopped(visit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = visit()
+    page.ask("count")
+    page.see(re.compile(r" 5 "))
+    page.page.get_by_role("button", name="Report a harmful answer").click()
+    page.button("Report").click()
+    page.page.get_by_text("still being written").wait_for()
+    page.button("Stop").click()
+    page.see("Stopped.", ".status")
+    page.button("Report").click()
+    page.page.get_by_text("Saved in flagged.jsonl").wait_for()
+    (record,) = utils.jload(tmp_path / "flagged.jsonl")
+    assert " 5 " in record["answer"]
+
+
+@needs_browser
+def test_leaving_the_page_stops_its_answer(visit, sites):
+    page, model = visit(), sites().model
+    page.ask("count")
+    page.see(re.compile(r" 5 "))
+    page.page.goto("about:blank")
+    assert model.all_stopped.wait(20)
+
+
+@needs_browser
+def test_what_a_model_or_a_visitor_writes_is_shown_as_text_and_runs_nowhere(visit):
+    page = visit()
+    page.ask(HOSTILE, HOSTILE)
+    page.see("not bold")
+    page.see("Answered in", ".status")
+    for text in ("<script>window.hit = 1</script>", "onerror='window.hit = 1'>", "${window.hit = 1}", "{{value}}"):
+        assert text in page.text()
+    assert "[click](javascript:window.hit=1)" in page.text() and "& <b>not bold</b>" in page.text()
+    assert page.page.locator(".answer :is(script, img, b, iframe, [href^=javascript])").count() == 0
+    assert page.page.evaluate("window.hit") is None
+    assert "tiny <i>&</i> co" in page.page.locator("h1").inner_text()
+
+
+@needs_browser
+def test_markdown_is_rendered(visit):
+    page = visit()
+    page.ask("say", "1. **one**\n2. two\n\n```python\nif a < b:\n    pass\n```\n[there](https://example.org)")
+    page.see("there")
+    page.see("Answered in", ".status")
+    assert page.page.locator(".answer ol li").count() == 2
+    assert page.page.locator(".answer pre code").inner_text() == "if a < b:\n    pass\n"
+    assert page.page.locator(".answer li strong").inner_text() == "one"
+    assert page.page.locator(".answer a").get_attribute("rel") == "noopener noreferrer nofollow"
+
+
+@needs_browser
+def test_a_long_answer_keeps_the_next_page_waiting_no_longer_than_its_turn(visit, sites):
+    long, other, third = visit(), visit(), visit()
+    long.ask("count")
+    long.see(re.compile(r" 5 "))
+    other.ask("say", "for the other")
+    other.see("for the other")
+    assert "other" not in long.text() and not re.search(r"\d", other.text())
+    other.ask("count")
+    other.see(re.compile(r" 5 "))
+    third.ask("say", "for the third")
+    third.page.get_by_text(re.compile("queue: 1/1")).first.wait_for()
+    assert sites().model.running == 2
+    long.button("Stop").click()
+    third.see("for the third")
+    other.button("Stop").click()
+    assert sites().model.all_stopped.wait(10)
+
+
+@needs_browser
+def test_enter_asks_and_shift_enter_makes_a_line(visit, sites):
+    page = visit()
+    field = page.page.get_by_label("Instruction", exact=True)
+    assert "Enter asks, Shift+Enter makes a new line." in field.get_attribute("placeholder")
+    page.page.get_by_label("Input (optional)").fill("echo")
+    field.fill("one")
+    field.press("Shift+Enter")
+    field.press_sequentially("two")
+    field.press("Enter")
+    page.see("echo")
+    assert sites().model.calls[-1][0] == utils.format_prompt("one\ntwo", "echo")
+
+
+@needs_browser
+def test_an_example_fills_the_fields_and_try_again_takes_another_seed(visit, sites):
+    page, calls = visit(), sites().model.calls
+    page.page.get_by_role("button", name="Sampling").click()
+    assert page.page.get_by_label("Seed").input_value() == ""
+    page.page.get_by_text("Sort these animals").first.click()
+    page.page.wait_for_function("document.querySelectorAll('textarea')[1].value.startsWith('cat')")
+    page.button("Answer").click()
+    page.see("cat, elephant, mouse, horse")
+    page.see("Answered in", ".status")
+    before = len(calls)
+    page.button("Try again").click()
+    page.page.wait_for_timeout(100)
+    page.see("Answered in", ".status")
+    wait_until(lambda: len(calls) == before + 1)
+    assert calls[-1][0] == calls[-2][0] == utils.format_prompt(*web_page.EXAMPLES[-1])
+    assert calls[-1][1]["seed"] != calls[-2][1]["seed"]
+
+
+@needs_browser
+def test_two_models_answer_side_by_side_with_one_seed(visit, sites):
+    site = sites(models=2)
+    page = visit(site.url)
+    page.ask("say", "both of us")
+    page.see("Answered in", ".status")
+    assert [page.text(i).splitlines()[0] for i in range(2)] == ["A: tiny <i>&</i> co", "B: other"]
+    assert all("both of us" in page.text(i) for i in range(2))
+    assert site.model.calls[0] == site.model.calls[1]
+
+
+@needs_browser
+@pytest.mark.parametrize("models", [1, 2])
+def test_a_phone_shows_the_page_without_scrolling_sideways(visit, sites, models):
+    page = visit(sites(models=models).url, width=360)
+    page.ask("say", "```\n" + "wide " * 60 + "\n```\n" + "x" * 200 + "\n\n|a|b|\n|-|-|\n|" + "y" * 90 + "|2|")
+    page.see("Answered in", ".status")
+    for section in ("Sampling", "Report a harmful answer"):
+        page.page.get_by_role("button", name=section).click()
+    page.page.get_by_label("What is wrong with it?").wait_for()
+    assert page.is_as_wide_as_its_window()
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_from_its_ground_light_and_dark(visit, scheme):
+    page = visit()
+    page.page.emulate_media(color_scheme=scheme)
+    page.page.reload()
+    page.ask("say", "A `word` and\n```\ncode\n```\n> quoted\n\n[there](https://example.org)")
+    page.see("there")
+    page.see("Answered in", ".status")
+    page.stands_out(scheme, "h1", ".notice", "textarea", "button.primary", ".status", ".answer :is(h2, code, a)", "pre")
+
+
+@needs_browser
+def test_every_field_and_button_has_a_name(visit):
+    page = visit()
+    for section in ("Sampling", "Report a harmful answer"):
+        page.page.get_by_role("button", name=section).click()
+    page.page.get_by_label("What is wrong with it?").wait_for()
+    nameless = """() => [...document.querySelectorAll("button, input, textarea")].filter(
+        e => e.checkVisibility() && !(e.innerText || e.ariaLabel || e.title || e.labels?.[0]?.innerText)
+    ).map(e => e.outerHTML)"""
+    assert page.page.evaluate(nameless) == []
+
+
+@needs_browser
+def test_copy_takes_the_answer_as_the_model_wrote_it(visit):
+    page = visit()
+    page.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.ask("say", "**bold** <i>")
+    page.see("Answered in", ".status")
+    page.button("Copy").click()
+    wait_until(lambda: page.page.evaluate("navigator.clipboard.readText()") == "**bold** <i>")
+
+
+@needs_browser
+def test_an_error_is_told_and_keeps_the_servers_secrets(visit, caplog):
+    page = visit()
+    page.ask("fail")
+    page.page.get_by_text("failed; the terminal of the server says why").wait_for()
+    page.see("Not answered to the end.", ".status")
+    assert "secret" not in page.page.content() and "secret of the server" in caplog.text
+    page.ask("  ")
+    page.page.get_by_text("Type an instruction first.").wait_for()
+    page.ask("many words", "w " * 1_000)
+    page.page.get_by_text(re.compile("have 1,0.. tokens.*at most 1,000 here: shorten them")).wait_for()
+
+
+@needs_browser
+def test_a_report_is_a_line_of_json_on_this_machine(visit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = visit()
+    page.ask("say", "something bad")
+    page.see("Answered in", ".status")
+    page.page.get_by_role("button", name="Report a harmful answer").click()
+    page.page.get_by_label("What is wrong with it?").fill("rude <b>")
+    page.button("Report").click()
+    page.page.get_by_text("Saved in flagged.jsonl").wait_for()
+    page.button("Report").click()  # once is enough
+    page.page.wait_for_timeout(300)
+    (record,) = utils.jload(tmp_path / "flagged.jsonl")
+    settings = record.pop("settings")
+    assert settings.keys() == {"max_new_tokens", "temperature", "top_p", "seed"}
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", record.pop("time"))
+    assert record == {
+        "instruction": "say",
+        "input": "something bad",
+        "answer": "something bad",
+        "model": "tiny <i>&</i> co",
+        "model_path": "",
+        "reason": "rude <b>",
+    }
+
+
+@needs_browser
+def test_a_password_is_asked_for_and_needed(visit, sites):
+    site = sites(auth=("ann", "right"))
+    page = visit(site.url)
+    assert site.http("/gradio_api/call/answer", {"data": []})[0] == 401
+    assert site.http("/gradio_api/queue/join", {"data": [], "fn_index": 0, "session_hash": "x"})[0] == 401
+    assert "tiny" not in site.http("/")[1]
+    for password in ("wrong", "right"):
+        page.page.locator("input").nth(0).fill("ann")
+        page.page.locator("input[type=password]").fill(password)
+        page.page.get_by_role("button", name="Login").click()
+        if password == "wrong":
+            page.page.get_by_text("Incorrect Credentials").wait_for()
+    page.ask("say", "come in")
+    page.see("come in")
+
+
+@needs_browser
+def test_an_adapter_answers_on_two_pages_at_once_and_ctrl_c_ends_it(visit, tiny_llama, tmp_path):
+    """A real model in its threads: each page gets what the adapter over --base_path says to it alone."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
+    torch.manual_seed(1)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=0.2) if "lora_B" in name else None
+    model.save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "/gone"
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    transformers.AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "adapter")
+
+    def said(path, *given):
+        model, tokenizer = inference.load(path, "cpu", None, *given)
+        ids = inference.request_ids(tokenizer, "alpaca", TASKS)
+        beginnings = inference.answer_batch(model, tokenizer, ids, web_page.Settings(40, 0))
+        return [text.strip().rstrip("\ufffd") for text, *_ in beginnings]  # the last may be half a character
+
+    server = subprocess.Popen(
+        [sys.executable, str(ROOT / "chat.py"), "--model_path", "adapter", "--base_path", str(tiny_llama), "--web"]
+        + "--port 0 --device cpu --temperature 0 --max_new_tokens 120".split(),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the server needs the others
+    try:
+        expected = said(tmp_path / "adapter", tiny_llama)
+        assert len(set(expected)) == 2 and all(expected) and not set(expected) & set(said(tiny_llama))
+        line, note = server.stdout.readline(), server.stdout.readline()
+        url = re.search(r"http://127\.0\.0\.1:\d+/", line)
+        assert url and line.startswith("adapter at "), line + server.stderr.read()
+        pages = [visit(url[0]) for _ in TASKS]
+        for page, task in zip(pages, TASKS, strict=True):
+            page.ask(*task)
+        for page, text in zip(pages, expected, strict=True):
+            page.see("Answered in", ".status")
+            page.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+            page.page.bring_to_front()
+            page.button("Copy").click()
+            wait_until(lambda page=page: page.page.evaluate("navigator.clipboard.readText()"))
+            assert page.page.evaluate("navigator.clipboard.readText()").strip().startswith(text)
+        server.send_signal(signal.SIGINT)
+        output, errors = server.communicate(timeout=30)
+    finally:
+        torch.set_num_threads(threads)
+        server.kill()
+    assert (server.returncode, output.splitlines()[-1]) == (0, "stopped"), errors
+    assert str(tmp_path / "flagged.jsonl") in note and "Traceback" not in errors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Past the browser.
+
+GOOD = ["say", "hello", 16, 0.5, 0.9, 3]
+
+
+def test_a_program_that_asks_gets_the_answer(sites):
+    event, data = sites().call(*GOOD)
+    assert event == "complete" and "hello" in json.loads(data)[0]
+    expected = {"max_new_tokens": 16, "temperature": 0.5, "top_p": 0.9, "seed": 3}
+    assert sites().model.calls[-1] == (utils.format_prompt("say", "hello"), expected)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({2: 10**6}, "greater than maximum value 512"),
+        ({2: 0}, "less than minimum value 1"),
+        ({2: "many"}, None),
+        ({2: None}, None),
+        ({2: [1]}, None),
+        ({3: 1e300}, "greater than maximum value 2"),
+        ({4: -1}, "less than minimum value 0.01"),
+        ({5: -1}, "Seed must be a number from 0 to 2147483647."),
+        ({5: "three"}, "Seed must be a number from 0 to 2147483647."),
+        ({5: "3" * 5_000}, "Seed must be a number from 0 to 2147483647."),
+        ({5: 2**80}, "Seed must be a number from 0 to 2147483647."),
+        ({0: "x" * 8_001}, "The instruction has 8,001 characters; at most 8,000 are read"),
+        ({1: "x" * 8_001}, "The input has 8,001 characters; at most 8,000 are read"),
+        ({1: "w " * 2_000}, "tokens; tiny &lt;i&gt;&amp;&lt;/i&gt; co reads at most 1,000 here"),
+        ({0: "half \ud83d"}, "The text holds half of a surrogate pair"),
+        ({0: ""}, "Type an instruction first."),
+        ({0: None}, "Type an instruction first."),
+    ],
+)
+def test_a_program_is_bounded_as_a_visitor_is(sites, changed, message):
+    before = len(sites().model.calls)
+    event, data = sites().call(*(changed.get(i, value) for i, value in enumerate(GOOD)))
+    assert event == "error" and (message is None or message in json.loads(data)["error"])
+    assert len(sites().model.calls) == before
+
+
+def test_the_bounds_hold_without_gradios_own(sites):
+    models = [web_page.Model("m", Model(), Words())]
+    for changed in ({2: 513}, {2: True}, {2: float("nan")}, {3: "1"}, {4: 0}, {0: {"a": 1}}, {1: 5}):
+        with pytest.raises(web_page.gr.Error):
+            web_page.check(models, 512, *(changed.get(i, value) for i, value in enumerate(GOOD)))
+    assert web_page.check(models, 512, *GOOD[:-1], " 3 ") == web_page.check(models, 512, *GOOD)
+    assert len({web_page.check(models, 512, *GOOD[:-1], empty)[1].seed for empty in ("", None, "")}) == 3
+    assert web_page.check(models, 512, *GOOD) == (
+        utils.format_prompt("say", "hello"),
+        web_page.Settings(16, 0.5, 0.9, 3),
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "data", "status"),
+    [
+        ("/gradio_api/call/answer", b"x" * 300_000, 413),
+        ("/gradio_api/queue/join", b"x" * 300_000, 413),
+        ("/gradio_api/run/answer", {"data": GOOD}, 404),
+        ("/gradio_api/api/answer", {"data": GOOD}, 404),
+        ("/gradio_api/upload", b"", 404),
+        ("/gradio_api/component_server", {}, 404),
+        ("/gradio_api/vibe-code", {}, 404),
+        ("/gradio_api/file=/etc/passwd", None, 404),
+        ("/gradio_api/proxy=http://192.0.2.1/", None, 404),
+        ("/gradio_api/deep_link?session_hash=x", None, 404),
+        ("/monitoring", None, 404),
+        ("/logout", None, 404),  # which ends the logins of all who came in with the same name
+        ("/static/../../../../../../../../etc/passwd", None, 403),
+    ],
+)
+def test_what_the_page_does_not_need_is_not_there(sites, path, data, status):
+    assert sites().http(path, data)[0] == status
+
+
+def test_a_request_must_say_its_length_and_be_meant_for_this_machine(sites):
+    site = sites()
+    chunked = {"Transfer-Encoding": "chunked"}
+    assert site.http("/gradio_api/call/answer", None, chunked, method="POST")[0] == 411
+    assert site.http("/", headers={"Host": "attacker.example:80"})[0] == 403
+    assert site.http("/", headers={"Host": "localhost:1"})[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": "http://attacker.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://127.0.0.1:1"}, 403),
+        ({"Origin": "http://attacker.example", "Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Origin": "http://{host}"}, 200),
+        ({"Origin": "https://demo.example", "X-Forwarded-Host": "demo.example"}, 200),
+        ({"Origin": "https://demo.example", "Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Sec-Fetch-Site": "cross-site"}, 200),  # a link to this page
+    ],
+)
+def test_a_page_of_another_site_is_not_answered(sites, headers, status):
+    host = urllib.parse.urlsplit(sites().url).netloc
+    headers = {name: value.replace("{host}", host) for name, value in headers.items()}
+    assert sites().http("/config", headers=headers)[0] == status
+    assert sites().http("/gradio_api/call/answer", {"data": GOOD}, headers)[0] == status
+
+
+def test_wrong_passwords_are_tried_with_pauses_and_keep_nobody_else_waiting(monkeypatch):
+    guard, slept = web_server.Guard(None, None), []
+
+    async def sleep(seconds):
+        slept.append(round(seconds, 1))
+
+    async def attempts():
+        return [await guard._may_log_in(address) for address in [*["a"] * 8, "b"]]
+
+    # names of this module alone: the servers of other tests go on sleeping
+    monkeypatch.setattr(web_server, "asyncio", types.SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(web_server, "time", types.SimpleNamespace(monotonic=lambda: 100.0))
+    with futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(asyncio.run, attempts()).result() == [True] * 6 + [False] * 2 + [True]
+    assert slept == [0, 2, 4, 6, 8, 10, 0]
+    monkeypatch.setattr(web_server, "time", types.SimpleNamespace(monotonic=lambda: 113.0))
+    with futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(asyncio.run, guard._may_log_in("a")).result() and guard.next_login == {"a": 115.0}
+
+
+def test_a_right_password_ends_the_pauses(sites, monkeypatch):
+    monkeypatch.setattr(web_server, "LOGIN_PAUSE", 30.0)
+    site = sites(auth=("ann", "right"))
+    assert [site.log_in(password)[0] for password in ("right", "right", "wrong", "right")] == [200, 200, 400, 429]
+    guard = site.page.app.middleware_stack
+    while not isinstance(guard, web_server.Guard):
+        guard = guard.app
+    guard.next_login.clear()  # as if half a minute had passed
+    assert site.log_in()[0] == 200
+
+
+def test_of_two_requests_by_one_login_the_later_is_answered(sites):
+    site = sites(auth=("ann", "right"))
+    mine, other = site.log_in()[1], site.log_in()[1]
+    with futures.ThreadPoolExecutor(2) as pool:
+        first = pool.submit(site.call, "count", "", 512, 1, 1, 0, headers=mine)
+        wait_until(lambda: site.model.running == 1)
+        assert site.call(*GOOD, headers=other)[0] == "complete" and site.model.running == 1
+        assert site.call(*GOOD, headers=mine)[0] == "complete"
+        event, data = first.result()
+    assert event == "error" and "in another window: one at a time" in data
+    assert site.model.all_stopped.wait(10)
+
+
+def drive(models, word, use):
+    """Runs ``use(stream of answers)`` in a loop of its own."""
+
+    async def run():
+        stream = web_page.answers(models, utils.format_prompt(word), web_page.Settings(seed=0), {})
+        try:
+            return await use(stream)
+        finally:
+            await stream.aclose()
+
+    with futures.ThreadPoolExecutor(1) as pool:  # the browser's loop runs in this one
+        return pool.submit(asyncio.run, run()).result()
+
+
+async def leave_soon(stream):
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(anext(stream), 0.3)
+
+
+def test_leaving_stops_a_model_whose_text_is_held_back():
+    model = Model()
+    drive([web_page.Model("m", model, Words())], "mute", leave_soon)
+    assert model.all_stopped.wait(10) and model.running == 0
+
+
+def test_asking_and_stopping_in_turn_never_has_more_models_at_work_than_streams():
+    model = Model()
+    models = [web_page.Model("m", model, Words())]
+    for _ in range(web_page.STREAMS + 2):
+        drive(models, "read", leave_soon)
+    assert len(model.calls) == model.running == web_page.STREAMS
+    model.may_go_on.set()
+    assert model.all_stopped.wait(10)
+    wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name == web_server.WORKER])
+    assert len(model.calls) == web_page.STREAMS  # who had left was not answered
+
+
+def test_the_queue_is_bounded(sites):
+    site = sites(fresh=True)
+    statuses = []
+    for _ in range(web_page.STREAMS + web_page.MAX_WAITING + 1):
+        statuses.append(site.http("/gradio_api/call/answer", {"data": ["count", "", 512, 1, 1, 0]})[0])
+        if len(statuses) <= web_page.STREAMS:
+            wait_until(lambda: site.model.running == len(statuses))
+    assert statuses == [200] * (web_page.STREAMS + web_page.MAX_WAITING) + [503]
+    assert site.model.running == web_page.STREAMS
+    web_server.close(site.page)
+    assert site.model.all_stopped.wait(10) and site.model.running == 0
+
+
+def test_a_report_needs_an_answer_and_a_short_reason(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exchange = {
+        "instruction": "i",
+        "input": "",
+        "answers": ["a", ""],
+        "models": ["m", "m"],
+        "paths": ["a/m", "b/m"],
+        "running": False,
+        "settings": {},
+        "flagged": [],
+    }
+    for bad in ((None, 0, ""), (exchange, 1, ""), (exchange, 0, "r" * 501), (exchange | {"running": True}, 0, "")):
+        with pytest.raises(web_page.gr.Error):
+            web_page.flag(*bad)
+    assert not os.listdir(tmp_path)
+    assert "Saved in flagged.jsonl" in web_page.flag(exchange, 0, None)
+    assert "already reported" in web_page.flag(exchange, 0, "twice")
+    exchange["answers"] = ["a", "b"]
+    web_page.flag(exchange, 1, "other")
+    records = utils.jload("flagged.jsonl")
+    assert [(record["reason"], record["model_path"]) for record in records] == [("", "a/m"), ("other", "b/m")]
+
+
+def test_a_line_that_a_crash_has_torn_costs_no_other_line(tmp_path):
+    path = tmp_path / "flagged.jsonl"
+    web_reports.append_line(path, {"n": 1})
+    with open(path, "a") as file:
+        file.write('{"n": 2, "tor')
+    web_reports.append_line(path, {"n": 3, "half": "\ud83d"})
+    assert path.read_text().split("\n") == ['{"n": 1}', '{"n": 2, "tor', '{"n": 3, "half": "\\ud83d"}', ""]
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_reports_from_many_threads_stay_whole_lines(tmp_path):
+    path = tmp_path / "flagged.jsonl"
+    record = {"answer": "x" * 5_000}
+    threads = [threading.Thread(target=web_reports.append_line, args=(path, record)) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert utils.jload(path) == [record] * 20
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"host": "0.0.0.0"}, "--host 0.0.0.0 lets other machines in: set --auth user:password too"),
+        ({"host": "0.0.0.0", "auth": "user:"}, "--auth takes user:password"),
+        ({"auth": ":password"}, "--auth takes user:password"),
+        ({"max_new_tokens": 0}, "--max_new_tokens must be at least 1"),
+        ({"temperature": 3.0}, "--temperature from 0 to 2"),
+        ({"seed": -1}, "--seed must be from 0 to 2147483647"),
+        ({"port": 70_000}, "--port 70000 is no port"),
+    ],
+)
+def test_a_bad_flag_is_told_before_a_model_is_loaded(flags, words):
+    with pytest.raises(UserError) as error:
+        web_page.serve("no-such-folder", **flags)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_port_in_use_is_one_line(sites):
+    port = urllib.parse.urlsplit(sites().url).port
+    with pytest.raises(UserError, match=f"port {port} cannot be used .*choose another --port"):
+        web_page.serve("no-such-folder", port=port)
+
+
+@pytest.mark.parametrize("page", ["inference.web.page", "judging.page"])
+def test_without_gradio_one_line_says_how_to_get_it(monkeypatch, page):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    for module in (page, "inference.web.server"):
+        monkeypatch.delitem(sys.modules, f"alpaca.{module}", raising=False)
+    with pytest.raises(UserError, match=r"a page in the browser needs Gradio: pip install -e '\.\[web\]'"):
+        __import__(f"alpaca.{page}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_server_and_its_answers(monkeypatch, capsys, tmp_path, number):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(inference, "load", lambda path, *_: (model, Words()))
+    model, done = Model(), []
+
+    def visitor():
+        deadline = time.monotonic() + 20
+        while not re.search("http://127.0.0.1:(\\d+)/", capsys_text := "".join(said)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        port = re.search("http://127.0.0.1:(\\d+)/", capsys_text)[1]
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/gradio_api/call/answer",
+            json.dumps({"data": ["count", "", 512, 1, 1, 0]}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        done.append(urllib.request.urlopen(request).status)
+        wait_until(lambda: model.running == 1)
+        os.kill(os.getpid(), number)
+
+    said = []
+    monkeypatch.setattr("builtins.print", lambda *text, **_: said.append(" ".join(map(str, text))))
+    previous = [(each, signal.getsignal(each)) for each in (signal.SIGINT, signal.SIGTERM)]
+    thread = threading.Thread(target=visitor)
+    thread.start()
+    try:
+        web_page.serve("a-model", port=0)
+    finally:
+        for each, handler in previous:
+            signal.signal(each, handler)
+    thread.join()
+    assert done == [200] and said[-1] == "stopped" and model.all_stopped.wait(5)

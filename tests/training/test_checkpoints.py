@@ -1,0 +1,714 @@
+"""alpaca/training/checkpoints.py: a run that was killed, stopped or out of disk goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from conftest import ROOT, make_records, torchrun
+from safetensors.torch import load_file
+
+import train
+from alpaca import UserError
+from alpaca.training import checkpoints, stop, trainer
+
+REHEARSED = ("--skip_save_rehearsal", "False")  # after it the model is sharded already
+STEPS = 5  # 3 steps an epoch: the last one is inside the second
+
+
+def arguments(model, data, out, *extra):
+    return [
+        *("--model_name_or_path", model, "--data_path", data, "--output_dir", out, "--max_steps", STEPS),
+        *("--per_device_train_batch_size", 8, "--learning_rate", 1e-2, "--logging_steps", 1, "--disable_tqdm", "True"),
+        *("--save_strategy", "steps", "--save_steps", 1, "--report_to", "none"),
+        *("--skip_save_rehearsal", "True", *extra),  # which has steps of its own; tests/test_preflight.py
+    ]
+
+
+def run(*argv) -> None:
+    train.train(*train.parse_args([str(word) for word in arguments(*argv)]))
+
+
+def losses(folder: Path) -> list[float]:
+    return [entry["loss"] for entry in json.loads((folder / "trainer_state.json").read_text())["log_history"][:STEPS]]
+
+
+def assert_same_result(a: Path, b: Path) -> None:
+    x, y = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    assert x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
+    assert losses(a) == losses(b) and len(losses(a)) == STEPS
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "data.json"
+    path.write_text(json.dumps(make_records(24)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama, tmp_path_factory):
+    """The tiny LLaMA with dropout, so that a resumed run is equal only if the random states are restored."""
+    path = tmp_path_factory.mktemp("model") / "dropping"
+    shutil.copytree(tiny_llama, path)
+    config = json.loads((path / "config.json").read_text()) | {"attention_dropout": 0.2}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(model, data, tmp_path_factory):
+    """The folder of an uninterrupted run, with a checkpoint of each step."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    run(model, data, out)
+    return out
+
+
+@pytest.fixture
+def interrupted(whole, tmp_path):
+    """What an interrupted run leaves: checkpoints 1 and 2, no model."""
+    for step in (1, 2):
+        shutil.copytree(whole / f"checkpoint-{step}", tmp_path / "out" / f"checkpoint-{step}")
+    return tmp_path / "out"
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: nothing in the code under test catches it or cleans up after it."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Killed.
+
+
+def test_a_run_killed_at_a_random_step_equals_an_uninterrupted_one(model, data, whole, tmp_path):
+    out, step = tmp_path / "out", random.randint(1, STEPS - 2)
+    argv = [sys.executable, "train.py", *map(str, arguments(model, data, out))]
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / f"checkpoint-{step}").exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    time.sleep(random.random() / 20)
+    process.kill()
+    process.wait()
+    run(model, data, out, "--resume_from_checkpoint", "auto")
+    assert_same_result(out, whole)
+
+
+KILL_IN_SAVE = """
+import os, signal, sys, train
+inner = train.Trainer._save_rng_state
+def _save_rng_state(self, folder):
+    if self.state.global_step == 3:  # weights, optimizer and scheduler are written, the state is not
+        os.kill(os.getpid(), signal.SIGKILL)
+    inner(self, folder)
+train.Trainer._save_rng_state = _save_rng_state
+train.main()
+"""
+
+
+def test_a_run_killed_in_a_save_equals_an_uninterrupted_one(model, data, whole, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = [sys.executable, "-c", KILL_IN_SAVE, *map(str, arguments(model, data, out, "--save_total_limit", 1))]
+    assert subprocess.run(argv, cwd=ROOT, stdout=subprocess.DEVNULL).returncode == -signal.SIGKILL
+    assert sorted(path.name for path in out.iterdir()) == [".saving", "checkpoint-2"]
+    assert (out / ".saving" / "checkpoint-3" / "optimizer.pt").exists()
+    run(model, data, out, "--resume_from_checkpoint", "auto")
+    assert f"going on from {out}/checkpoint-2" in capsys.readouterr().out
+    assert not (out / ".saving").exists()
+    assert_same_result(out, whole)
+
+
+@pytest.mark.parametrize(
+    "owner, name, newest",
+    [
+        (trainer.ResumableTrainer, "_save_optimizer_and_scheduler", 2),  # the weights are there
+        (trainer, "fsync_tree", 2),  # all is written, nothing is on the disk for sure
+        (trainer.os, "rename", 2),  # … and checkpoint.json too
+        (trainer, "fsync", 3),  # renamed, the older one not yet deleted
+    ],
+)
+def test_whenever_a_save_is_killed_a_whole_checkpoint_is_chosen(
+    model, data, interrupted, monkeypatch, owner, name, newest
+):
+    before = {path: path.read_bytes() for path in (interrupted / "checkpoint-2").iterdir()}
+    inner = getattr(owner, name)
+
+    def kill(*args, **kwargs):
+        if name != "fsync" or args[0] == interrupted:
+            raise Killed
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, kill)
+    with pytest.raises(Killed):
+        run(model, data, interrupted, "--resume_from_checkpoint", "auto", "--save_total_limit", 1)
+    assert checkpoints.newest_complete_checkpoint(interrupted) == interrupted / f"checkpoint-{newest}"
+    assert {path: path.read_bytes() for path in (interrupted / "checkpoint-2").iterdir()} == before
+
+
+@pytest.mark.parametrize("when", ["before the last rename", "between the two renames of a checkpoint that is replaced"])
+def test_a_checkpoint_that_is_whole_but_for_its_rename_is_not_lost(model, data, whole, interrupted, when, monkeypatch):
+    """The second: checkpoint-3 is there when the run that went on from checkpoint-2 comes to save its own."""
+    inner, renamed = os.rename, []
+
+    def rename(source, target):
+        renamed.append(Path(source).parent.name)
+        if renamed[-1] == ".saving":
+            raise Killed
+        inner(source, target)
+
+    if "two renames" in when:
+        send_at_step(monkeypatch, 3, lambda: shutil.copytree(whole / "checkpoint-3", interrupted / "checkpoint-3"))
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.os, "rename", rename)
+        with pytest.raises(Killed):
+            run(model, data, interrupted, "--resume_from_checkpoint", "auto")
+    assert renamed == ["out", ".saving"][-len(renamed) :] and len(renamed) == 1 + ("two renames" in when)
+    assert (interrupted / ".saving" / "checkpoint-3").exists() and not (interrupted / "checkpoint-3").exists()
+    assert checkpoints.choose_checkpoint("auto", interrupted) == interrupted / "checkpoint-3"
+    monkeypatch.undo()
+    run(model, data, interrupted, "--resume_from_checkpoint", "auto")
+    assert_same_result(interrupted, whole)
+
+
+def test_what_was_left_in_the_staging_folder_is_not_taken_for_whole(interrupted):
+    """Without checkpoint.json nobody knows whether all of it reached the disk, and with it each file counts."""
+    for step, broken in ((3, "checkpoint.json"), (4, "optimizer.pt")):
+        shutil.copytree(interrupted / "checkpoint-2", interrupted / ".saving" / f"checkpoint-{step}")
+        (interrupted / ".saving" / f"checkpoint-{step}" / broken).unlink()
+    assert checkpoints.choose_checkpoint("auto", interrupted) == interrupted / "checkpoint-2"
+
+
+def test_leftovers_of_a_save_and_of_a_rehearsal_are_removed_and_what_is_whole_is_kept(interrupted, capsys):
+    shutil.copytree(interrupted / "checkpoint-2", interrupted / ".save-rehearsal" / "checkpoint-1")
+    (interrupted / ".saving" / "model").mkdir(parents=True)
+    (interrupted / "checkpoint-2").rename(interrupted / ".saving" / "checkpoint-2")
+    trainer.remove_leftovers(interrupted)
+    assert sorted(path.name for path in interrupted.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    printed = capsys.readouterr().out
+    assert "removed" in printed and "a save that was interrupted" in printed and "a rehearsal that was" in printed
+    trainer.remove_leftovers(interrupted)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_finished_run_leaves_no_scraps_and_is_readable_by_others(whole):
+    assert not (whole / ".saving").exists()
+    assert (whole / "model.safetensors").stat().st_mode == (whole / "config.json").stat().st_mode
+    names = {path.name for path in whole.iterdir()}
+    assert {"tokenizer.json", "generation_config.json"} < names
+    assert "training_args.bin" not in names  # a pickle that would hold --hub_token
+    assert json.loads((whole / "config.json").read_text())["use_cache"]  # off in training, on in the base model
+
+
+def test_the_limit_keeps_the_newest_and_the_best(model, data, tmp_path):
+    keep = ("--save_total_limit", 2, "--max_steps", 4, "--eval_fraction", 0.3, "--load_best_model_at_end", "True")
+    evaluate = ("--eval_strategy", "steps", "--eval_steps", 1, "--learning_rate", 1.0)  # diverges
+    run(model, data, tmp_path, *keep, *evaluate)
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    evals = [(entry["eval_loss"], entry["step"]) for entry in state["log_history"] if "eval_loss" in entry]
+    best = min(evals[1:])[1]  # the first was before training
+    assert best < 3
+    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["checkpoint-4", f"checkpoint-{best}"]
+    assert state["best_model_checkpoint"] == str(tmp_path / f"checkpoint-{best}")
+
+
+@pytest.mark.parametrize("strategy", ["steps", "best"])
+def test_a_stopped_run_keeps_its_newest_checkpoint_beside_the_best_and_finds_both_in_a_folder_that_has_moved(
+    model, data, tmp_path, monkeypatch, strategy
+):
+    keep = ("--save_total_limit", 1, "--max_steps", 4, "--eval_fraction", 0.3, "--load_best_model_at_end", "True")
+    keep += ("--eval_strategy", "steps", "--eval_steps", 1, "--learning_rate", 1.0, "--save_strategy", strategy)
+    keep += ("--metric_for_best_model", "loss")
+    with monkeypatch.context() as patch:
+        send_at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(stop.Stopped, match="checkpoint-3 of 4 steps saved"):
+            run(model, data, tmp_path / "here", *keep)
+    state = json.loads((tmp_path / "here" / "checkpoint-3" / "trainer_state.json").read_text())
+    best = Path(state["best_model_checkpoint"]).name
+    assert best != "checkpoint-3"  # the loss diverges
+    assert [path.name for path in checkpoints.checkpoints(tmp_path / "here")] == ["checkpoint-3", best]
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    chosen = []
+    inner = train.Trainer._load_best_model
+    monkeypatch.setattr(
+        train.Trainer,
+        "_load_best_model",
+        lambda self: chosen.append(self.state.best_model_checkpoint) or inner(self),
+    )
+    run(model, data, tmp_path / "there", *keep, "--resume_from_checkpoint", "auto")
+    assert chosen == [str(tmp_path / "there" / best)]
+    assert (tmp_path / "here" / "checkpoint-3").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --push_to_hub.
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that takes everything: a list of commits, each a dictionary from the path there to the file here."""
+    commits = []
+
+    def create_commit(self, repo_id, operations, **kwargs):
+        here = [Path(operation.path_or_fileobj) for operation in operations]
+        root = min((path.parent for path in here), key=lambda path: len(path.parts))
+        names = [str(path.relative_to(root)) for path in here]
+        commits.append(dict(zip([operation.path_in_repo for operation in operations], names, strict=True)))
+
+    def upload_folder(self, *, folder_path, **kwargs):
+        commits.append({"folder": str(folder_path)})
+
+    monkeypatch.setattr(train.Trainer, "init_hf_repo", lambda self, **kwargs: setattr(self, "hub_model_id", "me/model"))
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", create_commit)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
+    return commits
+
+
+def test_the_finished_model_is_uploaded_once_and_an_interrupted_run_can_be_resumed(
+    model, data, whole, tmp_path, monkeypatch, hub
+):
+    push = ("--push_to_hub", "True", "--resume_from_checkpoint", "auto")
+    with monkeypatch.context() as patch:
+        send_at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(stop.Stopped):
+            run(model, data, tmp_path, *push)
+    assert hub == [] and not list(tmp_path.glob("*.safetensors"))
+    (tmp_path / "additional_chat_templates").mkdir()  # as a tokenizer with several templates is saved
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    run(model, data, tmp_path, *push)
+    assert_same_result(tmp_path, whole)
+    assert len(hub) == 1
+    uploaded = hub[0]
+    assert uploaded.pop("README.md") == "model_card.md" and all(there == here for there, here in uploaded.items())
+    named = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    templates = {"chat_template.jinja", "additional_chat_templates/tool_use.jinja"}
+    assert set(uploaded) - {"loss.png"} == named | templates | {"training_receipt.json"}
+
+
+def test_an_upload_that_fails_says_that_the_model_is_whole(model, data, tmp_path, monkeypatch, hub):
+    def create_commit(self, *args, **kwargs):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", create_commit)
+    with pytest.raises(UserError, match="no route to host.*is whole: hf upload me/model .* --exclude '[*]/[*]'"):
+        run(model, data, tmp_path, "--push_to_hub", "True", "--max_steps", 1, "--save_strategy", "no")
+    assert (tmp_path / "model.safetensors").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which checkpoint.
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_a_branch_that_was_left_is_never_chosen_again(model, data, whole, tmp_path, monkeypatch, capsys, limit):
+    for step in (1, 3, 4):
+        shutil.copytree(whole / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    more = ("--save_total_limit", limit) if limit else ()
+
+    def kill(*args, **kwargs):
+        raise Killed
+
+    def names():
+        return {path.name for path in tmp_path.iterdir()}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "fsync_tree", kill)
+        with pytest.raises(Killed):
+            run(model, data, tmp_path, "--resume_from_checkpoint", tmp_path / "checkpoint-1", *more)
+    printed = capsys.readouterr().out
+    assert "renamed checkpoint-4, checkpoint-3 in" in printed and "newer than checkpoint-1, which this run" in printed
+    assert names() == {".saving", "checkpoint-1", "abandoned-checkpoint-3", "abandoned-checkpoint-4"}  # none is lost
+    assert checkpoints.newest_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    with monkeypatch.context() as patch:
+        send_at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(stop.Stopped):
+            run(model, data, tmp_path, "--resume_from_checkpoint", "auto", *more)
+    aside = set() if limit else {"abandoned-checkpoint-3", "abandoned-checkpoint-4"}
+    assert names() == {"checkpoint-1", "checkpoint-2"} | aside
+
+
+def test_one_may_return_to_a_branch_that_was_left(whole, interrupted):
+    """It is not overwritten by the one that is left for it, though they have checkpoints of the same step."""
+    shutil.copytree(whole / "checkpoint-3", interrupted / "checkpoint-3")
+    checkpoints.set_aside_newer(interrupted, interrupted / "checkpoint-1")
+    for step in (2, 3):
+        shutil.copytree(whole / f"checkpoint-{step}", interrupted / f"checkpoint-{step}")
+    left = interrupted / "abandoned-checkpoint-2"
+    (left / "first").touch()
+    checkpoints.set_aside_newer(interrupted, left)
+    names = {"abandoned-checkpoint-2", "abandoned-2-checkpoint-2", "abandoned-checkpoint-3", "abandoned-2-checkpoint-3"}
+    assert {path.name for path in interrupted.iterdir()} == {"checkpoint-1"} | names
+    assert (left / "first").exists()
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["with checkpoint.json", "of a plain Trainer"])
+def test_a_checkpoint_that_lacks_any_file_is_passed_over(interrupted, listed):
+    newest, previous = interrupted / "checkpoint-2", interrupted / "checkpoint-1"
+    needed = list(json.loads((newest / "checkpoint.json").read_text())["files"])
+    parts = {"trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"}
+    assert parts < set(needed)
+    if not listed:
+        (newest / "checkpoint.json").unlink()
+        needed = sorted(parts)
+    for name in needed:
+        assert checkpoints.newest_complete_checkpoint(interrupted) == newest
+        (newest / name).rename(interrupted / "aside")
+        assert checkpoints.newest_complete_checkpoint(interrupted) == previous, name
+        (interrupted / "aside").rename(newest / name)
+
+
+def test_a_checkpoint_of_a_plain_trainer_that_lacks_a_shard_is_passed_over(tiny_llama, interrupted):
+    from transformers import AutoModelForCausalLM
+
+    newest = interrupted / "checkpoint-2"
+    for name in ("checkpoint.json", "model.safetensors"):
+        (newest / name).unlink()
+    AutoModelForCausalLM.from_pretrained(tiny_llama).save_pretrained(newest, max_shard_size="100KB")
+    shards = sorted(newest.glob("model-*.safetensors"))
+    assert len(shards) > 2 and checkpoints.what_is_missing(newest) is None
+    shards[1].rename(interrupted / "aside")
+    assert checkpoints.what_is_missing(newest) == f"{shards[1].name} is missing"
+    assert checkpoints.newest_complete_checkpoint(interrupted) == interrupted / "checkpoint-1"
+    (interrupted / "aside").rename(shards[1])
+    (newest / "model.safetensors.index.json").write_text("{}")
+    assert checkpoints.what_is_missing(newest) == "model.safetensors.index.json is malformed"
+
+
+@pytest.mark.parametrize("name, size", [("optimizer.pt", 1000), ("trainer_state.json", 100)])
+def test_a_checkpoint_with_a_truncated_file_is_passed_over(interrupted, capsys, name, size):
+    os.truncate(interrupted / "checkpoint-2" / name, size)
+    assert checkpoints.newest_complete_checkpoint(interrupted) == interrupted / "checkpoint-1"
+    assert re.search(f"checkpoint-2 is not complete .*{name}.*passed over", capsys.readouterr().out)
+
+
+def test_a_checkpoint_of_the_weights_alone_is_no_place_to_go_on_from(model, data, tmp_path):
+    run(model, data, tmp_path, "--max_steps", 1, "--save_only_model", "True")
+    assert checkpoints.what_is_missing(tmp_path / "checkpoint-1") == "the optimizer is missing"
+
+
+def test_a_folder_with_an_interrupted_run_is_not_overwritten(interrupted):
+    with pytest.raises(UserError, match="holds checkpoint-2 of an interrupted run.*--resume_from_checkpoint auto"):
+        checkpoints.choose_checkpoint(None, interrupted)
+    assert checkpoints.choose_checkpoint("auto", interrupted) == interrupted / "checkpoint-2"
+    assert checkpoints.choose_checkpoint(str(interrupted / "checkpoint-1"), interrupted) == interrupted / "checkpoint-1"
+
+
+def test_auto_begins_where_there_is_no_checkpoint(tmp_path, capsys):
+    assert checkpoints.choose_checkpoint("auto", tmp_path) is None
+    assert "from the beginning" in capsys.readouterr().out
+
+
+def test_an_incomplete_checkpoint_that_is_named_is_refused(interrupted):
+    (interrupted / "checkpoint-2" / "scheduler.pt").unlink()
+    with pytest.raises(UserError, match=r"not complete \(scheduler.pt is missing\): .*checkpoint-1 is"):
+        checkpoints.choose_checkpoint(str(interrupted / "checkpoint-2"), interrupted)
+
+
+def test_a_finished_run_is_told(whole):
+    with pytest.raises(UserError, match="holds a trained model: the run there is finished"):
+        checkpoints.choose_checkpoint("auto", whole)
+    with pytest.raises(UserError, match="holds a trained model: remove it, or choose another folder"):
+        checkpoints.choose_checkpoint(str(whole / "checkpoint-2"), whole)
+
+
+def test_a_run_that_was_killed_before_its_final_save_only_saves(model, data, whole, tmp_path, capsys):
+    shutil.copytree(whole / f"checkpoint-{STEPS}", tmp_path / f"checkpoint-{STEPS}")
+    run(model, data, tmp_path, "--resume_from_checkpoint", "auto")
+    assert f"all {STEPS} steps were done already" in capsys.readouterr().out
+    assert_same_result(tmp_path, whole)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tiny_opt, tiny_llama, data, interrupted, tmp_path):
+    with pytest.raises(
+        UserError, match="is of another model: model.embed_tokens.weight, there .301, 64., is not in this model"
+    ):
+        run(tiny_opt, data, interrupted, "--resume_from_checkpoint", "auto")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(tiny_llama, intermediate_size=96)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "narrow")
+    shutil.copyfile(tiny_llama / "tokenizer.json", tmp_path / "narrow" / "tokenizer.json")
+    shutil.copyfile(tiny_llama / "tokenizer_config.json", tmp_path / "narrow" / "tokenizer_config.json")
+    with pytest.raises(
+        UserError, match="is of another model: .*down_proj.weight, there .64, 128., has the shape .64, 96"
+    ):
+        run(tmp_path / "narrow", data, interrupted, "--resume_from_checkpoint", "auto")
+
+
+def test_another_number_of_examples_a_step_is_refused_with_the_cure(model, data, interrupted):
+    with pytest.raises(UserError, match="8 examples a step, this run has 4: --gradient_accumulation_steps 2 makes"):
+        run(model, data, interrupted, "--resume_from_checkpoint", "auto", "--per_device_train_batch_size", 4)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--eval_fraction", 0.25),
+        ("--model_max_length", 175),
+        ("--data_path", "others"),
+    ],
+)
+def test_other_data_than_a_checkpoint_was_trained_on_is_refused_with_the_cure(model, data, interrupted, flags, capsys):
+    if flags[1] == "others":
+        records = make_records(24)
+        records[7]["output"] += "!"
+        (interrupted / "others.json").write_text(json.dumps(records))
+        flags = (flags[0], interrupted / "others.json")
+    with pytest.raises(UserError, match='was trained on other data .24 examples, .*remove "data" from .*point.json'):
+        run(model, data, interrupted, "--resume_from_checkpoint", "auto", *flags, *REHEARSED)
+    assert "saved, reloaded and resumed" not in capsys.readouterr().out  # refused before the rehearsal
+
+
+def test_packing_that_comes_or_goes_is_refused_and_another_order_told(interrupted, capsys):
+    there = {"sha256": "x", "examples": 2, "packing": False, "seed": 42}
+    with pytest.raises(UserError, match="checkpoint-2 was trained without --packing: do the same, or,"):
+        checkpoints.check_data(interrupted / "checkpoint-2", there, there | {"packing": True})
+    checkpoints.check_data(interrupted / "checkpoint-2", there, dict(there))
+    assert capsys.readouterr().out == ""
+    checkpoints.check_data(interrupted / "checkpoint-2", there, there | {"seed": 1})
+    assert "warning: checkpoint-2 was trained with the data in another order" in capsys.readouterr().out
+
+
+def test_data_is_the_same_as_a_list_in_bins_and_as_a_subset_and_differs_by_a_label():
+    examples = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4, 5], "labels": [4, 5]}]
+    facts = checkpoints.data_facts(examples, 42)
+    assert facts["examples"] == 2 and not facts["packing"]
+    packed = type("Bins", (), {"dataset": examples, "bins": [[0, 1]]})()
+    assert checkpoints.data_facts(packed, 42) == facts | {"packing": True}
+    assert checkpoints.data_facts(torch.utils.data.Subset(examples, [1]), 42) == facts
+    examples[0]["labels"][1] = -100
+    assert checkpoints.data_facts(examples, 42)["sha256"] != facts["sha256"]
+
+
+def test_a_checkpoint_that_does_not_tell_its_data_goes_on_with_any(model, data, interrupted):
+    manifest = json.loads((interrupted / "checkpoint-2" / "checkpoint.json").read_text())
+    assert manifest["data"].keys() == {"sha256", "examples", "packing", "seed"}
+    del manifest["data"]
+    (interrupted / "checkpoint-2" / "checkpoint.json").write_text(json.dumps(manifest))
+    run(model, data, interrupted, "--resume_from_checkpoint", "auto", "--eval_fraction", 0.25, "--max_steps", 3)
+    assert (interrupted / "model.safetensors").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopped.
+
+
+def send_at_step(monkeypatch, step, action):
+    """Calls ``action`` in the middle of a step, as a signal would arrive."""
+    inner = train.Trainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == step - 1:
+            action()
+        return inner(self, *args, **kwargs)
+
+    monkeypatch.setattr(train.Trainer, "training_step", training_step)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_exits_and_the_resumed_run_equals_an_uninterrupted_one(
+    model, data, whole, tmp_path, monkeypatch, capsys, number, code
+):
+    before = signal.getsignal(number)
+    saves = ("--save_steps", 100)  # none of its own
+    argv = [str(word) for word in arguments(model, data, tmp_path, *saves)]
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+    with monkeypatch.context() as patch:
+        send_at_step(patch, 2, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(SystemExit) as exit_:
+            train.main()
+    assert exit_.value.code == code
+    assert f"stopped by {number.name} with checkpoint-2 of 5 steps saved" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2"]
+    assert signal.getsignal(number) == before
+    if number == signal.SIGTERM:
+        run(model, data, tmp_path, "--resume_from_checkpoint", "auto", *saves)
+        assert_same_result(tmp_path, whole)
+
+
+def test_a_second_signal_ends_the_process_at_once_and_its_echo_does_not(monkeypatch):
+    """torchrun passes a Ctrl-C on to workers that the terminal has sent it to already."""
+    killed, clock = [], [100.0]
+    monkeypatch.setattr(stop.os, "kill", lambda pid, number: killed.append((pid, number)))
+    monkeypatch.setattr(stop.signal, "signal", lambda number, handler: killed.append(handler))
+    monkeypatch.setattr(stop.time, "monotonic", lambda: clock[0])
+    listener = stop.StopOnSignal()
+    listener._handle(signal.SIGINT, None)
+    clock[0] += 0.2
+    listener._handle(signal.SIGINT, None)
+    assert listener.received == signal.SIGINT and not killed
+    clock[0] += 3
+    listener._handle(signal.SIGINT, None)
+    assert killed == [signal.SIG_DFL, (os.getpid(), signal.SIGINT)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Out of disk. A limit on the size of a file stands for it: writes fail in the same places, in the kernel.
+
+
+@pytest.fixture
+def file_size_limit():
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("full_in", ["model.safetensors", "optimizer.pt"])
+def test_a_full_disk_leaves_the_previous_checkpoint(model, data, interrupted, monkeypatch, file_size_limit, full_in):
+    size = (interrupted / "checkpoint-2" / full_in).stat().st_size
+    send_at_step(monkeypatch, 3, lambda: file_size_limit(size - 1000))
+    with pytest.raises(trainer.SaveFailed) as failure:
+        run(model, data, interrupted, "--resume_from_checkpoint", "auto", "--save_total_limit", 1)
+    assert "checkpoint-3 could not be saved" in str(failure.value) and "\n" not in str(failure.value)
+    assert "free some; checkpoint-2 is whole: go on with --resume_from_checkpoint auto" in str(failure.value)
+    assert [path.name for path in checkpoints.checkpoints(interrupted)] == ["checkpoint-2", "checkpoint-1"]
+    assert not (interrupted / ".saving").exists()
+
+
+def test_a_full_disk_in_the_final_save_leaves_no_model(model, data, whole, tmp_path, monkeypatch, file_size_limit):
+    shutil.copytree(whole / f"checkpoint-{STEPS}", tmp_path / f"checkpoint-{STEPS}")
+    inner = train.Trainer.save_whole_model
+
+    def save_whole_model(*args, **kwargs):
+        file_size_limit(100_000)
+        inner(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "save_whole_model", save_whole_model)
+        with pytest.raises(trainer.SaveFailed, match="the model could not be saved"):
+            run(model, data, tmp_path, "--resume_from_checkpoint", "auto")
+    assert [path.name for path in tmp_path.iterdir()] == [f"checkpoint-{STEPS}"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Another number of ranks.
+
+SIGNAL_ONE_RANK = """
+import os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+import train
+inner = train.Trainer.training_step
+def training_step(self, *args, **kwargs):
+    if self.state.global_step == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return inner(self, *args, **kwargs)
+train.Trainer.training_step = training_step
+train.main()
+"""
+FSDP = ("--fsdp", "--fsdp_config", "configs/fsdp.json", "--per_device_train_batch_size", 4)
+
+
+@pytest.fixture(scope="module")
+def one_rank(tiny_llama, data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one") / "out"
+    run(tiny_llama, data, out)
+    return out
+
+
+def assert_close(a: Path, b: Path) -> None:
+    x, y = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    assert x.keys() == y.keys()
+    deviations = torch.cat([(x[name] - y[name]).abs().flatten() for name in x])
+    assert deviations.max() < 1e-4 and deviations.mean() < 1e-6
+    assert losses(a) == pytest.approx(losses(b), abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_llama, data, one_rank, tmp_path_factory):
+    """Two ranks under FSDP go on from the first checkpoint of one process; a signal to one of them stops both."""
+    out = tmp_path_factory.mktemp("stopped") / "out"
+    shutil.copytree(one_rank / "checkpoint-1", out / "checkpoint-1")
+    script = out.parent / "stop_one_rank.py"
+    script.write_text(SIGNAL_ONE_RANK)
+    auto = ("--resume_from_checkpoint", "auto", "--save_steps", 100, *REHEARSED)
+    result = torchrun(2, script, ROOT, *arguments(tiny_llama, data, out, *FSDP, *auto))
+    assert re.search(r"exitcode *: 75", result.stderr), result.stderr  # of the rank that left first
+    assert "checkpoint-1 was written by 1 processes, this run has 2" in result.stdout
+    assert "stopped by SIGTERM with checkpoint-3 of 5 steps saved" in result.stdout
+    return out
+
+
+def test_two_ranks_write_a_shard_each_and_all_of_it_is_needed(stopped, tmp_path):
+    checkpoint = tmp_path / "checkpoint-3"
+    shutil.copytree(stopped / "checkpoint-3", checkpoint)
+    files = {path.name for path in checkpoint.rglob("*") if path.is_file()}
+    assert {"__0_0.distcp", "__1_0.distcp", ".metadata", "rng_state_0.pth", "rng_state_1.pth"} < files
+    assert not list(checkpoint.glob("*.safetensors")) and not list(checkpoint.glob("*.bin"))  # no second copy
+    for path in [path for path in checkpoint.rglob("*") if path.is_file() and path.name != checkpoints.MANIFEST]:
+        path.rename(tmp_path / "aside")
+        assert checkpoints.newest_complete_checkpoint(tmp_path) is None, path
+        (tmp_path / "aside").rename(path)
+    assert checkpoints.newest_complete_checkpoint(tmp_path) == checkpoint
+
+
+def test_one_rank_goes_on_from_a_checkpoint_of_two(tiny_llama, data, one_rank, stopped, tmp_path, capsys):
+    shutil.copytree(stopped / "checkpoint-3", tmp_path / "checkpoint-3")
+    run(tiny_llama, data, tmp_path, "--resume_from_checkpoint", "auto", *REHEARSED)
+    assert "was written by 2 processes, this run has 1" in capsys.readouterr().out
+    assert_close(tmp_path, one_rank)
+
+
+KILL_ONE_RANK_IN_SAVE = """
+import os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+import train
+inner = train.Trainer._save_rng_state
+def _save_rng_state(self, folder):
+    if self.state.global_step == 5 and os.environ["RANK"] == "1":  # all shards are written, of the optimizer too
+        os.kill(os.getpid(), signal.SIGKILL)
+    inner(self, folder)
+train.Trainer._save_rng_state = _save_rng_state
+train.main()
+"""
+
+
+def test_two_ranks_go_on_from_a_checkpoint_of_two_and_one_killed_in_a_save_leaves_the_previous_whole_and_chosen(
+    tiny_llama, data, one_rank, stopped, tmp_path
+):
+    out, script = tmp_path / "out", tmp_path / "kill_one_rank.py"
+    shutil.copytree(stopped / "checkpoint-3", out / "checkpoint-3")
+    script.write_text(KILL_ONE_RANK_IN_SAVE)
+    auto = ("--resume_from_checkpoint", "auto", "--save_total_limit", 1)
+    result = torchrun(2, script, ROOT, *arguments(tiny_llama, data, out, *FSDP, *auto))
+    assert re.search(r"exitcode *: -9", result.stderr), result.stderr
+    assert sorted(path.name for path in out.iterdir()) == [".saving", "checkpoint-4"]
+    assert (out / ".saving" / "checkpoint-5" / "optimizer_0" / ".metadata").exists()
+    assert checkpoints.choose_checkpoint("auto", out) == out / "checkpoint-4"
+    run(tiny_llama, data, out, *auto)
+    assert_close(out, one_rank)
+
+
+@pytest.fixture(scope="module")
+def gathered(tiny_llama, data, stopped, tmp_path_factory):
+    """The checkpoint of two ranks under FSDP that the user's own configuration makes them gather."""
+    folder = tmp_path_factory.mktemp("gathered")
+    shutil.copytree(stopped / "checkpoint-3", folder / "out" / "checkpoint-3")
+    config = json.loads((ROOT / "configs" / "fsdp.json").read_text()) | {"state_dict_type": "FULL_STATE_DICT"}
+    (folder / "fsdp.json").write_text(json.dumps(config))
+    flags = ("--fsdp", "--fsdp_config", folder / "fsdp.json", "--per_device_train_batch_size", 4)
+    argv = arguments(tiny_llama, data, folder / "out", *flags, "--resume_from_checkpoint", "auto")
+    result = torchrun(2, "train.py", *argv)
+    assert result.returncode == 0, result.stderr
+    return folder / "out"
+
+
+def test_shards_are_read_where_the_configuration_says_gathered(one_rank, gathered):
+    assert_close(gathered, one_rank)
+
+
+def test_one_rank_goes_on_from_a_gathered_checkpoint_of_two(tiny_llama, data, one_rank, gathered, tmp_path):
+    shutil.copytree(gathered / "checkpoint-4", tmp_path / "checkpoint-4")
+    assert (tmp_path / "checkpoint-4" / "optimizer.bin").exists()
+    run(tiny_llama, data, tmp_path, "--resume_from_checkpoint", "auto")
+    assert_close(tmp_path, one_rank)

@@ -1,0 +1,186 @@
+"""lora.py: the adapter on its base equals the merged model, and an adapter that changes nothing is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from conftest import make_records
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train
+from alpaca import UserError
+from alpaca.training import lora
+
+
+def run(model, data, out, *extra):
+    argv = [
+        *("--model_name_or_path", model, "--data_path", data, "--output_dir", out, "--max_steps", 4, "--lora_r", 4),
+        *("--per_device_train_batch_size", 8, "--learning_rate", 1e-2, "--logging_steps", 1, "--disable_tqdm", "True"),
+        *("--save_strategy", "steps", "--save_steps", 2, "--report_to", "none", *extra),
+    ]
+    train.train(*train.parse_args([str(word) for word in argv]))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "data.json"
+    path.write_text(json.dumps(make_records(24)))
+    return path
+
+
+@pytest.fixture(scope="module", params=["tiny_llama", "tiny_opt"])
+def trained(request, data, tmp_path_factory):
+    """(base folder, output folder, logits of the trained model before it was saved); dropout as by default."""
+    base, out = request.getfixturevalue(request.param), tmp_path_factory.mktemp("lora") / "out"
+    seen, inner = {}, lora.save
+
+    def save(trainer, output_dir, load_base):
+        seen["logits"] = logits(trainer.model, trainer.processing_class)
+        inner(trainer, output_dir, load_base)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lora, "save", save)
+        run(base, data, out)
+    return base, out, seen["logits"]
+
+
+def logits(model, tokenizer) -> torch.Tensor:
+    """(tokens, vocabulary) for one text."""
+    inputs = tokenizer("### Instruction:\nCount from 1 to 4 in words.", return_tensors="pt")
+    with torch.inference_mode():
+        return model.eval()(**{key: inputs[key] for key in ("input_ids", "attention_mask")}).logits[0]
+
+
+def load(folder: Path, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **kwargs)
+
+
+def test_every_linear_layer_but_the_output_embedding_is_adapted(trained):
+    base, out, _ = trained
+    model = load(base)
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)} - {"lm_head"}
+    saved = load_file(out / "adapter" / "adapter_model.safetensors")
+    assert len(linear) in (14, 12)  # two layers of LLaMA's 7 or OPT's 6
+    assert saved.keys() == {f"base_model.model.{name}.lora_{matrix}.weight" for name in linear for matrix in "AB"}
+    assert all(tensor.any() for tensor in saved.values())
+    assert load_file(out / "checkpoint-2" / "adapter_model.safetensors").keys() == saved.keys()  # no embeddings
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base)
+
+
+def test_the_merged_model_reloads_equal_to_the_model_in_memory(trained):
+    base, out, in_memory = trained
+    merged = load(out)
+    assert len(AutoTokenizer.from_pretrained(out)) == merged.config.vocab_size == 301
+    assert not hasattr(merged, "peft_config")
+    got = logits(merged, AutoTokenizer.from_pretrained(out))
+    before = logits(load(base), AutoTokenizer.from_pretrained(base))
+    assert (got - in_memory).abs().max() < 1e-5
+    assert (got[:, :300] - before).abs().max() > 0.1  # the bound is not met by an adapter that does nothing
+
+
+def test_the_adapter_on_the_base_as_it_is_equals_the_merged_model(trained):
+    """The base has 300 rows, the merged model one more for [PAD]: the adapter needs none."""
+    base, out, _ = trained
+    adapted = peft.PeftModel.from_pretrained(load(base), out / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(out / "adapter")
+    assert tokenizer.pad_token == "[PAD]"
+    assert (logits(adapted, tokenizer) - logits(load(out), tokenizer)[:, :300]).abs().max() < 1e-5
+
+
+def test_only_lora_matrices_changed(trained):
+    base, out, _ = trained
+    a, b = load(base).state_dict(), load(out).state_dict()
+    changed = {name for name in a if not torch.equal(a[name], b[name][: len(a[name])])}
+    adapted = load_file(out / "adapter" / "adapter_model.safetensors")
+    assert changed == {
+        name.split("base_model.model.")[1].replace("lora_A.", "") for name in adapted if "lora_A" in name
+    }
+
+
+def test_the_same_seed_gives_the_same_adapter(trained, data, tmp_path):
+    base, out, _ = trained
+    torch.manual_seed(1)
+    run(base, data, tmp_path)
+    a, b = load_file(out / "adapter" / lora.ADAPTER), load_file(tmp_path / "adapter" / lora.ADAPTER)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_resumed_adapter_equals_an_uninterrupted_one(trained, data, tmp_path):
+    base, out, _ = trained
+    run(base, data, tmp_path, "--resume_from_checkpoint", out / "checkpoint-2")
+    a, b = load_file(out / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_checkpoint_with_another_kind_of_weights_is_refused(trained, data, tmp_path):
+    base, out, _ = trained
+    resume = ("--resume_from_checkpoint", out / "checkpoint-2")
+    with pytest.raises(UserError, match="holds an adapter: --lora_r must match"):
+        run(base, data, tmp_path, *resume, "--lora_r", 0)
+    with pytest.raises(UserError, match="is of another model: .*there .4, .*, has the shape .8, "):
+        run(base, data, tmp_path, *resume, "--lora_r", 8)
+
+
+def test_an_empty_adapter_is_refused(trained, tmp_path):
+    _, out, _ = trained
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(out / "adapter" / "adapter_model.safetensors")
+    save_file({}, path)
+    with pytest.raises(UserError, match="is empty or lacks tensors"):
+        lora.check_adapter(tmp_path)
+    first = next(name for name in tensors if ".lora_A." in name)
+    save_file({name: tensor for name, tensor in tensors.items() if name != first}, path)
+    with pytest.raises(UserError, match="is empty or lacks tensors"):
+        lora.check_adapter(tmp_path)
+    save_file({name: tensor * (".lora_A." in name) for name, tensor in tensors.items()}, path)
+    with pytest.raises(UserError, match="changes nothing"):
+        lora.check_adapter(tmp_path)
+
+
+def test_an_adapter_that_learnt_nothing_leaves_no_model(tiny_llama, data, tmp_path):
+    with pytest.raises(UserError, match="changes nothing .*learning rate"):
+        run(tiny_llama, data, tmp_path, "--learning_rate", 0, "--max_steps", 1, "--save_strategy", "no")
+    assert not list(tmp_path.glob("model*"))
+
+
+def test_flags_that_do_not_go_together_are_one_line(tiny_llama, data, tmp_path):
+    for flags, words in [
+        (("--load_in_4bit", "True", "--lora_r", 0), "give --lora_r too"),
+        (("--lora_dropout", 1.0), "--lora_dropout from 0 to below 1"),
+        (("--lora_r", -1), "--lora_r must be at least 0"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            run(tiny_llama, data, tmp_path, *flags)
+
+
+def test_a_base_without_an_eos_is_refused(tiny_llama, data, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama, base)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": None}))
+    with pytest.raises(UserError, match="EOS is a new token"):
+        run(base, data, tmp_path)
+
+
+def test_qlora_trains_the_adapter_alone_and_merges_into_the_whole_base(tiny_llama, data, tmp_path, monkeypatch):
+    seen, inner = {}, lora.save
+
+    def save(trainer, output_dir, load_base):
+        seen["types"] = {type(module).__name__ for module in trainer.model.modules()}
+        seen["grads"] = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+        inner(trainer, output_dir, load_base)
+
+    monkeypatch.setattr(lora, "save", save)
+    run(tiny_llama, data, tmp_path, "--load_in_4bit", "True")
+    assert "Linear4bit" in seen["types"]
+    assert seen["grads"] and all(".lora_" in name for name in seen["grads"])
+    adapted = peft.PeftModel.from_pretrained(load(tiny_llama), tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert (logits(adapted, tokenizer) - logits(load(tmp_path), tokenizer)[:, :300]).abs().max() < 1e-5

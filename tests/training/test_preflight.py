@@ -1,0 +1,712 @@
+"""Preflight: each finding with a tokenizer, dataset or model broken for it; a rehearsal leaves nothing behind."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import os
+import re
+
+import pytest
+import torch
+from conftest import ROOT, make_records, torchrun
+
+import train
+from alpaca import RankError, UserError
+from alpaca.training.preflight import memory
+from alpaca.training.preflight import packing as packing_check
+from alpaca.training.preflight import run as preflight
+from alpaca.training.preflight.examples_and_tokenizer import check_examples, check_tokenizer, mend_merges, show_example
+from alpaca.training.preflight.findings import Finding, colour_wanted, format_report, raise_errors
+from alpaca.training.preflight.fingerprint import fingerprint
+from alpaca.training.preflight.rehearsal import FOLDER, rehearse
+
+
+def whats(findings, level=None):
+    return " | ".join(finding.what for finding in findings if level in (None, finding.level))
+
+
+def levels(findings):
+    return [finding.level for finding in findings]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Findings and the report.
+
+
+def test_errors_come_first_and_each_finding_has_what_why_and_cure():
+    findings = [Finding("note", "n"), Finding("warning", "w", "y", "c"), Finding("error", "e", "bad", "mend it")]
+    assert format_report(findings).splitlines() == [
+        *("error    e", "           why:  bad", "           cure: mend it"),
+        *("warning  w", "           why:  y", "           cure: c"),
+        "note     n",
+    ]
+    with pytest.raises(UserError, match=r"^preflight: e: mend it; nothing was trained$"):
+        raise_errors(findings)
+    raise_errors(findings[:2])
+
+
+def test_errors_before_the_report_bring_it_and_without_one_nothing_is_said(capsys):
+    errors = [Finding("error", "first", "", "a"), Finding("error", "second", "", "b")]
+    raise_errors([Finding("note", "n")])
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match=r"^preflight: first: a \(and 1 more, above\); nothing was trained$"):
+        raise_errors(errors)
+    assert "error    second\n           cure: b" in capsys.readouterr().out
+
+
+def test_there_is_colour_on_a_terminal_alone_and_none_with_no_color(monkeypatch):
+    class Terminal:
+        def isatty(self):
+            return True
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert colour_wanted(Terminal()) and not colour_wanted(open(os.devnull))
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not colour_wanted(Terminal())
+    assert format_report([Finding("error", "e")], colour=True) == "\033[31merror   \033[0m e"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tokenizer.
+
+
+@pytest.fixture
+def broken(tokenizer):
+    """A copy to break: 300 tokens, <unk> <s> </s> with ids 0 1 2, BOS in front, no pad."""
+    return copy.deepcopy(tokenizer)
+
+
+def test_a_sound_tokenizer_gets_notes_alone(broken):
+    findings = check_tokenizer(broken, rows=300)
+    assert levels(findings) == ["note"] and "BOS ('<s>') is put in front" in whats(findings)
+
+
+def test_an_empty_special_token_is_found(broken):
+    broken.eos_token = ""
+    assert "eos token is empty" in whats(check_tokenizer(broken, 300), "warning")
+
+
+def test_eos_as_pad_is_a_note_and_eos_as_unk_a_warning(broken):
+    broken.pad_token = "</s>"
+    assert "eos and pad are the same token ('</s>', id 2)" in whats(check_tokenizer(broken, 300), "note")
+    broken.unk_token = "</s>"
+    assert "eos and unk are the same" in whats(check_tokenizer(broken, 300), "warning")
+
+
+def test_an_eos_that_is_not_one_id_is_an_error(broken):
+    broken._special_tokens_map["eos_token"] = "<|end|>"  # named in a config, but not in the vocabulary
+    assert "eos token '<|end|>' is not one id" in whats(check_tokenizer(broken, 300), "error")
+
+
+def test_a_bos_that_is_promised_and_not_added_is_found(broken):
+    from tokenizers import processors
+
+    broken.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    assert "no BOS: nothing is put in front" in whats(check_tokenizer(broken, 300), "note")
+    broken._add_bos_token = True
+    assert broken.add_bos_token
+    assert "puts no BOS in front" in whats(check_tokenizer(broken, 300), "warning")
+
+
+def test_a_bos_that_is_added_twice_is_found(broken):
+    from tokenizers import processors
+
+    twice = processors.TemplateProcessing(single="<s> <s> $A", special_tokens=[("<s>", 1)])
+    broken.backend_tokenizer.post_processor = twice
+    assert "BOS in front twice" in whats(check_tokenizer(broken, 300), "warning")
+
+
+def test_a_tokenizer_of_another_model_is_an_error_and_an_added_token_without_a_row_a_warning(broken):
+    assert "20 tokens beyond the model's 280 rows" in whats(check_tokenizer(broken, 280), "error")
+    assert "300 tokens, the model 400 rows" in whats(check_tokenizer(broken, 400), "warning")
+    broken.add_special_tokens({"pad_token": "[PAD]"})
+    findings = check_tokenizer(broken, 300)
+    assert "1 added tokens have no row" in whats(findings, "warning") and "error" not in levels(findings)
+
+
+def test_a_config_that_ends_text_with_another_id_is_found(broken, tiny_llama):
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(tiny_llama)
+    assert levels(check_tokenizer(broken, 300, config)) == ["note"]
+    config.eos_token_id = 1
+    assert "ends text with id 1, the tokenizer with 2" in whats(check_tokenizer(broken, 300, config), "warning")
+    config.eos_token_id = [1, 2]
+    assert levels(check_tokenizer(broken, 300, config)) == ["note"]
+
+
+def test_merges_that_differ_from_sentencepiece_are_mended_and_stay_so_when_saved(sentencepiece_folder, tmp_path):
+    import sentencepiece
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(sentencepiece_folder)
+    spm = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_folder / "tokenizer.model"))
+    texts = [line for line in (ROOT / "train.py").read_text().splitlines() if line[:1].strip()]
+
+    def different(tokenizer):
+        ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return [text for text, ours in zip(texts, ids, strict=True) if ours != spm.encode(text)]
+
+    assert different(tokenizer)  # else there is nothing to mend
+    [finding] = mend_merges(tokenizer, texts)
+    assert finding.level == "note" and "merges put in sentencepiece's order" in finding.what
+    assert not different(tokenizer)
+    assert tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id  # nothing else was touched
+    assert mend_merges(tokenizer, texts) == []
+    tokenizer.save_pretrained(tmp_path)
+    assert not different(AutoTokenizer.from_pretrained(tmp_path))
+
+
+def test_a_tokenizer_json_of_another_model_beside_a_tokenizer_model_is_an_error(sentencepiece_folder, broken, tmp_path):
+    broken.name_or_path = str(sentencepiece_folder)
+    assert "number their tokens differently" in whats(mend_merges(broken), "error")
+    broken.name_or_path = str(tmp_path)  # without a tokenizer.model
+    assert mend_merges(broken) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The examples. EOS is 2, there are 10 rows, the maximum is 6 tokens.
+
+GOOD = {"input_ids": [1, 5, 6, 7, 2], "labels": [-100, -100, 6, 7, 2]}
+CUT = {"input_ids": [1, 5, 6, 7, 8, 9], "labels": [-100, -100, 6, 7, 8, 9]}
+
+
+def examined(*examples, **options):
+    return check_examples(list(examples), eos_id=2, rows=10, max_length=6, **options)
+
+
+def test_sound_examples_get_no_finding():
+    assert examined(GOOD, GOOD) == []
+
+
+@pytest.mark.parametrize(
+    ("ids", "labels", "level", "what"),
+    [
+        ([1, 5, 6, 7], [-100, -100, 6, 7], "error", "do not end with a supervised EOS"),
+        ([1, 5, 6, 2], [-100, -100, 6, -100], "error", "do not end with a supervised EOS"),
+        ([1, 5, 6, 2], [-100] * 4, "error", "have no label"),
+        ([1, 5, 6, 2], [1, 5, 6, 2], "error", "are not masked at the start"),
+        ([1, 5, 6, 2], [-100, 5, -100, 2], "error", "labels that are not their answer"),
+        ([1, 5, 6, 2], [-100, -100, 7, 2], "error", "labels that are not their answer"),
+        ([1, 5, 10, 2], [-100, -100, 10, 2], "error", "token ids outside the model's 10 rows"),
+        ([1, 5, -1, 2], [-100, -100, -1, 2], "error", "token ids outside the model's 10 rows"),
+        ([1, 5, 6, 2], [-100, 6, 2], "error", "another number of labels than tokens"),
+        ([], [], "error", "less than two tokens"),
+        ([1, 5, 2, 6, 2], [-100, -100, 2, 6, 2], "warning", "have EOS inside the answer"),
+        ([1, 5, 2], [-100, -100, 2], "warning", "have an empty answer"),
+        (CUT["input_ids"], CUT["labels"], "warning", "do not fit in 6 tokens and were cut"),
+    ],
+)
+def test_a_broken_example_among_sound_ones_is_named(ids, labels, level, what):
+    findings = examined(GOOD, {"input_ids": ids, "labels": labels}, GOOD)
+    assert any(f.level == level and what in f.what and "1 of 3" in f.what and "(record 2)" in f.what for f in findings)
+
+
+def test_record_numbers_count_those_that_were_left_out_and_at_most_ten_are_listed():
+    """Records 1 and 3 were left out: the examples are of 2, 4, 5, …"""
+    findings = examined(GOOD, CUT, left_out=[1, 3])
+    assert "1 of 2 examples do not fit in 6 tokens and were cut (record 4)" in whats(findings, "warning")
+    assert "2 records were left out" in whats(findings, "warning") and "(record 1, 3)" in whats(findings)
+    assert whats(examined(*[CUT] * 12)).endswith("(record 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, …)")
+    assert "(record 9)" in whats(examined(GOOD, CUT, record_numbers=[7, 9]))
+
+
+def test_an_example_beyond_the_learnt_positions_is_an_error_and_beyond_rotary_ones_a_warning():
+    from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, OPTConfig
+
+    common = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small = common | {"max_position_embeddings": 128}
+    opt = OPTConfig(**small, ffn_dim=16, word_embed_proj_dim=16)
+    gpt2 = GPT2Config(**common, n_positions=128)
+    rotary = LlamaConfig(**small, intermediate_size=16), GPTNeoXConfig(**small, intermediate_size=16)
+    for level, config in [("error", opt), ("error", gpt2), *(("warning", config) for config in rotary)]:
+        model = AutoModelForCausalLM.from_config(config)
+        assert preflight.check_positions(model, 128) == []
+        [finding] = preflight.check_positions(model, 129)
+        assert finding.level == level and "129 tokens, and the model has 128 positions" in finding.what
+        assert finding.cure == "--model_max_length 128"
+        if level == "error":
+            with pytest.raises(IndexError):
+                model(torch.ones(1, 129, dtype=torch.long))
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma"])
+def test_the_difference_of_two_models_is_an_error_and_neither_of_them_is(family, tiny_llama, tiny_opt):
+    from transformers import AutoModelForCausalLM, Gemma2Config
+
+    common = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
+    if family == "gemma":  # its norms are 0 before training
+        model = AutoModelForCausalLM.from_config(Gemma2Config(**common, num_key_value_heads=1, intermediate_size=16))
+    else:
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama if family == "llama" else tiny_opt)
+    tuned = copy.deepcopy(model)
+    assert preflight.check_difference(model) == []
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter += 2e-5 * torch.randint(-20, 21, parameter.shape)  # 20 steps of AdamW each way
+        assert preflight.check_difference(tuned) == []
+        for parameter, raw in zip(tuned.parameters(), model.parameters(), strict=True):
+            parameter -= raw
+    assert "all weights are near 0" in whats(preflight.check_difference(tuned), "error")
+
+
+def test_no_example_at_all_is_an_error():
+    assert "no example is left" in whats(examined(), "error")
+
+
+def test_an_arrow_dataset_is_read_like_a_list():
+    datasets = pytest.importorskip("datasets")
+    rows = [GOOD, CUT, {"input_ids": [1, 5, 6], "labels": [-100, 5, 6]}]
+    arrow = datasets.Dataset.from_list([*rows, GOOD]).select([2, 0, 1])
+    as_lists = check_examples([rows[2], rows[0], rows[1]], 2, 10, 6)
+    assert len(as_lists) == 2 and check_examples(arrow, 2, 10, 6) == as_lists
+
+
+def test_the_shipped_data_is_sound(tokenizer):
+    records = json.loads((ROOT / "alpaca_data.json").read_text())[:300]
+    broken = copy.deepcopy(tokenizer)
+    examples = train.preprocess(records, broken, 4096)
+    assert "error" not in levels(check_examples(examples, 2, 300, 4096))
+
+
+def test_an_example_is_shown_with_its_mask(tokenizer):
+    [example] = train.preprocess([{"instruction": "Say yes.", "input": "", "output": "Yes"}], tokenizer, 512)
+    plain = show_example(example, tokenizer, colour=False)
+    assert plain.startswith("<s>Below is an instruction") and plain.endswith("### Response:«Yes</s>»")
+    coloured = show_example(example, tokenizer, colour=True)
+    assert "\033[2m### Response:\033[0m\033[32mYes</s>\033[0m" in coloured
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The trainer.
+
+
+def make_trainer(folder, out, trainer_class=train.Trainer, records=24, dropout=0.0, **arguments):
+    tokenizer = train.load_tokenizer(folder, model_max_length=512, padding_side="right")
+    model = train.load_model(folder, torch.float32)
+    model.config.dropout = dropout
+    for module in model.modules():
+        if dropout and isinstance(getattr(module, "dropout", None), float):
+            module.dropout = dropout
+    train.add_special_tokens(tokenizer, model)
+    dataset = train.SupervisedDataset(make_records(records), tokenizer, 512, "training")
+    defaults = {"max_steps": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "logging_steps": 1}
+    defaults |= {"save_strategy": "steps", "report_to": [], "disable_tqdm": True, "use_cpu": True}
+    args = train.TrainingArguments(output_dir=str(out), **(defaults | arguments))
+    args.remove_unused_columns = False
+    collator = train.DataCollatorForSupervisedDataset(tokenizer.pad_token_id)
+    return trainer_class(
+        model=model, args=args, train_dataset=dataset, data_collator=collator, processing_class=tokenizer
+    )
+
+
+def test_a_clean_run_gets_notes_alone_and_is_ready(tiny_llama, tmp_path, capsys):
+    findings = preflight.preflight(make_trainer(tiny_llama, tmp_path))
+    assert set(levels(findings)) == {"note"}
+    out = capsys.readouterr().out
+    assert "saved, reloaded and resumed: weights and optimizer equal" in out
+    assert "«number 0 number 1</s>»" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_stop_before_the_rehearsal_and_stand_in_the_report(tiny_llama, tmp_path, capsys):
+    trainer = make_trainer(tiny_llama, tmp_path)
+    trainer.model.model.norm.weight.data = trainer.model.model.norm.weight.data.bfloat16()
+    trainer.train_dataset = [trainer.train_dataset[i] for i in range(24)]
+    trainer.train_dataset[5] = {"input_ids": [1, 2], "labels": [-100, -100]}
+    with pytest.raises(UserError, match=r"1 trained parameters are not float32.*\(and 1 more, above\)"):
+        preflight.preflight(trainer)
+    out = capsys.readouterr().out
+    assert "model.norm.weight (bfloat16)" in out and "have no label (record 6)" in out and "resumed" not in out
+
+
+def test_weights_in_bf16_are_no_error_under_deepspeed_whose_optimizer_has_them_in_float32(tiny_llama, tmp_path):
+    trainer = make_trainer(tiny_llama, tmp_path)
+    trainer.model.to(torch.bfloat16)
+    assert "are not float32" in whats(preflight.check_trainer(trainer), "error")
+    trainer.is_deepspeed_enabled = True
+    assert preflight.check_trainer(trainer) == []
+
+
+def test_what_was_found_earlier_stops_too(tiny_llama, tmp_path):
+    with pytest.raises(UserError, match="preflight: no: this"):
+        preflight.preflight(make_trainer(tiny_llama, tmp_path), [Finding("error", "no", "", "this")])
+
+
+def test_fsdp_that_is_not_enabled_and_a_model_without_trained_parameters_are_errors(tiny_llama, tmp_path):
+    trainer = make_trainer(tiny_llama, tmp_path)
+    assert preflight.check_trainer(trainer) == []
+    trainer.args.fsdp = True
+    assert "--fsdp was asked for" in whats(preflight.check_trainer(trainer), "error")
+    trainer.model.requires_grad_(False)
+    assert "no parameter is trained" in whats(preflight.check_trainer(trainer), "error")
+
+
+def test_an_optimizer_of_bitsandbytes_under_fsdp_or_without_the_package_is_an_error(tiny_llama, tmp_path, monkeypatch):
+    trainer = make_trainer(tiny_llama, tmp_path, optim="adamw_8bit")
+    assert preflight.check_trainer(trainer) == []
+    trainer.args.fsdp = trainer.is_fsdp_enabled = True
+    assert "--optim adamw_8bit is of bitsandbytes" in whats(preflight.check_trainer(trainer), "error")
+    for optim in ("adamw_torch_fused", "adamw_torch_8bit", "adafactor"):
+        assert preflight.check_optimizer(optim, sharded=True) == []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "needs bitsandbytes" in whats(preflight.check_optimizer("paged_adamw_32bit", sharded=False), "error")
+
+
+def test_bf16_on_a_gpu_that_only_emulates_it_is_an_error(monkeypatch):
+    assert preflight.check_precision(True) == []  # no GPU: the library itself asks for --use_cpu
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "V100")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert "V100 has no bf16" in whats(preflight.check_precision(True), "error")
+    assert preflight.check_precision(False) == []
+
+
+@pytest.mark.parametrize(
+    ("deviation", "level", "fell_back"), [(1e-6, "note", 0), (0.7, "warning", 1), (float("nan"), "warning", 1)]
+)
+def test_packing_that_mixes_examples_falls_back_to_padding(
+    tiny_llama, tmp_path, monkeypatch, deviation, level, fell_back
+):
+    calls = []
+    monkeypatch.setattr(packing_check, "deviation_from_solo", lambda model, examples: deviation)
+    monkeypatch.setattr(packing_check, "dependence", lambda model, examples: 0.0)
+    self_check = packing_check.SelfCheck([], calls.append)
+    findings = preflight.preflight(make_trainer(tiny_llama, tmp_path), self_check=self_check)
+    assert [f.level for f in findings if "packed examples" in f.what or "are padded" in f.what] == [level]
+    assert len(calls) == fell_back
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rehearsal.
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_training_after_a_rehearsal_equals_training_without_it_bit_for_bit(tiny_opt, tmp_path, accumulation):
+    """With dropout, so that a random state left behind would show; steps, losses, order and weights are the same."""
+    options = {"dropout": 0.1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": accumulation}
+    plain = make_trainer(tiny_opt, tmp_path / "plain", **options)
+    plain.train()
+    rehearsed = make_trainer(tiny_opt, tmp_path / "rehearsed", **options)
+    before = dict(vars(rehearsed))
+    weights = {name: parameter.clone() for name, parameter in rehearsed.model.named_parameters()}
+    state = torch.get_rng_state()
+    result = rehearse(rehearsed, tmp_path / "rehearsed")
+    assert result.faults == [] and result.loss == result.resumed_loss
+    assert 0 < result.save_seconds < result.seconds and 0 < result.step_seconds < result.seconds
+    assert vars(rehearsed) == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(weights[name], p) for name, p in rehearsed.model.named_parameters())
+    assert all(p.grad is None for p in rehearsed.model.parameters())
+    assert list((tmp_path / "rehearsed").iterdir()) == []
+
+    rehearsed.train()
+    losses = [[entry.get("loss") for entry in trainer.state.log_history] for trainer in (plain, rehearsed)]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+    pairs = zip(plain.model.parameters(), rehearsed.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    states = zip(plain.optimizer.state.values(), rehearsed.optimizer.state.values(), strict=True)
+    assert all(torch.equal(a["exp_avg_sq"], b["exp_avg_sq"]) for a, b in states)
+
+
+class LosesWeights(train.Trainer):
+    def _load_from_checkpoint(self, *args, **kwargs):
+        pass
+
+
+class LosesOptimizer(train.Trainer):
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        pass
+
+
+class LosesRandomState(train.Trainer):
+    def _load_rng_state(self, checkpoint):
+        pass
+
+
+class SavesNoWeights(train.Trainer):
+    def save_whole_model(self, output_dir):
+        self.model.config.save_pretrained(output_dir)
+
+
+class SavesHalf(train.Trainer):
+    def save_whole_model(self, output_dir):
+        self.save_model(str(output_dir))
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(output_dir / "model.safetensors")
+        save_file({n: t for n, t in tensors.items() if ".1." not in n}, output_dir / "model.safetensors")
+
+
+class SavesRounded(train.Trainer):
+    def save_whole_model(self, output_dir):
+        copy.deepcopy(self.model).to(torch.bfloat16).save_pretrained(output_dir)
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "what"),
+    [
+        (LosesWeights, "the weights do not come back from a checkpoint"),
+        (LosesOptimizer, "the optimizer's states do not come back"),
+        (LosesRandomState, "the resumed step has loss"),
+        (SavesNoWeights, "the final save wrote no weights"),
+        (SavesHalf, "the final save lacks"),
+        (SavesRounded, "from_pretrained gives other values than were trained"),
+    ],
+)
+def test_a_fault_in_saving_or_loading_is_found_before_step_one(tiny_opt, tmp_path, trainer_class, what):
+    result = rehearse(make_trainer(tiny_opt, tmp_path, trainer_class, dropout=0.5), tmp_path)
+    assert any(what in fault[0] for fault in result.faults), result.faults
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mixture_of_experts_is_saved_under_other_names_than_it_has_and_nothing_is_missed(tokenizer, tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(
+        MixtralConfig(vocab_size=len(tokenizer), num_key_value_heads=1, num_local_experts=2, **sizes)
+    )
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert rehearse(make_trainer(tmp_path / "model", tmp_path / "out"), tmp_path / "out").faults == []
+
+    class LosesAnExpert(train.Trainer):
+        def save_whole_model(self, output_dir):
+            from safetensors.torch import load_file, save_file
+
+            self.save_model(str(output_dir))
+            tensors = load_file(output_dir / "model.safetensors")
+            kept = {name: t for name, t in tensors.items() if ".1.block_sparse_moe.experts.1." not in name}
+            assert len(kept) < len(tensors)
+            save_file(kept, output_dir / "model.safetensors", {"format": "pt"})
+
+    faults = rehearse(make_trainer(tmp_path / "model", tmp_path / "out", LosesAnExpert), tmp_path / "out").faults
+    assert "the final save lacks 3 tensors" in faults[0][0]
+
+
+def test_a_run_without_checkpoints_rehearses_none(tiny_llama, tmp_path, monkeypatch, capsys):
+    """Its disk was counted without one: --save_strategy no is the cure for a small one."""
+    saved, inner = [], train.Trainer._save_checkpoint
+    monkeypatch.setattr(train.Trainer, "_save_checkpoint", lambda *args: saved.append(inner(*args)))
+    preflight.preflight(make_trainer(tiny_llama, tmp_path / "saves"))
+    assert len(saved) == 1
+    preflight.preflight(make_trainer(tiny_llama, tmp_path / "no", save_strategy="no"))
+    assert len(saved) == 1
+    assert "two steps and the final save are as they should be" in capsys.readouterr().out
+    result = rehearse(make_trainer(tiny_llama, tmp_path / "half", SavesHalf, save_strategy="no"), tmp_path / "half")
+    assert "the final save lacks" in result.faults[0][0]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_rehearsal_is_on_the_longest_examples_and_the_run_on_all(tiny_llama, tmp_path, packing):
+    """So that the most memory that a step needs is seen before step 1."""
+    trainer = make_trainer(tiny_llama, tmp_path, max_steps=6, gradient_accumulation_steps=1)
+    if packing:
+        trainer.train_dataset = train.packing.PackedDataset(trainer.train_dataset, 512)
+        trainer.data_collator.padding_free = True
+        train.packing.set_attention(trainer.model, train.packing.SEGMENTS)
+        trainer.args.per_device_train_batch_size = trainer._train_batch_size = 1
+    rows = [row if packing else [row] for row in trainer.train_dataset]
+    sizes = sorted((sum(len(example["input_ids"]) for example in row) for row in rows), reverse=True)
+    seen, inner = [], trainer.training_step
+
+    def training_step(model, inputs, *args, **kwargs):
+        padded = "attention_mask" in inputs
+        seen.append(inputs["attention_mask"].sum(-1).tolist() if padded else [inputs["input_ids"].numel()])
+        return inner(model, inputs, *args, **kwargs)
+
+    trainer.training_step = training_step
+    assert rehearse(trainer, tmp_path).faults == []
+    first, second, again = seen
+    assert sorted(first + second, reverse=True) == sizes[: 2 if packing else 8] and second == again
+    if not packing:
+        seen.clear()
+        trainer.train()
+        assert sorted(sum(seen, []), reverse=True) == sizes
+
+
+def test_a_loss_that_is_not_finite_is_found(tiny_llama, tmp_path):
+    trainer = make_trainer(tiny_llama, tmp_path)
+    trainer.model.lm_head.weight.data[7, 7] = float("nan")
+    assert "not finite" in rehearse(trainer, tmp_path).faults[0][0]
+
+
+def test_an_optimizer_that_moves_at_learning_rate_zero_is_found(tiny_llama, tmp_path):
+    class Restless(train.Trainer):
+        def create_optimizer(self, model=None):
+            super().create_optimizer(model)
+            for group in self.optimizer.param_groups:
+                group["lr"] = 1e-3
+            return self.optimizer
+
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            super().create_scheduler(num_training_steps, optimizer)
+            for group in self.optimizer.param_groups:
+                group["lr"] = 1e-3
+            return self.lr_scheduler
+
+    assert (
+        "moves weights at learning rate 0"
+        in rehearse(make_trainer(tiny_llama, tmp_path, Restless), tmp_path).faults[0][0]
+    )
+
+
+def test_a_failing_write_is_one_line_and_leaves_nothing(tiny_llama, tmp_path, monkeypatch):
+    save = torch.save
+
+    def full(obj, file, *args, **kwargs):
+        save(obj, "/dev/full", *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="could not be saved in .*: free some|failed: .*PytorchStreamWriter.*disk full"):
+        preflight.preflight(make_trainer(tiny_llama, tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_that_is_no_failed_write_does_not_blame_the_disk(tiny_llama, tmp_path, monkeypatch):
+    def fail(*args):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(preflight, "rehearse", fail)
+    for message, hint in [
+        ("[x.cc:123] Connection closed by peer [127.0.0.1]:1", "another process of the run has ended"),
+        ("shape mismatch", "--skip_save_rehearsal goes on without"),
+    ]:
+        with pytest.raises(RankError, match=rf"{re.escape(message)} \({hint}"):
+            preflight.preflight(make_trainer(tiny_llama, tmp_path))
+
+
+def test_a_rank_that_alone_runs_out_of_memory_says_so_itself(tiny_llama, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import os, sys, torch\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n"
+        "from alpaca.training.preflight import run as preflight\n"
+        "def fail(*args):\n    raise torch.OutOfMemoryError('CUDA out of memory')\n"
+        "if os.environ['RANK'] == '1':\n    preflight.rehearse = fail\ntrain.main()\n"
+    )
+    (tmp_path / "data.json").write_text(json.dumps(make_records(8)))
+    argv = ["--model_name_or_path", tiny_llama, "--data_path", tmp_path / "data.json", "--output_dir", tmp_path / "out"]
+    result = torchrun(2, script, *argv, "--max_steps", 1, "--report_to", "none")
+    assert result.returncode != 0
+    assert "error: preflight: the first step ran out of memory: one of" in result.stderr
+    assert "disk full" not in result.stderr
+
+
+def test_a_save_that_takes_longer_than_torchrun_waits_is_a_warning(monkeypatch):
+    for name in ("TORCHELASTIC_RUN_ID", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        monkeypatch.delenv(name, raising=False)
+    assert preflight.check_stop(10, 60) == []  # no torchrun
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert preflight.check_stop(5, 10) == [] and preflight.check_stop(100, 0) == []  # 0: nothing is saved
+    [finding] = preflight.check_stop(5, 11)
+    assert finding.level == "warning" and "take 16 s; torchrun kills its processes 30 s after" in finding.what
+    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600" in finding.cure
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    assert preflight.check_stop(5, 295) == [] and "=1002 " in preflight.check_stop(1, 500)[0].cure
+
+
+def test_a_fingerprint_changes_with_any_bit_and_any_order():
+    """It is of the bits: -0.0 is not 0.0, and chunks in another order are another tensor."""
+    tensor = torch.arange(10, dtype=torch.float32)
+    assert fingerprint(tensor) == fingerprint(tensor.clone())
+    for other in (tensor.flip(0), tensor.to(torch.float64), -tensor, tensor[:9]):
+        assert fingerprint(other) != fingerprint(tensor)
+    changed = tensor.clone()
+    changed.view(torch.int32)[4] ^= 1
+    assert fingerprint(changed) != fingerprint(tensor)
+    assert fingerprint(torch.zeros(0)) == fingerprint(torch.zeros(())) == 0
+    assert isinstance(fingerprint(torch.ones(3, dtype=torch.bfloat16)), int)
+
+
+def test_under_fsdp_on_two_processes_the_run_after_a_rehearsal_is_the_run_without(tiny_llama, tmp_path):
+    result = torchrun(2, "tests/rehearse_on_two_ranks.py", tiny_llama, tmp_path)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["fsdp"] and report["faults"] == [] and report["sharded"]
+    assert report["losses"][0] == report["losses"][1] and len(report["losses"][0]) == 2
+    assert report["equal"]
+    assert not (tmp_path / FOLDER).exists()
+
+
+def test_under_fsdp_a_model_that_cannot_do_without_padding_falls_back_and_trains(tokenizer, tmp_path):
+    """The self-check breaks off in the middle of a forward pass, where FSDP's layers are half gathered."""
+    from transformers import AutoModelForCausalLM, Gemma2Config
+
+    common = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
+    config = Gemma2Config(**common, num_key_value_heads=2, intermediate_size=128, eos_token_id=2, bos_token_id=1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gemma")
+    tokenizer.save_pretrained(tmp_path / "gemma")
+    (tmp_path / "data.json").write_text(json.dumps(make_records(8)))
+    argv = ["--model_name_or_path", tmp_path / "gemma", "--data_path", tmp_path / "data.json", "--output_dir"]
+    argv += [tmp_path / "out", "--max_steps", 1, "--per_device_train_batch_size", 4, "--logging_steps", 1]
+    result = torchrun(2, "train.py", *argv, "--fsdp", "--fsdp_config", "configs/fsdp.json")
+    assert result.returncode == 0, result.stderr
+    assert "examples are padded, as with --padding longest: padding-free attention has no softcap" in result.stdout
+    assert "saved, reloaded and resumed: weights and optimizer equal" in result.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py.
+
+
+def run(tiny, tmp_path, *extra):
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(make_records(24)))
+    argv = ["--model_name_or_path", tiny, "--data_path", data, "--output_dir", tmp_path / "out", "--report_to", "none"]
+    train.train(*train.parse_args([*map(str, argv), *extra]))
+
+
+def test_preflight_only_trains_nothing(tiny_llama, tmp_path, capsys):
+    run(tiny_llama, tmp_path, "--preflight_only")
+    assert "saved, reloaded and resumed" in capsys.readouterr().out
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_model_with_fewer_learnt_positions_than_tokens_stops_a_training(tiny_opt, tmp_path, tokenizer):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(tiny_opt, max_position_embeddings=128)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="the model has 128 positions: --model_max_length 128"):
+        run(tmp_path / "model", tmp_path, "--max_steps", "1", "--skip_save_rehearsal")
+
+
+def test_a_model_that_the_machine_cannot_hold_is_not_loaded(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "host_free", lambda swap=False: 1000)
+    monkeypatch.setattr(train, "load_model", None)
+    with pytest.raises(UserError, match="the model is loaded into the machine's memory: 0.4 MiB, of which 0.0 MiB"):
+        run(tiny_llama, tmp_path)
+
+
+def test_with_held_out_records_the_numbers_listed_are_those_of_the_file(tiny_llama, tmp_path, capsys):
+    """Of 24 records, the longest answer is cut and the longest prompt left out; 6 others are held out."""
+    records = make_records(24)
+    records[17]["output"], records[21]["instruction"] = "many words " * 400, "many words " * 400
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    argv = ["--model_name_or_path", tiny_llama, "--data_path", tmp_path / "data.json", "--output_dir", tmp_path / "out"]
+    flags = ("--eval_fraction", "0.25", "--preflight_only", "--skip_save_rehearsal", "--report_to", "none")
+    args = train.parse_args([*map(str, argv), *flags])
+    kept, _ = train.load_data(args[1], args[2].seed)
+    assert {18, 22} <= set(kept.numbers) and len(kept.numbers) == 18  # else another seed
+    assert kept == [records[number - 1] for number in kept.numbers] and kept.numbers != list(range(1, 19))
+    train.train(*args)
+    out = capsys.readouterr().out
+    assert "1 of 17 examples do not fit in 512 tokens and were cut (record 18)" in out
+    assert "--model_max_length 512 (record 22)" in out
+
+
+def test_a_broken_tokenizer_stops_a_training(tiny_llama, tmp_path, tokenizer):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model.resize_token_embeddings(280)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="preflight: the tokenizer has 20 tokens beyond the model's 280 rows"):
+        run(tmp_path / "model", tmp_path, "--max_steps", "1", "--skip_save_rehearsal")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
