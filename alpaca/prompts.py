@@ -9,12 +9,34 @@ from collections.abc import Sequence
 import jinja2
 from tokenizers import AddedToken, Tokenizer
 
-import utils
 from alpaca import UserError
 
+# Models in the wild were trained on these bytes: they do not change.
+PROMPT_DICT = {
+    "prompt_input": (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+    ),
+    "prompt_no_input": (
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Response:"
+    ),
+}
 INPUT_HEADING = "\n\n### Input:\n"
 # Texts to put before an answer while it is tokenized. The first is the prompt's own last line.
-BEFORE_ANSWER = (utils.PROMPT_DICT["prompt_no_input"].rpartition("\n")[2], "\n", "a")
+BEFORE_ANSWER = (PROMPT_DICT["prompt_no_input"].rpartition("\n")[2], "\n", "a")
+
+
+def format_prompt(instruction: str, input: str = "") -> str:
+    """The one place where a prompt is written: training, chat, judge and the recover smoke test all call it.
+
+    The template without an input is taken when ``input`` is empty, as the original does.
+    """
+    if input:
+        return PROMPT_DICT["prompt_input"].format_map({"instruction": instruction, "input": input})
+    return PROMPT_DICT["prompt_no_input"].format_map({"instruction": instruction})
 
 
 def prompt_ids(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
@@ -56,13 +78,13 @@ def answer_ids(tokenizer, answers: Sequence[str]) -> list[list[int]]:
 
 
 def chat_template(tokenizer) -> str:
-    """A Jinja chat template that gives utils.format_prompt's text for one user message, as training's tokens.
+    """A Jinja chat template that gives format_prompt's text for one user message, as training's tokens.
 
     The message is the instruction; an input stands behind it under the heading "### Input:", as in the prompt itself:
     "Translate into French.\\n\\n### Input:\\nGood morning". Training knows one turn, so an earlier turn is written as
     an example of its own, prompt, answer and EOS. A system message is refused, not dropped: training had none.
     """
-    with_input, without = utils.PROMPT_DICT["prompt_input"], utils.PROMPT_DICT["prompt_no_input"]
+    with_input, without = PROMPT_DICT["prompt_input"], PROMPT_DICT["prompt_no_input"]
     preface_input, preface = (text[: text.index("{instruction}")] for text in (with_input, without))
     ending = without.removeprefix(preface + "{instruction}")
     assert with_input == f"{preface_input}{{instruction}}{INPUT_HEADING}{{input}}{ending}"
@@ -90,7 +112,7 @@ def _start(tokenizer) -> str:
     That is how a rendered chat template is tokenised. Some tokenizers put BOS in front by themselves, some (LLaMA's)
     a space as well, which they leave out behind a special token.
     """
-    prompt = utils.format_prompt("Hello")
+    prompt = format_prompt("Hello")
     wanted = tokenizer(prompt)["input_ids"]
     if tokenizer.eos_token_id == wanted[-1]:  # one that appends EOS: to be answered, a prompt must not end
         wanted = wanted[:-1]

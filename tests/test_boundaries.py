@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT, run_script
 
-SCRIPTS = {"generate_instruction", "train", "weight_diff", "chat", "analyze_data", "judge"}
+SCRIPTS = {"generate_instruction", "train", "weight_diff", "chat", "analyze_data", "judge", "utils"}
 HEAVY = ("torch", "transformers", "openai", "fire", "numpy")
 
 
@@ -45,21 +45,49 @@ def test_the_teacher_waits_with_torch_until_it_converts():
     assert loaded_by("alpaca.embedded_model").isdisjoint({"torch", "transformers"})
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "alpaca").glob("**/*.py")), ids=lambda path: path.name)
-def test_the_package_never_imports_a_script(path):
-    imported = set()
+ARROWS = {  # room → the rooms that it may import from, beside the modules that lie beneath all rooms
+    "common": {""},
+    "": {"common"},
+    "endpoint": {"common"},
+    "data": {"common"},
+    "weights": {"common"},
+    "inference": {"common", "weights"},
+    "training": {"common", "weights", "inference"},
+    "judging": {"common", "endpoint", "data", "inference"},
+}
+PACKAGE = sorted((ROOT / "alpaca").rglob("*.py"))
+
+
+def room(parts: tuple[str, ...]) -> str:
+    """The room of a module of the package, given as what follows "alpaca"; "" for one that is in no room."""
+    return parts[0] if parts and (ROOT / "alpaca" / parts[0]).is_dir() else ""
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_room_imports_only_from_rooms_that_the_design_puts_before_it(path):
+    here = room(path.relative_to(ROOT / "alpaca").parts)
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            imported.add(node.module.split(".")[0])
-    assert imported.isdisjoint(SCRIPTS)
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for top, *rest in (name.split(".") for name in names):
+            assert top not in SCRIPTS, f"{path.name} imports the script {top}"
+            assert top != "alpaca" or room(rest) in ARROWS[here] | {here, ""}, f"{here} may not import {rest}"
+
+
+def test_every_module_can_be_imported_beside_a_users_own_utils(tmp_path):
+    for script in SCRIPTS:
+        (tmp_path / f"{script}.py").write_text("raise SystemExit('the user's own module was imported')\n")
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in PACKAGE]
+    code = f"import sys; sys.path.append({str(ROOT)!r}); import {', '.join(modules)}"
+    result = run_script("-c", code, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
 
 
 def test_the_prompt_template_is_written_once():
-    """ "### Response:" stands in utils.py alone, among all that is not a test."""
+    """ "### Response:" stands in prompts.py alone, among all that is not a test."""
     files = [*ROOT.glob("*.py"), *(ROOT / "alpaca").glob("**/*.py")]
-    assert [file.name for file in files if "### Response:" in file.read_text()] == ["utils.py"]
+    assert [file.name for file in files if "### Response:" in file.read_text()] == ["prompts.py"]
 
 
 def test_every_requirement_is_pinned_and_says_who_needs_it():
@@ -70,4 +98,4 @@ def test_every_requirement_is_pinned_and_says_who_needs_it():
 
 
 def test_this_python_is_supported():
-    assert sys.version_info >= (3, 10)
+    assert sys.version_info >= (3, 11)

@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, assert_one_line_error, run_script
 
 from alpaca import UserError, embedded_model
+from alpaca.common import cli
 
 
 @pytest.fixture
@@ -76,12 +77,12 @@ def test_a_port_where_something_listens_is_refused_with_its_number():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port} cannot be used .*: choose another --port, or 0"):
-            embedded_model.free_port(port)
+            cli.free_port(port)
 
 
 def test_port_0_gives_one_that_can_be_bound_at_once():
-    port = embedded_model.free_port()
-    assert port > 0 and embedded_model.free_port(port) == port
+    port = cli.free_port()
+    assert port > 0 and cli.free_port(port) == port
     socket.create_server(("127.0.0.1", port)).close()
 
 

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 import utils
 from alpaca import embedded_model
+from alpaca.common import cli
 from alpaca.inference import load as inference
 from alpaca.prompts import chat_template
 
@@ -39,7 +40,7 @@ def models(tiny_llama, tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def ask(models, tmp_path_factory):
     """``ask(model, message, **settings)``: text, why it ended, tokens of the prompt; one server for all models."""
-    port, log = embedded_model.free_port(0), tmp_path_factory.mktemp("log") / "server.log"
+    port, log = cli.free_port(0), tmp_path_factory.mktemp("log") / "server.log"
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", "--host", "127.0.0.1"]
     with open(log, "wb") as file:
         server = subprocess.Popen([*command, "--port", str(port), "--device", "cpu"], stdout=file, stderr=file)

@@ -7,6 +7,7 @@ import errno
 import inspect
 import math
 import re
+import socket
 import sys
 import textwrap
 import typing
@@ -96,6 +97,21 @@ def unknown_flag(name: str, known: typing.Iterable[str]) -> UserError:
     """The error for a flag that is not there, with the nearest one that is."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return UserError(f"unknown flag --{name}" + (f": did you mean --{near[0]}?" if near else "; --help lists them"))
+
+
+def free_port(port: int = 0) -> int:
+    """``port`` if nothing listens there (0: any free one)."""
+    if not 0 <= port <= 65535:
+        raise UserError(f"--port {port} is no port: take 1 to 65535, or 0 for a free one")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as e:
+            raise UserError(
+                f"port {port} cannot be used ({e.strerror}): choose another --port, or 0 for a free one"
+            ) from e
+        return probe.getsockname()[1]
 
 
 def _typed_argv(commands, argv: list[str]) -> list[str] | None:

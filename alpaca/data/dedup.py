@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import utils
 from alpaca import UserError
+from alpaca.common.files import replace_file
+from alpaca.common.records import jload, json_text
 from alpaca.data.rouge import RougePool, is_mostly_unseen, tokenizer_named
 
 NEAREST = 10  # instructions that are written beside each kept one
@@ -173,7 +174,7 @@ def _read(path: str) -> list[dict] | JsonLines:
             raise UserError(f"{path} {'is no file' if Path(path).exists() else 'does not exist'}: check the path")
         records = JsonLines(Path(path))
     else:
-        records = [_checked(record, f"{path}, record {number}") for number, record in enumerate(utils.jload(path), 1)]
+        records = [_checked(record, f"{path}, record {number}") for number, record in enumerate(jload(path), 1)]
     if not len(records):
         raise UserError(f"{path} holds no records: give a file with at least one")
     return records
@@ -221,15 +222,13 @@ def dedup(
             )
     kept, of = 0, len(records)
     found = distinct(records, seeds, threshold, similarity_stats, tokenizer)
-    with utils.replace_file(target) as file:
+    with replace_file(target) as file:
         lines = target.suffix == ".jsonl"
         for record in found:
             if lines:
-                file.write(utils.json_text(record) + "\n")
+                file.write(json_text(record) + "\n")
             else:
-                file.write(
-                    ("," if kept else "[") + "\n    " + utils.json_text(record, indent=4).replace("\n", "\n    ")
-                )
+                file.write(("," if kept else "[") + "\n    " + json_text(record, indent=4).replace("\n", "\n    "))
             kept += 1
         if not lines:
             file.write("\n]\n" if kept else "[]\n")

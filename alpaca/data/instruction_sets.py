@@ -10,9 +10,9 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import utils
 from alpaca import UserError
-from alpaca.data.released import git_blob_id
+from alpaca.common.files import git_blob_id
+from alpaca.common.records import jload
 from alpaca.prompts import INPUT_HEADING
 
 # The 252 user-oriented instructions of Self-Instruct, on which Alpaca was judged.
@@ -99,7 +99,7 @@ def read_set(path: str | os.PathLike) -> list[Item]:
             f"{path} does not exist; it is Self-Instruct's (yizhongw/self-instruct, human_eval/{THE_252}): "
             f"python analyze_data.py fetch --url {THE_252_URL} --blob_id {THE_252_BLOB} --output_path {path}"
         )
-    items, records = [], utils.jload(path)
+    items, records = [], jload(path)
     for number, record in enumerate(records, 1):
         try:
             items += _items(record, number)
@@ -143,7 +143,7 @@ def read_answers(path: str | os.PathLike, items: list[Item]) -> Answers:
     rows: dict[str, dict] = {}
     strangers: list[str] = []
     names: dict[str, None] = {}
-    for number, row in enumerate(utils.jload(path), 1):
+    for number, row in enumerate(jload(path), 1):
         try:
             instruction, input = _texts(row)
             answer, name = _answer(row), _generator(row)
@@ -196,15 +196,6 @@ def read_pair(instructions: str | os.PathLike, answers: str) -> tuple[list[Item]
         if one.unanswered:
             print(f"note: {one.generator} has no answer to {len(one.unanswered):,} of {len(items):,} instructions")
     return items, pair
-
-
-def write_answers(rows: list[dict], path: str | os.PathLike) -> None:
-    """Writes rows at once: JSON Lines, or, when the name ends in ``.json``, the JSON list that alpaca_eval reads."""
-    if Path(path).suffix == ".json":
-        utils.jdump(rows, path)
-        return
-    with utils.replace_file(path) as file:
-        file.writelines(utils.json_text(row) + "\n" for row in rows)
 
 
 def _items(record, number: int) -> list[Item]:

@@ -16,10 +16,11 @@ import numpy as np
 from tqdm import tqdm
 
 from alpaca import UserError
+from alpaca.common.files import replace_file
+from alpaca.common.records import load_records
 from alpaca.data.plots_page import Figure, page
 from alpaca.data.rouge import RougePool
 from alpaca.data.verbs import TOP_OBJECTS, Verb, first_verb_and_object, most_common_pairs, parse
-from utils import load_records, replace_file
 
 DUPLICATE = 0.7  # the generator drops a candidate above this ROUGE-L
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
-import os
 import sys
 import time
 import urllib.error
@@ -14,21 +12,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from alpaca import UserError
+from alpaca.common.files import git_blob_id
 
 ATTEMPTS = 6  # requests that brought nothing new, in a row
 WAIT = 1.0  # seconds before the second of them; doubled each time, 31 s in all
 TIMEOUT = 30  # seconds without a byte
 CHUNK = 1 << 18
-RELEASED_BLOB = "3779ddbc040543ab1834ef216c983d6fcc06cc9a"  # of the 52,002 records of Stanford Alpaca
-
-
-def git_blob_id(path: str | os.PathLike) -> str:
-    """The id that ``git hash-object`` gives: SHA-1 of "blob", the length in bytes and a NUL, then the bytes."""
-    digest = hashlib.sha1(f"blob {os.path.getsize(path)}\0".encode())
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def download(url: str, part: Path, blob_id: str) -> None:

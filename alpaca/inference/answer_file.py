@@ -19,12 +19,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import utils
 from alpaca import UserError
+from alpaca.common.files import read_text
 from alpaca.common.journal import Journal, check_output
-from alpaca.data.instruction_sets import write_answers
+from alpaca.common.records import LIST_HINT, begins_a_list, jload, json_fault, write_answers
+from alpaca.inference.adapters import base_of, is_adapter
 from alpaca.inference.generate import Settings, longest_answer
-from alpaca.inference.load import answer_batch, base_of, batches, is_adapter
+from alpaca.inference.load import answer_batch, batches
 
 LISTED = 5  # faults that are told one by one
 ON_WITHOUT = " (--skip_errors goes on without it)"
@@ -56,17 +57,17 @@ def read_requests(path: str | os.PathLike, skip_errors: bool = False) -> tuple[l
     """
     path = Path(path)
     if path.suffix == ".jsonl":
-        lines = enumerate(utils.read_text(path).split("\n"), 1)
+        lines = enumerate(read_text(path).split("\n"), 1)
         entries = [(f"line {number}", line) for number, line in lines if line.strip()]
     else:
-        entries = [(f"record {number}", record) for number, record in enumerate(utils.jload(path), 1)]
+        entries = [(f"record {number}", record) for number, record in enumerate(jload(path), 1)]
     requests, faults = [], []
     for place, entry in entries:
         try:
             requests.append(_request(place, entry))
         except UserError as e:
             if not skip_errors:
-                hint = utils.LIST_HINT if utils.begins_a_list(entry, place == "line 1") else ON_WITHOUT
+                hint = LIST_HINT if begins_a_list(entry, place == "line 1") else ON_WITHOUT
                 raise UserError(f"{path}, {place}: {e}{hint}") from None
             faults.append(f"{path}, {place}: {e}")
     if not requests and faults:
@@ -81,7 +82,7 @@ def _request(place: str, entry: str | dict) -> Request:
         try:
             entry = json.loads(entry)
         except (ValueError, RecursionError) as e:
-            raise UserError(f"malformed JSON, {utils.json_fault(e)}") from None
+            raise UserError(f"malformed JSON, {json_fault(e)}") from None
     if not isinstance(entry, dict):
         raise UserError(f"a {type(entry).__name__} where an object was expected")
     instruction, input = entry.get("instruction"), entry.get("input")

@@ -14,8 +14,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import utils
 from alpaca import UserError
+from alpaca.common.memory import as_text, available_bytes
+from alpaca.inference.adapters import base_of, is_adapter, merge_adapter
 from alpaca.inference.checks import check_cache, check_no_difference, odd_special_tokens, tokenizer_fits
 from alpaca.inference.generate import (
     STOP,
@@ -29,11 +30,8 @@ from alpaca.inference.generate import (
     longest_answer,
     stripped,
 )
-from alpaca.prompts import INPUT_HEADING, chat_ids, prompt_ids
-from alpaca.training.preflight.memory import as_text, available_bytes
+from alpaca.prompts import INPUT_HEADING, chat_ids, format_prompt, prompt_ids
 from alpaca.weights.checkpoint import FLOATS, TOKENIZER, check_model_folder, read_json
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 def load_tokenizer(path: str | os.PathLike, **kwargs):
@@ -128,9 +126,7 @@ def load(
             raise
         raise UserError(f"{path} is a LoRA adapter, and its base {e} (--base_path gives a folder)") from None
     if adapter:
-        from alpaca.training import lora
-
-        model = lora.merge_adapter(model, folder, len(tokenizer))
+        model = merge_adapter(model, folder, len(tokenizer))
     if dtype is None and device.type != "cpu" and (odd := _unfit(model.dtype, device)):
         model = model.to(odd)
     check_cache(model, path)
@@ -145,24 +141,6 @@ def load(
         raise UserError(
             f"{path} does not fit the memory of {device}: take --dtype bfloat16, --device cpu, or a smaller model"
         ) from None
-
-
-def is_adapter(path: str | os.PathLike) -> bool:
-    """Whether a folder holds a LoRA adapter and no model."""
-    return (Path(path) / ADAPTER_CONFIG).exists() and not (Path(path) / "config.json").exists()
-
-
-def base_of(folder: Path, base_path: str | os.PathLike | None) -> str:
-    """The base of the adapter in ``folder``: a folder that holds a model, or a hub name."""
-    named = base_path or read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not named:
-        raise UserError(f"{folder} is a LoRA adapter that does not name its base: give the folder with --base_path")
-    local = base_path or Path(named).exists() or str(named).startswith((".", "/", "~")) or str(named).count("/") > 1
-    if local and not (Path(named) / "config.json").exists():
-        raise UserError(f"{folder} is a LoRA adapter, and its base {named} is not there: give it with --base_path")
-    if local:
-        check_model_folder(named, "--base_path", tokenizer=False)
-    return str(named)
 
 
 def _dtype(path: str | os.PathLike, device: torch.device, dtype: str | None) -> torch.dtype | str:
@@ -263,7 +241,7 @@ def request_ids(tokenizer, template: str, requests: Sequence[tuple[str, str]]) -
         requests: pairs of texts; the input may be empty.
     """
     if template == "alpaca":
-        return prompt_ids(tokenizer, [utils.format_prompt(*request) for request in requests])
+        return prompt_ids(tokenizer, [format_prompt(*request) for request in requests])
     return [chat_ids(tokenizer, [_user(*request)]) for request in requests]
 
 

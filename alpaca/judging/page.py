@@ -12,8 +12,8 @@ import logging
 from functools import partial
 
 from alpaca import UserError
+from alpaca.common.cli import free_port
 from alpaca.data.instruction_sets import Answers, Item
-from alpaca.embedded_model import free_port
 from alpaca.inference.web.server import check_exposure, gr, page_error, render_answer, render_status, run
 from alpaca.judging.votes import CHOICES, MAX_NAME_CHARS, Ballots
 

@@ -10,8 +10,8 @@ import hashlib
 import os
 import re
 
-import utils
 from alpaca import UserError
+from alpaca.common.files import read_text
 from alpaca.data.instruction_sets import Item
 from alpaca.endpoint.client import Completion, Teacher
 
@@ -28,7 +28,7 @@ REMINDER = (
 
 def read_prompt(path: str | os.PathLike) -> tuple[str, str]:
     """A judge's prompt and its SHA-256; UserError if one of PLACEHOLDERS is not in it."""
-    text = utils.read_text(path)
+    text = read_text(path)
     if missing := [name for name in PLACEHOLDERS if name not in text]:
         raise UserError(f"{path} does not say where {', '.join(missing)} goes: put it in")
     return text, sha256(text)

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 
-import utils
 from alpaca import UserError
+from alpaca.common.files import replace_file
+from alpaca.common.records import jdump
 from alpaca.data.plots_page import STYLE
 from alpaca.judging import plot as report_plot
 from alpaca.judging import report_text
@@ -67,11 +68,11 @@ def write(report: dict, output_dir: str | os.PathLike) -> list[str]:
         note = "report.png was not drawn: matplotlib is not installed (pip install '.[judge]')."
         report = report | {"notes": [*report["notes"], note]}
         print(f"note: {note}")
-    utils.jdump(report, folder / "report.json", indent=2)
+    jdump(report, folder / "report.json", indent=2)
     if png is not None:
-        with utils.replace_file(folder / "report.png", "wb") as file:
+        with replace_file(folder / "report.png", "wb") as file:
             file.write(png)
-    with utils.replace_file(folder / "report.html") as file:
+    with replace_file(folder / "report.html") as file:
         file.write(page(report, png))
     return ["report.json", *(["report.png"] if png else []), "report.html"]
 

@@ -13,8 +13,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-import utils
 from alpaca import UserError
+from alpaca.common.records import jload
 from alpaca.data.instruction_sets import Answers, is_name
 
 PREFERRED = ("first", "second", "tie", None)
@@ -77,7 +77,7 @@ def read_judgments(paths: Iterable[str | os.PathLike]) -> list[dict]:
     rows: list[dict] = []
     for path in paths:
         before = len(rows)
-        for number, row in enumerate(utils.jload(path), 1):
+        for number, row in enumerate(jload(path), 1):
             fault = _fault(row)
             if fault:
                 raise UserError(f"{path}, row {number}: {fault}; give files that judge.py judge or people wrote")

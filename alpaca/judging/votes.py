@@ -19,9 +19,10 @@ import threading
 import time
 import unicodedata
 
-import utils
 from alpaca import UserError
+from alpaca.common.files import replace_file
 from alpaca.common.journal import Journal, check_output
+from alpaca.common.records import json_text
 from alpaca.data.instruction_sets import Answers, Item
 
 CHOICES = ("first", "second", "tie", "skip")
@@ -185,8 +186,8 @@ class Ballots:
             self._votes.setdefault(entry["judge"]["name"], {})[entry["id"]] = entry
 
     def _write(self) -> None:
-        with utils.replace_file(self.path) as file:
-            file.writelines(utils.json_text(row) + "\n" for rows in self._votes.values() for row in rows.values())
+        with replace_file(self.path) as file:
+            file.writelines(json_text(row) + "\n" for rows in self._votes.values() for row in rows.values())
 
 
 def _sha256(text: str) -> str:

@@ -10,22 +10,24 @@ import hashlib
 import itertools
 import os
 import re
+import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from alpaca import UserError
+from alpaca.inference.adapters import ADAPTER
 from alpaca.training.distributed import say
-from alpaca.training.preflight.examples_and_tokenizer import columns
+from alpaca.training.examples import columns
 from alpaca.weights.checkpoint import WEIGHTS, read_json
 
 STAGING = ".saving"  # in the output folder, with what is not whole yet
+REHEARSAL = ".save-rehearsal"  # … where the rehearsal saves, on the file system that training will write to
 MANIFEST = "checkpoint.json"  # each file of a checkpoint with its size, and what wrote it
 ABANDONED = "abandoned-"  # in front of the name of a checkpoint of a branch that was left
-ADAPTER = "adapter_model.safetensors"
 # Folders of torch.distributed.checkpoint under FSDP, as accelerate names them: each rank writes its own shard.
 SHARDED_MODEL, SHARDED_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
 
@@ -268,3 +270,9 @@ def state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     from peft import get_peft_model_state_dict
 
     return get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
+def is_failed_write(e: BaseException, frames: traceback.StackSummary) -> bool:
+    """torch.save writes through C++, where a full disk is one of several RuntimeErrors without an errno."""
+    serialization = any(frame.filename.endswith("torch/serialization.py") for frame in frames)
+    return isinstance(e, (OSError, SafetensorError)) or (isinstance(e, RuntimeError) and serialization)

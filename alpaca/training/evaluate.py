@@ -1,4 +1,4 @@
-"""The loss on held-out data as one mean over all its supervised tokens, however they are batched and spread."""
+"""The loss on held-out data as one mean over all its supervised tokens, however batched; and record by record."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import torch
 import transformers
 from torch.nn import functional
 
-from alpaca.training.examples import IGNORE_INDEX
+from alpaca.inference.generate import context_length
+from alpaca.inference.load import batches
+from alpaca.training.examples import IGNORE_INDEX, preprocess
+from alpaca.training.packing import pad
+
+BATCH_TOKENS = 2048  # padding included: their logits over 128,256 tokens are 1 GB in float32
 
 
 class HeldOutLoss(transformers.Trainer):
@@ -52,3 +57,27 @@ def sums_by_example(logits: torch.Tensor, batch: dict) -> torch.Tensor:
     losses = functional.cross_entropy(logits.float(), targets, reduction="none").double()
     sums = torch.zeros(examples, 2, dtype=torch.float64, device=logits.device)
     return sums.index_add_(0, example, torch.stack([losses, torch.ones_like(losses)], dim=1))
+
+
+@torch.no_grad()
+def reference_losses(model, tokenizer, records: list[dict]) -> list[tuple[float, int] | None]:
+    """The loss of each record's output after its prompt, with EOS, as training counts it (tokens.preprocess).
+
+    Args:
+        model: a causal model; its own type is computed in.
+        tokenizer: its own.
+        records: {"instruction", "input", "output"}; what does not fit the model's context is cut off, as in training.
+
+    Returns:
+        Mean negative log-likelihood in nats a token, and the number of tokens; None where no token of the output fits.
+    """
+    examples = preprocess(records, tokenizer, context_length(model) or 10**9)
+    losses: list[tuple[float, int] | None] = [None] * len(examples)
+    scored = [i for i, example in enumerate(examples) if any(label != IGNORE_INDEX for label in example["labels"][1:])]
+    for batch in batches([len(examples[i]["input_ids"]) for i in scored], 0, BATCH_TOKENS):
+        rows = [scored[place] for place in batch]
+        inputs = {key: value.to(model.device) for key, value in pad([examples[i] for i in rows], 0).items()}
+        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
+        for row, (total, count) in zip(rows, sums_by_example(logits, inputs).tolist(), strict=True):
+            losses[row] = (total / count, int(count))
+    return losses

@@ -8,16 +8,17 @@ import json
 import multiprocessing
 import os
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 
-import utils
 from alpaca import UserError
-from alpaca.prompts import answer_ids, prompt_ids
-from alpaca.weights.folder import new_folder
+from alpaca.common.files import new_folder
+from alpaca.prompts import answer_ids, format_prompt, prompt_ids
 
 IGNORE_INDEX = -100  # torch's cross entropy passes over it
 
@@ -40,7 +41,7 @@ def preprocess(records: list[dict], tokenizer, max_length: int) -> list[dict]:
     """
     if not tokenizer.is_fast:
         raise UserError("this tokenizer has no offsets: convert it to a tokenizer.json (AutoTokenizer, use_fast)")
-    prompts = prompt_ids(tokenizer, [utils.format_prompt(record["instruction"], record["input"]) for record in records])
+    prompts = prompt_ids(tokenizer, [format_prompt(record["instruction"], record["input"]) for record in records])
     answers = answer_ids(tokenizer, [record["output"] for record in records])
     examples = []
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -101,6 +102,30 @@ class SupervisedDataset:
         return self.examples[i]
 
 
+def columns(examples: Sequence[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(ids, lengths, labels, lengths of labels): int64 arrays, all examples end to end.
+
+    ``examples`` is a ``datasets.Dataset`` (read as Arrow, without a Python object a token), something that has one as
+    its ``examples``, or any sequence of {"input_ids", "labels"}.
+    """
+    found = []
+    if hasattr(getattr(examples, "examples", None), "with_format"):
+        examples = examples.examples
+    if hasattr(examples, "with_format"):
+        table = examples.with_format("arrow")[:]
+        for name in ("input_ids", "labels"):
+            column = table.column(name).combine_chunks()
+            found += [column.flatten().to_numpy(zero_copy_only=False).astype(np.int64)]
+            found += [column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)]
+        return tuple(found)
+    rows = [examples[i] for i in range(len(examples))]
+    for name in ("input_ids", "labels"):
+        lists = [np.asarray(row[name], dtype=np.int64) for row in rows]
+        found += [np.concatenate(lists) if lists else np.zeros(0, np.int64)]
+        found += [np.array([len(values) for values in lists], dtype=np.int64)]
+    return tuple(found)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The cache: a folder for each content, made by one process, mapped by all.
 
@@ -142,7 +167,7 @@ def content_key(records: list[dict], tokenizer, max_length: int) -> str:
     rule = [RULE_VERSION, tokenizers.__version__, tokenizer.eos_token_id, max_length, core]
     digest = hashlib.sha256(json.dumps(rule, sort_keys=True).encode())
     for record in records:
-        text = json.dumps([utils.format_prompt(record["instruction"], record["input"]), record["output"]])
+        text = json.dumps([format_prompt(record["instruction"], record["input"]), record["output"]])
         digest.update(text.encode() + b"\n")
     return digest.hexdigest()[:32]
 

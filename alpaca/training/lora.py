@@ -12,20 +12,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors import safe_open
 
 from alpaca import UserError
-from alpaca.training.checkpoints import ADAPTER
+from alpaca.inference.adapters import check_adapter, need_peft
 
 FOLDER = "adapter"  # in the output folder; beside it stands the merged model
-
-
-def _peft(what: str = "--lora_r"):
-    try:
-        import peft
-    except ImportError:
-        raise UserError(f"{what} needs peft: pip install 'alpaca-reproduced[lora]'") from None
-    return peft
 
 
 def check_arguments(args) -> None:
@@ -39,7 +30,7 @@ def check_arguments(args) -> None:
     if args.lora_r and args.deepspeed:
         raise UserError("--lora_r does not go with --deepspeed: use --fsdp, which shards the frozen weights as well")
     if args.lora_r:
-        _peft()
+        need_peft()
 
 
 def base_options(args) -> dict:
@@ -64,7 +55,7 @@ def base_options(args) -> dict:
 
 def add_adapter(model, args):
     """A PeftModel in which only LoRA matrices (float32) are trained, on every linear layer but the output embedding."""
-    peft = _peft()
+    peft = need_peft()
     if args.load_in_4bit:
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     config = peft.LoraConfig(
@@ -91,23 +82,6 @@ def check_eos(tokenizer) -> None:
             "--lora_r trains no embeddings, and this tokenizer's EOS is a new token: its answers would never end. "
             "Take a base whose tokenizer has an EOS, or train without --lora_r"
         )
-
-
-def check_adapter(folder: Path) -> None:
-    """Raises UserError unless a saved adapter has both matrices of each layer, and has learnt something.
-
-    An adapter whose state dict was lost on the way to the file is a valid file of a few hundred bytes, and one whose B
-    are all zero changes nothing; both load without a word.
-    """
-    path = folder / ADAPTER
-    with safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-        b = sorted(name for name in names if name.endswith(".lora_B.weight"))
-        lacking = [name for name in b if name.replace(".lora_B.", ".lora_A.") not in names]
-        if not b or lacking:
-            raise UserError(f"{path} is empty or lacks tensors ({len(names)} are there): nothing to merge was trained")
-        if not any(file.get_tensor(name).any() for name in b):
-            raise UserError(f"{path} changes nothing (each B is zero): is the learning rate 0?")
 
 
 def save(trainer, output_dir: Path, load_base: Callable[[], torch.nn.Module]) -> None:
@@ -141,43 +115,6 @@ def save(trainer, output_dir: Path, load_base: Callable[[], torch.nn.Module]) ->
     check_adapter(adapter)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the vocabulary grew
-        merged = _peft().PeftModel.from_pretrained(load_base(), adapter).merge_and_unload()
+        merged = need_peft().PeftModel.from_pretrained(load_base(), adapter).merge_and_unload()
     merged.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
-
-
-def merge_adapter(base, folder: Path, tokens: int):
-    """``base`` with a saved adapter's B A added to its weights.
-
-    An adapter of --lora_r holds no embeddings; one that others trained may, with rows for the tokens that they added.
-    The base grows to them, and to the tokenizer's, by mean rows, as in training.
-
-    Args:
-        base: a causal model; changed in place.
-        folder: the adapter's.
-        tokens: of the tokenizer.
-
-    Raises:
-        UserError: peft is not installed, the adapter is empty, or it is another model's.
-    """
-    peft = _peft(f"{folder} is a LoRA adapter, which")
-    rows = base.get_input_embeddings().weight.shape[0]
-    wanted = max(rows, tokens)
-    if (folder / ADAPTER).exists():
-        check_adapter(folder)
-        with safe_open(folder / ADAPTER, framework="pt") as file:
-            stored = [name for name in file.keys() if name.endswith(("embed_tokens.weight", "lm_head.weight"))]
-            wanted = max([file.get_slice(name).get_shape()[0] for name in stored], default=wanted)
-    if wanted > rows:
-        base.resize_token_embeddings(wanted, mean_resizing=False)
-        with torch.no_grad():
-            for embedding in (base.get_input_embeddings(), base.get_output_embeddings()):
-                embedding.weight[rows:] = embedding.weight[:rows].float().mean(dim=0).to(embedding.weight.dtype)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the vocabulary grew
-            warnings.filterwarnings("error", message=".*missing adapter keys")  # else they stay zero
-            return peft.PeftModel.from_pretrained(base, folder).merge_and_unload()
-    except (RuntimeError, ValueError, KeyError, OSError, UserWarning) as e:
-        cause = " ".join(str(e).split())[:200]
-        raise UserError(f"{folder}: the adapter does not fit its base, is it another model's? ({cause})") from None

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-import utils
-from alpaca.data.released import RELEASED_BLOB, git_blob_id
+from alpaca.common.files import git_blob_id, replace_file
+from alpaca.common.records import RELEASED_BLOB, jdump
 from alpaca.training.meter import clock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -204,15 +204,15 @@ def write(receipt: dict, output_dir: str | os.PathLike) -> list[str]:
         The names of the files written.
     """
     folder = Path(output_dir)
-    utils.jdump(receipt, folder / "training_receipt.json", indent=2)
-    with utils.replace_file(folder / "model_card.md") as file:
+    jdump(receipt, folder / "training_receipt.json", indent=2)
+    with replace_file(folder / "model_card.md") as file:
         file.write(model_card(receipt))
     written = ["training_receipt.json", "model_card.md"]
     png = loss_plot(receipt)
     if png is None:
         print("note: loss.png was not drawn, matplotlib is not installed: pip install '.[plots]'")
         return written
-    with utils.replace_file(folder / "loss.png", "wb") as file:
+    with replace_file(folder / "loss.png", "wb") as file:
         file.write(png)
     return [*written, "loss.png"]
 

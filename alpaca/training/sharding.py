@@ -10,8 +10,9 @@ import transformers
 from safetensors.torch import load_file
 from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME
 
+from alpaca.inference.adapters import ADAPTER
 from alpaca.inference.load import load_model
-from alpaca.training.checkpoints import ADAPTER, SHARDED_MODEL, SHARDED_OPTIMIZER, saved_names, state_dict
+from alpaca.training.checkpoints import SHARDED_MODEL, SHARDED_OPTIMIZER, saved_names, state_dict
 
 
 class LoadingTrainer(transformers.Trainer):

@@ -21,14 +21,17 @@ from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 
 from alpaca import RankError, UserError
+from alpaca.common.files import fsync, fsync_tree
 from alpaca.training.checkpoints import (
     ABANDONED,
     MANIFEST,
+    REHEARSAL,
     STAGING,
     barrier,
     check_data,
     checkpoints,
     data_facts,
+    is_failed_write,
     newest_complete_checkpoint,
     numbered,
     rename_back,
@@ -36,11 +39,9 @@ from alpaca.training.checkpoints import (
     set_aside_newer,
 )
 from alpaca.training.distributed import say
-from alpaca.training.preflight.rehearsal import FOLDER
 from alpaca.training.sharding import LoadingTrainer
 from alpaca.training.stop import EXIT_INTERRUPTED, EXIT_REQUEUE, StopOnSignal, Stopped
 from alpaca.weights.checkpoint import CHAT_TEMPLATES, SIDE_FILES, WEIGHTS, read_json
-from alpaca.weights.folder import fsync, fsync_tree
 
 # Files of an output folder that --push_to_hub uploads: the model, what makes it usable, and what tells of the run.
 PUBLISHED = ("*.safetensors", "*.safetensors.index.json", "config.json", *SIDE_FILES, f"{CHAT_TEMPLATES}/*.jinja")
@@ -304,7 +305,7 @@ def remove_leftovers(output_dir: Path) -> None:
     """Removes what a run that was killed left half-written in a folder; what is whole is kept. Every rank calls it."""
     rename_back(output_dir)
     if int(os.environ.get("RANK", 0)) == 0:
-        for folder, what in ((output_dir / STAGING, "a save"), (output_dir / FOLDER, "a rehearsal")):
+        for folder, what in ((output_dir / STAGING, "a save"), (output_dir / REHEARSAL, "a rehearsal")):
             if folder.exists():
                 shutil.rmtree(folder, ignore_errors=True)
                 say(f"note: removed {folder}, which {what} that was interrupted had left")
@@ -333,12 +334,6 @@ def _told(what: str, output_dir: Path):
             f"{what} could not be saved in {output_dir}, which had {free / 1e9:.1f} GB free "
             f"({str(causes[0][0]).strip().splitlines()[0]}): free some{go_on}"
         ) from None
-
-
-def is_failed_write(e: BaseException, frames: traceback.StackSummary) -> bool:
-    """torch.save writes through C++, where a full disk is one of several RuntimeErrors without an errno."""
-    serialization = any(frame.filename.endswith("torch/serialization.py") for frame in frames)
-    return isinstance(e, (OSError, SafetensorError)) or (isinstance(e, RuntimeError) and serialization)
 
 
 def _move_files(source: Path, target: Path) -> None:

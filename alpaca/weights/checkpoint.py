@@ -74,13 +74,6 @@ def check_model_folder(path: str | os.PathLike, flag: str, tokenizer: bool = Tru
     return path
 
 
-def check_writable(path: str | os.PathLike, flag: str) -> None:
-    """Raises UserError unless ``path`` is a writable folder or can be made one; makes nothing."""
-    nearest = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} {path} cannot be written: {nearest} is a file or read-only, choose another folder")
-
-
 class CheckpointReader:
     """The tensors of a checkpoint folder by name. No file stays open; threads may read at the same time."""
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from alpaca import UserError
+from alpaca.common.files import check_space
 from alpaca.weights.chunks import Specs, numel, size_of
-from alpaca.weights.folder import check_space
 from alpaca.weights.tensor_files import DTYPE_NAMES
 
 

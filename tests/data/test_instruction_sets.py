@@ -10,8 +10,8 @@ import yaml
 from conftest import ROOT
 
 from alpaca import UserError
+from alpaca.common.files import git_blob_id
 from alpaca.data.instruction_sets import THE_252, THE_252_BLOB, Item, is_the_252, read_answers, read_set
-from alpaca.data.released import git_blob_id
 
 SELF_INSTRUCT = [
     {

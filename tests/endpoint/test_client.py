@@ -135,7 +135,7 @@ def test_what_no_retry_can_mend_ends_after_one_request_without_the_key(teacher, 
 
 
 def test_a_server_that_is_not_there_is_one_line(teacher):
-    from alpaca.embedded_model import free_port
+    from alpaca.common.cli import free_port
 
     assert_user_error(
         lambda: ask(f"http://127.0.0.1:{free_port()}/v1", max_retries=1), "nothing answers at", "is the server running?"

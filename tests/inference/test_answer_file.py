@@ -15,8 +15,7 @@ import utils
 from alpaca.data.instruction_sets import read_answers, read_set
 from alpaca.inference import answer_file
 from alpaca.inference import load as inference
-from alpaca.training import reference_loss
-from alpaca.training.reference_loss import reference_losses
+from alpaca.training.evaluate import reference_losses
 
 
 def write(path, rows):
@@ -121,7 +120,7 @@ def test_a_run_that_ends_before_its_losses_goes_on_without_answering_again(tiny_
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(reference_loss, "reference_fields", killed)
+        patch.setattr("judge._reference_fields", killed)
         with pytest.raises(KeyboardInterrupt):
             judge.answer(instructions, str(tmp_path / "killed.jsonl"), **flags)
     assert not (tmp_path / "killed.jsonl").exists()

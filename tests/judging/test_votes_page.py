@@ -16,8 +16,8 @@ from conftest import ROOT
 
 import utils
 from alpaca import UserError
+from alpaca.common.cli import free_port
 from alpaca.data.instruction_sets import Answers, Item
-from alpaca.embedded_model import free_port
 from alpaca.inference.web import server as web_server
 from alpaca.judging import page as judge_page
 from alpaca.judging.votes import Ballots

@@ -258,7 +258,7 @@ def test_recover_without_path_tuned_checks_and_writes_nothing(folders, capsys):
 
 def test_a_model_that_is_too_large_for_the_memory_is_recovered_and_not_loaded(folders, monkeypatch, capsys):
     """The tensors have 4 · (2 · 5 · 8 + 8) bytes."""
-    monkeypatch.setattr("alpaca.training.preflight.memory.host_free", lambda: 351)
+    monkeypatch.setattr("alpaca.common.memory.host_free", lambda: 351)
     weight_diff.recover(folders / "raw", folders / "diff", folders / "recovered")
     first, second = capsys.readouterr().out.splitlines()[-2:]
     assert first.startswith(f"3 tensors recovered in {folders / 'recovered'}")
@@ -275,7 +275,7 @@ def test_a_model_that_does_not_load_is_said_to_be_recovered_all_the_same(folders
     def load(path, device):
         raise fault
 
-    monkeypatch.setattr("alpaca.training.preflight.memory.host_free", lambda: 352)
+    monkeypatch.setattr("alpaca.common.memory.host_free", lambda: 352)
     monkeypatch.setattr("alpaca.inference.load.load", load)
     with pytest.raises(UserError, match=r"recovered is recovered and whole, but did not answer on cpu: [^\n]+$"):
         weight_diff.recover(folders / "raw", folders / "diff", folders / "recovered")

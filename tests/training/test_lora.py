@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from alpaca import UserError
+from alpaca.inference.adapters import ADAPTER
 from alpaca.training import lora
 
 
@@ -108,7 +109,7 @@ def test_the_same_seed_gives_the_same_adapter(trained, data, tmp_path):
     base, out, _ = trained
     torch.manual_seed(1)
     run(base, data, tmp_path)
-    a, b = load_file(out / "adapter" / lora.ADAPTER), load_file(tmp_path / "adapter" / lora.ADAPTER)
+    a, b = load_file(out / "adapter" / ADAPTER), load_file(tmp_path / "adapter" / ADAPTER)
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 

@@ -10,10 +10,12 @@ import torch
 from test_preflight import levels, make_trainer, whats
 
 import train
+from alpaca.common import memory as host_memory
+from alpaca.common.memory import GIB
 from alpaca.training import packing
 from alpaca.training.preflight import memory
 from alpaca.training.preflight import run as preflight
-from alpaca.training.preflight.memory import GIB, Plan, Shape
+from alpaca.training.preflight.memory import Plan, Shape
 
 LLAMA_7B = Shape(6738415616, 6738415616, 4 * 6738415616, 32, 4096, 11008, 32, 32, 128, 32000, True, False)
 
@@ -234,7 +236,7 @@ def test_a_model_without_attention_heads_gets_no_estimate_and_its_disk_is_checke
 
 
 def test_there_is_memory_here():
-    here = memory.available_bytes(torch.device("cpu"))
+    here = host_memory.available_bytes(torch.device("cpu"))
     assert 0.05 * GIB < here < 2**50
 
 
@@ -253,8 +255,8 @@ def test_a_control_group_leaves_the_least_of_itself_and_those_above_and_cached_f
     group(tmp_path / "slurm", 2000, 1900, 0)
     group(tmp_path / "slurm" / "job", 1000, 700, 500)
     group(tmp_path / "memory" / "job", 600, 100, 50, ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_")
-    assert sorted(memory._control_groups_free(groups, tmp_path)) == [100, 550, 800]
-    assert memory._control_groups_free(tmp_path / "none", tmp_path) == []
+    assert sorted(host_memory._control_groups_free(groups, tmp_path)) == [100, 550, 800]
+    assert host_memory._control_groups_free(tmp_path / "none", tmp_path) == []
 
 
 def test_a_machine_that_cannot_hold_the_model_once_a_process_is_an_error(tiny_llama, monkeypatch):
@@ -265,7 +267,7 @@ def test_a_machine_that_cannot_hold_the_model_once_a_process_is_an_error(tiny_ll
     assert memory.weights_bytes(tiny_llama / "none", torch.float32) == 0
     assert preflight.check_loading(tiny_llama, torch.float32) == []
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    monkeypatch.setattr(memory, "host_free", lambda swap=False: 4 * weights * 3 + 1)
+    monkeypatch.setattr(host_memory, "host_free", lambda swap=False: 4 * weights * 3 + 1)
     [finding] = preflight.check_loading(tiny_llama, torch.float32)
     assert finding.level == "error" and "8 processes each load the whole model" in finding.what
     assert finding.cure.startswith("torchrun --nproc_per_node=3, or")

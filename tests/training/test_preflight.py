@@ -14,13 +14,14 @@ from conftest import ROOT, make_records, torchrun
 
 import train
 from alpaca import RankError, UserError
-from alpaca.training.preflight import memory
+from alpaca.common import memory as host_memory
+from alpaca.training.checkpoints import REHEARSAL
 from alpaca.training.preflight import packing as packing_check
 from alpaca.training.preflight import run as preflight
 from alpaca.training.preflight.examples_and_tokenizer import check_examples, check_tokenizer, mend_merges, show_example
 from alpaca.training.preflight.findings import Finding, colour_wanted, format_report, raise_errors
 from alpaca.training.preflight.fingerprint import fingerprint
-from alpaca.training.preflight.rehearsal import FOLDER, rehearse
+from alpaca.training.preflight.rehearsal import rehearse
 
 
 def whats(findings, level=None):
@@ -629,7 +630,7 @@ def test_under_fsdp_on_two_processes_the_run_after_a_rehearsal_is_the_run_withou
     assert report["fsdp"] and report["faults"] == [] and report["sharded"]
     assert report["losses"][0] == report["losses"][1] and len(report["losses"][0]) == 2
     assert report["equal"]
-    assert not (tmp_path / FOLDER).exists()
+    assert not (tmp_path / REHEARSAL).exists()
 
 
 def test_under_fsdp_a_model_that_cannot_do_without_padding_falls_back_and_trains(tokenizer, tmp_path):
@@ -677,7 +678,7 @@ def test_a_model_with_fewer_learnt_positions_than_tokens_stops_a_training(tiny_o
 
 
 def test_a_model_that_the_machine_cannot_hold_is_not_loaded(tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "host_free", lambda swap=False: 1000)
+    monkeypatch.setattr(host_memory, "host_free", lambda swap=False: 1000)
     monkeypatch.setattr(train, "load_model", None)
     with pytest.raises(UserError, match="the model is loaded into the machine's memory: 0.4 MiB, of which 0.0 MiB"):
         run(tiny_llama, tmp_path)

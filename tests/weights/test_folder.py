@@ -11,13 +11,13 @@ import pytest
 from made_models import folder_with, left_in
 
 from alpaca import UserError
-from alpaca.weights import folder as folders
-from alpaca.weights.folder import check_links, copy_side_files, new_folder
+from alpaca.common import files
+from alpaca.weights.folder import check_links, copy_side_files, model_folder
 
 
 def test_a_new_folder_appears_whole(tmp_path):
     target = tmp_path / "not" / "yet" / "there"
-    with new_folder(target) as folder:
+    with model_folder(target) as folder:
         (folder / "file").write_text("whole")
         assert not target.exists()
     assert (target / "file").read_text() == "whole"
@@ -27,7 +27,7 @@ def test_a_new_folder_appears_whole(tmp_path):
 
 @pytest.mark.parametrize("error", [ValueError, UserError, KeyboardInterrupt, SystemExit])
 def test_a_new_folder_is_gone_whatever_fails(tmp_path, error):
-    with pytest.raises(error), new_folder(tmp_path / "target") as folder:
+    with pytest.raises(error), model_folder(tmp_path / "target") as folder:
         (folder / "file").write_text("half")
         raise error("in the middle")
     assert list(tmp_path.iterdir()) == []
@@ -36,11 +36,11 @@ def test_a_new_folder_is_gone_whatever_fails(tmp_path, error):
 def test_a_new_folder_takes_the_place_of_an_empty_one_only(tmp_path):
     target = tmp_path / "target"
     target.mkdir()
-    with new_folder(target) as folder:
+    with model_folder(target) as folder:
         (folder / "file").write_text("first")
-    with pytest.raises(UserError, match="target is there already: remove it"), new_folder(target):
+    with pytest.raises(UserError, match="target is there already: remove it"), model_folder(target):
         raise AssertionError("not reached")
-    with pytest.raises(UserError, match="file is there already"), new_folder(target / "file"):
+    with pytest.raises(UserError, match="file is there already"), model_folder(target / "file"):
         raise AssertionError("not reached")
     assert (target / "file").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
@@ -64,7 +64,7 @@ def test_side_files_are_copied_byte_for_byte_and_nothing_else_is(tmp_path):
         (source / "additional_chat_templates").mkdir(exist_ok=True)
         (source / "additional_chat_templates" / name).write_text("{{ y }}")
     target = tmp_path / "target"
-    with new_folder(target) as unfinished:
+    with model_folder(target) as unfinished:
         copy_side_files(source, unfinished, {"_name_or_path": "/home/me", "vocab_size": 5})
         assert "config.json" not in left_in(unfinished)  # so that it does not load
         (unfinished / "model.safetensors").touch()
@@ -85,7 +85,7 @@ def test_side_files_are_copied_byte_for_byte_and_nothing_else_is(tmp_path):
     assert (target / "tokenizer.model").read_bytes() == b"\x00\xff"
     assert (target / "tokenizer.json").read_bytes() == '{"é" :1}\r\n'.encode()
     assert (target / "config.json").read_text() == '{\n  "vocab_size": 5\n}\n'
-    with new_folder(target, "--out", overwrite=True) as folder:  # which knows all of these as a model's
+    with model_folder(target, "--out", overwrite=True) as folder:  # which knows all of these as a model's
         (folder / "config.json").write_text("new")
     assert left_in(target) == ["config.json"]
 
@@ -104,7 +104,7 @@ def model(path: Path, text: str) -> Path:
 def test_overwrite_replaces_a_model_when_the_new_one_is_whole(tmp_path):
     target = model(tmp_path / "target", "old")
     (target / "weight_diff.json").touch()  # only in the old one
-    with new_folder(target, "--out", overwrite=True) as folder:
+    with model_folder(target, "--out", overwrite=True) as folder:
         (folder / "config.json").write_text("new")
         assert (target / "config.json").read_text() == "old"
     assert left_in(target) == ["config.json"] and (target / "config.json").read_text() == "new"
@@ -113,7 +113,7 @@ def test_overwrite_replaces_a_model_when_the_new_one_is_whole(tmp_path):
 
 def test_an_overwrite_that_fails_leaves_the_old_model(tmp_path):
     target = model(tmp_path / "target", "old")
-    with pytest.raises(KeyboardInterrupt), new_folder(target, "--out", overwrite=True) as folder:
+    with pytest.raises(KeyboardInterrupt), model_folder(target, "--out", overwrite=True) as folder:
         (folder / "config.json").write_text("new")
         raise KeyboardInterrupt
     assert (target / "config.json").read_text() == "old" and left_in(tmp_path) == ["target"]
@@ -123,11 +123,11 @@ def test_overwrite_leaves_what_is_no_model_and_what_is_an_input(tmp_path):
     home = tmp_path / "home"
     home.mkdir()
     (home / "thesis").touch()
-    with pytest.raises(UserError, match="is no model, so --overwrite leaves it"), new_folder(home, "--out", True):
+    with pytest.raises(UserError, match="is no model, so --overwrite leaves it"), model_folder(home, "--out", True):
         raise AssertionError("not reached")
     raw = model(home / "raw", "raw")
     for path in (raw, home, home / "x" / ".." / "raw"):
-        with pytest.raises(UserError, match="is, or holds, the input"), new_folder(path, "--out", True, [raw]):
+        with pytest.raises(UserError, match="is, or holds, the input"), model_folder(path, "--out", True, [raw]):
             raise AssertionError("not reached")
     assert left_in(tmp_path) == ["home"] and left_in(home) == ["raw", "thesis"]
 
@@ -150,7 +150,7 @@ def test_overwrite_leaves_a_model_that_has_something_beside_it_and_names_that(tm
     (target / more).parent.mkdir(exist_ok=True)
     (target / more).mkdir() if more.endswith("/") else (target / more).touch()
     with pytest.raises(UserError, match=rf"holds more than a model \({more.split('/')[0]}\), so --overwrite leaves it"):
-        with new_folder(target, "--out", overwrite=True):
+        with model_folder(target, "--out", overwrite=True):
             raise AssertionError("not reached")
     assert (target / "config.json").read_text() == "old" and left_in(tmp_path) == ["target"]
 
@@ -158,7 +158,10 @@ def test_overwrite_leaves_a_model_that_has_something_beside_it_and_names_that(tm
 def test_overwrite_leaves_a_folder_that_has_a_config_and_no_weights(tmp_path):
     target = model(tmp_path / "target", "of a project")
     (target / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="is no model, so --overwrite leaves it"), new_folder(target, "--out", True):
+    with (
+        pytest.raises(UserError, match="is no model, so --overwrite leaves it"),
+        model_folder(target, "--out", True),
+    ):
         raise AssertionError("not reached")
     assert left_in(target) == ["config.json"]
 
@@ -174,7 +177,7 @@ def test_overwrite_replaces_a_sharded_model_with_all_that_one_has(tmp_path):
     )
     for name in ("model-00001-of-00002.safetensors", "pytorch_model-00002-of-00033.bin"):
         (target / name).touch()
-    with new_folder(target, "--out", overwrite=True) as folder:
+    with model_folder(target, "--out", overwrite=True) as folder:
         (folder / "config.json").write_text("new")
     assert left_in(target) == ["config.json"]
 
@@ -183,7 +186,7 @@ def test_a_target_in_an_input_is_refused(tmp_path):
     raw = model(tmp_path / "raw", "raw")
     (tmp_path / "link").symlink_to(raw)
     for path in (raw / "out", raw / "a" / "b", tmp_path / "link" / "out"):
-        with pytest.raises(UserError, match="is inside the input .*raw"), new_folder(path, "--out", inputs=[raw]):
+        with pytest.raises(UserError, match="is inside the input .*raw"), model_folder(path, "--out", inputs=[raw]):
             raise AssertionError("not reached")
     assert left_in(raw) == ["config.json", "model.safetensors"]
 
@@ -197,7 +200,7 @@ def test_a_link_as_target_stays_and_what_it_points_to_is_made(tmp_path, state):
     elif state == "empty":
         (disk / "target").mkdir()
     link.symlink_to(disk / "target")
-    with new_folder(link, "--out", overwrite=True) as folder:
+    with model_folder(link, "--out", overwrite=True) as folder:
         assert folder.parent == disk  # the new one is written on the disk where it is to be
         (folder / "config.json").write_text("new")
     assert link.is_symlink() and (disk / "target" / "config.json").read_text() == "new"
@@ -209,7 +212,7 @@ def test_a_mount_point_as_target_is_refused_before_anything_is_made(tmp_path, mo
     target.mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == target)
     with pytest.raises(UserError, match="--out .*target is where a disk is mounted: choose a folder inside it"):
-        with new_folder(target, "--out"):
+        with model_folder(target, "--out"):
             raise AssertionError("not reached")
     assert left_in(tmp_path) == ["target"]
 
@@ -218,7 +221,7 @@ def test_the_only_copy_is_put_back_although_an_empty_folder_is_in_its_place(tmp_
     target = tmp_path / "target"
     model(tmp_path / ".target.replaced", "old")
     target.mkdir()
-    with pytest.raises(KeyboardInterrupt), new_folder(target, "--out", overwrite=True):
+    with pytest.raises(KeyboardInterrupt), model_folder(target, "--out", overwrite=True):
         assert (target / "config.json").read_text() == "old"
         raise KeyboardInterrupt
     assert (target / "config.json").read_text() == "old" and left_in(tmp_path) == ["target"]
@@ -229,7 +232,10 @@ def test_the_only_copy_stays_when_something_else_has_come_to_its_place(tmp_path)
     model(tmp_path / ".target.replaced", "old")
     target.mkdir()
     (target / "thesis").touch()
-    with pytest.raises(UserError, match="is there, but .*replaced holds the model"), new_folder(target, "--out", True):
+    with (
+        pytest.raises(UserError, match="is there, but .*replaced holds the model"),
+        model_folder(target, "--out", True),
+    ):
         raise AssertionError("not reached")
     assert left_in(tmp_path) == [".target.replaced", "target"] and left_in(target) == ["thesis"]
 
@@ -240,7 +246,10 @@ def test_a_link_in_the_place_of_the_unfinished_folder_is_not_followed(tmp_path, 
     other.mkdir()
     (other / "thesis").touch()
     unfinished.touch() if what == "file" else unfinished.symlink_to(other if "folder" in what else tmp_path / "none")
-    with pytest.raises(UserError, match=".target.unfinished is a link or a file"), new_folder(tmp_path / "target"):
+    with (
+        pytest.raises(UserError, match=".target.unfinished is a link or a file"),
+        model_folder(tmp_path / "target"),
+    ):
         raise AssertionError("not reached")
     assert left_in(other) == ["thesis"] and left_in(tmp_path) == [".target.unfinished", "other"]
 
@@ -251,16 +260,16 @@ def test_links_in_what_a_kill_left_are_removed_and_not_followed(tmp_path):
     (other / "thesis").touch()
     unfinished.mkdir()
     (unfinished / "link").symlink_to(other)
-    with new_folder(tmp_path / "target") as folder:
+    with model_folder(tmp_path / "target") as folder:
         assert left_in(folder) == []
     assert left_in(other) == ["thesis"]
 
 
 def test_the_names_in_a_folder_are_on_the_disk_before_the_folder_has_its_own(tmp_path, monkeypatch):
-    seen, rename, fsync = [], os.rename, folders.fsync
+    seen, rename, fsync = [], os.rename, files.fsync
     monkeypatch.setattr(os, "rename", lambda a, b: (seen.append(f"rename to {Path(b).name}"), rename(a, b)))
-    monkeypatch.setattr(folders, "fsync", lambda path: (seen.append(f"fsync {path.name}"), fsync(path)))
-    with new_folder(tmp_path / "target") as folder:
+    monkeypatch.setattr(files, "fsync", lambda path: (seen.append(f"fsync {path.name}"), fsync(path)))
+    with model_folder(tmp_path / "target") as folder:
         (folder / "config.json.unfinished").touch()
     assert seen == [
         "fsync config.json.unfinished",
@@ -294,7 +303,7 @@ def test_after_a_kill_at_any_step_the_target_is_old_or_new_and_the_next_run_goes
         model(target, "old")
 
     def make(text: str) -> None:
-        with new_folder(target, "--out", overwrite=True) as folder:
+        with model_folder(target, "--out", overwrite=True) as folder:
             (folder / "model.safetensors").write_text(text)
             if call == "yield" and text == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -304,7 +313,7 @@ def test_after_a_kill_at_any_step_the_target_is_old_or_new_and_the_next_run_goes
         name, _, number = call.partition(" ")
         if name != "yield":
             module = {
-                "fsync_tree": "alpaca.weights.folder.fsync_tree",
+                "fsync_tree": "alpaca.common.files.fsync_tree",
                 "rename": "os.rename",
                 "rmtree": "shutil.rmtree",
             }[name]
@@ -339,7 +348,7 @@ def test_a_folder_that_a_live_process_makes_is_left_to_it(tmp_path):
     target, begun = tmp_path / "target", tmp_path / "begun"
 
     def make() -> None:
-        with new_folder(target) as folder:
+        with model_folder(target) as folder:
             (folder / "file").write_text("the first one's")
             begun.touch()
             time.sleep(60)
@@ -353,13 +362,13 @@ def test_a_folder_that_a_live_process_makes_is_left_to_it(tmp_path):
     try:
         while not begun.exists():
             time.sleep(0.01)
-        with pytest.raises(UserError, match="is being written by another process"), new_folder(target):
+        with pytest.raises(UserError, match="is being written by another process"), model_folder(target):
             raise AssertionError("not reached")
         assert (tmp_path / ".target.unfinished" / "file").read_text() == "the first one's"
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    with new_folder(target) as folder:  # and once it is dead
+    with model_folder(target) as folder:  # and once it is dead
         assert left_in(folder) == []
     assert left_in(tmp_path) == ["begun", "target"] and left_in(target) == []
 
@@ -368,13 +377,13 @@ def test_a_folder_that_a_live_process_makes_is_left_to_it(tmp_path):
 def test_a_place_that_cannot_be_written_is_refused(tmp_path, place):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written: .*file is a file or read-only"):
-        with new_folder(tmp_path / place, "--out"):
+        with model_folder(tmp_path / place, "--out"):
             raise AssertionError("not reached")
 
 
 def test_a_read_only_parent_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
-    with pytest.raises(UserError, match="--out .* cannot be written"), new_folder(tmp_path / "target", "--out"):
+    with pytest.raises(UserError, match="--out .* cannot be written"), model_folder(tmp_path / "target", "--out"):
         raise AssertionError("not reached")
     assert left_in(tmp_path) == []
 

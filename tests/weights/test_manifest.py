@@ -615,7 +615,7 @@ def test_exact_says_what_it_compresses_to(folders, capsys):
 
 def test_a_disk_that_is_too_full_is_told_before_anything_is_read(folders, monkeypatch):
     usage = shutil.disk_usage(folders)
-    monkeypatch.setattr("alpaca.weights.folder.shutil.disk_usage", lambda path: usage._replace(free=100))
+    monkeypatch.setattr("alpaca.common.files.shutil.disk_usage", lambda path: usage._replace(free=100))
     for task, other in ((make_diff, "tuned"), (recover, "diff")):
         message = refused(folders, task, folders / "raw", folders / other, folders / "new")
         assert "free some, or choose another folder" in message

@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from alpaca import UserError
-from alpaca.weights import folder as folders
+from alpaca.common import files
 from alpaca.weights.checkpoint import CheckpointReader, read_json
-from alpaca.weights.folder import copy_side_files, new_folder
+from alpaca.weights.folder import copy_side_files, model_folder
 from alpaca.weights.tensor_files import DTYPES
 from alpaca.weights.writer import ShardWriter, parse_size
 
@@ -142,7 +142,7 @@ def test_pieces_of_a_tensor_make_the_file_of_the_whole(tmp_path):
 
 def test_a_disk_with_too_little_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: usage._replace(free=100))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage._replace(free=100))
     with pytest.raises(UserError, match="has 0.00 GB free, 0.00 GB are needed: free some"):
         ShardWriter(tmp_path, {"a": (torch.float32, (20,))}, 10**9)
     assert list(tmp_path.iterdir()) == []
@@ -167,7 +167,7 @@ def test_a_sharded_model_of_ours_loads_with_from_pretrained(tiny_llama, tmp_path
 
     tensors = load_file(tiny_llama / "model.safetensors")
     folder = tmp_path / "model"
-    with new_folder(folder) as unfinished:
+    with model_folder(folder) as unfinished:
         write_weights(unfinished, specs_of(tensors), tensors.values(), max_shard_bytes=100_000)
         copy_side_files(tiny_llama, unfinished, read_json(tiny_llama / "config.json"))
     tmp_path = folder

@@ -18,12 +18,12 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import utils
 from alpaca import UserError
-from alpaca.embedded_model import free_port
+from alpaca.common.cli import free_port
 from alpaca.inference.generate import Settings
 from alpaca.inference.web.reports import FLAGGED, MAX_REASON_CHARS, NOTE, flag
 from alpaca.inference.web.server import COPY, WORKER, check_exposure, gr, page_error, render_answer, render_status, run
+from alpaca.prompts import format_prompt
 
 MAX_CHARS = 8_000  # of an instruction, and of an input
 MAX_PROMPT_TOKENS = 2_048  # training read 512; never more than half of what the model can read
@@ -101,7 +101,7 @@ def check(models: list[Model], most: int, instruction, input, max_new_tokens, te
     )
     from alpaca.inference import load as inference
 
-    prompt = utils.format_prompt(instruction, input)
+    prompt = format_prompt(instruction, input)
     for model in models:
         if (tokens := len(inference.prompt_ids(model.tokenizer, [prompt])[0])) > model.max_prompt_tokens:
             raise page_error(

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 
-import utils
+from alpaca.common.records import json_text
 from alpaca.inference.web.server import page_error, render_status
 
 FLAGGED = "flagged.jsonl"
@@ -25,7 +25,7 @@ def append_line(path: str | os.PathLike, record: dict) -> None:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             torn = file.read(1) != b"\n"
-        file.write(b"\n" * torn + utils.json_text(record).encode() + b"\n")
+        file.write(b"\n" * torn + json_text(record).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 

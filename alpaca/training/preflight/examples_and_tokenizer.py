@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alpaca.training.examples import IGNORE_INDEX
+from alpaca.training.examples import IGNORE_INDEX, columns
 from alpaca.training.preflight.findings import Finding, paint
 
 ROLES = ("bos", "eos", "pad", "unk")
@@ -237,30 +237,6 @@ def _different(tokenizer, spm, texts: Sequence[str]) -> int:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The examples.
-
-
-def columns(examples: Sequence[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(ids, lengths, labels, lengths of labels): int64 arrays, all examples end to end.
-
-    ``examples`` is a ``datasets.Dataset`` (read as Arrow, without a Python object a token), something that has one as
-    its ``examples``, or any sequence of {"input_ids", "labels"}.
-    """
-    found = []
-    if hasattr(getattr(examples, "examples", None), "with_format"):
-        examples = examples.examples
-    if hasattr(examples, "with_format"):
-        table = examples.with_format("arrow")[:]
-        for name in ("input_ids", "labels"):
-            column = table.column(name).combine_chunks()
-            found += [column.flatten().to_numpy(zero_copy_only=False).astype(np.int64)]
-            found += [column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)]
-        return tuple(found)
-    rows = [examples[i] for i in range(len(examples))]
-    for name in ("input_ids", "labels"):
-        lists = [np.asarray(row[name], dtype=np.int64) for row in rows]
-        found += [np.concatenate(lists) if lists else np.zeros(0, np.int64)]
-        found += [np.array([len(values) for values in lists], dtype=np.int64)]
-    return tuple(found)
 
 
 def check_examples(

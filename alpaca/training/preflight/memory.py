@@ -11,21 +11,14 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from alpaca import UserError
+from alpaca.common.memory import as_text
 from alpaca.weights.checkpoint import CheckpointReader
-
-GIB = 2**30
-
-
-def as_text(size: float) -> str:
-    """Bytes for people: "12.6 GiB", "0.4 MiB"."""
-    return f"{size / GIB:.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.1f} MiB"
 
 
 @dataclass(frozen=True)
@@ -197,67 +190,6 @@ def certain_bytes(parts: dict[str, int], plan: Plan) -> int:
     if plan.offloaded:  # but for gradients that are accumulated whole
         return parts["gradients"] if plan.accumulation > 1 and not plan.sync_each_batch else 0
     return sum(parts.get(name, 0) for name in ("parameters", "gradients", "gradient buckets", "optimizer"))
-
-
-def available_bytes(device: torch.device) -> int:
-    """Memory that this process can use on the device, what it holds already included.
-
-    On a CPU: what the machine (or its control group) has left, shared by the processes on it.
-    """
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device)
-    here, processes = _held_here(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return here + max(0, host_free()) // processes
-
-
-def host_free(swap: bool = False) -> int:
-    """Bytes that the processes of this machine can still take, within its memory and their control groups' limits.
-
-    Args:
-        swap: whether to count free swap space.
-    """
-    limits = _control_groups_free()
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        names = ("MemAvailable", "SwapFree") if swap else ("MemAvailable",)
-        limits.append(sum(int(fields[name].split()[0]) * 1024 for name in names))
-    elif "SC_PHYS_PAGES" in os.sysconf_names:
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - _held_here())
-    return min(limits, default=2**62)
-
-
-def _control_groups_free(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """What each control group of this process (v1 or v2) leaves of its limit, and those above it.
-
-    Cached files count as free: the kernel drops them first.
-    """
-    found = []
-    for line in groups.read_text().splitlines() if groups.exists() else ():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            top, limit, used, prefix = root, "memory.max", "memory.current", ""
-        elif "memory" in controllers.split(","):
-            top, limit, used, prefix = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
-        else:
-            continue
-        steps = path.strip("/").split("/")
-        for i in range(len(steps) + 1):  # in a container the path may be the host's, and the top the group itself
-            folder = top.joinpath(*steps[:i])
-            try:
-                most, taken = int((folder / limit).read_text()), int((folder / used).read_text())
-                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            except (OSError, ValueError):  # no such group, or "max"
-                continue
-            cached = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
-            found.append(most - taken + cached)
-    return found
-
-
-def _held_here() -> int:
-    statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
 def weights_bytes(folder: Path, dtype: torch.dtype) -> int:

@@ -32,13 +32,12 @@ from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from alpaca import UserError
-from alpaca.training.checkpoints import ADAPTER, barrier, saved_names
-from alpaca.training.preflight.examples_and_tokenizer import columns
+from alpaca.inference.adapters import ADAPTER
+from alpaca.training.checkpoints import REHEARSAL, barrier, saved_names
+from alpaca.training.examples import columns
 from alpaca.training.preflight.findings import gather
 from alpaca.training.preflight.fingerprint import differences, plain_name, states_of, weights_of
 from alpaca.weights.checkpoint import WEIGHTS, CheckpointReader
-
-FOLDER = ".save-rehearsal"  # in the output folder, so that the file system is the one that training will write to
 
 
 @dataclasses.dataclass
@@ -120,7 +119,7 @@ def rehearse(
         A Rehearsal; where its ``faults`` are not empty the weights may be lost, and the run must end.
     """
     begin = time.perf_counter()
-    folder = Path(output_dir) / FOLDER
+    folder = Path(output_dir) / REHEARSAL
     result = Rehearsal()
     saves = trainer.args.save_strategy != "no"
     _remove(folder)

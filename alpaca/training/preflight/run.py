@@ -19,16 +19,20 @@ import numpy as np
 import torch
 
 from alpaca import RankError
+from alpaca.common import memory as host_memory
+from alpaca.common.memory import as_text
 from alpaca.inference.checks import near_zero
 from alpaca.training import distributed
+from alpaca.training.checkpoints import is_failed_write
 from alpaca.training.distributed import say
+from alpaca.training.examples import IGNORE_INDEX, columns
 from alpaca.training.preflight import memory
-from alpaca.training.preflight.examples_and_tokenizer import IGNORE_INDEX, check_examples, columns, show_example
+from alpaca.training.preflight.examples_and_tokenizer import check_examples, show_example
 from alpaca.training.preflight.findings import Finding, colour_wanted, finish, gather, lowest, paint, raise_errors
-from alpaca.training.preflight.memory import Plan, Shape, as_text
+from alpaca.training.preflight.memory import Plan, Shape
 from alpaca.training.preflight.packing import SelfCheck
 from alpaca.training.preflight.rehearsal import Rehearsal, folder_bytes, rehearse
-from alpaca.training.trainer import is_failed_write, remove_leftovers
+from alpaca.training.trainer import remove_leftovers
 
 
 def check_precision(bf16: bool) -> list[Finding]:
@@ -83,7 +87,7 @@ def check_loading(folder: Path, dtype: torch.dtype) -> list[Finding]:
         dtype: that it is loaded as.
     """
     one, processes = memory.weights_bytes(folder, dtype), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    free = lowest(memory.host_free(swap=True))  # of all ranks before any of them loads
+    free = lowest(host_memory.host_free(swap=True))  # of all ranks before any of them loads
     if one * processes <= free:
         return []
     of = f"{processes} processes each load the whole model" if processes > 1 else "the model is loaded"
@@ -246,7 +250,7 @@ def preflight(
     found += check_positions(trainer.model, int(columns(examples)[1].max(initial=0)))
     raise_errors(gather(found))
     shape, plan = Shape.of(trainer.model), _plan(trainer, examples)
-    available = lowest(memory.available_bytes(device))
+    available = lowest(host_memory.available_bytes(device))
     newer = "activation_checkpointing"  # what newer libraries call it
     flags = memory.advise(shape, plan, available, newer if hasattr(args, newer) else "gradient_checkpointing")
     found = gather(found + check_memory(shape, plan, available, flags) + _disk(trainer, shape, plan))

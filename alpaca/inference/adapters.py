@@ -1,0 +1,96 @@
+"""LoRA adapters: what is one, what it is an adapter of, and how it is merged into that."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from alpaca import UserError
+from alpaca.weights.checkpoint import check_model_folder, read_json
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER = "adapter_model.safetensors"
+
+
+def need_peft(what: str = "--lora_r"):
+    try:
+        import peft
+    except ImportError:
+        raise UserError(f"{what} needs peft: pip install 'alpaca-reproduced[lora]'") from None
+    return peft
+
+
+def is_adapter(path: str | os.PathLike) -> bool:
+    """Whether a folder holds a LoRA adapter and no model."""
+    return (Path(path) / ADAPTER_CONFIG).exists() and not (Path(path) / "config.json").exists()
+
+
+def base_of(folder: Path, base_path: str | os.PathLike | None) -> str:
+    """The base of the adapter in ``folder``: a folder that holds a model, or a hub name."""
+    named = base_path or read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not named:
+        raise UserError(f"{folder} is a LoRA adapter that does not name its base: give the folder with --base_path")
+    local = base_path or Path(named).exists() or str(named).startswith((".", "/", "~")) or str(named).count("/") > 1
+    if local and not (Path(named) / "config.json").exists():
+        raise UserError(f"{folder} is a LoRA adapter, and its base {named} is not there: give it with --base_path")
+    if local:
+        check_model_folder(named, "--base_path", tokenizer=False)
+    return str(named)
+
+
+def check_adapter(folder: Path) -> None:
+    """Raises UserError unless a saved adapter has both matrices of each layer, and has learnt something.
+
+    An adapter whose state dict was lost on the way to the file is a valid file of a few hundred bytes, and one whose B
+    are all zero changes nothing; both load without a word.
+    """
+    path = folder / ADAPTER
+    with safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+        b = sorted(name for name in names if name.endswith(".lora_B.weight"))
+        lacking = [name for name in b if name.replace(".lora_B.", ".lora_A.") not in names]
+        if not b or lacking:
+            raise UserError(f"{path} is empty or lacks tensors ({len(names)} are there): nothing to merge was trained")
+        if not any(file.get_tensor(name).any() for name in b):
+            raise UserError(f"{path} changes nothing (each B is zero): is the learning rate 0?")
+
+
+def merge_adapter(base, folder: Path, tokens: int):
+    """``base`` with a saved adapter's B A added to its weights.
+
+    An adapter of --lora_r holds no embeddings; one that others trained may, with rows for the tokens that they added.
+    The base grows to them, and to the tokenizer's, by mean rows, as in training.
+
+    Args:
+        base: a causal model; changed in place.
+        folder: the adapter's.
+        tokens: of the tokenizer.
+
+    Raises:
+        UserError: peft is not installed, the adapter is empty, or it is another model's.
+    """
+    peft = need_peft(f"{folder} is a LoRA adapter, which")
+    rows = base.get_input_embeddings().weight.shape[0]
+    wanted = max(rows, tokens)
+    if (folder / ADAPTER).exists():
+        check_adapter(folder)
+        with safe_open(folder / ADAPTER, framework="pt") as file:
+            stored = [name for name in file.keys() if name.endswith(("embed_tokens.weight", "lm_head.weight"))]
+            wanted = max([file.get_slice(name).get_shape()[0] for name in stored], default=wanted)
+    if wanted > rows:
+        base.resize_token_embeddings(wanted, mean_resizing=False)
+        with torch.no_grad():
+            for embedding in (base.get_input_embeddings(), base.get_output_embeddings()):
+                embedding.weight[rows:] = embedding.weight[:rows].float().mean(dim=0).to(embedding.weight.dtype)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the vocabulary grew
+            warnings.filterwarnings("error", message=".*missing adapter keys")  # else they stay zero
+            return peft.PeftModel.from_pretrained(base, folder).merge_and_unload()
+    except (RuntimeError, ValueError, KeyError, OSError, UserWarning) as e:
+        cause = " ".join(str(e).split())[:200]
+        raise UserError(f"{folder}: the adapter does not fit its base, is it another model's? ({cause})") from None
