@@ -35,7 +35,7 @@ from alpaca import UserError
 from alpaca.common import cli
 from alpaca.common.files import git_blob_id
 from alpaca.common.records import RELEASED_BLOB
-from alpaca.data.lint.run import CLASSES, OPT_IN, find
+from alpaca.data.lint.classes import CLASSES, OPT_IN, find
 from alpaca.data.released import download
 
 RELEASED_URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"

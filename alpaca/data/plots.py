@@ -18,11 +18,10 @@ from tqdm import tqdm
 from alpaca import UserError
 from alpaca.common.files import replace_file
 from alpaca.common.records import load_records
+from alpaca.data.dedup import MAX_SIMILARITY
 from alpaca.data.plots_page import Figure, page
 from alpaca.data.rouge import RougePool
 from alpaca.data.verbs import TOP_OBJECTS, Verb, first_verb_and_object, most_common_pairs, parse
-
-DUPLICATE = 0.7  # the generator drops a candidate above this ROUGE-L
 
 PAPER, INK, FAINT = "#fcfcfa", "#1f2328", "#8b949e"
 # Paul Tol's "muted" scheme: nine hues that stay apart with any kind of colour blindness.
@@ -243,16 +242,16 @@ def similarity_figure(nearest: np.ndarray) -> Figure:
     bins = 20
     edges = np.arange(bins + 1) / bins
     heights = np.bincount(np.maximum(np.digitize(nearest, edges, right=True), 1), minlength=bins + 1)[1 : bins + 1]
-    above = int((nearest > DUPLICATE).sum())
+    above = int((nearest > MAX_SIMILARITY).sum())
     figure, (axes,) = _canvas(7, 4.5)
-    colours = [WARNING if edge >= DUPLICATE else BAR for edge in edges[:-1]]
+    colours = [WARNING if edge >= MAX_SIMILARITY else BAR for edge in edges[:-1]]
     axes.bar(edges[:-1] + 0.5 / bins, heights, width=0.9 / bins, color=colours)
     _style(axes, "ROUGE-L to the nearest other instruction", "instructions")
     axes.set(xlim=(-0.01, 1.01), ylim=(0, max(heights.max(), 1) * 1.2), xticks=np.arange(6) / 5)
-    axes.axvline(DUPLICATE, color=INK, lw=1.6, ls=(0, (4, 2)))
+    axes.axvline(MAX_SIMILARITY, color=INK, lw=1.6, ls=(0, (4, 2)))
     axes.annotate(
-        f"above {DUPLICATE}:\n{above:,} ({_percent(above, len(nearest))})",
-        (DUPLICATE, max(heights.max(), 1) * 1.17),
+        f"above {MAX_SIMILARITY}:\n{above:,} ({_percent(above, len(nearest))})",
+        (MAX_SIMILARITY, max(heights.max(), 1) * 1.17),
         xytext=(7, 0),
         textcoords="offset points",
         va="top",
@@ -268,11 +267,11 @@ def similarity_figure(nearest: np.ndarray) -> Figure:
         title="How alike they are",
         caption=(
             f"The highest ROUGE-L of each of {len(nearest):,} instructions to any other one: median {median:.2f}, "
-            f"highest {nearest.max():.2f}. The generator drops a candidate above {DUPLICATE}; "
+            f"highest {nearest.max():.2f}. The generator drops a candidate above {MAX_SIMILARITY}; "
             f"{above:,} ({_percent(above, len(nearest))}) are above it here."
         ),
         alt=f"Histogram of the ROUGE-L of each instruction to its nearest neighbour: median {median:.2f}, "
-        f"{above:,} above {DUPLICATE}.",
+        f"{above:,} above {MAX_SIMILARITY}.",
         table=[("ROUGE-L", "instructions")]
         + [
             (f"{low:.2f} – {high:.2f}", f"{n:,}")

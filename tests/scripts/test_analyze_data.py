@@ -1,4 +1,4 @@
-"""analyze_data.py and run.py: every class of lint finds its fault and lets its neighbour be; fetch against a
+"""analyze_data.py and lint: every class of lint finds its fault and lets its neighbour be; fetch against a
 real server that misbehaves; stats and the partition by literal values."""
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import analyze_data
 import utils
 from alpaca import UserError
 from alpaca.common import cli
-from alpaca.data import released
+from alpaca.data import released, rouge
 from alpaca.data.lint import answers as lint_answers
 from alpaca.data.lint import arithmetic
-from alpaca.data.lint import run as lint
+from alpaca.data.lint import classes as lint
 from alpaca.data.rouge import RougePool
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,6 +239,14 @@ def test_near_duplicates_are_near_an_earlier_kept_record_and_copies_are_no_near_
     ]
     found = lint.near_duplicates(records)
     assert found == {1: "ROUGE-L 0.89 with record 0: Tell me how bees find their way back home"}
+
+
+def test_near_duplicates_are_found_among_more_tokens_than_there_are_code_points(monkeypatch):
+    """That is 1,114,112; here 8. Tried once with 1,120,000 tokens, which takes a quarter of a minute."""
+    monkeypatch.setattr(rouge, "CHARACTERS", 8)
+    records = [record(" ".join(f"w{i}" for i in range(start, start + 5))) for start in range(0, 50, 5)]
+    records += [record(records[i]["instruction"] + " more") for i in (0, -1)]
+    assert list(lint.near_duplicates(records)) == [10, 11]
 
 
 @settings(deadline=None, max_examples=60)

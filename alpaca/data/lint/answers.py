@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 
 from alpaca.data.lint import arithmetic
-from alpaca.data.lint.text import CODE_TASK, CONTROL, NO_INPUT, around, found, input_of, is_code
+from alpaca.data.lint.fields import CODE_TASK, CONTROL, NO_INPUT, around, found, input_of, is_code
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Fields that are empty or say that they are.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from alpaca.data.lint.text import CODE_TASK, NO_INPUT, around, input_of, is_code
+from alpaca.data.lint.fields import CODE_TASK, NO_INPUT, around, input_of, is_code
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Instructions that no text model can follow, or that make no sense.
