@@ -198,8 +198,8 @@ def dedup(
     records = _read(input_path)
     if tokenizer == "rouge" and (unseen := sum(is_mostly_unseen(record["instruction"]) for record in records)):
         print(
-            f"warning: {unseen} of {len(records)} instructions are mostly not ASCII, which the tokenizer rouge ignores: "
-            "their near-duplicates may be missed (the tokenizer unicode sees all scripts)"
+            f"warning: {unseen} of {len(records)} instructions are mostly not ASCII, and the tokenizer rouge sees only "
+            "ASCII: their near-duplicates may be missed (the tokenizer unicode sees all scripts)"
         )
     kept = 0
     with replace_file(target) as file:

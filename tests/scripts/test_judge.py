@@ -410,8 +410,8 @@ def test_faults_of_every_kind_cost_no_judgment(teacher, files, tmp_path):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ({"answers": "one.jsonl"}, ["--answers takes two files with a comma between them", "not 1"]),
-        ({"answers": "TWICE"}, ["both files of --answers are by 'a'", "--generator"]),
+        ({"answers": "one.jsonl"}, ["answers must be two files with a comma between them", "not 1"]),
+        ({"answers": "TWICE"}, ["both files of answers are by 'a'", '"generator"']),
         ({"model_name": None}, ["no judge named", "--model_name"]),
         ({"instructions": "nowhere.json"}, ["nowhere.json does not exist"]),
         ({"prompt": "nowhere.txt"}, ["nowhere.txt does not exist"]),

@@ -1,1 +1,1 @@
-"""Faults in instruction data, one class of fault at a time."""
+"""Lint: rules that find faulty records in instruction data, listed by class in classes.py."""

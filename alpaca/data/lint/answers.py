@@ -1,6 +1,4 @@
-"""What is wrong with an output, and marks that a teacher leaves in any field: lint's rules, each a record in, evidence
-or None out.
-"""
+"""Lint's rules for outputs, and for the marks that a teacher leaves in any field: a record in, evidence or None out."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from alpaca.data.lint import arithmetic
 from alpaca.data.lint.fields import CODE_TASK, CONTROL, NO_INPUT, around, found, input_of, is_code
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Fields that are empty or say that they are.
+# Fields that are empty, or say so.
 
 ANSWER_MAY_BE_A_SIGN = re.compile(
     r"\b(punctuat\w+|symbol|character|sign|operator|emoji|mark|print|blank)", re.IGNORECASE
@@ -34,7 +32,7 @@ NA_OUTPUT = re.compile(
 
 
 def na_output(record: dict) -> str | None:
-    """ "N/A" where an answer should be; "none" and "null" are left alone, because they often are the answer."""
+    """ "N/A" where an answer should be. "none" and "null" pass, because they often are the answer."""
     output = record["output"].strip()
     if not NA_OUTPUT.fullmatch(output) or output.startswith("```"):
         return None
@@ -58,7 +56,7 @@ def input_field(record: dict) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Marks of the machinery.
+# Marks left by the prompt, the parser and encodings.
 
 NEXT_TASK = re.compile(r"(\d+)\s*\.\s*Instruction:", re.IGNORECASE)
 PROMPT_MARKS = re.compile(
@@ -70,11 +68,11 @@ PROMPT_MARKS = re.compile(
 
 
 def merged(record: dict) -> str | None:
-    """The teacher's prompt or the next task runs on inside a field."""
+    """A field contains the teacher's prompt or the next task."""
     for field in ("instruction", "input", "output"):
         text = record[field]
         match = NEXT_TASK.search(text)
-        # "2. Instruction:" after "1. Warm-up:" is a part of a lesson plan, unless "2. Input:" or "2. Output:" follows
+        # "2. Instruction:" after "1. Warm-up:" is part of a lesson plan, unless "2. Input:" or "2. Output:" follows
         if match and (
             re.search(rf"\b{match[1]}\s*\.\s*(?:Input|Output):", text, re.IGNORECASE)
             or not re.search(rf"^\s*{int(match[1]) - 1}\.\s", text, re.MULTILINE)
@@ -104,7 +102,7 @@ ENTITY = re.compile(
 
 
 def stray_escape(record: dict) -> str | None:
-    """Control characters anywhere; backslash escapes and HTML entities where nothing is about code."""
+    """Control characters anywhere; backslash escapes and HTML entities in records that have nothing to do with code."""
     if evidence := found(CONTROL, record):
         return evidence
     evidence = found(ESCAPE, record) or found(ENTITY, record)
@@ -115,7 +113,7 @@ def stray_escape(record: dict) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# An output that stops in mid-sentence.
+# Outputs that stop in mid-sentence.
 
 NEVER_LAST = re.compile(r"\b(?:and|or|nor|the|a|an|because|their|my|your|our|whose|such as|than)$", re.IGNORECASE)
 SELDOM_LAST = re.compile(
@@ -123,7 +121,7 @@ SELDOM_LAST = re.compile(
     r"including|although|while|whereas|when|if|has|have|will|can|should|would)$",
     re.IGNORECASE,
 )
-# The original's stop string "20." ends a text before "in 2020." and "costs $20.", and "\n20" a list after item 19: of
+# The original's stop string "20." cuts a text at "in 2020." or "costs $20.", and "\n20" cuts a list after item 19: of
 # 2,000 released outputs 2 end with item 15, none with 16 to 18, 20 with 19, none with 20.
 MONTH = "January|February|March|April|May|June|July|August|September|October|November|December"
 STOPPED_AT_20 = re.compile(
@@ -135,12 +133,12 @@ SENTENCE_END = re.compile(rf"(?<=[a-z]{{2}}){TITLES}[.!?][\"”']?\s+(?=[A-Z\"�
 
 
 def _lines(record: dict) -> list[str]:
-    """The lines of an output that is text; code has ends of its own."""
+    """Return the lines of an output, or none if it is code, which ends differently."""
     return [] if is_code(record["output"]) else [s for line in record["output"].split("\n") if (s := line.strip())]
 
 
 def cut_off(record: dict) -> str | None:
-    """Only what cannot be an end: titles, lists, labels, verse, code, forms and signatures rightly lack a full stop."""
+    """Only what cannot be an end: titles, lists, labels, verse, code, forms and signatures need no full stop."""
     if record["output"].count("```") % 2:
         return "output: a ``` block is never closed"
     lines = _lines(record)
@@ -151,7 +149,7 @@ def cut_off(record: dict) -> str | None:
         asked = re.search(r"\b(19|nineteen)\b", record["instruction"], re.IGNORECASE)
         return None if asked else f"output: ends with item {last[:60]}"
     words = len(re.findall(r"\w+", last))
-    # In verse and in lists, where most lines end as they like, "… that we are dreaming of" is as good an end as any.
+    # In verse and in lists, where most lines have no punctuation, "… that we are dreaming of" may be an end.
     stops = sum(line[-1] in ".!?:;" for line in lines[:-1])
     free_ends = len(lines) > 2 and stops * 2 < len(lines) - 1
     prose = not free_ends and (words > 11 or SENTENCE_END.search(record["output"]))
@@ -167,7 +165,7 @@ def cut_off(record: dict) -> str | None:
 
 
 def no_full_stop(record: dict) -> str | None:
-    """A last sentence without an end, after sentences with one. Opt-in: most often only the full stop is missing."""
+    """A last sentence without an end, after sentences with one. Opt-in: usually only the full stop is missing."""
     lines = _lines(record)
     if not lines or not SENTENCE_END.search(lines[-1]) or not lines[-1][-1].isalnum():
         return None
@@ -178,11 +176,11 @@ def no_full_stop(record: dict) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sums.
+# Arithmetic.
 
 
 def wrong_arithmetic(record: dict) -> str | None:
-    """An equation in the output whose sides differ, or a bare sum in the instruction that the output gets wrong."""
+    """An equation in the output whose sides differ, or a plain calculation in the instruction with a wrong answer."""
     output, text = record["output"], input_of(record)
     if is_code(output):
         return None

@@ -1,7 +1,7 @@
-"""Finds sums in text that are wrong, and says nothing where a sum may be something else.
+"""Find wrong arithmetic in text, and report nothing where it may be something else.
 
 "12 x 30 = 350" is wrong; "2x + 3 = 7" has an unknown, "18-24 = 20%" is an age range, "22 / 7 = 3.14" is rounded. Values
-are exact fractions. What is not numbers, brackets, %, + - * / ^ and their printed forms (x × · ÷ − –) is not read.
+are exact fractions. Only numbers, brackets, %, + - * / ^ and their printed forms (x × · ÷ − –) are read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TO_PYTHON = str.maketrans(
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One side of an equation, and two.
+# One side of an equation, and the comparison of two.
 
 
 class NotArithmetic(Exception):
@@ -38,16 +38,16 @@ class NotArithmetic(Exception):
 class Side(NamedTuple):
     value: Fraction
     operators: int
-    decimals: int  # the most that one of its numbers shows; a % sign counts as two more
-    inexact: bool  # has a division, a percentage, or a number with decimals: something may have been rounded
-    scaled: bool  # has a product or a power, which enlarge what rounding did before
+    decimals: int  # the most of any of its numbers; a % sign counts as two more
+    inexact: bool  # has a division, a percentage or decimals: something may have been rounded
+    scaled: bool  # has a product or a power, which magnify rounding errors
 
 
 def evaluate(text: str, percent: bool = True) -> Side:
-    """The exact value of "2 x (3 + 4.5)"; without ``percent`` a % sign is only a unit.
+    """Evaluate "2 x (3 + 4.5)" exactly; without ``percent`` a % sign is only a unit.
 
     Raises:
-        NotArithmetic: anything else than arithmetic; also a division by zero, or a power too big to be meant.
+        NotArithmetic: text that is not arithmetic; also a division by zero, or a power too big to be meant.
     """
     source = re.sub(r"(?<=[\d\s)%])x(?=[\s(−-]*[$€£]?\d)", "*", text).translate(TO_PYTHON).strip()
     source = re.sub(r"(?<=\d),(?=\d{3}\b)", "", source)
@@ -84,7 +84,7 @@ def _value(node: ast.expr) -> Fraction:
 
 
 def equal(left: str, right: str) -> bool:
-    """Whether the sides are equal as far as their decimals show, with % as 1/100 or as a mere unit on either side."""
+    """Return whether the sides agree as far as their decimals show, with % as 1/100 or as a unit on either side."""
     return any(
         _agree(evaluate(left, percent_left), evaluate(right, percent_right))
         for percent_left in (True, False)
@@ -100,10 +100,10 @@ def _agree(left: Side, right: Side) -> bool:
     results = [side.decimals for side in (left, right) if not side.operators]  # "10 / 3 = 3.33" shows two
     decimals = min(results) if results else max(left.decimals, right.decimals)
     error, last_digit = abs(left.value - right.value), Fraction(1, 10**decimals)
-    # A cut digit is as good as a rounded one, but 7 / 2 is not 2.
+    # A truncated digit is as good as a rounded one, but 7 / 2 is not 2.
     if error <= (last_digit if decimals else last_digit / 2):
         return True
-    # 3.14 for π is 0.05% off, and what was rounded before carries its error into a product: 0.5% is let be.
+    # 3.14 for π is 0.05% off, and a product inherits the error of what was rounded before: 0.5% is tolerated.
     return (left.scaled or right.scaled) and error * 200 <= abs(left.value)
 
 
@@ -112,7 +112,7 @@ def _agree(left: Side, right: Side) -> bool:
 
 ENDS_IN_EXPRESSION = re.compile(rf"{EXPRESSION}*$")
 STARTS_WITH_EXPRESSION = re.compile(rf"{EXPRESSION}*")
-# "= 5x", "= 3rd", "= 4!" and "= 2:1" go on after the number; "= 5cm" and "= 5 m" are only units.
+# "= 5x", "= 3rd", "= 4!" and "= 2:1" continue after the number; "= 5cm" and "= 5 m" are only units.
 GLUED = re.compile(r"[A-Z_^{\\²³√!:]|[a-z]\b|th\b|rd\b|st\b|nd\b")
 GOES_ON = re.compile(
     r"\s*(r\d|r\b|rem\b|((and|with) (a )?)?remainder|hundred|thousand|million|billion|trillion|dozen|"
@@ -122,7 +122,7 @@ GOES_ON = re.compile(
 
 
 def equations(line: str) -> Iterator[tuple[str, str]]:
-    """The pairs (left, right) around each "=" of a line that are arithmetic and nothing else, as far as one can see."""
+    """Yield the pairs (left, right) around each "=" of a line that appear to be arithmetic and nothing else."""
     line = re.sub(r"^\s*(?:\d+[.)]|[-*•])\s+", "", line)  # a list's number or bullet
     line = re.sub(rf"\*\*([$€£]?{NUMBER}%?)\*\*", r"\1", line)  # bold
     parts = re.split(r"(?<![=!<>:+*/-])=(?![=>])", line)
@@ -165,7 +165,7 @@ RANGE = re.compile(r"[\d.,]+(?:[-–−][\d.,]+)+|\d{1,2}/\d{1,2}/\d{4}")  # 18-
 
 
 def wrong_equation(text: str, asked: str = "") -> str | None:
-    """The first equation of ``text`` whose sides differ; one that stands in ``asked`` is only quoted."""
+    """Return the first equation of ``text`` whose sides differ, unless it is quoted from ``asked``; else None."""
     text = text.replace("²", "^2").replace("³", "^3")
     text = WORD_SUM.sub(lambda match: f"{match[1]} {WORD_OPERATORS[match[2].lower()]} {match[3]} = ", text)
     text = PERCENT_OF.sub(r"\1% * \2 = ", text)
@@ -184,7 +184,7 @@ def _wrong(left: str, right: str) -> bool:
     try:
         if equal(left, right) or not evaluate(left).operators + evaluate(right).operators or RANGE.fullmatch(left):
             return False
-        # "2 + 3 = 5 + 4 = 9" is written loosely, but its sums are right.
+        # "2 + 3 = 5 + 4 = 9" is written loosely, but each sum is right.
         first = re.match(NUMBER, right)
         if first and first[0] != right and equal(left, first[0]):
             return False
@@ -196,7 +196,7 @@ def _wrong(left: str, right: str) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Questions that are a sum.
+# Questions that are a calculation.
 
 ASKED_SUM = re.compile(
     r"(?:what is|what's|calculate|compute|evaluate|solve|work out|find|simplify|how much is)\b"
@@ -214,9 +214,9 @@ NO_PLAIN_RESULT = re.compile(r"\b(remainder|r|round\w*|nearest)\b|\d[eE^]|10\^",
 
 
 def wrong_answer(instruction: str, text: str, output: str) -> str | None:
-    """What is wrong when no number of a short output answers "What is 5 x 7?" or "Find the median of 3, 9 and 4.".
+    """Return evidence if no number of a short output answers "What is 5 x 7?" or "Find the median of 3, 9 and 4.".
 
-    The sum or the list may also be the whole of ``text``, the record's input.
+    The calculation or the list may also be the whole of ``text``, the record's input.
     """
     if len(output.split()) > 25:
         return None
@@ -242,6 +242,6 @@ def wrong_answer(instruction: str, text: str, output: str) -> str | None:
 
 
 def _shows(number: str, value: Fraction) -> bool:
-    """Whether a shown number is the value, or the value rounded or cut to at least one decimal."""
+    """Return whether a number is the value, or the value rounded or truncated to at least one decimal."""
     side = evaluate(number)
     return side.value == value or side.decimals > 0 and abs(side.value - value) < Fraction(1, 10**side.decimals)

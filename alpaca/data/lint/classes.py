@@ -83,11 +83,11 @@ OPT_IN = {"no-full-stop"}  # under 80% precision: docs/LOG.md
 def find(records: list[dict], classes: set[str]) -> list[dict]:
     """Return all findings of these classes, by record: {"record": index from 0, "class", "reason", "evidence"}."""
     found = []
-    rules = [(name, *rest) for name, rest in RECORD_CLASSES.items() if name in classes]
+    rules = [(name, rule) for name, (_, rule) in RECORD_CLASSES.items() if name in classes]
     for i, record in enumerate(tqdm(records, desc="lint", unit="record", disable=None)):
-        found += [(i, name, reason, text) for name, reason, rule in rules if (text := rule(record))]
-    for name, (reason, rule) in SET_CLASSES.items():
+        found += [(i, name, text) for name, rule in rules if (text := rule(record))]
+    for name, (_, rule) in SET_CLASSES.items():
         if name in classes:
-            found += [(i, name, reason, text) for i, text in rule(records).items()]
-    keys = ("record", "class", "reason", "evidence")
-    return [dict(zip(keys, finding, strict=True)) for finding in sorted(found, key=lambda finding: finding[0])]
+            found += [(i, name, text) for i, text in rule(records).items()]
+    found.sort(key=lambda finding: finding[0])
+    return [{"record": i, "class": name, "reason": CLASSES[name], "evidence": text} for i, name, text in found]

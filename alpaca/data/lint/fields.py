@@ -1,11 +1,11 @@
-"""What several of lint's rules ask about a text."""
+"""The fields of a record as lint's rules see them: the input, whether a text is code, evidence for what was found."""
 
 from __future__ import annotations
 
 import re
 from functools import lru_cache
 
-# The ways in which a teacher writes "there is no input" into the field that should be empty.
+# How a teacher writes "there is no input" into the field that should be empty.
 NO_INPUT = re.compile(
     r"\W*(no[ _-]?inputs?( (is |was )?(required|needed|necessary|provided|given|available))?|none|null|nil|nan|n/a|"
     r"n\.a\.?|not applicable|(none|not) (required|needed|provided))\W*",
@@ -28,13 +28,13 @@ CODE_TASK = re.compile(
 )
 
 
-@lru_cache(maxsize=8)  # several rules ask about the same output, one after the other
+@lru_cache(maxsize=8)  # several rules check the same output one after another
 def is_code(text: str) -> bool:
     return bool(CODE.search(text))
 
 
 def input_of(record: dict) -> str:
-    """The input, or "" where it only says that there is none."""
+    """Return the input, or "" if it only says that there is none."""
     text = record["input"].strip()
     return "" if NO_INPUT.fullmatch(text) else text
 
@@ -43,13 +43,14 @@ CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\u2028\u2029\ufeff\u0
 
 
 def around(text: str, start: int, end: int, margin: int = 30) -> str:
-    """The piece of text that shows what was found: white space folded, control characters spelled, … where cut."""
+    """Return what was found, with its surroundings, in one line: control characters spelled out, "…" where cut."""
     piece = CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text[max(0, start - margin) : end + margin])
     piece = re.sub(r"\s+", " ", piece)
     return ("…" if start > margin else "") + piece.strip() + ("…" if end + margin < len(text) else "")
 
 
 def found(pattern: re.Pattern, record: dict, fields=("instruction", "input", "output")) -> str | None:
+    """Return evidence from the first of the fields in which the pattern is found, or None."""
     for field in fields:
         if match := pattern.search(record[field]):
             return f"{field}: {around(record[field], *match.span())}"

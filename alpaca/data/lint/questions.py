@@ -1,4 +1,4 @@
-"""What is wrong with an instruction or its input, by itself: lint's rules, each a record in, evidence or None out."""
+"""Lint's rules for instructions and inputs: a record in, evidence or None out."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ URL_IS_THE_TEXT = re.compile(
 
 
 def link(record: dict) -> str | None:
-    """Asks about a page behind a link that a text model cannot open: whatever the answer says is made up."""
+    """Asks about a page behind a link that a text model cannot open: the answer is made up."""
     instruction, text = record["instruction"], input_of(record)
     match = URL.search(f"{instruction}\n{text}")
     if not match or URL_IS_THE_TEXT.search(URL.sub("", instruction)) or not READS_A_PAGE.search(instruction):
         return None
-    # A pasted article that happens to hold a link has its own words: 15 are more than any "Article URL:" needs.
+    # A pasted article that contains a link has words of its own: 15 are more than any "Article URL:" needs.
     pasted = URL.sub("", text) if URL.search(text) else text + URL.sub("", instruction).partition(":")[2]
     return None if len(pasted.split()) > 15 else f"link: {match[0][:80]}"
 
@@ -70,7 +70,7 @@ PICTURE_IN_TEXT = re.compile(
 
 
 def needs_media(record: dict) -> str | None:
-    """Asks for a picture, or to look at one that is not there."""
+    """Asks for a picture, or to look at a missing one."""
     instruction = record["instruction"]
     if match := PICTURE_PLACEHOLDER.search(record["input"]):
         return f"input: {around(record['input'], *match.span())}"
@@ -80,7 +80,7 @@ def needs_media(record: dict) -> str | None:
         return None
     if match := MAKES_A_PICTURE.search(instruction):
         return f"instruction: {match[0].strip()}"
-    # Words about the picture in the input are something to work from; a link or the name of a file is not.
+    # A description of the picture in the input is enough to work from; a link or a file name is not.
     shown = re.sub(r"\S+\.(?:jpe?g|png|gif|bmp|mp[34]|wav)\b", "", URL.sub("", input_of(record)))
     if (match := LOOKS_AT_A_PICTURE.search(instruction)) and not shown.strip():
         return f"instruction: {match[0]}"
@@ -95,7 +95,7 @@ LETTERS_ON_PURPOSE = re.compile(
 
 
 def nonsense(record: dict) -> str | None:
-    """An instruction without words, with one word again and again, or with keys hit at random."""
+    """An instruction without words, with one word repeated over and over, or with random letters."""
     instruction = record["instruction"].strip()
     if not re.search(r"[^\W\d_]", instruction):
         return f"instruction: {instruction or '(empty)'}"
@@ -104,7 +104,7 @@ def nonsense(record: dict) -> str | None:
     if match := re.search(r"\b([^\W\d_]{2,})(\W+\1\b){3,}", instruction, re.IGNORECASE):
         if not re.search(rf"[\"'“].*{re.escape(match[1])}", instruction):
             return f"instruction: {match[0][:60]}"
-    # "catchphrase" has six consonants in a row and no English word has seven; quoted text and codes may.
+    # "catchphrase" has six consonants in a row. No English word has seven, but quoted text and codes may.
     if (match := re.search(r"\b[a-z]*[bcdfghjklmnpqrstvwxz]{7,}[a-z]*\b", instruction)) and not (
         LETTERS_ON_PURPOSE.search(instruction) or CODE_TASK.search(instruction)
     ):
@@ -113,7 +113,7 @@ def nonsense(record: dict) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# An instruction that refers to something which is not there.
+# Instructions that refer to missing content.
 
 NOT_A_TEXT = r"(?:year|day|week|month|morning|night|season|decade|century|generation|steps? in)s?\b"
 TEXT = (
@@ -150,32 +150,32 @@ GENERIC_CODE = re.compile(
 
 
 def _pointer(record: dict) -> tuple[str, str] | None:
-    """The words that point at content (with some around them) and the noun after them, when no content is there."""
+    """Return the words that point at missing content (with some around them) and the noun after them; else None."""
     instruction = record["instruction"].strip()
     match = POINTS_AT.search(instruction)
     if not match or input_of(record) or is_code(instruction):
         return None
     rest = instruction[match.end() :].rstrip(" .?!:")
-    # Content stands after a colon, a line break, a dash, a quotation mark or a bracket, …
+    # Content follows a colon, a line break, a dash, a quotation mark or a bracket, …
     if re.search(r"[:\n\"“”‘(\[{<—–]|\s-\s|\s'", rest) or re.search(r"[\"“\n].+[\"”\n]", instruction, re.DOTALL):
         return None
-    # … or it is a list, "a, b or c" or "3 5 7", directly after the noun. After a preposition it is something else: "the
-    # following animal as a mammal, bird or fish".
+    # … or it is a list, "a, b or c" or "3 5 7", directly after the noun. A list after a preposition is not the content:
+    # "the following animal as a mammal, bird or fish".
     noun = re.split(r"\b(?:using|in|by|with|into|to|for|as|that|which|from|on|is|are|was)\b", rest)[0]
     noun = re.split(rf",\s*(?:{ASKS})\b", noun, flags=re.IGNORECASE)[0]
     if "," in noun or len(re.findall(r"\d+", noun)) > 1 or re.match(r"\W*(?:is|are|was)\b.*,", rest):
         return None
-    # "… the following. <a sentence of its own that is the content>", and content that stands before "the above".
+    # Content may be a sentence of its own after "… the following.", or come before "the above".
     if re.search(rf"[.?!]\s+(?!(?:{ASKS})\b)\w", rest) or (re.search(r"above", match[0], re.I) and match.start() > 60):
         return None
-    # "Write a function that sorts the given list" speaks of the function's argument; "the following list" does not.
+    # "Write a function that sorts the given list" means the function's argument; "the following list" does not.
     if "following" not in match[0].lower() and GENERIC_CODE.search(instruction):
         return None
     return around(instruction, *match.span(), margin=50), noun or match[0]
 
 
 def missing_input(record: dict) -> str | None:
-    """Speaks of "the following text", and there is none."""
+    """Refers to "the following text", and no text follows."""
     pointer = _pointer(record)
     return f"instruction: {pointer[0]}" if pointer and not CODE_NOUN.search(pointer[1]) else None
 
@@ -188,9 +188,9 @@ EMPTY_CODE = re.compile(
 
 
 def empty_code(record: dict) -> str | None:
-    """Asks about code that is not there, or answers with a code block that is empty."""
+    """Asks about missing code, or answers with an empty code block."""
     if match := EMPTY_CODE.search(record["output"]):
-        # "``` ```" also matches the fence that ends one block and the fence that starts the next.
+        # "``` ```" also matches the end of one block and the start of the next.
         if not match[0].startswith("```") or record["output"][: match.start()].count("```") % 2 == 0:
             return f"output: {around(record['output'], *match.span())}"
     pointer = _pointer(record)
