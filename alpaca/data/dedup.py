@@ -171,7 +171,7 @@ def dedup(
     similarity_stats: bool = True,
     tokenizer: str = "rouge",
 ) -> None:
-    """Drops near-duplicates from instruction data, as the generator does, and writes the rest in the same order.
+    """Drop near-duplicates from instruction data, as the generator does, and write the rest in the same order.
 
     A record is kept if the highest ROUGE-L of its instruction to the seeds and to every instruction kept so far is at
     most the threshold. Records need no field but "instruction" and keep all that they have. Files are JSON lists, or
@@ -190,7 +190,7 @@ def dedup(
         raise UserError(f"threshold must be from 0 to 1, not {threshold}")
     tokenizer_named(tokenizer)
     source, target = Path(input_path), Path(output_path)
-    if source.resolve() == target.resolve() or (source.exists() and target.exists() and source.samefile(target)):
+    if source.exists() and target.exists() and source.samefile(target):
         raise UserError(f"output_path {output_path} is the input: choose another file")
     if target.is_dir():
         raise UserError(f"output_path {output_path} is a folder: name a file")

@@ -58,17 +58,14 @@ def plot(data_path: str, output_dir: str) -> None:
         field: [len(record[field].split()) for record in records if field != "input" or record[field].strip()]
         for field in ("instruction", "input", "output")
     }
-    figures = [
-        verb_noun_figure(pairs, len(records)),
-        lengths_figure(lengths, len(records)),
-        similarity_figure(nearest),
-    ]
+    count = len(records)
+    figures = [verb_noun_figure(pairs, count), lengths_figure(lengths, count), similarity_figure(nearest)]
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for figure in figures:
         (folder / figure.name).write_bytes(figure.png)
     with replace_file(folder / "index.html") as file:
-        file.write(page(Path(data_path).name, len(records), figures))
+        file.write(page(Path(data_path).name, count, figures))
     print(f"wrote {', '.join(figure.name for figure in figures)} and index.html to {folder}")
 
 
@@ -206,8 +203,7 @@ def _draw_lengths(axes, counts: np.ndarray) -> None:
     width = next((w for w in (1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500) if most / w <= 30), int(most / 30) + 1)
     bins = max(int(most // width) + 1, 2)
     heights = np.bincount(np.minimum(counts // width, bins), minlength=bins + 1)
-    colors = [BAR] * bins + [FAINT]
-    axes.bar(np.arange(bins + 1) + 0.5, heights, width=0.9, color=colors)
+    axes.bar(np.arange(bins + 1) + 0.5, heights, width=0.9, color=[BAR] * bins + [FAINT])
     step = max(1, -(-bins // 8))  # some eight ticks, and none that would touch the last
     ticks = [tick for tick in range(0, bins, step) if bins - tick >= step] + [bins]
     shift = 0.5 if width == 1 else 0.0  # a bar of one length is named below its middle, others where they begin

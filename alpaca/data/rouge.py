@@ -39,8 +39,8 @@ def tokenize(text: str) -> list[str]:
 
 @cache
 def _unicode_words():
-    # `regex` rather than `re`: it knows scripts and combining marks by name. \w of `re` has no marks: it would cut Hindi
-    # at each vowel sign. Imported on first use (30 ms).
+    # `regex` rather than `re`: it knows scripts and combining marks by name. \w of `re` has no marks: it cuts Hindi at
+    # each vowel sign. Imported on first use (30 ms).
     import regex
 
     unspaced = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
@@ -244,9 +244,8 @@ class _Index:
         self._cut = max(0.0, threshold - MARGIN)
         self._ratio = self._cut / (2 - self._cut)
         self._ranks = ranks
-        self._holders: dict[int, array] = defaultdict(
-            lambda: array("q")
-        )  # rank → numbers of the texts that have it among their rarest
+        # rank → numbers of the texts that have it among their rarest
+        self._holders: dict[int, array] = defaultdict(lambda: array("q"))
         self._bits = array("Q")
         self._lengths = array("q")
         self._longest = 0

@@ -49,7 +49,7 @@ def verb_and_object(sentence: Sequence[Word]) -> tuple[str, str] | None:
 
 
 def first_verb_and_object(sentences: Iterable[Sequence[Word]]) -> tuple[str, str] | None:
-    """Return the pair of the first sentence that has one: "Here is my essay. Shorten the introduction." → (shorten, …)."""
+    """Return the pair of the first sentence that has one: in "Here are my notes. List the names." the second."""
     return next((pair for sentence in sentences if (pair := verb_and_object(sentence))), None)
 
 

@@ -362,7 +362,7 @@ def test_lint_looks_for_the_classes_that_only_and_skip_leave(data, capsys):
     assert "2 findings in 2 of 6 records" in capsys.readouterr().out
     analyze_data.lint(str(data), skip="duplicate,mojibake")
     assert "2 findings in 1 of 6 records" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--only 'mojibaké' is no class: choose from empty-output, na-output"):
+    with pytest.raises(UserError, match="--only 'mojibaké' is not a class: choose from empty-output, na-output"):
         analyze_data.lint(str(data), only="mojibaké")
 
 
@@ -544,7 +544,7 @@ def test_fetch_puts_a_verified_file_in_place_and_does_nothing_the_second_time(mi
         analyze_data.fetch(str(out), server.url, blob)
     assert out.read_bytes() == CONTENT and names(out.parent) == {"data.json"}
     assert server.ranges == [None]
-    assert "is there already and right" in capsys.readouterr().out
+    assert "exists and is right" in capsys.readouterr().out
 
 
 def test_fetch_resumes_where_the_server_broke_off(mirror, blob, tmp_path):
@@ -616,7 +616,7 @@ def test_fetch_takes_a_local_copy_by_path_and_by_file_url(blob, tmp_path):
     for i, url in enumerate((str(tmp_path / "right"), (tmp_path / "right").as_uri())):
         analyze_data.fetch(str(tmp_path / f"{i}.json"), url, blob)
         assert (tmp_path / f"{i}.json").read_bytes() == CONTENT
-    with pytest.raises(UserError, match="is no file: give a web address"):
+    with pytest.raises(UserError, match="is not a file: give a web address"):
         analyze_data.fetch(str(tmp_path / "2.json"), str(tmp_path / "nowhere"), blob)
 
 

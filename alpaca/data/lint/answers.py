@@ -10,9 +10,7 @@ from alpaca.data.lint.fields import CODE_TASK, CONTROL, NO_INPUT, around, found,
 # ---------------------------------------------------------------------------------------------------------------------
 # Fields that are empty, or say so.
 
-ANSWER_MAY_BE_A_SIGN = re.compile(
-    r"\b(punctuat\w+|symbol|character|sign|operator|emoji|mark|print|blank)", re.IGNORECASE
-)
+ANSWER_MAY_BE_A_SIGN = re.compile(r"\b(punctuat\w+|symbol|character|sign|operator|emoji|mark|print|blank)", re.I)
 
 
 def empty_output(record: dict) -> str | None:
@@ -85,8 +83,6 @@ MOJIBAKE = re.compile(
     "\ufffd|Ã[\u0080-\u00bf\u0152-\u0178\u0192\u02c6\u02dc\u2013-\u203a\u20ac\u2122]|Â[\u0080-\u00bf]|"
     "â€|â\u0080|ðŸ|ï»¿|ΓÇ[ÖöôÿªÑ£¥]|Ð[\u0080-\u00bf]Ñ|[\u0080-\u009f]"
 )
-
-
 ABOUT_ENCODINGS = re.compile(r"\b(mojibake|encod(ed|ing)|decod(ed|ing)|garbled|utf-?8)\b", re.IGNORECASE)
 
 

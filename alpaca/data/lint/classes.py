@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-from alpaca.data.dedup import MAX_SIMILARITY
+from alpaca.data.dedup import MAX_SIMILARITY, DistinctPool
 from alpaca.data.lint import answers, questions
 from alpaca.data.lint.fields import around, input_of
 from alpaca.data.rouge import RougePool
@@ -39,16 +39,14 @@ def near_duplicates(records: list[dict], threshold: float = MAX_SIMILARITY) -> d
     """
     copies = duplicates(records)
     texts = {i: f"{r['instruction']} {input_of(r)}" for i, r in enumerate(records) if i not in copies}
-    pool, kept, found = RougePool(), [], {}
-    pool.learn(texts.values())
-    for i, text in texts.items():
-        nearest = pool.exceeds(text, threshold)
+    distinct, kept, found = DistinctPool(threshold=threshold, similarity_stats=False), [], {}
+    distinct.pool.learn(texts.values())
+    for i, (nearest, _) in zip(texts, distinct.take(list(texts.values())), strict=True):
         if nearest is None:
-            pool.add(text)
             kept.append(i)
             continue
         other = kept[nearest]
-        (f,) = RougePool([texts[other]]).scores(text)
+        (f,) = RougePool([texts[other]]).scores(texts[i])
         found[i] = f"ROUGE-L {f:.2f} with record {other}: {around(records[other]['instruction'], 0, 60)}"
     return found
 

@@ -36,8 +36,7 @@ def link(record: dict) -> str | None:
 
 PICTURE = (
     r"(?:images?|pictures?|photos?|photographs?|drawings?|paintings?|illustrations?|logos?|posters?|infographics?|memes?|"
-    r"gifs?|icons?|graphics?|collages?|videos?|animations?|wallpapers?|screenshots?|"
-    r"graphs?)"
+    r"gifs?|icons?|graphics?|collages?|videos?|animations?|wallpapers?|screenshots?|graphs?)"
 )
 MAKES_A_PICTURE = re.compile(
     r"(?:^|[.!?]\s+|please |then )(?:(?:draw|paint|doodle|photograph|animate)\s+(?:me |us )?(?:an?|the|this|your|two|"
@@ -139,9 +138,7 @@ ASKS = (
     "Design|Build|Tell|Classify|Describe|Answer|Compute|Edit|Rewrite|Summari[sz]e|Arrange|List|Name|What|How|Which|Produce|"
     "Develop|Convert|Sort|Translate|Predict|Rate|Evaluate|Analy[sz]e"
 )
-CODE_NOUN = re.compile(
-    r"\b(code|program|script|snippet|function|class|method|query|algorithm|loop|regex)\b", re.IGNORECASE
-)
+CODE_NOUN = re.compile(r"\b(code|program|script|snippet|function|class|method|query|algorithm|loop|regex)\b", re.I)
 GENERIC_CODE = re.compile(
     r"\b(write|create|design|implement|develop|generate|build|code|construct|devise|make|script)\b.{0,60}"
     r"\b(function|program|script|algorithm|code|method|class|query|sql|regex|expression|pseudo-?code|application|model)\b",
