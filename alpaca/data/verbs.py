@@ -27,8 +27,8 @@ def verb_and_object(sentence: Sequence[Word]) -> tuple[str, str] | None:
     """Return the root verb of a command and its direct object; None for questions, statements and incomplete commands.
 
     The object is a noun, as in Self-Instruct: "tell me a story" is (tell, story). The root may have any tag: small
-    parsers take a capitalized first word ("List", "Outline") for a noun, but still give it an object. Verbs side by
-    side share one: "compare and contrast two poems" is (compare, poem).
+    parsers take a capitalized first word ("List", "Outline") for a noun, but find its object all the same. Verbs side
+    by side share one: "compare and contrast two poems" is (compare, poem).
     """
     root = next((place for place, word in enumerate(sentence) if word.relation == "ROOT"), None)
     if root is None or not sentence[root].lemma.isalpha():

@@ -57,7 +57,7 @@ def near_duplicates(records: list[dict], threshold: float = MAX_SIMILARITY) -> d
 RECORD_CLASSES: dict[str, tuple[str, Callable[[dict], str | None]]] = {
     "empty-output": ("the output is empty", answers.empty_output),
     "na-output": ("the output says N/A where an answer should be", answers.na_output),
-    "input-field": ('the input says that there is none: it should be ""', answers.input_field),
+    "input-field": ('the input says "no input" or the like: it should be ""', answers.input_field),
     "link": ("asks about a page behind a link: the answer is made up", questions.link),
     "missing-input": ("refers to text that is not there: the answer is made up", questions.missing_input),
     "empty-code": ("the code that it refers to is not there", questions.empty_code),

@@ -34,7 +34,7 @@ def is_code(text: str) -> bool:
 
 
 def input_of(record: dict) -> str:
-    """Return the input, or "" if it only says that there is none."""
+    """Return the input, or "" if it only says that there is no input."""
     text = record["input"].strip()
     return "" if NO_INPUT.fullmatch(text) else text
 
