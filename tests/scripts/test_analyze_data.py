@@ -385,6 +385,13 @@ def test_half_of_a_surrogate_pair_is_reported_and_written(tmp_path):
     assert utils.jload(tmp_path / "rejects.jsonl")[0]["output"] == "\ud83d"
 
 
+def test_no_control_character_of_a_record_reaches_the_terminal(tmp_path, capsys):
+    utils.jdump([record(output="Green\x9b2J\x1b[2J lies between yellow and blue light and")], tmp_path / "data.json")
+    analyze_data.lint(str(tmp_path / "data.json"))
+    printed = capsys.readouterr().out
+    assert "mojibake" in printed and "\\x9b2J" in printed and not {"\x9b", "\x1b"} & set(printed)
+
+
 @pytest.mark.parametrize("flag", ["output_path", "rejects_path", "report_path"])
 def test_lint_refuses_to_write_over_its_input(data, flag, tmp_path):
     (tmp_path / "link.json").symlink_to(data)
