@@ -66,7 +66,7 @@ def by_generate(model, tokenizer, prompts: list[list[int]], settings: Settings) 
 
 
 def by_stream(model, tokenizer, prompts: list[list[int]], settings: Settings) -> list[int]:
-    """One prompt; its tokens are counted as the model is given them: all but the last, and EOS is none."""
+    """One prompt; its tokens are counted as the model is given them: all but the last, and EOS does not count."""
     (prompt,), given = prompts, []
     handle = model.register_forward_pre_hook(
         lambda _, args, kwargs: given.append(kwargs["input_ids"][0, -1]), with_kwargs=True

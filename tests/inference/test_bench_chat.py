@@ -28,7 +28,7 @@ def one_thread():
 
 
 def test_all_ways_answer_the_same_prompts_and_each_ratio_has_its_two_rates(tiny_llama, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench_chat.teacher, "prepare", lambda path: None)
+    monkeypatch.setattr(bench_chat.embedded_model, "prepare", lambda path: None)
 
     def loaded(*args):
         model, tokenizer = load(*args)

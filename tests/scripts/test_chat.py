@@ -87,7 +87,7 @@ def test_every_documented_command_runs(tiny_llama, tmp_path, monkeypatch, capsys
 
 @pytest.fixture
 def asked(monkeypatch) -> list[str]:
-    """The prompts that the model is given, special tokens left out; it goes on to answer."""
+    """The prompts that the model is given, special tokens left out; it continues to answer."""
     seen = []
 
     def note(model, tokenizer, ids, settings, **given):
@@ -356,7 +356,7 @@ BAD_LINES = {
     "[1]": "a list where an object was expected",
     '{"input": "x"}': '"instruction" must be a text that is not empty',
     '{"instruction": "  "}': '"instruction" must be a text that is not empty',
-    '{"instruction": "x", "input": 3}': 'must be a text that is not empty, and "input", if present, a text',
+    '{"instruction": "x", "input": 3}': '"instruction" must be a text that is not empty, and "input"',
     '{"instruction": "x", "instances": []}': '"instances" must be a list of one object',
     '{"instruction": "a\\ud800"}': "the text contains '\\ud800', half of a surrogate pair",
     '{"instruction": "x", "more": ' + "[" * 100_000: "malformed JSON, nested too deeply",
@@ -517,7 +517,7 @@ def test_ctrl_c_says_how_to_go_on(tiny_llama, tmp_path, monkeypatch, capsys):
 
 
 def test_a_torn_batch_is_answered_again_and_its_whole_rows_stay(tiny_llama, tmp_path, monkeypatch):
-    """Also without a seed: the one that was drawn stands in the journal."""
+    """Also without a seed: the journal holds the one that was drawn."""
 
     class Stop(Exception):
         pass

@@ -47,17 +47,18 @@ footer { display: none !important; }
 .notice, .status { font-size: .9em; opacity: .8; margin: 0; }
 .status { min-height: 1.5em; padding-top: .4em; }
 .copy { align-self: flex-end; width: auto; padding: .3em .9em !important; }
-.answer { border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg); padding: .8em 1em;
+.answer, .answer :is(pre, th, td) { border: 1px solid var(--border-color-primary) !important; }
+.answer { border-radius: var(--radius-lg); padding: .8em 1em;
           background: var(--background-fill-primary); min-height: 7em; overflow-wrap: anywhere; line-height: 1.55; }
 .answer h2 { font-size: .85em !important; opacity: .7; margin: 0 0 .5em !important; }
 .answer :is(p, ul, ol, pre, table, blockquote) { margin: 0 0 .7em; }
 .answer :is(ul, ol, li) { font-size: inherit !important; list-style: disc outside; }
 .answer :is(ul, ol) { padding-left: 1.6em; } .answer ol > li { list-style: decimal outside !important; }
-.answer pre { background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary);
-              border-radius: var(--radius-md); padding: .7em .9em; overflow-x: auto; overflow-wrap: normal; }
+.answer pre { background: var(--background-fill-secondary); border-radius: var(--radius-md);
+              padding: .7em .9em; overflow-x: auto; overflow-wrap: normal; }
 .answer code { font-family: var(--font-mono); font-size: .92em; }
 .answer table { border: 0 !important; width: auto; border-collapse: collapse; }
-.answer :is(th, td) { border: 1px solid var(--border-color-primary) !important; padding: .2em .6em; }
+.answer :is(th, td) { padding: .2em .6em; }
 .answer blockquote { border-left: 3px solid var(--border-color-primary); padding-left: .8em; }
 .answer a { color: var(--link-text-color); text-decoration: underline; padding: 0 !important; margin: 0 !important; }
 """
