@@ -31,6 +31,12 @@ COMMANDS = ("/input", "/reset", "/help", "/?", "/quit", "/exit")
 BATCH_TOKENS = 16384
 FENCE = '"""'
 LISTED = 5  # malformed records that are named one by one
+PAGE_FLAGS, FILE_FLAGS = {"compare_path", "host", "port", "auth"}, {"output_path", "skip_errors", "batch_tokens"}
+UNUSED = {  # by a page, by a file of instructions, and by the two others: one instruction, and the terminal
+    "web": {"instruction", "batch_path", "input", "template"} | FILE_FLAGS,
+    "batch_path": {"instruction", "input"} | PAGE_FLAGS,
+    "": PAGE_FLAGS | FILE_FLAGS,
+}
 
 
 def chat(
@@ -111,31 +117,18 @@ def check_flags(flags: dict) -> None:
     """Raise UserError for flags that do not go together, by which of them differ from chat()'s defaults."""
     parameters = inspect.signature(chat).parameters
     given = {name for name, value in flags.items() if value != parameters[name].default}
-    web, file, page = "web" in given, "batch_path" in given, given & {"compare_path", "host", "port", "auth"}
-    for wrong, message in (
-        (
-            web and given & {"instruction", "batch_path"},
-            "--instruction and --batch_path do not go with --web: drop them",
-        ),
-        (
-            web and given & {"template", "input", "output_path", "skip_errors", "batch_tokens"},
-            "--web asks with Alpaca's template what is typed there: drop --template, --input, --output_path, "
-            "--skip_errors, --batch_tokens",
-        ),
-        (page and not web, "--compare_path, --host, --port and --auth are for the page: add --web"),
-        (
-            given & {"skip_errors", "batch_tokens"} and not file,
-            "--skip_errors and --batch_tokens are for the records of a file: add --batch_path",
-        ),
-        (file and "instruction" in given, "--instruction and --batch_path do not go together: drop one of them"),
-        (file and "input" in given, "--input goes with --instruction; the records of --batch_path have their own"),
-        (file != ("output_path" in given), "--batch_path and --output_path, for its answers, go together: set both"),
-        ("instruction" in given and not flags["instruction"].strip(), "--instruction is empty"),
-        (flags["template"] not in ("alpaca", "chat"), "--template must be alpaca or chat"),
-        (flags["batch_tokens"] < 1, "--batch_tokens must be at least 1"),
-    ):
-        if wrong:
-            raise UserError(message)
+    way = next(way for way in UNUSED if way in given or not way)
+    if unused := ", ".join(f"--{name}" for name in parameters if name in given & UNUSED[way]):
+        needed = "--web" if given & PAGE_FLAGS else "--batch_path"
+        raise UserError(f"--{way} does not use {unused}: drop it" if way else f"{unused} goes with {needed}: add that")
+    if way == "batch_path" and "output_path" not in given:
+        raise UserError("--batch_path needs --output_path, for the answers")
+    if "instruction" in given and not flags["instruction"].strip():
+        raise UserError("--instruction is empty")
+    if flags["template"] not in ("alpaca", "chat"):
+        raise UserError("--template must be alpaca or chat")
+    if flags["batch_tokens"] < 1:
+        raise UserError("--batch_tokens must be at least 1")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,7 +174,8 @@ def talk(conversation, input: str = "") -> bool:
                 print(" [stopped]")
             except UserError as e:
                 good = False
-                print(f"error: {printable(str(e))}", file=sys.stderr)
+                hint = " (/reset forgets the turns so far)" if conversation.turns else ""
+                print(f"error: {printable(str(e))}{hint}", file=sys.stderr)
             input = ""
 
 

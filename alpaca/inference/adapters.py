@@ -37,10 +37,8 @@ def base_of(folder: Path, base_path: str | os.PathLike | None) -> str:
     if not named:
         raise UserError(f"{folder} is a LoRA adapter that does not name its base: set base_path to its folder")
     local = base_path or Path(named).exists() or str(named).startswith((".", "/", "~")) or str(named).count("/") > 1
-    if local and not (Path(named) / "config.json").exists():
-        raise UserError(f"{folder} is a LoRA adapter, and its base {named} does not exist: set base_path")
     if local:
-        check_model_folder(named, "base_path", tokenizer=False)
+        check_model_folder(named, f"{folder} is a LoRA adapter, and its base (base_path)", tokenizer=False)
     return str(named)
 
 

@@ -117,13 +117,9 @@ def answer_file(
     fit the context gets "error" and no "output".
 
     Args:
-        model: a causal model.
-        tokenizer: its own.
-        requests: from read_requests.
-        output_path: the file to make.
-        template: of the prompts, see request_ids().
+        requests: from read_requests().
+        template, max_tokens: see request_ids() and batches().
         settings: how to sample; without a seed one is drawn, and kept for a resumed run.
-        max_tokens: as in batches().
         generator: the model's name in the rows.
         identity: what else the answers depend on (see identity_of); a journal that differs in it is refused.
         skip_errors: whether to pass over an instruction that does not fit the context.

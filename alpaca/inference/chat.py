@@ -7,7 +7,6 @@ from contextlib import closing
 
 import torch
 
-from alpaca import UserError
 from alpaca.inference import generate
 from alpaca.inference.generate import STOP, Memory, Settings, longest_answer
 from alpaca.prompts import INPUT_HEADING, chat_ids, format_prompt, prompt_ids
@@ -100,10 +99,6 @@ class Conversation:
             ids = chat_ids(self.tokenizer, turns)
         else:
             (ids,) = request_ids(self.tokenizer, "alpaca", [(instruction, input)])
-        try:
-            longest_answer(self.model, ids, self.settings.max_new_tokens)
-        except UserError as e:
-            raise UserError(f"{e}, or start over with /reset" if self.turns else str(e)) from None
 
         def noted(pieces: Iterator[str]) -> Iterator[str]:
             for piece in pieces:

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import html
 import logging
-import math
 import secrets
 import threading
 import time
@@ -45,10 +44,6 @@ HEADING = """<h1>{}</h1><p class="notice">A small language model that was fine-t
 no safety training and may be wrong, biased or harmful: check what it says before you use it. If it was trained on
 Alpaca data (CC BY-NC 4.0) or on LLaMA, their licenses allow research only, no commercial use. It answers each
 instruction on its own and remembers nothing.</p>"""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Requests and answers.
 
 
 @dataclasses.dataclass
@@ -87,21 +82,15 @@ def check(models: list[Model], most: int, instruction, input, max_new_tokens, te
             raise page_error(f"The {name} has {len(text):,} characters; at most {MAX_CHARS:,} are read: shorten it.")
     if not instruction.strip():
         raise page_error("Type an instruction first.")
-
-    def number(name: str, value, low: float, high: float):
-        right = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not right or not low <= value <= high:
-            raise page_error(f"{name} must be a number from {low} to {high}.")
-        return value
-
     if isinstance(seed, str):
         seed = int(seed) if seed.strip().isdecimal() and len(seed) < 20 else seed.strip() or None
-    settings = Settings(
-        int(number("Longest answer", max_new_tokens, 1, most)),
-        float(number("Temperature", temperature, 0, 2)),
-        float(number("Top p", top_p, 0.01, 1)),
-        secrets.randbelow(MAX_SEED) if seed is None else int(number("Seed", seed, 0, MAX_SEED)),
-    )
+    seed = secrets.randbelow(MAX_SEED) if seed is None else seed
+    bounds = {"Longest answer": (max_new_tokens, 1, most), "Temperature": (temperature, 0, 2)}
+    bounds |= {"Top p": (top_p, 0.01, 1), "Seed": (seed, 0, MAX_SEED)}
+    for name, (value, low, high) in bounds.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:  # NaN fails too
+            raise page_error(f"{name} must be a number from {low} to {high}.")
+    settings = Settings(int(max_new_tokens), float(temperature), float(top_p), int(seed))
     for model in models:
         try:
             (ids,) = request_ids(model.tokenizer, "alpaca", [(instruction, input)])
@@ -179,10 +168,6 @@ def _write(
         return conversation.cut
     finally:
         model.slots.release()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The page.
 
 
 class Demo:
@@ -329,10 +314,6 @@ class Demo:
             raise page_error("There is no answer yet.")
         async for shown in self.answer(request, exchange["instruction"], exchange["input"], *given[:-1], None):
             yield shown
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The server.
 
 
 def serve(

@@ -29,13 +29,7 @@ def append_line(path: str | os.PathLike, record: dict) -> None:
 
 
 def flag(exchange: dict | None, which: int | None, reason: str | None) -> str:
-    """Save a report of an answer; return what the page then shows.
-
-    Args:
-        exchange: see page.Demo.
-        which: the place of the model that answered.
-        reason: what the visitor typed.
-    """
+    """Save a report of the answer of model ``which`` (its place); return what the page then shows."""
     which, reason = which or 0, reason or ""
     if not exchange or not exchange["answers"][which]:
         raise page_error("There is no answer to report yet.", "Not reported")
