@@ -65,10 +65,7 @@ def merge_adapter(base, folder: Path, tokens: int):
     Our adapters hold no embeddings; those of other trainers may, with rows for added tokens. The base grows to these,
     and to the tokenizer's size, by mean rows, as in training.
 
-    Args:
-        base: a causal model; changed in place.
-        folder: the adapter's.
-        tokens: the size of the tokenizer.
+    ``base`` is changed in place; ``tokens`` is the size of the tokenizer.
 
     Raises:
         UserError: peft is not installed, the adapter is empty, or it is another model's.

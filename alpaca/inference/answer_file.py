@@ -47,10 +47,6 @@ def read_requests(path: str | os.PathLike, skip_errors: bool = False) -> tuple[l
     A record has an "instruction" and may have an "input" (Alpaca, alpaca_eval), or has it in its only one of
     "instances" (self-instruct); other fields are kept.
 
-    Args:
-        path: the file.
-        skip_errors: leave out malformed records, instead of raising at the first.
-
     Raises:
         UserError: the file cannot be read or holds no record, or (without ``skip_errors``) a record is malformed.
     """

@@ -15,10 +15,7 @@ from alpaca.prompts import INPUT_HEADING, chat_ids, format_prompt, prompt_ids
 def request_ids(tokenizer, template: str, requests: Sequence[tuple[str, str]]) -> list[list[int]]:
     """Return the tokens of the prompt for each (instruction, input).
 
-    Args:
-        tokenizer: the model's.
-        template: "alpaca", as in training, or "chat", the tokenizer's own.
-        requests: pairs of texts; the input may be empty.
+    The template is "alpaca", as in training, or "chat", the tokenizer's own. An input may be empty.
     """
     if template == "alpaca":
         return prompt_ids(tokenizer, [format_prompt(*request) for request in requests])
@@ -43,10 +40,7 @@ def stream(
     Closing the iterator stops the model.
 
     Args:
-        model: a causal model.
-        tokenizer: its own.
-        ids: the prompt.
-        settings: how to sample.
+        model, tokenizer, ids, settings: the ids are the prompt's.
         memory: of the conversation that the prompt continues.
         stopped: called before each token, also while white space is held back; True ends the answer.
         on_cut: called with "max_new_tokens" or "context" if the answer reached that limit.

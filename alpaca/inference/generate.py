@@ -188,8 +188,7 @@ def decode(
     """Yield (row, token) of each row that continues, step by step; a row that has ended leaves the batch.
 
     Args:
-        model: a causal model.
-        prompts: token ids.
+        model, prompts: a causal model, and token ids.
         ends: tokens that end a row; they are not yielded.
         settings: a row also ends at ``max_new_tokens`` and at the end of the context.
         done: rows that the caller wants no more of; read after each step.
@@ -299,10 +298,7 @@ def answer_batch(
     """Answer each prompt as chat.stream() does, all at once; a batch that does not fit the memory is halved.
 
     Args:
-        model: a causal model.
-        tokenizer: its own.
-        prompts: token ids.
-        settings: how to sample.
+        model, tokenizer, prompts, settings: the prompts are token ids.
         on_tokens: called after each step with the number of its tokens.
 
     Returns:
@@ -314,8 +310,7 @@ def answer_batch(
         for step in decode(model, prompts, end_ids(model, tokenizer), settings, done):
             for row, token in step:
                 written[row].append(token)
-                end = written[row][-STOP_TOKENS:]
-                if may_end(token) and STOP in tokenizer.decode(end, skip_special_tokens=True):
+                if may_end(token) and STOP in tokenizer.decode(written[row][-STOP_TOKENS:], skip_special_tokens=True):
                     done.add(row)
             if on_tokens:
                 on_tokens(len(step))
@@ -340,12 +335,8 @@ def answer_batch(
 def batches(lengths: Sequence[int], max_new_tokens: int, max_tokens: int) -> list[list[int]]:
     """Group the places of prompts into batches of similar length, for little padding.
 
-    The longest come first, so that a lack of memory shows at once.
-
-    Args:
-        lengths: of the prompts, in tokens.
-        max_new_tokens: of an answer.
-        max_tokens: the most that a batch may have, prompts, answers and padding together.
+    The longest come first, so that a lack of memory shows at once. All arguments count tokens; ``max_tokens`` is the
+    most that a batch may have, prompts, answers and padding together.
     """
     made, order = [], sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     while order:

@@ -51,8 +51,7 @@ def load_model(path: str | os.PathLike, dtype: torch.dtype | str, **kwargs):
         raise UserError(f"{path} holds more than tensors (its pickle asks to run code) and was not loaded") from None
     except Exception as e:
         raise UserError(f"{path}: the model cannot be loaded: {first_line(e)}") from None
-    if mismatched := sorted(report["mismatched_keys"]):
-        name, found, expected = mismatched[0]
+    for name, found, expected in sorted(report["mismatched_keys"]):
         raise UserError(
             f"{path}: {name} is {tuple(found)}, but config.json makes it {tuple(expected)}: weights and config.json "
             "are of different models, copy both from one"
