@@ -1,4 +1,4 @@
-r"""Talks to a model that was trained with train.py, in the terminal, or answers a file of instructions.
+r"""Talk to a model that was trained with train.py, in the terminal, or answer a file of instructions.
 
 python chat.py --model_path DIR
 python chat.py --model_path DIR --template chat --temperature 0.7 --top_p 0.9
@@ -11,22 +11,32 @@ As a page for the browser (the live demo): python chat.py --model_path DIR --web
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from contextlib import closing
 
 from alpaca import UserError
 from alpaca.common import cli
+from alpaca.common.journal import check_output
+from alpaca.common.text import CONTROL, printable
 
 HELP = r'''Type an instruction. Each is answered on its own (with --template chat, turns are remembered).
-  a line that ends in \ goes on in the next; a text of several lines stands between two """
+  \ at the end of a line continues it on the next; put a text of several lines between two """
   /input TEXT   what the next instruction is about, in one line or several
   /reset        forgets the input and the turns so far
-  /help         this
-  /quit         leaves, as Ctrl-D does; Ctrl-C stops an answer, twice it leaves'''
+  /help         prints this
+  /quit         leaves, like Ctrl-D; Ctrl-C stops an answer, and leaves if pressed twice'''
 COMMANDS = ("/input", "/reset", "/help", "/?", "/quit", "/exit")
 BATCH_TOKENS = 16384
 FENCE = '"""'
+LISTED = 5  # malformed records that are named one by one
+PAGE_FLAGS, FILE_FLAGS = {"compare_path", "host", "port", "auth"}, {"output_path", "skip_errors", "batch_tokens"}
+UNUSED = {  # by a page, by a file of instructions, and by the two others: one instruction, and the terminal
+    "web": {"instruction", "batch_path", "input", "template"} | FILE_FLAGS,
+    "batch_path": {"instruction", "input"} | PAGE_FLAGS,
+    "": PAGE_FLAGS | FILE_FLAGS,
+}
 
 
 def chat(
@@ -51,16 +61,16 @@ def chat(
     port: int = 7860,
     auth: str | None = None,
 ) -> None:
-    """Answers instructions with a fine-tuned model: yours in the terminal, one on the command line, or those of a file.
+    """Answer instructions with a fine-tuned model: yours in the terminal, one on the command line, or those of a file.
 
     Args:
         model_path: the folder of the model, or of a LoRA adapter.
         instruction: answer this one and leave; the answer alone is on stdout.
-        input: what the instruction is about, if that is apart.
+        input: the text that the instruction is about, if there is one.
         batch_path: answer the records of this file and leave: {"instruction", "input"}, as a JSON list or JSON Lines.
         output_path: where their answers go: the same records with "output" and "generator", in the same order; a JSON
-            list, which alpaca_eval reads, if the name ends in .json, else JSON Lines. The same command goes on with a
-            run that was killed.
+            list, which alpaca_eval reads, if the name ends in .json, else JSON Lines. The same command continues a run
+            that was killed.
         template: alpaca, the prompt of training, or chat, the model's own chat template, in which turns are remembered.
         max_new_tokens: the longest answer, in tokens.
         temperature: 0 always takes the likeliest token.
@@ -68,85 +78,65 @@ def chat(
         seed: the same seed gives the same prompt the same answer, alone or in a file.
         device: cpu, cuda, mps, … (default: the accelerator if there is one).
         dtype: float32, bfloat16 or float16 (default: what suits the device).
-        base_path: the base of a LoRA adapter, where it is not where the adapter says.
-        batch_tokens: prompts and answers of a batch come to this many tokens at most.
-        skip_errors: go on without malformed records of the file, and without those that do not fit the context.
+        base_path: the base of a LoRA adapter, if it is not where the adapter says.
+        batch_tokens: the most tokens of a batch, prompts and answers together.
+        skip_errors: leave out malformed records of the file, and those that do not fit the context.
         web: serve a page, for this machine alone; max_new_tokens is then the most that a visitor can ask for.
         compare_path: with --web, a second model that answers the same instructions beside the first.
         host: with --web, the address to listen at; any but this machine's own needs --auth.
         port: with --web; 0 takes a free one.
         auth: with --web, user:password, which the page then asks for.
     """
+    check_flags(locals())
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     if web:
-        if instruction is not None or batch_path is not None:
-            raise UserError("--instruction and --batch_path answer and leave, --web serves a page: take one of them")
-        if template != "alpaca" or input or output_path is not None or skip_errors or batch_tokens != BATCH_TOKENS:
-            raise UserError(
-                "--web asks with Alpaca's template what is typed there: drop --template, --input, --output_path, "
-                "--skip_errors, --batch_tokens"
-            )
-        from alpaca.inference.web import page as demo
+        from alpaca.inference.web import page
 
-        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-        return demo.serve(model_path, compare_path, host, port, auth, device, dtype, base_path, **sampling)
-    if batch_path is None and (skip_errors or batch_tokens != BATCH_TOKENS):
-        raise UserError("--skip_errors and --batch_tokens are for the records of a file: give --batch_path")
-    if compare_path or auth or host != "127.0.0.1" or port != 7860:
-        raise UserError("--compare_path, --host, --port and --auth are for the page: add --web")
-    if instruction is not None and not instruction.strip():
-        raise UserError("--instruction is empty")
-    if instruction is not None and batch_path is not None:
-        raise UserError("--instruction and --batch_path do not go together: give one of them")
-    if batch_path is not None and input:
-        raise UserError("--input goes with --instruction; the records of --batch_path have their own: drop it")
-    if (batch_path is None) != (output_path is None):
-        raise UserError("--batch_path, the instructions, and --output_path, their answers, go together: give both")
-    if template not in ("alpaca", "chat"):
-        raise UserError(f"--template {template} is not known: choose from alpaca, chat")
-    if batch_tokens < 1:
-        raise UserError("--batch_tokens must be at least 1")
-    # torch and transformers take seconds to load: not before the flags are known good
+        return page.serve(model_path, compare_path, host, port, auth, device, dtype, base_path, **sampling)
+    # torch and transformers take seconds to load: not before the flags are known to be good
     from transformers.utils import logging
 
-    from alpaca.inference import answer_file
-    from alpaca.inference import load as inference
+    from alpaca.inference.chat import Conversation
+    from alpaca.inference.generate import Settings
+    from alpaca.inference.load import load
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    settings = inference.Settings(max_new_tokens, temperature, top_p, seed)
+    settings = Settings(**sampling)
     if batch_path is not None:
-        requests, faults = answer_file.read_requests(batch_path, skip_errors)
-        identity = answer_file.identity_of(model_path, base_path, template)
-        answer_file.check_output(output_path)
-    model, tokenizer = inference.load(model_path, device, dtype, base_path)
-    if batch_path is not None:
-        counts = answer_file.answer_file(
-            model,
-            tokenizer,
-            requests,
-            output_path,
-            lambda requests: inference.request_ids(tokenizer, template, [(r.instruction, r.input) for r in requests]),
-            settings,
-            batch_tokens,
-            generator=answer_file.name_of(model_path),
-            identity=identity | {"dtype": str(model.dtype).removeprefix("torch.")},
-            skip_errors=skip_errors,
-        )
-        report(output_path, counts, faults)
-        return
-    conversation = inference.Conversation(model, tokenizer, settings, template)
+        paths = model_path, base_path, batch_path, output_path
+        return answer_records(*paths, template, settings, batch_tokens, skip_errors, device, dtype)
+    conversation = Conversation(*load(model_path, device, dtype, base_path), settings, template)
     if instruction is not None:
         answer(conversation, instruction, input)
     elif not talk(conversation, input):
         sys.exit(1)
 
 
+def check_flags(flags: dict) -> None:
+    """Raise UserError for flags that do not go together, by which of them differ from chat()'s defaults."""
+    parameters = inspect.signature(chat).parameters
+    given = {name for name, value in flags.items() if value != parameters[name].default}
+    way = next(way for way in UNUSED if way in given or not way)
+    if unused := ", ".join(f"--{name}" for name in parameters if name in given & UNUSED[way]):
+        needed = "--web" if given & PAGE_FLAGS else "--batch_path"
+        raise UserError(f"--{way} does not use {unused}: drop it" if way else f"{unused} goes with {needed}: add that")
+    if way == "batch_path" and "output_path" not in given:
+        raise UserError("--batch_path needs --output_path, for the answers")
+    if "instruction" in given and not flags["instruction"].strip():
+        raise UserError("--instruction is empty")
+    if flags["template"] not in ("alpaca", "chat"):
+        raise UserError("--template must be alpaca or chat")
+    if flags["batch_tokens"] < 1:
+        raise UserError("--batch_tokens must be at least 1")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# The terminal. Answers go to stdout; all else does too where that is a terminal, and to stderr where it is not.
+# The terminal. Answers go to stdout, and so does everything else if that is a terminal; if not, to stderr.
 
 
 def talk(conversation, input: str = "") -> bool:
-    """Asks and answers until /quit, the end of stdin, or Ctrl-C twice; False if an answer failed."""
+    """Ask and answer until /quit, the end of stdin, or Ctrl-C twice; return False if an answer failed."""
     interactive, good, interrupted = sys.stdin.isatty(), True, False
     if interactive:
         _prepare_terminal()
@@ -161,7 +151,7 @@ def talk(conversation, input: str = "") -> bool:
                 say("")
                 return good
             interrupted = True
-            say("\nCtrl-C again leaves")
+            say("\npress Ctrl-C again to leave")
             continue
         interrupted = False
         if message is None or message[0] in ("/quit", "/exit"):
@@ -184,17 +174,18 @@ def talk(conversation, input: str = "") -> bool:
                 print(" [stopped]")
             except UserError as e:
                 good = False
-                print(f"error: {e}", file=sys.stderr)
+                hint = " (/reset forgets the turns so far)" if conversation.turns else ""
+                print(f"error: {printable(str(e))}{hint}", file=sys.stderr)
             input = ""
 
 
 def answer(conversation, instruction: str, input: str) -> None:
-    """Prints an answer as it comes, to a terminal without the control characters that could rewrite what it shows."""
+    """Print an answer as it comes; a terminal gets it without control characters, which could rewrite the screen."""
     terminal, empty = sys.stdout.isatty(), True
     with closing(conversation.ask(instruction, input)) as pieces:
         for piece in pieces:
             empty = empty and not piece.strip()
-            print(cli.CONTROL.sub("", piece) if terminal else piece, end="", flush=True)
+            print(CONTROL.sub("", piece) if terminal else piece, end="", flush=True)
     print(flush=True)
     if conversation.cut:
         limit = "--max_new_tokens" if conversation.cut == "max_new_tokens" else "the end of the context"
@@ -204,13 +195,13 @@ def answer(conversation, instruction: str, input: str) -> None:
 
 
 def read_message(read_line: Callable[[str], str | None]) -> tuple[str, str] | None:
-    r"""A command with its text, or ("", instruction); None at the end.
+    r"""Return a command with its text, or ("", instruction); None at the end.
 
-    A line that ends in \ goes on in the next. A text that begins with three quotes goes on to the next three, and no
-    command is looked for in it.
+    A line that ends in \ continues on the next. A text that begins with three quotes extends to the next three, and
+    no command is looked for in it.
 
     Args:
-        read_line: gives the next line, asked for by the prompt that it gets, or None at the end.
+        read_line: called with the prompt to show; returns the next line, or None at the end.
     """
     line = read_line("> ")
     if line is None:
@@ -225,7 +216,7 @@ def read_message(read_line: Callable[[str], str | None]) -> tuple[str, str] | No
         line = line[:-1] + ("" if more is None else "\n" + more)
     line = line.strip()
     command, *text = line.split(maxsplit=1) or [""]
-    # A pasted text that begins with another command is not lost to it.
+    # A pasted text that happens to begin with another command is an instruction.
     known = command in COMMANDS and (command == "/input" or "\n" not in line)
     return (command, "".join(text)) if known else ("", line)
 
@@ -262,21 +253,31 @@ def _prepare_terminal() -> None:
 # Files.
 
 
-def report(output_path: str, counts: dict[str, int], faults: list[str]) -> None:
-    """Says on stderr what a file's run came to."""
-    from alpaca.inference import answer_file
+def answer_records(
+    model_path, base_path, batch_path, output_path, template, settings, batch_tokens, skip_errors, device, dtype
+) -> None:
+    """Answer the records of a file, and report on stderr how many."""
+    from alpaca.inference.answer_file import answer_file, identity_of, name_of, read_requests
+    from alpaca.inference.load import load
 
-    for line in answer_file.told(faults):
-        print(f"left out: {line}", file=sys.stderr)
+    requests, faults = read_requests(batch_path, skip_errors)
+    identity = identity_of(model_path, base_path, template)  # of the files as they are loaded
+    check_output(output_path)
+    model, tokenizer = load(model_path, device, dtype, base_path)
+    output = output_path, template, settings, batch_tokens, name_of(model_path), identity, skip_errors
+    counts = answer_file(model, tokenizer, requests, *output)
+    for fault in faults[:LISTED]:
+        print(f"left out: {fault}", file=sys.stderr)
+    if len(faults) > LISTED:
+        print(f"left out: … and {len(faults) - LISTED} more", file=sys.stderr)
     notes = [
-        f"{counts['earlier']:,} of an earlier run" * bool(counts["earlier"]),
-        f"{counts['cut']:,} cut off at --max_new_tokens or the end of the context" * bool(counts["cut"]),
-        f'{counts["too_long"]:,} instructions do not fit the context ("error" in their rows)'
-        * bool(counts["too_long"]),
-        f"{len(faults):,} malformed records left out" * bool(faults),
+        (counts["earlier"], "of an earlier run"),
+        (counts["cut"], "cut off at --max_new_tokens or the end of the context"),
+        (counts["too_long"], 'instructions do not fit the context ("error" in their rows)'),
+        (len(faults), "malformed records left out"),
     ]
-    notes = "; ".join(note for note in notes if note)
-    print(f"{counts['answers']:,} answers in {output_path}" + (f" ({notes})" if notes else ""), file=sys.stderr)
+    noted = "; ".join(f"{count:,} {what}" for count, what in notes if count)
+    print(f"{counts['answers']:,} answers in {output_path}" + (f" ({noted})" if noted else ""), file=sys.stderr)
 
 
 if __name__ == "__main__":

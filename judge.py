@@ -169,23 +169,24 @@ def _answer_here(items, output_path, model_path, generator, template, sampling, 
     from transformers.utils import logging
 
     from alpaca.inference import answer_file as answers
-    from alpaca.inference import load as inference
+    from alpaca.inference.generate import Settings
+    from alpaca.inference.load import load
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    settings = inference.Settings(**sampling)
+    settings = Settings(**sampling)
     identity = answers.identity_of(model_path, loading["base_path"], template)
-    model, tokenizer = inference.load(model_path, **loading)
+    model, tokenizer = load(model_path, **loading)
     counts = answers.answer_file(
         model,
         tokenizer,
         [answers.Request(f"id {i.id}", i.row(output_path), i.instruction, i.input) for i in items],
         output_path,
-        lambda requests: inference.request_ids(tokenizer, template, [(r.instruction, r.input) for r in requests]),
+        template,
         settings,
         batch_tokens,
         generator or answers.name_of(model_path),
-        identity | {"dtype": str(model.dtype).removeprefix("torch.")},
+        identity,
         skip_errors=True,
         more=(lambda: _reference_fields(model, tokenizer, items)) if reference_loss else None,
         finish_reason=True,

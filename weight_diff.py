@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-import utils
 from alpaca import UserError
 from alpaca.common import cli
 from alpaca.weights.checkpoint import FLOATS, MANIFEST, CheckpointReader, check_model_folder
@@ -354,7 +353,9 @@ def _with_dtype(config: dict, specs: Specs) -> dict:
 def _smoke_test(path: str, device: str, size: int) -> None:
     """Answers one instruction with a model of so many bytes, which is loaded whole; the recovery was done without."""
     from alpaca.common import memory
-    from alpaca.inference import load as inference
+    from alpaca.inference.chat import Conversation
+    from alpaca.inference.generate import Settings
+    from alpaca.inference.load import load
 
     if size > (free := memory.host_free()):
         print(
@@ -363,8 +364,7 @@ def _smoke_test(path: str, device: str, size: int) -> None:
         )
         return
     try:
-        model, tokenizer = inference.load(path, device)
-        answer = "".join(inference.stream(model, tokenizer, utils.format_prompt(SMOKE_TEST), max_new_tokens=128))
+        answer = "".join(Conversation(*load(path, device), Settings(max_new_tokens=128)).ask(SMOKE_TEST))
     except Exception as e:  # whatever it is: the work is done, which a traceback would not say
         cause = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise UserError(

@@ -6,11 +6,11 @@ The prompts are records of alpaca_data.json in a shuffled order, at most 32 new 
 model (135 M parameters) when it is not there. In each round each way has its turn, one round forwards and the next
 backwards. Three questions are kept apart:
 
-    one stream   decode() and stream_ids() against generate(), one prompt after the other (the first 4)
+    one stream   decode() and stream() against generate(), one prompt after the other (the first 4)
     decoder      decode() and answer_batch() against generate(), on the same batches, by length and in the file's order
     batching     batches by length against batches in the file's order, with the same decoder
 
-each greedy and sampled. stream_ids() and answer_batch() are what chat.py calls: decode() with its text.
+each greedy and sampled. stream() and answer_batch() are what chat.py calls: decode() with its text.
 Writes benchmarks/results/chat.json.
 """
 
@@ -33,8 +33,9 @@ from provenance import provenance  # noqa: E402
 import utils  # noqa: E402
 from alpaca import embedded_model  # noqa: E402
 from alpaca.common.cli import run_cli  # noqa: E402
-from alpaca.inference import load as inference  # noqa: E402
-from alpaca.inference.generate import Settings, decode, end_ids  # noqa: E402
+from alpaca.inference.chat import request_ids, stream  # noqa: E402
+from alpaca.inference.generate import Settings, answer_batch, batches, decode, end_ids  # noqa: E402
+from alpaca.inference.load import load  # noqa: E402
 
 ALONE = 4  # prompts that are answered one after the other
 GENERATE, DECODE, TEXT = "generate()", "decode()", "with text"
@@ -45,7 +46,7 @@ KINDS = {"greedy": (0.0, 1.0), "sampled": (0.7, 0.9)}  # temperature, top_p
 
 def by_decode(model, tokenizer, prompts: list[list[int]], settings: Settings) -> list[list[int]]:
     written = [[] for _ in prompts]
-    for step in decode(model, prompts, end_ids(model, tokenizer), settings, set(), None):
+    for step in decode(model, prompts, end_ids(model, tokenizer), settings):
         for row, token in step:
             written[row].append(token)
     return written
@@ -64,14 +65,14 @@ def by_generate(model, tokenizer, prompts: list[list[int]], settings: Settings) 
     return [tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))] for tokens in answers]
 
 
-def by_stream_ids(model, tokenizer, prompts: list[list[int]], settings: Settings) -> list[int]:
-    """One prompt; its tokens are counted as the model is given them: all but the last, and EOS is none."""
+def by_stream(model, tokenizer, prompts: list[list[int]], settings: Settings) -> list[int]:
+    """One prompt; its tokens are counted as the model is given them: all but the last, and EOS does not count."""
     (prompt,), given = prompts, []
     handle = model.register_forward_pre_hook(
         lambda _, args, kwargs: given.append(kwargs["input_ids"][0, -1]), with_kwargs=True
     )
     try:
-        for _ in inference.stream_ids(model, tokenizer, prompt, settings):
+        for _ in stream(model, tokenizer, prompt, settings):
             pass
     finally:
         handle.remove()
@@ -80,7 +81,7 @@ def by_stream_ids(model, tokenizer, prompts: list[list[int]], settings: Settings
 
 
 def by_answer_batch(model, tokenizer, prompts: list[list[int]], settings: Settings) -> list[int]:
-    return [tokens for _, tokens, _ in inference.answer_batch(model, tokenizer, prompts, settings)]
+    return [tokens for _, tokens, _ in answer_batch(model, tokenizer, prompts, settings)]
 
 
 def answers(way: Callable, batches: list[list[int]], prompts: list[list[int]], *args) -> list:
@@ -114,26 +115,26 @@ def main(
         output_path: of the result.
     """
     embedded_model.prepare(model_path)
-    model, tokenizer = inference.load(model_path, device)
+    model, tokenizer = load(model_path, device)
     records = utils.load_records(data_path)
     random.Random(0).shuffle(records)
     pairs = [(record["instruction"], record["input"]) for record in records[:prompts]]
-    ids = inference.request_ids(tokenizer, "alpaca", pairs)
-    order = [place for batch in inference.batches(list(map(len, ids)), 0, 10**9) for place in batch]
+    ids = request_ids(tokenizer, "alpaca", pairs)
+    order = [place for batch in batches(list(map(len, ids)), 0, 10**9) for place in batch]
     in_order = {"by length": order, "in file order": list(range(len(ids)))}
-    batches = {name: [o[i : i + rows] for i in range(0, len(o), rows)] for name, o in in_order.items()}
-    batches["one by one"] = [[place] for place in range(min(ALONE, len(ids)))]
+    groups = {name: [o[i : i + rows] for i in range(0, len(o), rows)] for name, o in in_order.items()}
+    groups["one by one"] = [[place] for place in range(min(ALONE, len(ids)))]
 
     ways: dict[tuple[str, str, str], Callable[[], list]] = {}
     for kind, (temperature, top_p) in KINDS.items():
         settings = Settings(max_new_tokens, temperature, top_p, seed=0)
-        for name, batch in batches.items():
-            text = by_stream_ids if name == "one by one" else by_answer_batch
+        for name, batch in groups.items():
+            text = by_stream if name == "one by one" else by_answer_batch
             for what, way in ((GENERATE, by_generate), (DECODE, by_decode), (TEXT, text)):
                 ways[name, kind, what] = partial(answers, way, batch, ids, model, tokenizer, settings)
     rates: dict[tuple, list[float]] = {name: [] for name in ways}
     said: dict[tuple, list] = {}
-    for way in (by_generate, by_decode, by_stream_ids, by_answer_batch):  # warm up
+    for way in (by_generate, by_decode, by_stream, by_answer_batch):  # warm up
         way(model, tokenizer, ids[:1], Settings(4, 0.7, 0.9, 0))
     for number in range(rounds):
         for name in list(ways)[:: -1 if number % 2 else 1]:
@@ -174,8 +175,7 @@ def main(
         "batches_by_length_against_file_order": by_length,
         "greedy_answers_equal_to_generate": {
             name: sum(a == b for a, b in zip(said[name, "greedy", DECODE], said[name, "greedy", GENERATE], strict=True))
-            for name in batches
-            for name in batches
+            for name in groups
         },
     }
     for title in ("against_generate", "batches_by_length_against_file_order"):

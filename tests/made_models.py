@@ -13,8 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from alpaca import UserError
+from alpaca.inference.chat import stream
+from alpaca.inference.generate import Settings
+from alpaca.prompts import prompt_ids
 
 
 def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -162,3 +167,48 @@ def repacked(path: Path, change) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in records:
             archive.writestr(name, *change(name, data))
+
+
+def chain(path: Path, *pieces: str, loop: bool = False) -> Path:
+    """Make a model that says the pieces, in their order, whatever it is asked, and then EOS, or them again.
+
+    Its vocabulary is <unk> <s> </s> and the pieces, so that any prompt is <unk>. A token's embedding is its unit
+    vector, the one layer adds nothing, and the output embedding points from each token to the next.
+    """
+    words = ["<unk>", "<s>", "</s>", *pieces]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=2,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=10**6,
+    )
+    model = LlamaForCausalLM(config)
+    follows = {0: 3} | {i: i + 1 for i in range(3, len(words) - 1)} | {len(words) - 1: 3 if loop else 2}
+    with torch.no_grad():
+        for parameter in model.model.layers[0].parameters():
+            parameter.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(len(words), 32))
+        model.lm_head.weight.zero_()
+        for token, next_token in follows.items():
+            model.lm_head.weight[next_token, token] = 10.0
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def stream_text(model, tokenizer, prompt, max_new_tokens=512, temperature=0.7, top_p=0.9, seed=None, **options):
+    """The answer to a text, as chat.stream() yields it."""
+    settings = Settings(max_new_tokens, temperature, top_p, seed)
+    return stream(model, tokenizer, prompt_ids(tokenizer, [prompt])[0], settings, **options)
+
+
+def count_fed(model) -> list[int]:
+    """How many tokens the model is given, call by call, from now on."""
+    fed = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: fed.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    return fed

@@ -8,15 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from made_models import chain, stream_text
 from openai import OpenAI
-from test_generate import chain
 from transformers import AutoTokenizer
 
 import utils
 from alpaca import embedded_model
 from alpaca.common import cli
-from alpaca.inference import load as inference
-from alpaca.prompts import chat_template
+from alpaca.inference.load import load
+from alpaca.prompts import chat_template, prompt_ids
 
 
 def with_template(folder: Path) -> Path:
@@ -65,14 +65,12 @@ def ask(models, tmp_path_factory):
 )
 def test_an_input_behind_its_heading_in_the_message_is_trainings_prompt(ask, models, instruction, input):
     message = f"{instruction}\n\n### Input:\n{input}" if input else instruction
-    model, tokenizer = inference.load(models["random"], "cpu")
+    model, tokenizer = load(models["random"], "cpu")
     prompt = utils.format_prompt(instruction, input)
-    said = "".join(inference.stream(model, tokenizer, prompt, max_new_tokens=12, temperature=0))
+    said = "".join(stream_text(model, tokenizer, prompt, max_new_tokens=12, temperature=0))
     text, _, tokens = ask("random", message)
     assert text.strip() == said.strip() != ""
-    assert tokens == len(
-        inference.prompt_ids(tokenizer, [prompt])[0]
-    )  # and not of the shorter preface without an input
+    assert tokens == len(prompt_ids(tokenizer, [prompt])[0])  # and not of the shorter preface without an input
 
 
 def test_an_answer_ends_at_eos(ask):

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import utils
 from alpaca import UserError
 from alpaca import prompts as template
-from alpaca.inference.load import prompt_ids, request_ids
-from alpaca.prompts import chat_ids, chat_template
+from alpaca.inference.chat import request_ids
+from alpaca.prompts import chat_ids, chat_template, prompt_ids
 
 HOSTILE = "Say 'x' or \"y\"\\n {{ bos }} {% raw %} – ### Input: ünïcode\n  `code`\ttab "
 

@@ -1,4 +1,4 @@
-"""LoRA adapters: what is one, what it is an adapter of, and how it is merged into that."""
+"""LoRA adapters: recognize one, find its base, check it, and merge it into its base."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import torch
 from safetensors import safe_open
 
 from alpaca import UserError
+from alpaca.common.text import shorten
 from alpaca.weights.checkpoint import check_model_folder, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER = "adapter_model.safetensors"
 
 
-def need_peft(what: str = "--lora_r"):
+def need_peft(what: str = "training a LoRA adapter"):
+    """Return the peft module, or raise a UserError that says how to install it."""
     try:
         import peft
     except ImportError:
@@ -25,28 +27,26 @@ def need_peft(what: str = "--lora_r"):
 
 
 def is_adapter(path: str | os.PathLike) -> bool:
-    """Whether a folder holds a LoRA adapter and no model."""
+    """Return whether a folder holds a LoRA adapter and no model."""
     return (Path(path) / ADAPTER_CONFIG).exists() and not (Path(path) / "config.json").exists()
 
 
 def base_of(folder: Path, base_path: str | os.PathLike | None) -> str:
-    """The base of the adapter in ``folder``: a folder that holds a model, or a hub name."""
+    """Return the base of the adapter in ``folder``: a folder that holds a model, or a hub name."""
     named = base_path or read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not named:
-        raise UserError(f"{folder} is a LoRA adapter that does not name its base: give the folder with --base_path")
+        raise UserError(f"{folder} is a LoRA adapter that does not name its base: set base_path to its folder")
     local = base_path or Path(named).exists() or str(named).startswith((".", "/", "~")) or str(named).count("/") > 1
-    if local and not (Path(named) / "config.json").exists():
-        raise UserError(f"{folder} is a LoRA adapter, and its base {named} is not there: give it with --base_path")
     if local:
-        check_model_folder(named, "--base_path", tokenizer=False)
+        check_model_folder(named, f"{folder} is a LoRA adapter, and its base (base_path)", tokenizer=False)
     return str(named)
 
 
 def check_adapter(folder: Path) -> None:
-    """Raises UserError unless a saved adapter has both matrices of each layer, and has learnt something.
+    """Raise UserError unless a saved adapter has both matrices of each layer and has learned something.
 
-    An adapter whose state dict was lost on the way to the file is a valid file of a few hundred bytes, and one whose B
-    are all zero changes nothing; both load without a word.
+    An adapter that lost its state dict while it was saved is a valid file of a few hundred bytes, and one whose B are
+    all zero changes nothing; both load silently.
     """
     path = folder / ADAPTER
     with safe_open(path, framework="pt") as file:
@@ -54,21 +54,18 @@ def check_adapter(folder: Path) -> None:
         b = sorted(name for name in names if name.endswith(".lora_B.weight"))
         lacking = [name for name in b if name.replace(".lora_B.", ".lora_A.") not in names]
         if not b or lacking:
-            raise UserError(f"{path} is empty or lacks tensors ({len(names)} are there): nothing to merge was trained")
+            raise UserError(f"{path} is empty or lacks tensors (it has {len(names)}): train it again")
         if not any(file.get_tensor(name).any() for name in b):
             raise UserError(f"{path} changes nothing (each B is zero): is the learning rate 0?")
 
 
 def merge_adapter(base, folder: Path, tokens: int):
-    """``base`` with a saved adapter's B A added to its weights.
+    """Return ``base`` with a saved adapter's B A added to its weights.
 
-    An adapter of --lora_r holds no embeddings; one that others trained may, with rows for the tokens that they added.
-    The base grows to them, and to the tokenizer's, by mean rows, as in training.
+    Our adapters hold no embeddings; those of other trainers may, with rows for added tokens. The base grows to these,
+    and to the tokenizer's size, by mean rows, as in training.
 
-    Args:
-        base: a causal model; changed in place.
-        folder: the adapter's.
-        tokens: of the tokenizer.
+    ``base`` is changed in place; ``tokens`` is the size of the tokenizer.
 
     Raises:
         UserError: peft is not installed, the adapter is empty, or it is another model's.
@@ -91,6 +88,7 @@ def merge_adapter(base, folder: Path, tokens: int):
             warnings.simplefilter("ignore")  # that the vocabulary grew
             warnings.filterwarnings("error", message=".*missing adapter keys")  # else they stay zero
             return peft.PeftModel.from_pretrained(base, folder).merge_and_unload()
-    except (RuntimeError, ValueError, KeyError, OSError, UserWarning) as e:
-        cause = " ".join(str(e).split())[:200]
-        raise UserError(f"{folder}: the adapter does not fit its base, is it another model's? ({cause})") from None
+    except Exception as e:
+        raise UserError(
+            f"{folder}: the adapter does not fit its base, is it another model's? ({shorten(str(e), 200)})"
+        ) from None

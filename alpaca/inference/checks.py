@@ -1,4 +1,4 @@
-"""What a loaded model must be before it is trained or asked: no weight diff, and of one piece with its tokenizer."""
+"""Check that a loaded model is not a weight diff and belongs to its tokenizer, before it is trained or asked."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from alpaca import UserError
+from alpaca.inference.generate import named_ends
 
 
 def near_zero(model) -> str:
-    """What tells that the weights are the difference of two models, as Alpaca's were released; "" if they are not.
+    """Say why the weights look like the difference of two models, as Alpaca's were released; "" if they do not.
 
     A model's norms are of order 0.1 to 10 (SmolLM2: 0.3 to 3.3; 1 before training), or 0 and more where they are added
     to 1 (Gemma); its embeddings are of order 0.01 to 0.1. Fine-tuning at a learning rate of 2e-5 moves either by 1e-3
@@ -33,53 +34,38 @@ def near_zero(model) -> str:
     return f"all weights are near 0 (norms below {norm:.1g}, embeddings {word:.1g} on average)"
 
 
-def check_cache(model, path: str | os.PathLike) -> None:
-    """Raises UserError for a model that remembers what it has read in a way of its own, as Mamba does.
+def check_model(model, tokenizer, path: str | os.PathLike) -> None:
+    """Raise UserError for a model that cannot answer.
 
-    It would take each new token for the first of a text, and answer with garbage.
+    That is one without a key/value cache (Mamba keeps what it has read in its own way, and would take each new token
+    for the first of a text), a weight diff (also one that lost its weight_diff.json), and one whose rows are too few
+    for the tokenizer's vocabulary, added tokens left out, or for its BOS.
     """
     if "past_key_values" not in inspect.signature(model.forward).parameters:
-        raise UserError(f"{path} is a {type(model).__name__}, which has no key/value cache: take a model that has one")
-
-
-def check_no_difference(model, path: str | os.PathLike) -> None:
-    """Raises UserError for a weight diff, also one that came without its weight_diff.json."""
+        raise UserError(f"{path} is a {type(model).__name__}, which has no key/value cache: choose one that has it")
     if what := near_zero(model):
+        raise UserError(f"{path}: {what}, as in a weight diff: recover the model first (python weight_diff.py recover)")
+    rows, bos = model.get_input_embeddings().weight.shape[0], tokenizer.bos_token_id
+    if tokenizer.vocab_size > rows or (bos is not None and bos >= rows):
         raise UserError(
-            f"{path}: {what}, as in a weight diff: recover the model first (python weight_diff.py recover --help)"
-        )
-
-
-def tokenizer_fits(model, tokenizer, path: str | os.PathLike) -> None:
-    """Raises UserError if the vocabulary, what was added to it left out, or BOS goes beyond the model's rows."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    if tokenizer.vocab_size > rows:
-        raise UserError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {rows}: it is another model's, copy "
-            "the tokenizer of the model that was trained"
-        )
-    if tokenizer.bos_token_id is not None and tokenizer.bos_token_id >= rows:
-        raise UserError(
-            f"{path}: BOS is token {tokenizer.bos_token_id} ({tokenizer.bos_token!r}), the model has {rows} rows: copy "
-            "the tokenizer of the model that was trained"
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, BOS is token {bos} ({tokenizer.bos_token!r}), "
+            f"and the model has {rows} rows: copy the tokenizer of the model that was trained"
         )
 
 
 def odd_special_tokens(model, tokenizer, path: str | os.PathLike) -> list[str]:
-    """What training got wrong about EOS and pad, a line each: it is why answers do not end, or end too early."""
-    eos, found = tokenizer.eos_token, []
-    named = getattr(model.generation_config, "eos_token_id", None)
-    named = [] if named is None else [named] if isinstance(named, int) else list(named)
+    """Return a line for each mistake in EOS and pad: they make answers run on, or end too early."""
+    eos, named, found = tokenizer.eos_token, named_ends(model), []
     if not eos:
         found.append(
-            f"the tokenizer's EOS is {eos!r}: a model trained with it never learnt to end an answer, which then runs "
+            f"the tokenizer's EOS is {eos!r}: a model trained with it never learned to end an answer, which then runs "
             "to a new '### Instruction:' or to max_new_tokens; set eos_token in tokenizer_config.json and train again"
         )
     elif eos == tokenizer.unk_token:
         found.append(
             f"EOS and unk are the same token ({eos!r}): a character that the tokenizer does not know ends an answer"
         )
-    # Ours makes labels and masks from lengths, not from the pad id, and leaves a receipt.
+    # Our training makes labels and masks from lengths, not from the pad id, and leaves a receipt.
     if eos and eos == tokenizer.pad_token and not (Path(path) / "training_receipt.json").exists():
         found.append(
             f"EOS and pad are the same token ({eos!r}): where training masked padding by its id, it masked EOS too, "
@@ -93,7 +79,7 @@ def odd_special_tokens(model, tokenizer, path: str | os.PathLike) -> list[str]:
     rows = model.get_input_embeddings().weight.shape[0]
     for role, id_ in (("EOS", tokenizer.eos_token_id), ("pad", tokenizer.pad_token_id)):
         if id_ is not None and id_ >= rows:
-            effect = {"EOS": "it is never written, and answers run on", "pad": "other programs that pad with it fail"}
+            effect = {"EOS": "it is never generated, and answers run on", "pad": "other programs that pad with it fail"}
             found.append(f"{role} is token {id_}, and the model has {rows} rows, up to {rows - 1}: {effect[role]}")
     if beyond := [id_ for id_ in named if id_ >= rows]:
         found.append(f"generation_config.json ends answers with id {beyond[0]}, and the model has {rows} rows")

@@ -6,8 +6,7 @@ import torch
 import transformers
 from torch.nn import functional
 
-from alpaca.inference.generate import context_length
-from alpaca.inference.load import batches
+from alpaca.inference.generate import batches, context_length
 from alpaca.training.examples import IGNORE_INDEX, preprocess
 from alpaca.training.packing import pad
 

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from conftest import make_records
+from made_models import stream_text
 from torch.nn import functional
 
 import judge
@@ -14,7 +15,7 @@ import train
 import utils
 from alpaca.data.instruction_sets import read_answers, read_set
 from alpaca.inference import answer_file
-from alpaca.inference import load as inference
+from alpaca.inference.load import load
 from alpaca.training.evaluate import reference_losses
 
 
@@ -29,7 +30,7 @@ def read(path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def loaded(tiny_llama):
-    return inference.load(tiny_llama, "cpu")
+    return load(tiny_llama, "cpu")
 
 
 def test_a_rows_loss_is_that_of_the_reference_and_eos_after_the_prompt(loaded):
@@ -84,7 +85,7 @@ def test_a_local_models_answers_are_greedy_in_the_sets_order_with_their_losses(t
     assert [(row["reference_loss"], row["reference_tokens"]) for row in rows[:6]] == scores
     assert "reference_loss" not in rows[6]  # it has no reference
     prompt = utils.format_prompt(records[0]["instruction"], records[0]["input"])
-    alone = "".join(inference.stream(*loaded, prompt, max_new_tokens=6, temperature=0))
+    alone = "".join(stream_text(*loaded, prompt, max_new_tokens=6, temperature=0))
     assert rows[0]["output"] == alone.strip()
     assert read_answers(output, read_set(instructions)).rows["1"]["reference_tokens"] == scores[0][1]
     assert "7 answers in" in capsys.readouterr().out and not list(tmp_path.glob("*.journal"))

@@ -8,9 +8,10 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, make_records
+from made_models import chain
 
-from alpaca.inference import load as inference
 from alpaca.inference.generate import Settings
+from alpaca.inference.load import load
 
 sys.path.append(str(ROOT / "benchmarks"))
 
@@ -27,15 +28,14 @@ def one_thread():
 
 
 def test_all_ways_answer_the_same_prompts_and_each_ratio_has_its_two_rates(tiny_llama, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench_chat.teacher, "prepare", lambda path: None)
-    load = inference.load
+    monkeypatch.setattr(bench_chat.embedded_model, "prepare", lambda path: None)
 
     def loaded(*args):
         model, tokenizer = load(*args)
         tokenizer.pad_token = tokenizer.unk_token  # the embedded model has one
         return model, tokenizer
 
-    monkeypatch.setattr(inference, "load", loaded)
+    monkeypatch.setattr(bench_chat, "load", loaded)
     (tmp_path / "data.json").write_text(json.dumps(make_records(8)))
     given = {"data_path": str(tmp_path / "data.json"), "output_path": str(tmp_path / "chat.json"), "device": "cpu"}
     bench_chat.main(str(tiny_llama), prompts=5, rows=2, rounds=2, max_new_tokens=2, **given)
@@ -54,11 +54,9 @@ def test_all_ways_answer_the_same_prompts_and_each_ratio_has_its_two_rates(tiny_
 @pytest.mark.parametrize("longest", [1, 3, 30])
 def test_the_tokens_of_a_stream_are_those_of_decode(tmp_path, longest):
     """A made model that writes four tokens and EOS."""
-    from test_generate import chain
-
-    model, tokenizer = inference.load(chain(tmp_path / "model", "a", "b", "c", "d"), "cpu")
+    model, tokenizer = load(chain(tmp_path / "model", "a", "b", "c", "d"), "cpu")
     for temperature in (0, 1):
         args = (model, tokenizer, [[1, 0]], Settings(longest, temperature, 1e-9, seed=0))
         (tokens,) = bench_chat.by_decode(*args)
         assert len(tokens) == min(4, longest)
-        assert bench_chat.by_stream_ids(*args) == bench_chat.by_answer_batch(*args) == [len(tokens)]
+        assert bench_chat.by_stream(*args) == bench_chat.by_answer_batch(*args) == [len(tokens)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import http.client
+import itertools
 import json
 import os
 import re
@@ -29,7 +31,9 @@ from conftest import ROOT
 
 import utils
 from alpaca import UserError
-from alpaca.inference import load as inference
+from alpaca.inference.chat import request_ids
+from alpaca.inference.generate import answer_batch
+from alpaca.inference.load import load
 from alpaca.inference.web import page as web_page
 from alpaca.inference.web import reports as web_reports
 from alpaca.inference.web import server as web_server
@@ -44,22 +48,23 @@ TASKS = [("Give three tips.", "For sleep."), ("Count to ten.", "")]
 
 
 class Model:
-    """Stands in for inference.stream: "count" counts every 10 ms without an end, all else says the input again."""
+    """Stands in for chat.stream: "count" counts every 10 ms without an end, all else says the input again."""
 
     def __init__(self):
-        self.config = SimpleNamespace(max_position_embeddings=2_000)
+        self.config = SimpleNamespace(max_position_embeddings=2_000, get_text_config=lambda: self.config)
         self.calls, self.running, self.all_stopped = [], 0, threading.Event()
         self.may_go_on = threading.Event()
         self.lock = threading.Lock()
 
-    def stream(self, model, tokenizer, prompt, stopped, on_cut, **settings):
+    def stream(self, tokenizer, ids, settings, memory, stopped, on_cut):
+        prompt = "".join(ids)
         with self.lock:
-            self.calls.append((prompt, settings))
+            self.calls.append((prompt, dataclasses.asdict(settings)))
             self.running += 1
             self.all_stopped.clear()
         try:
             if "\ncount" in prompt:
-                for number in range(10**6):
+                for number in itertools.takewhile(lambda _: not stopped(), itertools.count()):
                     yield f"{number} "
                     time.sleep(0.01)
             elif "\nmute" in prompt:  # only white space, which is held back
@@ -82,12 +87,12 @@ class Model:
 
 
 class Words:
-    """A tokenizer of words."""
+    """A tokenizer of words, each with the white space behind it."""
 
     eos_token_id = None
 
-    def __call__(self, texts, split_special_tokens):
-        return {"input_ids": [text.split() for text in texts]}
+    def __call__(self, texts, split_special_tokens, verbose):
+        return {"input_ids": [re.findall(r"\S+\s*", text) for text in texts]}
 
 
 class Site:
@@ -96,7 +101,8 @@ class Site:
     def __init__(self, models=1, auth=None):
         self.model = Model()
         names = ["tiny <i>&</i> co", "other"][:models]
-        self.page = web_page.build([web_page.Model(name, self.model, Words()) for name in names], web_page.Settings())
+        models = [web_page.Model(name, self.model, Words()) for name in names]
+        self.page = web_page.Demo(models, web_page.Settings()).page
         self.url = web_server.launch(self.page, "127.0.0.1", web_page.free_port(0), auth)
 
     def http(self, path, data=None, headers=None, method=None):
@@ -130,7 +136,7 @@ class Site:
 def scripted_stream():
     """Whatever model is asked answers for itself, as long as it can; real models are asked in other processes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inference, "stream", lambda model, *args, **kwargs: model.stream(model, *args, **kwargs))
+        patch.setattr("alpaca.inference.chat.stream", lambda model, *args, **kwargs: model.stream(*args, **kwargs))
         yield
 
 
@@ -490,7 +496,7 @@ def test_a_password_is_asked_for_and_needed(visit, sites):
 
 @needs_browser
 def test_an_adapter_answers_on_two_pages_at_once_and_ctrl_c_ends_it(visit, tiny_llama, tmp_path):
-    """A real model in its threads: each page gets what the adapter over --base_path says to it alone."""
+    """A real model in its threads: each page gets what the adapter over its base says to it alone."""
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
     torch.manual_seed(1)
     model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -504,9 +510,9 @@ def test_an_adapter_answers_on_two_pages_at_once_and_ctrl_c_ends_it(visit, tiny_
     transformers.AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "adapter")
 
     def said(path, *given):
-        model, tokenizer = inference.load(path, "cpu", None, *given)
-        ids = inference.request_ids(tokenizer, "alpaca", TASKS)
-        beginnings = inference.answer_batch(model, tokenizer, ids, web_page.Settings(40, 0))
+        model, tokenizer = load(path, "cpu", None, *given)
+        ids = request_ids(tokenizer, "alpaca", TASKS)
+        beginnings = answer_batch(model, tokenizer, ids, web_page.Settings(40, 0))
         return [text.strip().rstrip("\ufffd") for text, *_ in beginnings]  # the last may be half a character
 
     server = subprocess.Popen(
@@ -575,7 +581,7 @@ def test_a_program_that_asks_gets_the_answer(sites):
         ({0: "x" * 8_001}, "The instruction has 8,001 characters; at most 8,000 are read"),
         ({1: "x" * 8_001}, "The input has 8,001 characters; at most 8,000 are read"),
         ({1: "w " * 2_000}, "tokens; tiny &lt;i&gt;&amp;&lt;/i&gt; co reads at most 1,000 here"),
-        ({0: "half \ud83d"}, "The text holds half of a surrogate pair"),
+        ({0: "half \ud83d"}, "half of a surrogate pair"),
         ({0: ""}, "Type an instruction first."),
         ({0: None}, "Type an instruction first."),
     ],
@@ -593,11 +599,8 @@ def test_the_bounds_hold_without_gradios_own(sites):
         with pytest.raises(web_page.gr.Error):
             web_page.check(models, 512, *(changed.get(i, value) for i, value in enumerate(GOOD)))
     assert web_page.check(models, 512, *GOOD[:-1], " 3 ") == web_page.check(models, 512, *GOOD)
-    assert len({web_page.check(models, 512, *GOOD[:-1], empty)[1].seed for empty in ("", None, "")}) == 3
-    assert web_page.check(models, 512, *GOOD) == (
-        utils.format_prompt("say", "hello"),
-        web_page.Settings(16, 0.5, 0.9, 3),
-    )
+    assert len({web_page.check(models, 512, *GOOD[:-1], empty).seed for empty in ("", None, "")}) == 3
+    assert web_page.check(models, 512, *GOOD) == web_page.Settings(16, 0.5, 0.9, 3)
 
 
 @pytest.mark.parametrize(
@@ -698,7 +701,7 @@ def drive(models, word, use):
     """Runs ``use(stream of answers)`` in a loop of its own."""
 
     async def run():
-        stream = web_page.answers(models, utils.format_prompt(word), web_page.Settings(seed=0), {})
+        stream = web_page.answers(models, word, "", web_page.Settings(seed=0), {})
         try:
             return await use(stream)
         finally:
@@ -792,12 +795,12 @@ def test_reports_from_many_threads_stay_whole_lines(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"host": "0.0.0.0"}, "--host 0.0.0.0 lets other machines in: set --auth user:password too"),
-        ({"host": "0.0.0.0", "auth": "user:"}, "--auth takes user:password"),
-        ({"auth": ":password"}, "--auth takes user:password"),
-        ({"max_new_tokens": 0}, "--max_new_tokens must be at least 1"),
-        ({"temperature": 3.0}, "--temperature from 0 to 2"),
-        ({"seed": -1}, "--seed must be from 0 to 2147483647"),
+        ({"host": "0.0.0.0"}, "host 0.0.0.0 lets other machines in: set auth to user:password too"),
+        ({"host": "0.0.0.0", "auth": "user:"}, "auth must be user:password"),
+        ({"auth": ":password"}, "auth must be user:password"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"temperature": 3.0}, "temperature must be from 0 to 2"),
+        ({"seed": -1}, "seed from 0 to 2147483647"),
         ({"port": 70_000}, "--port 70000 is no port"),
     ],
 )
@@ -825,7 +828,7 @@ def test_without_gradio_one_line_says_how_to_get_it(monkeypatch, page):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_server_and_its_answers(monkeypatch, capsys, tmp_path, number):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(inference, "load", lambda path, *_: (model, Words()))
+    monkeypatch.setattr(web_page, "load", lambda path, *_: (model, Words()))
     model, done = Model(), []
 
     def visitor():

@@ -19,7 +19,7 @@ import peft
 import pytest
 from conftest import ROOT, assert_user_error, make_records, run_script
 from huggingface_hub.utils import filter_repo_objects
-from test_generate import chain
+from made_models import chain, stream_text
 
 import chat
 import train
@@ -27,8 +27,9 @@ import utils
 from alpaca import UserError
 from alpaca.common import cli
 from alpaca.inference import answer_file
-from alpaca.inference import load as inference
+from alpaca.inference.chat import stream
 from alpaca.inference.generate import STOP
+from alpaca.inference.load import load
 from alpaca.inference.web import page as web_page
 
 
@@ -86,14 +87,14 @@ def test_every_documented_command_runs(tiny_llama, tmp_path, monkeypatch, capsys
 
 @pytest.fixture
 def asked(monkeypatch) -> list[str]:
-    """The prompts that the model is given, special tokens left out; it goes on to answer."""
-    seen, inner = [], inference.stream_ids
+    """The prompts that the model is given, special tokens left out; it continues to answer."""
+    seen = []
 
     def note(model, tokenizer, ids, settings, **given):
         seen.append(tokenizer.decode(ids, skip_special_tokens=True))
-        return inner(model, tokenizer, ids, settings, **given)
+        return stream(model, tokenizer, ids, settings, **given)
 
-    monkeypatch.setattr(inference, "stream_ids", note)
+    monkeypatch.setattr("alpaca.inference.chat.stream", note)
     return seen
 
 
@@ -183,20 +184,24 @@ def test_an_instruction_that_is_too_long_does_not_end_a_conversation(tiny_llama,
         (["--instruction", "  "], "--instruction is empty"),
         (["--instruction", "x", "--top_p", "2"], "top_p above 0 and at most 1"),
         (["--instruction", "x", "--max_new_tokens", "0"], "max_new_tokens must be at least 1"),
-        (["--instruction", "x", "--device", "nonsense"], "--device nonsense is not there"),
-        (["--instruction", "x", "--batch_path", "x"], "--instruction and --batch_path do not go together"),
-        (["--instruction", "x", "--output_path", "x"], "--batch_path, the instructions, and --output_path"),
-        (["--batch_path", "x"], "--batch_path, the instructions, and --output_path"),
-        (["--batch_path", "x", "--output_path", "y", "--input", "z"], "--input goes with --instruction; the records"),
-        (["--web", "--template", "chat"], "--web asks with Alpaca's template what is typed there: drop --template"),
-        (["--web", "--input", "x"], "drop --template, --input, --output_path"),
-        (["--web", "--output_path", "x"], "drop --template, --input, --output_path"),
-        (["--web", "--skip_errors"], "--output_path, --skip_errors, --batch_tokens"),
-        (["--instruction", "x", "--skip_errors"], "--skip_errors and --batch_tokens are for the records of a file"),
+        (["--instruction", "x", "--device", "nonsense"], "device nonsense is not available"),
+        (["--instruction", "x", "--batch_path", "x"], "--batch_path does not use --instruction: drop it"),
+        (["--instruction", "x", "--output_path", "x"], "--output_path goes with --batch_path: add that"),
+        (["--batch_path", "x"], "--batch_path needs --output_path, for the answers"),
+        (["--batch_path", "x", "--output_path", "y", "--input", "z"], "--batch_path does not use --input: drop it"),
+        (["--web", "--template", "chat"], "--web does not use --template: drop it"),
+        (["--web", "--input", "x"], "--web does not use --input: drop it"),
+        (
+            ["--web", "--instruction", "x", "--output_path", "x"],
+            "--web does not use --instruction, --output_path: drop",
+        ),
+        (["--web", "--skip_errors"], "--web does not use --skip_errors: drop it"),
+        (["--host", "::", "--instruction", "x"], "--host goes with --web: add that"),
+        (["--instruction", "x", "--skip_errors"], "--skip_errors goes with --batch_path: add that"),
         (["--batch_path", "nowhere.json", "--output_path", "x"], "nowhere.json does not exist"),
-        (["--template", "llama"], "--template llama is not known: choose from alpaca, chat"),
+        (["--template", "llama"], "--template must be alpaca or chat"),
         (["--instruction", "x", "--template", "chat"], "this tokenizer has no chat template"),
-        (["--instruction", "x", "--dtype", "int8"], "--dtype int8 is not known"),
+        (["--instruction", "x", "--dtype", "int8"], "dtype int8 is unknown"),
         (["--batch_path", "x", "--output_path", "y", "--batch_tokens", "0"], "--batch_tokens must be at least 1"),
         (["--instruction", "x", "--max_tokens", "3"], "unknown flag --max_tokens: did you mean --max_new_tokens?"),
     ],
@@ -222,7 +227,7 @@ def test_a_folder_without_a_tokenizer_or_with_a_diff_is_one_line(paris, tmp_path
     breakage(folder)
     with pytest.raises(SystemExit) as exit:
         run_chat(monkeypatch, "--model_path", folder)
-    assert exit.value.code.startswith(f"error: --model_path {folder} {words}")
+    assert exit.value.code.startswith(f"error: model_path {folder} {words}")
     assert "\n" not in exit.value.code
 
 
@@ -294,7 +299,7 @@ def test_in_a_terminal_pasted_lines_are_one_message_and_ctrl_c_stops_an_answer_a
 
 @pytest.fixture
 def loaded(tiny_llama):
-    return inference.load(tiny_llama, "cpu")
+    return load(tiny_llama, "cpu")
 
 
 def run_file(monkeypatch, model: Path, records: list | str, out: Path, *flags) -> list[dict]:
@@ -325,7 +330,7 @@ def test_the_answers_of_a_file_are_those_of_streams_in_the_order_of_the_file(
     tiny_llama, loaded, tmp_path, monkeypatch, capsys, name
 ):
     rows = run_file(monkeypatch, tiny_llama, RECORDS, tmp_path / name)
-    said = ["".join(inference.stream(*loaded, utils.format_prompt(*pair), 8, 0.7, 0.9, 3)).strip() for pair in PAIRS]
+    said = ["".join(stream_text(*loaded, utils.format_prompt(*pair), 8, 0.7, 0.9, 3)).strip() for pair in PAIRS]
     expected = [
         record | {"output": text, "generator": "tiny-llama"} for record, text in zip(RECORDS, said, strict=True)
     ]
@@ -353,11 +358,11 @@ def test_answers_are_not_written_over(tiny_llama, tmp_path, monkeypatch):
 BAD_LINES = {
     "{broken": "malformed JSON, Expecting property name enclosed in double quotes at column 2",
     "[1]": "a list where an object was expected",
-    '{"input": "x"}': 'needs a text "instruction"',
-    '{"instruction": "  "}': 'needs a text "instruction"',
-    '{"instruction": "x", "input": 3}': 'needs a text "instruction", and "input" must be a text',
+    '{"input": "x"}': '"instruction" must be a text that is not empty',
+    '{"instruction": "  "}': '"instruction" must be a text that is not empty',
+    '{"instruction": "x", "input": 3}': '"instruction" must be a text that is not empty, and "input"',
     '{"instruction": "x", "instances": []}': '"instances" must be a list of one object',
-    '{"instruction": "a\\ud800"}': "holds half of a surrogate pair",
+    '{"instruction": "a\\ud800"}': "the text contains '\\ud800', half of a surrogate pair",
     '{"instruction": "x", "more": ' + "[" * 100_000: "malformed JSON, nested too deeply",
     '{"instruction": "x", "more": ' + "1" * 5_000 + "}": "malformed JSON, a number with too many digits",
 }
@@ -397,7 +402,7 @@ def test_a_json_list_that_is_named_as_json_lines_is_told_its_name(tmp_path, text
 
 def test_where_all_records_are_malformed_the_first_fault_is_told(tmp_path):
     (tmp_path / "in.jsonl").write_text('{"input": "x"}\n{}\n')
-    said = ("all 2 records are malformed", 'in.jsonl, line 1: needs a text "instruction"')
+    said = ("all 2 records are malformed", 'in.jsonl, line 1: "instruction" must be a text')
     assert_user_error(lambda: answer_file.read_requests(tmp_path / "in.jsonl", skip_errors=True), *said)
 
 
@@ -456,7 +461,7 @@ def test_a_terminal_gets_no_control_characters_and_a_file_gets_every_byte(monkey
 def test_no_instruction_at_all_is_told(tiny_llama, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as exit:
         run_file(monkeypatch, tiny_llama, "\n", tmp_path / "out.jsonl")
-    assert "holds no instructions" in exit.value.code
+    assert "has no records" in exit.value.code
 
 
 MANY = [{"instruction": f"Count to {i}.", "input": "x" * (i % 7)} for i in range(24)]
@@ -509,12 +514,14 @@ def test_ctrl_c_says_how_to_go_on(tiny_llama, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as exit:
             run_file(monkeypatch, tiny_llama, RECORDS, tmp_path / "out.jsonl")
     assert exit.value.code == 130
-    assert f"the same command goes on: the answers are in {tmp_path}/out.jsonl.journal" in capsys.readouterr().err
+    assert (
+        f"run the same command to continue: the answers are in {tmp_path}/out.jsonl.journal" in capsys.readouterr().err
+    )
     assert len(run_file(monkeypatch, tiny_llama, RECORDS, tmp_path / "out.jsonl")) == len(RECORDS)
 
 
 def test_a_torn_batch_is_answered_again_and_its_whole_rows_stay(tiny_llama, tmp_path, monkeypatch):
-    """Also without a seed: the one that was drawn stands in the journal."""
+    """Also without a seed: the journal holds the one that was drawn."""
 
     class Stop(Exception):
         pass
@@ -551,7 +558,7 @@ def test_another_model_in_the_same_folder_does_not_finish_a_run(tiny_llama, tmp_
 def test_another_base_or_dtype_does_not_finish_a_run(tiny_llama, tmp_path, monkeypatch):
     base, adapter, out = shutil.copytree(tiny_llama, tmp_path / "base"), tmp_path / "adapter", tmp_path / "out.jsonl"
     lora = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
-    model = peft.get_peft_model(inference.load(base, "cpu")[0], lora)
+    model = peft.get_peft_model(load(base, "cpu")[0], lora)
     model.save_pretrained(adapter)
     with monkeypatch.context() as patch:
         patch.setattr(answer_file, "_write", lambda *_: 1 / 0)

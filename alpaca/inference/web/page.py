@@ -1,7 +1,7 @@
-"""The live demo: a page on this machine that asks a model, or two side by side (``chat.py --web``).
+"""The live demo: a page on this machine that asks a model, or two side by side. ``chat.py`` serves it.
 
 Whoever can reach the page can also call what is behind it without a browser, so every bound is checked here and not in
-the page. What a model writes is a stranger's text: its Markdown is rendered, its HTML and images stay text.
+the page. What a model writes is untrusted: its Markdown is rendered, its HTML and images stay text.
 """
 
 from __future__ import annotations
@@ -11,23 +11,25 @@ import contextlib
 import dataclasses
 import html
 import logging
-import math
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from alpaca import UserError
 from alpaca.common.cli import free_port
-from alpaca.inference.generate import Settings
+from alpaca.inference.adapters import is_adapter
+from alpaca.inference.answer_file import name_of
+from alpaca.inference.chat import Conversation, request_ids
+from alpaca.inference.generate import Settings, context_length
+from alpaca.inference.load import load
 from alpaca.inference.web.reports import FLAGGED, MAX_REASON_CHARS, NOTE, flag
 from alpaca.inference.web.server import COPY, WORKER, check_exposure, gr, page_error, render_answer, render_status, run
-from alpaca.prompts import format_prompt
 
 MAX_CHARS = 8_000  # of an instruction, and of an input
 MAX_PROMPT_TOKENS = 2_048  # training read 512; never more than half of what the model can read
-MAX_WAITING = 20  # requests in the queue; whoever comes after them is told to come back
+MAX_WAITING = 20  # requests in the queue; further ones are refused
 MAX_SEED = 2**31 - 1
 LIMITS = {"max_new_tokens": "the longest answer", "context": "the end of what the model can read"}
 STREAMS = 2  # answers of a model at once: a long one does not keep the next page waiting
@@ -38,10 +40,10 @@ EXAMPLES = [
     ["Rewrite this sentence so that it is polite.", "Send me the report now."],
     ["Sort these animals by their weight.", "cat, elephant, mouse, horse"],
 ]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is asked.
+HEADING = """<h1>{}</h1><p class="notice">A small language model that was fine-tuned to follow instructions. It has had
+no safety training and may be wrong, biased or harmful: check what it says before you use it. If it was trained on
+Alpaca data (CC BY-NC 4.0) or on LLaMA, their licenses allow research only, no commercial use. It answers each
+instruction on its own and remembers nothing.</p>"""
 
 
 @dataclasses.dataclass
@@ -52,25 +54,25 @@ class Model:
     model: object
     tokenizer: object
     path: str = ""
-    # Gradio takes an answer that was stopped for ended, while its model may still read the prompt. These are held until
-    # it has ended, so that Answer and Stop in turn do not set more to work than STREAMS.
+    # For Gradio a stopped answer has ended, while its model may still be reading the prompt. A slot is held until the
+    # model has ended, so that pressing Answer and Stop in turn does not start more than STREAMS.
     slots: threading.Semaphore = dataclasses.field(default_factory=lambda: threading.Semaphore(STREAMS))
 
     @property
     def max_prompt_tokens(self) -> int:
-        longest = getattr(self.model.config, "max_position_embeddings", None) or 2 * MAX_PROMPT_TOKENS
-        return min(MAX_PROMPT_TOKENS, longest // 2)
+        return min(MAX_PROMPT_TOKENS, (context_length(self.model) or 2 * MAX_PROMPT_TOKENS) // 2)
 
 
-def check(models: list[Model], most: int, instruction, input, max_new_tokens, temperature, top_p, seed):
-    """The prompt and the settings of a request, from a page or from a program.
+def check(models: list[Model], most: int, instruction, input, max_new_tokens, temperature, top_p, seed) -> Settings:
+    """Check a request from a page or a program, and return its settings; without a seed they get one.
 
     Args:
         models: all of them must be able to read it.
         most: tokens that an answer may have.
+        instruction, input, max_new_tokens, temperature, top_p, seed: of any type, as they came.
 
     Raises:
-        gr.Error: a text or a setting is not what it may be; the message says what may.
+        gr.Error: a text or a setting is out of bounds; the message names the bounds.
     """
     instruction, input = instruction or "", input or ""
     for name, text in (("instruction", instruction), ("input", input)):
@@ -78,50 +80,38 @@ def check(models: list[Model], most: int, instruction, input, max_new_tokens, te
             raise page_error(f"The {name} must be text.")
         if len(text) > MAX_CHARS:
             raise page_error(f"The {name} has {len(text):,} characters; at most {MAX_CHARS:,} are read: shorten it.")
-    try:
-        (instruction + input).encode()
-    except UnicodeEncodeError:
-        raise page_error("The text holds half of a surrogate pair, which is no character: type it anew.") from None
     if not instruction.strip():
         raise page_error("Type an instruction first.")
-
-    def number(name: str, value, low: float, high: float):
-        right = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not right or not low <= value <= high:
-            raise page_error(f"{name} must be a number from {low} to {high}.")
-        return value
-
     if isinstance(seed, str):
         seed = int(seed) if seed.strip().isdecimal() and len(seed) < 20 else seed.strip() or None
-    settings = Settings(
-        int(number("Longest answer", max_new_tokens, 1, most)),
-        float(number("Temperature", temperature, 0, 2)),
-        float(number("Top p", top_p, 0.01, 1)),
-        secrets.randbelow(MAX_SEED) if seed is None else int(number("Seed", seed, 0, MAX_SEED)),
-    )
-    from alpaca.inference import load as inference
-
-    prompt = format_prompt(instruction, input)
+    seed = secrets.randbelow(MAX_SEED) if seed is None else seed
+    bounds = {"Longest answer": (max_new_tokens, 1, most), "Temperature": (temperature, 0, 2)}
+    bounds |= {"Top p": (top_p, 0.01, 1), "Seed": (seed, 0, MAX_SEED)}
+    for name, (value, low, high) in bounds.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:  # NaN fails too
+            raise page_error(f"{name} must be a number from {low} to {high}.")
+    settings = Settings(int(max_new_tokens), float(temperature), float(top_p), int(seed))
     for model in models:
-        if (tokens := len(inference.prompt_ids(model.tokenizer, [prompt])[0])) > model.max_prompt_tokens:
+        try:
+            (ids,) = request_ids(model.tokenizer, "alpaca", [(instruction, input)])
+        except UserError as e:
+            raise page_error(str(e)) from None
+        if len(ids) > model.max_prompt_tokens:
             raise page_error(
-                f"Instruction and input have {tokens:,} tokens; {model.name} reads at most "
+                f"Instruction and input have {len(ids):,} tokens; {model.name} reads at most "
                 f"{model.max_prompt_tokens:,} here: shorten them."
             )
-    return prompt, settings
+    return settings
 
 
 async def answers(
-    models: list[Model], prompt: str, settings: Settings, cut: dict[int, str]
+    models: list[Model], instruction: str, input: str, settings: Settings, cut: dict[int, str]
 ) -> AsyncIterator[list[str]]:
-    """Yields what each model has said so far, some 20 times a second at most. Closing it stops the models.
+    """Yield what each model has said so far, at most some 20 times a second. Closing the iterator stops the models.
 
-    The limit that an answer reached (see inference.stream) is put into ``cut`` under its model's place.
-
-    Each model has a thread of its own, so that neither a long prompt nor the end of an answer holds up other pages.
+    Each model has its own thread, so that neither a long prompt nor the end of an answer holds up other pages.
+    ``cut`` gets Conversation.cut under the place of each model that has ended.
     """
-    from alpaca.inference import load as inference
-
     loop, news, left = asyncio.get_running_loop(), asyncio.Queue(), threading.Event()
 
     def tell(*item) -> None:
@@ -130,28 +120,15 @@ async def answers(
         except RuntimeError:  # the server has ended
             left.set()
 
-    def work(index: int, model: Model) -> None:
-        while not model.slots.acquire(timeout=0.1):
-            if left.is_set():
-                return
-        given = {"stopped": left.is_set, "on_cut": lambda limit: cut.update({index: limit})}
+    def work(index: int) -> None:
         try:
-            if left.is_set():
-                return
-            stream = inference.stream(model.model, model.tokenizer, prompt, **dataclasses.asdict(settings), **given)
-            with contextlib.closing(stream):
-                for piece in stream:
-                    if left.is_set():
-                        return
-                    tell(index, piece)
+            cut[index] = _write(models[index], instruction, input, settings, left, lambda piece: tell(index, piece))
             tell(index, None)
         except Exception as e:
             tell(index, e)
-        finally:
-            model.slots.release()
 
-    for index, model in enumerate(models):
-        threading.Thread(target=work, args=(index, model), name=WORKER, daemon=True).start()
+    for index in range(len(models)):
+        threading.Thread(target=work, args=(index,), name=WORKER, daemon=True).start()
     texts, running = [""] * len(models), len(models)
     try:
         while running:
@@ -175,144 +152,168 @@ async def answers(
         left.set()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The page.
+def _write(
+    model: Model, instruction: str, input: str, settings: Settings, left: threading.Event, tell: Callable[[str], None]
+) -> str:
+    """Pass an answer to ``tell`` piece by piece until ``left`` is set, and return Conversation.cut."""
+    while not model.slots.acquire(timeout=0.1):
+        if left.is_set():
+            return ""
+    try:
+        conversation = Conversation(model.model, model.tokenizer, settings)
+        if not left.is_set():
+            with contextlib.closing(conversation.ask(instruction, input, left.is_set)) as pieces:
+                for piece in pieces:
+                    tell(piece)
+        return conversation.cut
+    finally:
+        model.slots.release()
 
 
-def build(models: list[Model], defaults: Settings) -> gr.Blocks:
-    """The page for one model, or for two side by side; an answer has at most ``defaults.max_new_tokens``."""
-    names = [model.name for model in models]
-    if len(models) == 2:
-        names = [f"{letter}: {name}" for letter, name in zip("AB", names, strict=True)]
-    most = min(model.max_prompt_tokens for model in models)
-    latest: dict[str | None, dict] = {}  # login → its last request
+class Demo:
+    """The page for one model, or for two side by side; an answer has at most ``defaults.max_new_tokens``.
 
-    def login_of(request: gr.Request) -> str | None:
-        """Whoever came in by one password at one time; None on a page without one, which this machine alone sees."""
-        names = (f"access-token{kind}-{page.app.cookie_id}" for kind in ("", "-unsecure"))
-        return next(filter(None, map(request.cookies.get, names)), None) if page.auth else None
+    What the models were asked and have said is an exchange: a dict that the page holds for flag().
+    """
 
-    async def answer(request: gr.Request, instruction, input, *given):
-        prompt, settings = check(models, defaults.max_new_tokens, instruction, input, *given)
-        exchange = {"instruction": instruction, "input": input or "", "models": [model.name for model in models]}
-        exchange |= {"paths": [model.path for model in models], "settings": dataclasses.asdict(settings)}
-        exchange |= {"answers": [""] * len(models), "running": True, "flagged": []}
-        login = login_of(request)
-        latest[login] = exchange
-        cut: dict[int, str] = {}
+    def __init__(self, models: list[Model], defaults: Settings):
+        self.models, self.defaults = models, defaults
+        self.names = [model.name for model in models]
+        if len(models) == 2:
+            self.names = [f"{letter}: {name}" for letter, name in zip("AB", self.names, strict=True)]
+        self.latest: dict[str | None, dict] = {}  # login → its last exchange
+        with gr.Blocks(title=f"{self.names[0]} · Alpaca", analytics_enabled=False) as self.page:
+            self._lay_out()
+            self._connect()
+        self.page.queue(max_size=MAX_WAITING, api_open=False, default_concurrency_limit=8)
 
-        def show(status: str, running: bool):
-            texts = exchange["answers"]
-            shown = [render_answer(name, text or "…" * running) for name, text in zip(names, texts, strict=True)]
-            return *shown, *texts, exchange, render_status(status), gr.Button(interactive=running), render_status(NOTE)
-
-        started = time.monotonic()
-        yield show("Answering …", True)
-        try:
-            async for texts in answers(models, prompt, settings, cut):
-                exchange["answers"] = texts
-                if login and latest.get(login) is not exchange:
-                    raise page_error("You have asked something else meanwhile, in another window: one at a time.")
-                yield show("Answering …", True)
-        except gr.Error:
-            exchange["running"] = False
-            yield show("Not answered to the end.", False)
-            raise
-        finally:  # also of one that is stopped
-            exchange["running"] = False
-            if latest.get(login) is exchange:
-                del latest[login]
-        notes = [f"Answered in {time.monotonic() - started:.1f} s, seed {settings.seed}."]
-        for index, limit in sorted(cut.items()):
-            notes.append(f"{'Cut' if len(models) == 1 else names[index][0] + ' is cut'} off at {LIMITS[limit]}.")
-        yield show(" ".join(notes), False)
-
-    async def answer_again(request: gr.Request, exchange, *given):
-        if not exchange:
-            raise page_error("There is no answer yet.")
-        async for shown in answer(request, exchange["instruction"], exchange["input"], *given[:-1], None):
-            yield shown
-
-    with gr.Blocks(title=f"{names[0]} · Alpaca", analytics_enabled=False) as page:
-        gr.HTML(
-            f"<h1>{html.escape(' and '.join(model.name for model in models))}</h1>"
-            '<p class="notice">A small language model that was fine-tuned to follow instructions. What it says may be '
-            "wrong, made up or offensive: check it before you use it. If it was trained on Alpaca data (CC BY-NC 4.0) "
-            "or on LLaMA, their licences allow research only, no commercial use. It answers each instruction on its "
-            "own and remembers nothing.</p>",
-            js_on_load=None,
-        )
+    def _lay_out(self) -> None:
+        gr.HTML(HEADING.format(html.escape(" and ".join(model.name for model in self.models))), js_on_load=None)
         keys = "Enter asks, Shift+Enter makes a new line."
-        instruction = gr.Textbox(
-            label="Instruction", placeholder=f"What should be done? {keys}", max_lines=10, max_length=MAX_CHARS
-        )
-        input = gr.Textbox(
-            label="Input (optional)", placeholder=f"The text it is about. {keys}", max_lines=12, max_length=MAX_CHARS
-        )
+        limits = {"max_length": MAX_CHARS, "max_lines": 10}
+        self.instruction = gr.Textbox(label="Instruction", placeholder=f"What should be done? {keys}", **limits)
+        self.input = gr.Textbox(label="Input (optional)", placeholder=f"The text it is about. {keys}", **limits)
         with gr.Row():
-            ask = gr.Button("Answer", variant="primary", size="md", min_width=80)
-            stop = gr.Button("Stop", variant="stop", interactive=False, size="md", min_width=80)
-            again = gr.Button("Try again", size="md", min_width=80)
-        status = gr.HTML(render_status(""), js_on_load=None)
-        shown, texts = [], []
+            self.ask = gr.Button("Answer", variant="primary", size="md", min_width=80)
+            self.stop = gr.Button("Stop", variant="stop", interactive=False, size="md", min_width=80)
+            self.again = gr.Button("Try again", size="md", min_width=80)
+        self.status = gr.HTML(render_status(""), js_on_load=None)
+        self.shown, self.texts = [], []
         with gr.Row():
-            for name in names:
+            for name in self.names:
                 with gr.Column(min_width=280):
-                    shown.append(gr.HTML(render_answer(name, ""), js_on_load=None))
-                    texts.append(gr.Textbox(visible=False))
-                    copy = gr.Button("Copy" if len(names) == 1 else f"Copy {name[0]}", size="sm", elem_classes="copy")
-                    copy.click(None, texts[-1], None, js=COPY, api_visibility="private")
+                    self.shown.append(gr.HTML(render_answer(name, ""), js_on_load=None))
+                    self.texts.append(gr.Textbox(visible=False))
+                    label = "Copy" if len(self.names) == 1 else f"Copy {name[0]}"
+                    copy = gr.Button(label, size="sm", elem_classes="copy")
+                    copy.click(None, self.texts[-1], None, js=COPY, api_visibility="private")
         labels = [" ".join(pair).strip() for pair in EXAMPLES]
-        fields = [instruction, input]
+        fields = [self.instruction, self.input]
         gr.Examples(EXAMPLES, fields, example_labels=labels, cache_examples=False, api_visibility="private")
         with gr.Accordion("Sampling", open=False):
-            longest, seed = defaults.max_new_tokens, "" if defaults.seed is None else str(defaults.seed)
-            with gr.Row():
-                settings = [
-                    gr.Slider(1, longest, longest, step=1, label="Longest answer (tokens)", min_width=240),
-                    gr.Slider(0, 2, defaults.temperature, step=0.05, label="Temperature (0: likeliest)", min_width=240),
-                    gr.Slider(0.01, 1, defaults.top_p, step=0.01, label="Top p", min_width=240),
-                    # not a Number: an empty one turns into 0 as soon as it is seen
-                    gr.Textbox(seed, label="Seed (empty: a new one each time)", min_width=240),
-                ]
-            gr.HTML(
-                f'<p class="notice">An instruction and an input may have {MAX_CHARS:,} characters each and {most:,} '
-                f"tokens together. The same seed gives the same answer; <i>Try again</i> takes a new one. {STREAMS} "
-                f"answers are written at once, {MAX_WAITING} more may wait.</p>",
-                js_on_load=None,
-            )
+            self._lay_out_sampling()
         with gr.Accordion("Report a harmful answer", open=False):
-            which = gr.Radio(names, value=names[0], label="Which answer", type="index", visible=len(names) > 1)
-            reason = gr.Textbox(label="What is wrong with it? (optional)", max_length=MAX_REASON_CHARS, lines=1)
-            report = gr.Button("Report", size="sm")
-            reported = gr.HTML(render_status(NOTE), js_on_load=None)
+            single = len(self.names) == 1
+            self.which = gr.Radio(
+                self.names, value=self.names[0], label="Which answer", type="index", visible=not single
+            )
+            self.reason = gr.Textbox(label="What is wrong with it? (optional)", max_length=MAX_REASON_CHARS, lines=1)
+            self.report = gr.Button("Report", size="sm")
+            self.reported = gr.HTML(render_status(NOTE), js_on_load=None)
+        self.exchange = gr.State(None)
 
-        exchange = gr.State(None)
-        options = {"outputs": [*shown, *texts, exchange, status, stop, reported], "show_progress_on": status}
+    def _lay_out_sampling(self) -> None:
+        longest, seed = self.defaults.max_new_tokens, self.defaults.seed
+        most, temperature = min(model.max_prompt_tokens for model in self.models), self.defaults.temperature
+        with gr.Row():
+            self.settings = [
+                gr.Slider(1, longest, longest, step=1, label="Longest answer (tokens)", min_width=240),
+                gr.Slider(0, 2, temperature, step=0.05, label="Temperature (0: likeliest)", min_width=240),
+                gr.Slider(0.01, 1, self.defaults.top_p, step=0.01, label="Top p", min_width=240),
+                # not a Number: an empty one turns into 0 as soon as it is shown
+                gr.Textbox("" if seed is None else str(seed), label="Seed (empty: a new one each time)", min_width=240),
+            ]
+        gr.HTML(
+            f'<p class="notice">An instruction and an input may have {MAX_CHARS:,} characters each and {most:,} tokens '
+            "together. The same seed gives the same answer; <i>Try again</i> takes a new one. "
+            f"{STREAMS} answers are written at once, {MAX_WAITING} more may wait.</p>",
+            js_on_load=None,
+        )
+
+    def _connect(self) -> None:
+        """Say what happens on a click: ask, ask again, stop, report."""
+        outputs = [*self.shown, *self.texts, self.exchange, self.status, self.stop, self.reported]
+        options = {"outputs": outputs, "show_progress_on": self.status}
         options |= {"concurrency_limit": STREAMS, "concurrency_id": "answer"}
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
-        triggers, waiting = [ask.click, instruction.submit, input.submit], gr.Button(interactive=True, render=False)
-        # The page goes through the listeners of a click in turn and waits for each, but not for what is in a then().
-        # Stop is for what waits in the queue as well.
-        pressed = gr.on(triggers, lambda: waiting, None, stop, queue=False, **quiet)
-        asked = pressed.then(answer, [*fields, *settings], api_name="answer", **options)
-        pressed_again = again.click(lambda: waiting, None, stop, queue=False, **quiet)
-        asked_again = pressed_again.then(answer_again, [exchange, *settings], api_visibility="private", **options)
-        for event in (asked, asked_again):  # also of one that was refused, in which nothing has set the button back
-            event.failure(lambda: gr.Button(interactive=False, render=False), None, stop, queue=False, **quiet)
-        # Both write into the same fields: whichever comes later ends the other.
+        triggers = [self.ask.click, self.instruction.submit, self.input.submit]
+        active, inactive = (gr.Button(interactive=state, render=False) for state in (True, False))
+        # The page runs the listeners of a click one after another, but does not wait for what is in a then().
+        # Stop is also for what waits in the queue.
+        pressed = gr.on(triggers, lambda: active, None, self.stop, queue=False, **quiet)
+        asked = pressed.then(self.answer, [self.instruction, self.input, *self.settings], api_name="answer", **options)
+        pressed = self.again.click(lambda: active, None, self.stop, queue=False, **quiet)
+        asked_again = pressed.then(
+            self.answer_again, [self.exchange, *self.settings], api_visibility="private", **options
+        )
+        for event in (asked, asked_again):  # a refused request has not set the button back
+            event.failure(lambda: inactive, None, self.stop, queue=False, **quiet)
+        # Both write into the same fields: the later one ends the other.
         gr.on(triggers, None, cancels=asked_again)
-        again.click(None, cancels=asked)
-        stop.click(None, cancels=[asked, asked_again])
-        shown_stopped = render_status("Stopped."), gr.Button(interactive=False, render=False)
-        stop.click(lambda: shown_stopped, None, [status, stop], queue=False, **quiet)
-        report.click(flag, [exchange, which, reason], reported, **quiet)
-    page.queue(max_size=MAX_WAITING, api_open=False, default_concurrency_limit=8)
-    return page
+        self.again.click(None, cancels=asked)
+        self.stop.click(None, cancels=[asked, asked_again])
+        stopped = render_status("Stopped."), inactive
+        self.stop.click(lambda: stopped, None, [self.status, self.stop], queue=False, **quiet)
+        self.report.click(flag, [self.exchange, self.which, self.reason], self.reported, **quiet)
 
+    def _login_of(self, request: gr.Request) -> str | None:
+        """Return what marks one login by password; None on a page without a password, which only this machine sees."""
+        names = (f"access-token{kind}-{self.page.app.cookie_id}" for kind in ("", "-unsecure"))
+        return next(filter(None, map(request.cookies.get, names)), None) if self.page.auth else None
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The server.
+    def _show(self, exchange: dict, status: str):
+        """Return what all outputs of answer() become."""
+        running, pairs = exchange["running"], zip(self.names, exchange["answers"], strict=True)
+        shown = [render_answer(name, text or "…" * running) for name, text in pairs]
+        stop = gr.Button(interactive=running)
+        return *shown, *exchange["answers"], exchange, render_status(status), stop, render_status(NOTE)
+
+    async def answer(self, request: gr.Request, instruction, input, *given):
+        """Ask all models, and yield what the page shows meanwhile."""
+        settings = check(self.models, self.defaults.max_new_tokens, instruction, input, *given)
+        exchange = {"instruction": instruction, "input": input or "", "models": [model.name for model in self.models]}
+        exchange |= {"paths": [model.path for model in self.models], "settings": dataclasses.asdict(settings)}
+        exchange |= {"answers": [""] * len(self.models), "running": True, "flagged": []}
+        login, cut, started = self._login_of(request), {}, time.monotonic()
+        self.latest[login] = exchange
+        yield self._show(exchange, "Answering …")
+        try:
+            async for texts in answers(self.models, instruction, input or "", settings, cut):
+                exchange["answers"] = texts
+                if login and self.latest.get(login) is not exchange:
+                    raise page_error("You have asked something else in another window: one at a time.")
+                yield self._show(exchange, "Answering …")
+        except gr.Error:
+            exchange["running"] = False
+            yield self._show(exchange, "Not answered to the end.")
+            raise
+        finally:  # also if it is stopped
+            exchange["running"] = False
+            if self.latest.get(login) is exchange:
+                del self.latest[login]
+        notes = [f"Answered in {time.monotonic() - started:.1f} s, seed {settings.seed}."]
+        for index, limit in sorted(cut.items()):
+            if limit:
+                cut_off = "Cut" if len(self.models) == 1 else f"{self.names[index][0]} is cut"
+                notes.append(f"{cut_off} off at {LIMITS[limit]}.")
+        yield self._show(exchange, " ".join(notes))
+
+    async def answer_again(self, request: gr.Request, exchange, *given):
+        """Ask the last instruction again, with a new seed."""
+        if not exchange:
+            raise page_error("There is no answer yet.")
+        async for shown in self.answer(request, exchange["instruction"], exchange["input"], *given[:-1], None):
+            yield shown
 
 
 def serve(
@@ -326,34 +327,28 @@ def serve(
     base_path: str | None = None,
     **defaults,
 ) -> None:
-    """Loads the models and serves the page until Ctrl-C or SIGTERM.
+    """Load the models and serve the page until Ctrl-C or SIGTERM.
 
     Args:
-        model_path: the folder of the model.
-        compare_path: the folder of a second one, for the same prompts.
-        host: the address to listen at; any but this machine's own needs ``auth``.
-        port: 0 takes a free one.
-        auth: "user:password".
-        device, dtype, base_path: as for inference.load.
+        model_path, compare_path: folders; the second model answers the same prompts beside the first.
+        host, port, auth: see check_exposure() and free_port().
+        device, dtype, base_path: see load().
         defaults: fields of Settings; max_new_tokens is also the most that a visitor can ask for.
 
     Raises:
-        UserError: a flag is wrong, the port is taken, or a model cannot be loaded.
+        UserError: an argument is wrong, the port is taken, or a model cannot be loaded.
     """
     login = check_exposure(host, auth)
     settings = Settings(**defaults)
-    if settings.max_new_tokens < 1 or not 0 <= settings.temperature <= 2 or not 0.01 <= settings.top_p <= 1:
-        raise UserError("--max_new_tokens must be at least 1, --temperature from 0 to 2, and --top_p from 0.01 to 1")
-    if not 0 <= (settings.seed or 0) <= MAX_SEED:
-        raise UserError(f"--seed must be from 0 to {MAX_SEED}")
+    if settings.temperature > 2 or settings.top_p < 0.01 or not 0 <= (settings.seed or 0) <= MAX_SEED:
+        raise UserError(
+            f"temperature must be from 0 to 2, top_p from 0.01 to 1, and seed from 0 to {MAX_SEED} for the page"
+        )
     port = free_port(port)
-    from alpaca.inference import load as inference
-
     models = []
     for path in filter(None, [model_path, compare_path]):
-        base = base_path if (Path(path) / "adapter_config.json").exists() else None
-        name = Path(path).resolve().name or str(path)
-        models.append(Model(name, *inference.load(path, device, dtype, base), str(path)))
-    page = build(models, settings)
+        base = base_path if is_adapter(path) else None
+        models.append(Model(name_of(path), *load(path, device, dtype, base), str(path)))
     names = " and ".join(model.name for model in models)
-    run(page, host, port, login, names, [f"reports of harmful answers go to {Path(FLAGGED).resolve()}"])
+    notes = [f"reports of harmful answers go to {Path(FLAGGED).resolve()}"]
+    run(Demo(models, settings).page, host, port, login, names, notes)

@@ -1,4 +1,4 @@
-"""What visitors of the live demo report: lines of JSON on the machine that serves it."""
+"""Reports of harmful answers: lines of JSON on the machine that serves the live demo."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from alpaca.inference.web.server import page_error, render_status
 
 FLAGGED = "flagged.jsonl"
 MAX_REASON_CHARS = 500
-NOTE = (
-    f"A report adds instruction, input, answer and settings to {FLAGGED} beside the server; nothing is sent elsewhere."
-)
+NOTE = f"A report adds instruction, input, answer and settings to {FLAGGED} on the server; nothing is sent elsewhere."
 _flagging = threading.Lock()
 
 
 def append_line(path: str | os.PathLike, record: dict) -> None:
-    """Adds a JSON line and waits until it is on disk. A line that a crash has torn stays alone on its own."""
-    with _flagging, open(path, "a+b", opener=lambda *args: os.open(*args, 0o600)) as file:  # it holds what people typed
+    """Add a JSON line and wait until it is on disk. A line that a crash has torn spoils no other."""
+    with _flagging, open(path, "a+b", opener=lambda *args: os.open(*args, 0o600)) as file:  # private: people typed it
         torn = False
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
@@ -31,7 +29,7 @@ def append_line(path: str | os.PathLike, record: dict) -> None:
 
 
 def flag(exchange: dict | None, which: int | None, reason: str | None) -> str:
-    """Saves an answer that somebody reports; returns what the page says then."""
+    """Save a report of the answer of model ``which`` (its place); return what the page then shows."""
     which, reason = which or 0, reason or ""
     if not exchange or not exchange["answers"][which]:
         raise page_error("There is no answer to report yet.", "Not reported")
@@ -40,10 +38,10 @@ def flag(exchange: dict | None, which: int | None, reason: str | None) -> str:
     if len(reason) > MAX_REASON_CHARS:
         raise page_error(f"The reason may have {MAX_REASON_CHARS} characters.", "Not reported")
     if which in exchange["flagged"]:
-        return render_status(f"This answer is already reported: it stands in {FLAGGED}.")
+        return render_status(f"This answer is already reported, in {FLAGGED}.")
     record = {name: exchange[name] for name in ("instruction", "input")}
     record |= {"answer": exchange["answers"][which], "model": exchange["models"][which]}
-    record["model_path"] = exchange["paths"][which]  # of two checkpoints, both may have one name
+    record["model_path"] = exchange["paths"][which]  # two checkpoints may have the same name
     record |= {"settings": exchange["settings"], "reason": reason}
     record["time"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     try:

@@ -1,6 +1,6 @@
-"""Between a page and the browser: how it looks, what of Gradio is let through, how it starts and ends.
+"""Serve a Gradio page: how it looks, which of Gradio's routes are open, how it starts and ends.
 
-The live demo and the blind page both stand on it; they take Gradio from here, where it is set up.
+The live demo and the blind page of judging both use it, and import Gradio from here, where it is set up.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import urllib.parse
 from alpaca import UserError
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
-os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(10**9)  # else pandas counts all requests anew after each one
+os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(10**9)  # else pandas counts all requests again after each one
 for _package in ("gradio", "markdown_it"):
     if importlib.util.find_spec(_package) is None:
         raise UserError("a page in the browser needs Gradio: pip install -e '.[web]'")
@@ -31,10 +31,10 @@ from starlette.middleware import Middleware  # noqa: E402
 from starlette.responses import PlainTextResponse  # noqa: E402
 
 MAX_BODY_BYTES = 256_000  # two texts of 8,000 characters, each escaped as \uXXXX\uXXXX, and what is around them
-LOGIN_PAUSE = 2.0  # s between attempts to log in from one address, of which the last was wrong
+LOGIN_PAUSE = 2.0  # s between attempts to log in from one address, after a wrong password
 MAX_LOGIN_WAIT = 10.0  # s; attempts that would wait longer are refused
-WORKER = "alpaca-answer"  # the name of each thread that a model writes an answer in
-# In a page that is not served by https or from this machine, browsers have no clipboard object.
+WORKER = "alpaca-answer"  # the name of each thread in which a model writes an answer
+# Browsers have no clipboard object in a page that comes neither by https nor from this machine.
 COPY = """(text) => {
   if (navigator.clipboard) { navigator.clipboard.writeText(text); return; }
   const area = document.createElement("textarea");
@@ -47,17 +47,18 @@ footer { display: none !important; }
 .notice, .status { font-size: .9em; opacity: .8; margin: 0; }
 .status { min-height: 1.5em; padding-top: .4em; }
 .copy { align-self: flex-end; width: auto; padding: .3em .9em !important; }
-.answer { border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg); padding: .8em 1em;
+.answer, .answer :is(pre, th, td) { border: 1px solid var(--border-color-primary) !important; }
+.answer { border-radius: var(--radius-lg); padding: .8em 1em;
           background: var(--background-fill-primary); min-height: 7em; overflow-wrap: anywhere; line-height: 1.55; }
 .answer h2 { font-size: .85em !important; opacity: .7; margin: 0 0 .5em !important; }
 .answer :is(p, ul, ol, pre, table, blockquote) { margin: 0 0 .7em; }
 .answer :is(ul, ol, li) { font-size: inherit !important; list-style: disc outside; }
 .answer :is(ul, ol) { padding-left: 1.6em; } .answer ol > li { list-style: decimal outside !important; }
-.answer pre { background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary);
-              border-radius: var(--radius-md); padding: .7em .9em; overflow-x: auto; overflow-wrap: normal; }
+.answer pre { background: var(--background-fill-secondary); border-radius: var(--radius-md);
+              padding: .7em .9em; overflow-x: auto; overflow-wrap: normal; }
 .answer code { font-family: var(--font-mono); font-size: .92em; }
 .answer table { border: 0 !important; width: auto; border-collapse: collapse; }
-.answer :is(th, td) { border: 1px solid var(--border-color-primary) !important; padding: .2em .6em; }
+.answer :is(th, td) { padding: .2em .6em; }
 .answer blockquote { border-left: 3px solid var(--border-color-primary); padding-left: .8em; }
 .answer a { color: var(--link-text-color); text-decoration: underline; padding: 0 !important; margin: 0 !important; }
 """
@@ -71,7 +72,7 @@ def _markdown() -> MarkdownIt:
 
     # With html off, < and & come out escaped. javascript:, vbscript:, file: and data: links are left as text.
     markdown = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable(["table", "strikethrough"])
-    markdown.disable("image")  # what a page loads by itself tells another machine that it was read
+    markdown.disable("image")  # loading it would tell another machine that the answer was read
     markdown.add_render_rule("link_open", open_link)
     return markdown
 
@@ -80,32 +81,32 @@ _MARKDOWN = _markdown()
 
 
 def render_answer(name: str, text: str) -> str:
-    """The HTML of an answer under its model's name."""
+    """Return the HTML of an answer under its model's name."""
     name = html.escape(name)
     body = _MARKDOWN.render(text.strip("\n"))
     return f'<section class="answer" aria-label="{name}" dir="auto"><h2>{name}</h2>{body}</section>'
 
 
 def render_status(text: str) -> str:
-    """The HTML of a line that a screen reader says when it changes."""
+    """Return the HTML of a line that a screen reader speaks when it changes."""
     return f'<div class="status" role="status">{html.escape(text)}</div>'
 
 
 def page_error(message: str, title: str = "Not answered") -> gr.Error:
-    """What the page shows in red; the message may hold what a visitor typed."""
+    """Return an error that the page shows in red; the message may quote what a visitor typed."""
     return gr.Error(html.escape(message), title=title, print_exception=False)
 
 
 class Guard:
-    """Answers what the page needs and nothing else of what Gradio serves (uploads, proxies, files, recordings).
+    """Middleware that opens only the routes that the page needs (Gradio also has uploads, proxies, files, recordings).
 
-    A page of another site is not answered: Gradio lets any origin read, and its cookie goes along by https. Passwords
-    are tried one after another, with a pause after a wrong one.
+    Pages of other sites are refused: Gradio lets any origin read, and over https its cookie is sent with the request.
+    Passwords are tried one after another, with a pause after a wrong one.
 
     Args:
         app: the ASGI application behind it.
-        hosts: names under which this server may be asked, None for any. Without a password a page of another site
-            could else reach it, by a name of its own that points at 127.0.0.1.
+        hosts: host names to answer to, None for any. Without a password, a page of another site could otherwise reach
+            the server through a name of its own that points at 127.0.0.1.
     """
 
     GET = re.compile(
@@ -133,7 +134,7 @@ class Guard:
         if refusal := self._refusal(scope):
             return await PlainTextResponse(refusal[1], refusal[0])(scope, receive, send)
         login = scope["method"] == "POST" and scope["path"].startswith("/login")
-        address = (scope.get("client") or ("",))[0]  # behind a proxy on this machine, what it says that the client is
+        address = (scope.get("client") or ("",))[0]  # behind a proxy on this machine, the client that it names
         if login and not await self._may_log_in(address):
             return await PlainTextResponse("Too many attempts: wait.\n", 429)(scope, receive, send)
 
@@ -147,7 +148,7 @@ class Guard:
         await self.app(scope, receive, send_with_headers)
 
     async def _may_log_in(self, address: str) -> bool:
-        """Waits for the turn of an attempt; False if there are too many before it."""
+        """Wait for the turn of an attempt; return False if there are too many before it."""
         now = time.monotonic()
         self.next_login = {known: at for known, at in self.next_login.items() if at > now}
         turn = max(now, self.next_login.get(address, now))
@@ -161,39 +162,37 @@ class Guard:
         headers = Headers(scope=scope)
         host = re.sub(r":\d+$", "", headers.get("host", ""))
         if self.hosts is not None and host not in self.hosts:
-            return 403, "This demo answers on this machine only; --auth opens it to others.\n"
-        # A proxy may hand on another Host than it was asked for; the browser's own word on where a request comes from
-        # and X-Forwarded-Host cannot be set by another site's page.
+            return 403, "This page answers on this machine only; a password (auth) opens it to others.\n"
+        # A proxy may pass on another Host than it was asked for. X-Forwarded-Host and Sec-Fetch-Site, in which the
+        # browser says where a request comes from, cannot be set by another site's page.
         origin = headers.get("origin")
         ours = headers.get("sec-fetch-site") == "same-origin" or origin is None
-        if not ours and urllib.parse.urlsplit(origin).netloc not in (
-            headers.get("host"),
-            headers.get("x-forwarded-host"),
-        ):
-            return 403, "Requests from pages of other sites are not answered (a proxy must hand on the Host header).\n"
+        known = headers.get("host"), headers.get("x-forwarded-host")
+        if not ours and urllib.parse.urlsplit(origin).netloc not in known:
+            return 403, "Requests from pages of other sites are refused (a proxy must pass on the Host header).\n"
         paths = {"GET": self.GET, "HEAD": self.GET, "POST": self.POST}.get(scope["method"])
         if paths is None or not paths.fullmatch(scope["path"]):
             return 404, "Not here.\n"
         if scope["method"] == "POST":
             length = headers.get("content-length", "")
             if not length.isdigit():
-                return 411, "Say how long the request is.\n"
+                return 411, "Content-Length is missing.\n"
             if int(length) > MAX_BODY_BYTES:
                 return 413, f"A request may have {MAX_BODY_BYTES:,} bytes.\n"
         return None
 
 
 def check_exposure(host: str, auth: str | None) -> tuple[str, str] | None:
-    """User and password of ``auth`` ("user:password"), without which no other machine is let in.
+    """Return user and password of ``auth`` ("user:password"); any ``host`` but this machine's own needs them.
 
     Raises:
-        UserError: it is malformed, or ``host`` needs it.
+        UserError: ``auth`` is malformed, or needed and missing.
     """
     user, _, password = (auth or "").partition(":")
     if auth is not None and not (user.strip() and password):
-        raise UserError("--auth takes user:password, both of them not empty")
+        raise UserError("auth must be user:password, neither of them empty")
     if not is_local(host) and not auth:
-        raise UserError(f"--host {host} lets other machines in: set --auth user:password too")
+        raise UserError(f"host {host} lets other machines in: set auth to user:password too")
     return (user.strip(), password) if auth else None
 
 
@@ -204,15 +203,15 @@ def is_local(host: str) -> bool:
 def run(
     page: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None, name: str, notes: list[str], css: str = ""
 ) -> None:
-    """Serves a page until Ctrl-C or SIGTERM; says where it is under its ``name``, and the notes."""
+    """Serve a page until Ctrl-C or SIGTERM; print its ``name``, its address and the notes."""
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
     url = launch(page, host, port, auth, css)
     if not is_local(host):
         print(
-            f"warning: other machines can reach this page at port {port}, and passwords go over the line in clear: put "
-            "a proxy with https in front, and let in only people whom you trust with what it shows.",
+            f"warning: other machines can reach this page at port {port}, and passwords are sent unencrypted: put a "
+            "proxy with https in front, and let in only people whom you trust with what it shows.",
             flush=True,
         )
     print(f"{name} at {url} (Ctrl-C ends it)", flush=True)
@@ -226,11 +225,11 @@ def run(
 
 
 def launch(page: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None, css: str = "") -> str:
-    """Starts the server in a thread; returns its address."""
+    """Start the server in a thread; return its address."""
     for name in ("no_proxy", "NO_PROXY"):  # Gradio asks its own server whether it is up
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
     hosts = None if auth else {"127.0.0.1", "localhost", host}
-    # Gradio brings these fonts along, but the half-bold one of its default theme lacks most letters.
+    # Gradio ships these fonts, but the semibold one of its default theme lacks most letters.
     theme = gr.themes.Default(font=[gr.themes.LocalFont("Source Sans Pro", (400, 700)), "system-ui", "sans-serif"])
     theme.set(  # white on its orange, and its grey on white, are hard to read
         button_primary_background_fill="*primary_700",
@@ -248,29 +247,23 @@ def launch(page: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None, 
             share=False,
             prevent_thread_lock=True,
             quiet=True,
-            inline=False,
-            inbrowser=False,
-            show_error=False,
             footer_links=[],
             run_history=False,
             enable_monitoring=False,
             ssr_mode=False,
-            pwa=False,
             mcp_server=False,
-            max_file_size=0,
-            state_session_capacity=1000,
             css=CSS + css,
             theme=theme,
             app_kwargs={"middleware": [Middleware(Guard, hosts=hosts)]},
         )
     except OSError:
-        raise UserError(f"{host}:{port} cannot be used: choose another --port or --host") from None
+        raise UserError(f"{host}:{port} cannot be used: choose another port or host") from None
     return url
 
 
 def close(page: gr.Blocks) -> None:
-    """Ends the server and waits for what the models are still writing: they stop at their next token."""
-    page.server.force_exit = True  # else it waits 5 s for the pages that are open; it logs each that it cuts off
+    """End the server and wait for the models, which stop at their next token."""
+    page.server.force_exit = True  # else it waits 5 s for open pages; it logs each connection that it cuts
     log = logging.getLogger("uvicorn.error")
     log.disabled = True
     page.close(verbose=False)

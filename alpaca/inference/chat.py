@@ -1,0 +1,122 @@
+"""Ask a model: one instruction, or the turns of a conversation. The terminal and the page both ask through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+
+import torch
+
+from alpaca.inference import generate
+from alpaca.inference.generate import STOP, Memory, Settings, longest_answer
+from alpaca.prompts import INPUT_HEADING, chat_ids, format_prompt, prompt_ids
+
+
+def request_ids(tokenizer, template: str, requests: Sequence[tuple[str, str]]) -> list[list[int]]:
+    """Return the tokens of the prompt for each (instruction, input).
+
+    The template is "alpaca", as in training, or "chat", the tokenizer's own. An input may be empty.
+    """
+    if template == "alpaca":
+        return prompt_ids(tokenizer, [format_prompt(*request) for request in requests])
+    return [chat_ids(tokenizer, [_user(*request)]) for request in requests]
+
+
+def _user(instruction: str, input: str) -> dict[str, str]:
+    return {"role": "user", "content": instruction + (INPUT_HEADING + input if input else "")}
+
+
+def stream(
+    model,
+    tokenizer,
+    ids: list[int],
+    settings: Settings,
+    memory: Memory | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+    on_cut: Callable[[str], None] = lambda limit: None,
+) -> Iterator[str]:
+    """Yield the answer to a prompt piece by piece; it ends at EOS, at STOP or at max_new_tokens.
+
+    Closing the iterator stops the model.
+
+    Args:
+        model, tokenizer, ids, settings: the ids are the prompt's.
+        memory: of the conversation that the prompt continues.
+        stopped: called before each token, also while white space is held back; True ends the answer.
+        on_cut: called with "max_new_tokens" or "context" if the answer reached that limit.
+
+    Raises:
+        UserError: the prompt is empty, fills the context, or does not fit the memory.
+    """
+    limit = longest_answer(model, ids, settings.max_new_tokens)
+
+    def tokens(steps: Iterator[list[tuple[int, int]]]) -> Iterator[int]:
+        written = 0
+        for step in steps:
+            for _, token in step:
+                written += 1
+                yield token
+        if written == limit:  # this line is not reached if STOP has ended the text
+            on_cut("context" if limit < settings.max_new_tokens else "max_new_tokens")
+
+    try:
+        ends = generate.end_ids(model, tokenizer)
+        with closing(generate.decode(model, [ids], ends, settings, (), memory, stopped)) as steps:
+            yield from generate.cut_at(generate.decode_pieces(tokenizer, tokens(steps)), STOP)
+    except torch.OutOfMemoryError:
+        raise generate.too_large(ids) from None
+
+
+class Conversation:
+    """Turns with a model. Where the prompts of two turns begin alike, the second reuses what the first computed.
+
+    Alpaca's template asks each instruction alone, as in training; a chat template repeats the turns so far.
+    """
+
+    def __init__(self, model, tokenizer, settings: Settings, template: str = "alpaca"):
+        self.model, self.tokenizer, self.settings, self.template = model, tokenizer, settings, template
+        self.memory = Memory()
+        self.cut = ""  # "max_new_tokens" or "context" if the last answer reached that limit
+        self.turns: list[dict[str, str]] = []
+
+    def reset(self) -> None:
+        """Forget the turns."""
+        self.turns = []
+
+    def ask(self, instruction: str, input: str = "", stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
+        """Yield the answer piece by piece, without white space around it; ``stopped`` is that of stream().
+
+        An answer that the reader stops becomes a turn as far as it got; one that fails does not.
+        """
+        turns, said = [*self.turns, _user(instruction, input)], []
+        if self.template == "chat":
+            ids = chat_ids(self.tokenizer, turns)
+        else:
+            (ids,) = request_ids(self.tokenizer, "alpaca", [(instruction, input)])
+
+        def noted(pieces: Iterator[str]) -> Iterator[str]:
+            for piece in pieces:
+                said.append(piece)
+                yield piece
+
+        self.cut = ""
+        options = {"memory": self.memory, "stopped": stopped, "on_cut": lambda limit: setattr(self, "cut", limit)}
+        try:
+            with closing(stream(self.model, self.tokenizer, ids, self.settings, **options)) as pieces:
+                yield from stripped(noted(pieces))
+        except Exception:  # not Ctrl-C, nor the end of an iterator that is closed
+            said.clear()
+            raise
+        finally:
+            if self.template == "chat" and said:
+                self.turns = [*turns, {"role": "assistant", "content": "".join(said)}]
+
+
+def stripped(pieces: Iterable[str]) -> Iterator[str]:
+    """Yield the text without white space at its beginning and its end."""
+    held, begun = "", False
+    for piece in pieces:
+        held = held + piece if begun else (held + piece).lstrip()
+        if shown := held.rstrip():
+            yield shown
+            held, begun = held[len(shown) :], True
