@@ -72,7 +72,7 @@ def what_is_missing(folder: Path) -> str | None:
     return None
 
 
-def checkpoints(output_dir: Path) -> list[Path]:
+def newest_first(output_dir: Path) -> list[Path]:
     """Return the folders named checkpoint-N, newest first."""
     found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := numbered(path))]
     return [path for _, path in sorted(found, reverse=True)]
@@ -81,7 +81,7 @@ def checkpoints(output_dir: Path) -> list[Path]:
 def rename_back(output_dir: Path) -> None:
     """Do the last rename of a save that was killed before it. Every rank must call it."""
     if int(os.environ.get("RANK", 0)) == 0:
-        for path in checkpoints(output_dir / STAGING):
+        for path in newest_first(output_dir / STAGING):
             place = output_dir / path.name
             if (path / MANIFEST).exists() and what_is_missing(path) is None and not place.exists():
                 os.rename(path, place)
@@ -114,7 +114,7 @@ def set_aside_newer(output_dir: Path, checkpoint: Path | None) -> None:
     here = checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
     step = read_json(checkpoint / TRAINER_STATE_NAME)["global_step"] if here else -1
     # One of the same step is from another branch too: the user has returned to one that was left.
-    others = [path for path in checkpoints(output_dir) if not here or path.name != checkpoint.name]
+    others = [path for path in newest_first(output_dir) if not here or path.name != checkpoint.name]
     if newer := [path for path in others if int(numbered(path)[1]) >= step]:
         names = ", ".join(path.name for path in newer)
         since = f"newer than {checkpoint.name}, which this run resumes from" if here else "not from this run"
@@ -128,7 +128,7 @@ def numbered(path: Path) -> re.Match | None:
 
 def newest_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
     """Return the complete checkpoint of the highest step in a folder; print which newer ones it skips, and why."""
-    for path in checkpoints(Path(output_dir)):
+    for path in newest_first(Path(output_dir)):
         if (missing := what_is_missing(path)) is None:
             return path
         say(f"note: {path} is not complete ({missing}): skipped")

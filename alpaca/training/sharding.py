@@ -36,39 +36,40 @@ class LoadingTrainer(transformers.Trainer):
     def _load_whole(self, checkpoint: Path) -> None:
         if set(saved_names(self.model)) == set(state_dict(self.model)) and not _of_fsdp(checkpoint):
             super()._load_from_checkpoint(str(checkpoint))
-            return
-        if hasattr(self.model, "peft_config"):
-            from peft import set_peft_model_state_dict
-
-            set_peft_model_state_dict(self.model, load_file(checkpoint / ADAPTER))
-            return
-        # The library would skip tensors that are saved under another name, with only a warning; and without FSDP it
-        # refuses a whole checkpoint of FSDP.
-        self.model.load_state_dict(load_model(checkpoint, self.model.dtype).state_dict())
+        else:
+            # The library would skip tensors that are saved under another name, with only a warning; and without FSDP
+            # it refuses a whole checkpoint of FSDP.
+            self._put(self._read_whole(checkpoint))
 
     def _load_whole_into_shards(self, checkpoint: Path) -> None:
         """Read it on rank 0 in CPU memory, and send each rank its part, a tensor at a time."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-        adapter, state = hasattr(self.model, "peft_config"), {}
-        if self.is_world_process_zero():
-            if adapter:  # saved without the adapter's name
-                names = {name.replace(f".{self.model.active_adapter}.", "."): name for name in self.model.state_dict()}
-                state = {names[name]: tensor for name, tensor in load_file(checkpoint / ADAPTER).items()}
-            else:
-                state = load_model(checkpoint, self.model.dtype).state_dict()
+        adapter = hasattr(self.model, "peft_config")
+        state = self._read_whole(checkpoint) if self.is_world_process_zero() else {}
+        if adapter:  # saved without the adapter's name
+            names = {name.replace(f".{self.model.active_adapter}.", "."): name for name in self.model.state_dict()}
+            state = {names[name]: tensor for name, tensor in state.items()}
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=not adapter)
         set_model_state_dict(self.model, state, options=options)
 
     def _load_sharded_weights(self, checkpoint: Path) -> None:
         state = {"model": state_dict(self.model)}
         torch.distributed.checkpoint.load(state, checkpoint_id=checkpoint / SHARDED_MODEL, no_dist=True)
+        self._put(state["model"])
+
+    def _read_whole(self, checkpoint: Path) -> dict[str, torch.Tensor]:
+        if hasattr(self.model, "peft_config"):
+            return load_file(checkpoint / ADAPTER)
+        return load_model(checkpoint, self.model.dtype).state_dict()
+
+    def _put(self, state: dict[str, torch.Tensor]) -> None:
         if hasattr(self.model, "peft_config"):
             from peft import set_peft_model_state_dict
 
-            set_peft_model_state_dict(self.model, state["model"])
+            set_peft_model_state_dict(self.model, state)
         else:
-            self.model.load_state_dict(state["model"])
+            self.model.load_state_dict(state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         of_fsdp = checkpoint is not None and _of_fsdp(Path(checkpoint))

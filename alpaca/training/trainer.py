@@ -23,23 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from alpaca import RankError, UserError
 from alpaca.common.files import fsync, fsync_tree
 from alpaca.common.text import first_line
-from alpaca.training.checkpoints import (
-    ABANDONED,
-    MANIFEST,
-    REHEARSAL,
-    RESUME,
-    STAGING,
-    barrier,
-    check_data,
-    checkpoints,
-    data_facts,
-    is_failed_write,
-    newest_complete_checkpoint,
-    numbered,
-    rename_back,
-    set_aside,
-    set_aside_newer,
-)
+from alpaca.training import checkpoints
 from alpaca.training.distributed import say
 from alpaca.training.sharding import LoadingTrainer
 from alpaca.training.stop import EXIT_INTERRUPTED, EXIT_REQUEUE, StopOnSignal, Stopped
@@ -76,7 +60,7 @@ class ResumableTrainer(LoadingTrainer):
         self.check_resumed(checkpoint)
         remove_leftovers(Path(self.args.output_dir))
         if self.is_world_process_zero():
-            set_aside_newer(Path(self.args.output_dir), checkpoint)
+            checkpoints.set_aside_newer(Path(self.args.output_dir), checkpoint)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and self.is_world_process_zero():
             say("note: push_to_hub uploads the finished model once, at the end, whatever hub_strategy says")
@@ -92,7 +76,7 @@ class ResumableTrainer(LoadingTrainer):
         if stop.ends_early(self.state):
             raise Stopped(
                 f"stopped by {signal.Signals(stop.received).name} with checkpoint-{self.state.global_step} of "
-                f"{self.state.max_steps} steps saved; to resume, run the same command with {RESUME}",
+                f"{self.state.max_steps} steps saved; to resume, run the same command with {checkpoints.RESUME}",
                 EXIT_INTERRUPTED if stop.received == signal.SIGINT else EXIT_REQUEUE,
             )
         return result
@@ -134,27 +118,31 @@ class ResumableTrainer(LoadingTrainer):
         if self._data and checkpoint == self._checked:
             return  # checked and reported already
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._data = data_facts(self.train_dataset, seed)
+        self._data = checkpoints.data_facts(self.train_dataset, seed)
         self._compare(checkpoint)
         self._checked = checkpoint
 
     def _compare(self, checkpoint: Path | None) -> None:
         if self.args.world_size > 1:
-            step = int(checkpoint.name.rpartition("-")[2]) if checkpoint and numbered(checkpoint) else -1
+            step = int(checkpoint.name.rpartition("-")[2]) if checkpoint and checkpoints.numbered(checkpoint) else -1
             seen = torch.tensor([step, -step], device=self.args.device)
             torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
             if seen[0] != -seen[1]:
                 raise UserError(f"the nodes see different checkpoints: all must share {self.args.output_dir}")
-        if not checkpoint or not (checkpoint / MANIFEST).exists():
+        if not checkpoint or not (checkpoint / checkpoints.MANIFEST).exists():
             return
-        manifest = read_json(checkpoint / MANIFEST)
+        manifest = read_json(checkpoint / checkpoints.MANIFEST)
         here, there = self._examples_per_step(), manifest["examples_per_step"]
         if here != there:
             steps, left = divmod(there, here // self.args.gradient_accumulation_steps)
-            cure = f"set gradient_accumulation_steps to {steps}" if not left else "change the batch size"
+            cure = (
+                f"set gradient_accumulation_steps to {steps}"
+                if not left
+                else "change the batch size or the number of ranks"
+            )
             raise UserError(f"{checkpoint} was trained with {there} examples a step, this run has {here}: {cure}")
         if "data" in manifest:
-            check_data(checkpoint, manifest["data"], self._data)
+            checkpoints.check_data(checkpoint, manifest["data"], self._data)
         if manifest["world_size"] != self.args.world_size:
             say(
                 f"note: {checkpoint.name} was written by {manifest['world_size']} processes, this run has "
@@ -207,7 +195,7 @@ class ResumableTrainer(LoadingTrainer):
             return
         if hasattr(self.model, "peft_config"):  # each save puts it back; lora.add_adapter says why it goes
             self.model.active_peft_config.base_model_name_or_path = None
-        self._staging = output_dir / STAGING
+        self._staging = output_dir / checkpoints.STAGING
         unfinished = self._staging / f"checkpoint-{step}"
         try:
             with _failed_write(f"checkpoint-{step}", output_dir):
@@ -244,18 +232,18 @@ class ResumableTrainer(LoadingTrainer):
             "data": self._data,
             "files": {str(path.relative_to(unfinished)): path.stat().st_size for path in files},
         }
-        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        fsync_tree(unfinished / MANIFEST)
+        (unfinished / checkpoints.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        fsync_tree(unfinished / checkpoints.MANIFEST)
         if target.exists():
-            set_aside([target])
+            checkpoints.set_aside([target])
         os.rename(unfinished, target)
         fsync(target.parent)
-        shutil.rmtree(target.parent / STAGING, ignore_errors=True)
+        shutil.rmtree(target.parent / checkpoints.STAGING, ignore_errors=True)
         keep = {target.name, Path(self.state.best_model_checkpoint or "").name}
-        others = [path for path in checkpoints(target.parent) if path.name not in keep]
+        others = [path for path in checkpoints.newest_first(target.parent) if path.name not in keep]
         limit = self.args.save_total_limit
         if limit and limit > 0:
-            left = target.parent.glob(f"{ABANDONED}*")  # until now they were the run's newest
+            left = target.parent.glob(f"{checkpoints.ABANDONED}*")  # until now they were the run's newest
             for path in [*others[max(0, limit - len(keep - {""})) :], *left]:
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -276,7 +264,7 @@ class ResumableTrainer(LoadingTrainer):
             output_dir: exists.
             write: called on every rank with the folder to write into; by default the library's save_model.
         """
-        staging, config = output_dir / STAGING / "model", self.model.config
+        staging, config = output_dir / checkpoints.STAGING / "model", self.model.config
         in_training = getattr(config, "use_cache", None)
         with _failed_write("the model", output_dir):
             if self.is_world_process_zero():
@@ -303,13 +291,16 @@ class ResumableTrainer(LoadingTrainer):
 
 def remove_leftovers(output_dir: Path) -> None:
     """Remove what a killed run left half-written in a folder; complete checkpoints stay. Every rank must call it."""
-    rename_back(output_dir)
+    checkpoints.rename_back(output_dir)
     if int(os.environ.get("RANK", 0)) == 0:
-        for folder, what in ((output_dir / STAGING, "a save"), (output_dir / REHEARSAL, "a rehearsal")):
+        for folder, what in (
+            (output_dir / checkpoints.STAGING, "a save"),
+            (output_dir / checkpoints.REHEARSAL, "a rehearsal"),
+        ):
             if folder.exists():
                 shutil.rmtree(folder, ignore_errors=True)
                 say(f"note: removed {folder}, left by {what} that was interrupted")
-    barrier()
+    checkpoints.barrier()
 
 
 @contextmanager
@@ -324,12 +315,12 @@ def _failed_write(what: str, output_dir: Path):
     except (OSError, SafetensorError, CheckpointException, RuntimeError) as e:
         everywhere = isinstance(e, CheckpointException)  # raised on all ranks, with the cause of each failure
         causes = list(e.failures.values()) if everywhere else [(e, traceback.extract_tb(e.__traceback__))]
-        if not all(is_failed_write(*cause) for cause in causes):
+        if not all(checkpoints.is_failed_write(*cause) for cause in causes):
             raise
         free = shutil.disk_usage(output_dir).free
-        shutil.rmtree(output_dir / STAGING, ignore_errors=True)
-        newest = newest_complete_checkpoint(output_dir)
-        resume = f"; {newest.name} is complete: resume with {RESUME}" if newest else ""
+        shutil.rmtree(output_dir / checkpoints.STAGING, ignore_errors=True)
+        newest = checkpoints.newest_complete_checkpoint(output_dir)
+        resume = f"; {newest.name} is complete: resume with {checkpoints.RESUME}" if newest else ""
         raise (UserError if everywhere else SaveFailed)(
             f"{what} could not be saved in {output_dir}, which had {free / 1e9:.1f} GB free "
             f"({first_line(causes[0][0])}): free some{resume}"
@@ -349,4 +340,4 @@ def _move_files(source: Path, target: Path) -> None:
             shutil.rmtree(target / path.name, ignore_errors=True)
         os.rename(path, target / path.name)
     fsync(target)
-    shutil.rmtree(target / STAGING, ignore_errors=True)
+    shutil.rmtree(target / checkpoints.STAGING, ignore_errors=True)

@@ -219,7 +219,7 @@ def test_the_limit_keeps_the_newest_and_the_best(model, data, tmp_path):
     evals = [(entry["eval_loss"], entry["step"]) for entry in state["log_history"] if "eval_loss" in entry]
     best = min(evals[1:])[1]  # the first was before training
     assert best < 3
-    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["checkpoint-4", f"checkpoint-{best}"]
+    assert [path.name for path in checkpoints.newest_first(tmp_path)] == ["checkpoint-4", f"checkpoint-{best}"]
     assert state["best_model_checkpoint"] == str(tmp_path / f"checkpoint-{best}")
 
 
@@ -237,7 +237,7 @@ def test_a_stopped_run_keeps_its_newest_checkpoint_beside_the_best_and_finds_bot
     state = json.loads((tmp_path / "here" / "checkpoint-3" / "trainer_state.json").read_text())
     best = Path(state["best_model_checkpoint"]).name
     assert best != "checkpoint-3"  # the loss diverges
-    assert [path.name for path in checkpoints.checkpoints(tmp_path / "here")] == ["checkpoint-3", best]
+    assert [path.name for path in checkpoints.newest_first(tmp_path / "here")] == ["checkpoint-3", best]
     shutil.copytree(tmp_path / "here", tmp_path / "there")
     chosen = []
     inner = train.Trainer._load_best_model
@@ -411,7 +411,9 @@ def test_auto_begins_where_there_is_no_checkpoint(tmp_path, capsys):
 
 def test_an_incomplete_checkpoint_that_is_named_is_refused(interrupted):
     (interrupted / "checkpoint-2" / "scheduler.pt").unlink()
-    with pytest.raises(UserError, match=r"not a complete checkpoint \(scheduler.pt is missing\): .*checkpoint-1, which is"):
+    with pytest.raises(
+        UserError, match=r"not a complete checkpoint \(scheduler.pt is missing\): .*checkpoint-1, which is"
+    ):
         checkpoints.choose_checkpoint(str(interrupted / "checkpoint-2"), interrupted)
 
 
@@ -572,7 +574,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(model, data, interrupted, mo
         run(model, data, interrupted, "--resume_from_checkpoint", "auto", "--save_total_limit", 1)
     assert "checkpoint-3 could not be saved" in str(failure.value) and "\n" not in str(failure.value)
     assert "free some; checkpoint-2 is complete: resume with --resume_from_checkpoint auto" in str(failure.value)
-    assert [path.name for path in checkpoints.checkpoints(interrupted)] == ["checkpoint-2", "checkpoint-1"]
+    assert [path.name for path in checkpoints.newest_first(interrupted)] == ["checkpoint-2", "checkpoint-1"]
     assert not (interrupted / ".saving").exists()
 
 

@@ -6,6 +6,9 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from tokenizers.models import BPE
+from transformers.convert_slow_tokenizer import generate_merges
+
 from alpaca.training.preflight.findings import Finding
 
 # Where merges in another order show: runs of spaces, as in code, and rare characters.
@@ -55,10 +58,14 @@ def mend_merges(tokenizer, texts: Iterable[str] = ()) -> list[Finding]:
     if not before:
         return []
 
-    from tokenizers.models import BPE
-
     old = backend.model
-    merges = [pair for pair in _merges(spm, pieces) if pair[0] in vocabulary and pair[1] in vocabulary]
+    special = (spm.is_control, spm.is_unknown, spm.is_byte, spm.is_unused)
+    scores = {
+        piece: spm.get_score(i)
+        for i, piece in enumerate(pieces)
+        if piece in vocabulary and not any(kind(i) for kind in special)
+    }
+    merges = generate_merges({piece: vocabulary[piece] for piece in scores}, scores)
     options = {name: model[name] for name in ("unk_token", "fuse_unk", "byte_fallback") if model.get(name) is not None}
     backend.model = BPE(vocab=model["vocab"], merges=merges, **options)
     after = _different(tokenizer, spm, texts)
@@ -70,25 +77,6 @@ def mend_merges(tokenizer, texts: Iterable[str] = ()) -> list[Finding]:
         tokenizer._merges = merges
     what = f"merges put in sentencepiece's order: {what.replace(' are ', ' were ')}, now {after}"
     return [Finding("warning" if after else "note", what, WHY, "done; the trained model is saved with these merges")]
-
-
-def _merges(spm, pieces: list[str]) -> list[tuple[str, str]]:
-    """Return all pairs that make a piece, in the order in which sentencepiece would join them: by score, best first.
-
-    Among the pairs of one piece, the one with the longer left part comes first: a run grows from the left.
-    """
-    ordinary = {
-        piece: i
-        for i, piece in enumerate(pieces)
-        if not (spm.is_control(i) or spm.is_unknown(i) or spm.is_byte(i) or spm.is_unused(i))
-    }
-    found = []
-    for piece, i in ordinary.items():
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in ordinary and right in ordinary:
-                found.append((-spm.get_score(i), -len(left), -len(right), i, left, right))
-    return [(left, right) for *_, left, right in sorted(found)]
 
 
 def _different(tokenizer, spm, texts: list[str]) -> int:
