@@ -41,9 +41,8 @@ def what_is_missing(folder: Path) -> str | None:
     """
     try:
         read_json(folder / TRAINER_STATE_NAME)["global_step"]
-        manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else None
-        if manifest is not None:
-            for name, size in manifest["files"].items():
+        if (folder / MANIFEST).exists():
+            for name, size in read_json(folder / MANIFEST)["files"].items():
                 if not (folder / name).is_file():
                     return f"{name} is missing"
                 if (found := (folder / name).stat().st_size) != size:

@@ -124,7 +124,8 @@ class ResumableTrainer(LoadingTrainer):
 
     def _compare(self, checkpoint: Path | None) -> None:
         if self.args.world_size > 1:
-            step = int(checkpoint.name.rpartition("-")[2]) if checkpoint and checkpoints.numbered(checkpoint) else -1
+            match = checkpoint and checkpoints.numbered(checkpoint)
+            step = int(match[1]) if match else -1
             seen = torch.tensor([step, -step], device=self.args.device)
             torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
             if seen[0] != -seen[1]:
@@ -168,10 +169,10 @@ class ResumableTrainer(LoadingTrainer):
         from huggingface_hub import CommitOperationAdd, HfApi
 
         files = sorted(path for pattern in PUBLISHED for path in output_dir.glob(pattern))
-        commit = [
-            CommitOperationAdd("README.md" if path.name == "model_card.md" else str(path.relative_to(output_dir)), path)
-            for path in files
-        ]
+        names = {path: str(path.relative_to(output_dir)) for path in files} | {
+            output_dir / "model_card.md": "README.md"
+        }
+        commit = [CommitOperationAdd(names[path], path) for path in files]
         where = {"token": self.args.hub_token, "revision": getattr(self.args, "hub_revision", None)}
         try:
             HfApi().create_commit(self.hub_model_id, commit, commit_message="The trained model", **where)
@@ -293,11 +294,8 @@ def remove_leftovers(output_dir: Path) -> None:
     """Remove what a killed run left half-written in a folder; complete checkpoints stay. Every rank must call it."""
     checkpoints.rename_back(output_dir)
     if int(os.environ.get("RANK", 0)) == 0:
-        for folder, what in (
-            (output_dir / checkpoints.STAGING, "a save"),
-            (output_dir / checkpoints.REHEARSAL, "a rehearsal"),
-        ):
-            if folder.exists():
+        for name, what in ((checkpoints.STAGING, "a save"), (checkpoints.REHEARSAL, "a rehearsal")):
+            if (folder := output_dir / name).exists():
                 shutil.rmtree(folder, ignore_errors=True)
                 say(f"note: removed {folder}, left by {what} that was interrupted")
     checkpoints.barrier()
@@ -310,8 +308,6 @@ def _failed_write(what: str, output_dir: Path):
 
     try:
         yield
-    except UserError:
-        raise
     except (OSError, SafetensorError, CheckpointException, RuntimeError) as e:
         everywhere = isinstance(e, CheckpointException)  # raised on all ranks, with the cause of each failure
         causes = list(e.failures.values()) if everywhere else [(e, traceback.extract_tb(e.__traceback__))]
