@@ -190,11 +190,8 @@ def check_packing(self_check: SelfCheck) -> list[Finding]:
         what = f"examples are padded, as with padding=longest: {self_check.reason}"
         why = "in one row they would disturb each other, and the model would learn that"
         return [Finding("warning", what, why, "nothing to do; padding=longest trains the same without this warning")]
-    return [
-        Finding(
-            "note", f"packed examples equal the same alone, to {self_check.deviation:.1e} of their logits' deviation"
-        )
-    ]
+    what = f"packed examples equal the same alone, to {self_check.deviation:.1e} of their logits' deviation"
+    return [Finding("note", what)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
