@@ -47,7 +47,7 @@ from alpaca.training.distributed import say as _say
 from alpaca.training.evaluate import HeldOutLoss
 from alpaca.training.examples import IGNORE_INDEX, Records, SupervisedDataset, preprocess  # noqa: F401  (the original has them here)
 from alpaca.training.meter import Metered
-from alpaca.training.preflight import examples_and_tokenizer
+from alpaca.training.preflight import examples_and_tokenizer, merges
 from alpaca.training.preflight import packing as packing_check
 from alpaca.training.preflight.findings import raise_errors
 from alpaca.training.preflight.run import check_loading, check_precision, preflight
@@ -293,7 +293,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
 
     texts = [record["instruction"] + "\n" + record["output"] for record in train_records[:500]]
     findings = check_precision(training_args.bf16 and not training_args.use_cpu)
-    findings += examples_and_tokenizer.mend_merges(tokenizer, texts)
+    findings += merges.mend_merges(tokenizer, texts)
 
     def load_base(dtype: torch.dtype = torch.float32, **options):
         model = load_model(model_args.model_name_or_path, dtype, cache_dir=training_args.cache_dir, **options)

@@ -10,12 +10,11 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState
 
-sys.path[:0] = [str(Path(__file__).parent / room) for room in ("", "training", "..")]
-from test_preflight import make_trainer  # noqa: E402
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+from made_trainer import make_trainer  # noqa: E402
 
 import train  # noqa: E402
-from alpaca.training.preflight.fingerprint import fingerprint  # noqa: E402
-from alpaca.training.preflight.rehearsal import rehearse  # noqa: E402
+from alpaca.training.preflight.rehearsal import fingerprint, rehearse  # noqa: E402
 
 model, out = sys.argv[1], Path(sys.argv[2])
 config = json.loads((Path(train.__file__).parent / "configs" / "fsdp.json").read_text())
@@ -41,7 +40,7 @@ if int(os.environ["RANK"]) == 0:
     report = {
         "fsdp": rehearsed.is_fsdp_enabled,
         "sharded": str(rehearsed.accelerator.state.fsdp_plugin.state_dict_type.name) == "SHARDED_STATE_DICT",
-        "faults": result.faults,
+        "faults": [fault.what for fault in result.faults],
         "losses": [plain_losses, [entry.get("loss") for entry in rehearsed.state.log_history]],
         "equal": bool(everywhere),
     }

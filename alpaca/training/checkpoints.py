@@ -1,7 +1,7 @@
-"""Which checkpoint a run goes on from: the newest that is complete, and of this model.
+"""Which checkpoint a run resumes from: the newest that is complete, and of this model.
 
-saving.py writes checkpoints so that whatever is called checkpoint-N is whole. This module is for what happens to them
-afterwards (a copy that lost a file), and for those that a plain Trainer left half-written when it was killed.
+trainer.py writes checkpoints so that every checkpoint-N is complete. This module handles what happens to them later (a
+copy that lost a file), and those that a plain Trainer left half-written when it was killed.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from alpaca.training.distributed import say
 from alpaca.training.examples import columns
 from alpaca.weights.checkpoint import WEIGHTS, read_json
 
-STAGING = ".saving"  # in the output folder, with what is not whole yet
-REHEARSAL = ".save-rehearsal"  # … where the rehearsal saves, on the file system that training will write to
+RESUME = "--resume_from_checkpoint auto"  # what messages advise to add to the same command
+STAGING = ".saving"  # in the output folder: what is not complete yet
+REHEARSAL = ".save-rehearsal"  # in the output folder: what the rehearsal saves, on the file system of the run
 MANIFEST = "checkpoint.json"  # each file of a checkpoint with its size, and what wrote it
-ABANDONED = "abandoned-"  # in front of the name of a checkpoint of a branch that was left
+ABANDONED = "abandoned-"  # prefix of checkpoints of a branch that was left
 # Folders of torch.distributed.checkpoint under FSDP, as accelerate names them: each rank writes its own shard.
 SHARDED_MODEL, SHARDED_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
 
 
 def what_is_missing(folder: Path) -> str | None:
-    """Why a folder is not a complete checkpoint, in a few words; None if it is one.
+    """Return why a folder is not a complete checkpoint, in a few words; None if it is one.
 
-    The parts that each resume needs must be there (--save_only_model leaves some out), and the state must parse: the
-    library writes it last. With a checkpoint.json every file must be there in its size; a plain Trainer writes none.
+    It needs all parts that resuming reads (save_only_model leaves some out) and a state that parses, which the library
+    writes last. If it has a checkpoint.json, every file listed must exist in its size; a plain Trainer writes none.
     """
     try:
         read_json(folder / TRAINER_STATE_NAME)["global_step"]
-        manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else None
-        if manifest is not None:
-            for name, size in manifest["files"].items():
+        if (folder / MANIFEST).exists():
+            for name, size in read_json(folder / MANIFEST)["files"].items():
                 if not (folder / name).is_file():
                     return f"{name} is missing"
-                if (folder / name).stat().st_size != size:
-                    return f"{name} has {(folder / name).stat().st_size} bytes, not {size}"
+                if (found := (folder / name).stat().st_size) != size:
+                    return f"{name} has {found} bytes, not {size}"
     except UserError as e:
         return str(e).removeprefix(f"{folder}/")
     except (KeyError, AttributeError):
         return f"{TRAINER_STATE_NAME} or {MANIFEST} is malformed"
-    if (folder / "latest").exists():  # DeepSpeed keeps model and optimizer in a folder that this file names
+    if (folder / "latest").exists():  # it names the folder in which DeepSpeed keeps model and optimizer
         return None if (folder / (folder / "latest").read_text().strip()).is_dir() else "what `latest` names is missing"
     weights = (*WEIGHTS, ADAPTER, "pytorch_model_fsdp.bin", f"{SHARDED_MODEL}/.metadata")
     optimizer = (OPTIMIZER_NAME, "optimizer.bin", f"{SHARDED_OPTIMIZER}/.metadata")
@@ -64,27 +64,27 @@ def what_is_missing(folder: Path) -> str | None:
             return f"{absent[0]} is missing"
     for what, names in (("weights", weights), ("optimizer", optimizer), ("scheduler", (SCHEDULER_NAME,))):
         if not any((folder / name).is_file() for name in names):
-            return f"the {what} are missing" if what == "weights" else f"the {what} is missing"
+            return f"the {what} {'are' if what == 'weights' else 'is'} missing"
     ranks = sorted(int(file.stem.split("_")[2]) for file in folder.glob("rng_state_*.pth"))
     if not (folder / "rng_state.pth").exists() and (not ranks or ranks != list(range(len(ranks)))):
         return "random states (rng_state*.pth) are missing"
     return None
 
 
-def checkpoints(output_dir: Path) -> list[Path]:
-    """Folders named checkpoint-N, newest first."""
+def newest_first(output_dir: Path) -> list[Path]:
+    """Return the folders named checkpoint-N, newest first."""
     found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := numbered(path))]
     return [path for _, path in sorted(found, reverse=True)]
 
 
 def rename_back(output_dir: Path) -> None:
-    """Puts in its place what a save had finished when it was killed, but for the last rename. Every rank calls it."""
+    """Do the last rename of a save that was killed before it. Every rank must call it."""
     if int(os.environ.get("RANK", 0)) == 0:
-        for path in checkpoints(output_dir / STAGING):
+        for path in newest_first(output_dir / STAGING):
             place = output_dir / path.name
             if (path / MANIFEST).exists() and what_is_missing(path) is None and not place.exists():
                 os.rename(path, place)
-                say(f"note: {place} is whole: the save that was interrupted had only not renamed it")
+                say(f"note: {place} is complete: the interrupted save lacked only its rename")
     barrier()
 
 
@@ -94,28 +94,29 @@ def barrier() -> None:
 
 
 def set_aside(paths: Iterable[Path]) -> None:
-    """Renames checkpoints so that none of them is ever chosen again."""
+    """Rename checkpoints so that none of them is ever chosen again."""
     for path in paths:
         names = itertools.chain([ABANDONED], (f"{ABANDONED}{n}-" for n in itertools.count(2)))  # none is overwritten
         os.rename(path, next(aside for name in names if not (aside := path.with_name(name + path.name)).exists()))
 
 
 def set_aside_newer(output_dir: Path, checkpoint: Path | None) -> None:
-    """Sets aside what is newer in a folder than the checkpoint that a run goes on from.
+    """Set aside checkpoints that are newer than the one a run resumes from.
 
-    That is a branch that is left, or not complete: it must not be chosen later, nor count in --save_total_limit.
+    They are incomplete or belong to a branch that was left: they must not be chosen later, nor count in
+    save_total_limit.
 
     Args:
         output_dir: of the run.
-        checkpoint: whole; of another folder, it leaves all that is in output_dir. None: the run begins anew.
+        checkpoint: complete; if it is in another folder, all in output_dir are set aside, as for None: from scratch.
     """
     here = checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
     step = read_json(checkpoint / TRAINER_STATE_NAME)["global_step"] if here else -1
-    # One of the same step is of a branch too: somebody returned to one that he had left.
-    others = [path for path in checkpoints(output_dir) if not here or path.name != checkpoint.name]
+    # One of the same step is from another branch too: the user has returned to one that was left.
+    others = [path for path in newest_first(output_dir) if not here or path.name != checkpoint.name]
     if newer := [path for path in others if int(numbered(path)[1]) >= step]:
         names = ", ".join(path.name for path in newer)
-        since = f"newer than {checkpoint.name}, which this run goes on from" if here else "not of this run"
+        since = f"newer than {checkpoint.name}, which this run resumes from" if here else "not from this run"
         say(f"note: renamed {names} in {output_dir} to {ABANDONED}…: {since}")
         set_aside(newer)
 
@@ -125,58 +126,53 @@ def numbered(path: Path) -> re.Match | None:
 
 
 def newest_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
-    """The complete checkpoint of the highest step in a folder; tells which newer ones it passes over, and why."""
-    for path in checkpoints(Path(output_dir)):
+    """Return the complete checkpoint of the highest step in a folder; print which newer ones it skips, and why."""
+    for path in newest_first(Path(output_dir)):
         if (missing := what_is_missing(path)) is None:
             return path
-        say(f"note: {path} is not complete ({missing}): passed over")
+        say(f"note: {path} is not complete ({missing}): skipped")
     return None
 
 
 def choose_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
-    """Where a run starts: a checkpoint, or None for the beginning.
+    """Return the checkpoint that a run starts from, or None for the beginning.
 
     Args:
-        resume: --resume_from_checkpoint: a folder, "auto" for the newest complete one of output_dir if there is one,
-            or None.
+        resume: a folder, "auto" for the newest complete one of output_dir if there is one, or None.
         output_dir: exists.
 
     Raises:
-        UserError: the run would overwrite a finished model or an interrupted run, or what it names is not complete.
+        UserError: the run would overwrite a finished model or an interrupted run, or ``resume`` is not complete.
     """
     rename_back(output_dir)
     if any((output_dir / name).exists() for name in WEIGHTS):
-        done = "the run there is finished" if resume == "auto" else "remove it"
-        raise UserError(f"--output_dir {output_dir} holds a trained model: {done}, or choose another folder")
+        done = "the run is finished" if resume == "auto" else "remove it"
+        raise UserError(f"{output_dir} holds a trained model: {done}, or choose another folder")
     if not resume:
         if newest := newest_complete_checkpoint(output_dir):
-            raise UserError(
-                f"--output_dir {output_dir} holds {newest.name} of an interrupted run: go on with "
-                "--resume_from_checkpoint auto, or choose another folder"
-            )
+            cure = f"resume it with {RESUME}, or choose another folder"
+            raise UserError(f"{output_dir} holds {newest.name} of an interrupted run: {cure}")
         return None
     if resume == "auto":
         newest = newest_complete_checkpoint(output_dir)
-        say(f"going on from {newest}" if newest else f"no complete checkpoint in {output_dir}: from the beginning")
+        say(f"resuming from {newest}" if newest else f"no complete checkpoint in {output_dir}: from the beginning")
         return newest
-    if not (Path(resume) / TRAINER_STATE_NAME).exists():
-        raise UserError(f"--resume_from_checkpoint {resume} is no checkpoint (no {TRAINER_STATE_NAME})")
     if missing := what_is_missing(Path(resume)):
         newest = newest_complete_checkpoint(Path(resume).parent)
-        cure = f"{newest} is" if newest else "there is no complete one beside it"
-        raise UserError(f"--resume_from_checkpoint {resume} is not complete ({missing}): {cure}")
+        cure = f"resume from {newest}, which is complete" if newest else "the folder beside it has no complete one"
+        raise UserError(f"{resume} is not a complete checkpoint ({missing}): {cure}")
     return Path(resume)
 
 
 def data_facts(dataset: Sequence, seed: int) -> dict:
-    """What a run trains on, for checkpoint.json.
+    """Describe what a run trains on, for checkpoint.json.
 
     Args:
         dataset: of {"input_ids", "labels"}, or something that has one as its ``dataset`` (bins, a subset).
         seed: of the order of the data.
 
     Returns:
-        ``sha256`` of all tokens and labels (their place in the records included), ``examples``, ``packing``, ``seed``.
+        ``sha256`` of all tokens and labels in order, ``examples``, ``packing`` and ``seed``.
     """
     packing = False
     while hasattr(dataset, "dataset"):
@@ -188,50 +184,50 @@ def data_facts(dataset: Sequence, seed: int) -> dict:
 
 
 def check_data(checkpoint: Path, there: dict, here: dict) -> None:
-    """Compares the data of a checkpoint with this run's; both are from data_facts. Another order is a warning only.
+    """Compare the data of a checkpoint with this run's; both are from data_facts. Another order is only a warning.
 
     Raises:
         UserError: other examples (a record that is held out now may have been trained on), or other batches.
     """
-    cure = f'or, to go on with these all the same, remove "data" from {checkpoint / MANIFEST}'
+    cure = f'or, to continue with this data anyway, remove "data" from {checkpoint / MANIFEST}'
     if there["packing"] != here["packing"]:
-        flag = "with" if there["packing"] else "without"
-        raise UserError(f"{checkpoint} was trained {flag} --packing: do the same, {cure}")
+        how = "with" if there["packing"] else "without"
+        raise UserError(f"{checkpoint} was trained {how} packing: do the same, {cure}")
     if there["sha256"] != here["sha256"]:
         raise UserError(
-            f"{checkpoint} was trained on other data ({there['examples']} examples, {here['examples']} here): take the "
-            f"same --data_path, --eval_fraction, --seed, --model_max_length and tokenizer, {cure}"
+            f"{checkpoint} was trained on other data ({there['examples']} examples, {here['examples']} here): use the "
+            f"same data_path, eval_fraction, seed, model_max_length and tokenizer, {cure}"
         )
     if there["seed"] != here["seed"]:
         say(
             f"warning: {checkpoint.name} was trained with the data in another order (seed {there['seed']}, here "
-            f"{here['seed']}): in this epoch some examples come twice and some not at all; --data_seed {there['seed']} "
-            "makes it equal"
+            f"{here['seed']}): in this epoch some examples come twice and some not at all; data_seed={there['seed']} "
+            "keeps the order"
         )
 
 
 def check_fits(checkpoint: Path, model: torch.nn.Module) -> None:
-    """Raises UserError if the checkpoint's tensors are not those of the model: other names or other shapes."""
+    """Raise UserError if the checkpoint's tensors are not those of the model: other names or other shapes."""
     there = _shapes(checkpoint)
     sharded = (checkpoint / SHARDED_MODEL).is_dir()
     tensors = state_dict(model) if sharded else saved_names(model)
     here = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    flag = f"--resume_from_checkpoint {checkpoint}"
-    if there is None:  # DeepSpeed's own format, or a pickle: the library finds out
+    if there is None:  # DeepSpeed's own format, or a pickle: the library checks it
         return
     if hasattr(model, "peft_config") != any(".lora_" in name for name in there):
-        raise UserError(f"{flag} holds {'no' if hasattr(model, 'peft_config') else 'an'} adapter: --lora_r must match")
+        holds = "no" if hasattr(model, "peft_config") else "an"
+        raise UserError(f"{checkpoint} holds {holds} adapter: lora_r must match")
     for name in sorted(there):
         if there[name] != here.get(name):
             what = f"has the shape {here[name]} here" if name in here else "is not in this model"
-            raise UserError(f"{flag} is of another model: {name}, there {there[name]}, {what}")
+            raise UserError(f"{checkpoint} belongs to another model: {name}, there {there[name]}, {what}")
     # A tied output embedding is stored once, by either name.
     if missing := sorted(set(here) - set(there) - set(getattr(model, "all_tied_weights_keys", None) or {})):
-        raise UserError(f"{flag} is of another model: it lacks {missing[0]}")
+        raise UserError(f"{checkpoint} belongs to another model: it lacks {missing[0]}")
 
 
 def _shapes(checkpoint: Path) -> dict[str, tuple[int, ...]] | None:
-    """Tensor name → shape, from headers alone; None in a format that has no header."""
+    """Return the shape of each tensor, read from headers only; None if the format has no header."""
     if (checkpoint / SHARDED_MODEL / ".metadata").exists():
         from torch.distributed.checkpoint import FileSystemReader
 
@@ -250,9 +246,9 @@ def _shapes(checkpoint: Path) -> dict[str, tuple[int, ...]] | None:
 
 
 def saved_names(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A model's tensors (on the meta device) under the names that save_pretrained gives them.
+    """Return a model's tensors (on the meta device) under the names that save_pretrained gives them.
 
-    Some families are saved under other names than they have in the library: GPT-NeoX's lm_head as embed_out.
+    Some families are saved under names other than the library's: GPT-NeoX's lm_head as embed_out.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -264,7 +260,7 @@ def saved_names(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A model's tensors under the names in which a checkpoint has them: of an adapter, its own alone."""
+    """Return a model's tensors under a checkpoint's names; of a model with an adapter, only the adapter's."""
     if not hasattr(model, "peft_config"):
         return model.state_dict()
     from peft import get_peft_model_state_dict
@@ -273,6 +269,6 @@ def state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def is_failed_write(e: BaseException, frames: traceback.StackSummary) -> bool:
-    """torch.save writes through C++, where a full disk is one of several RuntimeErrors without an errno."""
+    """Return whether it is a failed write; torch.save reports a full disk as a RuntimeError without an errno."""
     serialization = any(frame.filename.endswith("torch/serialization.py") for frame in frames)
     return isinstance(e, (OSError, SafetensorError)) or (isinstance(e, RuntimeError) and serialization)

@@ -1,4 +1,4 @@
-"""Reads a checkpoint on another number of processes, or another way of sharding, than those that wrote it."""
+"""Reads a checkpoint on another number of processes, or with other sharding, than it was written with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from alpaca.training.checkpoints import SHARDED_MODEL, SHARDED_OPTIMIZER, saved_
 
 
 class LoadingTrainer(transformers.Trainer):
-    """Trainer that reads sharded checkpoints without FSDP, and whole ones with it."""
+    """Trainer that reads sharded checkpoints without FSDP, and whole ones with it.
+
+    transformers (5.17 to 5.23) reads a checkpoint only with the kind of sharding that wrote it; hence the overrides.
+    """
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         checkpoint = Path(resume_from_checkpoint)
@@ -33,39 +36,40 @@ class LoadingTrainer(transformers.Trainer):
     def _load_whole(self, checkpoint: Path) -> None:
         if set(saved_names(self.model)) == set(state_dict(self.model)) and not _of_fsdp(checkpoint):
             super()._load_from_checkpoint(str(checkpoint))
-            return
-        if hasattr(self.model, "peft_config"):
-            from peft import set_peft_model_state_dict
-
-            set_peft_model_state_dict(self.model, load_file(checkpoint / ADAPTER))
-            return
-        # The library would leave tensors that are saved under another name as they are, and only warn; and it refuses
-        # a whole checkpoint of FSDP without FSDP.
-        self.model.load_state_dict(load_model(checkpoint, self.model.dtype).state_dict())
+        else:
+            # The library would skip tensors that are saved under another name, with only a warning; and without FSDP
+            # it refuses a whole checkpoint of FSDP.
+            self._put(self._read_whole(checkpoint))
 
     def _load_whole_into_shards(self, checkpoint: Path) -> None:
-        """Rank 0 reads it in CPU memory, and each rank gets its part, a tensor at a time."""
+        """Read it on rank 0 in CPU memory, and send each rank its part, a tensor at a time."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-        adapter, state = hasattr(self.model, "peft_config"), {}
-        if self.is_world_process_zero():
-            if adapter:  # saved without the adapter's name
-                names = {name.replace(f".{self.model.active_adapter}.", "."): name for name in self.model.state_dict()}
-                state = {names[name]: tensor for name, tensor in load_file(checkpoint / ADAPTER).items()}
-            else:
-                state = load_model(checkpoint, self.model.dtype).state_dict()
+        adapter = hasattr(self.model, "peft_config")
+        state = self._read_whole(checkpoint) if self.is_world_process_zero() else {}
+        if adapter:  # saved without the adapter's name
+            names = {name.replace(f".{self.model.active_adapter}.", "."): name for name in self.model.state_dict()}
+            state = {names[name]: tensor for name, tensor in state.items()}
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=not adapter)
         set_model_state_dict(self.model, state, options=options)
 
     def _load_sharded_weights(self, checkpoint: Path) -> None:
         state = {"model": state_dict(self.model)}
         torch.distributed.checkpoint.load(state, checkpoint_id=checkpoint / SHARDED_MODEL, no_dist=True)
+        self._put(state["model"])
+
+    def _read_whole(self, checkpoint: Path) -> dict[str, torch.Tensor]:
+        if hasattr(self.model, "peft_config"):
+            return load_file(checkpoint / ADAPTER)
+        return load_model(checkpoint, self.model.dtype).state_dict()
+
+    def _put(self, state: dict[str, torch.Tensor]) -> None:
         if hasattr(self.model, "peft_config"):
             from peft import set_peft_model_state_dict
 
-            set_peft_model_state_dict(self.model, state["model"])
+            set_peft_model_state_dict(self.model, state)
         else:
-            self.model.load_state_dict(state["model"])
+            self.model.load_state_dict(state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         of_fsdp = checkpoint is not None and _of_fsdp(Path(checkpoint))
@@ -87,21 +91,20 @@ class LoadingTrainer(transformers.Trainer):
             return
         # optimizer.pt numbers the parameters in the order of the groups, which is the same here; shards go by name.
         whole = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
-        wrapper = "_checkpoint_wrapped_module."  # of --fsdp_config's activation_checkpointing; not in a state dict
+        wrapper = "_checkpoint_wrapped_module."  # of activation_checkpointing in fsdp_config; not in a state dict
         names = {id(parameter): name.replace(wrapper, "") for name, parameter in self.model.named_parameters()}
         named = {}
         for group, stored in zip(self.optimizer.param_groups, whole["param_groups"], strict=True):
-            for parameter, number in zip(group["params"], stored["params"], strict=True):
-                named[number] = names[id(parameter)]
-            stored["params"] = [named[number] for number in stored["params"]]
+            here = [names[id(parameter)] for parameter in group["params"]]
+            named |= zip(stored["params"], here, strict=True)
+            stored["params"] = here
         whole["state"] = {named[number]: entry for number, entry in whole["state"].items()}
-        dcp.set_optimizer_state_dict(
-            self.model, self.optimizer, whole, options=dcp.StateDictOptions(full_state_dict=True)
-        )
+        options = dcp.StateDictOptions(full_state_dict=True)
+        dcp.set_optimizer_state_dict(self.model, self.optimizer, whole, options=options)
 
     @contextmanager
     def _state_dict_type(self, name: str | None):
-        """In it, FSDP saves and loads in that format; None, or no FSDP, changes nothing."""
+        """Make FSDP save and load in that format within this context; None, or no FSDP, changes nothing."""
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled and name else None
         if plugin is None or plugin.state_dict_type.name == name:
             yield
@@ -118,10 +121,10 @@ class LoadingTrainer(transformers.Trainer):
 
 
 def _format(checkpoint: Path) -> str:
-    """The state_dict_type in which FSDP wrote a checkpoint; this run's may be another."""
+    """Return the state_dict_type in which FSDP wrote a checkpoint; this run's may be another."""
     return "SHARDED_STATE_DICT" if (checkpoint / SHARDED_MODEL).is_dir() else "FULL_STATE_DICT"
 
 
 def _of_fsdp(checkpoint: Path) -> bool:
-    """Whether FSDP wrote it: in shards, or with state_dict_type FULL_STATE_DICT."""
+    """Return whether FSDP wrote it: in shards, or with state_dict_type FULL_STATE_DICT."""
     return (checkpoint / SHARDED_MODEL).is_dir() or (checkpoint / "pytorch_model_fsdp.bin").exists()

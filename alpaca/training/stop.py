@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 import transformers
 
-# sysexits.h: "temporary failure, try again". What a scheduler should start again; 1 is an error, 130 a Ctrl-C.
+# EX_TEMPFAIL of sysexits.h: a scheduler should start the run again. 1 is an error, 130 a Ctrl-C.
 EXIT_REQUEUE = 75
 EXIT_INTERRUPTED = 130
 
@@ -27,19 +27,20 @@ class Stopped(Exception):
 class StopOnSignal(transformers.TrainerCallback):
     """Ends training with a checkpoint after the step in which SIGTERM, SIGUSR1 or Ctrl-C arrived at any rank.
 
-    A second signal ends the process at once. One within two seconds is the same request: a terminal and a scheduler
-    send it to torchrun and to its workers, and torchrun passes it on to them once more.
+    A second signal ends the process at once. One within two seconds counts as the same request: a terminal or a
+    scheduler sends it to torchrun and to its workers, and torchrun passes it on to them again.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
+    NAMES = ("SIGINT", "SIGUSR1", "SIGTERM")
+    SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # Windows has no SIGUSR1
 
     def __init__(self):
-        self.received = 0  # the number of the signal: here first, from on_step_end on the same on every rank
+        self.received = 0  # the number of the signal; from on_step_end on the same on every rank
         self._since = 0.0
 
     @contextmanager
     def listening(self):
-        """Handles the signals while in it, in the main thread (only that one may)."""
+        """Handle the signals within this context; only the main thread may."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -61,7 +62,7 @@ class StopOnSignal(transformers.TrainerCallback):
             os.kill(os.getpid(), number)
 
     def ends_early(self, state) -> bool:
-        """Whether the run was asked to stop before its last step."""
+        """Return whether the run was asked to stop before its last step."""
         return bool(self.received) and state.global_step < state.max_steps
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -71,7 +72,7 @@ class StopOnSignal(transformers.TrainerCallback):
             self.received = int(received)
         if self.ends_early(state):
             control.should_save = control.should_training_stop = True
-            control.should_evaluate = False  # it would come first, take its time, and with "best" decide on the save
+            control.should_evaluate = False  # it would delay the save, and save_strategy=best would let it decide on it
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.ends_early(state):

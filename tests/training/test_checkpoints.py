@@ -125,7 +125,7 @@ def test_a_run_killed_in_a_save_equals_an_uninterrupted_one(model, data, whole, 
     assert sorted(path.name for path in out.iterdir()) == [".saving", "checkpoint-2"]
     assert (out / ".saving" / "checkpoint-3" / "optimizer.pt").exists()
     run(model, data, out, "--resume_from_checkpoint", "auto")
-    assert f"going on from {out}/checkpoint-2" in capsys.readouterr().out
+    assert f"resuming from {out}/checkpoint-2" in capsys.readouterr().out
     assert not (out / ".saving").exists()
     assert_same_result(out, whole)
 
@@ -219,7 +219,7 @@ def test_the_limit_keeps_the_newest_and_the_best(model, data, tmp_path):
     evals = [(entry["eval_loss"], entry["step"]) for entry in state["log_history"] if "eval_loss" in entry]
     best = min(evals[1:])[1]  # the first was before training
     assert best < 3
-    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["checkpoint-4", f"checkpoint-{best}"]
+    assert [path.name for path in checkpoints.newest_first(tmp_path)] == ["checkpoint-4", f"checkpoint-{best}"]
     assert state["best_model_checkpoint"] == str(tmp_path / f"checkpoint-{best}")
 
 
@@ -237,7 +237,7 @@ def test_a_stopped_run_keeps_its_newest_checkpoint_beside_the_best_and_finds_bot
     state = json.loads((tmp_path / "here" / "checkpoint-3" / "trainer_state.json").read_text())
     best = Path(state["best_model_checkpoint"]).name
     assert best != "checkpoint-3"  # the loss diverges
-    assert [path.name for path in checkpoints.checkpoints(tmp_path / "here")] == ["checkpoint-3", best]
+    assert [path.name for path in checkpoints.newest_first(tmp_path / "here")] == ["checkpoint-3", best]
     shutil.copytree(tmp_path / "here", tmp_path / "there")
     chosen = []
     inner = train.Trainer._load_best_model
@@ -301,7 +301,7 @@ def test_an_upload_that_fails_says_that_the_model_is_whole(model, data, tmp_path
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", create_commit)
-    with pytest.raises(UserError, match="no route to host.*is whole: hf upload me/model .* --exclude '[*]/[*]'"):
+    with pytest.raises(UserError, match="no route to host.*is complete: hf upload me/model .* --exclude '[*]/[*]'"):
         run(model, data, tmp_path, "--push_to_hub", "True", "--max_steps", 1, "--save_strategy", "no")
     assert (tmp_path / "model.safetensors").exists()
 
@@ -389,7 +389,7 @@ def test_a_checkpoint_of_a_plain_trainer_that_lacks_a_shard_is_passed_over(tiny_
 def test_a_checkpoint_with_a_truncated_file_is_passed_over(interrupted, capsys, name, size):
     os.truncate(interrupted / "checkpoint-2" / name, size)
     assert checkpoints.newest_complete_checkpoint(interrupted) == interrupted / "checkpoint-1"
-    assert re.search(f"checkpoint-2 is not complete .*{name}.*passed over", capsys.readouterr().out)
+    assert re.search(f"checkpoint-2 is not complete .*{name}.*skipped", capsys.readouterr().out)
 
 
 def test_a_checkpoint_of_the_weights_alone_is_no_place_to_go_on_from(model, data, tmp_path):
@@ -411,12 +411,14 @@ def test_auto_begins_where_there_is_no_checkpoint(tmp_path, capsys):
 
 def test_an_incomplete_checkpoint_that_is_named_is_refused(interrupted):
     (interrupted / "checkpoint-2" / "scheduler.pt").unlink()
-    with pytest.raises(UserError, match=r"not complete \(scheduler.pt is missing\): .*checkpoint-1 is"):
+    with pytest.raises(
+        UserError, match=r"not a complete checkpoint \(scheduler.pt is missing\): .*checkpoint-1, which is"
+    ):
         checkpoints.choose_checkpoint(str(interrupted / "checkpoint-2"), interrupted)
 
 
 def test_a_finished_run_is_told(whole):
-    with pytest.raises(UserError, match="holds a trained model: the run there is finished"):
+    with pytest.raises(UserError, match="holds a trained model: the run is finished"):
         checkpoints.choose_checkpoint("auto", whole)
     with pytest.raises(UserError, match="holds a trained model: remove it, or choose another folder"):
         checkpoints.choose_checkpoint(str(whole / "checkpoint-2"), whole)
@@ -431,7 +433,7 @@ def test_a_run_that_was_killed_before_its_final_save_only_saves(model, data, who
 
 def test_a_checkpoint_of_another_model_is_refused(tiny_opt, tiny_llama, data, interrupted, tmp_path):
     with pytest.raises(
-        UserError, match="is of another model: model.embed_tokens.weight, there .301, 64., is not in this model"
+        UserError, match="belongs to another model: model.embed_tokens.weight, there .301, 64., is not in this model"
     ):
         run(tiny_opt, data, interrupted, "--resume_from_checkpoint", "auto")
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -441,13 +443,13 @@ def test_a_checkpoint_of_another_model_is_refused(tiny_opt, tiny_llama, data, in
     shutil.copyfile(tiny_llama / "tokenizer.json", tmp_path / "narrow" / "tokenizer.json")
     shutil.copyfile(tiny_llama / "tokenizer_config.json", tmp_path / "narrow" / "tokenizer_config.json")
     with pytest.raises(
-        UserError, match="is of another model: .*down_proj.weight, there .64, 128., has the shape .64, 96"
+        UserError, match="belongs to another model: .*down_proj.weight, there .64, 128., has the shape .64, 96"
     ):
         run(tmp_path / "narrow", data, interrupted, "--resume_from_checkpoint", "auto")
 
 
 def test_another_number_of_examples_a_step_is_refused_with_the_cure(model, data, interrupted):
-    with pytest.raises(UserError, match="8 examples a step, this run has 4: --gradient_accumulation_steps 2 makes"):
+    with pytest.raises(UserError, match="8 examples a step, this run has 4: set gradient_accumulation_steps to 2"):
         run(model, data, interrupted, "--resume_from_checkpoint", "auto", "--per_device_train_batch_size", 4)
 
 
@@ -472,7 +474,7 @@ def test_other_data_than_a_checkpoint_was_trained_on_is_refused_with_the_cure(mo
 
 def test_packing_that_comes_or_goes_is_refused_and_another_order_told(interrupted, capsys):
     there = {"sha256": "x", "examples": 2, "packing": False, "seed": 42}
-    with pytest.raises(UserError, match="checkpoint-2 was trained without --packing: do the same, or,"):
+    with pytest.raises(UserError, match="checkpoint-2 was trained without packing: do the same, or,"):
         checkpoints.check_data(interrupted / "checkpoint-2", there, there | {"packing": True})
     checkpoints.check_data(interrupted / "checkpoint-2", there, dict(there))
     assert capsys.readouterr().out == ""
@@ -571,8 +573,8 @@ def test_a_full_disk_leaves_the_previous_checkpoint(model, data, interrupted, mo
     with pytest.raises(trainer.SaveFailed) as failure:
         run(model, data, interrupted, "--resume_from_checkpoint", "auto", "--save_total_limit", 1)
     assert "checkpoint-3 could not be saved" in str(failure.value) and "\n" not in str(failure.value)
-    assert "free some; checkpoint-2 is whole: go on with --resume_from_checkpoint auto" in str(failure.value)
-    assert [path.name for path in checkpoints.checkpoints(interrupted)] == ["checkpoint-2", "checkpoint-1"]
+    assert "free some; checkpoint-2 is complete: resume with --resume_from_checkpoint auto" in str(failure.value)
+    assert [path.name for path in checkpoints.newest_first(interrupted)] == ["checkpoint-2", "checkpoint-1"]
     assert not (interrupted / ".saving").exists()
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_preflight import levels, make_trainer, whats
+from made_trainer import levels, make_trainer, whats
 
 import train
 from alpaca.common import memory as host_memory
@@ -178,10 +178,10 @@ def test_gradients_that_fsdp_accumulates_are_whole_on_each_device_and_ddp_has_th
 def test_a_smaller_batch_is_advised_with_the_gradients_that_it_makes_fsdp_accumulate():
     plan = Plan(batch=128, length=512, ranks=64, sharded=True, bf16=True, checkpointing=True)
     shape = replace(LLAMA_7B, trainable=LLAMA_7B.trainable - 1)  # so that no adapter is advised
-    smaller = "--per_device_train_batch_size 1 --gradient_accumulation_steps 128"
+    smaller = "per_device_train_batch_size=1 gradient_accumulation_steps=128"
     alone = memory.estimate(shape, replace(plan, batch=1, accumulation=128))["total"]
     assert memory.advise(shape, plan, alone)[0].startswith(f"{smaller} (")
-    synced = f"""{smaller} --accelerator_config '{{"gradient_accumulation_kwargs": {{"sync_each_batch": true}}}}' ("""
+    synced = f"""{smaller} accelerator_config='{{"gradient_accumulation_kwargs": {{"sync_each_batch": true}}}}' ("""
     assert memory.advise(shape, plan, alone - 1)[0].startswith(synced)
     assert memory.estimate(shape, replace(plan, batch=1, accumulation=128, sync_each_batch=True))["total"] < alone
     assert not any("sync" in text for text in memory.advise(LLAMA_7B, replace(plan, sharded=False), 90 * GIB))
@@ -191,9 +191,9 @@ def test_the_published_recipe_fits_four_80_gb_gpus_and_not_one_of_24_gb():
     recipe = Plan(batch=4, length=512, ranks=4, accumulation=8, sharded=True, bf16=True)
     assert levels(check(LLAMA_7B, recipe, 79 * GIB)) == ["note"]
     [finding] = check(LLAMA_7B, replace(recipe, ranks=1, sharded=False), 24 * GIB)
-    assert finding.level == "error" and "no estimate" in finding.why
-    assert "--fsdp over 16 devices" in finding.cure and "--load_in_4bit" in finding.cure
-    assert "--lora_r 8 (" not in finding.cure  # the base alone, in float32, is more than 24 GiB
+    assert finding.level == "error" and "exact, not estimated" in finding.why
+    assert "fsdp over 16 devices" in finding.cure and "load_in_4bit=True" in finding.cure
+    assert "lora_r=8 (" not in finding.cure  # the base alone, in float32, is more than 24 GiB
 
 
 def test_activations_that_do_not_fit_are_a_warning_with_flags_that_are_enough():
@@ -201,8 +201,8 @@ def test_activations_that_do_not_fit_are_a_warning_with_flags_that_are_enough():
     assert levels(check(LLAMA_7B, plan, 300 * GIB)) == ["note"]
     [finding] = check(LLAMA_7B, replace(plan, accumulation=2), 79 * GIB)
     assert finding.level == "warning"
-    assert "--gradient_checkpointing True (" in finding.cure
-    assert "--per_device_train_batch_size 1 --gradient_accumulation_steps 128" in finding.cure
+    assert f"{memory.CHECKPOINTING}=True (" in finding.cure
+    assert "per_device_train_batch_size=1 gradient_accumulation_steps=128" in finding.cure
     assert memory.estimate(LLAMA_7B, replace(plan, checkpointing=True, accumulation=2))["total"] <= 79 * GIB
     assert memory.estimate(LLAMA_7B, replace(plan, batch=1, accumulation=128))["total"] <= 79 * GIB
 
@@ -210,16 +210,16 @@ def test_activations_that_do_not_fit_are_a_warning_with_flags_that_are_enough():
 def test_no_flag_is_advised_that_is_set_already_and_no_set_that_is_too_small():
     plan = Plan(batch=1, length=512, bf16=True, checkpointing=True, optimizer_bytes=2)
     flags = memory.advise(LLAMA_7B, plan, 40 * GIB)
-    assert flags and not any(flag in " ".join(flags) for flag in ("checkpointing", "batch_size", "--optim"))
+    assert flags and not any(flag in " ".join(flags) for flag in ("checkpointing", "batch_size", "optim="))
     assert memory.advise(LLAMA_7B, plan, 1 * GIB) == []
 
 
 def test_an_8_bit_optimizer_is_never_advised_with_fsdp():
     """bitsandbytes has no sharding strategy: FSDP2 ends in its first step."""
     alone = Plan(batch=1, length=512, bf16=True, checkpointing=True)
-    assert any("--optim adamw_8bit" in text for text in memory.advise(LLAMA_7B, alone, 90 * GIB))
+    assert any("optim=adamw_8bit" in text for text in memory.advise(LLAMA_7B, alone, 90 * GIB))
     for size in range(4, 120, 4):
-        assert not any("8bit" in text and "--fsdp" in text for text in memory.advise(LLAMA_7B, alone, size * GIB))
+        assert not any("8bit" in text and "fsdp" in text for text in memory.advise(LLAMA_7B, alone, size * GIB))
         sharded = replace(alone, ranks=2, sharded=True)
         assert not any("8bit" in text for text in memory.advise(LLAMA_7B, sharded, size * GIB))
 
@@ -279,9 +279,9 @@ def test_a_disk_that_is_too_small_is_an_error_with_the_limit_that_fits(tmp_path)
     check = preflight.check_disk
     assert levels(check(tmp_path, 30, 10, checkpoints=3, free=100)) == ["note"]
     [finding] = check(tmp_path, 30, 10, checkpoints=4, free=100)
-    assert finding.level == "error" and finding.cure.startswith("--save_total_limit 2, or free some")
+    assert finding.level == "error" and finding.cure.startswith("save_total_limit=2, or free some")
     [finding] = check(tmp_path, 30, 10, checkpoints=1, free=39)
-    assert finding.cure.startswith("--save_strategy no")
+    assert finding.cure.startswith("save_strategy=no")
     assert memory.checkpoint_bytes(LLAMA_7B, Plan(4, 512)) == (12 * 6738415616, 4 * 6738415616)
 
 

@@ -375,7 +375,7 @@ def test_an_attention_that_is_wrong_is_found_and_training_pads(attention, monkey
     monkeypatch.setitem(AttentionInterface._global_mapping, packing.SEGMENTS, attention)
     fallen = run(model, tmp_path, examples, "free")
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
-    assert len(warnings) == 1 and "as with --padding longest" in warnings[0]
+    assert len(warnings) == 1 and "as with padding=longest" in warnings[0]
     assert losses(fallen[1]) == losses(padded[1])
     assert fallen[0].config._attn_implementation == "sdpa"
 

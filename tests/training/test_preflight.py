@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import os
 import re
@@ -11,26 +10,19 @@ import re
 import pytest
 import torch
 from conftest import ROOT, make_records, torchrun
+from made_trainer import levels, make_trainer, whats
 
 import train
 from alpaca import RankError, UserError
 from alpaca.common import memory as host_memory
+from alpaca.training import distributed
 from alpaca.training.checkpoints import REHEARSAL
 from alpaca.training.preflight import packing as packing_check
 from alpaca.training.preflight import run as preflight
-from alpaca.training.preflight.examples_and_tokenizer import check_examples, check_tokenizer, mend_merges, show_example
+from alpaca.training.preflight.examples_and_tokenizer import check_examples, check_tokenizer, show_example
 from alpaca.training.preflight.findings import Finding, colour_wanted, format_report, raise_errors
-from alpaca.training.preflight.fingerprint import fingerprint
-from alpaca.training.preflight.rehearsal import rehearse
-
-
-def whats(findings, level=None):
-    return " | ".join(finding.what for finding in findings if level in (None, finding.level))
-
-
-def levels(findings):
-    return [finding.level for finding in findings]
-
+from alpaca.training.preflight.merges import mend_merges
+from alpaca.training.preflight.rehearsal import fingerprint, rehearse
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Findings and the report.
@@ -227,7 +219,7 @@ def test_an_example_beyond_the_learnt_positions_is_an_error_and_beyond_rotary_on
         assert preflight.check_positions(model, 128) == []
         [finding] = preflight.check_positions(model, 129)
         assert finding.level == level and "129 tokens, and the model has 128 positions" in finding.what
-        assert finding.cure == "--model_max_length 128"
+        assert finding.cure == "model_max_length=128"
         if level == "error":
             with pytest.raises(IndexError):
                 model(torch.ones(1, 129, dtype=torch.long))
@@ -284,25 +276,6 @@ def test_an_example_is_shown_with_its_mask(tokenizer):
 # The trainer.
 
 
-def make_trainer(folder, out, trainer_class=train.Trainer, records=24, dropout=0.0, **arguments):
-    tokenizer = train.load_tokenizer(folder, model_max_length=512, padding_side="right")
-    model = train.load_model(folder, torch.float32)
-    model.config.dropout = dropout
-    for module in model.modules():
-        if dropout and isinstance(getattr(module, "dropout", None), float):
-            module.dropout = dropout
-    train.add_special_tokens(tokenizer, model)
-    dataset = train.SupervisedDataset(make_records(records), tokenizer, 512, "training")
-    defaults = {"max_steps": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "logging_steps": 1}
-    defaults |= {"save_strategy": "steps", "report_to": [], "disable_tqdm": True, "use_cpu": True}
-    args = train.TrainingArguments(output_dir=str(out), **(defaults | arguments))
-    args.remove_unused_columns = False
-    collator = train.DataCollatorForSupervisedDataset(tokenizer.pad_token_id)
-    return trainer_class(
-        model=model, args=args, train_dataset=dataset, data_collator=collator, processing_class=tokenizer
-    )
-
-
 def test_a_clean_run_gets_notes_alone_and_is_ready(tiny_llama, tmp_path, capsys):
     findings = preflight.preflight(make_trainer(tiny_llama, tmp_path))
     assert set(levels(findings)) == {"note"}
@@ -340,7 +313,7 @@ def test_fsdp_that_is_not_enabled_and_a_model_without_trained_parameters_are_err
     trainer = make_trainer(tiny_llama, tmp_path)
     assert preflight.check_trainer(trainer) == []
     trainer.args.fsdp = True
-    assert "--fsdp was asked for" in whats(preflight.check_trainer(trainer), "error")
+    assert "fsdp was asked for" in whats(preflight.check_trainer(trainer), "error")
     trainer.model.requires_grad_(False)
     assert "no parameter is trained" in whats(preflight.check_trainer(trainer), "error")
 
@@ -349,11 +322,12 @@ def test_an_optimizer_of_bitsandbytes_under_fsdp_or_without_the_package_is_an_er
     trainer = make_trainer(tiny_llama, tmp_path, optim="adamw_8bit")
     assert preflight.check_trainer(trainer) == []
     trainer.args.fsdp = trainer.is_fsdp_enabled = True
-    assert "--optim adamw_8bit is of bitsandbytes" in whats(preflight.check_trainer(trainer), "error")
+    assert "optim=adamw_8bit comes from bitsandbytes" in whats(preflight.check_trainer(trainer), "error")
     for optim in ("adamw_torch_fused", "adamw_torch_8bit", "adafactor"):
         assert preflight.check_optimizer(optim, sharded=True) == []
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "needs bitsandbytes" in whats(preflight.check_optimizer("paged_adamw_32bit", sharded=False), "error")
+    monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: False)
+    with pytest.raises(UserError, match="need to install `bitsandbytes`"):  # the library's own words
+        distributed.check_packages(trainer.args)
 
 
 def test_bf16_on_a_gpu_that_only_emulates_it_is_an_error(monkeypatch):
@@ -459,7 +433,7 @@ class SavesRounded(train.Trainer):
 )
 def test_a_fault_in_saving_or_loading_is_found_before_step_one(tiny_opt, tmp_path, trainer_class, what):
     result = rehearse(make_trainer(tiny_opt, tmp_path, trainer_class, dropout=0.5), tmp_path)
-    assert any(what in fault[0] for fault in result.faults), result.faults
+    assert any(what in fault.what for fault in result.faults), result.faults
     assert list(tmp_path.iterdir()) == []
 
 
@@ -486,11 +460,11 @@ def test_a_mixture_of_experts_is_saved_under_other_names_than_it_has_and_nothing
             save_file(kept, output_dir / "model.safetensors", {"format": "pt"})
 
     faults = rehearse(make_trainer(tmp_path / "model", tmp_path / "out", LosesAnExpert), tmp_path / "out").faults
-    assert "the final save lacks 3 tensors" in faults[0][0]
+    assert "the final save lacks 3 tensors" in faults[0].what
 
 
 def test_a_run_without_checkpoints_rehearses_none(tiny_llama, tmp_path, monkeypatch, capsys):
-    """Its disk was counted without one: --save_strategy no is the cure for a small one."""
+    """Its disk was counted without one: save_strategy=no is the cure for a small one."""
     saved, inner = [], train.Trainer._save_checkpoint
     monkeypatch.setattr(train.Trainer, "_save_checkpoint", lambda *args: saved.append(inner(*args)))
     preflight.preflight(make_trainer(tiny_llama, tmp_path / "saves"))
@@ -499,7 +473,7 @@ def test_a_run_without_checkpoints_rehearses_none(tiny_llama, tmp_path, monkeypa
     assert len(saved) == 1
     assert "two steps and the final save are as they should be" in capsys.readouterr().out
     result = rehearse(make_trainer(tiny_llama, tmp_path / "half", SavesHalf, save_strategy="no"), tmp_path / "half")
-    assert "the final save lacks" in result.faults[0][0]
+    assert "the final save lacks" in result.faults[0].what
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -533,7 +507,7 @@ def test_the_rehearsal_is_on_the_longest_examples_and_the_run_on_all(tiny_llama,
 def test_a_loss_that_is_not_finite_is_found(tiny_llama, tmp_path):
     trainer = make_trainer(tiny_llama, tmp_path)
     trainer.model.lm_head.weight.data[7, 7] = float("nan")
-    assert "not finite" in rehearse(trainer, tmp_path).faults[0][0]
+    assert "not finite" in rehearse(trainer, tmp_path).faults[0].what
 
 
 def test_an_optimizer_that_moves_at_learning_rate_zero_is_found(tiny_llama, tmp_path):
@@ -552,7 +526,7 @@ def test_an_optimizer_that_moves_at_learning_rate_zero_is_found(tiny_llama, tmp_
 
     assert (
         "moves weights at learning rate 0"
-        in rehearse(make_trainer(tiny_llama, tmp_path, Restless), tmp_path).faults[0][0]
+        in rehearse(make_trainer(tiny_llama, tmp_path, Restless), tmp_path).faults[0].what
     )
 
 
@@ -575,7 +549,7 @@ def test_a_failure_that_is_no_failed_write_does_not_blame_the_disk(tiny_llama, t
     monkeypatch.setattr(preflight, "rehearse", fail)
     for message, hint in [
         ("[x.cc:123] Connection closed by peer [127.0.0.1]:1", "another process of the run has ended"),
-        ("shape mismatch", "--skip_save_rehearsal goes on without"),
+        ("shape mismatch", "skip_save_rehearsal=True trains without it"),
     ]:
         with pytest.raises(RankError, match=rf"{re.escape(message)} \({hint}"):
             preflight.preflight(make_trainer(tiny_llama, tmp_path))
@@ -646,7 +620,7 @@ def test_under_fsdp_a_model_that_cannot_do_without_padding_falls_back_and_trains
     argv += [tmp_path / "out", "--max_steps", 1, "--per_device_train_batch_size", 4, "--logging_steps", 1]
     result = torchrun(2, "train.py", *argv, "--fsdp", "--fsdp_config", "configs/fsdp.json")
     assert result.returncode == 0, result.stderr
-    assert "examples are padded, as with --padding longest: padding-free attention has no softcap" in result.stdout
+    assert "examples are padded, as with padding=longest: padding-free attention has no softcap" in result.stdout
     assert "saved, reloaded and resumed: weights and optimizer equal" in result.stdout
 
 
@@ -673,14 +647,14 @@ def test_a_model_with_fewer_learnt_positions_than_tokens_stops_a_training(tiny_o
     config = AutoConfig.from_pretrained(tiny_opt, max_position_embeddings=128)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match="the model has 128 positions: --model_max_length 128"):
+    with pytest.raises(UserError, match="the model has 128 positions: model_max_length=128"):
         run(tmp_path / "model", tmp_path, "--max_steps", "1", "--skip_save_rehearsal")
 
 
 def test_a_model_that_the_machine_cannot_hold_is_not_loaded(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr(host_memory, "host_free", lambda swap=False: 1000)
     monkeypatch.setattr(train, "load_model", None)
-    with pytest.raises(UserError, match="the model is loaded into the machine's memory: 0.4 MiB, of which 0.0 MiB"):
+    with pytest.raises(UserError, match="the model is loaded into the machine's memory: 0.4 MiB, but only 0.0 MiB"):
         run(tiny_llama, tmp_path)
 
 
@@ -698,7 +672,7 @@ def test_with_held_out_records_the_numbers_listed_are_those_of_the_file(tiny_lla
     train.train(*args)
     out = capsys.readouterr().out
     assert "1 of 17 examples do not fit in 512 tokens and were cut (record 18)" in out
-    assert "--model_max_length 512 (record 22)" in out
+    assert "their prompt alone fills 512 tokens (record 22)" in out
 
 
 def test_a_broken_tokenizer_stops_a_training(tiny_llama, tmp_path, tokenizer):

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from alpaca import UserError
 
 COLOURS = {"error": "31", "warning": "33", "note": "36"}  # SGR codes: red, yellow, cyan
@@ -17,8 +19,8 @@ class Finding:
     """One thing that preflight found.
 
     Attributes:
-        level: "error" (training would be wasted: it stops), "warning" (it may be) or "note" (good to know).
-        what: what is the case, in one line.
+        level: "error" (training would be wasted, so it stops), "warning" (it may be) or "note" (good to know).
+        what: what was found, in one line.
         why: what it would do to the run.
         cure: what to do about it; empty for a note that needs nothing.
     """
@@ -30,33 +32,40 @@ class Finding:
 
 
 def colour_wanted(stream=None) -> bool:
-    """Whether the stream (stdout by default) is a terminal, and NO_COLOR is not set (no-color.org)."""
+    """Return whether the stream (stdout by default) is a terminal and NO_COLOR is not set (no-color.org)."""
     return (stream or sys.stdout).isatty() and not os.environ.get("NO_COLOR")
 
 
 def paint(text: str, code: str, colour: bool) -> str:
-    """The text in an SGR colour code ("31"), line by line, since a pager forgets the colour at a line's end."""
+    """Return the text in an SGR colour code ("31"), line by line, since a pager forgets the colour at a line's end."""
     if not colour:
         return text
     return "\n".join(f"\033[{code}m{line}\033[0m" if line else line for line in text.split("\n"))
 
 
-def gather(findings: list) -> list:
-    """The findings (or anything hashable) of all ranks, each once, in the same order on every rank.
+def _of_all_ranks(value) -> list:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    values: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
-    A rank that alone found an error would leave the others waiting for it in their next collective.
+
+def gather(findings: list[Finding]) -> list[Finding]:
+    """Return the findings of all ranks, each once, in the same order on every rank; every rank must call it.
+
+    If one rank alone stopped at an error, the others would wait for it in their next collective.
     """
-    import torch.distributed as dist
+    return list(dict.fromkeys(finding for rank in _of_all_ranks(findings) for finding in rank))
 
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return list(dict.fromkeys(findings))
-    all_of_them: list = [None] * dist.get_world_size()
-    dist.all_gather_object(all_of_them, findings)
-    return list(dict.fromkeys(finding for rank in all_of_them for finding in rank))
+
+def lowest(value: float) -> float:
+    """Return the lowest value of all ranks, so that each reports and decides the same; every rank must call it."""
+    return min(_of_all_ranks(value))
 
 
 def format_report(findings: Iterable[Finding], colour: bool = False) -> str:
-    """The report: errors first, each finding with what, why and cure; or one line when there is nothing to say."""
+    """Return the report: errors first, then warnings and notes, each with what, why and cure."""
     order = list(COLOURS)
     lines = []
     for finding in sorted(findings, key=lambda finding: order.index(finding.level)):
@@ -67,10 +76,10 @@ def format_report(findings: Iterable[Finding], colour: bool = False) -> str:
 
 
 def finish(findings: Sequence[Finding]) -> None:
-    """Prints the report on rank 0.
+    """Print the report on rank 0.
 
     Raises:
-        UserError: there are errors; it is one line with the first one, and how many more the report names.
+        UserError: there are errors; one line with the first of them and the number of others.
     """
     if int(os.environ.get("RANK", 0)) == 0:
         print(format_report(findings, colour_wanted()), flush=True)
@@ -81,17 +90,6 @@ def finish(findings: Sequence[Finding]) -> None:
 
 
 def raise_errors(findings: Sequence[Finding]) -> None:
-    """Before all is known: ends with the report so far where it has an error, and says nothing where it has none."""
+    """Print the report and raise UserError if there is an error among the findings so far; else print nothing."""
     if any(finding.level == "error" for finding in findings):
         finish(findings)
-
-
-def lowest(value: float) -> float:
-    """The lowest of a number over all ranks, so that each of them reports and decides the same."""
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return value
-    values: list = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return min(values)

@@ -1,29 +1,37 @@
-"""How much memory a training step needs on each device, how much there is, and which flags would make it fit.
+"""How much memory a training step needs on each device, and which arguments would make it fit.
 
 Parameters, gradients and optimizer states are exact. Activations and logits are an estimate: it counts what autograd
 keeps for the backward pass of a decoder block, as Korthikanti et al., "Reducing Activation Recomputation in Large
 Transformer Models" (2022, section 4) do for GPT with 34·s·b·h bytes a layer, for today's blocks (RMSNorm in float32,
 grouped-query attention without a score matrix, gated MLP). Measured on small LLaMA and OPT models it is within a
-factor of 1.5 (tests/test_preflight.py holds it to that).
+factor of 1.5 (tests/training/test_memory.py holds it to that).
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from transformers import TrainingArguments
 
 from alpaca import UserError
 from alpaca.common.memory import as_text
 from alpaca.weights.checkpoint import CheckpointReader
 
+# transformers 5.23 renamed the argument; 5.17 has the old name only.
+CHECKPOINTING = (
+    "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
+)
+
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a model decides its memory. Sizes in elements; parameter_bytes as the parameters are stored now."""
+    """The sizes of a model that decide its memory, in elements; parameter_bytes as the parameters are stored now."""
 
     parameters: int
     trainable: int
@@ -40,7 +48,7 @@ class Shape:
 
     @classmethod
     def of(cls, model) -> Shape:
-        """From a model before FSDP shards it; DeepSpeed's ZeRO-3 and bitsandbytes may have taken it apart already."""
+        """Measure a model before FSDP shards it; ZeRO-3 may have partitioned it and bitsandbytes packed it already."""
         config, parameters = model.config, list(model.parameters())
         heads = getattr(config, "num_attention_heads", None) or 0  # none: Mamba
         return cls(
@@ -61,7 +69,7 @@ class Shape:
 
     @property
     def known(self) -> bool:
-        """Whether it is a transformer, whose activations can be estimated."""
+        """Whether it is a transformer, so that its activations can be estimated."""
         return bool(self.layers and self.heads)
 
     @property
@@ -74,7 +82,7 @@ class Shape:
         return (self.parameters - self.embedding * (1 if self.tied else 2)) // self.layers
 
     def lora(self, r: int) -> int:
-        """Trainable parameters of LoRA on all linear maps of the layers: r·(in + out) each (Hu et al. 2021)."""
+        """Return the parameters of LoRA on all linear maps of the layers: r·(in + out) each (Hu et al. 2021)."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         maps = [(self.hidden, q), (self.hidden, kv), (self.hidden, kv), (q, self.hidden)]
         maps += [(self.hidden, self.intermediate)] * (3 if self.gated else 2)
@@ -82,14 +90,14 @@ class Shape:
 
 
 def _elements(parameter: torch.Tensor) -> int:
-    """Of the whole parameter: numel() of one that ZeRO-3 has partitioned is 0, and bitsandbytes packs two in a byte."""
+    """Count the whole parameter: ZeRO-3's partitions have numel() 0, and bitsandbytes packs two elements in a byte."""
     if (packed := getattr(parameter, "quant_state", None)) is not None:
         return packed.shape.numel()
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def _bytes(parameter: torch.Tensor) -> int:
-    """What it takes, the scales of 4-bit blocks (and theirs, if they are quantised too) included."""
+    """Return the bytes it takes, including the scales of 4-bit blocks (and their scales, if they are quantized too)."""
     if (packed := getattr(parameter, "quant_state", None)) is not None:
         scales = [packed.absmax, *([packed.state2.absmax] if packed.nested else [])]
         return parameter.nbytes + sum(tensor.nbytes for tensor in scales)
@@ -98,7 +106,7 @@ def _bytes(parameter: torch.Tensor) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """How it is to be trained."""
+    """How the model is to be trained."""
 
     batch: int  # examples a device and forward pass
     length: int  # tokens of the longest example
@@ -115,7 +123,7 @@ class Plan:
 
 
 def optimizer_bytes(optim: str) -> float:
-    """Bytes of state a trainable parameter for one of the library's --optim names."""
+    """Return the bytes of state per trainable parameter for one of transformers' optimizer names."""
     if "8bit" in optim:
         return 2  # two moments of one byte, and their scales, 4 bytes for 256 values (Dettmers et al. 2022)
     if "4bit" in optim:
@@ -128,13 +136,13 @@ def optimizer_bytes(optim: str) -> float:
 
 
 def activation_bytes(shape: Shape, plan: Plan) -> tuple[int, int, int]:
-    """Bytes that autograd keeps for one token: (in a layer, in a layer with activation checkpointing, after the last).
+    """Return the bytes that autograd keeps per token: (in a layer, in a checkpointed layer, after the last layer).
 
     c is the size of the computing type; r that of the residual stream, which autocast leaves in float32 and FSDP's
-    mixed precision does not. Kept are, in elements: by each norm its float32 input (not by LayerNorm, in models without
-    a gate), the normalised value (r) and what the linear maps read (c); by attention q, k, v (k and v repeated for each
-    query head) and its output; by the MLP the gate, its activation, up and their product (without a gate: both sides of
-    the activation).
+    mixed precision does not. What is kept, in elements: by each norm its float32 input (not by LayerNorm, in models
+    without a gate), the normalized value (r) and the input of the linear maps (c); by attention q, k, v (k and v
+    repeated for each query head) and its output; by the MLP the gate, its activation, up and their product (without a
+    gate: both sides of the activation).
     """
     c = 2 if plan.bf16 else 4
     r = 2 if plan.bf16 and plan.sharded else 4
@@ -145,13 +153,13 @@ def activation_bytes(shape: Shape, plan: Plan) -> tuple[int, int, int]:
 
 
 def estimate(shape: Shape, plan: Plan) -> dict[str, int]:
-    """Bytes on each device, by what holds them; "total" is the peak.
+    """Return the bytes on each device, by what holds them; "total" is the peak.
 
     - parameters as stored, gradients 4 bytes and optimizer states a trainable parameter, divided by the ranks when
       sharded (Rajbhandari et al., "ZeRO", 2020, section 5). While FSDP accumulates gradients over several batches,
       each device holds all of them, whole (torch's unsharded_accumulated_grad).
     - gradient buckets: DistributedDataParallel keeps a second copy of the gradients, in which it reduces them (its
-      gradient_as_bucket_view is off, and neither accelerate nor transformers switches it on).
+      gradient_as_bucket_view is off, and neither accelerate nor transformers turns it on).
     - working copies: under autocast a bf16 copy of each weight lives until the backward pass; sharded, the output
       embedding, two layers (one is fetched ahead) and a layer's unreduced gradients are whole.
     - logits: float32 logits, their log-softmax and its gradient, 12 bytes a position and vocabulary entry, and the
@@ -171,8 +179,8 @@ def estimate(shape: Shape, plan: Plan) -> dict[str, int]:
     if plan.sharded:
         parts["working copies"] = c * (shape.embedding + 2 * shape.layer) + 4 * shape.layer
     else:
-        quantised = shape.parameter_bytes < 2 * shape.parameters
-        parts["working copies"] = 2 * shape.parameters if plan.bf16 and not quantised else 0
+        quantized = shape.parameter_bytes < 2 * shape.parameters
+        parts["working copies"] = 2 * shape.parameters if plan.bf16 and not quantized else 0
     tokens = plan.batch * plan.length
     whole, kept, after = activation_bytes(shape, plan)
     layers = whole + kept * shape.layers if plan.checkpointing else whole * shape.layers
@@ -186,14 +194,14 @@ def estimate(shape: Shape, plan: Plan) -> dict[str, int]:
 
 
 def certain_bytes(parts: dict[str, int], plan: Plan) -> int:
-    """Of an estimate what is no estimate: parameters, gradients and optimizer states on the device."""
-    if plan.offloaded:  # but for gradients that are accumulated whole
+    """Return the part of an estimate that is exact: parameters, gradients and optimizer states on the device."""
+    if plan.offloaded:  # all but the gradients that are accumulated whole
         return parts["gradients"] if plan.accumulation > 1 and not plan.sync_each_batch else 0
     return sum(parts.get(name, 0) for name in ("parameters", "gradients", "gradient buckets", "optimizer"))
 
 
 def weights_bytes(folder: Path, dtype: torch.dtype) -> int:
-    """Of a checkpoint's weights, loaded as that type; 0 where they cannot be counted (whoever loads them says why)."""
+    """Return the bytes of a checkpoint's weights as that type; 0 if they cannot be counted (loading them says why)."""
     try:
         reader = CheckpointReader(folder)
         return sum(math.prod(reader.spec(name)[1]) for name in reader.names()) * dtype.itemsize
@@ -201,61 +209,72 @@ def weights_bytes(folder: Path, dtype: torch.dtype) -> int:
         return 0
 
 
-SYNC = """--accelerator_config '{"gradient_accumulation_kwargs": {"sync_each_batch": true}}'"""
+class Option(NamedTuple):
+    """Arguments that save memory, as a user would set them, and what they change in the plan and the shape."""
+
+    kind: str
+    text: str
+    plan: dict
+    shape: dict = {}
 
 
-def advise(shape: Shape, plan: Plan, available: int, checkpointing_flag: str = "gradient_checkpointing") -> list[str]:
-    """Flags that would make the plan fit, by trying them in the estimate: up to three sets, the smallest first."""
-    if not shape.known:
-        return []
-    options: list[tuple[str, dict, dict]] = []  # flags, what they change in the plan, in the shape
+def _options(shape: Shape, plan: Plan) -> Iterator[Option]:
     if not plan.checkpointing:
-        options.append((f"--{checkpointing_flag} True", {"checkpointing": True}, {}))
+        yield Option("checkpointing", f"{CHECKPOINTING}=True", {"checkpointing": True})
     if plan.batch > 1:
         more = plan.batch * plan.accumulation
-        smaller = f"--per_device_train_batch_size 1 --gradient_accumulation_steps {more}"
-        options.append((smaller, {"batch": 1, "accumulation": more}, {}))
+        text = f"per_device_train_batch_size=1 gradient_accumulation_steps={more}"
+        yield Option("batch", text, {"batch": 1, "accumulation": more})
     if not plan.sync_each_batch:
-        options.append((SYNC, {"sync_each_batch": True}, {}))
-    full = shape.trainable == shape.parameters
+        text = """accelerator_config='{"gradient_accumulation_kwargs": {"sync_each_batch": true}}'"""
+        yield Option("sync", text, {"sync_each_batch": True})
     if plan.optimizer_bytes > 2 and not plan.sharded:
-        options.append(("--optim adamw_8bit", {"optimizer_bytes": 2, "foreach": False}, {}))
+        yield Option("optim", "optim=adamw_8bit", {"optimizer_bytes": 2, "foreach": False})
     for ranks in (2, 4, 8, 16, 32, 64):
         if ranks > (plan.ranks if plan.sharded else 1):
-            options.append((f"--fsdp over {ranks} devices", {"sharded": True, "ranks": ranks}, {}))
-    if full:
-        options.append(("--lora_r 8", {}, {"trainable": shape.lora(8)}))
+            yield Option("fsdp", f"fsdp over {ranks} devices", {"sharded": True, "ranks": ranks})
+    if shape.trainable == shape.parameters:
+        lora = {"trainable": shape.lora(8)}
+        yield Option("adapter", "lora_r=8", {}, lora)
         four_bit = (shape.parameters - 2 * shape.embedding) * 9 // 16 + 8 * shape.embedding  # embeddings stay float32
-        four_bit = {"trainable": shape.lora(8), "parameter_bytes": four_bit}
-        options.append(("--lora_r 8 --load_in_4bit True", {}, four_bit))
+        yield Option("adapter", "lora_r=8 load_in_4bit=True", {}, lora | {"parameter_bytes": four_bit})
 
-    chosen: list[tuple[set, str]] = []
+
+def advise(shape: Shape, plan: Plan, available: int) -> list[str]:
+    """Return up to three sets of arguments that would make the plan fit, by the estimate; the smallest first.
+
+    Each is a text such as ``lora_r=8 (12.6 GiB)``, with the estimated peak; ``available`` is in bytes a device.
+    """
+    if not shape.known:
+        return []
+    options = list(_options(shape, plan))
+    chosen: list[tuple[set[str], str]] = []
     for size in (1, 2, 3):
         for combination in itertools.combinations(options, size):
-            kinds = [flags if flags == SYNC else flags.split()[0] for flags, _, _ in combination]
-            if len(set(kinds)) < size or {"--fsdp", "--lora_r"} <= set(kinds) and "4bit" in str(combination):
-                continue  # one of a kind; 4-bit weights are not sharded
-            if "--optim" in kinds and {"--lora_r", "--fsdp"} & set(kinds):
-                continue  # an adapter's optimizer is small already; bitsandbytes cannot be sharded
-            if any(earlier <= set(kinds) for earlier, _ in chosen):
-                continue  # a smaller set does it
+            kinds = {option.kind for option in combination}
+            four_bit = any("parameter_bytes" in option.shape for option in combination)
+            if len(kinds) < size or ("fsdp" in kinds and four_bit):
+                continue  # 4-bit weights cannot be sharded
+            if "optim" in kinds and kinds & {"adapter", "fsdp"}:
+                continue  # an adapter's optimizer is small already; bitsandbytes' cannot be sharded
+            if any(smaller <= kinds for smaller, _ in chosen):
+                continue  # a smaller set is enough
             new_plan, new_shape = plan, shape
-            for _, in_plan, in_shape in combination:
-                new_plan, new_shape = replace(new_plan, **in_plan), replace(new_shape, **in_shape)
-            if SYNC in kinds and not (new_plan.sharded and new_plan.accumulation > 1):
+            for option in combination:
+                new_plan, new_shape = replace(new_plan, **option.plan), replace(new_shape, **option.shape)
+            if "sync" in kinds and not (new_plan.sharded and new_plan.accumulation > 1):
                 continue  # it would change nothing
             total = estimate(new_shape, new_plan)["total"]
             if total <= available:
-                text = " ".join(flags for flags, _, _ in combination)
-                chosen.append((set(kinds), f"{text} ({as_text(total)})"))
+                chosen.append((kinds, f"{' '.join(option.text for option in combination)} ({as_text(total)})"))
     return [text for _, text in chosen[:3]]
 
 
 def checkpoint_bytes(shape: Shape, plan: Plan, full_fsdp: bool = False) -> tuple[int, int]:
-    """Bytes on disk of (one checkpoint, the final model).
+    """Return the bytes on disk of (one checkpoint, the final model).
 
-    A checkpoint holds what is trained (4 bytes), its optimizer states, and for FSDP's FULL_STATE_DICT the weights a
-    second time (pytorch_model_fsdp.bin).
+    A checkpoint holds what is trained (4 bytes), its optimizer states, and under FSDP's FULL_STATE_DICT a second copy
+    of the weights (pytorch_model_fsdp.bin).
     """
     weights = 4 * shape.trainable
     checkpoint = weights * (2 if full_fsdp else 1) + int(plan.optimizer_bytes * shape.trainable)

@@ -1,4 +1,4 @@
-"""Which model can do without padding: measured before the first step, as the run will be, not looked up in a list."""
+"""Whether a model can train without padding: measured before the first step, not looked up in a list."""
 
 from __future__ import annotations
 
@@ -9,34 +9,35 @@ import torch
 import transformers
 from torch.nn import functional
 
+from alpaca.common.text import first_line
 from alpaca.training import packing
 from alpaca.training.distributed import say
 from alpaca.training.examples import IGNORE_INDEX
 
-# How far packed examples may be from the same ones alone (see deviation_from_solo), in float32 (tf32 keeps 10 bits of
-# mantissa) and in half precision (bfloat16: 7 bits).
+# How far packed examples may be from the same ones alone (see deviation_from_solo): in float32 (tf32 keeps 10 bits of
+# mantissa) and in half precision (bfloat16 keeps 7).
 MAX_DEVIATION, MAX_DEVIATION_HALF = 0.03, 0.3
-# How far they may move when another example of the row changes (see dependence). Exactly 0 where they do not see it; a
-# mixture of experts rounds otherwise when others' tokens change.
+# How far they may move when another example of the row changes (see dependence). Exactly 0 if they do not see it; but a
+# mixture of experts rounds differently when other tokens change.
 MAX_DEPENDENCE = 0.01
 
 
 def deviation_from_solo(model, examples: list[dict]) -> float:
-    """How much it matters to examples to be in one row, under the attention that the model has now.
+    """Return how far examples in one row differ from the same ones alone, under the model's present attention.
 
     Each example is computed alone, by the library's attention on plain input_ids, and all together in one row. On a
     sharded model every process must call it, with the same examples.
 
     Args:
-        model: in whatever type, place and mesh; dropout is off meanwhile.
+        model: of any type, on any device and mesh; dropout is off meanwhile.
         examples: at least two ``{"input_ids": [int], "labels": [int]}``, short ones.
 
     Returns:
         The largest difference of a supervised logit, in standard deviations of the logits, or that of the mean loss
-        in nats if it is larger. Rounding gives 1e-6 to 0.1, by the type; attention over the whole row 0.8 to 1.8 in
-        the models that were tried. NaN when a logit is NaN.
+        in nats if it is larger. Rounding gives 1e-6 to 0.1, depending on the type; attention over the whole row gave
+        0.8 to 1.8 in the models we tried. NaN if a logit is NaN.
     """
-    with torch.no_grad(), _evaluating(model), _resharded(model):
+    with _measuring(model):
         batch = packing.flatten(examples)
         together = _outputs(model, batch)
         with _attention(model, packing.library_attention(model)):
@@ -52,21 +53,21 @@ def deviation_from_solo(model, examples: list[dict]) -> float:
 
 
 def dependence(model, examples: list[dict]) -> float:
-    """How far the logits of a row's later examples move when the tokens of its first are put in reverse.
+    """Return how far the logits of a row's later examples move when the tokens of its first one are reversed.
 
-    Needs no bound for rounding: the later examples' own arithmetic is the same both times. It finds what
+    It needs no bound for rounding: the later examples' own arithmetic is the same both times. It finds what
     deviation_from_solo may take for rounding in half precision, such as a recurrent layer that forgets quickly.
 
     Args:
         model: see deviation_from_solo.
-        examples: see there.
+        examples: see deviation_from_solo.
 
     Returns:
         The largest difference of a supervised logit, in standard deviations of the logits.
     """
     first = {**examples[0], "input_ids": examples[0]["input_ids"][::-1]}
     later = sum(label != IGNORE_INDEX for example in examples[1:] for label in example["labels"][1:])
-    with torch.no_grad(), _evaluating(model), _resharded(model):
+    with _measuring(model):
         rows = [
             _outputs(model, packing.flatten([x, *examples[1:]])).logits[0, -later:].float()
             for x in (examples[0], first)
@@ -80,21 +81,15 @@ def _outputs(model, batch: dict):
 
 
 @contextmanager
-def _evaluating(model):
+def _measuring(model):
+    """Evaluate without gradients. FSDP reshards in the backward pass, and there is none here: reshard at the end."""
     training = model.training
     model.eval()
     try:
-        yield
+        with torch.no_grad():
+            yield
     finally:
         model.train(training)
-
-
-@contextmanager
-def _resharded(model):
-    """FSDP gives shards back in the backward pass, and here is none: whoever looks next would see whole parameters."""
-    try:
-        yield
-    finally:
         if torch.distributed.is_initialized():
             from torch.distributed.fsdp import FSDPModule
 
@@ -115,15 +110,15 @@ def _attention(model, name: str):
 
 
 class SelfCheck(transformers.TrainerCallback):
-    """Before the first step, with the kernels, the type and the mesh of the run: packed is solo, or there is padding.
+    """Check before the first step, with the run's kernels, type and mesh, that packing is right; if not, fall back.
 
     Args:
         examples: see deviation_from_solo.
-        fall_back: called with the reason, a piece of a sentence, on each process when packing is not right.
+        fall_back: called on each process if packing is not right, with the reason as part of a sentence.
 
     Attributes:
-        deviation: what deviation_from_solo gave, the largest of all processes; None until then.
-        reason: why packing is not right here; empty when it is.
+        deviation: the largest deviation_from_solo of all processes; None until it was measured.
+        reason: why packing is not right here; empty if it is.
     """
 
     def __init__(self, examples: list[dict], fall_back):
@@ -132,26 +127,21 @@ class SelfCheck(transformers.TrainerCallback):
         self.reason = ""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if self.deviation is None:  # else the preflight has called it, and told
+        if self.deviation is None:  # else the preflight has called it, and reported
             self(model, args)
             if self.reason:
-                say(f"warning: examples are padded, as with --padding longest: {self.reason}")
+                say(f"warning: examples are padded, as with padding=longest: {self.reason}")
 
     def __call__(self, model, args: transformers.TrainingArguments) -> None:
-        """Measures, and falls back if that is needed; on every process, the model on its device and mesh."""
+        """Measure, and fall back if needed; every process must call it, with the model on its device and mesh."""
         try:
             measured = [deviation_from_solo(model, self.examples), dependence(model, self.examples)]
-        except (NotImplementedError, TypeError, ValueError) as e:  # its code does not know such batches
-            measured, self.reason = [math.inf, math.inf], (str(e).splitlines() or [type(e).__name__])[0]
-            # FSDP stands in the middle of a forward pass now, parameters half gathered: a whole one puts it in order.
-            with (
-                torch.no_grad(),
-                _evaluating(model),
-                _resharded(model),
-                _attention(model, packing.library_attention(model)),
-            ):
+        except (NotImplementedError, TypeError, ValueError) as e:  # the model's code cannot handle such batches
+            measured, self.reason = [math.inf, math.inf], first_line(e)
+            # FSDP was interrupted in a forward pass, with parameters half gathered: a whole one restores order.
+            with _measuring(model), _attention(model, packing.library_attention(model)):
                 _outputs(model, {"input_ids": torch.tensor([self.examples[0]["input_ids"]]), "use_cache": False})
-        # Packing here and padding there would count other losses: one process that cannot decides for all.
+        # If some ranks packed and others padded, their losses would differ: if one rank cannot pack, none does.
         worst = torch.tensor([x if x == x else math.inf for x in measured], device=args.device)
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
@@ -166,6 +156,6 @@ class SelfCheck(transformers.TrainerCallback):
 
 
 def examples_to_check(dataset, count: int = 3) -> list[dict]:
-    """Some short ones of the first hundred; one twice where there is no other, so that one can see another."""
+    """Return the ``count`` shortest of the first hundred examples, repeated if there are fewer."""
     shortest = sorted(range(min(len(dataset), 100)), key=lambda i: len(dataset[i]["input_ids"]))
     return [dataset[shortest[i % len(shortest)]] for i in range(count)]

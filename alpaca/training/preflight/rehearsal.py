@@ -1,14 +1,14 @@
 """Save → reload → one resumed step, and the final save, with the real Trainer, before step 1.
 
 Two optimizer steps are taken at learning rate 0, with a checkpoint between them by the Trainer's own code. Then the
-weights are set to zero, the optimizer is thrown away, and the second step is done again from the checkpoint. The
-weights and the optimizer's states must come back bit for bit, and the loss of the repeated step must be the same: that
-holds only if weights, random state and place in the data were restored. With --save_strategy no there is no checkpoint:
-the two steps and the final save are rehearsed.
+weights are set to zero, the optimizer is discarded, and the second step is repeated from the checkpoint. The weights
+and the optimizer's states must come back bit for bit, and the repeated step must have the same loss: that holds only
+if weights, random state and position in the data were restored. If the run saves no checkpoints, the two steps and the
+final save are rehearsed.
 
 At learning rate 0 no copy of the weights is needed to leave them as they were: the steps do not move them, and the
-reload must restore them exactly. Both are verified by fingerprints, so a rehearsal that returns without faults has
-left the model as it found it; one with faults must be followed by an error.
+reload must restore them exactly. Fingerprints verify both, so a rehearsal that returns without faults has left the
+model as it found it; after one with faults the run must end.
 """
 
 from __future__ import annotations
@@ -35,19 +35,21 @@ from alpaca import UserError
 from alpaca.inference.adapters import ADAPTER
 from alpaca.training.checkpoints import REHEARSAL, barrier, saved_names
 from alpaca.training.examples import columns
-from alpaca.training.preflight.findings import gather
-from alpaca.training.preflight.fingerprint import differences, plain_name, states_of, weights_of
+from alpaca.training.preflight.findings import Finding, gather
 from alpaca.weights.checkpoint import WEIGHTS, CheckpointReader
+
+CHUNK = 2**22  # elements hashed at a time: 64 MB of int64
+REPORT = "report it with this output; until then use skip_save_rehearsal=True"
 
 
 @dataclasses.dataclass
 class Rehearsal:
-    """What came of it. ``faults`` are (what, why, cure); the figures are for the report.
+    """The outcome: ``faults`` are errors, the figures are for the report.
 
     Without a checkpoint ``resumed_loss`` is NaN and ``checkpoint_bytes`` 0.
     """
 
-    faults: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
+    faults: list[Finding] = dataclasses.field(default_factory=list)
     loss: float = math.nan  # of step 2, uninterrupted
     resumed_loss: float = math.nan  # of step 2, from the checkpoint
     seconds: float = 0.0
@@ -57,9 +59,12 @@ class Rehearsal:
     final_bytes: int = 0
     peak_bytes: int = 0  # on this rank's CUDA device; 0 without one
 
+    def fault(self, what: str, why: str, cure: str = REPORT) -> None:
+        self.faults.append(Finding("error", what, why, cure))
+
 
 class _Observer(TrainerCallback):
-    """Takes fingerprints before step 1 and after step 1, asks for the save there, and notes each step's loss."""
+    """Take fingerprints before step 1 and after each step, ask for the save, and note each step's loss."""
 
     def __init__(self, trainer, before: Callable[[], None] | None):
         self.trainer, self.before, self.losses = trainer, before, {}
@@ -69,7 +74,7 @@ class _Observer(TrainerCallback):
         self.step_seconds = self.save_seconds = self._since = 0.0
 
     def _fingerprints(self) -> tuple[dict, dict]:
-        return weights_of(self.trainer.model), states_of(self.trainer.optimizer)
+        return _weights(self.trainer.model), _states(self.trainer.optimizer)
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.before is not None:
@@ -96,42 +101,38 @@ class _Observer(TrainerCallback):
             self.losses[state.global_step] = logs["loss"]
 
 
-def rehearse(
-    trainer,
-    output_dir: str | os.PathLike,
-    save_whole_model: Callable[[Path], None] | None = None,
-    at_start: Callable[[], None] | None = None,
-) -> Rehearsal:
-    """Rehearses saving and resuming; the trainer is left as it was, except that its model is on its device and mesh.
+def rehearse(trainer, output_dir: str | os.PathLike, at_start: Callable[[], None] | None = None) -> Rehearsal:
+    """Rehearse saving and resuming; the trainer is left as it was, except that its model is on its device and mesh.
 
-    Costs three optimizer steps (of at most two accumulated batches), a checkpoint and a whole model on disk, one after
-    the other, and their reload. The steps are on the longest examples, so that they show the most memory that a step
-    needs; in the second one the optimizer's states are there too.
+    It takes three optimizer steps (of at most two accumulated batches), and writes and reloads a checkpoint and then a
+    whole model. The steps are on the longest examples, to show the most memory that a step needs; from the second one
+    on that includes the optimizer's states.
 
     Args:
-        trainer: a transformers.Trainer before its train().
-        output_dir: where the run will write; a folder ``.save-rehearsal`` comes and goes in it.
-        save_whole_model: the run's last save, into a folder; by default the trainer's own. Of an adapter only the
-            library's save is rehearsed: merged into its base it would be the base, which a careful save refuses.
+        trainer: a ResumableTrainer before its train(). Of an adapter only the library's save is rehearsed: merged into
+            its base it would still equal the base, which lora.save refuses.
+        output_dir: where the run will write; the rehearsal makes and removes a folder ``.save-rehearsal`` in it.
         at_start: called on every rank before step 1, with the model on its device and mesh.
 
     Returns:
-        A Rehearsal; where its ``faults`` are not empty the weights may be lost, and the run must end.
+        A Rehearsal; if it has ``faults`` the weights may be lost, and the run must end.
     """
     begin = time.perf_counter()
     folder = Path(output_dir) / REHEARSAL
-    result = Rehearsal()
+    checkpoint, result = folder / "checkpoint-1", Rehearsal()
     saves = trainer.args.save_strategy != "no"
     _remove(folder)
     barrier()
     try:
         with _undisturbed(trainer, folder), _quiet():
-            checkpoint = _save_and_resume(trainer, folder, result, at_start, saves)
+            observer = _first_steps(trainer, result, at_start, saves)
+            if saves and not result.faults:
+                _resume(trainer, checkpoint, observer, result)
             result.checkpoint_bytes = folder_bytes(checkpoint)
             barrier()
             _remove(checkpoint)  # so that the rehearsal never needs more disk than a checkpoint or a whole model
             if not result.faults:
-                _save_whole(trainer, folder / "whole", save_whole_model, result)
+                _save_whole(trainer, folder / "whole", result)
                 result.faults = gather(result.faults)
             if trainer.accelerator.device.type == "cuda":
                 result.peak_bytes = torch.cuda.max_memory_reserved()
@@ -145,96 +146,78 @@ def rehearse(
     return result
 
 
-def _save_and_resume(
-    trainer, folder: Path, result: Rehearsal, at_start: Callable[[], None] | None, saves: bool
-) -> Path:
-    observer = _Observer(trainer, at_start)
-    handler = trainer.callback_handler
-    trainer.callback_handler = CallbackHandler(
-        [DefaultFlowCallback, observer], handler.model, handler.processing_class, None, None
-    )
+def _first_steps(trainer, result: Rehearsal, at_start: Callable[[], None] | None, saves: bool) -> _Observer:
+    """Take two steps, with a checkpoint after the first if the run saves any."""
+    observer, handler = _Observer(trainer, at_start), trainer.callback_handler
+    callbacks = [DefaultFlowCallback, observer]
+    trainer.callback_handler = CallbackHandler(callbacks, handler.model, handler.processing_class, None, None)
     observer.save_at = 1 if saves else 0
     set_seed(trainer.args.seed)  # as in a new process
     trainer.train()
     if trainer.is_fsdp_enabled:
-        # The layers are wrapped for recomputing now, if they are to be. accelerate would wrap them again whenever it
-        # prepares the model, and does not find them under their new names.
+        # The layers are wrapped for recomputing by now, if they are to be. accelerate would wrap them again each time
+        # it prepares the model, and not find them under their new names.
         trainer.accelerator.state.fsdp_plugin.activation_checkpointing = False
-    before, (moved, states) = observer.at_start[0], observer.after_step[1 if saves else 2]
     result.loss = observer.losses[2]
     result.step_seconds, result.save_seconds = observer.step_seconds, observer.save_seconds
-    checkpoint = folder / "checkpoint-1"
     if not all(math.isfinite(loss) for loss in observer.losses.values()):
-        result.faults.append(
-            (
-                f"the loss of the first steps is not finite: {list(observer.losses.values())}",
-                "training would go on with it and end in a model of NaN",
-                "look at the base model (does chat.py answer?) and use bf16 or float32 instead of fp16",
-            )
+        result.fault(
+            f"the loss of the first steps is not finite: {list(observer.losses.values())}",
+            "training would continue with it and end in a model of NaN",
+            "check the base model (does chat.py answer?) and use bf16 or float32 instead of fp16",
         )
-    if names := differences(before, moved):
-        result.faults.append(
-            (
-                f"--optim {trainer.args.optim} moves weights at learning rate 0 ({names})",
-                "saving and resuming cannot be rehearsed without changing the model",
-                "--skip_save_rehearsal, or --optim adamw_torch",
-            )
+    if names := _differences(observer.at_start[0], observer.after_step[1 if saves else 2][0]):
+        result.fault(
+            f"optim={trainer.args.optim} moves weights at learning rate 0 ({names})",
+            "saving and resuming cannot be rehearsed without changing the model",
+            "skip_save_rehearsal=True, or optim=adamw_torch",
         )
     result.faults = gather(result.faults)  # a rank that stopped alone would leave the others waiting
-    if result.faults or not saves:
-        return checkpoint
+    return observer
+
+
+def _resume(trainer, checkpoint: Path, observer: _Observer, result: Rehearsal) -> None:
+    """Discard weights and optimizer, repeat step 2 from the checkpoint, and compare."""
+    weights, states = observer.at_start[0], observer.after_step[1][1]
     trainer.optimizer = trainer.lr_scheduler = None
-    with torch.no_grad():  # what the reload does not bring back shall be missed
+    with torch.no_grad():  # so that whatever the reload does not restore shows
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.zero_()
-
     observer.save_at, observer.losses = 0, {}
     set_seed(trainer.args.seed)
     trainer.train(resume_from_checkpoint=str(checkpoint))
     result.resumed_loss = observer.losses.get(2, math.nan)
-    cure = "report it with this output; until then --skip_save_rehearsal, and train in one go with --save_strategy no"
-    for what, saved, loaded in (
-        ("the weights", before, observer.at_start[0]),
-        ("the optimizer's states", states, observer.at_start[1]),
-    ):
-        if names := differences(saved, loaded):
-            result.faults.append(
-                (
-                    f"{what} do not come back from a checkpoint as they were saved ({names})",
-                    "a run that is interrupted could not be resumed",
-                    cure,
-                )
-            )
+    cure = f"{REPORT}, and train in one go with save_strategy=no"
+    parts = ("the weights", "the optimizer's states")
+    for what, saved, loaded in zip(parts, (weights, states), observer.at_start, strict=True):
+        if names := _differences(saved, loaded):
+            what = f"{what} do not come back from a checkpoint as they were saved ({names})"
+            result.fault(what, "an interrupted run could not be resumed", cure)
     if not math.isclose(result.loss, result.resumed_loss, rel_tol=1e-4):
-        result.faults.append(
-            (
-                f"the resumed step has loss {result.resumed_loss:.6f}, the uninterrupted one {result.loss:.6f}",
-                "a resumed run would not continue the interrupted one: other data, random state or weights",
-                cure,
-            )
-        )
-    if not result.faults and (names := differences(before, observer.after_step[2][0])):
-        result.faults.append((f"the rehearsal changed the weights ({names})", "the run would not be yours", cure))
+        what = f"the resumed step has loss {result.resumed_loss:.6f}, the uninterrupted one {result.loss:.6f}"
+        why = "a resumed run would not continue the interrupted one: other data, random state or weights"
+        result.fault(what, why, cure)
+    if not result.faults and (names := _differences(weights, observer.after_step[2][0])):
+        result.fault(f"the rehearsal changed the weights ({names})", "another model would be trained", cure)
     result.faults = gather(result.faults)
-    return checkpoint
 
 
-def _save_whole(trainer, folder: Path, save: Callable[[Path], None] | None, result: Rehearsal) -> None:
-    """The save at the end of training, read back: every name and shape, and some tensors through from_pretrained."""
+def _save_whole(trainer, folder: Path, result: Rehearsal) -> None:
+    """Save as at the end of training and read it back: every name and shape, some tensors through from_pretrained."""
     if trainer.is_world_process_zero():
         folder.mkdir(parents=True)
     barrier()
     model = trainer.accelerator.unwrap_model(trainer.model)
-    trained = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
-    adapter = hasattr(model, "peft_config")
+    trained = {_plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    adapter, gathered = hasattr(model, "peft_config"), {}
     if adapter:
         if trainer.is_fsdp_enabled:
-            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")  # taken back at the end
+            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")  # _undisturbed restores it
         trainer.save_model(str(folder))
     else:
-        (save or getattr(trainer, "save_whole_model", trainer.save_model))(folder)
-    gathered = {} if adapter else {name: _whole(trained[name]) for name in _some(trained)}  # a collective
+        trainer.save_whole_model(folder)
+        gathered = {name: _whole(trained[name]) for name in _some(trained)}  # a collective
     barrier()
     result.final_bytes = folder_bytes(folder)
     if not trainer.is_world_process_zero():
@@ -244,9 +227,7 @@ def _save_whole(trainer, folder: Path, save: Callable[[Path], None] | None, resu
     except UserError as e:
         what = f"the final save cannot be read: {e}"
     if what:
-        why = "the trained model would be lost at the very end"
-        cure = "report it with this output; the checkpoints are whole (--skip_save_rehearsal goes on regardless)"
-        result.faults.append((what, why, cure))
+        result.fault(what, "the trained model would be lost at the end", f"{REPORT}: the checkpoints are whole")
 
 
 def _wrong_adapter(folder: Path, trained: dict) -> str | None:
@@ -279,7 +260,7 @@ def _wrong_model(folder: Path, model, gathered: dict[str, torch.Tensor]) -> str 
 
 
 def _some(parameters: dict) -> list[str]:
-    """A few names of what a model of one layer has: the first and the last outside the layers, and of layer 0."""
+    """Return a few names that a model of one layer has: the first and last outside the layers, and of layer 0."""
     layer = {name: next((part for part in name.split(".") if part.isdigit()), "") for name in parameters}
     inside = [name for name in parameters if layer[name] == "0"]
     outside = [name for name in parameters if not layer[name]]
@@ -287,7 +268,7 @@ def _some(parameters: dict) -> list[str]:
 
 
 def longest(dataset: Sequence, count: int) -> Subset:
-    """The items of a dataset that have the most tokens; all of them where there are fewer than ``count``.
+    """Return the items of a dataset that have the most tokens; all of them if there are fewer than ``count``.
 
     Args:
         dataset: of {"input_ids", "labels"}, or alpaca.training.packing's bins of them.
@@ -302,9 +283,9 @@ def longest(dataset: Sequence, count: int) -> Subset:
 
 @contextlib.contextmanager
 def _undisturbed(trainer, folder: Path) -> Iterator[None]:
-    """Gives the trainer arguments for a rehearsal, and takes back all that a train() changes outside of the weights."""
+    """Give the trainer arguments for a rehearsal, and undo all that train() changes, except to the weights."""
     kept = {name: value for name, value in vars(trainer).items() if name not in ("model", "model_wrapped")}
-    args = copy.copy(trainer.args)
+    args = trainer.args = copy.copy(trainer.args)
     changes = {
         "output_dir": str(folder),
         "max_steps": 2,
@@ -318,21 +299,19 @@ def _undisturbed(trainer, folder: Path) -> Iterator[None]:
         "save_only_model": False,
         "ignore_data_skip": False,
         "eval_on_start": False,
+        "eval_strategy": type(args.eval_strategy)("no"),
+        "save_strategy": type(args.save_strategy)("no"),  # the observer asks for the one save
         "load_best_model_at_end": False,
         "push_to_hub": False,
         "restore_callback_states_from_checkpoint": False,
     }
-    for name, value in changes.items():
-        setattr(args, name, value)
-    for name in ("eval_strategy", "save_strategy"):  # the observer asks for the one save
-        setattr(args, name, type(getattr(args, name))("no"))
+    vars(args).update(changes)
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None) if trainer.is_fsdp_enabled else None
     state_dict_type = plugin.state_dict_type if plugin else None
     loaders = trainer.accelerator.gradient_state.dataloader_references
     references = list(loaders)
     numbers = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    trainer.args = args
     steps = args.gradient_accumulation_steps * changes["max_steps"]
     trainer.train_dataset = longest(trainer.train_dataset, args.train_batch_size * args.world_size * steps)
     try:
@@ -346,9 +325,8 @@ def _undisturbed(trainer, folder: Path) -> Iterator[None]:
             delattr(trainer, name)
         vars(trainer).update(kept)
         trainer.accelerator.free_memory()
-        if plugin:
-            if plugin.state_dict_type != state_dict_type:
-                plugin.set_state_dict_type(state_dict_type.name)
+        if plugin and plugin.state_dict_type != state_dict_type:
+            plugin.set_state_dict_type(state_dict_type.name)
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -357,7 +335,43 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files and ranks.
+# Fingerprints: whether weights and optimizer states came back bit for bit, without a copy of them.
+
+
+def fingerprint(tensor: torch.Tensor) -> int:
+    """Return a hash of a tensor's local bits: Σ bits·(position in its chunk), chunks joined by a factor, mod 2^64.
+
+    Any single changed bit changes it. It takes 64 MB, where a copy of the weights would take as much as they do.
+    """
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
+    bits = local.detach().contiguous().reshape(-1).view(integer)
+    places = torch.arange(1, min(CHUNK, max(1, bits.numel())) + 1, device=bits.device)
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for chunk in bits.split(CHUNK) if bits.numel() else ():
+        total = total * 1_000_003 + (chunk.long() * places[: chunk.numel()]).sum()
+    return int(total)
+
+
+def _weights(model) -> dict[str, int]:
+    return {_plain_name(name): fingerprint(p) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _states(optimizer) -> dict[str, int]:
+    states = (optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"])
+    tensors = [(key, value) for state in states for key, value in sorted(state.items()) if torch.is_tensor(value)]
+    return {f"{i} {key}": fingerprint(value) for i, (key, value) in enumerate(tensors)}
+
+
+def _differences(a: dict, b: dict) -> str:
+    """Return how many values differ and the first one's name; empty if none does."""
+    names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
+    return f"{len(names)} tensors: {names[0]}" + (", …" if len(names) > 1 else "") if names else ""
+
+
+def _plain_name(name: str) -> str:
+    """Return a parameter's name without what DDP, torch.compile and activation checkpointing put into it."""
+    return name.removeprefix("module.").replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def folder_bytes(folder: Path) -> int:
@@ -371,7 +385,7 @@ def _remove(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the library's progress bars, and its table of the layers that a model of one layer leaves out."""
+    """Hide the library's progress bars, and its table of the layers that a model of one layer leaves out."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

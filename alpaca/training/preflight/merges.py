@@ -1,0 +1,84 @@
+"""A BPE tokenizer must split text as the sentencepiece model beside it does; if not, its merges are put in order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers.models import BPE
+from transformers.convert_slow_tokenizer import generate_merges
+
+from alpaca.training.preflight.findings import Finding
+
+# Where merges in another order show: runs of spaces, as in code, and rare characters.
+SAMPLES = (
+    "def f(x):\n    if x:\n        return  x\n            # done",
+    "a  b   c    d     e      f       g        h",
+    "|  name   |   value |\n|---------|----------|",
+    "\t\tnested\n\n\n    \t mixed",
+    "Grüße, 東京! naïve café — 3.14159e-10",
+    "aaaaaaaaaaaaaaaa ................ ================",
+)
+WHY = "the base model was trained on sentencepiece's tokens; it has not seen text that is split in another way"
+
+
+def mend_merges(tokenizer, texts: Iterable[str] = ()) -> list[Finding]:
+    """Compare a BPE tokenizer with its tokenizer.model; if they differ, order its merges as sentencepiece does.
+
+    transformers converts a tokenizer.model with merges in the order of ids. sentencepiece joins the pair whose piece
+    has the best score. Where several pairs make the same piece ("▁▁" + "▁▁" or "▁" + "▁▁▁"), their order counts too.
+    Without a sentencepiece model of type BPE nothing is compared.
+
+    Args:
+        tokenizer: a fast tokenizer; changed in place.
+        texts: to compare on, besides a few built-in samples.
+    """
+    path = Path(getattr(tokenizer, "vocab_file", None) or Path(tokenizer.name_or_path) / "tokenizer.model")
+    if path.name != "tokenizer.model" or not path.is_file() or not tokenizer.is_fast:
+        return []
+    backend = tokenizer.backend_tokenizer
+    model = json.loads(backend.to_str())["model"]
+    if model["type"] != "BPE":
+        return []
+    import sentencepiece
+
+    try:
+        spm = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except RuntimeError:  # a tokenizer.model of another kind (tiktoken's)
+        return []
+    # sentencepiece puts a space before any text, tokenizers only before one that has none: not compared here.
+    texts = [*SAMPLES, *(text.lstrip(" ") for text in texts)]
+    pieces = [spm.id_to_piece(i) for i in range(spm.get_piece_size())]
+    vocabulary = tokenizer.get_vocab()
+    if any(vocabulary.get(piece, i) != i for i, piece in enumerate(pieces)):
+        what = f"{path.name} and the tokenizer number their tokens differently"
+        return [Finding("error", what, WHY, "take both files from the model that is trained")]
+    before = _different(tokenizer, spm, texts)
+    if not before:
+        return []
+
+    old = backend.model
+    special = (spm.is_control, spm.is_unknown, spm.is_byte, spm.is_unused)
+    scores = {
+        piece: spm.get_score(i)
+        for i, piece in enumerate(pieces)
+        if piece in vocabulary and not any(kind(i) for kind in special)
+    }
+    merges = generate_merges({piece: vocabulary[piece] for piece in scores}, scores)
+    options = {name: model[name] for name in ("unk_token", "fuse_unk", "byte_fallback") if model.get(name) is not None}
+    backend.model = BPE(vocab=model["vocab"], merges=merges, **options)
+    after = _different(tokenizer, spm, texts)
+    what = f"{before} of {len(texts)} sample texts are tokenized differently from {path.name}"
+    if after >= before:
+        backend.model = old
+        return [Finding("warning", what, WHY, "use a tokenizer.json from the model's maker")]
+    if hasattr(tokenizer, "_merges"):  # transformers' LlamaTokenizer keeps a copy (5.17 to 5.23): keep it the same
+        tokenizer._merges = merges
+    what = f"merges put in sentencepiece's order: {what.replace(' are ', ' were ')}, now {after}"
+    return [Finding("warning" if after else "note", what, WHY, "done; the trained model is saved with these merges")]
+
+
+def _different(tokenizer, spm, texts: list[str]) -> int:
+    ours = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    return sum(a != b for a, b in zip(ours, spm.encode(texts), strict=True))
