@@ -351,12 +351,13 @@ def report(
         data_path: training data in Alpaca's format, to look for the instructions in it.
         seed: of the draws behind the bootstrap intervals.
     """
-    # numpy, rapidfuzz and what draws: the other tasks do without
+    # numpy, scipy and what draws: the other tasks do without
+    from alpaca.common.files import check_writable
     from alpaca.data import rouge
     from alpaca.judging import comparison, metrics, overlap, report_text, verdicts
     from alpaca.judging import report as report_page
 
-    report_page.check_output_dir(output_dir)
+    check_writable(output_dir, "--output_dir")
     items = read_set(instructions)
     answerers = [read_answers(path, items) for path in _paths("answers", answers)]
     names = [one.generator for one in answerers]
@@ -391,7 +392,7 @@ def report(
             figures["asked_with"] = verdicts.settings_of(rows, figures["judge"])
             figures["repeated"] = repeated[figures["judge"]]
         # What a person or a model took for a clear win, ROUGE-L may bear out: it breaks ties between examples.
-        margins = {id: scores[0][id] - scores[1][id] for id in scores[0] if id in scores[1]} if scores else {}
+        margins = {id: scores[0][id] - scores[1][id] for id in scores[0] if id in scores[1]}
         found["examples"] = comparison.examples(folded, items, *answerers, margins, EXAMPLES)
     if data_path is not None:
         records = utils.load_records(data_path)
@@ -399,9 +400,9 @@ def report(
     files = {"set": [instructions], "answers": _paths("answers", answers), "data": [data_path] if data_path else []}
     files["judgments"] = _paths("judgments", judgments) if judgments is not None else []
     found |= report_page.made_from(files)
-    found["notes"] = report_text.notes(found, answerers, scores is None)
+    found["notes"] = report_text.notes(found, answerers)
 
-    found = comparison.without_nan(found)
+    found = report_page.without_nan(found)
     print(report_text.terminal(found))
     for name in report_page.write(found, output_dir):
         print(f"wrote {Path(output_dir) / name}")
