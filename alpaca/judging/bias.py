@@ -27,9 +27,9 @@ def position_bias(asks: Sequence[Ask], seed: int = 0) -> dict:
     place is preferred, and is left out; a person's sides were drawn at random.
 
     Returns:
-        decided asks; share_first of them with a bootstrap interval over items and p; both_orders, the number of items
-        with unequal answers that were asked in both orders without a failure, and agreed, the share of them with the
-        same verdict in both.
+        decided asks, of decided_items; share_first of them with a bootstrap interval over items and p; both_orders,
+        the number of items with unequal answers that were asked in both orders without a failure, and agreed, the
+        share of them with the same verdict in both.
     """
     firsts: Counter = Counter()
     decided: Counter = Counter()
@@ -43,6 +43,7 @@ def position_bias(asks: Sequence[Ask], seed: int = 0) -> dict:
     shares, weights = [firsts[id] / decided[id] for id in decided], list(decided.values())
     return {
         "decided": decided.total(),
+        "decided_items": len(decided),
         "share_first": firsts.total() / decided.total() if decided else math.nan,
         "interval": statistics.bootstrap_interval(statistics.weighted_mean, shares, weights, seed=seed),
         "p": statistics.sign_test(sum(n > 0 for n in net), sum(n < 0 for n in net)),

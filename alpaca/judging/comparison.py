@@ -79,10 +79,6 @@ def examples(
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Of one judge.
-
-
 def win_rate(verdicts: Sequence[Verdict], seed: int = 0) -> dict:
     """Return wins, ties and losses of a, its win rate (a tie is half a win) with a bootstrap interval, and a sign test.
 
@@ -117,10 +113,6 @@ def by_category(verdicts: Sequence[Verdict], categories: Mapping[str, str]) -> l
         interval = statistics.wilson_interval(rate, len(outcomes)) if len(outcomes) >= SMALL else NONE
         rows.append({"category": category, **counts(outcomes), "win_rate": rate, "interval": interval})
     return rows
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Of several judges.
 
 
 def agreement(verdicts: Sequence[Verdict]) -> dict:

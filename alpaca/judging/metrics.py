@@ -65,6 +65,8 @@ def summary(items: Sequence[Item], answerers: Sequence[Answers], seed: int = 0) 
     found = []
     for place, answers in enumerate(answerers):
         lengths = [len(text) for text in answers.outputs.values()]
+        ends = [row.get("finish_reason") for id, row in answers.rows.items() if id in answers.outputs]
+        stored = [row.get("reference_loss") for row in answers.rows.values()]
         score, (loss, loss_difference) = scores[place], _losses(losses[place], losses[0], seed)
         both = [score[id] - scores[0][id] for id in scores[0] if id in score]
         found.append(
@@ -73,13 +75,13 @@ def summary(items: Sequence[Item], answerers: Sequence[Answers], seed: int = 0) 
                 "answered": len(lengths),
                 "unanswered": len(answers.unanswered),
                 "empty": lengths.count(0),
-                "cut": _cut(answers),
+                "cut": ends.count("length") if any(ends) else None,
                 "characters": sum(lengths) / len(lengths),
                 "rouge_l": _mean(list(score.values()), seed=seed),
                 "rouge_l_difference": _mean(both, seed=seed) if place else None,
                 "loss": loss,
                 "loss_difference": loss_difference if place else None,
-                "loss_not_finite": sum(_not_finite(row.get("reference_loss")) for row in answers.rows.values()),
+                "loss_not_finite": sum(isinstance(each, float) and not math.isfinite(each) for each in stored),
             }
         )
     return found, scores
@@ -94,15 +96,6 @@ def _losses(own: dict, first: dict, seed: int) -> tuple[dict | None, dict | None
     if any(first[id][1] != own[id][1] for id in common):
         return loss, None
     return loss, _mean([own[id][0] - first[id][0] for id in common], [first[id][1] for id in common], seed)
-
-
-def _cut(answers: Answers) -> int | None:
-    ends = [row.get("finish_reason") for id, row in answers.rows.items() if id in answers.outputs]
-    return ends.count("length") if any(ends) else None
-
-
-def _not_finite(loss) -> bool:
-    return isinstance(loss, float) and not math.isfinite(loss)
 
 
 def _scores(answers: Answers, references: Mapping[str, str]) -> dict[str, float]:

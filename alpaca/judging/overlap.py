@@ -126,10 +126,6 @@ def summary(items: Sequence[Item], records: Sequence[dict], most: int = 10) -> d
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The longest shared n-gram.
-
-
 def longest_shared(
     texts: Sequence[Sequence[str]], corpus: Iterable[Sequence[str]]
 ) -> list[tuple[int, int, int | None]]:

@@ -56,13 +56,7 @@ def with_interval(value: float | None, interval: Sequence[float | None], scale: 
 
 
 def win_words(rate: dict, a: str, b: str) -> str:
-    """Return whether the difference is larger than chance, in a sentence or two; NaN is a figure that does not exist.
-
-    Args:
-        rate: from comparison.win_rate.
-        a: whose wins are counted.
-        b: the other generator.
-    """
+    """Return whether a difference in comparison.win_rate's figures is larger than chance, in a sentence or two."""
     if not rate["judged"]:
         return "There is no verdict to count."
     decided, ties = rate["wins"] + rate["losses"], counted(rate["ties"], "tie")
@@ -97,7 +91,7 @@ def position_words(position: dict) -> str:
     text = f"What was shown first was preferred in {share:.1%} of {asks} (p {p_value(position['p'])}): "
     if position["p"] < 0.05:
         text += f"{'more' if share > 0.5 else 'less'} than chance explains."
-    elif position["decided"] < FEWEST:
+    elif position["decided_items"] < FEWEST:
         text += "too few to show a preference for a place."
     else:
         text += "no preference for a place can be seen."
@@ -247,21 +241,14 @@ def judge_table(report: dict) -> list[list[str]]:
     return rows
 
 
-def length_table(judge: dict) -> list[list[str]]:
-    bins = judge["length"]["bins"]
-    return _rate_table("characters longer", [(f"{signed(bin['from'])} to {signed(bin['to'])}", bin) for bin in bins])
-
-
-def category_table(judge: dict) -> list[list[str]]:
-    return _rate_table("category", [(each["category"] or "(none)", each) for each in judge["categories"]])
-
-
-def _rate_table(what: str, rows: list[tuple[str, dict]]) -> list[list[str]]:
-    cells = [
-        [name, *(f"{row[key]:,}" for key in COUNTS), with_interval(row["win_rate"], row["interval"])]
-        for name, row in rows
-    ]
-    return [[what, *COUNTS, "win rate"], *cells]
+def rate_table(what: str, groups: list[dict]) -> list[list[str]]:
+    """Return counts and win rate of each bin of lengths, or of each category."""
+    rows = [[what, *COUNTS, "win rate"]]
+    for group in groups:
+        name = f"{signed(group['from'])} to {signed(group['to'])}" if "from" in group else group["category"]
+        figures = (f"{group[key]:,}" for key in COUNTS)
+        rows.append([name or "(none)", *figures, with_interval(group["win_rate"], group["interval"])])
+    return rows
 
 
 def reference_table(report: dict) -> list[list[str]]:

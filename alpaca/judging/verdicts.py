@@ -64,10 +64,6 @@ class Verdict:
     equal: bool = False
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading and folding.
-
-
 def read_judgments(paths: Iterable[str | os.PathLike]) -> list[dict]:
     """Return the rows of files that judge.py judge and judge.py people wrote.
 

@@ -255,6 +255,26 @@ def test_a_report_of_two_items_and_of_a_judge_without_a_verdict(files, tmp_path)
     assert report_text.judge_table(found)[1] == ["<i>gpt</i>", "0", "0", "0", "0", "1", "–", "–", "–", "–"]
 
 
+def test_one_item_is_named_in_the_singular_and_has_no_interval_and_no_figure_at_equal_length(files, tmp_path, capsys):
+    for name, row in (("set", 2), ("a", 2), ("b", 2), ("people", 4)):  # Ada prefers a in the third item
+        (tmp_path / f"{name}.jsonl").write_text((files / f"{name}.jsonl").read_text().splitlines(True)[row])
+    found = run(tmp_path, tmp_path / "out", judgments=f"{tmp_path}/people.jsonl", data_path=str(files / "train.json"))
+    assert report_text.judge_table(found)[1] == ["Ada", "1", "1", "0", "0", "0", "100.0%", "1.0000", "–", "100.0%"]
+    shown = " ".join(capsys.readouterr().out.split())
+    text = (tmp_path / "out" / "report.html").read_text()
+    for said in (shown, text):
+        assert "1 instruction of set.jsonl" in said and "1 instructions" not in said and "(2 records)" in said
+        assert "A sign test of 1 decided instruction can show nothing: it takes at least 6." in said
+        assert "At equal length its" not in said and "At equal length it stays" not in said and "nan" not in said
+    assert "Does the longer answer win?" not in text and "too narrow" not in shown
+    assert (tmp_path / "out" / "report.png").exists()
+
+
+def test_a_terminal_gets_no_control_characters_from_a_file(judged):
+    said = report_text.terminal(judged[1] | {"notes": ["third has no answer to 1 instruction: \x1b[2J\x07"]})
+    assert "\x1b" not in said and "\\x1b[2J" in said
+
+
 def test_a_very_long_name_does_not_widen_the_terminals_tables(judged):
     found = judged[1] | {"judges": [{**each, "judge": "j" * 300 + " (prompt 1)"} for each in judged[1]["judges"]]}
     said = report_text.terminal(found).splitlines()
