@@ -63,7 +63,7 @@ def length_bias(verdicts: Sequence[Verdict], lengths: Mapping[str, tuple[int, in
     Returns:
         longer: mean difference a - b in characters; correlation of outcome and difference; bins by difference, with
         counts, win rate and Wilson interval; length_controlled win rate with its bootstrap interval, NaN for fewer
-        than statistics.FEWEST items, of which a regression would be certain of anything.
+        than statistics.FEWEST items, on which a regression would be certain of anything.
     """
     judged = [verdict for verdict in verdicts if verdict.outcome is not None]
     outcomes = np.array([verdict.outcome for verdict in judged], np.float64)

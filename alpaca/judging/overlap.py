@@ -52,14 +52,12 @@ def measure(items: Sequence[Item], records: Sequence[dict]) -> list[Overlap]:
         records: with "instruction", "input" and "output"; at least one.
     """
     texts = [tokenize_unicode(f"{item.instruction} {item.input}") for item in items]
-    shared = longest_shared(
-        texts, (tokenize_unicode(f"{r['instruction']} {r['input']} {r['output']}") for r in records)
-    )
+    corpus = (tokenize_unicode(f"{record['instruction']} {record['input']} {record['output']}") for record in records)
+    shared = longest_shared(texts, corpus)
     pool = RougePool((record["instruction"] for record in records), tokenizer="unicode")
     overlaps = []
-    for item, words, (length, start, record), scores in zip(
-        items, texts, shared, pool.scores_of_each([item.instruction for item in items]), strict=True
-    ):
+    all_scores = pool.scores_of_each([item.instruction for item in items])
+    for item, words, (length, start, record), scores in zip(items, texts, shared, all_scores, strict=True):
         nearest = int(scores.argmax())
         ngram = " ".join(words[start : start + length])
         overlaps.append(Overlap(item.id, len(words), length, ngram, record, float(scores[nearest]), nearest))
@@ -187,7 +185,7 @@ class _Automaton:
         self.link, self.length, self.follow = [-1], [0], [{}]
 
     def extend(self, last: int, word) -> int:
-        """Add a word to the text, all of which has the state ``last``; return the new state of all."""
+        """Add a word to the text, which ends in the state ``last``; return the state that it ends in then."""
         new = self._add(0, self.length[last] + 1, {})
         while last >= 0 and word not in self.follow[last]:
             self.follow[last][word] = new

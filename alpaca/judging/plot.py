@@ -7,7 +7,7 @@ import numpy as np
 from alpaca.data.plots import FAINT, INK, PAPER, png_bytes
 from alpaca.judging.report_text import COUNTS, shorten, signed
 
-A_COLOUR, TIE_COLOUR, B_COLOUR = "#332288", "#ddcc77", "#cc6677"  # of Paul Tol's "muted" scheme; apart in grey, too
+A_COLOR, TIE_COLOR, B_COLOR = "#332288", "#ddcc77", "#cc6677"  # of Paul Tol's "muted" scheme; distinct in gray, too
 GRID = "#dfe2e5"
 WIDTH, LETTERS = 7.0, 13  # inches at 1,500 pixels; points
 MOST_JUDGES = 8  # that are drawn; the page's table has them all
@@ -70,17 +70,17 @@ def _counts(axes, judges: list[dict], names: list[str]) -> None:
     axes.set(xlim=(0, 1), xticks=[])
     axes.spines["bottom"].set_visible(False)
     _rows(axes, [judge["judge"] for judge in judges], room=0.5)
-    parts = list(zip(COUNTS, (A_COLOUR, TIE_COLOUR, B_COLOUR), ("white", INK, INK), strict=True))
+    parts = list(zip(COUNTS, (A_COLOR, TIE_COLOR, B_COLOR), ("white", INK, INK), strict=True))
     for row, judge in enumerate(judges):
         left = 0.0
-        for key, colour, ink in parts:
+        for key, color, ink in parts:
             width = judge[key] / judge["judged"]
-            axes.barh(row + 0.12, width, left=left, height=0.42, color=colour, edgecolor=PAPER)
+            axes.barh(row + 0.12, width, left=left, height=0.42, color=color, edgecolor=PAPER)
             if width > 0.05:
                 style = {"size": LETTERS, "color": ink, "ha": "center", "va": "center_baseline"}
                 axes.text(left + width / 2, row + 0.12, f"{judge[key]:,}", **style)
             left += width
-    handles = [axes.barh([-9], [0], color=colour) for _, colour, _ in parts]  # rows out of sight
+    handles = [axes.barh([-9], [0], color=color) for _, color, _ in parts]  # rows out of sight
     a, b = (shorten(name, 18) for name in names)
     _legend(axes, handles, [f"{a} wins", "ties", f"{b} wins"])
 
@@ -102,26 +102,28 @@ def _rates(axes, judges: list[dict], name: str) -> None:
     axes.axvline(0.5, color=INK, lw=1.2, ls=(0, (4, 2)))
     axes.grid(axis="x", color=GRID, lw=0.8)
     _rows(axes, [judge["judge"] for judge in judges], room=0.5)
+    drawn = {}
     for row, judge in enumerate(judges):
-        length = judge["length"]
-        as_is = _interval(axes, judge["win_rate"], judge["interval"], row, "o", A_COLOUR)
-        equal = _interval(axes, length["length_controlled"], length["interval"], row + 0.27, "D", FAINT)
-    _legend(axes, [as_is, equal], ["as the answers are", "at equal length"])
+        drawn["as the answers are"] = _interval(axes, judge["win_rate"], judge["interval"], row, "o", A_COLOR)
+        if (equal := judge["length"])["length_controlled"] is not None:
+            point = _interval(axes, equal["length_controlled"], equal["interval"], row + 0.27, "D", FAINT)
+            drawn["at equal length"] = point
+    _legend(axes, list(drawn.values()), list(drawn))
 
 
-def _interval(axes, value: float | None, interval: list, y: float, marker: str, colour: str, scale: float = 1.0):
-    """Draw a figure and its interval, of which one or both may not exist."""
+def _interval(axes, value: float, interval: list, y: float, marker: str, color: str, scale: float = 1.0):
+    """Draw a figure and its interval, whose ends are None for a single item."""
     ends = [scale * end for end in interval if end is not None]
-    axes.plot(ends, [y] * len(ends), color=colour, lw=2.5, solid_capstyle="round")
-    return axes.plot(scale * np.array([value], float), [y], marker, ms=9, color=colour, ls="", clip_on=False)[0]
+    axes.plot(ends, [y] * len(ends), color=color, lw=2.5, solid_capstyle="round")
+    return axes.plot([scale * value], [y], marker, ms=9, color=color, ls="", clip_on=False)[0]
 
 
 def _bins(axes, judge: dict) -> None:
     _style(axes, f"… by length ({shorten(judge['judge'], 36)})")
     bins = judge["length"]["bins"]
     for x, bin in enumerate(bins):
-        axes.plot([x, x], bin["interval"], color=A_COLOUR, lw=2.5, solid_capstyle="round")
-        axes.plot([x], [bin["win_rate"]], "o", ms=9, color=A_COLOUR)
+        axes.plot([x, x], bin["interval"], color=A_COLOR, lw=2.5, solid_capstyle="round")
+        axes.plot([x], [bin["win_rate"]], "o", ms=9, color=A_COLOR)
     labels = [f"{signed(bin['from'])}\nto {signed(bin['to'])}" for bin in bins]
     axes.set(xlim=(-0.6, len(bins) - 0.4), ylim=(0, 1), xticks=range(len(bins)), xticklabels=labels)
     axes.set(yticks=[0, 0.5, 1], yticklabels=["0", "50%", "100%"])
@@ -137,4 +139,4 @@ def _rouge(axes, answerers: list[dict]) -> None:
     _rows(axes, [each["name"] for each in answerers])
     axes.grid(axis="x", color=GRID, lw=0.8)
     for row, each in enumerate(answerers):
-        _interval(axes, each["rouge_l"]["mean"], each["rouge_l"]["interval"], row + 0.05, "o", A_COLOUR, 100)
+        _interval(axes, each["rouge_l"]["mean"], each["rouge_l"]["interval"], row + 0.05, "o", A_COLOR, 100)

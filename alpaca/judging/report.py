@@ -31,12 +31,11 @@ def made_from(files: Mapping[str, Iterable[str]]) -> dict:
     Returns:
         files: under the same names lists of {"file": its name, "sha256"}; versions of Python and of COUNTED_WITH.
     """
-    found = {
-        name: [
-            {"file": Path(path).name, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()} for path in each
-        ]
-        for name, each in files.items()
-    }
+
+    def named(path: Path) -> dict[str, str]:
+        return {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+    found = {kind: [named(Path(path)) for path in of_kind] for kind, of_kind in files.items()}
     versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in COUNTED_WITH}
     return {"files": found, "versions": versions}
 

@@ -20,10 +20,6 @@ Z_LEVEL, Z_POWER = stats.norm.ppf([0.975, 0.8])
 FEWEST = 6  # decided items: of five, even a clean sweep has p = 2/2^5 = 0.06 in a sign test
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Intervals.
-
-
 def bootstrap_interval(
     statistic: Callable[..., np.ndarray], *columns: Sequence[float], resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
@@ -77,10 +73,6 @@ def wilson_interval(mean: float, count: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Is it chance?
-
-
 def sign_test(wins: int, losses: int) -> float:
     """Return the exact two-sided p-value of wins against losses, ties dropped: the sign test (Dixon and Mood, 1946).
 
@@ -98,10 +90,6 @@ def detectable_win_rate(items: int, decided: int) -> float:
     if items == 0 or decided == 0:
         return math.nan
     return float(min(1.0, 0.5 + (Z_LEVEL + Z_POWER) * math.sqrt(decided / items / 4 / items)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Length.
 
 
 def length_controlled(outcomes: np.ndarray, differences: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -183,10 +171,6 @@ def equal_bins(values: Sequence[float], bins: int) -> list[np.ndarray]:
     edges = np.unique(np.quantile(values, np.arange(1, bins) / bins))
     number = np.digitize(values, edges, right=True)
     return [np.flatnonzero(number == n) for n in np.unique(number)]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Agreement.
 
 
 def raw_agreement(a: Sequence, b: Sequence) -> float:

@@ -72,13 +72,13 @@ def read_judgments(paths: Iterable[str | os.PathLike]) -> list[dict]:
     """
     rows: list[dict] = []
     for path in paths:
-        before = len(rows)
-        for number, row in enumerate(jload(path), 1):
+        found = jload(path)
+        if not found:
+            raise UserError(f"{path} holds no judgments: give a file with at least one")
+        for number, row in enumerate(found, 1):
             if fault := _fault(row):
                 raise UserError(f"{path}, row {number}: {fault}; give files that judge.py judge or people wrote")
-            rows.append(row)
-        if len(rows) == before:
-            raise UserError(f"{path} holds no judgments: give a file with at least one")
+        rows += found
     return rows
 
 
