@@ -66,14 +66,12 @@ def measure(items: Sequence[Item], records: Sequence[dict]) -> list[Overlap]:
 
 def duplicates(items: Sequence[Item], records: Sequence[dict]) -> tuple[list[str], list[str]]:
     """Return ids of items whose instruction, and whose instruction and input, a record has in the same words."""
-    instructions = {tuple(tokenize_unicode(record["instruction"])) for record in records}
     of_items = {item.id: tuple(tokenize_unicode(item.instruction)) for item in items}
-    alike = [item for item in items if of_items[item.id] in instructions]
-    inputs: dict[tuple, set] = {}
-    wanted = {of_items[item.id] for item in alike}
+    inputs: dict[tuple, set] = {words: set() for words in of_items.values()}
     for record in records:
-        if (key := tuple(tokenize_unicode(record["instruction"]))) in wanted:
-            inputs.setdefault(key, set()).add(tuple(tokenize_unicode(record["input"])))
+        if (words := tuple(tokenize_unicode(record["instruction"]))) in inputs:
+            inputs[words].add(tuple(tokenize_unicode(record["input"])))
+    alike = [item for item in items if inputs[of_items[item.id]]]
     both = [item.id for item in alike if tuple(tokenize_unicode(item.input)) in inputs[of_items[item.id]]]
     return [item.id for item in alike], both
 

@@ -106,8 +106,8 @@ def _rates(axes, judges: list[dict], name: str) -> None:
     for row, judge in enumerate(judges):
         drawn["as the answers are"] = _interval(axes, judge["win_rate"], judge["interval"], row, "o", A_COLOR)
         if (equal := judge["length"])["length_controlled"] is not None:
-            point = _interval(axes, equal["length_controlled"], equal["interval"], row + 0.27, "D", FAINT)
-            drawn["at equal length"] = point
+            rate, place = equal["length_controlled"], row + 0.27
+            drawn["at equal length"] = _interval(axes, rate, equal["interval"], place, "D", FAINT)
     _legend(axes, list(drawn.values()), list(drawn))
 
 

@@ -75,9 +75,7 @@ def write(report: dict, output_dir: str | os.PathLike) -> list[str]:
 def page(report: dict, png: bytes | None) -> str:
     """Return one HTML page with everything inside: no script, no request; what models and people wrote is text."""
     folder = FileSystemLoader(Path(__file__).parent / "templates")
-    templates = Environment(
-        loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    templates = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     templates.filters["unbroken"] = _unbroken
     names = [each["name"] for each in report["answerers"]]
     return templates.get_template("report.html").render(
