@@ -60,7 +60,10 @@ def summary(items: Sequence[Item], answerers: Sequence[Answers], seed: int = 0) 
         answerer item id → ROUGE-L.
     """
     references = {item.id: item.reference for item in items if item.reference}
-    scores = [_scores(answers, references) for answers in answerers]
+    scores = []
+    for answers in answerers:
+        ids = [id for id in references if id in answers.outputs]
+        scores.append(dict(zip(ids, rouge_l((answers.outputs[id], references[id]) for id in ids), strict=True)))
     losses = [reference_losses(answers.rows) for answers in answerers]
     found = []
     for place, answers in enumerate(answerers):
@@ -96,11 +99,6 @@ def _losses(own: dict, first: dict, seed: int) -> tuple[dict | None, dict | None
     if any(first[id][1] != own[id][1] for id in common):
         return loss, None
     return loss, _mean([own[id][0] - first[id][0] for id in common], [first[id][1] for id in common], seed)
-
-
-def _scores(answers: Answers, references: Mapping[str, str]) -> dict[str, float]:
-    ids = [id for id in references if id in answers.outputs]
-    return dict(zip(ids, rouge_l((answers.outputs[id], references[id]) for id in ids), strict=True))
 
 
 def _mean(values: Sequence[float], weights: Sequence[float] | None = None, seed: int = 0) -> dict | None:

@@ -14,7 +14,6 @@ import numpy as np
 from scipy import stats
 
 RESAMPLES = 10_000  # the ends of a 95% interval then move by about a twentieth of its width with the seed
-LEVEL = 0.95
 AT_ONCE = 1_000_000  # numbers in a block of resamples: 8 MB each
 Z_LEVEL, Z_POWER = stats.norm.ppf([0.975, 0.8])
 FEWEST = 6  # decided items: of five, even a clean sweep has p = 2/2^5 = 0.06 in a sign test
@@ -48,7 +47,6 @@ def bootstrap_interval(
         batch=max(1, AT_ONCE // count),
         vectorized=True,
         paired=True,
-        confidence_level=LEVEL,
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
