@@ -304,18 +304,18 @@ def people(
     auth: str | None = None,
     seed: int | None = None,
 ) -> None:
-    """Has people compare two files of answers on a page that does not say whose they are.
+    """Have people compare two files of answers on a page that does not say whose they are.
 
-    Each gives a name, and chooses by a key or a button; votes are on disk at once, and the same command goes on.
+    They enter a name, and choose by a key or a button. Votes are saved at once; the same command continues a run.
 
     Args:
         instructions: the set that was answered.
         answers: the two files, A.jsonl,B.jsonl.
-        output_path: where the votes go, as JSON Lines like the task judge's.
-        host: the address to listen at; any but this machine's own needs --auth.
+        output_path: where the votes go, as JSON Lines like those of the task judge.
+        host: the address to listen at; any other than this machine's own needs --auth.
         port: 0 takes a free one.
         auth: user:password, which the page then asks for.
-        seed: of the order of the pairs and of the sides (default: drawn, which no voter can guess).
+        seed: of the order of the pairs and of the sides (default: drawn at random, so that no voter can guess it).
     """
     items, pair = read_pair(instructions, answers)
     from alpaca.judging import page as judge_page
@@ -339,25 +339,26 @@ def report(
     data_path: str | None = None,
     seed: int = 0,
 ) -> None:
-    """Says who is better, and whether by more than chance: report.json, report.png and report.html in OUTPUT_DIR.
+    """Report who is better, and whether by more than chance: report.json, report.png and report.html in OUTPUT_DIR.
 
-    Without judgments it holds what needs no judge: ROUGE-L and the models' loss on the set's reference answers, and
-    the overlap with training data.
+    Without judgments it has what needs no judge: ROUGE-L and the models' loss on the set's reference answers, and the
+    overlap with training data.
 
     Args:
         instructions: the instruction set that was answered.
-        answers: files of answers to it, with commas between: A.jsonl,B.jsonl. Wins are A's.
+        answers: files of answers to it, separated by commas: A.jsonl,B.jsonl. Wins are A's.
         output_dir: folder for the three files.
-        judgments: files that the tasks judge and people wrote about A and B, with commas between.
-        data_path: training data in Alpaca's format, to look for the instructions in it.
-        seed: of the draws behind the bootstrap intervals.
+        judgments: files that the tasks judge and people wrote about A and B, separated by commas.
+        data_path: training data in Alpaca's format, in which the instructions are looked for.
+        seed: of the resamples behind the bootstrap intervals.
     """
-    # numpy, rapidfuzz and what draws: the other tasks do without
+    # numpy, scipy and what draws: the other tasks do without
+    from alpaca.common.files import check_writable
     from alpaca.data import rouge
     from alpaca.judging import comparison, metrics, overlap, report_text, verdicts
     from alpaca.judging import report as report_page
 
-    report_page.check_output_dir(output_dir)
+    check_writable(output_dir, "--output_dir")
     items = read_set(instructions)
     answerers = [read_answers(path, items) for path in _paths("answers", answers)]
     names = [one.generator for one in answerers]
@@ -391,8 +392,8 @@ def report(
         for figures in found["judges"]:
             figures["asked_with"] = verdicts.settings_of(rows, figures["judge"])
             figures["repeated"] = repeated[figures["judge"]]
-        # What a person or a model took for a clear win, ROUGE-L may bear out: it breaks ties between examples.
-        margins = {id: scores[0][id] - scores[1][id] for id in scores[0] if id in scores[1]} if scores else {}
+        # ROUGE-L breaks ties between examples: it may confirm what a person or a model took for a clear win.
+        margins = {id: scores[0][id] - scores[1][id] for id in scores[0] if id in scores[1]}
         found["examples"] = comparison.examples(folded, items, *answerers, margins, EXAMPLES)
     if data_path is not None:
         records = utils.load_records(data_path)
@@ -400,9 +401,9 @@ def report(
     files = {"set": [instructions], "answers": _paths("answers", answers), "data": [data_path] if data_path else []}
     files["judgments"] = _paths("judgments", judgments) if judgments is not None else []
     found |= report_page.made_from(files)
-    found["notes"] = report_text.notes(found, answerers, scores is None)
+    found["notes"] = report_text.notes(found, answerers)
 
-    found = comparison.without_nan(found)
+    found = report_page.without_nan(found)
     print(report_text.terminal(found))
     for name in report_page.write(found, output_dir):
         print(f"wrote {Path(output_dir) / name}")

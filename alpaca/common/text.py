@@ -20,6 +20,11 @@ def shorten(text: str, most: int = 60) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
+def counted(number: int, noun: str) -> str:
+    """Return "1 item" or "2,000 items"."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
 def printable(text: str) -> str:
     """Return text with its control characters spelled out (ESC as \\x1b), so that a terminal does not obey them."""
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)

@@ -1,13 +1,13 @@
 """How much of an evaluation set is in the training data: shared n-grams, equal instructions, nearest by ROUGE-L.
 
-Words are those of rouge.tokenize_unicode: runs of letters and digits, case-folded. Of a training record instruction,
-input and output are searched as one text; of an item its instruction and input, as one text too.
+Words are those of rouge.tokenize_unicode: runs of letters and digits, case-folded. An item's instruction and input are
+one text, and so are instruction, input and output of a training record.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +15,10 @@ import numpy as np
 from alpaca.data.instruction_sets import Item
 from alpaca.data.rouge import RougePool, tokenize_unicode
 
-# GPT-3 (Brown et al., 2020, appendix C) called an example dirty that shared an N-gram with the training data, N the
-# fifth percentile of the examples' lengths in words, but 8 at least and 13 at most.
+# GPT-3's authors (Brown et al., 2020, appendix C) called an example dirty if it shared an N-gram with the training
+# data, N being the fifth percentile of the examples' lengths in words, but at least 8 and at most 13.
 SHORT_NGRAM, LONG_NGRAM = 8, 13
-DUPLICATE = 0.7  # ROUGE-L above which the generator takes two instructions for one
-WORDS_AT_ONCE = 1_000_000  # of the training data: some 60 MB with the places that are still alike
+DUPLICATE = 0.7  # ROUGE-L above which the generator drops an instruction as a duplicate
 
 
 @dataclass(frozen=True)
@@ -28,12 +27,12 @@ class Overlap:
 
     Attributes:
         id: of the item.
-        words: number of words of its instruction and input.
-        longest: length in words of its longest n-gram that is in a training record; 0: none of its words is.
+        words: number of words in its instruction and input.
+        longest: length in words of its longest n-gram that is in a training record; 0 if none of its words is.
         ngram: that n-gram.
-        ngram_record: number of a record, from 0, that has it; None without one.
+        ngram_record: number of the first record that has it, from 0; None without one.
         rouge_l: highest ROUGE-L F of its instruction to a record's instruction.
-        nearest_record: the record with that score, the first of several.
+        nearest_record: number of the record with that score, the first of several.
     """
 
     id: str
@@ -46,21 +45,19 @@ class Overlap:
 
 
 def measure(items: Sequence[Item], records: Sequence[dict]) -> list[Overlap]:
-    """The overlap of each item with training records: 252 items with 52,000 records in some ten seconds.
+    """Return the overlap of each item with training records: 252 items with 52,000 records in some ten seconds.
 
     Args:
         items: the evaluation set.
         records: with "instruction", "input" and "output"; at least one.
     """
     texts = [tokenize_unicode(f"{item.instruction} {item.input}") for item in items]
-    shared = longest_shared(
-        texts, (tokenize_unicode(f"{r['instruction']} {r['input']} {r['output']}") for r in records)
-    )
+    corpus = (tokenize_unicode(f"{record['instruction']} {record['input']} {record['output']}") for record in records)
+    shared = longest_shared(texts, corpus)
     pool = RougePool((record["instruction"] for record in records), tokenizer="unicode")
     overlaps = []
-    for item, words, (length, start, record), scores in zip(
-        items, texts, shared, pool.scores_of_each([item.instruction for item in items]), strict=True
-    ):
+    all_scores = pool.scores_of_each([item.instruction for item in items])
+    for item, words, (length, start, record), scores in zip(items, texts, shared, all_scores, strict=True):
         nearest = int(scores.argmax())
         ngram = " ".join(words[start : start + length])
         overlaps.append(Overlap(item.id, len(words), length, ngram, record, float(scores[nearest]), nearest))
@@ -68,41 +65,39 @@ def measure(items: Sequence[Item], records: Sequence[dict]) -> list[Overlap]:
 
 
 def duplicates(items: Sequence[Item], records: Sequence[dict]) -> tuple[list[str], list[str]]:
-    """Ids of the items whose instruction, and of those whose instruction and input, a record has in the same words."""
-    instructions = {tuple(tokenize_unicode(record["instruction"])) for record in records}
+    """Return ids of items whose instruction, and whose instruction and input, a record has in the same words."""
     of_items = {item.id: tuple(tokenize_unicode(item.instruction)) for item in items}
-    alike = [item for item in items if of_items[item.id] in instructions]
-    inputs: dict[tuple, set] = {}
-    wanted = {of_items[item.id] for item in alike}
+    inputs: dict[tuple, set] = {words: set() for words in of_items.values()}
     for record in records:
-        if (key := tuple(tokenize_unicode(record["instruction"]))) in wanted:
-            inputs.setdefault(key, set()).add(tuple(tokenize_unicode(record["input"])))
+        if (words := tuple(tokenize_unicode(record["instruction"]))) in inputs:
+            inputs[words].add(tuple(tokenize_unicode(record["input"])))
+    alike = [item for item in items if inputs[of_items[item.id]]]
     both = [item.id for item in alike if tuple(tokenize_unicode(item.input)) in inputs[of_items[item.id]]]
     return [item.id for item in alike], both
 
 
 def summary(items: Sequence[Item], records: Sequence[dict], most: int = 10) -> dict:
-    """The overlap of a set as figures, with the nearest pairs.
+    """Return the overlap of a set as figures, with the nearest pairs.
 
     Returns:
-        records; for n of (8, 13) {n, long_enough, shared}: items of at least n words, and those of them that share an
-        n-gram; same_instruction and same_task (with the input): ids; above_duplicate: number of items whose instruction
-        is nearer than DUPLICATE; rouge_l: median and highest; nearest and longest: the ``most`` items nearest by
-        ROUGE-L and with the longest n-grams, each with its record.
+        records; ngrams, for n of (8, 13) {n, long_enough, shared}: items of at least n words, and how many of them
+        share an n-gram; same_instruction and same_task (with the input): ids; above_duplicate: number of items whose
+        instruction is nearer than DUPLICATE; rouge_l: median and highest; nearest and longest: the ``most`` items
+        nearest by ROUGE-L and with the longest n-grams, each with its record.
     """
     overlaps = measure(items, records)
     same_instruction, same_task = duplicates(items, records)
     instructions = {item.id: item.instruction for item in items}
-    by_score = sorted(overlaps, key=lambda overlap: -overlap.rouge_l)[:most]
-    by_length = sorted(overlaps, key=lambda overlap: -overlap.longest)[:most]
-    scores = [overlap.rouge_l for overlap in overlaps]
+    by_score = sorted(overlaps, key=lambda each: -each.rouge_l)[:most]
+    by_length = sorted(overlaps, key=lambda each: -each.longest)[:most]
+    scores = [each.rouge_l for each in overlaps]
     return {
         "records": len(records),
         "ngrams": [
             {
                 "n": n,
-                "long_enough": sum(overlap.words >= n for overlap in overlaps),
-                "shared": sum(overlap.longest >= n for overlap in overlaps),
+                "long_enough": sum(each.words >= n for each in overlaps),
+                "shared": sum(each.longest >= n for each in overlaps),
             }
             for n in (SHORT_NGRAM, LONG_NGRAM)
         ],
@@ -112,116 +107,105 @@ def summary(items: Sequence[Item], records: Sequence[dict], most: int = 10) -> d
         "rouge_l": {"median": float(np.median(scores)), "highest": max(scores)},
         "nearest": [
             {
-                "id": overlap.id,
-                "rouge_l": overlap.rouge_l,
-                "instruction": instructions[overlap.id],
-                "record": overlap.nearest_record,
-                "record_instruction": records[overlap.nearest_record]["instruction"],
+                "id": each.id,
+                "rouge_l": each.rouge_l,
+                "instruction": instructions[each.id],
+                "record": each.nearest_record,
+                "record_instruction": records[each.nearest_record]["instruction"],
             }
-            for overlap in by_score
+            for each in by_score
         ],
         "longest": [
-            {"id": overlap.id, "words": overlap.longest, "ngram": overlap.ngram, "record": overlap.ngram_record}
-            for overlap in by_length
+            {"id": each.id, "words": each.longest, "ngram": each.ngram, "record": each.ngram_record}
+            for each in by_length
         ],
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The longest shared n-gram.
-
-
 def longest_shared(
-    texts: Sequence[Sequence[str]], corpus: Iterator[Sequence[str]]
+    texts: Sequence[Sequence[str]], corpus: Iterable[Sequence[str]]
 ) -> list[tuple[int, int, int | None]]:
-    """For each text its longest run of words that is in a document of the corpus, in memory that knows no corpus size.
+    """Return each text's longest run of words that is in a document of the corpus.
 
-    Length by length: a place of the corpus can begin a shared (n+1)-gram only if it begins a shared n-gram, so that
-    each round looks at the few places that are left, as whole arrays.
+    The texts become one automaton, through which each document goes once, word by word: the time is linear in the words
+    of both, and the memory in those of the texts.
 
     Returns:
-        (length, where it begins in the text, number of the first document found with it) of each text; (0, 0, None)
-        where no word is shared.
+        (length, where it begins in the text, number of the first document that has it) for each text, the first of
+        several runs; (0, 0, None) where no word is shared.
     """
-    numbers: dict[str, int] = {}
-    mine = _Words([[numbers.setdefault(word, len(numbers)) for word in text] for text in texts])
-    levels = _Levels(mine)
-    best: list[tuple[int, int, int | None]] = [(0, 0, None)] * len(texts)
-    first, block, size = 0, [], 0
-    for document in corpus:
-        block.append([numbers.get(word, -1) for word in document])
-        size += len(document)
-        if size >= WORDS_AT_ONCE:
-            _search(levels, _Words(block), first, best)
-            first, block, size = first + len(block), [], 0
-    _search(levels, _Words(block), first, best)
-    return best
+    runs, ends, last = _Automaton(), [], 0
+    for text in texts:
+        ends.append([last := runs.extend(last, word) for word in text])
+        last = runs.extend(last, object())  # a border, which equals no word
+    link, length, follow = runs.link, runs.length, runs.follow
+    longest = [0] * len(length)  # of each state: words of its longest run that is in the corpus
+    witness = [math.inf] * len(length)  # number of the first document with that run
+    first = [math.inf] * len(length)  # … with any of the state's runs
+    for number, document in enumerate(corpus):
+        state = matched = 0
+        for word in document:
+            while state and word not in follow[state]:
+                state = link[state]
+                matched = length[state]
+            if word in follow[state]:
+                state = follow[state][word]
+                matched += 1
+                if matched > longest[state]:
+                    longest[state], witness[state] = matched, number
+                    first[state] = min(first[state], number)
+    states = sorted(range(1, len(length)), key=length.__getitem__)
+    for state in reversed(states):  # the shorter runs at the end of a run are wherever it is
+        shorter = link[state]
+        if longest[state] and shorter:
+            before = witness[shorter] if longest[shorter] == length[shorter] else math.inf
+            longest[shorter], witness[shorter] = length[shorter], min(before, first[state])
+            first[shorter] = min(first[shorter], first[state])
+    for state in states:  # a run that is nowhere may end in one that is somewhere
+        if not longest[state]:
+            longest[state], witness[state] = longest[link[state]], witness[link[state]]
+    found = []
+    for states_of_text in ends:
+        end, state = max(enumerate(states_of_text, 1), key=lambda place: longest[place[1]], default=(0, 0))
+        size = longest[state]
+        found.append((size, end - size, int(witness[state])) if size else (0, 0, None))
+    return found
 
 
-class _Words:
-    """Documents end to end: words int64, and -1 after each, which equals no word of the texts."""
+class _Automaton:
+    """A suffix automaton (Blumer et al., 1985): a state for all runs of words that end at the same places of the texts.
 
-    def __init__(self, documents: Sequence[Sequence[int]]):
-        flat = array("q")
-        starts = array("q")
-        for document in documents:
-            starts.append(len(flat))
-            flat.extend(document)
-            flat.append(-1)
-        self.words = np.frombuffer(flat, np.int64) if flat else np.zeros(0, np.int64)
-        self.starts = np.frombuffer(starts, np.int64) if starts else np.zeros(0, np.int64)
-
-    def document_of(self, places: np.ndarray) -> np.ndarray:
-        return np.searchsorted(self.starts, places, side="right") - 1
-
-
-class _Levels:
-    """The n-grams of the texts, numbered, for each n that was asked for.
-
-    An (n+1)-gram is an n-gram and the word behind it: the key n-gram·V + word, and its number the key's rank.
+    Of each state: length, the words of its longest run; link, the state of the longest run that ends there and at more
+    places; follow, the state after each next word. State 0 is the empty run.
     """
 
-    def __init__(self, text: _Words):
-        self.text = text
-        places = np.flatnonzero(text.words >= 0)
-        self.vocabulary = int(text.words.max(initial=-1)) + 1
-        keys, grams = np.unique(text.words[places], return_inverse=True)
-        self._levels = [(keys, places, grams)]
+    def __init__(self):
+        self.link, self.length, self.follow = [-1], [0], [{}]
 
-    def get(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(sorted keys of the n-grams, places where the texts have one, number of the n-gram at each)."""
-        while len(self._levels) < n:
-            _, places, grams = self._levels[-1]
-            following = self.text.words[places + len(self._levels)]
-            places, grams, following = (x[following >= 0] for x in (places, grams, following))
-            keys, numbers = np.unique(grams * self.vocabulary + following, return_inverse=True)
-            self._levels.append((keys, places, numbers))
-        return self._levels[n - 1]
+    def extend(self, last: int, word) -> int:
+        """Add a word to the text, which ends in the state ``last``; return the state that it ends in then."""
+        new = self._add(0, self.length[last] + 1, {})
+        while last >= 0 and word not in self.follow[last]:
+            self.follow[last][word] = new
+            last = self.link[last]
+        if last >= 0:
+            self.link[new] = self._state_of(last, word)
+        return new
 
+    def _state_of(self, before: int, word) -> int:
+        """Return the state of the run ``before`` with one more word, split from the longer runs that it was with."""
+        after, length = self.follow[before][word], self.length[before] + 1
+        if self.length[after] == length:
+            return after
+        split = self._add(self.link[after], length, dict(self.follow[after]))
+        self.link[after] = split
+        while before >= 0 and self.follow[before].get(word) == after:
+            self.follow[before][word] = split
+            before = self.link[before]
+        return split
 
-def _search(levels: _Levels, corpus: _Words, first: int, best: list) -> None:
-    """Betters ``best`` by what a block of the corpus has; ``first`` is the number of its first document."""
-    alive = np.flatnonzero(corpus.words >= 0)  # places of the corpus that begin a shared n-gram
-    grams = np.zeros(len(alive), np.int64)
-    n = 0
-    while len(alive):
-        n += 1
-        keys, places, mine = levels.get(n)
-        if not len(keys):
-            return
-        following = corpus.words[alive + n - 1]
-        wanted = grams * levels.vocabulary + following
-        found = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-        hit = (following >= 0) & (keys[found] == wanted)
-        alive, grams = alive[hit], found[hit]
-        witness = np.full(len(keys), -1, np.int64)
-        witness[grams[::-1]] = alive[::-1]  # the first place is written last
-        shared = witness[mine] >= 0
-        for text, place, record in zip(
-            levels.text.document_of(places[shared]).tolist(),
-            places[shared].tolist(),
-            corpus.document_of(witness[mine][shared]).tolist(),
-            strict=True,
-        ):
-            if n > best[text][0]:  # of equally long ones the first in the text, in the first block
-                best[text] = (n, place - int(levels.text.starts[text]), first + record)
+    def _add(self, link: int, length: int, follow: dict) -> int:
+        self.link.append(link)
+        self.length.append(length)
+        self.follow.append(follow)
+        return len(self.length) - 1

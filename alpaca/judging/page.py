@@ -1,8 +1,8 @@
 """The blind page: people choose between two answers without knowing whose they are (``judge.py people``).
 
-What would unblind stays on the server: the page gets the texts of one pair at a time, in the order that is drawn for
-this annotator, and sends back a place and a choice. Names of generators, the seed and the ids of the set are in nothing
-that it receives. Both answers are rendered alike; what one says about itself is part of it and is left there.
+What would unblind stays on the server: the page gets the texts of one pair at a time, in the order drawn for this
+annotator, and sends back a place and a choice. It never receives names of generators, the seed or the ids of the set.
+Both answers are rendered alike; what one says about itself is part of it and stays.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import html
 import logging
 from functools import partial
+from pathlib import Path
 
 from alpaca import UserError
 from alpaca.common.cli import free_port
+from alpaca.common.text import counted
 from alpaca.data.instruction_sets import Answers, Item
 from alpaca.inference.web.server import check_exposure, gr, page_error, render_answer, render_status, run
 from alpaca.judging.votes import CHOICES, MAX_NAME_CHARS, Ballots
@@ -23,15 +25,15 @@ GUIDE = (
     "is not better for its length. If neither is, it is a tie; skip what you cannot judge. The two change sides at "
     "random, so that neither place says anything."
 )
-BUTTONS = {  # id: label, key that is shown. The arrows up and down are left to scrolling.
+BUTTONS = {  # id: label, keys shown on it. The arrows up and down are for scrolling.
     "first": ("1 is better", "← or 1"),
     "second": ("2 is better", "→ or 2"),
     "tie": ("Tie", "3"),
     "skip": ("Skip", "4"),
     "undo": ("Undo", "U"),
 }
-# A key is a click on its button. A key that is held down, and a second press within 0.3 s of the next pair's coming, in
-# which nobody has read it, are slips. The name is kept in the browser, for a reload.
+# A key clicks its button. A key that is held down is ignored, and so is one within 0.3 s of a new pair, before anybody
+# can have read it. The browser keeps the name for a reload.
 KEYS = """() => {
   const keys = {ArrowLeft: "first", 1: "first", ArrowRight: "second", 2: "second", 3: "tie", 4: "skip", u: "undo"};
   document.addEventListener("keydown", (event) => {
@@ -48,33 +50,11 @@ SHOWN = "() => { window.pairShown = performance.now(); scrollTo(0, 0); document.
 KEEP_NAME = "(name) => { localStorage.setItem('annotator', name); }"
 KEPT_NAME = "() => localStorage.getItem('annotator') ?? ''"
 FORGET_NAME = "() => { localStorage.removeItem('annotator'); }"
-CSS = """
-.gradio-container, .gradio-container main { width: 100% !important; box-sizing: border-box; }
-.gradio-container main { padding-bottom: 7em !important; }
-.status { min-height: 0; padding: 0; }
-.task { border-left: 4px solid var(--color-accent); padding: .1em 0 .1em 1em; margin: .6em 0 1em; }
-.task h2 { font-size: .85em !important; opacity: .7; margin: 0 0 .2em !important; }
-.task p { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 .6em; font-size: 1.05em; line-height: 1.5; }
-.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(320px, 100%), 1fr)); gap: 1em; }
-.answers .answer { min-width: 0; }
-.answers .answer pre { white-space: pre-wrap; overflow-wrap: anywhere; }
-#choices { position: fixed; left: 0; right: 0; bottom: 0; z-index: 10; justify-content: center; gap: .5em;
-           padding: .6em; background: var(--background-fill-primary);
-           border-top: 1px solid var(--border-color-primary); flex-wrap: wrap; }
-#choices button { flex: 0 1 11em; min-width: 5.5em !important; }
-@media (max-width: 600px) {
-  #choices button { flex: 1 1 26%; } #choose-first, #choose-second { flex-basis: 40% !important; }
-}
-.progress { display: flex; align-items: center; gap: .8em; font-size: .9em; }
-.progress progress { flex: 1; height: .5em; appearance: none; border: 0; background: var(--border-color-primary); }
-.progress progress::-webkit-progress-bar { background: var(--border-color-primary); border-radius: 1em; }
-.progress progress::-webkit-progress-value { background: var(--color-accent); border-radius: 1em; }
-.progress progress::-moz-progress-bar { background: var(--color-accent); }
-"""
+CSS = (Path(__file__).parent / "templates" / "page.css").read_text()
 
 
 def render_pair(instruction: str, input: str, first: str, second: str) -> str:
-    """The HTML of an instruction over two answers. White space around an answer would tell generators apart."""
+    """Return the HTML of an instruction over two answers, without the white space that could unblind an answer."""
 
     def part(name: str, text: str) -> str:
         return f"<h2>{name}</h2><p>{html.escape(text.strip())}</p>"
@@ -86,61 +66,61 @@ def render_pair(instruction: str, input: str, first: str, second: str) -> str:
     return f'<div class="task" dir="auto">{task}</div><div class="answers">{"".join(shown)}</div>'
 
 
-def build(ballots: Ballots) -> gr.Blocks:
-    """The page. It holds the annotator's name and the pair's place itself: a server that is started anew goes on."""
-    total = len(ballots.items)
+class _Events:
+    """What happens at the page's buttons. The page itself holds the annotator's name and the pair's place."""
 
-    def show(annotator: str, note: str = ""):
-        """What all outputs become: the annotator's next pair, or thanks."""
-        place, done = ballots.next(annotator), ballots.done(annotator)
+    def __init__(self, ballots: Ballots):
+        self.ballots, self.total = ballots, len(ballots.items)
+
+    def show(self, annotator: str, note: str = "") -> tuple:
+        """Return the new values of the page's outputs: the annotator's next pair, or thanks."""
+        place, done, total = self.ballots.next(annotator), self.ballots.done(annotator), self.total
         name = html.escape(annotator)
         bar = f'<progress max="{total}" value="{done}" aria-label="Judged"></progress>'
         progress = f'<div class="progress"><span>{done:,} of {total:,}</span>{bar}<span dir="auto">{name}</span></div>'
         if place is None:
-            shown = f'<div class="task"><p>Thank you, {name}. You have judged all {total:,} pairs.</p></div>'
+            shown = f'<div class="task"><p>Thank you, {name}. You are done: {counted(total, "pair")} judged.</p></div>'
         else:
-            shown = render_pair(*ballots.pair(annotator, place))
+            shown = render_pair(*self.ballots.pair(annotator, place))
+        column = gr.Column(visible=False), gr.Column(visible=True)
         choices = [gr.Button(visible=place is not None)] * len(CHOICES)
         undo = gr.Button(interactive=done > 0)
-        column = gr.Column(visible=False), gr.Column(visible=True)
         return *column, annotator, place, progress, shown, render_status(note), *choices, undo
 
-    def annotator_of(name) -> str:
+    def begin(self, name) -> tuple:
+        annotator = self._annotator(name)
+        done = self.ballots.done(annotator)
+        return self.show(annotator, f"Going on after {done:,}." if done else "")
+
+    def vote(self, choice: str, name, place) -> tuple:
+        annotator = self._annotator(name)
+        if not isinstance(place, int) or not 0 <= place < self.total:
+            raise page_error("There is no such pair: reload the page.", "Not saved")
+        kept = self._keep(self.ballots.vote, annotator, place, choice)
+        return self.show(annotator, "" if kept else "You had judged that pair already: the first choice stands.")
+
+    def undo(self, name) -> tuple:
+        annotator = self._annotator(name)
+        taken_back = self._keep(self.ballots.undo, annotator)
+        return self.show(annotator, "Taken back: choose again." if taken_back else "")
+
+    def _annotator(self, name) -> str:
         try:
-            return ballots.annotator(name)
+            return self.ballots.annotator(name)
         except UserError as e:
             raise page_error(str(e), "No name") from None
 
-    def keep(change, *args):
+    def _keep(self, change, *args) -> bool:
         try:
             return change(*args)
         except OSError as e:
             logging.error("%s", e)
             raise page_error("It could not be saved; the terminal of the server says why.", "Not saved") from None
 
-    def begin(name):
-        annotator = annotator_of(name)
-        done = ballots.done(annotator)
-        return show(annotator, f"Going on after {done:,}." if done else "")
 
-    def resume(name):
-        return begin(name) if name else [gr.skip()] * len(outputs)
-
-    def leave():
-        return gr.Column(visible=True), gr.Column(visible=False), "", None, ""
-
-    def vote(choice: str, name, place):
-        annotator = annotator_of(name)
-        if not isinstance(place, int) or not 0 <= place < total:
-            raise page_error("There is no such pair: reload the page.", "Not saved")
-        kept = keep(ballots.vote, annotator, place, choice)
-        return show(annotator, "" if kept else "You had judged that pair already: the first choice stands.")
-
-    def undo(name):
-        annotator = annotator_of(name)
-        taken_back = keep(ballots.undo, annotator)
-        return show(annotator, "Taken back: choose again." if taken_back else "")
-
+def build(ballots: Ballots) -> gr.Blocks:
+    """Return the page. It holds the annotator's name and the pair's place, so that it survives a server's restart."""
+    events = _Events(ballots)
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
         gr.HTML(f"<h1>{TITLE}</h1>", js_on_load=None)
         with gr.Column() as entry:
@@ -160,19 +140,22 @@ def build(ballots: Ballots) -> gr.Blocks:
         annotator, place = gr.Textbox(visible=False), gr.Number(visible=False, precision=0)
 
         outputs = [entry, judging, annotator, place, progress, pair, status, *buttons.values()]
-        # Not queued: a vote is a file's line, and one page's wait for another's would only be felt.
+        # Not queued: a vote is a line in a file, and a queue would only make annotators wait for each other.
         options = {"outputs": outputs, "queue": False, "api_visibility": "private", "show_progress": "hidden"}
-        shown = [
-            page.load(resume, name, js=KEPT_NAME, **options),
-            gr.on([start.click, name.submit], begin, name, **options),
-            buttons["undo"].click(undo, annotator, **options),
-        ]
-        for choice in CHOICES:
-            shown.append(buttons[choice].click(partial(vote, choice), [annotator, place], **options))
-        for event in shown:
+        resumed = page.load(
+            lambda name: events.begin(name) if name else [gr.skip()] * len(outputs), name, js=KEPT_NAME, **options
+        )
+        begun = gr.on([start.click, name.submit], events.begin, name, **options)
+        undone = buttons["undo"].click(events.undo, annotator, **options)
+        voted = [buttons[each].click(partial(events.vote, each), [annotator, place], **options) for each in CHOICES]
+        for event in (resumed, begun, undone, *voted):
             event.success(None, js=SHOWN)
-        shown[1].success(None, annotator, js=KEEP_NAME)
-        other.click(leave, js=FORGET_NAME, **options | {"outputs": [entry, judging, annotator, place, name]})
+        begun.success(None, annotator, js=KEEP_NAME)
+        other.click(
+            lambda: (gr.Column(visible=True), gr.Column(visible=False), "", None, ""),
+            js=FORGET_NAME,
+            **options | {"outputs": [entry, judging, annotator, place, name]},
+        )
         page.load(None, js=KEYS)
     page.queue(api_open=False)
     return page
@@ -188,26 +171,26 @@ def serve(
     auth: str | None = None,
     seed: int | None = None,
 ) -> None:
-    """Serves the page until Ctrl-C or SIGTERM. Several people can judge at once, each under a name of their own.
+    """Serve the page until Ctrl-C or SIGTERM. Several people can judge at once, each under their own name.
 
     Args:
         items: the instruction set.
         a, b: two models' answers to it.
-        output_path: the judgments, a row a vote; the same command goes on with it.
+        output_path: the judgments, one row for each vote; the same command continues an earlier one.
         host: the address to listen at; any but this machine's own needs ``auth``.
         port: 0 takes a free one.
         auth: "user:password", one for all.
         seed: see Ballots.
 
     Raises:
-        UserError: a flag is wrong, the port is taken, or see Ballots.
+        UserError: an argument is wrong, the port is taken, or see Ballots.
     """
     login, port = check_exposure(host, auth), free_port(port)
     ballots = Ballots(items, a, b, output_path, seed)
     notes = [f"votes go to {ballots.path.resolve()}"]
     if left_out := len(items) - len(ballots.items):
-        notes.append(f"{left_out:,} of {len(items):,} instructions lack an answer and are not shown")
+        notes.append(f"{left_out:,} of {counted(len(items), 'instruction')} without two answers, not shown")
     try:
-        run(build(ballots), host, port, login, f"{len(ballots.items):,} pairs to judge", notes, CSS)
+        run(build(ballots), host, port, login, f"{counted(len(ballots.items), 'pair')} to judge", notes, CSS)
     finally:
         ballots.close()

@@ -5,14 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from alpaca.data.plots import FAINT, INK, PAPER, png_bytes
+from alpaca.judging.report_text import COUNTS, shorten, signed
 
-A_COLOUR, TIE_COLOUR, B_COLOUR = "#332288", "#ddcc77", "#cc6677"  # of Paul Tol's "muted" scheme; apart in grey, too
+A_COLOR, TIE_COLOR, B_COLOR = "#332288", "#ddcc77", "#cc6677"  # of Paul Tol's "muted" scheme; distinct in gray, too
+GRID = "#dfe2e5"
 WIDTH, LETTERS = 7.0, 13  # inches at 1,500 pixels; points
 MOST_JUDGES = 8  # that are drawn; the page's table has them all
 
 
 def picture(report: dict) -> bytes | None:
-    """The figures of a report as a PNG, 1,500 pixels wide; None where there is nothing to draw.
+    """Return the figures of a report as a PNG, 1,500 pixels wide; None where there is nothing to draw.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -23,10 +25,11 @@ def picture(report: dict) -> bytes | None:
     judges = [judge for judge in report["judges"] if judge["judged"]][:MOST_JUDGES]
     panels = []  # (height in inches, function that draws)
     if judges:
-        panels.append((0.9 + 0.75 * len(judges), lambda axes: _counts(axes, judges, _names(report))))
-        panels.append((1.3 + 0.75 * len(judges), lambda axes: _rates(axes, judges, _names(report))))
+        names = [each["name"] for each in report["answerers"]]
+        panels.append((0.9 + 0.75 * len(judges), lambda axes: _counts(axes, judges, names)))
+        panels.append((1.3 + 0.75 * len(judges), lambda axes: _rates(axes, judges, shorten(names[0], 24))))
         if len(judges[0]["length"]["bins"]) > 1:
-            panels.append((3.6, lambda axes: _bins(axes, judges[0], _names(report))))
+            panels.append((3.6, lambda axes: _bins(axes, judges[0])))
     scored = [each for each in report["answerers"] if each["rouge_l"]]
     if scored:
         panels.append((1.1 + 0.75 * len(scored), lambda axes: _rouge(axes, scored)))
@@ -42,15 +45,6 @@ def picture(report: dict) -> bytes | None:
     return png_bytes(figure)
 
 
-def _names(report: dict) -> tuple[str, str]:
-    a, b = (_short(each["name"], 24) for each in report["answerers"])
-    return a, b
-
-
-def _short(text: str, most: int = 48) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
 def _style(axes, title: str) -> None:
     axes.set_title(title, loc="left", size=15, weight="bold", color=INK, pad=10, parse_math=False)
     axes.set_facecolor(PAPER)
@@ -62,37 +56,37 @@ def _style(axes, title: str) -> None:
 
 
 def _rows(axes, names: list[str], room: float = 0.0) -> None:
-    """One row a name, which stands above it: a name may be longer than a margin is wide. Room for a legend below."""
+    """Make a row for each name, with the name above it (no margin is that wide), and room for a legend below."""
     axes.set(ylim=(len(names) - 0.45 + room, -0.6), yticks=[])
     left, _ = axes.get_xlim()
     for row, name in enumerate(names):
         style = {"size": LETTERS, "color": INK, "ha": "left", "va": "center", "parse_math": False}
         box = {"fc": PAPER, "ec": "none", "pad": 1.5}  # hides the lines behind a long name
-        axes.text(left, row - 0.3, _short(name), bbox=box, **style).set_in_layout(False)
+        axes.text(left, row - 0.3, shorten(name, 48), bbox=box, **style).set_in_layout(False)
 
 
-def _counts(axes, judges: list[dict], names: tuple[str, str]) -> None:
+def _counts(axes, judges: list[dict], names: list[str]) -> None:
     _style(axes, "Verdicts")
     axes.set(xlim=(0, 1), xticks=[])
     axes.spines["bottom"].set_visible(False)
     _rows(axes, [judge["judge"] for judge in judges], room=0.5)
-    parts = (("wins", A_COLOUR, "white"), ("ties", TIE_COLOUR, INK), ("losses", B_COLOUR, INK))
+    parts = list(zip(COUNTS, (A_COLOR, TIE_COLOR, B_COLOR), ("white", INK, INK), strict=True))
     for row, judge in enumerate(judges):
         left = 0.0
-        for key, colour, ink in parts:
+        for key, color, ink in parts:
             width = judge[key] / judge["judged"]
-            axes.barh(row + 0.12, width, left=left, height=0.42, color=colour, edgecolor=PAPER)
+            axes.barh(row + 0.12, width, left=left, height=0.42, color=color, edgecolor=PAPER)
             if width > 0.05:
                 style = {"size": LETTERS, "color": ink, "ha": "center", "va": "center_baseline"}
                 axes.text(left + width / 2, row + 0.12, f"{judge[key]:,}", **style)
             left += width
-    handles = [axes.barh([-9], [0], color=colour) for _, colour, _ in parts]  # rows out of sight
-    a, b = (_short(name, 18) for name in names)
+    handles = [axes.barh([-9], [0], color=color) for _, color, _ in parts]  # rows out of sight
+    a, b = (shorten(name, 18) for name in names)
     _legend(axes, handles, [f"{a} wins", "ties", f"{b} wins"])
 
 
 def _legend(axes, handles: list, labels: list[str]) -> None:
-    """A row of labels at the bottom of the axes, where _rows left room."""
+    """Write a row of labels at the bottom of the axes, where _rows left room."""
     style = {"loc": "lower left", "ncols": 3, "fontsize": LETTERS - 1, "labelcolor": INK}
     style |= {"facecolor": PAPER, "edgecolor": "none", "framealpha": 1}  # hides the lines behind it
     space = {"handlelength": 1, "columnspacing": 1.2, "borderaxespad": 0.2, "borderpad": 0}
@@ -102,52 +96,47 @@ def _legend(axes, handles: list, labels: list[str]) -> None:
         text.set_parse_math(False)
 
 
-def _rates(axes, judges: list[dict], names: tuple[str, str]) -> None:
-    _style(axes, f"Win rate of {names[0]}")
-    _percent_axis(axes, 0, 1)
-    _rows(axes, [judge["judge"] for judge in judges], room=0.5)
-    for row, judge in enumerate(judges):
-        length = judge["length"]
-        as_is = _interval(axes, judge["win_rate"], judge["interval"], row, "o", A_COLOUR)
-        equal = _interval(axes, length["length_controlled"], length["interval"], row + 0.27, "D", FAINT)
-    _legend(axes, [as_is, equal], ["as the answers are", "at equal length"])
-
-
-def _percent_axis(axes, low: float, high: float) -> None:
-    axes.set(xlim=(low, high), xticks=np.arange(0, 1.01, 0.25), xticklabels=["0", "25%", "50%", "75%", "100%"])
+def _rates(axes, judges: list[dict], name: str) -> None:
+    _style(axes, f"Win rate of {name}")
+    axes.set(xlim=(0, 1), xticks=np.arange(0, 1.01, 0.25), xticklabels=["0", "25%", "50%", "75%", "100%"])
     axes.axvline(0.5, color=INK, lw=1.2, ls=(0, (4, 2)))
-    axes.grid(axis="x", color="#dfe2e5", lw=0.8)
+    axes.grid(axis="x", color=GRID, lw=0.8)
+    _rows(axes, [judge["judge"] for judge in judges], room=0.5)
+    drawn = {}
+    for row, judge in enumerate(judges):
+        drawn["as the answers are"] = _interval(axes, judge["win_rate"], judge["interval"], row, "o", A_COLOR)
+        if (equal := judge["length"])["length_controlled"] is not None:
+            rate, place = equal["length_controlled"], row + 0.27
+            drawn["at equal length"] = _interval(axes, rate, equal["interval"], place, "D", FAINT)
+    _legend(axes, list(drawn.values()), list(drawn))
 
 
-def _interval(axes, value: float, interval: list, y: float, marker: str, colour: str):
-    axes.plot(interval, [y, y], color=colour, lw=2.5, solid_capstyle="round")
-    return axes.plot([value], [y], marker, ms=9, color=colour, ls="", clip_on=False)[0]
+def _interval(axes, value: float, interval: list, y: float, marker: str, color: str, scale: float = 1.0):
+    """Draw a figure and its interval, whose ends are None for a single item."""
+    ends = [scale * end for end in interval if end is not None]
+    axes.plot(ends, [y] * len(ends), color=color, lw=2.5, solid_capstyle="round")
+    return axes.plot([scale * value], [y], marker, ms=9, color=color, ls="", clip_on=False)[0]
 
 
-def _bins(axes, judge: dict, names: tuple[str, str]) -> None:
-    _style(axes, f"… by length ({_short(judge['judge'], 36)})")
+def _bins(axes, judge: dict) -> None:
+    _style(axes, f"… by length ({shorten(judge['judge'], 36)})")
     bins = judge["length"]["bins"]
     for x, bin in enumerate(bins):
-        axes.plot([x, x], bin["interval"], color=A_COLOUR, lw=2.5, solid_capstyle="round")
-        axes.plot([x], [bin["win_rate"]], "o", ms=9, color=A_COLOUR)
+        axes.plot([x, x], bin["interval"], color=A_COLOR, lw=2.5, solid_capstyle="round")
+        axes.plot([x], [bin["win_rate"]], "o", ms=9, color=A_COLOR)
     labels = [f"{signed(bin['from'])}\nto {signed(bin['to'])}" for bin in bins]
     axes.set(xlim=(-0.6, len(bins) - 0.4), ylim=(0, 1), xticks=range(len(bins)), xticklabels=labels)
     axes.set(yticks=[0, 0.5, 1], yticklabels=["0", "50%", "100%"])
     axes.axhline(0.5, color=INK, lw=1.2, ls=(0, (4, 2)))
-    axes.grid(axis="y", color="#dfe2e5", lw=0.8)
+    axes.grid(axis="y", color=GRID, lw=0.8)
     axes.set_xlabel("characters longer than the other's", size=LETTERS, color=INK, labelpad=8)
-
-
-def signed(number: int) -> str:
-    return f"{number:+,}".replace("-", "−") if number else "0"
 
 
 def _rouge(axes, answerers: list[dict]) -> None:
     _style(axes, "ROUGE-L to the reference")
-    highest = max(each["rouge_l"]["interval"][1] for each in answerers)
+    highest = max(each["rouge_l"]["interval"][1] or each["rouge_l"]["mean"] for each in answerers)
     axes.set_xlim(0, 100 * min(1.0, 1.15 * highest + 0.02))
     _rows(axes, [each["name"] for each in answerers])
-    axes.grid(axis="x", color="#dfe2e5", lw=0.8)
+    axes.grid(axis="x", color=GRID, lw=0.8)
     for row, each in enumerate(answerers):
-        low, high = each["rouge_l"]["interval"]
-        _interval(axes, 100 * each["rouge_l"]["mean"], [100 * low, 100 * high], row + 0.05, "o", A_COLOUR)
+        _interval(axes, each["rouge_l"]["mean"], each["rouge_l"]["interval"], row + 0.05, "o", A_COLOR, 100)

@@ -18,8 +18,8 @@ from alpaca.endpoint.client import Completion, Teacher
 Shown = list[tuple[str, str | None]]  # generator and answer, the first and the second; None: it has no answer
 
 PLACEHOLDERS = ("{task}", "{answer_a}", "{answer_b}", "{fence}")
-ASKS = 3  # for a verdict, until a reply without one is a failure
-SEED_STEP = 10  # between these: Teacher.ask counts seeds up when a reply is empty
+ASKS = 3  # for a verdict, before a reply without one is a failure
+SEED_STEP = 10  # between the seeds of these: Teacher.ask counts up from each when a reply is empty
 REMINDER = (
     "\n\nA reply that does not end in the line asked for cannot be counted. Its last line must be one of these three, "
     "with nothing behind it:\nVerdict: A\nVerdict: B\nVerdict: tie"
@@ -27,7 +27,7 @@ REMINDER = (
 
 
 def read_prompt(path: str | os.PathLike) -> tuple[str, str]:
-    """A judge's prompt and its SHA-256; UserError if one of PLACEHOLDERS is not in it."""
+    """Return a judge's prompt and its SHA-256; UserError if one of PLACEHOLDERS is not in it."""
     text = read_text(path)
     if missing := [name for name in PLACEHOLDERS if name not in text]:
         raise UserError(f"{path} does not say where {', '.join(missing)} goes: put it in")
@@ -39,28 +39,28 @@ def sha256(text: str) -> str:
 
 
 def to_ask(shown: Shown) -> bool:
-    """Whether somebody has to judge two answers: both are there, and they differ."""
+    """Return whether somebody has to judge two answers: both exist, and they differ."""
     (_, first), (_, second) = shown
     return first is not None and second is not None and first != second
 
 
 def fill(prompt: str, item: Item, shown: Shown) -> str:
-    """The prompt with the task and two answers, quoted as data.
+    """Return the prompt with the task and two answers, quoted as data.
 
     {fence} becomes a line of tildes that is longer than any in the texts, so none of them can end its own quotation.
     """
     (_, answer_a), (_, answer_b) = shown
     longest = max(map(len, re.findall("~+", f"{item.task}\n{answer_a}\n{answer_b}")), default=0)
     texts = {"{task}": item.task, "{answer_a}": answer_a, "{answer_b}": answer_b, "{fence}": "~" * max(8, longest + 1)}
-    # In one pass: what stands in an answer is not filled in.
+    # In one pass, so that a placeholder in an answer is not filled in.
     return re.sub("|".join(map(re.escape, PLACEHOLDERS)), lambda match: texts[match[0]], prompt)
 
 
 def verdict(reply: str) -> str | None:
-    """ "first", "second" or "tie" as the reply's last line says ("Verdict: A", "B" or "tie"); None if it says nothing.
+    """Return "first", "second" or "tie", as the reply's last line says ("Verdict: A", "B" or "tie"), else None.
 
-    Case and Markdown do not matter. A reply with two verdicts that differ says nothing. Thoughts that a model writes
-    down before its reply (up to "</think>") are no part of it; a reply that was cut off in them says nothing.
+    Case and Markdown do not matter. A reply with two different verdicts has none. Thoughts before the reply (up to
+    "</think>") are not part of it; a reply that was cut off in them has none.
     """
     if reply.lstrip().startswith("<think>") and "</think>" not in reply:
         return None
@@ -74,13 +74,13 @@ def verdict(reply: str) -> str | None:
 
 
 class Judge:
-    """A teacher of whom a verdict is wanted: a reply without one is asked for again, with a reminder."""
+    """A teacher that is asked for a verdict; after a reply without one it is asked again, with a reminder."""
 
     def __init__(self, teacher: Teacher):
         self.teacher, self.close = teacher, teacher.close
 
     async def ask(self, prompt: str, seed: int) -> Completion:
-        """As Teacher.ask; ASKS replies without a verdict are a failure, of which the last one's text is kept."""
+        """Ask as Teacher.ask does; ASKS replies without a verdict are a failure, with the last one's text."""
         prompt_tokens = completion_tokens = 0
         for number in range(ASKS):
             reply = await self.teacher.ask(prompt + REMINDER * bool(number), seed + SEED_STEP * number)
@@ -94,13 +94,13 @@ class Judge:
 
 
 def judgment(item: Item, shown: Shown, judge: dict, reply: Completion | None = None) -> dict:
-    """A row of judgments.
+    """Return a row of judgments.
 
     Args:
         item: what was answered.
         shown: the two answers.
         judge: who judged, and how.
-        reply: the judge's, or a failure; None for two equal answers, a tie about which nobody was asked.
+        reply: the judge's, or a failure; None for two equal answers, a tie that nobody was asked about.
     """
     row = {"id": item.id, "first": shown[0][0], "second": shown[1][0], "preferred": None, "judge": judge, "error": None}
     if missing := [generator for generator, answer in shown if answer is None]:

@@ -1,35 +1,39 @@
-"""A report as text: the sentences and tables that the terminal and the page both show, and what the terminal gets.
+"""A report as text: each sentence and table, written once for the terminal, the page and report.json.
 
-A report is the dictionary that judge.py report writes as report.json; None stands for a figure that does not exist.
+A report is the dictionary that judge.py report writes as report.json; None is a figure that does not exist.
 """
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 
+from alpaca.common.text import counted, printable
 from alpaca.data.instruction_sets import Answers
+from alpaca.judging.overlap import DUPLICATE
+from alpaca.judging.statistics import FEWEST
 
-METHOD = (
-    "Win rate: wins and half of the ties, of all items with a verdict. A model is asked in both orders; where it "
-    "contradicts itself the item is a tie, and where an ask failed the item is left out.",
-    "Two equal answers are a tie; agreement between judges leaves them out.",
-    "Where several people judged, their majority is the side that more of them chose, whatever number saw a tie.",
-    "Intervals of win rates, ROUGE-L and losses: 95% percentile bootstrap over instructions, 10,000 resamples. Of bins "
-    "and categories: Wilson's 95% interval.",
-    "p: exact two-sided sign test, ties dropped; of a preference for the first place, over items.",
-    "At equal length: win rate predicted by a logistic regression on tanh of the standardised difference of lengths in "
-    "characters, at no difference, as in AlpacaEval 2 without its term for an instruction's difficulty "
-    "(arXiv 2404.04475).",
-    "ROUGE-L: F with Porter's stemmer, times 100, as Tk-Instruct's compute_metrics.py and Self-Instruct report it.",
-    "Overlap: words are runs of letters and digits, case aside. 13 and 8 are the longest and the shortest n-grams by "
-    "which GPT-3's authors called an example contaminated (arXiv 2005.14165, appendix C).",
-)
-FEW = 30  # items: of fewer, a bootstrap interval is too narrow
+FEW = 30  # items; with fewer, a bootstrap interval is too narrow
+COUNTS = ("wins", "ties", "losses")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Figures as text.
+# Figures.
+
+
+def signed(number: int) -> str:
+    return f"{number:+,}".replace("-", "−") if number else "0"
+
+
+def p_value(p: float) -> str:
+    """Return a p-value to follow "p ": never 0, and never rounded to 0.05."""
+    return "< 0.0001" if p < 0.0001 else f"= {p:.4f}" if p < 0.1 else f"= {p:.2f}"
+
+
+def shorten(name: str, most: int = 60) -> str:
+    """Return a name without its middle if it is long: its end may be what distinguishes two judges of one name."""
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[1 - most // 2 :]}"
 
 
 def percent(share: float | None) -> str:
@@ -37,7 +41,7 @@ def percent(share: float | None) -> str:
 
 
 def with_interval(value: float | None, interval: Sequence[float | None], scale: float = 100.0, unit: str = "%") -> str:
-    """ "50.2% (45.0–55.4)"; a dash where there is no figure."""
+    """Return "50.2% (45.0 to 55.4)"; a dash where there is no figure."""
     if value is None:
         return "–"
     text = f"{scale * value:.{1 if scale == 100 else 3}f}{unit}"
@@ -47,15 +51,187 @@ def with_interval(value: float | None, interval: Sequence[float | None], scale: 
     return f"{text} ({low} to {high})"
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Sentences.
+
+
+def win_words(rate: dict, a: str, b: str) -> str:
+    """Return whether a difference in comparison.win_rate's figures is larger than chance, in a sentence or two."""
+    if not rate["judged"]:
+        return "There is no verdict to count."
+    decided, ties = rate["wins"] + rate["losses"], counted(rate["ties"], "tie")
+    text = f"{a} wins {rate['wins']}, {b} {rate['losses']}, {ties}: {_rate(rate['win_rate'], rate['interval'], a)}. "
+    if not decided:
+        return text + "Nothing was decided, so nothing can be said about a difference."
+    p = f"sign test, p {p_value(rate['p'])}"
+    if rate["p"] < 0.05:
+        return text + f"{a if rate['wins'] > rate['losses'] else b} wins more often than chance explains ({p})."
+    text += f"No difference can be seen ({p}). "
+    if decided < FEWEST:
+        few = counted(decided, "decided instruction")
+        return text + f"A sign test of {few} can show nothing: it takes at least {FEWEST}."
+    if rate["detectable"] >= 0.5 + decided / rate["judged"] / 2:  # more than if one side had won them all
+        return text + f"{decided} decided instructions are too few to show any but the largest."
+    return text + (
+        f"With {rate['judged']} instructions{' and so many ties' if rate['ties'] else ''}, only a win rate beyond "
+        f"{rate['detectable']:.1%}, or below {1 - rate['detectable']:.1%}, would have been, four times in five."
+    )
+
+
+def _rate(share: float, interval: Sequence[float], a: str) -> str:
+    within = "" if math.isnan(interval[0]) else f" (95% interval {interval[0]:.1%} to {interval[1]:.1%})"
+    return f"a win rate of {share:.1%} for {a}{within}"
+
+
+def position_words(position: dict) -> str:
+    """Return whether a judge prefers a place rather than an answer, in a sentence or two."""
+    if not position["decided"]:
+        return "No ask was decided, so nothing can be said about a preference for a place."
+    share, asks = position["share_first"], counted(position["decided"], "decided ask")
+    text = f"What was shown first was preferred in {share:.1%} of {asks} (p {p_value(position['p'])}): "
+    if position["p"] < 0.05:
+        text += f"{'more' if share > 0.5 else 'less'} than chance explains."
+    elif position["decided_items"] < FEWEST:
+        text += "too few to show a preference for a place."
+    else:
+        text += "no preference for a place can be seen."
+    if position["both_orders"]:
+        text += f" Asked in both orders, the verdict was the same for {position['agreed']:.1%} of the items."
+    return text
+
+
+def length_words(rate: dict, length: dict, a: str, b: str) -> str | None:
+    """Return whether the verdict would change at equal length; None where it could not, or would not.
+
+    A difference is larger than chance if the interval of the length-controlled win rate leaves out one half.
+    """
+    if rate["wins"] + rate["losses"] < FEWEST:
+        return None
+    controlled, (low, high) = length["length_controlled"], length["interval"]
+    figures = _rate(controlled, (low, high), a)
+    if low <= 0.5 <= high:
+        return f"At equal length no difference can be seen any more: {figures}." if rate["p"] < 0.05 else None
+    if rate["p"] < 0.05 and (controlled > 0.5) == (rate["wins"] > rate["losses"]):
+        return f"At equal length it stays: {figures}."
+    return f"At equal length {a if controlled > 0.5 else b} would win more often: {figures}."
+
+
+def words(judge: dict) -> list[str]:
+    return [text for text in (judge["words"], judge["length_words"], judge["position_words"]) if text]
+
+
+def asked_with(judge: dict) -> list[str]:
+    """Return how a model was asked, one line for each way: prompt, settings, and which model its server named."""
+    said = []
+    for way in judge["asked_with"] if judge["kind"] == "model" else ():
+        settings = way.get("settings")
+        facts = [f"prompt {way['prompt_sha256'][:8]}"] if way.get("prompt_sha256") else []
+        facts += [f"{name} {value}" for name, value in settings.items()] if isinstance(settings, dict) else []
+        by = f"; its server names {way['answered_by']}" if way.get("answered_by") else ""
+        said.append(f"Asked with {', '.join(facts) or 'unknown settings'}{by}.")
+    return said
+
+
+def set_words(report: dict) -> str:
+    published = ", those that Self-Instruct published" if report["set"]["is_the_252"] else ""
+    return f"{counted(report['set']['items'], 'instruction')} of {report['set']['file']}{published}"
+
+
+def length_figures(report: dict, judge: dict) -> str:
+    """Return what a judge's verdicts have to do with length."""
+    (a, b), length = (each["name"] for each in report["answerers"]), judge["length"]
+    longer, direction = (
+        counted(round(abs(length["longer"])), "character"),
+        "longer" if length["longer"] >= 0 else "shorter",
+    )
+    text = f"{a}'s answers are {longer} {direction} than {b}'s on average."
+    if length["length_controlled"] is not None:
+        controlled = with_interval(length["length_controlled"], length["interval"])
+        text += f" At equal length its win rate would be {controlled}, against {percent(judge['win_rate'])} as the "
+        text += f"answers are ({judge['judge']})."
+    if length["correlation"] is not None:
+        correlation = f"{length['correlation']:+.2f}".replace("-", "−")
+        text += f" Outcome and difference of length correlate by {correlation}."
+    return text
+
+
+def agreement_words(report: dict) -> str:
+    """Return the agreement over all pairs of a kind, where there are several, and over all judges at once."""
+    found = report["agreement"]
+    parts = [
+        f"{kind['kinds']}: the same verdict in {percent(kind['raw'])} of {counted(kind['items'], 'comparison')} by "
+        f"{kind['pairs']} pairs."
+        for kind in found["by_kinds"]
+        if kind["pairs"] > 1
+    ]
+    parts += [
+        f"Krippendorff's alpha of {who}: {found[key]:.2f}."
+        for key, who in (("alpha_people", "the people"), ("alpha", "all judges"))
+        if found[key] is not None
+    ]
+    return " ".join(parts)
+
+
+def overlap_words(overlap: dict) -> str:
+    shared = "; ".join(
+        f"{g['n']} words in a row with a record: {g['shared']} of the {g['long_enough']} that are so long"
+        for g in overlap["ngrams"]
+    )
+    return (
+        f"Searched in {overlap['file']} ({counted(overlap['records'], 'record')}). Instructions with their input that "
+        f"share {shared}. Instructions in the same words as a record's: {len(overlap['same_instruction'])}, with the "
+        f"same input too: {len(overlap['same_task'])}. Highest ROUGE-L to a record's instruction: "
+        f"{overlap['rouge_l']['highest']:.2f} (median over the set {overlap['rouge_l']['median']:.2f}); above "
+        f"{DUPLICATE}, where the generator drops a candidate as a duplicate: {overlap['above_duplicate']}."
+    )
+
+
+def notes(found: dict, answerers: list[Answers]) -> list[str]:
+    """Return what a reader must know before trusting the figures."""
+    said = []
+    if unseen := found["set"]["unseen_by_rouge"]:
+        said.append(f"ROUGE-L reads only a to z and 0 to 9, which leaves out most of {counted(unseen, 'reference')}.")
+    for one in answerers:
+        if one.unanswered:
+            few = ", ".join(one.unanswered[:3]) + (", …" if len(one.unanswered) > 3 else "")
+            missing = counted(len(one.unanswered), "instruction")
+            said.append(f"{one.generator} has no answer to {missing}, left out: {few}")
+    for one in found["answerers"]:
+        if one["cut"]:
+            answers = counted(one["answered"], "answer")
+            said.append(f"{one['name']} was cut off in {one['cut']} of {answers}: it had more to say.")
+        if not_finite := one["loss_not_finite"]:
+            said.append(f"{one['name']}'s loss is not finite on {counted(not_finite, 'reference')}: left out.")
+    for judge in found["judges"]:
+        name = judge["judge"]
+        if judge["failed"]:
+            said.append(f"{name} gave no verdict on {counted(judge['failed'], 'item')}: left out, not taken for a tie.")
+        if judge["kind"] == "model" and (ways := len(judge["asked_with"])) > 1:
+            said.append(
+                f"{name} was asked in {ways} ways, or answered by {ways} models: where it judged the same twice, the "
+                "last counts."
+            )
+        elif judge["repeated"]:
+            said.append(f"{name} has {counted(judge['repeated'], 'row')} that a later one about the same ask replaces.")
+        if judge["not_judged"]:
+            said.append(f"{name} has not judged {judge['not_judged']} of the answered instructions.")
+        if 1 < judge["judged"] < FEW:
+            said.append(f"{name} judged {judge['judged']} items: with so few, intervals are too narrow.")
+    return said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables: rows of cells, the head first.
+
+
 def judge_table(report: dict) -> list[list[str]]:
-    head = ["judge", "items", "wins", "ties", "losses", "failed", "win rate", "p", "at equal length", "first preferred"]
-    rows = [head]
+    rows = [["judge", "items", *COUNTS, "failed", "win rate", "p", "at equal length", "first preferred"]]
     for judge in report["judges"]:
         length, position = judge["length"], judge["position"]
         rows.append(
             [
                 judge["judge"],
-                *(f"{judge[key]:,}" for key in ("judged", "wins", "ties", "losses", "failed")),
+                *(f"{judge[key]:,}" for key in ("judged", *COUNTS, "failed")),
                 with_interval(judge["win_rate"], judge["interval"]),
                 f"{judge['p']:.4f}" if judge["judged"] else "–",
                 with_interval(length["length_controlled"], length["interval"]),
@@ -65,16 +241,25 @@ def judge_table(report: dict) -> list[list[str]]:
     return rows
 
 
+def rate_table(what: str, groups: list[dict]) -> list[list[str]]:
+    """Return counts and win rate of each bin of lengths, or of each category."""
+    rows = [[what, *COUNTS, "win rate"]]
+    for group in groups:
+        name = f"{signed(group['from'])} to {signed(group['to'])}" if "from" in group else group["category"]
+        figures = (f"{group[key]:,}" for key in COUNTS)
+        rows.append([name or "(none)", *figures, with_interval(group["win_rate"], group["interval"])])
+    return rows
+
+
 def reference_table(report: dict) -> list[list[str]]:
     rows = [["answers of", "answered", "characters", "ROUGE-L", "over the first's", "reference loss", "perplexity"]]
     compared = any(each["loss_difference"] for each in report["answerers"])
     if compared:
         rows[0].append("loss over the first's")
     for each in report["answerers"]:
-        rouge, difference, loss = each["rouge_l"], each["rouge_l_difference"], each["loss"]
         row = [each["name"], f"{each['answered']:,}", f"{each['characters']:,.0f}"]
-        row += [_mean(rouge, 100), _mean(difference, 100), _mean(loss, 1)]
-        row.append(f"{loss['perplexity']:.2f}" if loss else "–")
+        row += [_mean(each["rouge_l"], 100), _mean(each["rouge_l_difference"], 100), _mean(each["loss"], 1)]
+        row.append(f"{each['loss']['perplexity']:.2f}" if each["loss"] else "–")
         rows.append(row + [_mean(each["loss_difference"], 1)] * compared)
     return rows
 
@@ -91,60 +276,13 @@ def agreement_table(report: dict) -> list[list[str]]:
     return rows
 
 
-def agreement_words(report: dict) -> str:
-    """Over all pairs of a kind, where there are several; and over all judges at once."""
-    found = report["agreement"]
-    parts = [
-        f"{kind['kinds']}: the same verdict in {percent(kind['raw'])} of {kind['items']:,} comparisons by "
-        f"{kind['pairs']} pairs."
-        for kind in found["by_kinds"]
-        if kind["pairs"] > 1
-    ]
-    parts += [
-        f"Krippendorff's alpha of {who}: {found[key]:.2f}."
-        for key, who in (("alpha_people", "the people"), ("alpha", "all judges"))
-        if found[key] is not None
-    ]
-    return " ".join(parts)
-
-
-def words(judge: dict) -> list[str]:
-    return [text for text in (judge["words"], judge["length_words"], judge["position_words"]) if text]
-
-
-def asked_with(judge: dict) -> list[str]:
-    """How a model was asked: who answered, the prompt, the settings. One line a way."""
-    said = []
-    for way in judge["asked_with"] if judge["kind"] == "model" else ():
-        settings = way.get("settings")
-        facts = [f"prompt {way['prompt_sha256'][:8]}"] if way.get("prompt_sha256") else []
-        facts += [f"{name} {value}" for name, value in settings.items()] if isinstance(settings, dict) else []
-        by = f"; its server names {way['answered_by']}" if way.get("answered_by") else ""
-        said.append(f"Asked with {', '.join(facts) or 'nothing that is known'}{by}.")
-    return said
-
-
-def overlap_words(overlap: dict) -> str:
-    shared = "; ".join(
-        f"{g['n']} words in a row with a record: {g['shared']} of the {g['long_enough']} that are so long"
-        for g in overlap["ngrams"]
-    )
-    return (
-        f"Searched in {overlap['file']} ({overlap['records']:,} records). Instructions with their input that share "
-        f"{shared}. Whose instruction has a record's words: {len(overlap['same_instruction'])}, and its input too: "
-        f"{len(overlap['same_task'])}. Highest ROUGE-L to a record's instruction: {overlap['rouge_l']['highest']:.2f} "
-        f"(median over the set {overlap['rouge_l']['median']:.2f}); above 0.7, where the generator drops a candidate "
-        f"as a duplicate: {overlap['above_duplicate']}."
-    )
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The terminal.
 
 
 def terminal(report: dict) -> str:
-    """The figures as text, 100 columns or so wide."""
-    lines = [f"{report['set']['file']}: {report['set']['items']:,} instructions{the_252(report)}"]
+    """Return the figures as text, 100 columns or so wide."""
+    lines = [set_words(report)]
     for judge in report["judges"]:
         lines += ["", f"{judge['judge']}:"]
         for said in words(judge):
@@ -153,69 +291,21 @@ def terminal(report: dict) -> str:
         lines += ["", f"wins, losses and rates of {report['answerers'][0]['name']}", *_columns(judge_table(report))]
     lines += ["", *_columns(reference_table(report))]
     if report["agreement"] and report["agreement"]["pairs"]:
-        lines += ["", *_columns(agreement_table(report))]
-        lines += _wrap(agreement_words(report))
+        lines += ["", *_columns(agreement_table(report)), *_wrap(agreement_words(report))]
     if report["overlap"]:
         lines += ["", *_wrap(overlap_words(report["overlap"]))]
-    notes = [line for note in report["notes"] for line in _wrap(f"note: {note}", "", "  ")]
-    return "\n".join(lines + ([""] if notes else []) + notes)
+    said = [line for note in report["notes"] for line in _wrap(f"note: {note}", "", "  ")]
+    return printable("\n".join(lines + ([""] if said else []) + said))
 
 
 def _wrap(text: str, first: str = "", later: str = "") -> list[str]:
     return textwrap.wrap(text, 100, initial_indent=first, subsequent_indent=later, break_on_hyphens=False)
 
 
-def _short(name: str, most: int = 60) -> str:
-    """A name without its middle if it is long: the end may be what tells two judges of one name apart."""
-    return name if len(name) <= most else f"{name[: most // 2]}…{name[1 - most // 2 :]}"
-
-
 def _columns(rows: list[list[str]]) -> list[str]:
-    rows = [[_short(name), *figures] for name, *figures in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows = [[shorten(name), *figures] for name, *figures in rows]
+    name_width, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
     return [
-        "  ".join(
-            cell.ljust(w) if not i else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
+        "  ".join([name.ljust(name_width), *(cell.rjust(w) for cell, w in zip(figures, widths, strict=True))])
+        for name, *figures in rows
     ]
-
-
-def the_252(report: dict) -> str:
-    return ", those that Self-Instruct published" if report["set"]["is_the_252"] else ""
-
-
-def notes(found: dict, answerers: list[Answers], no_rouge: bool) -> list[str]:
-    """What a reader must know before taking the figures for what they look like."""
-    said = []
-    if no_rouge:
-        said.append("ROUGE-L was left out: nltk, whose stemmer it needs, is not installed (pip install '.[judge]').")
-    if unseen := found["set"]["unseen_by_rouge"]:
-        said.append(f"ROUGE-L knows no letters but a to z: {unseen} of the references are mostly of others.")
-    for one in answerers:
-        if one.unanswered:
-            few = ", ".join(one.unanswered[:3]) + (", …" if len(one.unanswered) > 3 else "")
-            said.append(f"{one.generator} has no answer to {len(one.unanswered)} instructions, left out: {few}")
-    for one in found["answerers"]:
-        if one["cut"]:
-            said.append(f"{one['cut']} of {one['name']}'s {one['answered']} answers were cut off: it had more to say.")
-        if one["loss_not_finite"]:
-            said.append(f"{one['name']}'s loss is no finite number on {one['loss_not_finite']} references: left out.")
-    for judge in found["judges"]:
-        if judge["failed"]:
-            said.append(f"{judge['judge']} failed on some items ({judge['failed']}): left out, not counted as ties.")
-        if judge["kind"] == "model" and (ways := len(judge["asked_with"])) > 1:
-            said.append(
-                f"{judge['judge']} was asked in {ways} ways, or answered by {ways} models: where it judged the same "
-                "twice, the last counts."
-            )
-        elif judge["repeated"]:
-            said.append(
-                f"{judge['judge']} judged again what it had judged ({judge['repeated']} of its rows): of each ask the "
-                "last row counts."
-            )
-        if judge["not_judged"]:
-            said.append(f"{judge['judge']} has not judged {judge['not_judged']} of the answered instructions.")
-        if 0 < judge["judged"] < FEW:
-            said.append(f"{judge['judge']} judged {judge['judged']} items: of so few, intervals are too narrow.")
-    return said

@@ -7,15 +7,15 @@ once, in an order drawn at random.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from alpaca import UserError
 from alpaca.common.records import jload
 from alpaca.data.instruction_sets import Answers, is_name
+from alpaca.judging.prompt import sha256
 
 PREFERRED = ("first", "second", "tie", None)
 PEOPLE = "people, by majority"
@@ -27,12 +27,12 @@ class Ask:
 
     Attributes:
         id: of the item.
-        judge: its name, told apart from others of that name.
+        judge: its name, with what distinguishes it from others of that name.
         kind: "model" or "person".
         a_first: whether a's answer was shown first.
         preferred: "first", "second", "tie", or None: none was given.
         error: why none was given.
-        equal: the two answers were the same text, about which nobody need have been asked.
+        equal: the two answers were the same text, so nobody had to be asked.
     """
 
     id: str
@@ -50,7 +50,7 @@ class Verdict:
 
     Attributes:
         outcome: 1.0 where a wins, 0.5 a tie, 0.0 where b wins; None: no verdict.
-        agreed: whether both orders led to the same; None where only one was asked.
+        agreed: whether both orders gave the same verdict; None where only one was asked.
         failure: why there is no verdict: "skipped", or what went wrong.
         equal: the two answers were the same text.
     """
@@ -64,26 +64,21 @@ class Verdict:
     equal: bool = False
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading and folding.
-
-
 def read_judgments(paths: Iterable[str | os.PathLike]) -> list[dict]:
-    """The rows of files that judge.py judge and judge.py people made.
+    """Return the rows of files that judge.py judge and judge.py people wrote.
 
     Raises:
         UserError: a file that cannot be read or holds no row, or a row without a field that is needed.
     """
     rows: list[dict] = []
     for path in paths:
-        before = len(rows)
-        for number, row in enumerate(jload(path), 1):
-            fault = _fault(row)
-            if fault:
-                raise UserError(f"{path}, row {number}: {fault}; give files that judge.py judge or people wrote")
-            rows.append(row)
-        if len(rows) == before:
+        found = jload(path)
+        if not found:
             raise UserError(f"{path} holds no judgments: give a file with at least one")
+        for number, row in enumerate(found, 1):
+            if fault := _fault(row):
+                raise UserError(f"{path}, row {number}: {fault}; give files that judge.py judge or people wrote")
+        rows += found
     return rows
 
 
@@ -107,7 +102,7 @@ def _fault(row) -> str | None:
 
 
 def read_asks(rows: Sequence[dict], a: Answers, b: Answers) -> list[Ask]:
-    """Judgment rows in terms of a and b; of the same ask made again, the last one counts (it was retried, or undone).
+    """Return judgment rows in terms of a and b; of an ask that was repeated (retried, or undone) the last one counts.
 
     Args:
         rows: from ``read_judgments``.
@@ -115,13 +110,9 @@ def read_asks(rows: Sequence[dict], a: Answers, b: Answers) -> list[Ask]:
         b: the other ones.
 
     Raises:
-        UserError: rows of other generators, or that judged another answer.
+        UserError: rows about other generators, or about other answers of theirs.
     """
-    hashes = {
-        (id, one.generator): hashlib.sha256(text.encode()).hexdigest()
-        for one in (a, b)
-        for id, text in one.outputs.items()
-    }
+    hashes = {(id, one.generator): sha256(text) for one in (a, b) for id, text in one.outputs.items()}
     asks: dict[tuple, Ask] = {}
     for row, judge in zip(rows, judge_names(rows), strict=True):
         id, shown = row["id"], (row["first"], row["second"])
@@ -138,24 +129,22 @@ def read_asks(rows: Sequence[dict], a: Answers, b: Answers) -> list[Ask]:
                 )
         if None in row["answers_sha256"]:
             continue  # one of the two had no answer: nobody was asked
-        ask = Ask(id, judge, row["judge"]["kind"], row["first"] == a.generator, row["preferred"], row.get("error"))
-        if row["answers_sha256"][0] == row["answers_sha256"][1]:
-            ask = replace(ask, equal=True)
-        asks.pop((judge, id, ask.a_first), None)
-        asks[judge, id, ask.a_first] = ask
+        kind, a_first, equal = row["judge"]["kind"], row["first"] == a.generator, len(set(row["answers_sha256"])) == 1
+        asks.pop((judge, id, a_first), None)
+        asks[judge, id, a_first] = Ask(id, judge, kind, a_first, row["preferred"], row.get("error"), equal)
     return list(asks.values())
 
 
 def repeated(rows: Sequence[dict], asks: Sequence[Ask]) -> Counter[str]:
-    """For each judge how many of its rows do not count, since a later row is of the same ask."""
+    """Return how many rows of each judge do not count, because a later row is about the same ask."""
     counting = [name for name, row in zip(judge_names(rows), rows, strict=True) if None not in row["answers_sha256"]]
     return Counter(counting) - Counter(ask.judge for ask in asks)
 
 
 def judge_names(rows: Sequence[dict]) -> list[str]:
-    """The judge of each row by name; with its kind, prompt or seed where the name alone would mix two judges.
+    """Return each row's judge by name, with its kind, prompt or seed where the name alone would mix two judges.
 
-    Of a person the seed is that of the page: at two pages, which draw their sides apart, one name may be two people.
+    A person's seed is the page's: at two pages, which draw their sides separately, one name may be two people.
     """
     different: dict[str, set] = {}
     for judge in (row["judge"] for row in rows):
@@ -175,24 +164,24 @@ def _facts(judge: dict) -> tuple[str, ...]:
 
 
 def settings_of(rows: Sequence[dict], judge: str) -> list[dict]:
-    """The different ways in which a judge was asked, with the model that its server names; [] for a majority.
+    """Return the different ways in which a judge was asked, with the model that its server names; [] for a majority.
 
-    Where no reply came, or nobody was asked about equal answers, there is no word of a server's: such rows tell a way
-    of their own only if no reply tells it.
+    Rows without a reply (it failed, or the answers are equal) lack the server's name of the model: they count as a way
+    of their own only if no row with a reply was asked that way.
     """
     found, silent = [], []
     for row, name in zip(rows, judge_names(rows), strict=True):
         answered_by = {"answered_by": row["answered_by"]} if row.get("answered_by") else {}
         if name == judge and (settings := row["judge"] | answered_by) not in (ways := found if answered_by else silent):
             ways.append(settings)
-    told = [{key: value for key, value in way.items() if key != "answered_by"} for way in found]
-    return found + [way for way in silent if way not in told]
+    known = [{key: value for key, value in way.items() if key != "answered_by"} for way in found]
+    return found + [way for way in silent if way not in known]
 
 
 def fold(asks: Iterable[Ask]) -> list[Verdict]:
-    """One verdict of each judge on each item, in the order of first meeting.
+    """Return one verdict of each judge on each item, in order of appearance.
 
-    Of an item that a model saw in one order only, since its run has not ended, there is none yet.
+    An item that a model has seen in one order only, because its run has not ended, has none yet.
     """
     groups: dict[tuple[str, str], list[Ask]] = {}
     for ask in asks:
@@ -205,27 +194,23 @@ def _verdict(asks: list[Ask]) -> Verdict | None:
     failed = next((ask for ask in asks if ask.preferred is None), None)
     if failed is not None:
         return Verdict(*who, None, failure=failed.error or "failed", equal=equal)
-    outcomes = [_outcome(ask) for ask in asks]
+    outcomes = [0.5 if ask.preferred == "tie" else float((ask.preferred == "first") == ask.a_first) for ask in asks]
     if len(asks) == 1:
         return Verdict(*who, outcomes[0], equal=equal) if asks[0].kind == "person" else None
     agreed = outcomes[0] == outcomes[1]
     return Verdict(*who, outcomes[0] if agreed else 0.5, agreed, equal=equal)
 
 
-def _outcome(ask: Ask) -> float:
-    if ask.preferred == "tie":
-        return 0.5
-    return float((ask.preferred == "first") == ask.a_first)
-
-
 def majority(verdicts: Iterable[Verdict]) -> list[Verdict]:
-    """One verdict of all judges together on each item: which side more of them took, else a tie."""
+    """Return one verdict of all judges together on each item: the side that more of them took, else a tie."""
     votes: dict[str, list[float]] = {}
     for verdict in verdicts:
         if verdict.outcome is not None:
             votes.setdefault(verdict.id, []).append(verdict.outcome)
-    return [Verdict(id, PEOPLE, "person", 0.5 + 0.5 * _sign(sum(o - 0.5 for o in each))) for id, each in votes.items()]
+    leads = {id: sum(outcome - 0.5 for outcome in each) for id, each in votes.items()}
+    return [Verdict(id, PEOPLE, "person", 0.5 + 0.5 * ((lead > 0) - (lead < 0))) for id, lead in leads.items()]
 
 
-def _sign(x: float) -> int:
-    return (x > 0) - (x < 0)
+def counts(outcomes: Sequence[float]) -> dict[str, int]:
+    """Return how many of some outcomes are wins, ties and losses of a."""
+    return {"wins": outcomes.count(1.0), "ties": outcomes.count(0.5), "losses": outcomes.count(0.0)}

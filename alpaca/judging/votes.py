@@ -1,11 +1,11 @@
 """Blind votes of people between two answers: what is shown on which side to whom, and what they chose.
 
-OUT.journal holds each vote, on disk before the voter sees the next pair; OUT, one row a vote, is written from it by a
-rename after each, so that a report can be made at any time. A server that was killed goes on from the journal.
+OUT.journal holds each vote, on disk before the voter sees the next pair. OUT, one row a vote, is replaced after each,
+so that a report can be made at any time. A server that was killed continues from the journal.
 
-All see the pairs in one order, shuffled by the seed. Whoever stops early has then judged a random sample of the set,
-which is what an interval over instructions assumes (the sets themselves are sorted by application), and several who
-stop early have judged the same ones, without which their agreement cannot be told.
+All see the pairs in one order, shuffled by the seed. Those who stop early have then judged a random sample of the set,
+which is what an interval over instructions assumes (the sets themselves are sorted by application). And they have
+judged the same pairs, which their agreement is measured on.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import time
 import unicodedata
 
 from alpaca import UserError
-from alpaca.common.files import replace_file
 from alpaca.common.journal import Journal, check_output
-from alpaca.common.records import json_text
+from alpaca.common.records import write_answers
 from alpaca.data.instruction_sets import Answers, Item
+from alpaca.judging.prompt import sha256
 
 CHOICES = ("first", "second", "tie", "skip")
 MAX_NAME_CHARS = 60
@@ -35,20 +35,20 @@ class Ballots:
     Args:
         items: the instruction set.
         a, b: two models' answers to it; an item that one of them has not answered is left out.
-        output_path: the judgments' file; its journal lies beside it. It is locked against a second server.
-        seed: of the order of the pairs and of the sides. Without one it is drawn, or taken from the journal that is
-            gone on with: one that a voter can guess would tell whether left is the same generator as the last time.
+        output_path: the judgments' file; its journal is beside it, locked against a second server.
+        seed: of the order of the pairs and of the sides. Without one it is taken from the journal, or drawn: a voter
+            who can guess it could tell whether left is the same generator as the last time.
 
     Raises:
-        UserError: both have one name, no item has two answers, the output is there without a journal, or the journal
-            is of other answers, of another seed, or in use.
+        UserError: both have one name, no item has two answers, the output exists without a journal, or the journal is
+            of other answers, of another seed, or in use.
     """
 
     def __init__(
         self, items: list[Item], a: Answers, b: Answers, output_path: str | os.PathLike, seed: int | None = None
     ):
         if a.generator == b.generator:
-            raise UserError(f"both answer files are of {a.generator}: their rows need different names to be told apart")
+            raise UserError(f"both answer files are of {a.generator}: give their rows different generators")
         # Named in the other order on the command line, the same pairs go on.
         self._answers = sorted((a, b), key=lambda answers: answers.generator)
         self.items = [item for item in items if all(item.id in answers.outputs for answers in self._answers)]
@@ -56,7 +56,7 @@ class Ballots:
             raise UserError(f"no instruction has an answer of both {a.generator} and {b.generator}: nothing to judge")
         self.path, journal = check_output(output_path)
         if self.path.suffix != ".jsonl":
-            raise UserError(f"--output_path {self.path} becomes JSON Lines: let its name end in .jsonl")
+            raise UserError(f"{self.path} becomes JSON Lines: let its name end in .jsonl")
         self._journal = Journal(journal)
         try:
             self.seed = self._begin(seed)
@@ -72,7 +72,7 @@ class Ballots:
         self._shown: dict[tuple[str, int], float] = {}
 
     def _begin(self, seed: int | None) -> int:
-        """Writes down whose votes the journal holds, or checks it; returns the seed."""
+        """Record what the journal's votes are about, or check it; return the seed."""
         pairs = sorted(
             [item.id, item.instruction, item.input, *(answers.outputs[item.id] for answers in self._answers)]
             for item in self.items
@@ -93,14 +93,14 @@ class Ballots:
         return hashlib.sha256(json.dumps([self.seed, *what]).encode()).digest()
 
     def _sides(self, annotator: str, id: str):
-        """The answers that are shown first and second, alike for all spellings that annotator() takes for one."""
+        """Return the answers shown first and second; the same for all spellings that annotator() takes for one name."""
         return self._answers[:: -1 if self._draw("sides", annotator.casefold(), id)[0] & 1 else 1]
 
     def annotator(self, name) -> str:
-        """The name as it stands in the rows; another spelling of one that has voted is that one.
+        """Return the name as the rows have it; another spelling of a known annotator's name becomes the known one.
 
         Raises:
-            UserError: it is empty, too long, or no text.
+            UserError: it is empty, too long, or not text.
         """
         if not isinstance(name, str) or not name.isprintable() or len(name) > MAX_NAME_CHARS or not name.strip():
             raise UserError(f"A name has 1 to {MAX_NAME_CHARS} letters, in one line.")
@@ -109,11 +109,11 @@ class Ballots:
             return next((known for known in self._votes if known.casefold() == name.casefold()), name)
 
     def done(self, annotator: str) -> int:
-        """How many pairs this annotator has voted on, or skipped."""
+        """Return how many pairs this annotator has voted on, or skipped."""
         return len(self._votes.get(annotator, {}))
 
     def next(self, annotator: str) -> int | None:
-        """The place of the first pair without a vote, whose time begins to count; None when there is none."""
+        """Return the place of the first pair without a vote and start its clock; None when all have one."""
         with self._lock:
             voted = self._votes.get(annotator, {})
             place = next((place for place, item in enumerate(self.items) if item.id not in voted), None)
@@ -122,19 +122,19 @@ class Ballots:
             return place
 
     def pair(self, annotator: str, place: int) -> tuple[str, str, str, str]:
-        """Instruction, input, first and second answer."""
+        """Return instruction, input, first and second answer."""
         item = self.items[place]
         return item.instruction, item.input, *(answers.outputs[item.id] for answers in self._sides(annotator, item.id))
 
     def vote(self, annotator: str, place: int, choice: str) -> bool:
-        """Keeps a vote; False if there is one already, which stands: of a second press, or of another window.
+        """Keep a vote; return False if the pair has one, from a second press or another window, which counts.
 
         Args:
             place: the pair's, from next().
             choice: one of CHOICES.
 
         Raises:
-            OSError: it could not be kept, and none can be before the server is started anew.
+            OSError: it could not be kept, and none can be before the server is restarted.
         """
         item = self.items[place]
         with self._lock:
@@ -142,25 +142,24 @@ class Ballots:
                 return False
             shown = self._shown.pop((annotator, place), None)
             sides = self._sides(annotator, item.id)
-            row = {"id": item.id, "first": sides[0].generator, "second": sides[1].generator}
-            row |= {
-                "preferred": None if choice == "skip" else choice,
-                "judge": {
-                    "kind": "person",
-                    "name": annotator,
-                    "prompt_sha256": None,
-                    "settings": {"seed": self.seed},
-                },
-                "error": "skipped" if choice == "skip" else None,
-                "reply": None,
-                "seconds": None if shown is None else round(time.monotonic() - shown, 1),
-                "answers_sha256": [_sha256(answers.outputs[item.id]) for answers in sides],
-            }
-            self._keep(row)
+            by = {"kind": "person", "name": annotator, "prompt_sha256": None, "settings": {"seed": self.seed}}
+            self._keep(
+                {
+                    "id": item.id,
+                    "first": sides[0].generator,
+                    "second": sides[1].generator,
+                    "preferred": None if choice == "skip" else choice,
+                    "judge": by,
+                    "error": "skipped" if choice == "skip" else None,
+                    "reply": None,
+                    "seconds": None if shown is None else round(time.monotonic() - shown, 1),
+                    "answers_sha256": [sha256(answers.outputs[item.id]) for answers in sides],
+                }
+            )
             return True
 
     def undo(self, annotator: str) -> bool:
-        """Takes this annotator's last vote back; False if there is none."""
+        """Take back this annotator's last vote; return False if there is none."""
         with self._lock:
             if not self._votes.get(annotator):
                 return False
@@ -176,7 +175,7 @@ class Ballots:
         self._count(entry)
         try:
             self._write()
-        except OSError as e:  # the vote is safe: the next one, or the next start, writes it again
+        except OSError as e:  # the vote is safe in the journal: the next one, or the next start, writes it again
             logging.error("%s: %s", self.path, e)
 
     def _count(self, entry: dict) -> None:
@@ -186,9 +185,4 @@ class Ballots:
             self._votes.setdefault(entry["judge"]["name"], {})[entry["id"]] = entry
 
     def _write(self) -> None:
-        with replace_file(self.path) as file:
-            file.writelines(json_text(row) + "\n" for rows in self._votes.values() for row in rows.values())
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+        write_answers([row for rows in self._votes.values() for row in rows.values()], self.path)

@@ -112,7 +112,7 @@ def test_the_figures_of_a_report(judged):
     assert first["rouge_l"]["mean"] > second["rouge_l"]["mean"]
     assert found["overlap"]["same_task"] == ["t3"] and found["overlap"]["nearest"][0]["record"] == 1
     assert {example["winner"] for example in found["examples"]} == {A, B}
-    assert "<i>gpt</i> failed on some items (1): left out, not counted as ties." in found["notes"]
+    assert "<i>gpt</i> gave no verdict on 1 item: left out, not taken for a tie." in found["notes"]
     assert "NaN" not in (folder / "report.json").read_text()
 
 
@@ -126,7 +126,7 @@ def test_a_report_names_what_it_was_made_from(files, judged):
     }
     for each in sum(named.values(), []):
         assert each["sha256"] == hashlib.sha256((files / each["file"]).read_bytes()).hexdigest()
-    assert judged[1]["versions"].keys() == {"python", "numpy", "rapidfuzz", "nltk"}
+    assert judged[1]["versions"].keys() == {"python", "numpy", "scipy", "rapidfuzz", "rouge-score", "nltk"}
     assert judged[1]["versions"]["numpy"] == sys.modules["numpy"].__version__
 
 
@@ -190,7 +190,7 @@ def test_references_that_rouge_does_not_see_are_told(tmp_path):
     write(tmp_path / "a.jsonl", rows)
     found = run(tmp_path, tmp_path / "out", answers=f"{tmp_path}/a.jsonl")
     assert found["answerers"][0]["rouge_l"]["mean"] == 0.5
-    assert found["notes"] == ["ROUGE-L knows no letters but a to z: 1 of the references are mostly of others."]
+    assert found["notes"] == ["ROUGE-L reads only a to z and 0 to 9, which leaves out most of 1 reference."]
 
 
 def test_answers_that_were_cut_off_are_counted_and_told(files, tmp_path):
@@ -199,7 +199,7 @@ def test_answers_that_were_cut_off_are_counted_and_told(files, tmp_path):
     write(tmp_path / "a.jsonl", [row | {"finish_reason": end} for row, end in zip(rows, ends, strict=True)])
     found = run(files, tmp_path / "out", answers=f"{tmp_path}/a.jsonl,{files}/b.jsonl")
     assert [each["cut"] for each in found["answerers"]] == [2, None]  # nobody says how b's ended
-    assert found["notes"] == [f"2 of {A}'s {COUNT} answers were cut off: it had more to say."]
+    assert found["notes"] == [f"{A} was cut off in 2 of {COUNT} answers: it had more to say."]
 
 
 def test_a_model_before_and_after_training_is_compared_by_its_loss(files, tmp_path):
@@ -219,7 +219,7 @@ def test_a_model_whose_losses_are_all_nan_has_none_and_that_is_told(files, tmp_p
     write(tmp_path / "a.jsonl", rows)
     found = run(files, tmp_path / "out", answers=f"{tmp_path}/a.jsonl")
     assert found["answerers"][0]["loss"] is None
-    assert found["notes"] == [f"{A}'s loss is no finite number on {COUNT} references: left out."]
+    assert found["notes"] == [f"{A}'s loss is not finite on {COUNT} references: left out."]
 
 
 @pytest.mark.parametrize(
@@ -231,8 +231,8 @@ def test_a_model_whose_losses_are_all_nan_has_none_and_that_is_told(files, tmp_p
         ({"judgments": "{0}/missing.jsonl"}, "missing.jsonl does not exist"),
         ({"judgments": "{0}/a.jsonl"}, 'a.jsonl, row 1: no text "first"'),
         ({"data_path": "{0}/missing.json"}, "missing.json does not exist"),
-        ({"output_dir": "{0}/a.jsonl"}, "--output_dir .*a.jsonl is a file; give a folder"),
-        ({"output_dir": "{0}/a.jsonl/new"}, "--output_dir .*a.jsonl/new: .*a.jsonl is a file; give a folder"),
+        ({"output_dir": "{0}/a.jsonl"}, "--output_dir .*a.jsonl is a file or read-only, choose another folder"),
+        ({"output_dir": "{0}/a.jsonl/new"}, "--output_dir .*a.jsonl/new .*a.jsonl is a file or read-only, choose"),
     ],
 )
 def test_a_bad_argument_is_one_line_and_nothing_is_written(change, message, files, tmp_path):
@@ -255,6 +255,26 @@ def test_a_report_of_two_items_and_of_a_judge_without_a_verdict(files, tmp_path)
     assert report_text.judge_table(found)[1] == ["<i>gpt</i>", "0", "0", "0", "0", "1", "–", "–", "–", "–"]
 
 
+def test_one_item_is_named_in_the_singular_and_has_no_interval_and_no_figure_at_equal_length(files, tmp_path, capsys):
+    for name, row in (("set", 2), ("a", 2), ("b", 2), ("people", 4)):  # Ada prefers a in the third item
+        (tmp_path / f"{name}.jsonl").write_text((files / f"{name}.jsonl").read_text().splitlines(True)[row])
+    found = run(tmp_path, tmp_path / "out", judgments=f"{tmp_path}/people.jsonl", data_path=str(files / "train.json"))
+    assert report_text.judge_table(found)[1] == ["Ada", "1", "1", "0", "0", "0", "100.0%", "1.0000", "–", "100.0%"]
+    shown = " ".join(capsys.readouterr().out.split())
+    text = (tmp_path / "out" / "report.html").read_text()
+    for said in (shown, text):
+        assert "1 instruction of set.jsonl" in said and "1 instructions" not in said and "(2 records)" in said
+        assert "A sign test of 1 decided instruction can show nothing: it takes at least 6." in said
+        assert "At equal length its" not in said and "At equal length it stays" not in said and "nan" not in said
+    assert "Does the longer answer win?" not in text and "too narrow" not in shown
+    assert (tmp_path / "out" / "report.png").exists()
+
+
+def test_a_terminal_gets_no_control_characters_from_a_file(judged):
+    said = report_text.terminal(judged[1] | {"notes": ["third has no answer to 1 instruction: \x1b[2J\x07"]})
+    assert "\x1b" not in said and "\\x1b[2J" in said
+
+
 def test_a_very_long_name_does_not_widen_the_terminals_tables(judged):
     found = judged[1] | {"judges": [{**each, "judge": "j" * 300 + " (prompt 1)"} for each in judged[1]["judges"]]}
     said = report_text.terminal(found).splitlines()
@@ -265,7 +285,7 @@ def test_a_very_long_name_does_not_widen_the_terminals_tables(judged):
 def test_judgments_that_were_given_twice_are_told_and_count_once(files, tmp_path):
     found = run(files, tmp_path, judgments=f"{files}/model.jsonl,{files}/model.jsonl")
     assert found["judges"][0]["judged"] + found["judges"][0]["failed"] == COUNT
-    assert f"<i>gpt</i> judged again what it had judged ({2 * COUNT} of its rows): of each" in str(found["notes"])
+    assert f"<i>gpt</i> has {2 * COUNT} rows that a later one about the same ask replaces." in found["notes"]
 
 
 def test_without_matplotlib_the_page_has_no_picture_and_says_why(judged, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -16,13 +17,13 @@ from alpaca.judging import statistics
 
 def test_a_bootstrap_interval_is_the_percentiles_of_resampled_means():
     """Of a 0 and a 1 a resample is 0, 0.5 or 1 with probabilities 1/4, 1/2, 1/4: both ends are reached."""
-    assert statistics.bootstrap_interval(statistics.mean_of_rows, [0.0, 1.0]) == (0.0, 1.0)
+    assert statistics.bootstrap_interval(np.mean, [0.0, 1.0]) == (0.0, 1.0)
 
 
 def test_a_bootstrap_interval_of_a_share_is_near_the_binomial_one():
     """90 wins, 89 losses: ±1.96·sqrt(p·q/n) = ±7.3 points, and the bootstrap's percentiles are a binomial's."""
     outcomes = [1.0] * 90 + [0.0] * 89
-    low, high = statistics.bootstrap_interval(statistics.mean_of_rows, outcomes)
+    low, high = statistics.bootstrap_interval(np.mean, outcomes)
     expected = stats.binom.ppf([0.025, 0.975], 179, 90 / 179) / 179
     assert [low, high] == pytest.approx(expected, abs=1.01 / 179)
     assert [low, high] == pytest.approx([0.5028 - 0.0732, 0.5028 + 0.0732], abs=0.008)
@@ -35,30 +36,31 @@ def test_a_bootstrap_interval_equals_a_loop_over_resamples():
     for _ in range(500):
         drawn = random.integers(0, 7, size=7)
         means.append(sum(values[i] * weights[i] for i in drawn) / sum(weights[i] for i in drawn))
-    found = statistics.bootstrap_interval(statistics.weighted_mean_of_rows, values, weights, resamples=500, seed=3)
+    found = statistics.bootstrap_interval(statistics.weighted_mean, values, weights, resamples=500, seed=3)
     assert found == pytest.approx(np.percentile(means, [2.5, 97.5]))
 
 
 def test_blocks_of_resamples_change_nothing(monkeypatch):
     values = np.random.default_rng(0).normal(size=30)
-    whole = statistics.bootstrap_interval(statistics.mean_of_rows, values, resamples=1000)
+    whole = statistics.bootstrap_interval(np.mean, values, resamples=1000)
     monkeypatch.setattr(statistics, "AT_ONCE", 300)
-    assert statistics.bootstrap_interval(statistics.mean_of_rows, values, resamples=1000) == whole
+    assert statistics.bootstrap_interval(np.mean, values, resamples=1000) == whole
 
 
-def test_the_same_seed_gives_the_same_interval_and_no_item_gives_none():
+def test_the_same_seed_gives_the_same_interval_and_fewer_than_two_items_give_none():
     values = np.random.default_rng(0).normal(size=50)
     first, again, other = (
-        statistics.bootstrap_interval(statistics.mean_of_rows, values, resamples=999, seed=seed) for seed in (1, 1, 2)
+        statistics.bootstrap_interval(np.mean, values, resamples=999, seed=seed) for seed in (1, 1, 2)
     )
     assert first == again != other
-    assert all(map(math.isnan, statistics.bootstrap_interval(statistics.mean_of_rows, [])))
+    for few in ([], [1.0]):
+        assert all(map(math.isnan, statistics.bootstrap_interval(np.mean, few)))
 
 
 @pytest.mark.parametrize("wins, count", [(0, 10), (10, 10), (7, 10), (126, 252)])
 def test_the_wilson_interval_is_scipys(wins, count):
     expected = stats.binomtest(wins, count).proportion_ci(0.95, method="wilson")
-    assert statistics.wilson_interval(wins / count, count) == pytest.approx((expected.low, expected.high), abs=1e-6)
+    assert statistics.wilson_interval(wins / count, count) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,9 +83,15 @@ def test_the_sign_test_by_hand(wins, losses, p):
 
 
 @pytest.mark.parametrize("wins, losses", [(30, 10), (100, 152), (499, 500), (480, 520), (2600, 2400), (900, 100)])
-def test_the_sign_test_is_scipys_binomial_test(wins, losses):
-    expected = stats.binomtest(wins, wins + losses).pvalue
-    assert statistics.sign_test(wins, losses) == pytest.approx(expected, rel=1e-9)
+def test_the_sign_test_is_the_sum_over_all_that_a_fair_coin_does_at_least_as_unevenly(wins, losses):
+    """p = min(1, 2·Σ_{i ≤ min(w, l)} C(w + l, i) / 2^(w + l)), in whole numbers."""
+    tail = sum(math.comb(wins + losses, i) for i in range(min(wins, losses) + 1))
+    expected = Fraction(2 * tail, 2 ** (wins + losses))
+    assert statistics.sign_test(wins, losses) == pytest.approx(min(1.0, float(expected)), rel=1e-9)
+
+
+def test_fewer_than_the_fewest_items_show_nothing_in_a_sign_test():
+    assert statistics.sign_test(statistics.FEWEST - 1, 0) >= 0.05 > statistics.sign_test(statistics.FEWEST, 0)
 
 
 def test_the_detectable_win_rate_by_hand():

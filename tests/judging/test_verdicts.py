@@ -1,4 +1,4 @@
-"""verdicts.py and comparison.py: judgments folded into verdicts, and what is claimed of them."""
+"""verdicts.py, comparison.py, bias.py: judgments folded into verdicts, and what report_text.py claims of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 
 from alpaca import UserError
 from alpaca.data.instruction_sets import Answers, Item
-from alpaca.judging import comparison, verdicts
+from alpaca.judging import bias, comparison, report_text, verdicts
+from alpaca.judging.report import without_nan
 from alpaca.judging.verdicts import Ask, Verdict
 
 A, B = "alpaca", "davinci"
@@ -197,7 +198,7 @@ def test_the_published_90_to_89_is_no_difference():
     assert (rate["judged"], rate["wins"], rate["losses"], rate["ties"], rate["p"]) == (252, 90, 89, 73, 1.0)
     assert rate["win_rate"] == pytest.approx(0.502, abs=1e-3)
     assert rate["interval"] == pytest.approx((0.450, 0.554), abs=4e-3)
-    assert comparison.in_words(rate | {"interval": (0.45, 0.554)}, "Alpaca", "text-davinci-003") == (
+    assert report_text.win_words(rate | {"interval": (0.45, 0.554)}, "Alpaca", "text-davinci-003") == (
         "Alpaca wins 90, text-davinci-003 89, 73 ties: a win rate of 50.2% for Alpaca (95% interval 45.0% to 55.4%). "
         "No difference can be seen (sign test, p = 1.00). With 252 instructions and so many ties, only a win rate "
         "beyond 57.4%, or below 42.6%, would have been, four times in five."
@@ -205,27 +206,54 @@ def test_the_published_90_to_89_is_no_difference():
 
 
 def test_a_difference_is_called_one_for_the_side_that_wins():
-    words = comparison.in_words(comparison.win_rate(some(150, 90, 12)), A, B)
+    words = report_text.win_words(comparison.win_rate(some(150, 90, 12)), A, B)
     assert "alpaca wins more often than chance explains (sign test, p = 0.0001)." in words
-    words = comparison.in_words(comparison.win_rate(some(10, 90)), A, B)
+    words = report_text.win_words(comparison.win_rate(some(10, 90)), A, B)
     assert "davinci wins more often than chance explains (sign test, p < 0.0001)." in words
 
 
 def test_p_on_either_side_of_a_twentieth_is_told_apart_from_it():
     """142 of 252 have p 0.0506 and 143 have 0.0374: "0.05" would stand for either claim."""
-    assert "No difference can be seen (sign test, p = 0.0506)." in comparison.in_words(
+    assert "No difference can be seen (sign test, p = 0.0506)." in report_text.win_words(
         comparison.win_rate(some(142, 110)), A, B
     )
-    assert [comparison.p_value(p) for p in (0, 0.00123, 0.0496, 0.0504, 0.234)] == [
+    assert [report_text.p_value(p) for p in (0, 0.00123, 0.0496, 0.0504, 0.234)] == [
         *("< 0.0001", "= 0.0012", "= 0.0496", "= 0.0504"),
         "= 0.23",
     ]
 
 
-@pytest.mark.parametrize("wins, losses, ties, words", [(3, 2, 0, "5 decided"), (1, 0, 30, "1 decided")])
+@pytest.mark.parametrize(
+    "wins, losses, ties, words",
+    [
+        (3, 2, 0, "A sign test of 5 decided instructions can show nothing: it takes at least 6."),
+        (5, 0, 0, "A sign test of 5 decided instructions can show nothing: it takes at least 6."),
+        (1, 0, 30, "A sign test of 1 decided instruction can show nothing: it takes at least 6."),
+        (4, 2, 0, "6 decided instructions are too few to show any but the largest."),
+    ],
+)
 def test_of_too_few_no_rate_is_named_that_would_have_shown(wins, losses, ties, words):
-    said = comparison.in_words(comparison.win_rate(some(wins, losses, ties)), A, B)
-    assert words in said and said.endswith("too few to show any but the largest.") and "four times in five" not in said
+    said = report_text.win_words(comparison.win_rate(some(wins, losses, ties)), A, B)
+    assert said.endswith(words) and "four times in five" not in said
+
+
+def test_one_item_has_no_interval_and_no_figure_at_equal_length():
+    rate, length = comparison.win_rate(some(1, 0)), bias.length_bias(some(1, 0), {"0": (30, 20)})
+    assert report_text.win_words(rate, A, B) == (
+        "alpaca wins 1, davinci 0, 0 ties: a win rate of 100.0% for alpaca. No difference can be seen (sign test, p = "
+        "1.00). A sign test of 1 decided instruction can show nothing: it takes at least 6."
+    )
+    assert math.isnan(length["length_controlled"]) and report_text.length_words(rate, length, A, B) is None
+    five, six = (bias.length_bias(some(n, 0), {str(i): (30, 20 + i) for i in range(n)}) for n in (5, 6))
+    assert math.isnan(five["length_controlled"]) and six["length_controlled"] > 0.9
+
+
+def test_the_place_of_few_asks_is_named_in_the_singular_and_shows_nothing():
+    said = report_text.position_words(bias.position_bias(asks_of([row("1", A, "first", kind="person")])))
+    assert said == (
+        "What was shown first was preferred in 100.0% of 1 decided ask (p = 1.00): too few to show a preference for a "
+        "place."
+    )
 
 
 def test_failures_and_skips_are_counted_apart_and_left_out():
@@ -234,35 +262,35 @@ def test_failures_and_skips_are_counted_apart_and_left_out():
     assert (rate["judged"], rate["failed"], rate["skipped"], rate["win_rate"]) == (4, 2, 1, 0.75)
     rate = comparison.win_rate(rest)
     assert rate["judged"] == 0 and math.isnan(rate["win_rate"])
-    assert comparison.in_words(rate, A, B) == "There is no verdict to count."
+    assert report_text.win_words(rate, A, B) == "There is no verdict to count."
 
 
 def test_a_judge_that_always_says_first_is_all_bias_and_no_verdict():
     asks = asks_of([row(str(n), first, "first") for n in range(252) for first in (A, B)])
-    position = comparison.position_bias(asks)
+    position = bias.position_bias(asks)
     assert (position["share_first"], position["interval"], position["agreed"]) == (1.0, (1.0, 1.0), 0.0)
     assert position["p"] < 1e-50
-    assert comparison.position_in_words(position) == (
+    assert report_text.position_words(position) == (
         "What was shown first was preferred in 100.0% of 504 decided asks (p < 0.0001): more than chance explains. "
         "Asked in both orders, the verdict was the same for 0.0% of the items."
     )
     rate = comparison.win_rate(verdicts.fold(asks))
     assert (rate["wins"], rate["ties"], rate["losses"], rate["win_rate"], rate["p"]) == (0, 252, 0, 0.5, 1.0)
-    assert "Nothing was decided" in comparison.in_words(rate, A, B)
+    assert "Nothing was decided" in report_text.win_words(rate, A, B)
 
 
 def test_a_consistent_judge_has_no_position_bias_whoever_wins():
     asks = asks_of([row(str(n), A, "first") for n in range(40)] + [row(str(n), B, "second") for n in range(40)])
-    position = comparison.position_bias(asks)
+    position = bias.position_bias(asks)
     assert (position["decided"], position["share_first"], position["p"], position["agreed"]) == (80, 0.5, 1.0, 1.0)
-    assert "no preference for a place can be seen" in comparison.position_in_words(position)
+    assert "no preference for a place can be seen" in report_text.position_words(position)
 
 
 def test_position_bias_is_tested_over_items_not_over_asks():
     """Of 20 items 6 follow the first place in both orders, 0 the second: 2/64, though 26 of 40 asks would be 0.08."""
     rows = [row(str(n), first, "first") for n in range(6) for first in (A, B)]
     rows += [row(str(n), *pair) for n in range(6, 20) for pair in ((A, "first"), (B, "second"))]
-    position = comparison.position_bias(asks_of(rows))
+    position = bias.position_bias(asks_of(rows))
     assert position["share_first"] == pytest.approx(26 / 40)
     assert position["p"] == pytest.approx(2 / 64)
     assert position["agreed"] == pytest.approx(14 / 20)
@@ -272,13 +300,13 @@ def test_where_one_order_alone_was_answered_a_models_preference_is_for_the_answe
     """Asks with b first always failed: that a won 20 of 20 says nothing of the first place."""
     rows = [row(str(n), A, "first") for n in range(20)] + [row(str(n), B, None) for n in range(20)]
     rows += [row("both", A, "first"), row("both", B, "second"), row("not yet", A, "first")]
-    position = comparison.position_bias(asks_of(rows))
+    position = bias.position_bias(asks_of(rows))
     assert (position["decided"], position["share_first"], position["p"]) == (2, 0.5, 1.0)
 
 
 def test_a_persons_position_bias_is_the_binomial_test_of_what_was_first():
     rows = [row(str(n), A, "first" if n < 9 else "second", kind="person") for n in range(10)]
-    position = comparison.position_bias(asks_of(rows + [row("t", A, "tie", kind="person")]))
+    position = bias.position_bias(asks_of(rows + [row("t", A, "tie", kind="person")]))
     assert (position["decided"], position["share_first"], position["both_orders"]) == (10, 0.9, 0)
     assert position["p"] == pytest.approx(2 * 11 / 1024)
 
@@ -287,23 +315,23 @@ def test_equal_answers_say_nothing_about_a_judges_consistency():
     rows = [row("1", first, "tie") for first in (A, B)]
     rows[0]["answers_sha256"] = rows[1]["answers_sha256"] = [hashlib.sha256(b"same").hexdigest()] * 2
     asks = verdicts.read_asks(rows, answers(A, ["1"], "same"), answers(B, ["1"], "same"))
-    position = comparison.position_bias(asks)
+    position = bias.position_bias(asks)
     assert position["both_orders"] == 0 and math.isnan(position["share_first"])
-    assert "No ask was decided" in comparison.position_in_words(position)
+    assert "No ask was decided" in report_text.position_words(position)
     assert verdicts.fold(asks)[0].outcome == 0.5
 
 
 def test_length_bias_bins_by_the_difference():
     """20 items: a's answers are 10 longer where it wins, and 10 shorter where it loses."""
     lengths = {str(n): (30, 20) if n < 10 else (20, 30) for n in range(20)}
-    bias = comparison.length_bias(some(10, 10), lengths)
-    assert [(bin["from"], bin["to"], bin["wins"], bin["losses"]) for bin in bias["bins"]] == [
+    found = bias.length_bias(some(10, 10), lengths)
+    assert [(bin["from"], bin["to"], bin["wins"], bin["losses"]) for bin in found["bins"]] == [
         (-10, -10, 0, 10),
         (10, 10, 10, 0),
     ]
-    assert (bias["longer"], bias["correlation"]) == (0.0, pytest.approx(1.0))
-    assert bias["length_controlled"] == pytest.approx(0.5)
-    assert math.isnan(comparison.length_bias([], {})["length_controlled"])
+    assert (found["longer"], found["correlation"]) == (0.0, pytest.approx(1.0))
+    assert found["length_controlled"] == pytest.approx(0.5)
+    assert math.isnan(bias.length_bias([], {})["length_controlled"])
 
 
 @pytest.mark.parametrize(
@@ -333,7 +361,7 @@ def test_length_bias_bins_by_the_difference():
 )
 def test_what_equal_length_would_change_is_said(wins, losses, controlled, interval, words):
     rate = comparison.win_rate(some(wins, losses))
-    found = comparison.length_in_words(rate, {"length_controlled": controlled, "interval": interval}, A, B)
+    found = report_text.length_words(rate, {"length_controlled": controlled, "interval": interval}, A, B)
     assert found is None if words is None else found.startswith(words)
 
 
@@ -354,8 +382,8 @@ def test_agreement_of_each_two_and_of_all():
         for n, outcome in enumerate(outcomes)
     ]
     found = comparison.agreement(given[::-1])
-    told = {frozenset(p["judges"]): (p["kinds"], p["items"], p["raw"]) for p in found["pairs"]}
-    assert told == {
+    pairs = {frozenset(p["judges"]): (p["kinds"], p["items"], p["raw"]) for p in found["pairs"]}
+    assert pairs == {
         frozenset(["Ada", "Grace"]): ("person–person", 3, pytest.approx(2 / 3)),
         frozenset(["Ada", "gpt"]): ("person–model", 3, pytest.approx(2 / 3)),
         frozenset(["Grace", "gpt"]): ("person–model", 2, 0.5),
@@ -420,4 +448,4 @@ def test_a_way_of_asking_is_told_once_though_not_each_row_has_a_servers_word():
 
 
 def test_a_report_has_no_nan_for_json_to_choke_on():
-    assert comparison.without_nan({"a": [math.nan, 1.0], "b": (math.nan, "x")}) == {"a": [None, 1.0], "b": [None, "x"]}
+    assert without_nan({"a": [math.nan, 1.0], "b": (math.nan, "x")}) == {"a": [None, 1.0], "b": [None, "x"]}

@@ -116,7 +116,7 @@ def test_keys_become_votes_for_what_was_on_that_side(visit, site):
     for done, key in enumerate(["ArrowLeft", "2", "3"]):
         shown.append(page.sides())
         page.press(key, done + 1)
-    page.see("Thank you, Kay. You have judged all 3 pairs.", ".task")
+    page.see("Thank you, Kay. You are done: 3 pairs judged.", ".task")
     assert page.page.locator(".progress").bounding_box()["width"] == width  # though there is less in it
     votes = site.votes("Kay")
     assert [[vote["first"], vote["second"]] for vote in votes] == shown
