@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from alpaca.data.dedup import MAX_SIMILARITY
 from alpaca.data.instruction_sets import Item
 from alpaca.data.rouge import RougePool, tokenize_unicode
 
 # GPT-3's authors (Brown et al., 2020, appendix C) called an example dirty if it shared an N-gram with the training
 # data, N being the fifth percentile of the examples' lengths in words, but at least 8 and at most 13.
 SHORT_NGRAM, LONG_NGRAM = 8, 13
-DUPLICATE = 0.7  # ROUGE-L above which the generator drops an instruction as a duplicate
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def summary(items: Sequence[Item], records: Sequence[dict], most: int = 10) -> d
     Returns:
         records; ngrams, for n of (8, 13) {n, long_enough, shared}: items of at least n words, and how many of them
         share an n-gram; same_instruction and same_task (with the input): ids; above_duplicate: number of items whose
-        instruction is nearer than DUPLICATE; rouge_l: median and highest; nearest and longest: the ``most`` items
+        instruction is nearer than MAX_SIMILARITY; rouge_l: median and highest; nearest and longest: the ``most`` items
         nearest by ROUGE-L and with the longest n-grams, each with its record.
     """
     overlaps = measure(items, records)
@@ -103,7 +103,7 @@ def summary(items: Sequence[Item], records: Sequence[dict], most: int = 10) -> d
         ],
         "same_instruction": same_instruction,
         "same_task": same_task,
-        "above_duplicate": sum(score > DUPLICATE for score in scores),
+        "above_duplicate": sum(score > MAX_SIMILARITY for score in scores),
         "rouge_l": {"median": float(np.median(scores)), "highest": max(scores)},
         "nearest": [
             {

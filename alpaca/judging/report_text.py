@@ -10,8 +10,8 @@ import textwrap
 from collections.abc import Sequence
 
 from alpaca.common.text import counted, printable
+from alpaca.data.dedup import MAX_SIMILARITY
 from alpaca.data.instruction_sets import Answers
-from alpaca.judging.overlap import DUPLICATE
 from alpaca.judging.statistics import FEWEST
 
 FEW = 30  # items; with fewer, a bootstrap interval is too narrow
@@ -182,7 +182,7 @@ def overlap_words(overlap: dict) -> str:
         f"share {shared}. Instructions in the same words as a record's: {len(overlap['same_instruction'])}, with the "
         f"same input too: {len(overlap['same_task'])}. Highest ROUGE-L to a record's instruction: "
         f"{overlap['rouge_l']['highest']:.2f} (median over the set {overlap['rouge_l']['median']:.2f}); above "
-        f"{DUPLICATE}, where the generator drops a candidate as a duplicate: {overlap['above_duplicate']}."
+        f"{MAX_SIMILARITY}, where the generator drops a candidate as a duplicate: {overlap['above_duplicate']}."
     )
 
 
