@@ -7,6 +7,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import random
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -18,6 +19,7 @@ import tokenizers
 
 from alpaca import UserError
 from alpaca.common.files import new_folder
+from alpaca.common.text import check_utf8
 from alpaca.prompts import answer_ids, format_prompt, prompt_ids
 
 IGNORE_INDEX = -100  # torch's cross entropy passes over it
@@ -59,6 +61,13 @@ class Records(list):
         self.numbers = numbers
 
 
+def hold_out(records: list[dict], count: int, seed: int) -> tuple[Records, Records]:
+    """Return the records without ``count`` of them, drawn at random, and those."""
+    chosen = set(random.Random(seed).sample(range(len(records)), count))
+    parts = [[i for i in range(len(records)) if (i in chosen) == out] for out in (False, True)]
+    return tuple(Records([records[i] for i in part], [i + 1 for i in part]) for part in parts)
+
+
 class SupervisedDataset:
     """Tokenised records, memory-mapped. Those whose prompt alone fills max_length teach nothing and are left out.
 
@@ -76,11 +85,7 @@ class SupervisedDataset:
 
     def __init__(self, records: list[dict], tokenizer, max_length: int, name: str):
         for number, record in enumerate(records, 1):
-            try:
-                f"{record['instruction']}{record['input']}{record['output']}".encode()
-            except UnicodeEncodeError as e:
-                half = ascii(e.object[e.start])
-                raise UserError(f"{name} record {number} holds {half}, half a character: remove it") from None
+            check_utf8(f"{record['instruction']}{record['input']}{record['output']}", f"{name} record {number}")
         table = load_tokens(records, tokenizer, max_length)
         every = getattr(records, "numbers", range(1, len(records) + 1))
         self.numbers = [every[place - 1] for place in table["record"][:]]
@@ -93,7 +98,7 @@ class SupervisedDataset:
             f"{len(self.left_out)} left out (the prompt alone is longer)"
         )
         if not len(self):
-            raise UserError(f"no example of the {name} data fits in {max_length} tokens: raise --model_max_length")
+            raise UserError(f"no example of the {name} data fits in {max_length} tokens: raise model_max_length")
 
     def __len__(self) -> int:
         return len(self.lengths)

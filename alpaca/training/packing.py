@@ -215,6 +215,13 @@ def set_attention(model, name: str) -> bool:
     return inner.config._attn_implementation == name
 
 
+def use_segments(model) -> str:
+    """Give the model the attention of flattened batches. Return "", or why it cannot be had."""
+    if getattr(model, "_is_stateful", False):  # private: transformers has no other mark of a recurrent model (5.23)
+        return f"{type(model).__name__} is recurrent, and would carry its state from one example into the next"
+    return "" if set_attention(model, SEGMENTS) else f"the attention of {type(model).__name__} cannot be chosen"
+
+
 def library_attention(model) -> str:
     """The attention of padded batches: torch's scaled_dot_product_attention, or the model's own code without it."""
     return "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
@@ -269,6 +276,11 @@ class PackedDataset:
     def __init__(self, dataset, capacity: int):
         self.dataset = dataset
         self.bins = fill_bins(list(dataset.lengths), capacity)
+        self.summary = (
+            f"packing: {len(dataset)} examples in {len(self)} bins of {capacity} tokens, "
+            f"{sum(dataset.lengths) / (len(self) * capacity):.1%} full; a batch size counts bins, of "
+            f"{len(dataset) / len(self):.1f} examples each"
+        )
 
     def __len__(self) -> int:
         return len(self.bins)

@@ -337,7 +337,7 @@ def test_an_attention_that_is_wrong_is_found_and_training_pads(attention, monkey
 
 def test_with_packing_asked_for_a_wrong_attention_ends_the_run(monkeypatch, tmp_path):
     monkeypatch.setitem(AttentionInterface._global_mapping, packing.SEGMENTS, see_all_before)
-    with pytest.raises(UserError, match="--packing cannot be had here .*: leave it out"):
+    with pytest.raises(UserError, match="--packing is not possible here .*: leave it out"):
         run(tiny("llama"), tmp_path, make_examples(24), packing=True)
 
 
@@ -416,8 +416,9 @@ def test_packing_says_how_it_changes_a_step(tmp_path, capsys):
 
 
 def test_packing_with_padding_longest_is_refused(tmp_path):
+    argv = ["--model_name_or_path", "m", "--data_path", "d", "--output_dir", str(tmp_path)]
     with pytest.raises(UserError, match="drop one of them"):
-        run(tiny("llama"), tmp_path, make_examples(4), "longest", packing=True)
+        train.check_arguments(*train.parse_args([*argv, "--padding", "longest", "--packing", "True"]))
 
 
 def test_the_flags_parse():
