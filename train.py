@@ -39,11 +39,12 @@ from alpaca import RankError, UserError
 from alpaca.common import cli
 from alpaca.common.files import check_writable
 from alpaca.common.records import load_records
+from alpaca.common.text import printable
 from alpaca.inference.load import load_model, load_tokenizer
 from alpaca.prompts import chat_template
 from alpaca.training import distributed, legacy_flags, lora, packing, receipt
 from alpaca.training.checkpoints import check_fits, choose_checkpoint
-from alpaca.training.distributed import say as _say
+from alpaca.training.distributed import say
 from alpaca.training.evaluate import TokenMeanLoss
 from alpaca.training.examples import IGNORE_INDEX, SupervisedDataset, hold_out, preprocess  # noqa: F401  (for importers)
 from alpaca.training.meter import Metered
@@ -100,7 +101,7 @@ class TrainingArguments(transformers.TrainingArguments):
     load_in_4bit: bool = _flag(False, "Keep the frozen weights in 4 bits (QLoRA).")
     logging_steps: float = _flag(10, "Steps from one log line to the next; the last step always has one.")
     report_to: None | str | list[str] = _flag(
-        None, "tensorboard, wandb, trackio, …; default: tensorboard if it is installed."
+        None, "tensorboard, wandb, trackio, …; default: tensorboard if installed."
     )
     gpu_hour_price: float = _flag(0.0, "US dollars for an hour of one GPU, for the cost in training_receipt.json.")
     preflight_only: bool = _flag(False, "Check everything, train nothing.")
@@ -122,9 +123,12 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
     """Raise UserError for arguments that cannot work, before anything is read or loaded."""
     if not (model_args.model_name_or_path and data_args.data_path and args.output_dir):
         raise UserError("--model_name_or_path, --data_path and --output_dir are needed (--help shows an example)")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1")
     if args.model_max_length < 8:
         raise UserError("--model_max_length must leave room for a prompt and an answer: 512 is the recipe's")
-    if not 0 <= args.learning_rate < math.inf:
+    if not 0 <= args.learning_rate < math.inf:  # NaN fails too
         raise UserError(f"--learning_rate {args.learning_rate} is not a rate: 2e-5 is the recipe's for 7B")
     if data_args.eval_data_path and data_args.eval_fraction:
         raise UserError("--eval_data_path and --eval_fraction both set held-out data: drop one of them")
@@ -172,7 +176,7 @@ def add_special_tokens(tokenizer, model) -> int:
     before = len(tokenizer)
     if missing:
         tokenizer.add_special_tokens(missing)
-        _say(f"note: the tokenizer lacked {', '.join(missing)}; added {', '.join(missing.values())}")
+        say(f"note: the tokenizer lacked {', '.join(missing)}; added {', '.join(missing.values())}")
     distributed.add_mean_rows(model, len(tokenizer))
     for config in (model.config, model.generation_config):
         for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
@@ -219,13 +223,13 @@ def make_batches(model, dataset, pad_token_id: int, data_args: DataArguments, tr
 
     smoothed = "--label_smoothing_factor needs the logits of prompts" if training_args.label_smoothing_factor else ""
     if reason := smoothed or packing.use_segments(model):
-        _say(f"warning: examples are padded, as with --padding longest: {reason}")
+        say(f"warning: examples are padded, as with --padding longest: {reason}")
         fall_back(reason)
         return dataset, collator, None
     self_check = packing_check.SelfCheck(packing_check.examples_to_check(dataset), fall_back)
     if data_args.packing:
         dataset = packing.PackedDataset(dataset, training_args.model_max_length)
-        _say(dataset.summary)
+        say(dataset.summary)
     return dataset, collator, self_check
 
 
@@ -234,11 +238,11 @@ def make_batches(model, dataset, pad_token_id: int, data_args: DataArguments, tr
 
 
 class Trainer(Metered, ResumableTrainer, TokenMeanLoss):
-    pass
+    """The library's Trainer: counts tokens, saves so that it can resume, and weighs each supervised token the same."""
 
 
 def load_base(model_args, args, tokenizer, findings: list[Finding], dtype=torch.float32, **options):
-    """Load the model that is fine-tuned, and give it and the tokenizer what either lacks. ``findings`` grow."""
+    """Load the model to fine-tune, add what it or the tokenizer lacks, and extend ``findings``."""
     model = load_model(model_args.model_name_or_path, dtype, cache_dir=args.cache_dir, **options)
     rows = distributed.rows(model.get_input_embeddings().weight)
     findings += examples_and_tokenizer.check_tokenizer(tokenizer, rows, model.config)
@@ -258,13 +262,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     train_records, eval_records = load_data(data_args, seed)
     begun = receipt.begin(data_args.data_path, data_args.eval_data_path)
 
-    max_length = training_args.model_max_length
-    tokenizer = load_tokenizer(
-        model_args.model_name_or_path,
-        cache_dir=training_args.cache_dir,
-        model_max_length=max_length,
-        padding_side="right",
-    )
+    base, max_length, cache = model_args.model_name_or_path, training_args.model_max_length, training_args.cache_dir
+    tokenizer = load_tokenizer(base, cache_dir=cache, model_max_length=max_length, padding_side="right")
     texts = [record["instruction"] + "\n" + record["output"] for record in train_records[:500]]
     findings = check_precision(training_args.bf16 and not training_args.use_cpu)
     findings += examples_and_tokenizer.mend_merges(tokenizer, texts)
@@ -273,7 +272,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     # --bf16 computes in bf16 over float32 weights. LoRA leaves these weights as they are.
     options = lora.base_options(training_args) if training_args.lora_r else {"dtype": torch.float32}
     if "quantization_config" not in options and not training_args.deepspeed:  # those load a layer at a time
-        findings += check_loading(Path(model_args.model_name_or_path), options["dtype"])
+        findings += check_loading(Path(base), options["dtype"])
         raise_errors(findings)
     model = load(**options)
     if training_args.lora_r:
@@ -283,7 +282,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
 
     examples = SupervisedDataset(train_records, tokenizer, max_length, "training")
     held_out = SupervisedDataset(eval_records, tokenizer, max_length, "held-out") if eval_records else None
-    _say("\n".join(dataset.summary for dataset in (examples, held_out) if dataset))
+    say("\n".join(dataset.summary for dataset in (examples, held_out) if dataset))
     rows, collator, self_check = make_batches(model, examples, tokenizer.pad_token_id, data_args, training_args)
     trainer = Trainer(
         model=model,
@@ -310,17 +309,17 @@ def finish(trainer: Trainer, load, begun: dict, arguments: dict) -> None:
     examples = getattr(trainer.train_dataset, "dataset", trainer.train_dataset)  # of --packing: not the bins
     if held_out:
         trainer.evaluate()
-    packing.set_attention(trainer.model, packing.library_attention(trainer.model))  # any batch is welcome again
+    packing.set_attention(trainer.model, packing.library_attention(trainer.model))  # for any batch
     trainer.save_whole_model(output_dir, partial(lora.save, trainer, load_base=load) if trainer.args.lora_r else None)
     trainer.save_state()
     if trainer.is_world_process_zero():
         facts = receipt.collect(begun, trainer, arguments, (len(examples), len(held_out or ())))
-        _say(f"{', '.join(receipt.write(facts, output_dir))} in {output_dir}")
-    _say(f"{trainer.state.global_step} steps on {len(examples)} examples; model in {output_dir}")
+        say(f"{', '.join(receipt.write(facts, output_dir))} in {output_dir}")
+    say(f"{trainer.state.global_step} steps on {len(examples)} examples; model in {output_dir}")
     trainer.upload(output_dir)
     if held_out:
         losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-        _say(f"eval loss on {len(held_out)} held-out examples: {losses[0]:.4f} before, {losses[-1]:.4f} after")
+        say(f"eval loss on {len(held_out)} held-out examples: {losses[0]:.4f} before, {losses[-1]:.4f} after")
 
 
 class ArgumentParser(transformers.HfArgumentParser):
@@ -350,11 +349,11 @@ def main() -> None:
         train(*parse_args())
     except Stopped as e:
         code = e.code
-        _say(str(e))
+        say(str(e))
     except UserError as e:
         # Under torchrun each process finds the same error, and one on each node reports it, unless only one may know.
         here = int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(e, RankError)
-        sys.exit(f"error: {e}" if here else 1)
+        sys.exit("error: " + printable(str(e)) if here else 1)  # it may quote a stranger's file
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as e:

@@ -292,14 +292,14 @@ def loss_plot(receipt: dict) -> bytes | None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     steps, losses = [e["step"] for e in receipt["losses"]], [e["loss"] for e in receipt["losses"]]
-    smooth = len(losses) >= 20
-    marker = "" if len(losses) > 1 else "o"
-    label = "training, each logging step" if smooth else "training"
-    axes.plot(steps, losses, color=light if smooth else strong, linewidth=1, marker=marker, label=label)
-    if smooth:
+    if len(losses) >= 20:
         window = max(3, len(losses) // 20) | 1
         label = f"training, mean of {window} around it"
+        axes.plot(steps, losses, color=light, linewidth=1, label="training, each logging step")
         axes.plot(steps, running_mean(losses, window), color=strong, linewidth=2, label=label)
+    else:
+        marker = "" if len(losses) > 1 else "o"
+        axes.plot(steps, losses, color=strong, linewidth=1, marker=marker, label="training")
     if evals := receipt["eval_losses"]:
         x, y = [e["step"] for e in evals], [e["loss"] for e in evals]
         label = f"held out: {y[0]:.3f} → {y[-1]:.3f}" if len(y) > 1 else f"held out: {y[0]:.3f}"

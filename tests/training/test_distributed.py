@@ -1,4 +1,4 @@
-"""distributed.py, legacy_flags.py, configs/, runs/: the original's commands run, families train, bad input is one line."""
+"""distributed, legacy_flags, configs/, runs/: the original's commands run, families train, bad input is refused."""
 
 from __future__ import annotations
 
