@@ -85,22 +85,20 @@ def count_tokens(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Count a batch without waiting for the device: int64 (4,), on the device of the inputs.
 
     Args:
-        inputs: ``input_ids`` (rows, columns) and one of
+        inputs: one of
             padded: ``attention_mask`` (rows, columns), 1 for real tokens and 0 for padding;
             padding-free: ``position_ids`` (rows, columns) that restart at 0 with each example. All tokens are real.
 
-            ``labels`` or ``shift_labels``: IGNORE_INDEX where nothing is learned (or no entry at all).
+            and ``labels`` or ``shift_labels``: IGNORE_INDEX where nothing is learned (or no entry at all).
 
     Returns:
         Real tokens; supervised ones; the sum of the squares of the examples' lengths; examples.
     """
-    ids, mask, positions = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids")
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     if mask is not None and mask.dim() == 2:
         lengths = mask.sum(dim=1)
         real, squares, examples = lengths.sum(), (lengths * lengths).sum(), (lengths > 0).sum()
     else:
-        if positions is None:
-            positions = torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
         real = torch.ones_like(positions).sum()
         squares = (2 * positions + 1).sum()  # 1 + 3 + … + (2n − 1) = n²
         examples = (positions == 0).sum()

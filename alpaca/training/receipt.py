@@ -22,7 +22,7 @@ import torch
 from markupsafe import Markup
 
 from alpaca.common.files import git_blob_id, replace_file
-from alpaca.common.records import RELEASED_BLOB, jdump
+from alpaca.common.records import RELEASED_BLOB, json_text
 from alpaca.common.text import printable
 from alpaca.training.meter import clock
 
@@ -204,18 +204,15 @@ def _now() -> str:
 
 def write(receipt: dict, output_dir: str | os.PathLike) -> list[str]:
     """Write training_receipt.json, model_card.md and, if matplotlib is installed, loss.png. Return their names."""
-    folder = Path(output_dir)
-    jdump(receipt, folder / "training_receipt.json", indent=2)
-    with replace_file(folder / "model_card.md") as file:
-        file.write(model_card(receipt))
-    written = ["training_receipt.json", "model_card.md"]
-    png = loss_plot(receipt)
-    if png is None:
+    files = {"training_receipt.json": json_text(receipt, 2) + "\n", "model_card.md": model_card(receipt)}
+    if png := loss_plot(receipt):
+        files["loss.png"] = png
+    else:
         print("note: loss.png was not drawn, matplotlib is not installed: pip install '.[plots]'")
-        return written
-    with replace_file(folder / "loss.png", "wb") as file:
-        file.write(png)
-    return [*written, "loss.png"]
+    for name, content in files.items():
+        with replace_file(Path(output_dir) / name, "wb" if isinstance(content, bytes) else "w") as file:
+            file.write(content)
+    return list(files)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
