@@ -71,7 +71,7 @@ def translate_flags(argv: list[str], known: set[str]) -> list[str]:
         if not has_value and words and not words[0].startswith("--"):
             has_value, value = " ", words.pop(0)
         if name in REMOVED:
-            say(f"warning: {flag} is no longer needed: {REMOVED[name]}")
+            say(f"warning: {flag} is ignored: {REMOVED[name]}")
         elif name in SWITCHES:
             new, wanted = f"--{SWITCHES[name][0]}", SWITCHES[name][1]
             say(f"warning: {flag} is now {new} {wanted}")

@@ -193,7 +193,7 @@ def test_the_originals_flags_are_translated_and_reported(monkeypatch, tmp_path, 
     assert args.eval_strategy == "no" and args.gradient_accumulation_steps == 8
     assert "--evaluation_strategy is now --eval_strategy" in out
     assert "--warmup_ratio is now --warmup_steps" in out
-    assert "--fsdp_transformer_layer_cls_to_wrap is no longer needed" in out
+    assert "--fsdp_transformer_layer_cls_to_wrap is ignored" in out
 
 
 def test_bad_input_is_one_line(tiny_llama, tmp_path, monkeypatch):

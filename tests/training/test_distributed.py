@@ -77,7 +77,7 @@ def test_the_originals_commands_parse_and_say_each_change_once(command, two_proc
     changes = [
         "--evaluation_strategy is now --eval_strategy",
         "--warmup_ratio is now --warmup_steps 0.03",
-        "--fsdp_transformer_layer_cls_to_wrap is no longer needed",
+        "--fsdp_transformer_layer_cls_to_wrap is ignored",
         '--fsdp "full_shard auto_wrap" is now --fsdp --fsdp_config configs/fsdp.json',
     ]
     if not torch.cuda.is_available():
