@@ -7,6 +7,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import random
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -18,13 +19,14 @@ import tokenizers
 
 from alpaca import UserError
 from alpaca.common.files import new_folder
+from alpaca.common.text import check_utf8
 from alpaca.prompts import answer_ids, format_prompt, prompt_ids
 
-IGNORE_INDEX = -100  # torch's cross entropy passes over it
+IGNORE_INDEX = -100  # torch's cross entropy skips it
 
 # In the cache's key: raise it when `preprocess` gives other tokens or labels for the same record.
 RULE_VERSION = 2
-# Starting a worker costs about as much as tokenising this many records.
+# Starting a worker costs about as much as tokenizing this many records.
 RECORDS_PER_WORKER = 4000
 MAX_WORKERS = 16
 
@@ -39,8 +41,7 @@ def preprocess(records: list[dict], tokenizer, max_length: int) -> list[dict]:
     Raises:
         UserError: the tokenizer is of the slow kind, which has no offsets.
     """
-    if not tokenizer.is_fast:
-        raise UserError("this tokenizer has no offsets: convert it to a tokenizer.json (AutoTokenizer, use_fast)")
+    _check_fast(tokenizer)
     prompts = prompt_ids(tokenizer, [format_prompt(record["instruction"], record["input"]) for record in records])
     answers = answer_ids(tokenizer, [record["output"] for record in records])
     examples = []
@@ -51,36 +52,44 @@ def preprocess(records: list[dict], tokenizer, max_length: int) -> list[dict]:
     return examples
 
 
+def _check_fast(tokenizer) -> None:
+    if not tokenizer.is_fast:
+        raise UserError("this tokenizer has no offsets: convert it to a tokenizer.json with AutoTokenizer")
+
+
 class Records(list):
-    """A share of a file's records; ``numbers`` are theirs in the file, from 1."""
+    """Some of a file's records, with the number of each in the file (from 1) in ``numbers``."""
 
     def __init__(self, records: list[dict], numbers: list[int]):
         super().__init__(records)
         self.numbers = numbers
 
 
+def hold_out(records: list[dict], count: int, seed: int) -> tuple[Records, Records]:
+    """Return the records without ``count`` of them, drawn at random, and those."""
+    chosen = set(random.Random(seed).sample(range(len(records)), count))
+    parts = [[i for i in range(len(records)) if (i in chosen) == out] for out in (False, True)]
+    return tuple(Records([records[i] for i in part], [i + 1 for i in part]) for part in parts)
+
+
 class SupervisedDataset:
-    """Tokenised records, memory-mapped. Those whose prompt alone fills max_length teach nothing and are left out.
+    """Tokenized records, memory-mapped. Those whose prompt alone fills max_length teach nothing and are left out.
 
     Attributes:
         examples: the rows, a ``datasets.Dataset`` of ``input_ids`` and ``labels`` (int32 lists of one length).
         lengths: tokens of each example.
-        numbers: of each example's record, in its file (those of ``Records``) or else in ``records``, from 1.
-        cut: those of the records of which only the first max_length tokens are there.
-        left_out: those of the records that are not there.
-        summary: one line about all that.
+        numbers: the number of each example's record, from 1, in its file (for ``Records``) or in ``records``.
+        cut: numbers of the records that were cut to their first max_length tokens.
+        left_out: numbers of the records that were left out.
+        summary: one line about all of this.
 
     Raises:
-        UserError: no example is left, or the cache cannot be written.
+        UserError: no example is left, a record is not text, or the cache cannot be written.
     """
 
     def __init__(self, records: list[dict], tokenizer, max_length: int, name: str):
         for number, record in enumerate(records, 1):
-            try:
-                f"{record['instruction']}{record['input']}{record['output']}".encode()
-            except UnicodeEncodeError as e:
-                half = ascii(e.object[e.start])
-                raise UserError(f"{name} record {number} holds {half}, half a character: remove it") from None
+            check_utf8(f"{record['instruction']}{record['input']}{record['output']}", f"{name} record {number}")
         table = load_tokens(records, tokenizer, max_length)
         every = getattr(records, "numbers", range(1, len(records) + 1))
         self.numbers = [every[place - 1] for place in table["record"][:]]
@@ -93,7 +102,7 @@ class SupervisedDataset:
             f"{len(self.left_out)} left out (the prompt alone is longer)"
         )
         if not len(self):
-            raise UserError(f"no example of the {name} data fits in {max_length} tokens: raise --model_max_length")
+            raise UserError(f"no example of the {name} data fits in {max_length} tokens: raise model_max_length")
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -103,10 +112,10 @@ class SupervisedDataset:
 
 
 def columns(examples: Sequence[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(ids, lengths, labels, lengths of labels): int64 arrays, all examples end to end.
+    """Return (ids, lengths, labels, lengths of labels): int64 arrays, all examples end to end.
 
-    ``examples`` is a ``datasets.Dataset`` (read as Arrow, without a Python object a token), something that has one as
-    its ``examples``, or any sequence of {"input_ids", "labels"}.
+    ``examples`` is a ``datasets.Dataset`` (read as Arrow, without a Python object for each token), something that has
+    one as its ``examples``, or any sequence of {"input_ids", "labels"}.
     """
     found = []
     if hasattr(getattr(examples, "examples", None), "with_format"):
@@ -115,15 +124,13 @@ def columns(examples: Sequence[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarra
         table = examples.with_format("arrow")[:]
         for name in ("input_ids", "labels"):
             column = table.column(name).combine_chunks()
-            found += [column.flatten().to_numpy(zero_copy_only=False).astype(np.int64)]
-            found += [column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)]
-        return tuple(found)
-    rows = [examples[i] for i in range(len(examples))]
-    for name in ("input_ids", "labels"):
-        lists = [np.asarray(row[name], dtype=np.int64) for row in rows]
-        found += [np.concatenate(lists) if lists else np.zeros(0, np.int64)]
-        found += [np.array([len(values) for values in lists], dtype=np.int64)]
-    return tuple(found)
+            found += [part.to_numpy(zero_copy_only=False) for part in (column.flatten(), column.value_lengths())]
+    else:
+        rows = [examples[i] for i in range(len(examples))]
+        for name in ("input_ids", "labels"):
+            lists = [row[name] for row in rows]
+            found += [np.array([value for values in lists for value in values]), np.array([*map(len, lists)])]
+    return tuple(array.astype(np.int64) for array in found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,13 +142,13 @@ def cache_folder() -> Path:
 
 
 def load_tokens(records: list[dict], tokenizer, max_length: int):
-    """The examples of ``records`` that have a label, from the cache; made first, where it does not hold them.
+    """Return the examples of ``records`` that have a label, from the cache, which is filled first if it lacks them.
 
     Returns:
         A memory-mapped ``datasets.Dataset``, in the records' order: ``input_ids``, ``labels`` (lists of int32),
         ``record`` (its number, from 1), ``length`` (tokens), ``cut`` (whether the record is longer).
     """
-    import datasets  # 1 s: only where something is tokenised
+    import datasets  # takes 1 s: only where something is tokenized
 
     folder = cache_folder() / content_key(records, tokenizer, max_length)
     if not folder.exists():
@@ -152,16 +159,15 @@ def load_tokens(records: list[dict], tokenizer, max_length: int):
                     _make(folder, records, tokenizer, max_length)
         except OSError as e:
             raise UserError(
-                f"{e.filename or folder}: {e.strerror or e}: tokens are kept there; XDG_CACHE_HOME chooses another disk"
+                f"{e.filename or folder}: {e.strerror or e}: tokens are cached there, XDG_CACHE_HOME moves them"
             ) from None
     files = sorted(folder.glob("*.arrow"))
     return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
 
 
 def content_key(records: list[dict], tokenizer, max_length: int) -> str:
-    """A SHA-256 of all that decides the tokens: the texts, the tokenizer's content, the maximum, the rule itself."""
-    if not tokenizer.is_fast:
-        raise UserError("this tokenizer has no offsets: convert it to a tokenizer.json (AutoTokenizer, use_fast)")
+    """Return a hash of all that decides the tokens: the texts, the tokenizer's content, the maximum, the rule."""
+    _check_fast(tokenizer)
     core = json.loads(tokenizer.backend_tokenizer.to_str())
     core["truncation"] = core["padding"] = None  # what its last call asked for
     rule = [RULE_VERSION, tokenizers.__version__, tokenizer.eos_token_id, max_length, core]
@@ -173,7 +179,7 @@ def content_key(records: list[dict], tokenizer, max_length: int) -> str:
 
 
 def _make(folder: Path, records: list[dict], tokenizer, max_length: int) -> None:
-    """Tokenises in worker processes, a file each, and puts the folder in its place by one rename."""
+    """Tokenize in worker processes, a file each; the folder gets its name when all is written."""
     workers = max(1, min(_cores(), MAX_WORKERS, len(records) // RECORDS_PER_WORKER))
     bounds = [len(records) * i // workers for i in range(workers + 1)]
     with new_folder(folder) as temporary:
@@ -189,7 +195,7 @@ def _make(folder: Path, records: list[dict], tokenizer, max_length: int) -> None
 
 
 def _write_shard(path: Path, records: list[dict], start: int, tokenizer, max_length: int) -> None:
-    """Tokenises records, of which the first is number ``start`` + 1, and writes those that have a label."""
+    """Tokenize records, numbered from ``start`` + 1, and write those that have a label."""
     import datasets
     from datasets.arrow_writer import ArrowWriter
 
@@ -215,20 +221,20 @@ def _cores() -> int:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for its next task for ever."""
+    """Exit with the parent: a worker whose parent was killed would wait for its next task forever."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 @contextmanager
 def _lock(path: Path):
-    """Held by one process of the node; the others wait. It is free when its holder dies, however it dies.
+    """Let one process of the node in at a time. The lock is free when its holder dies, however it dies.
 
     A POSIX lock, because workers do not inherit it: with flock they would hold it as well.
     """
     try:
         import fcntl
-    except ImportError:  # Windows: two processes may both tokenise there, and one rename wins
+    except ImportError:  # Windows: two processes may both tokenize there, and one rename wins
         yield
         return
     with open(path, "a") as file:
@@ -238,13 +244,11 @@ def _lock(path: Path):
 
 @contextmanager
 def _one_thread_each():
-    """The tokenizer's own threads would fight with the other workers over the cores, and must not be forked."""
+    """Keep the tokenizer from starting threads: they would compete with the workers, and must not be forked."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
+        del os.environ["TOKENIZERS_PARALLELISM"]
+        os.environ |= {"TOKENIZERS_PARALLELISM": before} if before else {}

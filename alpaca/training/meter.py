@@ -1,4 +1,4 @@
-"""What a run shows while it trains: real tokens a second, padding, MFU, peak memory, ETA; a line a logging step, a bar.
+"""What a run shows while it trains: real tokens a second, padding, MFU, peak memory, ETA; log lines and a bar.
 
 ``class Trainer(Metered, transformers.Trainer)`` is all that a script needs. A real token is one that is not padding.
 """
@@ -20,8 +20,8 @@ from transformers.trainer_utils import has_length
 
 from alpaca.training.examples import IGNORE_INDEX
 
-# FLOP/s of one GPU at bf16 (V100, T4: fp16) without sparsity, from NVIDIA's data sheets; where a sheet has the figure
-# with sparsity alone, half of it. A card is known by the words of its name: the first line whose words all occur.
+# FLOP/s of one GPU at bf16 (V100, T4: fp16) without sparsity, from NVIDIA's data sheets; half the figure if a sheet has
+# only that with sparsity. A card matches the first line whose words all occur in its name.
 PEAK_FLOPS = {
     ("GB200",): 2500e12,
     ("B200",): 2250e12,
@@ -43,7 +43,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(name: str) -> float | None:
-    """FLOP/s of the GPU of that name (``torch.cuda.get_device_name``), or None: not in the table, or a slice of one."""
+    """Return FLOP/s of the GPU of that name (``torch.cuda.get_device_name``); None if unknown, or a slice of a GPU."""
     words = set(re.split(r"[^A-Za-z0-9]+", name))
     if "MIG" in words:
         return None
@@ -55,16 +55,16 @@ def peak_flops(name: str) -> float | None:
 
 
 def model_flops(model: nn.Module) -> tuple[int, int]:
-    """FLOPs of a training step for one token, and for one token per token of its example.
+    """Return FLOPs of a training step for one token, and for one token per token of its example.
 
     As in appendix B of PaLM (Chowdhery et al., 2022), which nanoGPT's ``estimate_mfu`` follows: a weight of a matrix
     product costs 6 FLOPs a token (a multiplication and an addition in the forward pass, in the gradient of the input
     and in the gradient of the weight), and attention 12·L·H·Q·T, with L layers, H heads of size Q and T tokens in the
-    example; the causal half that need not be computed is not taken off. So an example of T tokens costs
-    ``first·T + second·T²``. What is computed again under activation checkpointing does not count.
+    example; the causal half that need not be computed is not subtracted. So an example of T tokens costs
+    ``first·T + second·T²``. Recomputation under activation checkpointing does not count.
 
     The input embedding is a look-up and does not count; the output embedding does, tied or not, for each real token.
-    (A run that computes the logits of supervised tokens alone spends less than it is credited with: at most 2% at 7B.)
+    (A run that computes only the logits of supervised tokens spends less than it is credited with: at most 2% at 7B.)
     A frozen matrix, as under LoRA, has no weight gradient: 4 FLOPs a token.
     """
     per_token = 0
@@ -82,25 +82,23 @@ def model_flops(model: nn.Module) -> tuple[int, int]:
 
 
 def count_tokens(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Counts a batch without waiting for the device: int64 (4,), on the device of the inputs.
+    """Count a batch without waiting for the device: int64 (4,), on the device of the inputs.
 
     Args:
-        inputs: ``input_ids`` (rows, columns) and one of
+        inputs: one of
             padded: ``attention_mask`` (rows, columns), 1 for real tokens and 0 for padding;
-            padding-free: ``position_ids`` (rows, columns) that start again at 0 with each example. All tokens are real.
+            padding-free: ``position_ids`` (rows, columns) that restart at 0 with each example. All tokens are real.
 
-            ``labels`` or ``shift_labels``: IGNORE_INDEX where nothing is learnt (or no entry at all).
+            and ``labels`` or ``shift_labels``: IGNORE_INDEX where nothing is learned (or no entry at all).
 
     Returns:
         Real tokens; supervised ones; the sum of the squares of the examples' lengths; examples.
     """
-    ids, mask, positions = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids")
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     if mask is not None and mask.dim() == 2:
         lengths = mask.sum(dim=1)
         real, squares, examples = lengths.sum(), (lengths * lengths).sum(), (lengths > 0).sum()
     else:
-        if positions is None:
-            positions = torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
         real = torch.ones_like(positions).sum()
         squares = (2 * positions + 1).sum()  # 1 + 3 + … + (2n − 1) = n²
         examples = (positions == 0).sum()
@@ -110,7 +108,7 @@ def count_tokens(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @dataclass
 class Totals:
-    """Of all ranks, and of the whole run: what a checkpoint had counted is carried on."""
+    """Counts over all ranks and the whole run: a resumed run continues from those of its checkpoint."""
 
     tokens: int = 0  # real ones
     padding: int = 0
@@ -123,13 +121,15 @@ class Totals:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes that this process has held at most: allocated by torch on a GPU, resident on a CPU."""
+    """Return the most bytes that this process has held: allocated by torch on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
         with open("/proc/self/status") as file:  # getrusage's figure would start with that of the parent process
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
     except (OSError, StopIteration):
+        if sys.platform == "win32":
+            return 0  # not known
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -140,13 +140,13 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Meter(TrainerCallback):
-    """Counts tokens and time, and shows them on rank 0: a line a logging step, and a bar when stderr is a terminal.
+    """Count tokens and time, and show them on rank 0: a line each logging step, and a bar if stderr is a terminal.
 
     Attributes:
         totals: what was counted until the last ``gather``, over all ranks.
     """
 
-    KEY = "meter_totals"  # in trainer_state.json's stateful_callbacks, so that a resumed run counts on
+    KEY = "meter_totals"  # in trainer_state.json's stateful_callbacks, from which a resumed run continues
 
     def __init__(self, model: nn.Module, device: torch.device, devices: int):
         self.per_token, self.per_square = model_flops(model)
@@ -163,12 +163,12 @@ class Meter(TrainerCallback):
         self._bar = self._eval_bar = None
 
     def count(self, inputs: dict[str, torch.Tensor]) -> None:
-        """Takes note of a batch of this rank that is trained on."""
+        """Count a batch that this rank trains on."""
         self._slots += inputs["input_ids"].numel()
         self._counts += count_tokens(inputs).to(self.device, non_blocking=True)
 
     def gather(self, gather, state) -> None:
-        """Adds what all ranks have counted since the last time to ``totals``. Every rank must call it.
+        """Add what all ranks have counted since the last call to ``totals``. Every rank must call it.
 
         Args:
             gather: (1, 6) int64 of each rank → (ranks, 6), as ``accelerator.gather``.
@@ -191,36 +191,32 @@ class Meter(TrainerCallback):
         state.stateful_callbacks[self.KEY] = {"args": {}, "attributes": asdict(totals)}
 
     def mfu(self, totals: Totals) -> float | None:
-        """Model FLOPs of the real tokens as a share of what the GPUs could do at bf16; None where that is not known."""
+        """Return model FLOPs of real tokens as a share of what the GPUs could do at bf16; None if that is unknown."""
         if self.peak is None or not totals.train_seconds:
             return None
         return totals.flops / (totals.train_seconds * self.peak * self.devices)
 
     def figures(self, state) -> dict[str, float]:
-        """What goes into the log beside the loss: rates since the last call, of all ranks together."""
+        """Return what is logged beside the loss: rates since the last call, over all ranks."""
         now, last = self.totals, self._logged
         since = Totals(*(b - a for a, b in zip(asdict(last).values(), asdict(now).values(), strict=True)))
         self._logged = Totals(**asdict(now))
         seconds = max(since.train_seconds, 1e-9)
-        steps_here = state.global_step - self._first_step
-        figures = {
+        a_step = (now.train_seconds - self._before) / max(state.global_step - self._first_step, 1)
+        mfu = self.mfu(since)
+        return {
             "tokens": now.tokens,
             "tokens_per_second": round(since.tokens / seconds, 1),
             "supervised_tokens_per_second": round(since.supervised / seconds, 1),
             "padding_share": round(since.padding / max(since.tokens + since.padding, 1), 4),
             "peak_memory_gib": round(now.peak_memory / 2**30, 2),
-            "eta_seconds": round(
-                (now.train_seconds - self._before) / max(steps_here, 1) * (state.max_steps - state.global_step)
-            ),
-        }
-        if (mfu := self.mfu(since)) is not None:
-            figures["mfu"] = round(mfu, 4)
-        return figures
+            "eta_seconds": round(a_step * (state.max_steps - state.global_step)),
+        } | ({} if mfu is None else {"mfu": round(mfu, 4)})
 
-    # What the trainer tells.
+    # Callbacks.
 
     def on_train_begin(self, args, state, control, **kwargs):
-        # Nothing from before, such as a rehearsal, counts; what a checkpoint had counted does.
+        # What came before, such as a rehearsal, does not count; what a checkpoint had counted does.
         saved = (state.stateful_callbacks or {}).get(self.KEY, {"attributes": {}})["attributes"]
         self.totals, self._logged = Totals(**saved), Totals(**saved)
         self._before, self.earlier_seconds = self.totals.train_seconds, self.totals.wall_seconds
@@ -233,24 +229,19 @@ class Meter(TrainerCallback):
             self._bar = tqdm(
                 total=state.max_steps,
                 initial=state.global_step,
-                disable=True if args.disable_tqdm else None,  # None: no bar where stderr is no terminal
+                disable=True if args.disable_tqdm else None,  # None: no bar unless stderr is a terminal
                 dynamic_ncols=True,
                 bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {elapsed} gone{postfix}",
             )
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:
-            control.should_log = True  # else the last steps are in no log where logging_steps does not divide them
+            control.should_log = True  # otherwise the last steps are not logged if logging_steps does not divide them
         if self.device.type == "cuda" and (control.should_log or control.should_evaluate or control.should_save):
-            torch.cuda.synchronize(self.device)  # else the queue's rest would count as evaluation or saving
+            torch.cuda.synchronize(self.device)  # otherwise the queue's rest would count as evaluation or saving
         self._step_ended = time.monotonic()
         if self._bar is not None:
             self._bar.update(1)
-
-    def _pause_ends(self) -> None:
-        now = time.monotonic()
-        self._paused += now - self._step_ended
-        self._step_ended = now
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         if state.is_world_process_zero and self._eval_bar is None:
@@ -268,10 +259,12 @@ class Meter(TrainerCallback):
         if self._eval_bar is not None:
             self._eval_bar.close()
             self._eval_bar = None
-        self._pause_ends()
+        self.on_save(args, state, control)
 
     def on_save(self, args, state, control, **kwargs):
-        self._pause_ends()
+        now = time.monotonic()
+        self._paused += now - self._step_ended
+        self._step_ended = now
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero:
@@ -279,63 +272,57 @@ class Meter(TrainerCallback):
         if "loss" in logs:
             if self._bar is not None:
                 self._bar.set_postfix_str(f"{clock(logs['eta_seconds'])} to go, loss {logs['loss']:.4f}", refresh=False)
-            self._write(log_line(logs, state.global_step, state.max_steps))
+            line = log_line(logs, state.global_step, state.max_steps)
         elif "eval_loss" in logs:
             seconds = f" ({logs['eval_runtime']:.1f} s)" if "eval_runtime" in logs else ""
-            self._write(f"step {state.global_step}/{state.max_steps} | eval_loss {logs['eval_loss']:.4f}{seconds}")
+            line = f"step {state.global_step}/{state.max_steps} | eval_loss {logs['eval_loss']:.4f}{seconds}"
         elif "train_runtime" in logs:
-            self._write(self.summary(state))
+            line = self.summary(state)
+        else:
+            return
+        tqdm.write(line)  # to stdout; a bar on the same terminal is moved out of the way
+        sys.stdout.flush()
 
     def on_train_end(self, args, state, control, **kwargs):
         if self._bar is not None:
             self._bar.close()
 
-    def _write(self, line: str) -> None:
-        tqdm.write(line)  # to stdout; a bar on the same terminal is moved out of the way
-        sys.stdout.flush()
-
     def summary(self, state) -> str:
-        """The whole run in a line."""
-        totals = self.totals
-        slots, seconds = max(totals.tokens + totals.padding, 1), max(totals.train_seconds, 1e-9)
-        parts = [
-            f"{state.global_step} steps in {clock(totals.train_seconds)}",
-            f"{totals.tokens:,} tokens ({totals.supervised / max(totals.tokens, 1):.0%} supervised)",
-            f"{totals.tokens / seconds:,.0f} tokens/s",
-            f"padding {totals.padding / slots:.1%}",
-        ]
-        if (mfu := self.mfu(totals)) is not None:
-            parts.append(f"MFU {mfu:.1%}")
-        return " | ".join([*parts, f"peak {totals.peak_memory / 2**30:.1f} GiB"])
+        """Return the whole run in a line."""
+        totals, mfu = self.totals, self.mfu(self.totals)
+        padding = totals.padding / max(totals.tokens + totals.padding, 1)
+        return (
+            f"{state.global_step} steps in {clock(totals.train_seconds)} | {totals.tokens:,} tokens "
+            f"({totals.supervised / max(totals.tokens, 1):.0%} supervised) | "
+            f"{totals.tokens / max(totals.train_seconds, 1e-9):,.0f} tokens/s | padding {padding:.1%} | "
+            f"{'' if mfu is None else f'MFU {mfu:.1%} | '}peak {totals.peak_memory / 2**30:.1f} GiB"
+        )
 
 
 def log_line(logs: dict[str, float], step: int, steps: int) -> str:
-    """One logging step, for people and for grep: ``step 10/1218 | epoch 0.02 | loss 1.2345 | … | ETA 0:31:12``."""
-    parts = [f"step {step:>{len(str(steps))}}/{steps}", f"epoch {logs.get('epoch', 0):.2f}", f"loss {logs['loss']:.4f}"]
-    parts.append(f"lr {logs['learning_rate']:.2e}")
-    if "grad_norm" in logs:
-        parts.append(f"grad {logs['grad_norm']:.2f}")
-    parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s ({logs['supervised_tokens_per_second']:,.0f} supervised)")
-    parts.append(f"padding {logs['padding_share']:.1%}")
-    if "mfu" in logs:
-        parts.append(f"MFU {logs['mfu']:.1%}")
-    parts += [f"peak {logs['peak_memory_gib']:.1f} GiB", f"ETA {clock(logs['eta_seconds'])}"]
-    return " | ".join(parts)
+    """Return one logging step, for people and grep: ``step 10/1218 | epoch 0.02 | loss 1.2345 | … | ETA 0:31:12``."""
+    grad = f"grad {logs['grad_norm']:.2f} | " if "grad_norm" in logs else ""
+    mfu = f"MFU {logs['mfu']:.1%} | " if "mfu" in logs else ""
+    return (
+        f"step {step:>{len(str(steps))}}/{steps} | epoch {logs.get('epoch', 0):.2f} | loss {logs['loss']:.4f} | "
+        f"lr {logs['learning_rate']:.2e} | {grad}{logs['tokens_per_second']:,.0f} tokens/s "
+        f"({logs['supervised_tokens_per_second']:,.0f} supervised) | padding {logs['padding_share']:.1%} | "
+        f"{mfu}peak {logs['peak_memory_gib']:.1f} GiB | ETA {clock(logs['eta_seconds'])}"
+    )
 
 
 def clock(seconds: float) -> str:
-    """``h:mm:ss``."""
+    """Return seconds as ``h:mm:ss``."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 class Metered:
-    """For a transformers.Trainer, as its first base class: counts, logs and shows through ``self.meter``."""
+    """A first base class for a transformers.Trainer: counts, logs and shows through ``self.meter``."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        devices = self.args.world_size * max(self.args.n_gpu, 1)
-        self.meter = Meter(self.model, self.args.device, devices)
+        self.meter = Meter(self.model, self.args.device, self.args.world_size * max(self.args.n_gpu, 1))
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(self.meter)
@@ -345,7 +332,7 @@ class Metered:
         return super().training_step(model, inputs, *args, **kwargs)
 
     def store_flos(self) -> None:
-        """The trainer calls this on every rank before it logs and before it writes a checkpoint's state."""
+        """Gather: the trainer calls this on every rank before it logs and before it writes a checkpoint's state."""
         self.meter.gather(self.accelerator.gather, self.state)
         super().store_flos()
 

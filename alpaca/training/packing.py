@@ -1,7 +1,7 @@
-"""Batches without padding: the examples of a batch in one row, attention within each alone, logits where a label is.
+"""Batches without padding: examples in one row, attention within each example, logits only where there is a label.
 
-The same examples a step as with padding, and the same loss; what is saved is the work on pad tokens and on the logits
-of prompts. Filling bins of fixed length (``fill_bins``) is another matter: it changes which examples make a step.
+A step has the same examples and the same loss as with padding; what is saved is the work on pad tokens and on the
+logits of prompts. Filling bins of fixed length (``fill_bins``) is different: it changes which examples make a step.
 """
 
 from __future__ import annotations
@@ -11,17 +11,14 @@ import inspect
 
 import torch
 from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from alpaca import UserError
 from alpaca.training.examples import IGNORE_INDEX
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # before torch 2.10
-    varlen_attn = None
-# Its signature moved: `is_causal` gave way to `window_size` (by 2.11), `enable_gqa` came (by 2.13).
-VARLEN_PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters) if varlen_attn else frozenset()
+# The signature differs between releases of torch: `window_size` replaced `is_causal`, `enable_gqa` was added (by 2.13).
+VARLEN_PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters)
 
 SEGMENTS = "alpaca_segments"  # the attention's name in a model's config; never saved with it
 
@@ -31,9 +28,9 @@ SEGMENTS = "alpaca_segments"  # the attention's name in a model's config; never 
 
 
 def pad(examples: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Pads on the right to the longest of the batch: int64 tensors of shape (batch, longest).
+    """Pad on the right to the longest of the batch: int64 tensors of shape (batch, longest).
 
-    The attention mask comes from the lengths: where pad and EOS are one token, comparing ids would hide EOS.
+    The attention mask comes from the lengths: if pad and EOS are one token, comparing ids would hide EOS.
     """
     lengths = torch.tensor([len(example["input_ids"]) for example in examples])
     longest = int(lengths.max())
@@ -49,17 +46,17 @@ def pad(examples: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
 
 
 def flatten(items: list[dict] | list[list[dict]]) -> dict:
-    """Puts examples, or bins of examples, one after the other in a single row.
+    """Put examples, or bins of examples, one after the other in a single row.
 
-    Two examples [a b c] and [d e], of which c, d and e have labels:
+    Two examples [a b c] and [d e], where c, d and e have labels:
 
         input_ids        [[a, b, c, d, e]]       position_ids  [[0, 1, 2, 0, 1]]
         cu_seq_lens_q/k  [0, 3, 5] (int32)       max_length_q/k  3
         logits_to_keep   [1, 3]: the positions that predict c and e. Nothing predicts d, the first of its example.
         labels = shift_labels  [[c, e]]
 
-    Trainer counts the labels of a global batch and divides the summed loss by that number; it takes shift_labels for
-    what the loss sees, so the count is that of the padded batch.
+    Trainer divides the summed loss by the number of labels in a global batch. It counts those of shift_labels, so the
+    number is that of the padded batch.
     """
     examples = [example for item in items for example in (item if isinstance(item, list) else [item])]
     lengths = [len(example["input_ids"]) for example in examples]
@@ -97,17 +94,16 @@ def segment_attention(
     max_length_q: int | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each segment of a row, as transformers' AttentionInterface calls it.
+    """Attend causally within each segment of a row; transformers' AttentionInterface calls this.
 
     Args:
         module: the attention layer; not used.
         query: (1, heads, total, dim).
-        key: (1, key/value heads, total, dim), each for as many query heads as there are more of those.
-        value: as key.
+        key, value: (1, key/value heads, total, dim); each head serves the same number of query heads.
         attention_mask: None, because no mask is registered under this attention's name.
         scaling: of the scores; 1/√dim by default.
         dropout: probability for a score to be dropped.
-        sliding_window: how many tokens one sees, itself among them; all before it by default.
+        sliding_window: how many tokens each token sees, itself included; all before it by default.
         cu_seq_lens_q: (segments + 1,) int32, where each segment starts, and the total.
         max_length_q: of the longest segment.
         kwargs: what else the model passes on.
@@ -140,10 +136,9 @@ AttentionInterface.register(SEGMENTS, segment_attention)
 
 
 def _has_varlen_kernel(query: torch.Tensor, value: torch.Tensor, dropout: float, sliding_window: int | None) -> bool:
-    """FlashAttention-2's limits: half precision, Ampere or later, dimensions a multiple of 8 up to 256."""
+    """Whether FlashAttention-2 can be used: half precision, Ampere or newer, dimensions a multiple of 8 up to 256."""
     return (
-        varlen_attn is not None
-        and query.is_cuda
+        query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)
         and torch.cuda.get_device_capability(query.device)[0] >= 8
         and query.shape[-1] == value.shape[-1] <= 256
@@ -154,7 +149,7 @@ def _has_varlen_kernel(query: torch.Tensor, value: torch.Tensor, dropout: float,
 
 
 def _varlen(query, key, value, ends, longest, scaling, sliding_window) -> torch.Tensor:
-    """All segments in one kernel of torch's own."""
+    """Attend in all segments by one kernel of torch."""
     options = {"scale": scaling}
     if "window_size" in VARLEN_PARAMETERS:
         options["window_size"] = (-1 if sliding_window is None else sliding_window - 1, 0)
@@ -178,7 +173,7 @@ def segment_by_segment(
     dropout: float = 0.0,
     sliding_window: int | None = None,
 ) -> torch.Tensor:
-    """torch's scaled_dot_product_attention on one segment after the other; shapes as in segment_attention."""
+    """Run scaled_dot_product_attention on one segment after the other; shapes as in segment_attention."""
     key, value = _for_each_query_head(query, key, value)
     outputs = []
     for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):
@@ -196,8 +191,6 @@ def segment_by_segment(
 
 def _for_each_query_head(query, key, value) -> tuple[torch.Tensor, torch.Tensor]:
     groups = query.shape[1] // key.shape[1]
-    if groups == 1:
-        return key, value
     return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
 
 
@@ -206,18 +199,25 @@ def _for_each_query_head(query, key, value) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def set_attention(model, name: str) -> bool:
-    """Gives the model the attention of that name; False where its code does not let one choose."""
+    """Give the model the attention of that name. Return False if its code does not let one choose."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT wraps it
     try:
         inner.set_attn_implementation(name)
     except (ValueError, KeyError, AttributeError):
         return False
-    return inner.config._attn_implementation == name
+    return inner.config._attn_implementation == name  # private: an unsupported name is otherwise ignored (5.23)
+
+
+def use_segments(model) -> str:
+    """Give the model the attention of flattened batches. Return "", or why it cannot be had."""
+    if getattr(model, "_is_stateful", False):  # private: transformers has no other mark of a recurrent model (5.23)
+        return f"{type(model).__name__} is recurrent, and would carry its state from one example into the next"
+    return "" if set_attention(model, SEGMENTS) else f"the attention of {type(model).__name__} cannot be chosen"
 
 
 def library_attention(model) -> str:
-    """The attention of padded batches: torch's scaled_dot_product_attention, or the model's own code without it."""
-    return "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+    """Name the attention of padded batches: torch's, or the model's own code if it does not support that."""
+    return "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"  # private, what the library asks (5.23)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,16 +225,16 @@ def library_attention(model) -> str:
 
 
 def fill_bins(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing: the longest example first, each into the fullest bin that has room for it.
+    """Fill bins by best-fit decreasing: the longest example first, each into the fullest bin that has room for it.
 
-    It needs at most 11/9 of the fewest possible bins, and one more (D. S. Johnson, 1973; Alpaca's fill to 99%).
+    It needs at most 11/9 of the fewest possible bins, and one more (D. S. Johnson, 1973; Alpaca's are 99% full).
 
     Args:
         lengths: tokens of each example.
         capacity: tokens of a bin.
 
     Returns:
-        The examples' numbers bin by bin; each is there exactly once.
+        The examples' numbers (from 0) bin by bin, each exactly once.
 
     Raises:
         UserError: an example is longer than a bin.
@@ -269,6 +269,11 @@ class PackedDataset:
     def __init__(self, dataset, capacity: int):
         self.dataset = dataset
         self.bins = fill_bins(list(dataset.lengths), capacity)
+        self.summary = (
+            f"packing: {len(dataset)} examples in {len(self)} bins of {capacity} tokens, "
+            f"{sum(dataset.lengths) / (len(self) * capacity):.1%} full; a batch size counts bins, of "
+            f"{len(dataset) / len(self):.1f} examples each"
+        )
 
     def __len__(self) -> int:
         return len(self.bins)

@@ -1,7 +1,7 @@
 """What a finished run leaves beside the model: training_receipt.json, model_card.md and loss.png.
 
-The receipt says what the model was made from, how, on what, and at what cost; the card is written from the receipt, and
-the plot from its losses. No secret is in any of them.
+The receipt says what the model was made from, how, on what, and at what cost. The card (templates/model_card.md) is
+filled from the receipt, and the plot drawn from its losses. None of them contains a secret.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+import jinja2
 import torch
+from markupsafe import Markup
 
 from alpaca.common.files import git_blob_id, replace_file
-from alpaca.common.records import RELEASED_BLOB, jdump
+from alpaca.common.records import RELEASED_BLOB, json_text
+from alpaca.common.text import printable
 from alpaca.training.meter import clock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +38,7 @@ SECRET = re.compile(r"(_token|secret|password|api_?key)$", re.I)
 
 
 def data_facts(path: str | os.PathLike) -> dict:
-    """Hash, size and licence of a data file. ``licence`` is None for data that this project does not know."""
+    """Return hash, size and license of a data file. ``licence`` is None for data that this project does not know."""
     content = Path(path).read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
     shipped = SHIPPED.exists() and hashlib.sha256(SHIPPED.read_bytes()).hexdigest() == sha256
@@ -45,7 +48,7 @@ def data_facts(path: str | os.PathLike) -> dict:
 
 
 def git_state(root: Path = ROOT) -> dict | None:
-    """Commit, and whether tracked files differ from it; None when ``root`` is no checkout."""
+    """Return the commit, and whether tracked files differ from it; None if ``root`` is not a checkout."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, check=True).stdout.strip()
@@ -59,6 +62,7 @@ def git_state(root: Path = ROOT) -> dict | None:
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of Python, CUDA and those of ``PACKAGES`` that are installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -69,7 +73,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware(device: torch.device, devices: int) -> dict:
-    """Of the first rank's machine; ``gpus`` is the number on all of them together, 0 on a CPU."""
+    """Describe the first rank's machine; ``gpus`` is the number over all machines (``devices``), 0 on a CPU."""
     facts = {"gpus": 0, "gpu": None, "gpu_memory_gib": None}
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
@@ -93,7 +97,7 @@ def _cpu_name() -> str:
 
 
 def without_secrets(value):
-    """Arguments without those named like a token, a secret, a password or an API key, however deep they lie."""
+    """Return arguments without those named like a token, secret, password or API key, at any depth."""
     if isinstance(value, dict):
         return {key: without_secrets(entry) for key, entry in value.items() if not SECRET.search(str(key))}
     if isinstance(value, (list, tuple)):
@@ -102,7 +106,7 @@ def without_secrets(value):
 
 
 def command_without_secrets(argv: list[str]) -> str:
-    """The command line with the value of each secret flag as ``…``."""
+    """Return the command line with the value of each secret flag as ``…``."""
     shown, hide = [], False
     for word in argv:
         flag, has_value, _ = word.partition("=")
@@ -117,19 +121,19 @@ def command_without_secrets(argv: list[str]) -> str:
 
 
 def begin(data_path: str, eval_data_path: str | None) -> dict:
-    """Facts that may have changed by the time a run ends: the data files, the commit, the time."""
+    """Return facts that may have changed by the time a run ends: the data files, the commit, the time."""
     return {
         "clock": time.monotonic(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "started": _now(),
         "data": {"train": data_facts(data_path), "eval": data_facts(eval_data_path) if eval_data_path else None},
         "git": git_state(),
     }
 
 
 def collect(begun: dict, trainer, arguments: dict, examples: tuple[int, int]) -> dict:
-    """The receipt of a run that has just ended.
+    """Return the receipt of a run that has just ended.
 
-    Of a resumed run it counts what led to the model: not what an earlier session did after its last checkpoint.
+    For a resumed run it counts what led to the model: not what an earlier session did after its last checkpoint.
 
     Args:
         begun: from ``begin``.
@@ -142,22 +146,21 @@ def collect(begun: dict, trainer, arguments: dict, examples: tuple[int, int]) ->
     totals = meter.totals
     wall = meter.earlier_seconds + time.monotonic() - begun["clock"]
     machine = hardware(meter.device, meter.devices)
-    gpu_hours = machine["gpus"] * wall / 3600
-    price = arguments.get("gpu_hour_price")
+    gpu_hours, price = machine["gpus"] * wall / 3600, arguments.get("gpu_hour_price")
     mfu = meter.mfu(totals)
-    config = trainer.model.config
-    name = str(arguments["model_name_or_path"])
+    trained, held_out = begun["data"]["train"], begun["data"]["eval"] or {"path": None}
+    evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
     return {
         "model": {
-            "started_from": name,
-            "commit": getattr(config, "_commit_hash", None),
-            "type": config.model_type,
+            "started_from": str(arguments["model_name_or_path"]),
+            "commit": getattr(trainer.model.config, "_commit_hash", None),  # of a hub's repository; private in 5.23
+            "type": trainer.model.config.model_type,
             "parameters": meter.parameters,
             "trainable_parameters": meter.trainable,
         },
         "data": {
-            "train": begun["data"]["train"] | {"examples": examples[0]},
-            "eval": (begun["data"]["eval"] or {"path": None}) | {"examples": examples[1]} if examples[1] else None,
+            "train": trained | {"examples": examples[0]},
+            "eval": held_out | {"examples": examples[1]} if examples[1] else None,
         },
         "git": begun["git"],
         "command": command_without_secrets(sys.argv),
@@ -168,13 +171,11 @@ def collect(begun: dict, trainer, arguments: dict, examples: tuple[int, int]) ->
         "epochs": round(state.epoch or 0, 4),
         "examples_per_step": round(totals.examples / max(state.global_step, 1), 2),
         "losses": [
-            {"step": entry["step"], "loss": entry["loss"], "learning_rate": entry["learning_rate"]}
+            {key: entry[key] for key in ("step", "loss", "learning_rate")}
             for entry in state.log_history
             if "loss" in entry
         ],
-        "eval_losses": [
-            {"step": entry["step"], "loss": entry["eval_loss"]} for entry in state.log_history if "eval_loss" in entry
-        ],
+        "eval_losses": [{"step": entry["step"], "loss": entry["eval_loss"]} for entry in evaluations],
         "tokens": {
             "real": totals.tokens,
             "supervised": totals.supervised,
@@ -184,7 +185,7 @@ def collect(begun: dict, trainer, arguments: dict, examples: tuple[int, int]) ->
         "mfu": None if mfu is None else round(mfu, 4),
         "peak_memory_gib": round(totals.peak_memory / 2**30, 2),
         "started": begun["started"],
-        "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "ended": _now(),
         "train_seconds": round(totals.train_seconds, 1),
         "wall_seconds": round(wall, 1),
         "cost": {
@@ -197,24 +198,21 @@ def collect(begun: dict, trainer, arguments: dict, examples: tuple[int, int]) ->
     }
 
 
-def write(receipt: dict, output_dir: str | os.PathLike) -> list[str]:
-    """Writes training_receipt.json, model_card.md and, where matplotlib is installed, loss.png.
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
-    Returns:
-        The names of the files written.
-    """
-    folder = Path(output_dir)
-    jdump(receipt, folder / "training_receipt.json", indent=2)
-    with replace_file(folder / "model_card.md") as file:
-        file.write(model_card(receipt))
-    written = ["training_receipt.json", "model_card.md"]
-    png = loss_plot(receipt)
-    if png is None:
+
+def write(receipt: dict, output_dir: str | os.PathLike) -> list[str]:
+    """Write training_receipt.json, model_card.md and, if matplotlib is installed, loss.png. Return their names."""
+    files = {"training_receipt.json": json_text(receipt, 2) + "\n", "model_card.md": model_card(receipt)}
+    if png := loss_plot(receipt):
+        files["loss.png"] = png
+    else:
         print("note: loss.png was not drawn, matplotlib is not installed: pip install '.[plots]'")
-        return written
-    with replace_file(folder / "loss.png", "wb") as file:
-        file.write(png)
-    return [*written, "loss.png"]
+    for name, content in files.items():
+        with replace_file(Path(output_dir) / name, "wb" if isinstance(content, bytes) else "w") as file:
+            file.write(content)
+    return list(files)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,57 +220,36 @@ def write(receipt: dict, output_dir: str | os.PathLike) -> list[str]:
 
 
 def model_card(receipt: dict) -> str:
-    """A short card in Markdown, with the front matter that the hub reads in a README.md.
+    """Return a short card in Markdown, with the front matter that the hub reads in a README.md.
 
-    A model or data file of this machine is called by its last name, since a card is published and a path is private.
+    A model or data file of this machine is called by its last name: a card is published, and a path is private.
     """
-    model, data, arguments = receipt["model"], receipt["data"]["train"], receipt["arguments"]
-    base, data_name = _public_name(model["started_from"]), Path(data["path"]).name
-    licence = data["licence"]
-    git = receipt["git"]
-    code = f"commit {git['commit'][:12]}{' with local changes' if git['dirty'] else ''}" if git else "an unknown commit"
-    held_out = receipt["data"]["eval"]
-    front = [
-        "---",
-        f"license: {'cc-by-nc-4.0' if licence else 'unknown'}",
-        f"base_model: {base}",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [alpaca, instruction-following]",
-        "---",
-    ]
-    paragraphs = [
-        f"# {base}, fine-tuned on {data_name}",
-        f"**Model.** {base} ({model['type']}, {_short(model['parameters'])} parameters"
-        + (
-            f", of which {_short(model['trainable_parameters'])} were trained"
-            if model["trainable_parameters"] < model["parameters"]
-            else ""
-        )
-        + f"), fine-tuned with `train.py` of alpaca-reproduced at {code}.",
-        f"**Data.** {data_name}, {data['source']}: {data['examples']:,} examples to train on"
-        + (f", {held_out['examples']:,} held out" if held_out else ", none held out")
-        + f". SHA-256 `{data['sha256']}`. "
-        + (
-            f"It is under {licence}: not for commercial use."
-            if licence
-            else "Its licence is not known to the program that wrote this card: whoever publishes the model names it."
-        ),
-        f"**Recipe.** Instruction, input and answer in the Alpaca template; loss on the answer and its end-of-sequence "
-        f"token only; {_recipe(receipt, arguments)}.",
-        f"**Result.** {_result(receipt)}",
-        f"**Hardware, time, cost.** {_effort(receipt)}",
-        "**Intended use.** Research on instruction following. "
-        + ("Not commercial use, which the data forbids; not " if licence else "Not ")
-        + "advice on health, law or money; not anything where a wrong answer does harm.",
-        "**Limits.** It states falsehoods fluently, more so the smaller it is. It has no alignment beyond its data: it "
-        "may answer harmful requests, and repeat the biases of the base model and of the data's author. It answers one "
-        "instruction at a time, in the language of its data.",
-        "**Licence.** That of the base model for the weights"
-        + (f", and {licence} of the data for what was learnt from it." if licence else ", and that of the data."),
-        "Every argument, loss and version is in training_receipt.json.",
-    ]
-    return "\n".join(front) + "\n\n" + "\n\n".join(paragraphs) + "\n"
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
+        undefined=jinja2.StrictUndefined,
+        finalize=_plain_markdown,  # autoescape is for HTML
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"clock": clock, "human_count": human_count, "number": format}
+    tokens, data = receipt["tokens"], receipt["data"]["train"]
+    return environment.get_template("model_card.md").render(
+        receipt,
+        base=_public_name(receipt["model"]["started_from"]),
+        data_name=Path(data["path"]).name,
+        licence=data["licence"],
+        warmup=receipt["arguments"].get("warmup_steps") or 0,  # below 1 a share of all steps
+        schedule=str(receipt["arguments"]["lr_scheduler_type"]).rpartition(".")[2].lower(),
+        padded=tokens["padding"] / max(tokens["real"] + tokens["padding"], 1),
+    )
+
+
+def _plain_markdown(value):
+    """Turn text into one line that Markdown shows as it is: names come from strangers. Markup and numbers stay."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return re.sub(r"[\\`*<>\[\]|]", r"\\\g<0>", " ".join(printable(value).split()))
 
 
 def _public_name(path: str) -> str:
@@ -280,52 +257,8 @@ def _public_name(path: str) -> str:
     return Path(path).resolve().name if local else path
 
 
-def _recipe(receipt: dict, arguments: dict) -> str:
-    warmup = arguments.get("warmup_steps") or 0
-    warmup = f"{warmup:.0%} warm-up" if 0 < warmup < 1 else f"{warmup:.0f} steps of warm-up"
-    schedule = str(arguments.get("lr_scheduler_type", "")).rpartition(".")[2].lower()
-    numbers = "bfloat16" if arguments.get("bf16") else "float16" if arguments.get("fp16") else "float32"
-    parts = [
-        f"{receipt['epochs']:g} epoch{'s' * (receipt['epochs'] != 1)}",
-        f"{receipt['examples_per_step']:g} examples a step",
-        f"learning rate {arguments['learning_rate']:g} ({schedule}, {warmup})",
-        f"weight decay {arguments.get('weight_decay', 0):g}",
-        f"at most {arguments['model_max_length']:,} tokens" if "model_max_length" in arguments else "",
-        f"LoRA of rank {arguments['lora_r']}" if arguments.get("lora_r") else "all weights trained in float32",
-        f"computed in {numbers}",
-        f"seed {receipt['seed']}",
-    ]
-    return ", ".join(part for part in parts if part)
-
-
-def _result(receipt: dict) -> str:
-    text = ""
-    if receipt["losses"]:
-        first, last = receipt["losses"][0], receipt["losses"][-1]
-        text = f"Training loss {first['loss']:.3f} at step {first['step']}, {last['loss']:.3f} at step {last['step']}. "
-    if evals := receipt["eval_losses"]:
-        before = f"{evals[0]['loss']:.3f} before, " if evals[0]["step"] == 0 else ""
-        text += f"Loss on held-out examples {before}{evals[-1]['loss']:.3f} after. "
-    return text + "No benchmark or human evaluation was part of this run."
-
-
-def _effort(receipt: dict) -> str:
-    machine, tokens, cost = receipt["hardware"], receipt["tokens"], receipt["cost"]
-    where = f"{machine['gpus']} × {machine['gpu']}" if machine["gpus"] else f"{machine['cpu']} (no GPU)"
-    padded = tokens["padding"] / max(tokens["real"] + tokens["padding"], 1)
-    text = (
-        f"{where}; {clock(receipt['wall_seconds'])} (h:mm:ss) in all, {clock(receipt['train_seconds'])} of it "
-        f"training; {tokens['real']:,} tokens at {tokens['real_per_second']:,.0f} a second, {padded:.1%} padding"
-    )
-    if receipt["mfu"] is not None:
-        text += f"; {receipt['mfu']:.1%} of the GPUs' peak used (MFU)"
-    text += f"; {receipt['peak_memory_gib']:.1f} GiB of memory at most. "
-    if cost["usd"] is not None:
-        return text + f"{cost['gpu_hours']:.2f} GPU-hours at ${cost['gpu_hour_price_usd']:g}: ${cost['usd']:.2f}."
-    return text + (f"{cost['gpu_hours']:.2f} GPU-hours." if machine["gpus"] else "No GPU-hours were paid for.")
-
-
-def _short(count: int) -> str:
+def human_count(count: int) -> str:
+    """Return a count as people say it: "6.74 B", "112.6 M", "7,000"."""
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
 
 
@@ -334,7 +267,7 @@ def _short(count: int) -> str:
 
 
 def running_mean(values: list[float], window: int) -> list[float]:
-    """The mean of ``window`` values around each (odd; near an end of as many as there are on both sides)."""
+    """Return the mean of ``window`` values (odd) around each; near an end, of as many as there are on both sides."""
     half = window // 2
     means = []
     for i in range(len(values)):
@@ -344,30 +277,30 @@ def running_mean(values: list[float], window: int) -> list[float]:
 
 
 def loss_plot(receipt: dict) -> bytes | None:
-    """Training loss, light and smoothed, and held-out loss over steps, as a PNG; None without matplotlib."""
+    """Draw training loss, light and smoothed, and held-out loss over steps. Return a PNG, None without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError:
         return None
-    ink, light, strong, eval_colour = "#1f2328", "#88ccee", "#332288", "#cc6677"
+    ink, light, strong, eval_color = "#1f2328", "#88ccee", "#332288", "#cc6677"
     figure = Figure(figsize=(8, 4.5), dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     steps, losses = [e["step"] for e in receipt["losses"]], [e["loss"] for e in receipt["losses"]]
-    smooth = len(losses) >= 20
-    marker = "" if len(losses) > 1 else "o"
-    label = "training, each logging step" if smooth else "training"
-    axes.plot(steps, losses, color=light if smooth else strong, linewidth=1, marker=marker, label=label)
-    if smooth:
+    if len(losses) >= 20:
         window = max(3, len(losses) // 20) | 1
         label = f"training, mean of {window} around it"
+        axes.plot(steps, losses, color=light, linewidth=1, label="training, each logging step")
         axes.plot(steps, running_mean(losses, window), color=strong, linewidth=2, label=label)
+    else:
+        marker = "" if len(losses) > 1 else "o"
+        axes.plot(steps, losses, color=strong, linewidth=1, marker=marker, label="training")
     if evals := receipt["eval_losses"]:
         x, y = [e["step"] for e in evals], [e["loss"] for e in evals]
         label = f"held out: {y[0]:.3f} → {y[-1]:.3f}" if len(y) > 1 else f"held out: {y[0]:.3f}"
-        axes.plot(x, y, color=eval_colour, linewidth=1, linestyle=":", marker="o", markersize=6, label=label)
+        axes.plot(x, y, color=eval_color, linewidth=1, linestyle=":", marker="o", markersize=6, label=label)
     axes.set_xlabel(f"optimizer step ({receipt['examples_per_step']:g} examples each)", color=ink)
     axes.set_ylabel("cross entropy (nats per supervised token)", color=ink)
     base, data = _public_name(receipt["model"]["started_from"]), Path(receipt["data"]["train"]["path"]).name

@@ -27,7 +27,7 @@ def arguments(model, data, out, *extra):
         *("train.py", "--model_name_or_path", model, "--data_path", data, "--output_dir", out),
         *("--max_steps", 1, "--learning_rate", 1e-2, "--lr_scheduler_type", "constant", "--logging_steps", 1),
         *("--save_strategy", "no", "--disable_tqdm", "True"),
-        *("--skip_save_rehearsal", "True", *extra),  # tests/test_preflight.py
+        *("--skip_save_rehearsal", "True", *extra),  # tests/training/test_preflight.py
     ]
 
 
@@ -72,7 +72,7 @@ def test_an_example_whose_prompt_fills_the_maximum_is_left_out(tokenizer):
     dataset = train.SupervisedDataset(records, tokenizer, 256, "training")
     assert len(dataset) == 1
     assert "1 left out" in dataset.summary
-    with pytest.raises(UserError, match="raise --model_max_length"):
+    with pytest.raises(UserError, match="raise model_max_length"):
         train.SupervisedDataset(records[:1], tokenizer, 256, "training")
 
 
@@ -178,7 +178,7 @@ def test_every_documented_command_parses(monkeypatch, tmp_path):
         assert training_args.model_max_length == 512
 
 
-def test_the_originals_flags_are_translated_and_told(monkeypatch, tmp_path, capsys):
+def test_the_originals_flags_are_translated_and_reported(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(train.distributed, "_set_up_fsdp", lambda args, gpu: setattr(args, "fsdp", None))
     command = (
         f"--model_name_or_path m --data_path ./alpaca_data.json --output_dir {tmp_path} --num_train_epochs 3 "
@@ -193,7 +193,7 @@ def test_the_originals_flags_are_translated_and_told(monkeypatch, tmp_path, caps
     assert args.eval_strategy == "no" and args.gradient_accumulation_steps == 8
     assert "--evaluation_strategy is now --eval_strategy" in out
     assert "--warmup_ratio is now --warmup_steps" in out
-    assert "--fsdp_transformer_layer_cls_to_wrap is not needed any more" in out
+    assert "--fsdp_transformer_layer_cls_to_wrap is ignored" in out
 
 
 def test_bad_input_is_one_line(tiny_llama, tmp_path, monkeypatch):
@@ -218,11 +218,11 @@ def test_bad_input_is_one_line(tiny_llama, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (("--learning_rate", "nan"), "--learning_rate nan is no rate"),
+        (("--learning_rate", "nan"), "--learning_rate nan is not a rate"),
         (("--use_liger_kernel", "True"), "--use_liger_kernel needs the package"),
         (("--report_to", "comet_ml"), "requires comet-ml"),
         (("--optim", "adamw_torch_8bit", "--optim_args", "x"), "x"),
-        (("--eval_fraction", "7"), "must leave records to train on"),
+        (("--eval_fraction", "7"), "of 24 records must leave some on both sides"),
         (("--eval_fraction", "0.1", "--eval_data_path", "d.json"), "drop one of them"),
         (("--packing", "True", "--train_sampling_strategy", "group_by_length"), "--packing makes rows of one length"),
         (("--packing", "True", "--padding", "longest"), "drop one of them"),

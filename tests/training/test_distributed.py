@@ -1,4 +1,4 @@
-"""distributed.py, configs/ and runs/: the original's commands run, each family trains, bad input is one line."""
+"""distributed, legacy_flags, configs/, runs/: the original's commands run, families train, bad input is refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from conftest import ROOT, make_records, torchrun
 
 import train
 from alpaca import UserError
-from alpaca.training import distributed
+from alpaca.training import distributed, legacy_flags
 
 COMMON = (
     "--model_name_or_path {model} --data_path {data} --bf16 True --output_dir {out} --num_train_epochs 3 "
@@ -77,12 +77,12 @@ def test_the_originals_commands_parse_and_say_each_change_once(command, two_proc
     changes = [
         "--evaluation_strategy is now --eval_strategy",
         "--warmup_ratio is now --warmup_steps 0.03",
-        "--fsdp_transformer_layer_cls_to_wrap is not needed any more",
+        "--fsdp_transformer_layer_cls_to_wrap is ignored",
         '--fsdp "full_shard auto_wrap" is now --fsdp --fsdp_config configs/fsdp.json',
     ]
     if not torch.cuda.is_available():
         assert args.tf32 is None
-        changes.append("--tf32 needs an NVIDIA GPU")
+        changes.append("tf32 is ignored: it needs an NVIDIA GPU")
     for change in changes:
         assert sum(change in line for line in said) == 1, change
     assert len(said) == len(changes)
@@ -106,12 +106,12 @@ def test_the_originals_commands_parse_and_say_each_change_once(command, two_proc
     ],
 )
 def test_a_flag_of_2023_becomes_todays_with_one_warning(old, new, capsys):
-    assert distributed.translate_flags(shlex.split(old), set()) == new
+    assert legacy_flags.translate_flags(shlex.split(old), set()) == new
     said = capsys.readouterr().out.splitlines()
     changed = [
         word
         for word in re.findall(r"--(\w+)", old)
-        if word in distributed.RENAMED | distributed.SWITCHES | distributed.REMOVED
+        if word in legacy_flags.RENAMED | legacy_flags.SWITCHES | legacy_flags.REMOVED
     ]
     assert len(said) == len(changed)
     for flag, line in zip(changed, said, strict=True):
@@ -119,21 +119,25 @@ def test_a_flag_of_2023_becomes_todays_with_one_warning(old, new, capsys):
 
 
 def test_a_flag_that_the_library_still_has_is_left_alone(capsys):
-    assert distributed.translate_flags(["--no_cuda", "True"], {"--no_cuda"}) == ["--no_cuda", "True"]
+    assert legacy_flags.translate_flags(["--no_cuda", "True"], {"--no_cuda"}) == ["--no_cuda", "True"]
     assert capsys.readouterr().out == ""
 
 
 def test_the_translated_flags_are_ones_that_the_library_refuses_and_their_successors_are_not():
     fields = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
-    assert not fields & (distributed.RENAMED | distributed.SWITCHES | distributed.REMOVED).keys()
-    successors = {*distributed.RENAMED.values(), *(words[0].lstrip("-") for words in distributed.SWITCHES.values())}
+    assert not fields & (legacy_flags.RENAMED | legacy_flags.SWITCHES | legacy_flags.REMOVED).keys()
+    successors = {
+        *legacy_flags.RENAMED.values(),
+        *legacy_flags.INSTEAD.values(),
+        *(new for new, _ in legacy_flags.SWITCHES.values()),
+    }
     assert successors <= fields
 
 
 @pytest.mark.parametrize("ratio", ["3", "-0.1", "nan", "much"])
-def test_a_warm_up_ratio_that_is_none_is_refused(ratio):
-    with pytest.raises(UserError, match="--warmup_ratio .* take 0 to 0.99, or --warmup_steps"):
-        distributed.translate_flags(["--warmup_ratio", ratio], set())
+def test_a_warm_up_ratio_that_is_not_a_ratio_is_refused(ratio):
+    with pytest.raises(UserError, match="--warmup_ratio .* use 0 to 0.99, or --warmup_steps"):
+        legacy_flags.translate_flags(["--warmup_ratio", ratio], set())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,7 +158,7 @@ def test_fsdp_words_become_the_configuration(two_processes, tmp_path, monkeypatc
         args = parse(*words, "--fsdp_config", "configs/fsdp.json", out=tmp_path)
         assert args.fsdp is True and args.fsdp_config["reshard_after_forward"] is True
     assert not parse("--fsdp", "False", out=tmp_path).fsdp
-    with pytest.raises(UserError, match="--fsdp hybrid_shard is not known: use --fsdp --fsdp_config"):
+    with pytest.raises(UserError, match="--fsdp hybrid_shard is not known: use --fsdp with configs/fsdp.json"):
         parse("--fsdp", "hybrid_shard", out=tmp_path)
 
 
@@ -168,7 +172,7 @@ def test_offload_keeps_gradients_sharded_and_is_ignored_without_a_gpu(two_proces
 
 
 def test_fsdp_1_is_refused(two_processes, tmp_path):
-    with pytest.raises(UserError, match="--fsdp_config has version 1: leave it out"):
+    with pytest.raises(UserError, match="fsdp_config has version 1: leave it out"):
         parse("--fsdp", "--fsdp_config", '{"version": 1}', out=tmp_path)
 
 
@@ -207,7 +211,7 @@ def test_every_configuration_is_what_its_name_says():
 
 
 class Arguments:
-    """The fields of TrainingArguments that launch.py sees."""
+    """The fields of TrainingArguments that distributed.py sees."""
 
     bf16 = bf16_full_eval = use_cpu = False
     tf32 = fsdp = fsdp_config = deepspeed = accelerator_config = None
@@ -223,7 +227,7 @@ def deepspeed_is_there(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "deepspeed" or find(name))
 
 
-def test_a_deepspeed_file_that_saves_no_weights_is_mended_and_its_scheduler_told(
+def test_a_deepspeed_file_that_saves_no_weights_is_mended_and_its_scheduler_reported(
     two_processes, deepspeed_is_there, tmp_path, capsys
 ):
     """As the original's: WarmupDecayLR for cosine, and stage3_gather_16bit_weights_on_model_save false."""
@@ -236,7 +240,7 @@ def test_a_deepspeed_file_that_saves_no_weights_is_mended_and_its_scheduler_told
     said = capsys.readouterr().out.splitlines()
     assert args.deepspeed["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
     assert len(said) == 2
-    assert "takes the place of --lr_scheduler_type cosine" in said[0] and "no model.safetensors" in said[1]
+    assert "replaces lr_scheduler_type cosine" in said[0] and "no model.safetensors" in said[1]
     args = Arguments(deepspeed=str(ROOT / "configs" / "default_offload_opt_param.json"))
     distributed.before_init(args)
     assert capsys.readouterr().out == ""
@@ -245,8 +249,8 @@ def test_a_deepspeed_file_that_saves_no_weights_is_mended_and_its_scheduler_told
 @pytest.mark.parametrize(
     "fields, environment, message",
     [
-        ({"fsdp": "full_shard"}, {}, "--fsdp shards over processes.*torchrun --nproc_per_node=N, or drop --fsdp"),
-        ({"deepspeed": "x.json"}, {}, "--deepspeed starts under torchrun"),
+        ({"fsdp": "full_shard"}, {}, "fsdp shards over processes.*start more with torchrun, or leave it out"),
+        ({"deepspeed": "x.json"}, {}, "DeepSpeed needs torchrun, also with one GPU"),
         ({"deepspeed": "none.json"}, {"LOCAL_RANK": "0"}, "none.json does not exist"),
         ({"fsdp": True, "deepspeed": "x.json"}, {"WORLD_SIZE": "2"}, "drop one of them"),
         ({"fsdp": True, "fsdp_config": "none.json"}, {"WORLD_SIZE": "2"}, "none.json does not exist"),
@@ -265,14 +269,14 @@ def test_sharding_that_cannot_be_is_refused_in_one_line(fields, environment, mes
 
 def test_deepspeed_that_is_not_installed_is_refused_with_its_cure(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install --no-build-isolation deepspeed.* or use --fsdp"):
+    with pytest.raises(UserError, match="pip install --no-build-isolation deepspeed.* or use FSDP"):
         distributed.before_init(Arguments(deepspeed="configs/deepspeed_zero3_offload.json"))
 
 
 def test_bf16_on_a_gpu_without_it_is_refused_and_on_a_cpu_is_run_there(monkeypatch):
     monkeypatch.setattr(distributed, "is_torch_bf16_gpu_available", lambda: False)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    with pytest.raises(UserError, match="--bf16 is not supported by this GPU: drop it .* or take --fp16 True"):
+    with pytest.raises(UserError, match="this GPU does not support bf16: leave it out .* or use fp16"):
         distributed.before_init(Arguments(bf16=True))
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     args = Arguments(bf16=True)
@@ -421,7 +425,7 @@ def spoil(folder, how, tmp_path):
         ),
     ],
 )
-def test_a_model_folder_that_is_none_is_refused_in_one_line_and_nothing_is_written(how, message, tiny_llama, tmp_path):
+def test_a_broken_model_folder_is_refused_in_one_line_and_nothing_is_written(how, message, tiny_llama, tmp_path):
     data = write_data(tmp_path / "data.json")
     with pytest.raises(UserError, match=message) as error:
         train_here(spoil(tiny_llama, how, tmp_path), data, tmp_path / "out")
@@ -444,7 +448,7 @@ def test_tokens_that_were_added_to_the_vocabulary_get_their_rows(tiny_llama, tmp
     [
         ([{"instruction": "Say x.", "input": ""}], (), 'record 1: no "output" field'),
         ([], (), "data.json"),
-        (make_records(4), ("--model_max_length", 32), "raise --model_max_length"),
+        (make_records(4), ("--model_max_length", 32), "raise model_max_length"),
         (make_records(4), ("--model_max_length", 4), "--model_max_length must leave room"),
     ],
     ids=["no output", "no record", "0 examples left", "no room"],

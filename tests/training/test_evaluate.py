@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_packing import Examples, make_examples, tiny
+from made_examples import Examples, make_examples, tiny
 from torch.nn import functional
 from transformers import TrainerCallback
 

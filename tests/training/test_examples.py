@@ -49,7 +49,9 @@ def own_cache(tmp_path, monkeypatch):
 def test_half_a_character_is_refused_with_its_records_number(tokenizer):
     """JSON can spell it, as "\\ud83d"; it is no text, and a tokenizer ends with a traceback."""
     records = make_records(2) + [{"instruction": "Say it.", "input": "", "output": "x\ud83dy"}]
-    with pytest.raises(UserError, match=r"training record 3 holds '\\ud83d', half a character: remove it"):
+    with pytest.raises(
+        UserError, match=r"training record 3 contains '\\ud83d', half of a surrogate pair, which is not text: remove it"
+    ):
         examples.SupervisedDataset(records, tokenizer, 512, "training")
 
 
@@ -164,7 +166,7 @@ def rows(records, tokenizer, max_length=512):
 
 
 @pytest.fixture
-def tokenised(monkeypatch) -> list[int]:
+def tokenized(monkeypatch) -> list[int]:
     """How many records each call of `preprocess` got."""
     calls, real = [], examples.preprocess
 
@@ -176,23 +178,25 @@ def tokenised(monkeypatch) -> list[int]:
     return calls
 
 
-def test_the_same_content_is_tokenised_once(tokenizer, tokenised):
+def test_the_same_content_is_tokenized_once(tokenizer, tokenized):
     first = rows(make_records(30), tokenizer)
     assert rows(make_records(30), tokenizer) == first
-    assert tokenised == [30]
+    assert tokenized == [30]
     assert [{key: row[key] for key in ("input_ids", "labels")} for row in first] == examples.preprocess(
         make_records(30), tokenizer, 512
     )
 
 
-def test_what_a_call_of_the_tokenizer_leaves_behind_does_not_matter(tokenizer, tokenised):
+def test_what_a_call_of_the_tokenizer_leaves_behind_does_not_matter(tokenizer, tokenized):
     rows(make_records(5), tokenizer)
     tokenizer("some text", max_length=3, truncation=True)  # stays in the tokenizer's state
     rows(make_records(5), tokenizer)
-    assert tokenised == [5]
+    assert tokenized == [5]
 
 
-def test_another_maximum_record_tokenizer_or_rule_is_tokenised_anew(tokenizer, llama_tokenizer, tokenised, monkeypatch):
+def test_another_maximum_record_tokenizer_or_rule_is_tokenized_again(
+    tokenizer, llama_tokenizer, tokenized, monkeypatch
+):
     records = make_records(5)
     rows(records, tokenizer)
     rows(records, tokenizer, max_length=100)
@@ -201,7 +205,7 @@ def test_another_maximum_record_tokenizer_or_rule_is_tokenised_anew(tokenizer, l
     rows(records, llama_tokenizer)
     monkeypatch.setattr(examples, "RULE_VERSION", examples.RULE_VERSION + 1)
     rows(records, tokenizer)
-    assert tokenised == [5, 5, 5, 4, 5, 5]
+    assert tokenized == [5, 5, 5, 4, 5, 5]
 
 
 def test_moving_text_from_the_instruction_to_the_output_is_other_content(tokenizer):
@@ -223,7 +227,7 @@ def test_many_processes_give_what_one_gives(tokenizer, monkeypatch, tmp_path):
     assert [row["record"] for row in one] == list(range(1, 51))
 
 
-def test_a_cache_whose_maker_is_killed_is_not_there_and_is_made_anew(tokenizer, tokenised):
+def test_a_cache_whose_maker_is_killed_is_not_there_and_is_made_again(tokenizer, tokenized):
     """SIGKILL after the first 1,000 of 1,500 records are written."""
     records = make_records(1500)
 
@@ -245,12 +249,12 @@ def test_a_cache_whose_maker_is_killed_is_not_there_and_is_made_anew(tokenizer, 
     assert child.exitcode == -signal.SIGKILL
     names = [path.name for path in examples.cache_folder().iterdir() if path.is_dir()]
     assert len(names) == 1 and names[0].endswith(".unfinished")  # it was at work
-    assert len(rows(records, tokenizer)) == 1500 and tokenised == [1000, 500]
+    assert len(rows(records, tokenizer)) == 1500 and tokenized == [1000, 500]
     [folder] = [path for path in examples.cache_folder().iterdir() if path.is_dir()]
     assert folder.name == examples.content_key(records, tokenizer, 512)  # and what it left is gone
 
 
-def test_of_two_processes_at_once_one_tokenises_and_the_other_waits(tokenizer, tmp_path):
+def test_of_two_processes_at_once_one_tokenizes_and_the_other_waits(tokenizer, tmp_path):
     records, context = make_records(20), multiprocessing.get_context("fork")
     barrier = context.Barrier(2)
 
@@ -258,7 +262,7 @@ def test_of_two_processes_at_once_one_tokenises_and_the_other_waits(tokenizer, t
         real = examples.preprocess
 
         def slow(*arguments):
-            (tmp_path / f"tokenised-{number}").touch()
+            (tmp_path / f"tokenized-{number}").touch()
             time.sleep(0.5)
             return real(*arguments)
 
@@ -272,7 +276,7 @@ def test_of_two_processes_at_once_one_tokenises_and_the_other_waits(tokenizer, t
     for process in ranks:
         process.join(60)
         assert process.exitcode == 0
-    assert len(list(tmp_path.glob("tokenised-*"))) == 1
+    assert len(list(tmp_path.glob("tokenized-*"))) == 1
     assert [path.read_text() for path in tmp_path.glob("rows-*")] == ["20", "20"]
 
 
@@ -297,12 +301,12 @@ def test_records_that_are_cut_or_left_out_are_known_by_their_numbers(tokenizer):
 def test_data_of_which_nothing_fits_is_refused_also_from_the_cache(tokenizer):
     records = [{"instruction": "word " * 400, "input": "", "output": "x"}]
     for _ in range(2):
-        with pytest.raises(UserError, match="raise --model_max_length"):
+        with pytest.raises(UserError, match="raise model_max_length"):
             examples.SupervisedDataset(records, tokenizer, 256, "training")
 
 
 def test_a_cache_that_cannot_be_written_is_one_line_with_the_cure(tokenizer, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(UserError, match="XDG_CACHE_HOME chooses another"):
+    with pytest.raises(UserError, match="XDG_CACHE_HOME moves them"):
         examples.load_tokens(make_records(2), tokenizer, 512)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from alpaca import UserError
-from alpaca.inference.adapters import ADAPTER
+from alpaca.inference.adapters import ADAPTER, check_adapter
 from alpaca.training import lora
 
 
@@ -135,17 +135,17 @@ def test_an_empty_adapter_is_refused(trained, tmp_path):
     tensors = load_file(out / "adapter" / "adapter_model.safetensors")
     save_file({}, path)
     with pytest.raises(UserError, match="is empty or lacks tensors"):
-        lora.check_adapter(tmp_path)
+        check_adapter(tmp_path)
     first = next(name for name in tensors if ".lora_A." in name)
     save_file({name: tensor for name, tensor in tensors.items() if name != first}, path)
     with pytest.raises(UserError, match="is empty or lacks tensors"):
-        lora.check_adapter(tmp_path)
+        check_adapter(tmp_path)
     save_file({name: tensor * (".lora_A." in name) for name, tensor in tensors.items()}, path)
     with pytest.raises(UserError, match="changes nothing"):
-        lora.check_adapter(tmp_path)
+        check_adapter(tmp_path)
 
 
-def test_an_adapter_that_learnt_nothing_leaves_no_model(tiny_llama, data, tmp_path):
+def test_an_adapter_that_learned_nothing_leaves_no_model(tiny_llama, data, tmp_path):
     with pytest.raises(UserError, match="changes nothing .*learning rate"):
         run(tiny_llama, data, tmp_path, "--learning_rate", 0, "--max_steps", 1, "--save_strategy", "no")
     assert not list(tmp_path.glob("model*"))
@@ -153,7 +153,7 @@ def test_an_adapter_that_learnt_nothing_leaves_no_model(tiny_llama, data, tmp_pa
 
 def test_flags_that_do_not_go_together_are_one_line(tiny_llama, data, tmp_path):
     for flags, words in [
-        (("--load_in_4bit", "True", "--lora_r", 0), "give --lora_r too"),
+        (("--load_in_4bit", "True", "--lora_r", 0), "set --lora_r too"),
         (("--lora_dropout", 1.0), "--lora_dropout from 0 to below 1"),
         (("--lora_r", -1), "--lora_r must be at least 0"),
     ]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ import transformers
 from conftest import make_records
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_examples import Examples, make_examples, tiny
 from oracles_train import attention_by_mask, fewest_bins
 from transformers import AttentionInterface
 
@@ -20,51 +20,6 @@ from alpaca.training import packing
 from alpaca.training.preflight import packing as packing_check
 
 FAMILIES = ["llama", "llama, grouped, tied", "mistral", "qwen2", "gpt_neox", "opt"]
-
-
-def tiny(family: str):
-    """A random model of two layers: 300 tokens, hidden 64, 4 heads."""
-    common = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    common |= {"max_position_embeddings": 1024, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
-    wide = {"intermediate_size": 128}
-    config = {
-        "llama": lambda: transformers.LlamaConfig(**common, **wide),
-        "llama, grouped, tied": lambda: transformers.LlamaConfig(
-            **common, **wide, num_key_value_heads=2, tie_word_embeddings=True
-        ),
-        "mistral": lambda: transformers.MistralConfig(**common, **wide, num_key_value_heads=2, sliding_window=16),
-        "qwen2": lambda: transformers.Qwen2Config(**common, **wide, num_key_value_heads=2),
-        "gpt_neox": lambda: transformers.GPTNeoXConfig(**common, **wide),
-        "opt": lambda: transformers.OPTConfig(**common, ffn_dim=128, word_embed_proj_dim=64, dropout=0.0),
-    }[family]()
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.06)  # three times the usual: attention that is not uniform
-    return model
-
-
-def make_examples(count: int, seed: int = 0, longest: int = 50) -> list[dict]:
-    """Random tokens, the first half of each example without labels."""
-    rng = random.Random(seed)
-    examples = []
-    for _ in range(count):
-        ids = [rng.randrange(3, 300) for _ in range(rng.randint(4, longest))]
-        examples.append({"input_ids": ids, "labels": [-100] * (len(ids) // 2) + ids[len(ids) // 2 :]})
-    return examples
-
-
-class Examples(torch.utils.data.Dataset):
-    def __init__(self, examples):
-        self.examples, self.lengths = examples, [len(example["input_ids"]) for example in examples]
-
-    def __len__(self):
-        return len(self.examples)
-
-    def __getitem__(self, i):
-        return self.examples[i]
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="the same on a GPU")
@@ -382,7 +337,7 @@ def test_an_attention_that_is_wrong_is_found_and_training_pads(attention, monkey
 
 def test_with_packing_asked_for_a_wrong_attention_ends_the_run(monkeypatch, tmp_path):
     monkeypatch.setitem(AttentionInterface._global_mapping, packing.SEGMENTS, see_all_before)
-    with pytest.raises(UserError, match="--packing cannot be had here .*: leave it out"):
+    with pytest.raises(UserError, match="--packing is not possible here .*: leave it out"):
         run(tiny("llama"), tmp_path, make_examples(24), packing=True)
 
 
@@ -461,8 +416,9 @@ def test_packing_says_how_it_changes_a_step(tmp_path, capsys):
 
 
 def test_packing_with_padding_longest_is_refused(tmp_path):
+    argv = ["--model_name_or_path", "m", "--data_path", "d", "--output_dir", str(tmp_path)]
     with pytest.raises(UserError, match="drop one of them"):
-        run(tiny("llama"), tmp_path, make_examples(4), "longest", packing=True)
+        train.check_arguments(*train.parse_args([*argv, "--padding", "longest", "--packing", "True"]))
 
 
 def test_the_flags_parse():

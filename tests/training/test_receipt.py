@@ -98,7 +98,7 @@ def test_secrets_are_known_by_their_names_at_any_depth():
 def test_the_card_is_filled_and_honest(finished):
     out, paper = finished
     card = (out / "model_card.md").read_text()
-    assert card.startswith("---\nlicense: unknown\nbase_model: tiny-llama\n")
+    assert card.startswith('---\nlicense: unknown\nbase_model: "tiny-llama"\n')
     for hole in ("…", "None", "{", "}", "nan", "TODO", "  ", str(out.parent)):
         assert hole not in card, hole
     for fact in (
@@ -109,7 +109,14 @@ def test_the_card_is_filled_and_honest(finished):
         assert fact in card
     assert f"{paper['losses'][-1]['loss']:.3f} at step 6" in card
     assert f"{paper['eval_losses'][0]['loss']:.3f} before, {paper['eval_losses'][-1]['loss']:.3f} after" in card
-    assert "Its licence is not known" in card and "No GPU-hours were paid for" in card
+    assert "Its license is not known" in card and "No GPU-hours were paid for" in card
+
+
+def test_one_epoch_and_warm_up_steps_read_as_english(finished):
+    card = receipt.model_card(
+        finished[1] | {"epochs": 1.0, "arguments": finished[1]["arguments"] | {"warmup_steps": 10}}
+    )
+    assert "1 epoch, " in card and "10 steps of warm-up)" in card
 
 
 def test_the_shipped_data_makes_the_card_non_commercial(finished):
@@ -127,6 +134,14 @@ def test_the_card_of_a_gpu_run_has_its_price_and_mfu(finished):
     card = receipt.model_card(finished[1] | {"hardware": machine, "mfu": 0.4534, "cost": cost})
     assert "8 × NVIDIA H200" in card and "45.3% of the GPUs' peak used (MFU)" in card
     assert "8.00 GPU-hours at $2.5: $20.00." in card
+
+
+def test_names_of_strangers_stay_plain_text_in_one_line_of_the_card(finished):
+    named = receipt.model_card(
+        finished[1] | {"model": finished[1]["model"] | {"started_from": "a/*b*<script>\n[c](d)"}}
+    )
+    assert "# a/\\*b\\*\\<script\\> \\[c\\](d), fine-tuned on my_data.json\n" in named
+    assert 'base_model: "a/*b*\\u003cscript\\u003e\\n[c](d)"\n' in named
 
 
 def test_the_plot_shows_light_and_smoothed_loss_and_the_held_out_points(finished):
