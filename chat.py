@@ -17,6 +17,7 @@ from contextlib import closing
 
 from alpaca import UserError
 from alpaca.common import cli
+from alpaca.common.text import CONTROL
 
 HELP = r'''Type an instruction. Each is answered on its own (with --template chat, turns are remembered).
   a line that ends in \ goes on in the next; a text of several lines stands between two """
@@ -194,7 +195,7 @@ def answer(conversation, instruction: str, input: str) -> None:
     with closing(conversation.ask(instruction, input)) as pieces:
         for piece in pieces:
             empty = empty and not piece.strip()
-            print(cli.CONTROL.sub("", piece) if terminal else piece, end="", flush=True)
+            print(CONTROL.sub("", piece) if terminal else piece, end="", flush=True)
     print(flush=True)
     if conversation.cut:
         limit = "--max_new_tokens" if conversation.cut == "max_new_tokens" else "the end of the context"

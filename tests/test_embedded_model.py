@@ -76,7 +76,7 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
 def test_a_port_where_something_listens_is_refused_with_its_number():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        with pytest.raises(UserError, match=f"port {port} cannot be used .*: choose another --port, or 0"):
+        with pytest.raises(UserError, match=f"port {port} cannot be used .*: choose another, or 0"):
             cli.free_port(port)
 
 

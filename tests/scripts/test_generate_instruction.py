@@ -642,9 +642,9 @@ def test_every_documented_command_is_one_that_the_script_takes():
     for script, *argv in commands:
         assert script == "generate_instruction.py"
         tasks = {TASK: generate_instruction.generate_instruction_following_data, "dedup": generate_instruction.dedup}
-        assert len(cli._typed_argv(tasks, argv)) > 1
+        assert cli.parse(tasks, argv)[1]
         with pytest.raises(UserError, match="unknown flag"):  # a wrong name would be found
-            cli._typed_argv(tasks, [*argv, "--model_nam", "x"])
+            cli.parse(tasks, [*argv, "--model_nam", "x"])
 
 
 def test_the_flags_of_the_original_are_taken_with_their_values():
@@ -654,18 +654,18 @@ def test_the_flags_of_the_original_are_taken_with_their_values():
         "--seed_tasks_path ./seed_tasks.jsonl --num_prompt_instructions 3 --request_batch_size 5 "
         "--temperature 1.0 --top_p 1.0 --num_cpus 16"
     )
-    assert cli._typed_argv({TASK: generate_instruction.generate_instruction_following_data}, argv.split()) == [
-        TASK,
-        "--output_dir='./'",
-        "--num_instructions_to_generate=10",
-        "--model_name='text-davinci-003'",
-        "--seed_tasks_path='./seed_tasks.jsonl'",
-        "--num_prompt_instructions=3",
-        "--request_batch_size=5",
-        "--temperature=1.0",
-        "--top_p=1.0",
-        "--num_cpus=16",
-    ]
+    _, values = cli.parse({TASK: generate_instruction.generate_instruction_following_data}, argv.split())
+    assert {name: value for name, value in values.items() if isinstance(value, str | int | float)} == {
+        "output_dir": "./",
+        "num_instructions_to_generate": 10,
+        "model_name": "text-davinci-003",
+        "seed_tasks_path": "./seed_tasks.jsonl",
+        "num_prompt_instructions": 3,
+        "request_batch_size": 5,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "num_cpus": 16,
+    }
 
 
 def test_importing_the_script_loads_neither_torch_nor_an_api_client():
