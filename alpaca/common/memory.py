@@ -1,4 +1,4 @@
-"""Memory: how much this machine has left."""
+"""How much memory this machine has left."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ GIB = 2**30
 
 
 def as_text(size: float) -> str:
-    """Bytes for people: "12.6 GiB", "0.4 MiB"."""
+    """Return bytes in words: "12.6 GiB", "0.4 MiB"."""
     return f"{size / GIB:.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.1f} MiB"
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that this process can use on the device, what it holds already included.
+    """Return the bytes that this process can use on the device, including those that it holds.
 
     On a CPU: what the machine (or its control group) has left, shared by the processes on it.
     """
@@ -32,7 +32,7 @@ def available_bytes(device: torch.device) -> int:
 
 
 def host_free(swap: bool = False) -> int:
-    """Bytes that the processes of this machine can still take, within its memory and their control groups' limits.
+    """Return the bytes that this machine's processes can still take, within its memory and control groups' limits.
 
     Args:
         swap: whether to count free swap space.
@@ -49,7 +49,7 @@ def host_free(swap: bool = False) -> int:
 
 
 def _control_groups_free(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """What each control group of this process (v1 or v2) leaves of its limit, and those above it.
+    """Return what each control group of this process (v1 or v2), and each above it, leaves of its limit in bytes.
 
     Cached files count as free: the kernel drops them first.
     """
