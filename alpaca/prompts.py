@@ -1,5 +1,5 @@
-"""The Alpaca prompt and its tokens, the same in training, chat and judging, and the same as a chat template for servers;
-and the tokens of a conversation in any model's own template."""
+"""The Alpaca prompt and its tokens, the same in training, chat and judging; the same prompt as a chat template for
+servers; and the tokens of a conversation in any model's own template."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jinja2
 from tokenizers import AddedToken, Tokenizer
 
 from alpaca import UserError
-from alpaca.common.text import check_utf8
+from alpaca.common.text import check_utf8, first_line
 
 # Models in the wild were trained on these bytes: they do not change.
 PROMPT_DICT = {
@@ -141,7 +141,7 @@ def chat_ids(tokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
             return _typed_as_text(tokenizer, core, special, messages)
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     except (jinja2.TemplateError, TypeError, UnicodeEncodeError) as e:
-        raise UserError(f"this tokenizer's chat template fails: {e}") from None
+        raise UserError(f"this tokenizer's chat template fails: {first_line(e)}") from None
 
 
 def _typed_as_text(
