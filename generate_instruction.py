@@ -149,50 +149,39 @@ def filter_reason(record: dict | str, filters: Filters = Filters()) -> str | Non
     return None
 
 
+@dataclass
 class Selection:
     """Takes replies one by one and keeps what passes the filters and is new: kept + Σ dropped = parsed, always.
 
     The result depends on the replies and their order alone.
-
-    Args:
-        seed_tasks: instructions that count as kept, but are not written.
-        start: records from before the run.
-        target: how many to keep in all.
-        num_prompt_instructions: examples in the prompt; a reply's numbers follow theirs.
-        stats: whether kept records gain the two similarity fields; it changes no decision.
-        rejected: gets a JSON line for each dropped record, with the reason and a near-duplicate's nearest instruction.
     """
 
-    def __init__(
-        self,
-        seed_tasks: list[dict],
-        start: list[dict],
-        target: int,
-        num_prompt_instructions: int,
-        filters: Filters,
-        stats: bool,
-        rejected: TextIO,
-    ):
-        self.kept, self.target, self.filters, self.rejected = list(start), target, filters, rejected
-        self.start, self.num_prompt_instructions = len(start), num_prompt_instructions
-        self.fed, self.parsed, self.dropped = 0, 0, Counter()
+    seed_tasks: list[dict]  # count as kept, but are not written
+    start: list[dict]  # records from before the run
+    target: int  # how many to keep in all
+    num_prompt_instructions: int  # examples in the prompt; a reply's numbers follow theirs
+    filters: Filters
+    stats: bool  # whether kept records gain the two similarity fields; it changes no decision
+    rejected: TextIO  # gets a JSON line for each dropped record: the reason and, of a near-duplicate, the nearest
+
+    def __post_init__(self):
+        self.kept, self.fed, self.parsed, self.dropped = list(self.start), 0, 0, Counter()
         self.unseen = 0  # kept, but the tokenizer "rouge" sees so little of it that near-duplicates get through
         self.barren = self.unused = 0  # replies in a row that brought nothing; replies after the end
-        self.seeds = [task["instruction"] for task in seed_tasks]
-        instructions = self.seeds + [record["instruction"] for record in start]
-        self.pool = DistinctPool(instructions, MAX_SIMILARITY, stats, filters.tokenizer)
+        self.known = [one["instruction"] for one in self.seed_tasks + self.start]  # and then all that is kept
+        self.pool = DistinctPool(self.known, MAX_SIMILARITY, self.stats, self.filters.tokenizer)
 
     def is_over(self) -> bool:
         """Whether enough is kept, or the teacher only repeats itself. Later replies change nothing."""
         return len(self.kept) >= self.target or self.barren >= PATIENCE
 
     def new(self) -> int:
-        return len(self.kept) - self.start
+        return len(self.kept) - len(self.start)
 
     def counts(self) -> dict:
         """Return the selection's part of report.json, earlier runs in the same folder included."""
         counts = {"unused_replies": self.unused, "parsed": self.parsed, "dropped": dict(self.dropped.most_common())}
-        return counts | {"kept": self.new(), "kept_before": self.start}
+        return counts | {"kept": self.new(), "kept_before": len(self.start)}
 
     def feed(self, reply: Completion) -> None:
         self.fed += 1
@@ -213,11 +202,10 @@ class Selection:
             nearest, similarity = next(verdicts)
             if nearest is None:
                 self.kept.append(record | similarity)
+                self.known.append(record["instruction"])
                 self.unseen += self.filters.tokenizer == "rouge" and is_mostly_unseen(record["instruction"])
-            else:  # numbered as in the pool: seeds, then everything kept
-                kept = nearest - len(self.seeds)
-                text = self.seeds[nearest] if kept < 0 else self.kept[kept]["instruction"]
-                self._drop("near-duplicate", record, nearest=text)
+            else:
+                self._drop("near-duplicate", record, nearest=self.known[nearest])
         self.barren = 0 if len(self.kept) > before else self.barren + 1
 
     def _drop(self, reason: str, record: dict | str, **more: str) -> None:
@@ -309,9 +297,8 @@ def generate_instruction_following_data(
             return text, rng.randrange(2**31) if run["seeded"] else None
 
         with open(output / "rejected.jsonl", "w", encoding="utf-8") as rejected:
-            goal = num_instructions_to_generate, num_prompt_instructions
-            selection = Selection(seed_tasks, start, *goal, filters, similarity_stats, rejected)
-            earlier = len(journal.entries) - 1
+            numbers, earlier = (num_instructions_to_generate, num_prompt_instructions), len(journal.entries) - 1
+            selection = Selection(seed_tasks, start, *numbers, filters, similarity_stats, rejected)
             try:
                 asyncio.run(collect(teacher, request, journal, budget, selection, output / "regen.json"))
             finally:  # after Ctrl-C and errors too
@@ -347,24 +334,19 @@ async def collect(teacher, request, journal, budget, selection, regen_path) -> N
         # Near the end no more requests than it should take: each is paid for.
         return not budget.exhausted() and in_flight < replies_left()
 
-    missing = selection.target - len(selection.kept)
-    if not earlier and missing > 0:
-        assumed = f", at {GUESS} new instructions a reply"
-        characters = len(request(0)[0])
-        print_forecast(budget, math.ceil(missing / GUESS), characters, teacher.decoding.max_tokens, assumed)
+    if not earlier and not selection.is_over():
+        requests, assumed = (selection.target - len(selection.kept)) / GUESS, f", at {GUESS} new instructions a reply"
+        print_forecast(budget, math.ceil(requests), len(request(0)[0]), teacher.decoding.max_tokens, assumed)
     async with progress_bar(budget, "instruction", selection.target, lambda: len(selection.kept), replies_left):
-        at_once = budget.settings.max_concurrency
-        await ask_all(teacher, request, journal, budget.arrived, in_order, want, at_once)
+        await ask_all(teacher, request, journal, budget.arrived, in_order, want, budget.settings.max_concurrency)
 
 
 def conclude(selection: Selection, budget: Budget, regen_path: Path) -> None:
     """Print what there is now, and why it is less than was asked for; UserError if too many requests failed."""
     made = f"{len(selection.kept)} instructions in {regen_path} ({selection.new()} new)"
     if selection.unseen:
-        print(
-            f"warning: {selection.unseen} of {selection.new()} kept instructions are mostly not ASCII, which "
-            "--tokenizer rouge does not see: their near-duplicates are not found (--tokenizer unicode sees all scripts)"
-        )
+        what = f"{selection.unseen} of {selection.new()} kept instructions are mostly not ASCII"
+        print(f"warning: {what}, so their near-duplicates are not found: --tokenizer unicode sees all scripts")
     if len(selection.kept) < selection.target:
         if why := budget.failing():
             raise UserError(f"{why}: the run ended; {made}")

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+
 if TYPE_CHECKING:
     import torch
 
@@ -27,8 +29,8 @@ def available_bytes(device: torch.device) -> int:
 
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
-    here, processes = _held_here(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return here + max(0, host_free()) // processes
+    held, processes = psutil.Process().memory_info().rss, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return held + max(0, host_free()) // processes
 
 
 def host_free(swap: bool = False) -> int:
@@ -37,15 +39,8 @@ def host_free(swap: bool = False) -> int:
     Args:
         swap: whether to count free swap space.
     """
-    limits = _control_groups_free()
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        names = ("MemAvailable", "SwapFree") if swap else ("MemAvailable",)
-        limits.append(sum(int(fields[name].split()[0]) * 1024 for name in names))
-    elif "SC_PHYS_PAGES" in os.sysconf_names:
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - _held_here())
-    return min(limits, default=2**62)
+    free = psutil.virtual_memory().available + (psutil.swap_memory().free if swap else 0)
+    return min([free, *_control_groups_free()])
 
 
 def _control_groups_free(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:
@@ -73,8 +68,3 @@ def _control_groups_free(groups: Path = Path("/proc/self/cgroup"), root: Path = 
             cached = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
             found.append(most - taken + cached)
     return found
-
-
-def _held_here() -> int:
-    statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0

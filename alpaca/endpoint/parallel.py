@@ -129,7 +129,7 @@ class _Run:
         return future
 
     def _next(self) -> int | None:
-        """Return the number of the next request to send, or None if there is none now."""
+        """Return the number of the next request to send, or None if it has to wait."""
         # While one request hangs, only so many others may be sent: their replies wait for its turn.
         while (ahead := self.sent - self.handed_on) < 8 * self.max_concurrency and self.want(self.sent, ahead):
             self.sent += 1
@@ -306,6 +306,6 @@ def print_counts(counts: dict) -> None:
 
 
 def in_brackets(notes: list[tuple[int, str]]) -> str:
-    """Return " (3 of this; 1 of that)" without what there is none of, or "" if nothing is left."""
+    """Return " (3 of this; 1 of that)" without counts of 0, or "" if nothing is left."""
     text = "; ".join(f"{count:,} {what}" for count, what in notes if count)
     return f" ({text})" if text else ""

@@ -283,6 +283,11 @@ def test_a_setting_that_is_refused_even_when_it_is_left_out_is_a_failure(teacher
     assert len(server.requests) == 2
 
 
+def test_a_servers_words_do_nothing_to_a_terminal(teacher):
+    server = teacher(lambda n, body: ("unsupported", "x\x1b[2J"))
+    assert ask(server)[0].error == "HTTP 400: no x\\x1b[2J here"
+
+
 def test_an_account_without_credit_ends_at_once(teacher):
     server = teacher(lambda n, body: ("quota", 429))
     assert_user_error(lambda: ask(server), "no credit left (429)")
