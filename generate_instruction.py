@@ -1,4 +1,4 @@
-"""Makes instruction data by self-instruct: teacher → parse → filter → dedup → regen.json.
+"""Make instruction data by self-instruct: teacher → parse → filter → dedup → regen.json.
 
 A hosted teacher (its key in OPENAI_API_KEY):
 
@@ -10,18 +10,18 @@ A teacher of your own, behind any OpenAI-compatible server:
 
 Use --api completions for a base model, which continues a text, and --api chat (the default) for everything else.
 
-Data that is there already, without its near-duplicates:
+Existing data, without its near-duplicates:
 
     python generate_instruction.py dedup --input_path IN.json --output_path OUT.json
 
-Every reply is in OUTPUT_DIR/regen.journal, on disk, before it counts, and regen.json is made from it: after Ctrl-C,
-a crash or kill -9 the same command goes on, asks for nothing twice, and ends where an uninterrupted run would have.
+Each reply is on disk, in OUTPUT_DIR/regen.journal, before it counts, and regen.json is made from it. After Ctrl-C, a
+crash or kill -9 the same command continues, requests nothing twice, and ends where an uninterrupted run would have.
 """  # noqa: E501
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import math
 import random
 import re
 import string
@@ -29,6 +29,7 @@ import time
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TextIO
 
@@ -38,38 +39,27 @@ from alpaca.common.cli import run_cli
 from alpaca.common.journal import Journal
 from alpaca.data.dedup import DistinctPool, dedup
 from alpaca.data.rouge import is_mostly_unseen, tokenize_unicode, tokenizer_named
-from alpaca.endpoint.budget import Budget
+from alpaca.endpoint.budget import Budget, RequestSettings
 from alpaca.endpoint.client import Completion, OpenAIDecodingArguments, Teacher
-from alpaca.endpoint.parallel import ask_all
-from alpaca.endpoint.progress import counts, print_forecast, print_report, progress_bar
+from alpaca.endpoint.parallel import ask_all, print_counts, print_forecast, progress_bar, recorded
 
-# Tasks that cannot be done in text alone, judged by a word of their instruction.
+# An instruction with one of these words asks for what text alone cannot do.
 KEYWORDS = (
     "image,images,graph,graphs,picture,pictures,file,files,map,maps,draw,plot,go to,video,audio,music,flowchart,diagram"
 )
-MIN_WORDS, MAX_WORDS = 4, 150  # of an instruction: three words say too little, 150 are a document
 MAX_SIMILARITY = 0.7  # ROUGE-L F to any seed or kept instruction, as in Self-Instruct
-PATIENCE = 100  # replies in a row that bring nothing new: the teacher repeats itself, and would for ever
-SAVE_EVERY = 30.0  # seconds between two regen.json: the journal is what nothing is lost from
-# Bounded, so that a reply of ten thousand newlines or digits takes no time.
+PATIENCE = 100  # replies in a row that bring nothing new: the teacher repeats itself
+SAVE_EVERY = 30.0  # seconds between two regen.json; the journal loses nothing meanwhile
+GUESS = 10  # new instructions a reply, before the first reply; the prompt asks for 17
+# Bounded repetitions, so that a reply of ten thousand newlines or digits takes no time.
 ITEM = re.compile(r"^[ \t]{0,9}(?:###\s{0,9})?(\d{1,4})\.\s{0,9}Instruction:", re.MULTILINE)
 BOUNDARY = re.compile(r"###\s*(?=\d+\.\s*Instruction:|$)")  # not the ### of a Markdown heading inside an answer
 FIELD = re.compile(r"(\d{1,4})\.\s{0,9}(Instruction|Input|Output):")
 COMPLETE = (None, "stop", "eos", "eos_token", "end_turn", "stop_sequence")  # finish reasons of a reply that is whole
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pure functions: text in, text or records out.
-
-
-def keyword_pattern(words: str) -> re.Pattern:
-    """Finds any of the words, separated by commas, as whole words in upper or lower case."""
-    alternatives = "|".join(re.escape(word.strip()) for word in words.split(",") if word.strip())
-    return re.compile(rf"\b({alternatives})\b" if alternatives else r"(?!)", re.IGNORECASE)
-
-
 def encode_prompt(seed_tasks: list[dict], prompt: str) -> str:
-    """The request: the prompt, the seed tasks as numbered examples, and the number that the teacher goes on with."""
+    """Return a request: the prompt, the seed tasks as numbered examples, and the number of the next one."""
     text = prompt.rstrip("\n") + "\n"
     for number, task in enumerate(seed_tasks, 1):
         instance = task["instances"][0]
@@ -83,14 +73,14 @@ def encode_prompt(seed_tasks: list[dict], prompt: str) -> str:
 
 
 def parse_response(text: str, finish_reason: str | None, num_prompt_instructions: int) -> list[dict | str]:
-    """Cuts a reply into records; an item that is not exactly instruction, input and output stays text.
+    """Split a reply into records; an item that is not exactly instruction, input and output stays text.
 
-    The last item is left out when the reply stopped for its length, or anything but its end: it may look whole.
+    The last item of a reply that did not come to its own end is left out: it may be cut off and still look whole.
     """
     first = ITEM.search(text)
     if first and (not text[: first.start()].strip() or int(first[1]) == num_prompt_instructions + 1):
         text = text[first.start() :]  # a chat model may say something before its first item
-    else:  # the reply goes on where the prompt ended
+    else:  # the reply continues the prompt
         text = f"{num_prompt_instructions + 1}. Instruction:{text}"
     items = [item for item in BOUNDARY.split(text) if item.strip()]
     if finish_reason not in COMPLETE:
@@ -112,27 +102,41 @@ def _parse_item(item: str) -> dict | None:
     }
 
 
-@dataclass
-class Rules:
-    """What is dropped. The tokenizer "unicode" also counts the words of any script, and any letter may come first."""
+@dataclass(frozen=True)
+class Filters:
+    """Which parsed instructions are dropped.
 
-    keyword: re.Pattern = keyword_pattern(KEYWORDS)
-    min_words: int = MIN_WORDS
-    max_words: int = MAX_WORDS
+    Args:
+        filter_keywords: drop an instruction with one of these words, separated by commas ("" for none).
+        min_words: drop shorter instructions.
+        max_words: drop longer ones.
+        tokenizer: rouge compares as the original does, by a-z and 0-9 alone; unicode by the words of any script, which
+            then also count as words, and any letter may come first.
+    """
+
+    filter_keywords: str = KEYWORDS
+    min_words: int = 4  # three say too little
+    max_words: int = 150  # more are a document
     tokenizer: str = "rouge"
 
+    @cached_property
+    def keyword(self) -> re.Pattern:
+        """Finds any of the keywords, as a whole word in upper or lower case."""
+        words = "|".join(re.escape(word.strip()) for word in self.filter_keywords.split(",") if word.strip())
+        return re.compile(rf"\b({words})\b" if words else r"(?!)", re.IGNORECASE)
 
-def filter_reason(record: dict | str, rules: Rules = Rules()) -> str | None:  # noqa: B008  never changed
-    """Why a parsed record is dropped, or None when it is kept. The order is the original's; empty output is ours."""
+
+def filter_reason(record: dict | str, filters: Filters = Filters()) -> str | None:  # noqa: B008  never changed
+    """Return why a parsed record is dropped, or None. The order is the original's; "empty output" is ours."""
     if isinstance(record, str):
         return "malformed"
-    instruction, any_script = record["instruction"], rules.tokenizer == "unicode"
+    instruction, any_script = record["instruction"], filters.tokenizer == "unicode"
     words = len(tokenize_unicode(instruction) if any_script else instruction.split())
-    if words < rules.min_words or not instruction:
+    if words < filters.min_words or not instruction:
         return "too short"
-    if words > rules.max_words:
+    if words > filters.max_words:
         return "too long"
-    if rules.keyword.search(instruction):
+    if filters.keyword.search(instruction):
         return "not doable in text"
     if instruction.startswith("Write a program"):  # ambiguous: is the answer the program or what it prints?
         return "asks for a program"
@@ -145,55 +149,49 @@ def filter_reason(record: dict | str, rules: Rules = Rules()) -> str | None:  # 
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Replies → records. A fold: what is kept depends on the replies and their order alone.
-
-
+@dataclass
 class Selection:
     """Takes replies one by one and keeps what passes the filters and is new: kept + Σ dropped = parsed, always.
 
-    Args:
-        seed_tasks: instructions that count as kept, and are not written.
-        start: records that were there before the run.
-        target: how many to keep in all.
-        num_prompt_instructions: examples in the prompt, after which a reply goes on counting.
-        stats: whether kept records gain the two similarity fields; it changes no decision.
-        rejected: gets a JSON line for each record that is dropped, with the reason and, of a near-duplicate, the
-            instruction that is nearest.
+    The result depends on the replies and their order alone.
     """
 
-    def __init__(
-        self,
-        seed_tasks: list[dict],
-        start: list[dict],
-        target: int,
-        num_prompt_instructions: int,
-        rules: Rules,
-        stats: bool,
-        rejected: TextIO,
-    ):
-        self.kept, self.target, self.rules, self.rejected = list(start), target, rules, rejected
-        self.start, self.num_prompt_instructions = len(start), num_prompt_instructions
-        self.fed, self.parsed, self.dropped = 0, 0, Counter()
+    seed_tasks: list[dict]  # count as kept, but are not written
+    start: list[dict]  # records from before the run
+    target: int  # how many to keep in all
+    num_prompt_instructions: int  # examples in the prompt; a reply's numbers follow theirs
+    filters: Filters
+    stats: bool  # whether kept records gain the two similarity fields; it changes no decision
+    rejected: TextIO  # gets a JSON line for each dropped record: the reason and, of a near-duplicate, the nearest
+
+    def __post_init__(self):
+        self.kept, self.fed, self.parsed, self.dropped = list(self.start), 0, 0, Counter()
         self.unseen = 0  # kept, but the tokenizer "rouge" sees so little of it that near-duplicates get through
-        self.barren = self.unused = 0  # replies in a row that brought nothing; replies after it was over
-        self.seeds = [task["instruction"] for task in seed_tasks]
-        instructions = self.seeds + [record["instruction"] for record in start]
-        self.pool = DistinctPool(instructions, MAX_SIMILARITY, stats, rules.tokenizer)
+        self.barren = self.unused = 0  # replies in a row that brought nothing; replies after the end
+        self.known = [one["instruction"] for one in self.seed_tasks + self.start]  # and then all that is kept
+        self.pool = DistinctPool(self.known, MAX_SIMILARITY, self.stats, self.filters.tokenizer)
 
     def is_over(self) -> bool:
         """Whether enough is kept, or the teacher only repeats itself. Later replies change nothing."""
         return len(self.kept) >= self.target or self.barren >= PATIENCE
+
+    def new(self) -> int:
+        return len(self.kept) - len(self.start)
+
+    def counts(self) -> dict:
+        """Return the selection's part of report.json, earlier runs in the same folder included."""
+        counts = {"unused_replies": self.unused, "parsed": self.parsed, "dropped": dict(self.dropped.most_common())}
+        return counts | {"kept": self.new(), "kept_before": len(self.start)}
 
     def feed(self, reply: Completion) -> None:
         self.fed += 1
         if self.is_over():
             self.unused += 1
             return
-        if reply.error:  # says nothing about what the teacher still knows
+        if reply.error:  # which does not mean that the teacher repeats itself
             return
         before, records = len(self.kept), parse_response(reply.text, reply.finish_reason, self.num_prompt_instructions)
-        reasons = [filter_reason(record, self.rules) for record in records]
+        reasons = [filter_reason(record, self.filters) for record in records]
         passed = [record["instruction"] for record, reason in zip(records, reasons, strict=True) if reason is None]
         verdicts = iter(self.pool.take(passed))
         for record, reason in zip(records, reasons, strict=True):
@@ -204,11 +202,10 @@ class Selection:
             nearest, similarity = next(verdicts)
             if nearest is None:
                 self.kept.append(record | similarity)
-                self.unseen += self.rules.tokenizer == "rouge" and is_mostly_unseen(record["instruction"])
-            else:  # numbered as the pool is: seeds, then all that was kept
-                kept = nearest - len(self.seeds)
-                text = self.seeds[nearest] if kept < 0 else self.kept[kept]["instruction"]
-                self._drop("near-duplicate", record, nearest=text)
+                self.known.append(record["instruction"])
+                self.unseen += self.filters.tokenizer == "rouge" and is_mostly_unseen(record["instruction"])
+            else:
+                self._drop("near-duplicate", record, nearest=self.known[nearest])
         self.barren = 0 if len(self.kept) > before else self.barren + 1
 
     def _drop(self, reason: str, record: dict | str, **more: str) -> None:
@@ -216,26 +213,26 @@ class Selection:
         self.rejected.write(utils.json_text({"reason": reason, "record": record} | more) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run.
-
-
 def begin(journal: Journal, regen_path: Path, seed: int | None, num_prompt_instructions: int) -> tuple[dict, list]:
-    """The run's own entry in the journal, made when that is new, and the records that were there before the run."""
-    there = utils.load_records(regen_path) if regen_path.exists() else []
+    """Return the run's own entry in the journal, written first if that is new, and the records from before the run."""
+    records = utils.load_records(regen_path) if regen_path.exists() else []
     if not journal.entries:
         run = {"seed": random.randrange(2**31) if seed is None else seed, "seeded": seed is not None}
-        journal.append([run | {"start": len(there), "num_prompt_instructions": num_prompt_instructions}])
-    run = journal.entries[0]
+        journal.append([run | {"start": len(records), "num_prompt_instructions": num_prompt_instructions}])
+    run, replies = journal.entries[0], len(journal.entries) - 1
     for name, given in (("num_prompt_instructions", num_prompt_instructions), ("seed", seed)):
         if given is not None and given != run[name]:
             raise UserError(f"this run was begun with --{name} {run[name]}: keep that, or take another --output_dir")
-    if len(there) < run["start"]:
+    if len(records) < run["start"]:
         raise UserError(
-            f"{regen_path} held {run['start']} records when this run began and holds {len(there)} now: "
+            f"{regen_path} held {run['start']} records when this run began and holds {len(records)} now: "
             "put it back, or take another --output_dir"
         )
-    return run, there[: run["start"]]
+    if journal.repaired_bytes:
+        print(f"{journal.path}: the last {journal.repaired_bytes} bytes were torn by a crash and are cut off")
+    if run["start"] or replies:
+        print(f"continuing {regen_path.parent}: {run['start']} records at its start, {replies} replies since")
+    return run, records[: run["start"]]
 
 
 def generate_instruction_following_data(
@@ -245,151 +242,118 @@ def generate_instruction_following_data(
     num_instructions_to_generate: int = 100,
     model_name: str | None = None,
     num_prompt_instructions: int = 3,
-    max_concurrency: int = 32,
     temperature: float = 1.0,
     top_p: float = 1.0,
     max_tokens: int = 3072,
     api: str = "chat",
-    base_url: str | None = None,
-    request_timeout: float = 600.0,
     seed: int | None = None,
-    time_limit: float | None = None,
-    max_total_tokens: int | None = None,
-    max_cost_usd: float | None = None,
-    prompt_price: float = 0.0,
-    completion_price: float = 0.0,
-    max_failure_rate: float = 0.5,
-    filter_keywords: str = KEYWORDS,
-    min_words: int = MIN_WORDS,
-    max_words: int = MAX_WORDS,
     similarity_stats: bool = True,
-    tokenizer: str = "rouge",
+    filters: Filters = Filters(),  # noqa: B008  never changed
+    requests: RequestSettings = RequestSettings(),  # noqa: B008
     request_batch_size: int | None = None,
     num_cpus: int | None = None,
 ) -> None:
-    """Asks a teacher for new instructions until enough are kept, and writes them to OUTPUT_DIR/regen.json.
+    """Ask a teacher for new instructions until enough are kept, and write them to OUTPUT_DIR/regen.json.
 
     Each kept record also has its 10 nearest instructions with their ROUGE-L (most_similar_instructions) and its mean
-    ROUGE-L to all seeds and kept instructions (avg_similarity_score). Beside it: regen.journal (every reply),
-    rejected.jsonl (what was dropped, and why), report.json (the counts). Stop it as you like: the same command goes on.
+    ROUGE-L to all seeds and kept instructions (avg_similarity_score). Next to it are regen.journal (every reply),
+    rejected.jsonl (what was dropped, and why) and report.json (the counts). Stop it at any time: the same command
+    continues.
 
     Args:
-        output_dir: where the results go; a run that is there is continued, and so is a regen.json alone.
+        output_dir: where the results go; an existing run is continued, and so is a regen.json alone.
         seed_tasks_path: JSON Lines of seed tasks; examples are drawn from it for each request.
         prompt_path: the text that opens each request.
         num_instructions_to_generate: stop when this many are kept, those of an earlier run included.
         model_name: the teacher, by the name that its server knows.
         num_prompt_instructions: seed tasks shown in each request.
-        max_concurrency: requests in flight at once.
         temperature: sampling temperature; 0 asks for the likeliest text.
         top_p: nucleus sampling.
         max_tokens: the longest reply, in tokens.
         api: chat, or completions for a base model.
-        base_url: the server, e.g. http://127.0.0.1:8000/v1 (default: OPENAI_BASE_URL, then api.openai.com).
-        request_timeout: seconds until a request is tried again (5 times at most, with growing pauses).
         seed: draws the same examples, and asks the teacher to sample the same way, each time.
-        time_limit: send nothing more after this many seconds.
-        max_total_tokens: send nothing more when prompts and replies, earlier runs included, have used this many tokens.
-        max_cost_usd: the same for a sum in dollars; needs the two prices.
-        prompt_price: dollars for a million prompt tokens.
-        completion_price: dollars for a million reply tokens.
-        max_failure_rate: end the run when more than this share of its last 100 requests (10 at least) failed for good.
-        filter_keywords: drop an instruction with one of these words, separated by commas ("" for none).
-        min_words: drop shorter instructions.
-        max_words: drop longer ones.
-        similarity_stats: False leaves the two similarity fields out and is faster; what is kept stays the same.
-        tokenizer: rouge compares as the original does, by a-z and 0-9 alone; unicode by the words of any script.
-        request_batch_size: the original's; accepted and ignored, --max_concurrency takes its place.
+        similarity_stats: False leaves the two similarity fields out and is faster; the same records are kept.
+        request_batch_size: the original's; accepted and ignored, --max_concurrency replaces it.
         num_cpus: the original's; accepted and ignored, similarity takes microseconds in one process.
     """
-    for wrong, message in (
-        (num_prompt_instructions < 1, "--num_prompt_instructions must be at least 1"),
-        (max_tokens < 1, "--max_tokens must be at least 1"),
-        (not model_name, "no teacher named: --model_name takes the name that its server knows"),
-    ):
-        if wrong:
-            raise UserError(message)
-    tokenizer_named(tokenizer)
+    tokenizer_named(filters.tokenizer)
     if request_batch_size is not None or num_cpus is not None:
-        print("note: --request_batch_size and --num_cpus have no effect: --max_concurrency is what takes their place")
-    seed_tasks = utils.load_seed_tasks(seed_tasks_path)
-    if num_prompt_instructions > len(seed_tasks):
-        raise UserError(
-            f"--num_prompt_instructions {num_prompt_instructions} is more than the {len(seed_tasks)} tasks "
-            f"in {seed_tasks_path}"
-        )
-    prompt = utils.read_text(prompt_path)
-    rules = Rules(keyword_pattern(filter_keywords), min_words, max_words, tokenizer)
-    # The prompt asks for 20 tasks; a base model would go on for ever.
+        print("note: --request_batch_size and --num_cpus have no effect; --max_concurrency replaces them")
+    seed_tasks, prompt = utils.load_seed_tasks(seed_tasks_path), utils.read_text(prompt_path)
+    if not 1 <= num_prompt_instructions <= len(seed_tasks):
+        raise UserError(f"--num_prompt_instructions must be 1 to {len(seed_tasks)}, the tasks in {seed_tasks_path}")
+    # The prompt asks for 20 tasks; a base model would not stop there.
     decoding = OpenAIDecodingArguments(max_tokens, temperature, top_p, stop=["\n21. Instruction:"])
-    budget = Budget(time_limit, max_total_tokens, max_cost_usd, prompt_price, completion_price, max_failure_rate)
-    teacher = Teacher(model_name, decoding, api, base_url, request_timeout, max_concurrency, budget.empty_retries())
+    teacher, budget = Teacher(model_name, decoding, api, requests), Budget(requests)
 
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    with Journal(output / "regen.journal") as journal, contextlib.ExitStack() as stack:
-        if journal.repaired_bytes:
-            print(f"{journal.path}: the last {journal.repaired_bytes} bytes were torn by a crash and are cut off")
+    with Journal(output / "regen.journal") as journal:
         run, start = begin(journal, output / "regen.json", seed, num_prompt_instructions)
-        if start or len(journal.entries) > 1:
-            print(f"continuing {output}: {len(start)} records at its start, {len(journal.entries) - 1} replies since")
-        rejected = stack.enter_context(open(output / "rejected.jsonl", "w", encoding="utf-8"))
-        target, shown = num_instructions_to_generate, num_prompt_instructions
-        selection = Selection(seed_tasks, start, target, shown, rules, similarity_stats, rejected)
 
         def request(i: int) -> tuple[str, int | None]:
             rng = random.Random(f"{run['seed']}/{i}")
             text = encode_prompt(rng.sample(seed_tasks, num_prompt_instructions), prompt)
             return text, rng.randrange(2**31) if run["seeded"] else None
 
-        try:
-            there = sum("i" in entry for entry in journal.entries)
-            asyncio.run(collect(teacher, request, journal, budget, selection, output, max_concurrency))
-        finally:  # after Ctrl-C and errors too: what was learned is written
-            whole = selection.fed >= there or selection.is_over()
-            if len(selection.kept) > len(start) and whole:  # else regen.json holds more than this
-                utils.jdump(selection.kept, output / "regen.json")
-            utils.jdump(counts(selection, budget) | {"model_name": model_name}, output / "report.json")
-            print_report(selection, budget)
-    new = f"{len(selection.kept)} instructions in {output / 'regen.json'} ({len(selection.kept) - len(start)} new)"
-    if len(selection.kept) < num_instructions_to_generate:
-        if why := budget.failing():
-            raise UserError(f"{why}: the run ended; {new}")
-        most = "".join(f", most often {reason}" for reason, _ in selection.dropped.most_common(1))
-        why = budget.exhausted() or f"{selection.barren} replies in a row without a new one (dropped{most})"
-        print(f"{why} ended the run before {num_instructions_to_generate} were kept")
-    print(new)
+        with open(output / "rejected.jsonl", "w", encoding="utf-8") as rejected:
+            numbers, earlier = (num_instructions_to_generate, num_prompt_instructions), len(journal.entries) - 1
+            selection = Selection(seed_tasks, start, *numbers, filters, similarity_stats, rejected)
+            try:
+                asyncio.run(collect(teacher, request, journal, budget, selection, output / "regen.json"))
+            finally:  # after Ctrl-C and errors too
+                if selection.new() and (selection.fed >= earlier or selection.is_over()):  # else regen.json holds more
+                    utils.jdump(selection.kept, output / "regen.json")
+                report = budget.counts() | selection.counts()
+                utils.jdump(report | {"model_name": model_name}, output / "report.json")
+                print_counts(report)
+    conclude(selection, budget, output / "regen.json")
 
 
-async def collect(teacher, request, journal, budget, selection, output, max_concurrency) -> None:
-    """Asks until the selection has enough or may not go on; keeps regen.json and the progress bar up to date."""
-    saved = time.monotonic()
-    there = [entry["i"] for entry in journal.entries if "i" in entry]
-    last = max(there, default=-1)
+async def collect(teacher, request, journal, budget, selection, regen_path) -> None:
+    """Ask until the selection has enough or may not continue; keep regen.json and the progress bar up to date."""
+    saved, earlier = time.monotonic(), dict(recorded(journal))
 
-    def per_reply() -> float:
-        """New instructions a reply: as if 4 replies with 2 each had been there, until there are enough to tell."""
-        return (len(selection.kept) - selection.start + 8) / (budget.replies - selection.unused + 4)
+    def replies_left() -> float:
+        """As if there had been 4 more replies with 2 new instructions each: the first ones tell too little."""
+        each = (selection.new() + 8) / (budget.replies - selection.unused + 4)
+        return (selection.target - len(selection.kept)) / each
 
     def in_order(reply: Completion) -> None:
         nonlocal saved
         selection.feed(reply)
-        if time.monotonic() - saved > SAVE_EVERY and selection.fed > len(there):
-            utils.jdump(selection.kept, output / "regen.json")
+        if time.monotonic() - saved > SAVE_EVERY and selection.fed > len(earlier):
+            utils.jdump(selection.kept, regen_path)
             saved = time.monotonic()
 
     def want(number: int, in_flight: int) -> bool:
         if selection.is_over() or budget.failing():
             return False
-        if number < last:  # was in flight when an earlier run was killed: later replies wait for it
+        if number < max(earlier, default=-1):  # was in flight when an earlier run was killed: later replies wait for it
             return True
         # Near the end no more requests than it should take: each is paid for.
-        return not budget.exhausted() and in_flight < (selection.target - len(selection.kept)) / per_reply()
+        return not budget.exhausted() and in_flight < replies_left()
 
-    if not there:
-        print_forecast(selection, budget, len(request(0)[0]), teacher.decoding.max_tokens)
-    async with progress_bar(selection, budget, per_reply, told_after=max(8, max_concurrency)):
-        await ask_all(teacher, request, journal, budget.arrived, in_order, want, max_concurrency)
+    if not earlier and not selection.is_over():
+        requests, assumed = (selection.target - len(selection.kept)) / GUESS, f", at {GUESS} new instructions a reply"
+        print_forecast(budget, math.ceil(requests), len(request(0)[0]), teacher.decoding.max_tokens, assumed)
+    async with progress_bar(budget, "instruction", selection.target, lambda: len(selection.kept), replies_left):
+        await ask_all(teacher, request, journal, budget.arrived, in_order, want, budget.settings.max_concurrency)
+
+
+def conclude(selection: Selection, budget: Budget, regen_path: Path) -> None:
+    """Print what there is now, and why it is less than was asked for; UserError if too many requests failed."""
+    made = f"{len(selection.kept)} instructions in {regen_path} ({selection.new()} new)"
+    if selection.unseen:
+        what = f"{selection.unseen} of {selection.new()} kept instructions are mostly not ASCII"
+        print(f"warning: {what}, so their near-duplicates are not found: --tokenizer unicode sees all scripts")
+    if len(selection.kept) < selection.target:
+        if why := budget.failing():
+            raise UserError(f"{why}: the run ended; {made}")
+        most = "".join(f", most often {reason}" for reason, _ in selection.dropped.most_common(1))
+        why = budget.exhausted() or f"{selection.barren} replies in a row without a new one (dropped{most})"
+        print(f"{why} ended the run before {selection.target} were kept")
+    print(made)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ And what that comes to, by more than chance or not:
 
 Answers that others have published do as well: Self-Instruct's *_predictions.jsonl, alpaca_eval's model_outputs.json.
 
-The instructions are Self-Instruct's 252, AlpacaEval's, or any file in Alpaca's format. Every reply is on disk before it
-counts (OUT.journal): after Ctrl-C, a crash or kill -9 the same command goes on, and asks for nothing twice.
+The instructions are Self-Instruct's 252, AlpacaEval's, or any file in Alpaca's format. Each reply is on disk before it
+counts (OUT.journal): after Ctrl-C, a crash or kill -9 the same command continues, and requests nothing twice.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from alpaca.common.cli import run_cli
 from alpaca.common.journal import Journal, check_output
 from alpaca.common.records import write_answers
 from alpaca.data.instruction_sets import is_name, is_the_252, read_answers, read_pair, read_set
-from alpaca.endpoint.asking import Answerer, ask_each, in_brackets, wind_up
-from alpaca.endpoint.budget import Budget
-from alpaca.endpoint.client import Completion, OpenAIDecodingArguments, Teacher
+from alpaca.endpoint.budget import Budget, RequestSettings
+from alpaca.endpoint.client import Answerer, Completion, OpenAIDecodingArguments, Teacher
+from alpaca.endpoint.parallel import ask_each, in_brackets, summarize
 from alpaca.judging import prompt as judge_prompt
 
 # A base model would write the next instruction, and answer that too.
@@ -65,17 +65,9 @@ def answer(
     dtype: str | None = None,
     batch_tokens: int = 16384,
     api: str = "chat",
-    base_url: str | None = None,
-    max_concurrency: int = 32,
-    request_timeout: float = 600.0,
-    time_limit: float | None = None,
-    max_total_tokens: int | None = None,
-    max_cost_usd: float | None = None,
-    prompt_price: float = 0.0,
-    completion_price: float = 0.0,
-    max_failure_rate: float = 0.5,
+    requests: RequestSettings = RequestSettings(),  # noqa: B008  never changed
 ) -> None:
-    """Answers an instruction set with a local model (--model_path) or one behind a server (--model_name).
+    """Answer an instruction set with a local model (--model_path) or one behind a server (--model_name).
 
     Each row of OUTPUT_PATH has "id", "instruction", "input", "output", "finish_reason" ("length": it was cut off) and
     "generator"; one that could not be answered has "error" and no "output". By default each model takes its likeliest
@@ -84,7 +76,7 @@ def answer(
     Args:
         instructions: the set: Self-Instruct's 252, AlpacaEval's, or Alpaca's format; JSON, or JSON Lines.
         output_path: where the answers go: JSON Lines, or, if it ends in .json, a list for alpaca_eval, which has the
-            input behind the instruction under "### Input:".
+            input after the instruction under "### Input:".
         model_path: the folder of a model, or of a LoRA adapter.
         model_name: a model by the name that its server knows.
         generator: the model's name in the rows (default: the folder's, or the server's name for it).
@@ -95,44 +87,35 @@ def answer(
         template: of a local model's prompt: alpaca, as in training, or chat, the model's own chat template.
         reference_loss: of a local model: each row also gets its loss on the set's reference, in nats a token, and the
             number of tokens.
-        base_path: the base of a LoRA adapter, where it is not where the adapter says.
+        base_path: the base of a LoRA adapter, if it is not where the adapter says.
         device: of a local model: cpu, cuda, mps, … (default: the accelerator if there is one).
         dtype: of a local model: float32, bfloat16 or float16 (default: what suits the device).
-        batch_tokens: of a local model: prompts and answers of a batch come to this many tokens at most.
-        api: at a server: chat asks with the instruction, and the input behind it under "### Input:"; completions lets
-            the model go on from Alpaca's prompt.
-        base_url: the server, e.g. http://127.0.0.1:8000/v1 (default: OPENAI_BASE_URL, then api.openai.com).
-        max_concurrency: requests in flight at once.
-        request_timeout: seconds until a request is tried again (5 times at most, with growing pauses).
-        time_limit: send nothing more after this many seconds.
-        max_total_tokens: send nothing more when prompts and replies, earlier runs included, have used this many tokens.
-        max_cost_usd: the same for a sum in dollars; needs the two prices.
-        prompt_price: dollars for a million prompt tokens.
-        completion_price: dollars for a million reply tokens.
-        max_failure_rate: end the run when more than this share of its last 100 requests (10 at least) failed for good.
+        batch_tokens: of a local model: the most tokens of a batch, prompts and answers together.
+        api: at a server: chat asks with the instruction, and the input after it under "### Input:"; completions lets
+            the model continue Alpaca's prompt.
     """
+    local = model_path is not None
     for wrong, message in (
-        ((model_path is None) == (model_name is None), "give --model_path, a folder, or --model_name, at a server"),
-        (model_name is not None and not is_name(model_name), "--model_name must be a name in one line"),
+        (local == (model_name is not None), "give --model_path, a folder, or --model_name, at a server"),
+        (not local and not is_name(model_name), "--model_name must be a name in one line"),
         (generator is not None and not is_name(generator), "--generator must be a name in one line"),
         (template not in ("alpaca", "chat"), f"--template takes alpaca or chat, not {template!r}"),
         (max_new_tokens < 1, "--max_new_tokens must be at least 1"),
         (batch_tokens < 1, "--batch_tokens must be at least 1"),
         (
-            model_name is not None and (reference_loss or base_path or device or dtype or template != "alpaca"),
+            not local and (reference_loss or base_path or device or dtype or template != "alpaca"),
             "--reference_loss, --base_path, --device, --dtype and --template are for --model_path, not a server",
         ),
         (
-            model_path is not None and (base_url or api != "chat"),
+            local and (requests.base_url or api != "chat"),
             "--base_url and --api are for --model_name: a local model is asked without a server",
         ),
     ):
         if wrong:
             raise UserError(message)
-    budget = Budget(time_limit, max_total_tokens, max_cost_usd, prompt_price, completion_price, max_failure_rate)
     items = read_set(instructions)
     output, journal_path = check_output(output_path)
-    if model_path is not None:
+    if local:
         sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         loading = {"device": device, "dtype": dtype, "base_path": base_path}
         _answer_here(
@@ -140,32 +123,32 @@ def answer(
         )
         return
     decoding = OpenAIDecodingArguments(max_new_tokens, temperature, top_p, STOP if api == "completions" else None)
-    teacher = Teacher(model_name, decoding, api, base_url, request_timeout, max_concurrency, budget.empty_retries())
+    teacher, budget = Teacher(model_name, decoding, api, requests), Budget(requests)
     prompts = [item.task if api == "chat" else utils.format_prompt(item.instruction, item.input) for item in items]
     run = {"task": "answer", "model_name": model_name, "api": api, "seed": seed, "prompts": _digest(prompts)}
     with Journal(journal_path) as journal:
         journal.begin(run | asdict(decoding))
-        replies = ask_each(Answerer(teacher), prompts, seed, journal, budget, max_new_tokens, max_concurrency, "answer")
+        replies = ask_each(Answerer(teacher), prompts, seed, journal, budget, max_new_tokens, "answer")
     pairs = zip(items, replies, strict=True)
     rows = [item.row(output) | _answered(reply) | {"generator": generator or model_name} for item, reply in pairs]
-    if output.suffix == ".json":  # alpaca_eval would take a row without an answer for one that says "nan"
+    if output.suffix == ".json":  # alpaca_eval would read a row without an answer as "nan"
         rows = [row for row in rows if "output" in row]
     write_answers(rows, output)
     notes = [(sum(row.get("finish_reason") == "length" for row in rows), "cut off at --max_new_tokens")]
     notes += [(sum(row.get("output") == "" for row in rows), "empty, and counted as answers")]
-    wind_up(journal_path, f"{sum('output' in row for row in rows):,} answers in {output}", replies, budget, notes)
+    summarize(f"{sum('output' in row for row in rows):,} answers in {output}", replies, budget, journal, notes)
 
 
 def _answered(reply: Completion | None) -> dict:
-    """The fields that a server's reply adds to an item's row."""
+    """Return the fields that a server's reply adds to an item's row."""
     if reply is None or reply.text is None:
         return {"error": reply.error if reply else "not asked"}
     return {"output": reply.text.strip(), "finish_reason": reply.finish_reason, "model": reply.model}
 
 
 def _answer_here(items, output_path, model_path, generator, template, sampling, loading, batch_tokens, reference_loss):
-    """Answers with a model that is loaded for it, as chat.py --batch_path does."""
-    # torch and transformers take seconds to load: not before the flags are known good
+    """Answer with a model on this machine, as chat.py --batch_path does."""
+    # torch and transformers take seconds to load: the flags are checked first
     from transformers.utils import logging
 
     from alpaca.inference import answer_file as answers
@@ -198,17 +181,14 @@ def _answer_here(items, output_path, model_path, generator, template, sampling, 
 
 
 def _reference_fields(model, tokenizer, items) -> list[dict]:
-    """{"reference_loss", "reference_tokens"} of each item, or {} for one without a reference that could be scored."""
+    """Return {"reference_loss", "reference_tokens"} of each item, or {} if it has no reference that could be scored."""
     from alpaca.training.evaluate import reference_losses
 
     known = [item for item in items if item.reference]
     records = [{"instruction": item.instruction, "input": item.input, "output": item.reference} for item in known]
-    scores = reference_losses(model, tokenizer, records)
-    scored = {item.id: score for item, score in zip(known, scores, strict=True) if score}
-    return [
-        dict(zip(("reference_loss", "reference_tokens"), scored[item.id], strict=True)) if item.id in scored else {}
-        for item in items
-    ]
+    scores = zip(known, reference_losses(model, tokenizer, records), strict=True)
+    found = {item.id: {"reference_loss": score[0], "reference_tokens": score[1]} for item, score in scores if score}
+    return [found.get(item.id, {}) for item in items]
 
 
 def judge(
@@ -219,20 +199,12 @@ def judge(
     prompt: str | None = None,
     max_tokens: int = 1024,
     seed: int = 0,
-    base_url: str | None = None,
-    max_concurrency: int = 32,
-    request_timeout: float = 600.0,
-    time_limit: float | None = None,
-    max_total_tokens: int | None = None,
-    max_cost_usd: float | None = None,
-    prompt_price: float = 0.0,
-    completion_price: float = 0.0,
-    max_failure_rate: float = 0.5,
+    requests: RequestSettings = RequestSettings(),  # noqa: B008  never changed
 ) -> None:
-    """Has a model compare two files of answers, each pair in both orders, at temperature 0.
+    """Have a model compare two files of answers, each pair in both orders, at temperature 0.
 
     OUTPUT_PATH gets a row for each time that it was asked: who was shown first, what it preferred and said, which model
-    answered by which prompt and settings. A reply without a verdict is asked for again twice, and then is a failure,
+    answered by which prompt and settings. A reply without a verdict is requested again twice, and then is a failure,
     never a tie. Two equal answers are a tie without being asked about.
 
     Args:
@@ -240,33 +212,22 @@ def judge(
         answers: the two files, A.jsonl,B.jsonl.
         output_path: where the judgments go, as JSON Lines.
         model_name: the judge, by the name that its server knows.
-        prompt: a file of what it is asked, by default configs/judge/pairwise.txt; the README there says what is in it.
-        max_tokens: the longest reply, in tokens; a model that thinks first needs more.
-        seed: given with each request.
-        base_url: the server, e.g. http://127.0.0.1:8000/v1 (default: OPENAI_BASE_URL, then api.openai.com).
-        max_concurrency: requests in flight at once.
-        request_timeout: seconds until a request is tried again (5 times at most, with growing pauses).
-        time_limit: send nothing more after this many seconds.
-        max_total_tokens: send nothing more when prompts and replies, earlier runs included, have used this many tokens.
-        max_cost_usd: the same for a sum in dollars; needs the two prices.
-        prompt_price: dollars for a million prompt tokens.
-        completion_price: dollars for a million reply tokens.
-        max_failure_rate: end the run when more than this share of its last 100 requests (10 at least) failed for good.
+        prompt: a file with the judge's prompt (default: configs/judge/pairwise.txt; the README there describes it).
+        max_tokens: the longest reply, in tokens; a reasoning model needs more.
+        seed: sent with each request.
     """
     for wrong, message in (
         (not model_name, "no judge named: --model_name takes the name that its server knows"),
         (not is_name(model_name), f"--model_name must be a name in one line, not {model_name!r}"),
-        (max_tokens < 1, "--max_tokens must be at least 1"),
         (output_path.endswith(".json"), "--output_path takes a name that ends in .jsonl: judgments are JSON Lines"),
     ):
         if wrong:
             raise UserError(message)
-    budget = Budget(time_limit, max_total_tokens, max_cost_usd, prompt_price, completion_price, max_failure_rate)
     output, journal_path = check_output(output_path)
     items, (a, b) = read_pair(instructions, answers)
     text, prompt_sha256 = judge_prompt.read_prompt(PROMPT if prompt is None else prompt)
     decoding = OpenAIDecodingArguments(max_tokens, temperature=0.0)
-    teacher = Teacher(model_name, decoding, "chat", base_url, request_timeout, max_concurrency, budget.empty_retries())
+    teacher, budget = Teacher(model_name, decoding, "chat", requests), Budget(requests)
     orders = [(item, shown) for item in items for shown in ((a, b), (b, a))]
     pairs = [(item, [(one.generator, one.outputs.get(item.id)) for one in shown]) for item, shown in orders]
     to_ask = [place for place, (_, shown) in enumerate(pairs) if judge_prompt.to_ask(shown)]
@@ -276,8 +237,7 @@ def judge(
     run |= {"instructions": _digest([asdict(item) for item in items]), "answers": _digest([a.outputs, b.outputs])}
     with Journal(journal_path) as journal:
         journal.begin(run | {"generators": [a.generator, b.generator]})
-        asked = judge_prompt.Judge(teacher)
-        replies = ask_each(asked, prompts, seed, journal, budget, max_tokens, max_concurrency, "judgment")
+        replies = ask_each(judge_prompt.Judge(teacher), prompts, seed, journal, budget, max_tokens, "judgment")
     left_out = {name for reply in replies if reply for name in reply.left_out or ()}
     settings = {name: value for name, value in settings.items() if name not in left_out}
     by = {"kind": "model", "name": model_name, "prompt_sha256": prompt_sha256}
@@ -287,12 +247,11 @@ def judge(
         reply = reply_to.get(place)
         if reply is None and place in reply_to:
             continue  # the run ended before
-        fewer = {"max_tokens": reply.max_tokens} if reply and reply.max_tokens else {}  # than the flag says
+        fewer = {"max_tokens": reply.max_tokens} if reply and reply.max_tokens else {}  # than requested
         rows.append(judge_prompt.judgment(item, shown, by | {"settings": settings | fewer}, reply))
     write_answers(rows, output)
-    equal = sum("note" in row for row in rows)
-    notes = [(equal, "for equal answers, which are a tie unasked")]
-    wind_up(journal_path, f"{len(rows):,} judgments in {output}", replies, budget, notes)
+    notes = [(sum("note" in row for row in rows), "for equal answers, which are a tie unasked")]
+    summarize(f"{len(rows):,} judgments in {output}", replies, budget, journal, notes)
 
 
 def people(

@@ -1,5 +1,5 @@
-"""The tokens of a prompt and of an answer, in training as in chat; Alpaca's prompt as a chat template, so that servers
-ask a trained model with the same tokens; and the tokens of a conversation in any model's own template."""
+"""The Alpaca prompt and its tokens, the same in training, chat and judging; the same prompt as a chat template for
+servers; and the tokens of a conversation in any model's own template."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jinja2
 from tokenizers import AddedToken, Tokenizer
 
 from alpaca import UserError
+from alpaca.common.text import check_utf8, first_line
 
 # Models in the wild were trained on these bytes: they do not change.
 PROMPT_DICT = {
@@ -30,27 +31,22 @@ BEFORE_ANSWER = (PROMPT_DICT["prompt_no_input"].rpartition("\n")[2], "\n", "a")
 
 
 def format_prompt(instruction: str, input: str = "") -> str:
-    """The one place where a prompt is written: training, chat, judge and the recover smoke test all call it.
+    """Return the prompt: training, chat, judge and the recovery's smoke test all call this function.
 
-    The template without an input is taken when ``input`` is empty, as the original does.
+    An empty ``input`` selects the template without one, as in the original.
     """
-    if input:
-        return PROMPT_DICT["prompt_input"].format_map({"instruction": instruction, "input": input})
-    return PROMPT_DICT["prompt_no_input"].format_map({"instruction": instruction})
+    return PROMPT_DICT["prompt_input" if input else "prompt_no_input"].format(instruction=instruction, input=input)
 
 
 def prompt_ids(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
     """Return the tokens of each prompt, as training, chat, judge and a server send them.
 
-    A special token that somebody types stays text, and a tokenizer that appends EOS loses it here.
+    A special token that somebody types stays text, and an EOS that the tokenizer appends is removed.
 
     Raises:
         UserError: a prompt that UTF-8 cannot encode.
     """
-    try:
-        "".join(prompts).encode()
-    except UnicodeEncodeError:
-        raise UserError("the prompt holds half of a surrogate pair, which is no text: write it anew in UTF-8") from None
+    check_utf8("".join(prompts), "the prompt")
     every = tokenizer(list(prompts), split_special_tokens=True, verbose=False)["input_ids"]
     return [ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids for ids in every]
 
@@ -78,11 +74,11 @@ def answer_ids(tokenizer, answers: Sequence[str]) -> list[list[int]]:
 
 
 def chat_template(tokenizer) -> str:
-    """A Jinja chat template that gives format_prompt's text for one user message, as training's tokens.
+    """Return a Jinja chat template that writes format_prompt's text for one user message, as training's tokens.
 
-    The message is the instruction; an input stands behind it under the heading "### Input:", as in the prompt itself:
-    "Translate into French.\\n\\n### Input:\\nGood morning". Training knows one turn, so an earlier turn is written as
-    an example of its own, prompt, answer and EOS. A system message is refused, not dropped: training had none.
+    The message is the instruction; an input follows it under the heading "### Input:", as in the prompt itself:
+    "Translate into French.\\n\\n### Input:\\nGood morning". Training has one turn, so an earlier turn becomes an
+    example: prompt, answer and EOS. A system message is refused, not dropped: training had none.
     """
     with_input, without = PROMPT_DICT["prompt_input"], PROMPT_DICT["prompt_no_input"]
     preface_input, preface = (text[: text.index("{instruction}")] for text in (with_input, without))
@@ -107,15 +103,15 @@ def chat_template(tokenizer) -> str:
 
 
 def _start(tokenizer) -> str:
-    """What must be written in front of a prompt that is tokenised without the tokenizer's own special tokens.
+    """Return the text to put before a prompt that is tokenized without the tokenizer's own special tokens.
 
-    That is how a rendered chat template is tokenised. Some tokenizers put BOS in front by themselves, some (LLaMA's)
-    a space as well, which they leave out behind a special token.
+    Servers tokenize a rendered chat template that way. Some tokenizers put BOS first by themselves, some (LLaMA's) a
+    space too, but not after a special token.
     """
     prompt = format_prompt("Hello")
     wanted = tokenizer(prompt)["input_ids"]
-    if tokenizer.eos_token_id == wanted[-1]:  # one that appends EOS: to be answered, a prompt must not end
-        wanted = wanted[:-1]
+    if tokenizer.eos_token_id == wanted[-1]:
+        wanted = wanted[:-1]  # as in prompt_ids()
     bos = tokenizer.bos_token or ""
     for start in ("", bos, bos + " "):
         if tokenizer(start + prompt, add_special_tokens=False)["input_ids"] == wanted:
@@ -124,19 +120,19 @@ def _start(tokenizer) -> str:
 
 
 def chat_ids(tokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
-    """The tokens of a conversation by the tokenizer's own chat template, to the place where the answer begins.
+    """Return the tokens of a conversation by the tokenizer's own chat template, up to where the answer begins.
 
-    A special token that somebody types stays text, as in training, unless the tokenizer is of the slow kind.
+    A special token that somebody types stays text, as in training, unless the tokenizer is a slow one.
 
     Args:
         tokenizer: with a chat template.
         messages: with "role" and "content".
 
     Raises:
-        UserError: there is no template, or it fails.
+        UserError: the tokenizer has no template, or it fails.
     """
     if not tokenizer.chat_template:
-        raise UserError("--template chat: this tokenizer has no chat template, leave the flag out for Alpaca's")
+        raise UserError("this tokenizer has no chat template: use the alpaca template")
     special = {id_: token for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
     typed = any(token.content in message["content"] for token in special.values() for message in messages)
     core = getattr(tokenizer, "backend_tokenizer", None)
@@ -145,19 +141,18 @@ def chat_ids(tokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
             return _typed_as_text(tokenizer, core, special, messages)
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     except (jinja2.TemplateError, TypeError, UnicodeEncodeError) as e:
-        raise UserError(f"--template chat: this tokenizer's chat template fails: {e}") from None
+        raise UserError(f"this tokenizer's chat template fails: {first_line(e)}") from None
 
 
 def _typed_as_text(
     tokenizer, core: Tokenizer, special: dict[int, AddedToken], messages: Sequence[dict[str, str]]
 ) -> list[int]:
-    """chat_ids() where messages hold the names of special tokens.
+    """Do chat_ids() for messages that contain the names of special tokens.
 
-    The template's own special tokens and those that were typed are told apart by characters for private use that stand
-    for them: the typed ones while the template writes, the template's in a copy of the tokenizer, which knows them as
-    added tokens and takes the names of special ones for text.
+    Private-use characters keep the two kinds apart: one for each typed name while the template is rendered, and one for
+    each of the template's own tokens in a copy of the tokenizer, where they are added tokens and the names are text.
     """
-    order = sorted(special, key=lambda id_: len(special[id_].content), reverse=True)  # one may begin with another
+    order = sorted(special, key=lambda id_: len(special[id_].content), reverse=True)  # one may contain another
     said = "".join(message["content"] for message in messages)
     count = 2 * len(order)
     first = next(n for n in range(0xF0000, 0xFFF00, count) if not any(chr(n + i) in said for i in range(count)))

@@ -24,6 +24,7 @@ from provenance import provenance  # noqa: E402
 import utils  # noqa: E402
 from alpaca.common.cli import run_cli  # noqa: E402
 from alpaca.common.journal import Journal  # noqa: E402
+from alpaca.endpoint.budget import RequestSettings  # noqa: E402
 from alpaca.endpoint.client import OpenAIDecodingArguments, Teacher  # noqa: E402
 from alpaca.endpoint.parallel import ask_all  # noqa: E402
 
@@ -38,7 +39,8 @@ def measure(base_url: str, in_flight: int, seconds: float) -> float:
         nonlocal count
         count += 1
 
-    teacher = Teacher("m", OpenAIDecodingArguments(), base_url=base_url, max_concurrency=in_flight, max_retries=0)
+    settings = RequestSettings(base_url, max_concurrency=in_flight)
+    teacher = Teacher("m", OpenAIDecodingArguments(), settings=settings, max_retries=0)
     with tempfile.TemporaryDirectory() as folder, Journal(Path(folder) / "journal") as journal:
         started = time.monotonic()
         asyncio.run(

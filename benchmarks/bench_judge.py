@@ -26,6 +26,7 @@ from provenance import provenance  # noqa: E402
 import judge  # noqa: E402
 import utils  # noqa: E402
 from alpaca.common.cli import run_cli  # noqa: E402
+from alpaca.endpoint.budget import RequestSettings  # noqa: E402
 
 PAIRS = 252
 REASONS = "The first is complete, the second is not. " * 8
@@ -60,12 +61,13 @@ def main(latency: float = 0.5, in_flight: int = 32, repeat: int = 5) -> None:
 
     seconds = []
     with local_server(latency, REPLIES) as url:
+        requests = RequestSettings(url, max_concurrency=in_flight)
         for _ in range(repeat):
             with tempfile.TemporaryDirectory() as folder:
                 files = write_files(Path(folder))
                 output = Path(folder) / "judged.jsonl"
                 started = time.monotonic()
-                judge.judge(**files, output_path=str(output), model_name="m", base_url=url, max_concurrency=in_flight)
+                judge.judge(**files, output_path=str(output), model_name="m", requests=requests)
                 seconds.append(time.monotonic() - started)
                 assert len(utils.jload(output)) == 2 * PAIRS
     ideal = math.ceil(2 * PAIRS / in_flight) * latency

@@ -42,7 +42,7 @@ stage() {
 mkdir -p "$OUT/logs"
 for old in tuned diff recovered; do
   if [ -e "$OUT/$old" ]; then
-    echo "$OUT/$old is from an earlier run: removed, it is made anew"
+    echo "$OUT/$old is from an earlier run: removed and made from scratch"
     rm -rf "${OUT:?}/$old"
   fi
 done

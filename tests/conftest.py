@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import os
 import re
@@ -43,6 +45,15 @@ def run_script(*argv, env=None, cwd=ROOT, timeout=300, input=None) -> subprocess
         stdin=subprocess.DEVNULL if input is None else None,
         env=os.environ | (env or {}),
     )
+
+
+def call(command, *arguments, **flags):
+    """Call a script's task as its command line does: the fields of its dataclasses are flags of their own."""
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        if dataclasses.is_dataclass(group := parameter.annotation):
+            fields = [field.name for field in dataclasses.fields(group)]
+            flags[name] = group(**{field: flags.pop(field) for field in fields if field in flags})
+    return command(*arguments, **flags)
 
 
 def torchrun(processes: int, *argv, env=None, timeout=300) -> subprocess.CompletedProcess:

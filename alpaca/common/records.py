@@ -14,7 +14,7 @@ RELEASED_BLOB = "3779ddbc040543ab1834ef216c983d6fcc06cc9a"  # git hash-object of
 
 
 def jload(path: str | os.PathLike) -> list:
-    """Reads a JSON list, or JSON Lines when the name ends in ``.jsonl``.
+    """Read a JSON list, or JSON Lines if the name ends in ``.jsonl``.
 
     Raises:
         UserError: missing or unreadable file, or malformed JSON (with the line).
@@ -40,25 +40,25 @@ def _parse_json(text: str, path: Path, line: int | None = None):
 
 
 def begins_a_list(text, first_line: bool) -> bool:
-    """Whether what should be a file of one object a line begins as a JSON list does."""
+    """Whether what should be a file of one object a line begins as a JSON list."""
     return first_line and isinstance(text, str) and text.lstrip().startswith("[")
 
 
 def json_fault(e: ValueError | RecursionError) -> str:
-    """What json.loads did not like, without the advice that it gives to programmers."""
+    """Return what json.loads rejected, without its advice to programmers."""
     if isinstance(e, json.JSONDecodeError):
         return f"{e.msg} at column {e.colno}"
     return "nested too deeply" if isinstance(e, RecursionError) else "a number with too many digits"  # than 4,300
 
 
 def jdump(obj, path: str | os.PathLike, indent: int = 4) -> None:
-    """Writes JSON through a temporary file and a rename, so that readers see the old file or the new one, whole."""
+    """Write JSON through a temporary file and a rename, so that readers see the old file or the new one, whole."""
     with replace_file(path) as file:
         file.write(json_text(obj, indent) + "\n")
 
 
 def json_text(obj, indent: int | None = None) -> str:
-    """JSON that UTF-8 can hold: half of a surrogate pair, which JSON can spell and UTF-8 cannot, makes it all ASCII."""
+    """Return JSON that UTF-8 can encode: all ASCII if it has half of a surrogate pair, which JSON can spell."""
     text = json.dumps(obj, indent=indent, ensure_ascii=False)
     try:
         text.encode()
@@ -68,14 +68,13 @@ def json_text(obj, indent: int | None = None) -> str:
 
 
 def load_records(path: str | os.PathLike) -> list[dict]:
-    """Reads Alpaca-format records: ``{"instruction": str, "input": str, "output": str}`` (other fields are kept).
+    """Read Alpaca-format records: ``{"instruction": str, "input": str, "output": str}`` (other fields are kept).
 
     Raises:
         UserError: see jload; also an empty data set, or a record without the three text fields (with its number).
     """
-    records = jload(path)
-    if not records:
-        raise UserError(f"{path} holds no records: give a file with at least one")
+    if not (records := jload(path)):
+        raise UserError(f"{path} holds no records: choose a file with at least one")
     for number, record in enumerate(records, 1):
         if not isinstance(record, dict):
             raise UserError(f"{path}, record {number}: a {type(record).__name__} where an object was expected")
@@ -89,15 +88,14 @@ def load_records(path: str | os.PathLike) -> list[dict]:
     return records
 
 
-def load_seed_tasks(path: str) -> list[dict]:
-    """Reads seed tasks, one JSON object a line: ``{"instruction": str, "instances": [{"input": str, "output": str}]}``.
+def load_seed_tasks(path: str | os.PathLike) -> list[dict]:
+    """Read seed tasks, one JSON object a line: ``{"instruction": str, "instances": [{"input": str, "output": str}]}``.
 
     Raises:
         UserError: see jload; also no task at all, or one without these texts (with its number).
     """
-    tasks = jload(path)
-    if not tasks:
-        raise UserError(f"{path} holds no seed tasks: give a file with at least one")
+    if not (tasks := jload(path)):
+        raise UserError(f"{path} holds no seed tasks: choose a file with at least one")
     for number, task in enumerate(tasks, 1):
         try:
             instance = task["instances"][0]
@@ -112,7 +110,7 @@ def load_seed_tasks(path: str) -> list[dict]:
 
 
 def write_answers(rows: list[dict], path: str | os.PathLike) -> None:
-    """Writes rows at once: JSON Lines, or, when the name ends in ``.json``, the JSON list that alpaca_eval reads."""
+    """Write rows at once: JSON Lines or, if the name ends in ``.json``, the JSON list that alpaca_eval reads."""
     if Path(path).suffix == ".json":
         jdump(rows, path)
         return

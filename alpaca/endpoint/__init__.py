@@ -1,1 +1,1 @@
-"""Any OpenAI-compatible server: one client, many requests in flight, budgets."""
+"""Any OpenAI-compatible server: one request, many at once, and what they may cost."""

@@ -1,15 +1,31 @@
-"""Many requests at once; each reply is on disk before it counts, and all are handed on in the order of requests."""
+"""Many requests at once: each reply is on disk before it counts, and replies are handed on in the order of requests.
+
+With what such a run shows: a forecast, a progress bar and a summary.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import sys
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import asynccontextmanager
 
+from tqdm import tqdm
+
+from alpaca import UserError
 from alpaca.common.journal import Journal
+from alpaca.endpoint.budget import Budget, in_words
 from alpaca.endpoint.client import Completion, Teacher
+
+
+def recorded(journal: Journal) -> Iterator[tuple[int, Completion]]:
+    """Yield the number and the reply of each request in a journal; one that was retried comes again."""
+    for entry in journal.entries:
+        if "i" in entry:
+            yield entry["i"], Completion(**{key: value for key, value in entry.items() if key != "i"})
 
 
 async def ask_all(
@@ -22,112 +38,274 @@ async def ask_all(
     max_concurrency: int,
     retry_failed: bool = False,
 ) -> None:
-    """Sends requests 0, 1, 2, … with many in flight, journals each reply, and hands the replies on in their order.
+    """Send requests 0, 1, 2, … with many in flight, journal each reply, and hand the replies on in order.
 
-    What comes out so depends on the replies alone, not on when they came. Replies that the journal holds already are
-    handed on first and not asked for again.
+    The result therefore depends on the replies alone, not on when they came. Replies in the journal are handed on first
+    and not requested again.
 
     Args:
-        teacher: whom to ask.
+        teacher: has ``ask`` and ``close``.
         request: number → (prompt, seed).
         journal: gets an entry ``{"i": number, …Completion}`` for each reply, before the reply counts.
-        arrived: called for each reply at once, in the event loop (to count what it cost), with False for one that the
-            journal held.
-        in_order: called for each reply in the order of the numbers, once it is journalled, in a thread beside the
-            event loop; it may take its time.
-        want: given the number of the next request, and how many before it have replies that were not handed on, whether
-            to send it now. All is done when it declines with none of them left.
+        arrived: called for each reply at once, in the event loop (to count its cost), with False for one from the
+            journal.
+        in_order: called for each reply in the order of the numbers, once it is journaled, in a thread beside the event
+            loop; it may take its time.
+        want: whether to send the next request now, given its number and how many before it have not been handed on.
+            All is done when it declines and none of them is left.
         max_concurrency: requests in flight at most.
-        retry_failed: ask again what the journal holds without a text; what that cost still counts.
+        retry_failed: ask again where the journal has a reply without a text; its cost still counts, its failure not.
 
     Raises:
-        UserError: from Teacher.ask. It and Ctrl-C end the requests in flight; replies that were there are journalled.
+        UserError: from Teacher.ask. It and Ctrl-C end the requests in flight; replies that have arrived are journaled.
     """
-    replies: dict[int, Completion] = {}
-    for entry in journal.entries:
-        if "i" in entry:
-            reply = Completion(**{key: value for key, value in entry.items() if key != "i"})
-            if not retry_failed or reply.text is not None:
-                replies[entry["i"]] = reply
-            arrived(reply, False)
-    known = set(replies)
-    handed_on = sent = 0
-    new: list[tuple[int, Completion]] = []  # replies that the clerk has not got yet
-    pending: set[asyncio.Task] = set()
-    news = asyncio.Event()
-
-    def hand_on(batch: list[tuple[int, Completion]]) -> None:
-        nonlocal handed_on
-        replies.update(batch)
-        while handed_on in replies:
-            in_order(replies.pop(handed_on))
-            handed_on += 1
-
-    def next_number() -> int | None:
-        nonlocal sent
-        # A request that hangs must not let the others run away from it: their replies wait for its turn.
-        while sent < handed_on + 8 * max_concurrency and want(sent, sent - handed_on):
-            sent += 1
-            if sent - 1 not in known:
-                return sent - 1
-        return None
-
-    async def keep_asking(i: int | None) -> None:
-        # The next request goes out in the same breath as a reply comes in. With a task for each, replies that come
-        # together would all be read before the first request is sent, and they would stay together: 88% instead of 93%
-        # of the ideal rate at 64 in flight.
-        while i is not None:
-            reply = await teacher.ask(*request(i))
-            arrived(reply, True)
-            new.append((i, reply))
-            news.set()
-            i = next_number()
-
+    known: dict[int, Completion] = {}
+    for number, reply in recorded(journal):
+        again = retry_failed and reply.text is None
+        arrived(dataclasses.replace(reply, error=None) if again else reply, False)
+        if not again:
+            known[number] = reply
     # Two threads beside the event loop: replies are on disk soon, however long those before them take to be handed on.
     with ThreadPoolExecutor(max_workers=1) as scribe, ThreadPoolExecutor(max_workers=1) as clerk:
-        loop = asyncio.get_running_loop()
+        await _Run(teacher, request, journal, arrived, in_order, want, max_concurrency, known, scribe, clerk).run()
 
-        def watched(future: asyncio.Future) -> asyncio.Future:
-            future.add_done_callback(lambda _: news.set())
-            return future
 
-        async def file_new() -> None:
-            """Journals all that is new with one fsync, then hands it to the clerk."""
-            batch = new.copy()
-            new.clear()
-            if batch:
-                entries = [{"i": i, **dataclasses.asdict(reply)} for i, reply in batch]
-                await loop.run_in_executor(scribe, journal.append, entries)
-            handing.append(watched(loop.run_in_executor(clerk, hand_on, batch)))
+@dataclasses.dataclass
+class _Run:
+    """The state of ask_all()."""
 
-        handing: deque[asyncio.Future] = deque()
-        filing = watched(asyncio.ensure_future(file_new()))  # what the journal held is handed on
-        replayed = False
+    teacher: Teacher
+    request: Callable[[int], tuple[str, int | None]]
+    journal: Journal
+    arrived: Callable[[Completion, bool], None]
+    in_order: Callable[[Completion], None]
+    want: Callable[[int, int], bool]
+    max_concurrency: int
+    known: dict[int, Completion]  # from the journal
+    scribe: Executor
+    clerk: Executor
+
+    def __post_init__(self):
+        self.loop, self.news = asyncio.get_running_loop(), asyncio.Event()
+        self.waiting = dict(self.known)  # replies whose turn to be handed on has not come
+        self.new: list[tuple[int, Completion]] = []  # replies that are not journaled yet
+        self.handed_on = self.sent = 0
+        self.pending: set[asyncio.Future] = set()
+        self.handing: deque[asyncio.Future] = deque()
+
+    async def run(self) -> None:
+        filing, replayed = self._watched(asyncio.ensure_future(self._file_new())), False
         try:
             while True:
-                await news.wait()
-                news.clear()
-                for task in [task for task in pending if task.done()]:
-                    pending.remove(task)
+                await self.news.wait()
+                self.news.clear()
+                for task in [task for task in self.pending if task.done()]:
+                    self.pending.remove(task)
                     task.result()  # raises what it raised
-                while handing and handing[0].done():
-                    handing.popleft().result()
-                    replayed = True
+                while self.handing and self.handing[0].done():
+                    self.handing.popleft().result()
+                    replayed = True  # what the journal held is handed on first
                 if filing.done():
                     filing.result()
-                    if new:
-                        filing = watched(asyncio.ensure_future(file_new()))
-                while replayed and len(pending) < max_concurrency and (i := next_number()) is not None:
-                    pending.add(watched(asyncio.create_task(keep_asking(i))))
-                if replayed and not (pending or handing or new) and filing.done():
+                    if self.new:
+                        filing = self._watched(asyncio.ensure_future(self._file_new()))
+                while replayed and len(self.pending) < self.max_concurrency and (i := self._next()) is not None:
+                    self.pending.add(self._watched(asyncio.create_task(self._keep_asking(i))))
+                if replayed and not (self.pending or self.handing or self.new) and filing.done():
                     return
         finally:
-            for task in pending:
+            for task in self.pending:
                 task.cancel()
-            await asyncio.gather(*pending, filing, return_exceptions=True)
+            await asyncio.gather(*self.pending, filing, return_exceptions=True)
             try:
-                if new:
-                    await file_new()
+                if self.new:
+                    await self._file_new()
             finally:
-                await asyncio.gather(*handing, return_exceptions=True)
-                await teacher.close()
+                await asyncio.gather(*self.handing, return_exceptions=True)
+                await self.teacher.close()
+
+    def _watched(self, future: asyncio.Future) -> asyncio.Future:
+        future.add_done_callback(lambda _: self.news.set())
+        return future
+
+    def _next(self) -> int | None:
+        """Return the number of the next request to send, or None if it has to wait."""
+        # While one request hangs, only so many others may be sent: their replies wait for its turn.
+        while (ahead := self.sent - self.handed_on) < 8 * self.max_concurrency and self.want(self.sent, ahead):
+            self.sent += 1
+            if self.sent - 1 not in self.known:
+                return self.sent - 1
+        return None
+
+    async def _keep_asking(self, i: int | None) -> None:
+        # The next request is sent in the same step as a reply arrives. With a task for each, replies that arrive
+        # together would all be read before the first request is sent, and would stay together: 88% instead of 93% of
+        # the ideal rate at 64 in flight.
+        while i is not None:
+            reply = await self.teacher.ask(*self.request(i))
+            self.arrived(reply, True)
+            self.new.append((i, reply))
+            self.news.set()
+            i = self._next()
+
+    async def _file_new(self) -> None:
+        """Journal all new replies with one fsync, then hand them to the clerk."""
+        batch, self.new = self.new, []
+        if batch:
+            entries = [{"i": i, **dataclasses.asdict(reply)} for i, reply in batch]
+            await self.loop.run_in_executor(self.scribe, self.journal.append, entries)
+        self.handing.append(self._watched(self.loop.run_in_executor(self.clerk, self._hand_on, batch)))
+
+    def _hand_on(self, batch: list[tuple[int, Completion]]) -> None:
+        self.waiting.update(batch)
+        while self.handed_on in self.waiting:
+            self.in_order(self.waiting.pop(self.handed_on))
+            self.handed_on += 1
+
+
+def print_forecast(budget: Budget, requests: float, characters: float, max_tokens: int, assumed: str = "") -> None:
+    """Print an upper bound for prompts of so many characters, since a reply rarely has ``max_tokens`` tokens."""
+    tokens = characters / 4  # English has about 4 characters a token
+    print(
+        f"forecast{assumed}: at most {budget.forecast(requests, tokens, max_tokens)} (about {tokens:,.0f} of them in "
+        "each prompt); updated, with the time, after the first replies"
+    )
+
+
+@asynccontextmanager
+async def progress_bar(
+    budget: Budget, unit: str, total: int, done: Callable[[], int], left: Callable[[], float]
+) -> AsyncIterator[None]:
+    """Show a bar with what a run has used, and a second forecast after its first replies.
+
+    It is redrawn twice a second on a terminal, and twice a minute in a file, which would fill with it.
+
+    Args:
+        budget: counts the replies.
+        unit: the name of what is made.
+        total: how many are wanted.
+        done: how many there are.
+        left: how many more requests that should take, judged by the replies so far.
+    """
+    first = max(8, budget.settings.max_concurrency)  # replies, until they tell enough
+
+    def redraw() -> None:
+        bar.n, bar.total = done(), max(bar.total, done())  # a reply may hold more than was asked for
+        failed = f", {budget.failures.total()} failed" if budget.failures else ""
+        bar.set_postfix_str(f"{budget.replies} replies, tokens {budget.used()}{failed}")
+
+    async def keep_redrawing() -> None:
+        due, forecast_due = 0.0, True
+        while True:
+            if forecast_due and budget.new_replies >= first and (more := left()) > 0:
+                forecast_due = False
+                each = budget.prompt_tokens / budget.replies, budget.completion_tokens / budget.replies
+                minutes = more * budget.seconds() / budget.new_replies / 60
+                rest = budget.forecast(more, *each)
+                bar.write(f"forecast, after {budget.replies} replies: about {rest}, {minutes:,.1f} min more")
+            if budget.seconds() >= due:
+                due = budget.seconds() + (0.5 if sys.stderr.isatty() else 30)
+                redraw()
+            await asyncio.sleep(0.5)
+
+    with tqdm(total=total, initial=done(), unit=unit, disable=not total) as bar:
+        redrawing = asyncio.create_task(keep_redrawing())
+        try:
+            yield
+        finally:
+            redrawing.cancel()
+            redraw()
+
+
+def ask_each(
+    teacher: Teacher,
+    prompts: list[str],
+    seed: int | None,
+    journal: Journal,
+    budget: Budget,
+    max_tokens: int,
+    unit: str,
+) -> list[Completion | None]:
+    """Ask for a reply to each prompt that has none with a text in the journal, within a budget.
+
+    Args:
+        teacher: has ``ask`` and ``close``.
+        prompts: the same, in the same order, each time that the run continues.
+        seed: sent with each request.
+        journal: as in ask_all(); a request that failed in an earlier run is sent again.
+        budget: when it is spent, or too much fails, nothing more is sent.
+        max_tokens: of a reply, for the forecast.
+        unit: what a reply is called in the bar.
+
+    Returns:
+        For each prompt the reply, or the failure, or None where the run ended before it was asked.
+    """
+    earlier = sum(reply.text is not None for _, reply in recorded(journal))
+    missing = len(prompts) - earlier
+    if missing and not budget.exhausted():
+        print_forecast(budget, missing, sum(map(len, prompts)) / len(prompts), max_tokens)
+
+    def want(number: int, in_flight: int) -> bool:
+        return number < len(prompts) and not budget.exhausted() and not budget.failing()
+
+    async def run() -> None:
+        counts = (lambda: earlier + budget.new_replies), (lambda: missing - budget.new_replies)
+        ways = (lambda i: (prompts[i], seed)), journal, budget.arrived, (lambda reply: None), want
+        async with progress_bar(budget, unit, len(prompts), *counts):
+            await ask_all(teacher, *ways, budget.settings.max_concurrency, retry_failed=True)
+
+    try:
+        asyncio.run(run())
+    except KeyboardInterrupt:
+        print(f"\nthe same command continues: the replies are in {journal.path}", file=sys.stderr)
+        raise
+    found = dict(recorded(journal))
+    return [found.get(number) for number in range(len(prompts))]
+
+
+def summarize(
+    made: str, replies: list[Completion | None], budget: Budget, journal: Journal, notes: list[tuple[int, str]]
+) -> None:
+    """Print what a run of ask_each() made. Its journal is kept while the same command has something left to ask.
+
+    Args:
+        made: what there is now, "504 judgments in J.jsonl".
+        replies: from ask_each().
+        budget: the run's.
+        journal: the run's, closed.
+        notes: counts and what they count.
+
+    Raises:
+        UserError: too many requests failed, or all of them: there may be too few for the budget to judge their share.
+    """
+    errors = Counter(reply.error for reply in replies if reply and reply.error)
+    unasked = sum(reply is None for reply in replies)
+    notes = [*notes, (errors.total(), f"failed: {in_words(errors)}"), (unasked, "not asked")]
+    made += f"{in_brackets(notes)}; tokens {budget.used()}"
+    if unasked or any(reply.text is None for reply in replies if reply):
+        made += "; the same command continues with what is missing"
+    else:
+        journal.path.unlink()
+    if why := budget.failing():
+        raise UserError(f"{why}: the run ended; {made}")
+    if errors and all(reply is None or reply.error for reply in replies):
+        raise UserError(f"not one request succeeded: {made}")
+    if unasked:
+        print(f"{budget.exhausted()} ended the run")
+    print(made)
+
+
+def print_counts(counts: dict) -> None:
+    """Print a report's counts as a table; the counts in a dict are a row each."""
+    rows = []
+    for name, value in counts.items():
+        rows += [(f"{name}: {kind}", n) for kind, n in value.items()] if isinstance(value, dict) else [(name, value)]
+    width = max(len(name) for name, _ in rows)
+    for name, number in rows:
+        print(f"{name.replace('_', ' ').ljust(width)}  {number:>12,}")
+
+
+def in_brackets(notes: list[tuple[int, str]]) -> str:
+    """Return " (3 of this; 1 of that)" without counts of 0, or "" if nothing is left."""
+    text = "; ".join(f"{count:,} {what}" for count, what in notes if count)
+    return f" ({text})" if text else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 from conftest import ROOT
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alpaca import UserError
-from alpaca.common.cli import _typed_argv, run_cli
+from alpaca.common.cli import parse, run_cli
 
 quick = settings(deadline=None, database=None, max_examples=60)
 
@@ -60,13 +61,10 @@ def test_text_stays_text(cli, text):
 @quick
 @given(text=st.text())
 def test_any_text_stays_text(text):
-    import fire
+    def echo(text: str, more: str | None = None) -> None: ...
 
-    def echo(text: str, more: str | None = None) -> str:
-        return text
-
-    argv = _typed_argv(echo, [f"--text={text}"])
-    assert fire.Fire(echo, command=argv, serialize=lambda _: None) == text
+    assert parse(echo, [f"--text={text}"]) == (echo, {"text": text})
+    assert text.startswith("--") or parse(echo, ["--text", text]) == (echo, {"text": text})
 
 
 def test_text_that_looks_like_a_flag_needs_the_equals_sign(cli):
@@ -92,6 +90,8 @@ def test_text_that_looks_like_a_flag_needs_the_equals_sign(cli):
         (["--web", "false"], "web", False),
         (["--web", "0"], "web", False),
         (["--noweb"], "web", False),
+        (["--no-web"], "web", False),
+        (["--no_web"], "web", False),
         (["--nonode"], "node", False),
         (["--node"], "node", True),  # not "no" + "de"
         (["--web", "--count", "2"], "web", True),
@@ -153,8 +153,6 @@ def test_help_is_printed_with_exit_code_0_and_nothing_runs(cli, capfd, argv, tas
 
 
 def test_help_tells_each_flag_as_it_is_taken_and_no_other_way(monkeypatch, capsys):
-    """Fire's tells of -c and of positional values, which are refused."""
-
     def copy(source: str, count: int = 2, fast: bool = False, note: str | None = None, mark: str = "") -> None:
         """Copies.
 
@@ -178,6 +176,37 @@ def test_help_tells_each_flag_as_it_is_taken_and_no_other_way(monkeypatch, capsy
         "FLAGS\n    --source (text, required)\n        what to copy, a file (yes: a file).\n"
         "    --count (whole number, default: 2)\n        how often.\n    --fast (True or False, default: False)\n"
         "    --note (text)\n    --mark (text)\n"
+    )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much.
+
+    Args:
+        most: of it,
+            in all.
+    """
+
+    most: int = 3
+    at_once: float | None = None
+
+
+def test_a_parameter_that_is_a_dataclass_is_a_flag_for_each_of_its_fields(monkeypatch, capsys):
+    def fill(path: str, limits: Limits = Limits()) -> None:  # noqa: B008  never changed
+        """Fills."""
+
+    assert parse(fill, ["--path", "p"]) == (fill, {"path": "p", "limits": Limits()})
+    assert parse(fill, ["--at-once=0.5", "--path", "p"]) == (fill, {"path": "p", "limits": Limits(at_once=0.5)})
+    for argv, message in ((["--mos", "1"], "did you mean --most?"), (["--most", "x"], "--most takes a whole number")):
+        with pytest.raises(UserError, match=message.replace("?", r"\?")):
+            parse(fill, argv)
+    monkeypatch.setattr(sys, "argv", ["fill.py", "--help"])
+    with pytest.raises(SystemExit):
+        run_cli(fill)
+    assert capsys.readouterr().out.endswith(
+        "FLAGS\n    --path (text, required)\n    --most (whole number, default: 3)\n        of it, in all.\n"
+        "    --at_once (number)\n"
     )
 
 

@@ -65,7 +65,7 @@ def test_a_flipped_bit_before_the_last_line_is_an_error_with_its_line_number(tmp
 def test_a_second_process_is_refused_until_the_first_is_done(tmp_path):
     code = f"from alpaca.common import cli, journal; cli.run_cli(lambda: journal.Journal({str(tmp_path / 'j')!r}))"
     with Journal(tmp_path / "j"):
-        assert_one_line_error(run_script("-c", code), "in use by another process", "--output_dir")
+        assert_one_line_error(run_script("-c", code), "in use by another process", "another output path")
     assert run_script("-c", code).returncode == 0
 
 

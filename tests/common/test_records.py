@@ -131,4 +131,4 @@ def test_a_written_file_has_the_mode_that_the_umask_gives(tmp_path, umask, mode)
 
 def test_importing_utils_loads_neither_torch_nor_an_api_client():
     loaded = run_script("-c", "import sys, utils; print(*sys.modules)").stdout.split()
-    assert "utils" in loaded and not {"torch", "transformers", "openai", "fire", "numpy"} & set(loaded)
+    assert "utils" in loaded and not {"torch", "transformers", "openai", "numpy"} & set(loaded)

@@ -13,14 +13,15 @@ from conftest import assert_user_error
 
 from alpaca import UserError
 from alpaca.common.journal import Journal
+from alpaca.endpoint.budget import RequestSettings
 from alpaca.endpoint.client import Completion, OpenAIDecodingArguments, Teacher
 from alpaca.endpoint.parallel import ask_all
 
 
 def ask(teacher, prompts=("p",), api="chat", max_retries=0, timeout=30.0, seed=None, **decoding) -> list[Completion]:
     """All prompts at once; ``teacher`` is a server or a base URL. Prompt i is sent with seed + i."""
-    settings = OpenAIDecodingArguments(**decoding)
-    asked = Teacher("m", settings, api, getattr(teacher, "base_url", teacher), timeout, max_retries=max_retries)
+    settings = RequestSettings(getattr(teacher, "base_url", teacher), request_timeout=timeout)
+    asked = Teacher("m", OpenAIDecodingArguments(**decoding), api, settings, max_retries)
 
     async def all_of_them():
         try:
@@ -102,9 +103,7 @@ def test_the_base_url_of_the_environment_is_taken_when_none_is_given(teacher, mo
 
 
 def test_without_a_key_and_without_a_base_url_there_is_no_teacher():
-    assert_user_error(
-        lambda: Teacher("m", OpenAIDecodingArguments()), "no server to ask", "OPENAI_API_KEY", "--base_url"
-    )
+    assert_user_error(lambda: Teacher("m", OpenAIDecodingArguments()), "no server to ask", "OPENAI_API_KEY", "base_url")
 
 
 @pytest.mark.parametrize(
@@ -116,13 +115,13 @@ def test_without_a_key_and_without_a_base_url_there_is_no_teacher():
 )
 def test_what_is_no_url_is_refused_before_any_request(url):
     assert_user_error(
-        lambda: Teacher("m", OpenAIDecodingArguments(), base_url=url),
+        lambda: Teacher("m", OpenAIDecodingArguments(), settings=RequestSettings(url)),
         "is not a URL",
         "http://127.0.0.1:8000/v1",
     )
 
 
-@pytest.mark.parametrize(("status", "word"), [(401, "OPENAI_API_KEY"), (403, "'m'"), (404, "--model_name")])
+@pytest.mark.parametrize(("status", "word"), [(401, "OPENAI_API_KEY"), (403, "'m'"), (404, "model_name")])
 def test_what_no_retry_can_mend_ends_after_one_request_without_the_key(teacher, monkeypatch, status, word):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-7261")
     server = teacher(lambda n, body: status)
@@ -130,7 +129,9 @@ def test_what_no_retry_can_mend_ends_after_one_request_without_the_key(teacher, 
         ask(server, max_retries=5)
     assert f"({status})" in str(caught.value) and word in str(caught.value) and server.base_url in str(caught.value)
     assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
-    assert "--api" not in str(caught.value) and "teacher" not in str(caught.value)  # judge.py judge has no such flag
+    assert "check api" not in str(caught.value) and "teacher" not in str(
+        caught.value
+    )  # judge.py judge has no such flag
     assert len(server.requests) == 1
 
 
@@ -196,8 +197,8 @@ def test_a_reply_without_a_text_is_asked_for_twice_more_and_no_oftener(teacher):
 
 def test_with_a_budget_a_reply_without_a_text_is_not_asked_for_again(teacher):
     server = teacher(lambda n, body: "null")
-    settings = OpenAIDecodingArguments()
-    asked = Teacher("m", settings, "chat", server.base_url, 30.0, empty_retries=0)
+    settings = RequestSettings(server.base_url, request_timeout=30.0, max_total_tokens=10**9)
+    asked = Teacher("m", OpenAIDecodingArguments(), "chat", settings)
 
     async def once():
         try:
@@ -236,7 +237,9 @@ def test_a_key_in_the_address_is_not_repeated_in_an_error(teacher):
 
 def test_one_prompt_that_is_too_long_by_itself_does_not_shorten_the_replies_to_others(teacher):
     server = teacher(lambda n, body: ("context", 400) if prompt_of(body) == "long" else "ok")
-    asked = Teacher("m", OpenAIDecodingArguments(max_tokens=800), "chat", server.base_url, 30.0, max_retries=0)
+    asked = Teacher(
+        "m", OpenAIDecodingArguments(max_tokens=800), "chat", RequestSettings(server.base_url), max_retries=0
+    )
 
     async def both():
         replies = [await asked.ask("long"), await asked.ask("short")]
@@ -280,6 +283,11 @@ def test_a_setting_that_is_refused_even_when_it_is_left_out_is_a_failure(teacher
     assert len(server.requests) == 2
 
 
+def test_a_servers_words_do_nothing_to_a_terminal(teacher):
+    server = teacher(lambda n, body: ("unsupported", "x\x1b[2J"))
+    assert ask(server)[0].error == "HTTP 400: no x\\x1b[2J here"
+
+
 def test_an_account_without_credit_ends_at_once(teacher):
     server = teacher(lambda n, body: ("quota", 429))
     assert_user_error(lambda: ask(server), "no credit left (429)")
@@ -310,7 +318,9 @@ def test_a_context_that_is_too_long_halves_max_tokens_for_prompts_as_long(teache
         return "fits" if body["max_tokens"] <= 250 or len(prompt_of(body)) < 4 else ("context", 400)
 
     server = teacher(answer)
-    asked = Teacher("m", OpenAIDecodingArguments(max_tokens=800), "chat", server.base_url, 30.0, max_retries=0)
+    asked = Teacher(
+        "m", OpenAIDecodingArguments(max_tokens=800), "chat", RequestSettings(server.base_url), max_retries=0
+    )
 
     async def twice():
         replies = [await asked.ask(prompt) for prompt in ("long", "longer", "p")]
@@ -340,7 +350,7 @@ def test_what_a_content_filter_took_is_a_failure_that_was_paid_for(teacher):
 
 def collect(server, journal, count, concurrency=4, max_retries=0):
     """Asks "0", "1", … until ``count`` replies have been handed on; returns their texts or errors, in that order."""
-    asked = Teacher("m", OpenAIDecodingArguments(), "chat", server.base_url, 30.0, max_retries=max_retries)
+    asked = Teacher("m", OpenAIDecodingArguments(), "chat", RequestSettings(server.base_url), max_retries=max_retries)
     handed, arrived = [], []
     asyncio.run(
         ask_all(

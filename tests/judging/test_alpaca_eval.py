@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+from conftest import call
+
 import judge
 from alpaca.data.instruction_sets import read_set
 
@@ -25,7 +27,7 @@ def test_alpaca_eval_compares_two_models_answers(teacher, tmp_path, monkeypatch)
     server = teacher(lambda number, body: f"{body['model']} answers" if "Say 3." not in str(body) else "three")
     for model in ("ours", "theirs"):
         path = str(tmp_path / f"{model}.json")
-        judge.answer(str(tmp_path / "set.json"), path, model_name=model, base_url=server.base_url)
+        call(judge.answer, str(tmp_path / "set.json"), path, model_name=model, base_url=server.base_url)
 
     (tmp_path / "prompt.txt").write_text("{instruction}|{output_1}|{output_2}")
     (tmp_path / "configs.yaml").write_text(CONFIG.format(prompt=tmp_path / "prompt.txt"))

@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from conftest import call
 from test_plots import References
 
 import judge
@@ -165,7 +166,7 @@ def test_a_judge_that_always_says_a_is_reported_as_bias(files, teacher, tmp_path
 
     arguments = {"instructions": str(files / "set.jsonl"), "answers": f"{files}/a.jsonl,{files}/b.jsonl"}
     base_url = teacher(answer).base_url
-    judge.judge(**arguments, output_path=str(tmp_path / "j.jsonl"), model_name="m", base_url=base_url)
+    call(judge.judge, **arguments, output_path=str(tmp_path / "j.jsonl"), model_name="m", base_url=base_url)
     (found,) = run(files, tmp_path / "out", judgments=str(tmp_path / "j.jsonl"))["judges"]
     assert (found["wins"], found["ties"], found["losses"], found["failed"]) == (0, COUNT - 1, 0, 1)
     assert (found["win_rate"], found["p"], found["not_judged"]) == (0.5, 1.0, 0)

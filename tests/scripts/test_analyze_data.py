@@ -648,4 +648,4 @@ def test_the_documented_commands_are_accepted(monkeypatch):
     lines = [line.split()[2:] for line in analyze_data.__doc__.splitlines() if line.startswith("    python ")]
     assert [line[0] for line in lines] == ["fetch", "stats", "lint", "plot"]
     for line in lines:
-        assert cli._typed_argv({line[0]: getattr(analyze_data, line[0])}, line)
+        assert cli.parse({line[0]: getattr(analyze_data, line[0])}, line)

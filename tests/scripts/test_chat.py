@@ -552,7 +552,7 @@ def test_another_model_in_the_same_folder_does_not_finish_a_run(tiny_llama, tmp_
     os.utime(model / "model.safetensors")
     with pytest.raises(SystemExit) as exit:
         run_file(monkeypatch, model, RECORDS[:3], out)
-    assert "differs in model, requests: give the same again, or take another --output_path" in exit.value.code
+    assert "differs in model, requests: give the same again, or choose another output path" in exit.value.code
 
 
 def test_another_base_or_dtype_does_not_finish_a_run(tiny_llama, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ import time
 
 import oracles
 import pytest
-from conftest import ROOT, assert_one_line_error, run_script
+from conftest import ROOT, assert_one_line_error, call, run_script
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -27,7 +27,7 @@ import utils
 from alpaca import UserError
 from alpaca.common import cli
 from alpaca.endpoint.client import Completion
-from generate_instruction import Rules, encode_prompt, filter_reason, parse_response
+from generate_instruction import Filters, encode_prompt, filter_reason, parse_response
 
 quick = settings(deadline=None, database=None, max_examples=100)
 TASK = "generate_instruction_following_data"
@@ -159,7 +159,7 @@ def test_any_reply_is_parsed_into_records_with_three_texts_or_stays_text_and_eac
             assert [type(value) for value in record.values()] == [str, str, str]
             assert list(record) == ["instruction", "input", "output"]
             assert filter_reason(record) is None or isinstance(filter_reason(record), str)
-            assert filter_reason(record, Rules(tokenizer="unicode")) != "malformed"
+            assert filter_reason(record, Filters(tokenizer="unicode")) != "malformed"
 
 
 @quick
@@ -217,7 +217,7 @@ def test_a_filter_takes_what_it_names_and_leaves_its_neighbour(reason, dropped, 
     ],
 )
 def test_with_the_unicode_tokenizer_the_words_of_any_script_count_and_any_letter_may_come_first(instruction, reason):
-    assert filter_reason(TREE | {"instruction": instruction}, Rules(tokenizer="unicode")) == reason
+    assert filter_reason(TREE | {"instruction": instruction}, Filters(tokenizer="unicode")) == reason
 
 
 NOT_TEXT = (
@@ -286,13 +286,14 @@ def seeds(tmp_path):
 def run(tmp_path, seeds):
     """``run(server, …)`` makes instructions in tmp_path/out and returns regen.json's records."""
 
-    def call(server, **flags) -> list[dict]:
+    def generated(server, **flags) -> list[dict]:
         settings = {"base_url": getattr(server, "base_url", server), "model_name": "m", "max_concurrency": 1}
         settings |= {"seed_tasks_path": str(seeds), "prompt_path": str(ROOT / "prompt.txt")}
-        generate_instruction.generate_instruction_following_data(str(tmp_path / "out"), **(settings | flags))
+        flags = settings | flags
+        call(generate_instruction.generate_instruction_following_data, str(tmp_path / "out"), **flags)
         return json.loads((tmp_path / "out" / "regen.json").read_text())
 
-    return call
+    return generated
 
 
 def texts(records: list[dict]) -> list[str]:
@@ -315,13 +316,16 @@ def test_a_run_ends_when_enough_are_kept_and_counts_every_parsed_item(teacher, r
     table = {line.rpartition("  ")[0].strip(): line.split()[-1] for line in printed.splitlines() if "  " in line}
     assert {name: number for name, number in table.items() if number.isdigit()} == {
         "requests": "2",
-        "items parsed": "8",
+        "unused replies": "0",
+        "parsed": "8",
         "dropped: too short": "2",
         "dropped: not doable in text": "2",
         "dropped: malformed": "2",
         "kept": "2",
+        "kept before": "0",
+        "prompt tokens": "14",
+        "completion tokens": "10",
     }
-    assert "14 prompt + 10 reply" in printed  # tokens
     assert "2 instructions in" in printed and "(2 new)" in printed
 
 
@@ -493,16 +497,16 @@ def test_the_run_goes_on_through_faults_and_ends_with_enough(teacher, run, tmp_p
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"api": "responses"}, ["--api takes chat or completions"]),
-        ({"model_name": None}, ["no teacher named", "--model_name"]),
-        ({"max_concurrency": 0}, ["--max_concurrency must be at least 1"]),
-        ({"num_prompt_instructions": 0}, ["--num_prompt_instructions must be at least 1"]),
-        ({"num_prompt_instructions": 5}, ["--num_prompt_instructions 5 is more than the 4 tasks"]),
-        ({"max_tokens": 0}, ["--max_tokens must be at least 1"]),
+        ({"api": "responses"}, ["api must be chat or completions"]),
+        ({"model_name": None}, ["no model to ask: model_name"]),
+        ({"max_concurrency": 0}, ["max_concurrency must be at least 1"]),
+        ({"num_prompt_instructions": 0}, ["--num_prompt_instructions must be 1 to 4, the tasks in"]),
+        ({"num_prompt_instructions": 5}, ["--num_prompt_instructions must be 1 to 4, the tasks in"]),
+        ({"max_tokens": 0}, ["max_tokens must be at least 1"]),
         ({"seed_tasks_path": "no.jsonl"}, ["no.jsonl does not exist"]),
         ({"prompt_path": "no.txt"}, ["no.txt does not exist"]),
         ({"prompt_path": sys.executable}, ["is not UTF-8 text"]),
-        ({"base_url": "127.0.0.1:8000"}, ["--base_url is not a URL"]),
+        ({"base_url": "127.0.0.1:8000"}, ["base_url is not a URL"]),
         ({"base_url": None}, ["no server to ask: set OPENAI_API_KEY"]),
     ],
 )
@@ -556,7 +560,7 @@ def generate(server, out, *flags, env=None) -> subprocess.CompletedProcess:
     return run_script(*argv, *(["--base_url", server.base_url] if server else []), env=env)
 
 
-@pytest.mark.parametrize(("status", "word"), [(401, "OPENAI_API_KEY"), (403, "'m'"), (404, "--model_name")])
+@pytest.mark.parametrize(("status", "word"), [(401, "OPENAI_API_KEY"), (403, "'m'"), (404, "model_name")])
 def test_a_refusal_ends_the_command_at_once_and_the_key_is_nowhere(teacher, tmp_path, status, word):
     server = teacher(lambda n, body: reply(fresh(0)) if n == 0 else status)
     env = {"OPENAI_API_KEY": "sk-secret-7261"}
@@ -586,7 +590,7 @@ def test_an_unknown_flag_is_one_line_with_a_suggestion_and_contacts_no_teacher(t
 
 def test_without_a_teacher_the_command_is_one_line(tmp_path):
     result = generate(None, tmp_path / "out")
-    assert_one_line_error(result, "no server to ask", "OPENAI_API_KEY", "--base_url")
+    assert_one_line_error(result, "no server to ask", "OPENAI_API_KEY", "base_url")
     assert not (tmp_path / "out").exists()
 
 
@@ -642,9 +646,9 @@ def test_every_documented_command_is_one_that_the_script_takes():
     for script, *argv in commands:
         assert script == "generate_instruction.py"
         tasks = {TASK: generate_instruction.generate_instruction_following_data, "dedup": generate_instruction.dedup}
-        assert len(cli._typed_argv(tasks, argv)) > 1
+        assert cli.parse(tasks, argv)[1]
         with pytest.raises(UserError, match="unknown flag"):  # a wrong name would be found
-            cli._typed_argv(tasks, [*argv, "--model_nam", "x"])
+            cli.parse(tasks, [*argv, "--model_nam", "x"])
 
 
 def test_the_flags_of_the_original_are_taken_with_their_values():
@@ -654,18 +658,18 @@ def test_the_flags_of_the_original_are_taken_with_their_values():
         "--seed_tasks_path ./seed_tasks.jsonl --num_prompt_instructions 3 --request_batch_size 5 "
         "--temperature 1.0 --top_p 1.0 --num_cpus 16"
     )
-    assert cli._typed_argv({TASK: generate_instruction.generate_instruction_following_data}, argv.split()) == [
-        TASK,
-        "--output_dir='./'",
-        "--num_instructions_to_generate=10",
-        "--model_name='text-davinci-003'",
-        "--seed_tasks_path='./seed_tasks.jsonl'",
-        "--num_prompt_instructions=3",
-        "--request_batch_size=5",
-        "--temperature=1.0",
-        "--top_p=1.0",
-        "--num_cpus=16",
-    ]
+    _, values = cli.parse({TASK: generate_instruction.generate_instruction_following_data}, argv.split())
+    assert {name: value for name, value in values.items() if isinstance(value, str | int | float)} == {
+        "output_dir": "./",
+        "num_instructions_to_generate": 10,
+        "model_name": "text-davinci-003",
+        "seed_tasks_path": "./seed_tasks.jsonl",
+        "num_prompt_instructions": 3,
+        "request_batch_size": 5,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "num_cpus": 16,
+    }
 
 
 def test_importing_the_script_loads_neither_torch_nor_an_api_client():
@@ -698,7 +702,7 @@ def test_a_teacher_that_repeats_itself_ends_the_run(teacher, tmp_path):
 def test_after_a_run_is_over_a_late_reply_changes_nothing():
     """How many are still in flight then depends on the clock; what is kept may not."""
     rejected = io.StringIO()
-    selection = generate_instruction.Selection([seed_task(SEEDS[0])], [], 2, 3, Rules(), True, rejected)
+    selection = generate_instruction.Selection([seed_task(SEEDS[0])], [], 2, 3, Filters(), True, rejected)
     for _ in range(generate_instruction.PATIENCE):
         selection.feed(Completion(None, error="timeout"))
     assert not selection.is_over()  # a failure says nothing about what the teacher still knows
@@ -711,7 +715,7 @@ def test_after_a_run_is_over_a_late_reply_changes_nothing():
 
 def test_a_rejected_record_is_kept_with_its_reason_its_text_and_its_nearest():
     rejected = io.StringIO()
-    selection = generate_instruction.Selection([seed_task(SEEDS[0])], [], 9, 3, Rules(), True, rejected)
+    selection = generate_instruction.Selection([seed_task(SEEDS[0])], [], 9, 3, Filters(), True, rejected)
     selection.feed(Completion(reply(fresh(0), SEEDS[0] + " Now", fresh(0) + " now"), "stop"))
     notes = [json.loads(line) for line in rejected.getvalue().splitlines()]
     assert [(note["reason"], note.get("nearest")) for note in notes] == [
@@ -733,3 +737,12 @@ def test_a_refused_request_is_told_in_the_servers_words_but_not_with_the_key(tea
     )
     assert_one_line_error(result, "HTTP 400: ")
     assert key not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("argv", [["generate_instruction.py", TASK], ["judge.py", "answer"], ["judge.py", "judge"]])
+def test_every_task_that_asks_a_server_has_the_flags_of_a_request_with_their_descriptions(argv):
+    printed = run_script(*argv, "--help").stdout
+    for name in ("base_url", "max_concurrency", "request_timeout", "time_limit", "max_total_tokens", "max_cost_usd"):
+        assert re.search(rf"^    --{name} \(.*\)\n        \w", printed, re.M), name
+    for name in ("prompt_price", "completion_price", "max_failure_rate"):
+        assert re.search(rf"^    --{name} \(number, default: 0\.\d\)\n        \w", printed, re.M), name

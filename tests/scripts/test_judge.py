@@ -12,7 +12,7 @@ import zlib
 from collections import Counter
 
 import pytest
-from conftest import ROOT, assert_one_line_error, run_script
+from conftest import ROOT, assert_one_line_error, call, run_script
 
 import judge
 import utils
@@ -127,7 +127,7 @@ def test_a_prompt_without_a_place_for_an_answer_is_refused(tmp_path):
 
 def test_both_orders_are_asked_and_the_preference_follows_the_answer(teacher, files, tmp_path):
     server = teacher(prefers_long)
-    judge.judge(**files(3), base_url=server.base_url)
+    call(judge.judge, **files(3), base_url=server.base_url)
     rows = read(tmp_path / "j.jsonl")
     assert [(row["id"], row["first"], row["second"], row["preferred"]) for row in rows] == [
         *(("1", "a", "b", "second"), ("1", "b", "a", "first")),
@@ -141,12 +141,14 @@ def test_both_orders_are_asked_and_the_preference_follows_the_answer(teacher, fi
 
 def test_a_space_behind_the_comma_is_no_part_of_a_files_name(teacher, files, tmp_path):
     flags = files(1)
-    judge.judge(**flags | {"answers": flags["answers"].replace(",", ", ")}, base_url=teacher(prefers_long).base_url)
+    call(
+        judge.judge, **flags | {"answers": flags["answers"].replace(",", ", ")}, base_url=teacher(prefers_long).base_url
+    )
     assert len(read(tmp_path / "j.jsonl")) == 2
 
 
 def test_a_row_says_who_judged_by_what_and_of_which_texts(teacher, files, tmp_path):
-    judge.judge(**files(1), base_url=teacher(prefers_long).base_url, seed=5, max_tokens=99)
+    call(judge.judge, **files(1), base_url=teacher(prefers_long).base_url, seed=5, max_tokens=99)
     row = read(tmp_path / "j.jsonl")[0]
     assert row == {
         "id": "1",
@@ -168,7 +170,7 @@ def test_a_row_says_who_judged_by_what_and_of_which_texts(teacher, files, tmp_pa
 
 
 def test_a_judge_that_always_says_a_prefers_the_first_each_time(teacher, files, tmp_path):
-    judge.judge(**files(4), base_url=teacher(lambda number, body: "Verdict: A").base_url)
+    call(judge.judge, **files(4), base_url=teacher(lambda number, body: "Verdict: A").base_url)
     rows = read(tmp_path / "j.jsonl")
     assert [row["preferred"] for row in rows] == ["first"] * 8
     assert Counter(row["first"] for row in rows) == {"a": 4, "b": 4}
@@ -178,7 +180,7 @@ def test_what_a_model_does_not_take_is_not_among_the_settings(teacher, files, tm
     def answer(number, body):
         return ("unsupported", "temperature") if "temperature" in body else "Verdict: tie"
 
-    judge.judge(**files(2), base_url=teacher(answer).base_url)
+    call(judge.judge, **files(2), base_url=teacher(answer).base_url)
     rows = read(tmp_path / "j.jsonl")
     assert {row["preferred"] for row in rows} == {"tie"}
     assert [row["judge"]["settings"] for row in rows] == [{"max_tokens": 1024, "top_p": 1.0, "seed": 0}] * 4
@@ -189,7 +191,7 @@ def test_where_the_context_forced_a_shorter_reply_the_row_has_the_limit_that_was
         return ("context", 400) if body["max_tokens"] > 300 and "1" in shown(body)[0] else prefers_long(number, body)
 
     server = teacher(answer)
-    judge.judge(**files(2, b="{} and more" + " and more" * 9), base_url=server.base_url, max_concurrency=1)
+    call(judge.judge, **files(2, b="{} and more" + " and more" * 9), base_url=server.base_url, max_concurrency=1)
     limits = {row["id"]: row["judge"]["settings"]["max_tokens"] for row in read(tmp_path / "j.jsonl")}
     assert limits["2"] == 256 and {body["max_tokens"] for body in server.requests} == {1024, 512, 256}
 
@@ -205,7 +207,7 @@ def test_a_reply_without_a_verdict_is_asked_for_again_with_a_reminder_and_then_f
         return "Hard to say." if "2" in first else "Verdict: A"
 
     server = teacher(answer)
-    judge.judge(**files(4), base_url=server.base_url)
+    call(judge.judge, **files(4), base_url=server.base_url)
     rows = read(tmp_path / "j.jsonl")
     assert [(row["preferred"], row["error"]) for row in rows] == [
         *[("first", None)] * 2,
@@ -223,7 +225,7 @@ def test_a_reply_without_a_verdict_is_asked_for_again_with_a_reminder_and_then_f
 
 def test_equal_answers_are_a_tie_that_nobody_is_asked_about(teacher, files, tmp_path, capsys):
     server = teacher(lambda number, body: "Verdict: A")
-    judge.judge(**files(2, b=" 0 \n"), base_url=server.base_url)
+    call(judge.judge, **files(2, b=" 0 \n"), base_url=server.base_url)
     rows = read(tmp_path / "j.jsonl")
     assert [row["preferred"] for row in rows] == ["tie", "tie", "first", "first"]
     assert [row.get("note") for row in rows] == ["equal answers, not asked"] * 2 + [None] * 2
@@ -234,7 +236,7 @@ def test_equal_answers_are_a_tie_that_nobody_is_asked_about(teacher, files, tmp_
 def test_a_missing_answer_is_told_and_recorded_as_a_failure(teacher, files, tmp_path, capsys):
     server, flags = teacher(prefers_long), files(2)
     write(tmp_path / "b.jsonl", read(tmp_path / "b.jsonl")[1:])
-    judge.judge(**flags, base_url=server.base_url)
+    call(judge.judge, **flags, base_url=server.base_url)
     rows = read(tmp_path / "j.jsonl")
     assert [(row["id"], row["preferred"], row["error"]) for row in rows] == [
         *[("1", None, "no answer by b")] * 2,
@@ -252,13 +254,13 @@ def test_a_request_that_failed_is_sent_again_by_the_same_command(teacher, files,
         return 400 if broken and shown(body)[0] == "1" else prefers_long(number, body)
 
     server, flags = teacher(answer), files(6)
-    judge.judge(**flags, base_url=server.base_url)
+    call(judge.judge, **flags, base_url=server.base_url)
     row = read(tmp_path / "j.jsonl")[2]
     assert (row["preferred"], row["error"], row["reply"]) == (None, "HTTP 400: fault 400", None)
     assert "1 failed: HTTP 400: fault 400 1); tokens" in (said := capsys.readouterr().out)
-    assert "the same command goes on with what is missing" in said
+    assert "the same command continues with what is missing" in said
     broken = False
-    judge.judge(**flags, base_url=server.base_url)
+    call(judge.judge, **flags, base_url=server.base_url)
     assert len(server.requests) == 13 and {row["error"] for row in read(tmp_path / "j.jsonl")} == {None}
     assert not list(tmp_path.glob("*.journal"))
 
@@ -268,28 +270,28 @@ def test_a_judge_that_mostly_fails_ends_the_run(teacher, files, tmp_path):
     with pytest.raises(
         UserError, match="10 of the last 10 requests failed .*: the run ended; 10 judgments in .*not asked"
     ):
-        judge.judge(**files(30), base_url=server.base_url, max_concurrency=1)
+        call(judge.judge, **files(30), base_url=server.base_url, max_concurrency=1)
     assert len(server.requests) == 10
 
 
 def test_a_budget_ends_the_run_with_what_is_there_and_a_larger_one_goes_on(teacher, files, tmp_path, capsys):
     server, flags = teacher(prefers_long), files(20)
-    judge.judge(**flags, base_url=server.base_url, max_total_tokens=120, max_concurrency=4)
+    call(judge.judge, **flags, base_url=server.base_url, max_total_tokens=120, max_concurrency=4)
     there = len(server.requests)
     assert 10 <= there <= 13  # each of 12 tokens; up to 4 in flight when the tenth reaches 120
     assert len(read(tmp_path / "j.jsonl")) == there
     assert "the budget of 120 tokens ended the run" in capsys.readouterr().out
     prices = {"max_cost_usd": 0.00012, "prompt_price": 1.0, "completion_price": 1.0}
-    judge.judge(**flags, base_url=server.base_url, **prices)
+    call(judge.judge, **flags, base_url=server.base_url, **prices)
     assert len(server.requests) == there and "the budget of $0.00012 ended the run" in capsys.readouterr().out
-    judge.judge(**flags, base_url=server.base_url)
+    call(judge.judge, **flags, base_url=server.base_url)
     assert len(server.requests) == 40 and len(read(tmp_path / "j.jsonl")) == 40
     assert capsys.readouterr().out.startswith(f"forecast: at most {40 - there} requests")
 
 
 def test_dollars_need_prices(files):
-    with pytest.raises(UserError, match="--max_cost_usd needs --prompt_price"):
-        judge.judge(**files(1), base_url="http://127.0.0.1:1/v1", max_cost_usd=1.0)
+    with pytest.raises(UserError, match="max_cost_usd needs prompt_price"):
+        call(judge.judge, **files(1), base_url="http://127.0.0.1:1/v1", max_cost_usd=1.0)
 
 
 @pytest.mark.parametrize("change", ["answers", "prompt", "model", "settings", "set"])
@@ -297,7 +299,7 @@ def test_a_run_does_not_go_on_from_one_with_other_answers_prompt_judge_settings_
     teacher, files, tmp_path, change
 ):
     server, flags = teacher(prefers_long), files(5)
-    judge.judge(**flags, base_url=server.base_url, max_total_tokens=12, max_concurrency=1)
+    call(judge.judge, **flags, base_url=server.base_url, max_total_tokens=12, max_concurrency=1)
     asked, before = len(server.requests), (tmp_path / "j.jsonl").read_bytes()
     if change == "answers":
         write(tmp_path / "b.jsonl", [row | {"output": "other"} for row in read(tmp_path / "b.jsonl")])
@@ -313,15 +315,15 @@ def test_a_run_does_not_go_on_from_one_with_other_answers_prompt_judge_settings_
         (tmp_path / "set.json").write_text(text.replace('"output": "4"', '"output": "5"'))
     key = {"model": "model_name", "set": "instructions"}.get(change, change)
     with pytest.raises(UserError, match=f"j.jsonl.journal is of a run that differs in {key}: give the same again"):
-        judge.judge(**flags, base_url=server.base_url)
+        call(judge.judge, **flags, base_url=server.base_url)
     assert len(server.requests) == asked and (tmp_path / "j.jsonl").read_bytes() == before
 
 
 def test_a_finished_file_is_never_written_over(teacher, files, tmp_path):
     server, flags = teacher(prefers_long), files(1)
-    judge.judge(**flags, base_url=server.base_url)
+    call(judge.judge, **flags, base_url=server.base_url)
     with pytest.raises(UserError, match="j.jsonl exists: move it away"):
-        judge.judge(**flags, base_url=server.base_url)
+        call(judge.judge, **flags, base_url=server.base_url)
     assert len(server.requests) == 2
 
 
@@ -329,7 +331,7 @@ def test_the_key_is_in_no_file(teacher, files, tmp_path, monkeypatch):
     secret = "sk-" + "s3cret" * 4
     monkeypatch.setenv("OPENAI_API_KEY", secret)
     server = teacher(lambda number, body: 400 if number % 5 == 0 else prefers_long(number, body))
-    judge.judge(**files(5), base_url=server.base_url)
+    call(judge.judge, **files(5), base_url=server.base_url)
     assert f"Bearer {secret}" in server.headers[0].values() and (tmp_path / "j.jsonl.journal").exists()
     for path in tmp_path.iterdir():
         assert b"s3cret" not in path.read_bytes(), path
@@ -351,7 +353,7 @@ def test_killed_again_and_again_a_run_asks_nothing_twice_and_ends_where_an_unint
     teacher, files, tmp_path
 ):
     server, flags = teacher(erratic), files(60)
-    judge.judge(**flags | {"output_path": str(tmp_path / "whole.jsonl")}, base_url=server.base_url)
+    call(judge.judge, **flags | {"output_path": str(tmp_path / "whole.jsonl")}, base_url=server.base_url)
     whole = len(server.requests)
     server.requests.clear()
     rng, kills, there = random.Random(3), 0, 0
@@ -367,7 +369,7 @@ def test_killed_again_and_again_a_run_asks_nothing_twice_and_ends_where_an_unint
         kills += process.returncode == -signal.SIGKILL
         there = len(server.requests)
     assert kills == 4 and not (tmp_path / "j.jsonl").exists()
-    judge.judge(**flags, base_url=server.base_url)
+    call(judge.judge, **flags, base_url=server.base_url)
     assert (tmp_path / "j.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     # What was in flight at a kill is lost, and its tries before: 4 requests of at most 3 tries each.
     assert whole <= len(server.requests) <= whole + kills * 4 * 3
@@ -388,7 +390,7 @@ def test_ctrl_c_loses_no_reply_and_says_how_to_go_on(teacher, files, tmp_path):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in said
-    assert "the same command goes on: the replies are in" in said
+    assert "the same command continues: the replies are in" in said
     entries = (tmp_path / "j.jsonl.journal").read_bytes().splitlines()
     assert 20 - 1 - 4 * 3 <= len(entries) - 1  # all that was answered; at most 4 were being asked
 
@@ -400,7 +402,7 @@ def test_faults_of_every_kind_cost_no_judgment(teacher, files, tmp_path):
     def answer(number, body):
         return rng.choice(faults) if rng.random() < 0.3 else prefers_long(number, body)
 
-    judge.judge(**files(30), base_url=teacher(answer).base_url, max_concurrency=16, request_timeout=5.0)
+    call(judge.judge, **files(30), base_url=teacher(answer).base_url, max_concurrency=16, request_timeout=5.0)
     rows = read(tmp_path / "j.jsonl")
     assert len(rows) == 60
     assert {(row["first"], row["preferred"]) for row in rows if not row["error"]} == {("a", "second"), ("b", "first")}
@@ -417,9 +419,9 @@ def test_faults_of_every_kind_cost_no_judgment(teacher, files, tmp_path):
         ({"prompt": "nowhere.txt"}, ["nowhere.txt does not exist"]),
         ({"output_path": "j.json"}, ["ends in .jsonl"]),
         ({"output_path": "no/folder/j.jsonl"}, ["a file in a folder that exists"]),
-        ({"base_url": "no url"}, ["--base_url is not a URL"]),
+        ({"base_url": "no url"}, ["base_url is not a URL"]),
         ({"base_url": None}, ["set OPENAI_API_KEY"]),
-        ({"max_tokens": 0}, ["--max_tokens must be at least 1"]),
+        ({"max_tokens": 0}, ["max_tokens must be at least 1"]),
         ({"model_name": "a\nb"}, ["--model_name must be a name in one line, not 'a\\nb'"]),
     ],
 )
@@ -428,7 +430,7 @@ def test_bad_input_is_one_line_with_the_cure(files, tmp_path, flags, words):
     if given["answers"] == "TWICE":
         given["answers"] = f"{tmp_path / 'a.jsonl'},{tmp_path / 'a.jsonl'}"
     with pytest.raises(UserError) as caught:
-        judge.judge(**given)
+        call(judge.judge, **given)
     assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
 
 
@@ -453,7 +455,7 @@ def test_a_server_answers_the_set_in_its_order(teacher, tmp_path):
 
     server, output = teacher(answer), tmp_path / "out.jsonl"
     instructions = write(tmp_path / "set.jsonl", SET)
-    judge.answer(str(instructions), str(output), model_name="m", base_url=server.base_url, generator="ours")
+    call(judge.answer, str(instructions), str(output), model_name="m", base_url=server.base_url, generator="ours")
     base = {"model": "m", "generator": "ours"}
     assert read(output) == [
         {
@@ -472,8 +474,13 @@ def test_a_server_answers_the_set_in_its_order(teacher, tmp_path):
 
 def test_a_base_model_goes_on_from_alpacas_prompt_and_stops_before_the_next(teacher, tmp_path):
     server, instructions = teacher(lambda number, body: "3"), write(tmp_path / "set.jsonl", SET[:1])
-    judge.answer(
-        str(instructions), str(tmp_path / "out.json"), model_name="m", base_url=server.base_url, api="completions"
+    call(
+        judge.answer,
+        str(instructions),
+        str(tmp_path / "out.json"),
+        model_name="m",
+        base_url=server.base_url,
+        api="completions",
     )
     assert server.requests[0]["prompt"] == utils.format_prompt("Add.", "1 2")
     assert server.requests[0]["stop"] == ["\n### Instruction:"]
@@ -485,7 +492,7 @@ def test_what_a_server_does_not_answer_has_an_error_and_is_asked_again(teacher, 
     server = teacher(lambda number, body: 400 if broken and "Rest" in json.dumps(body) else "3")
     flags = {"model_name": "m", "base_url": server.base_url, "max_concurrency": 1}
     instructions, output = write(tmp_path / "set.jsonl", SET), tmp_path / "out.jsonl"
-    judge.answer(str(instructions), str(output), **flags)
+    call(judge.answer, str(instructions), str(output), **flags)
     assert read(output)[1] == {
         "id": "2",
         "instruction": "Rest.",
@@ -496,16 +503,16 @@ def test_what_a_server_does_not_answer_has_an_error_and_is_asked_again(teacher, 
     assert read_answers(output, read_set(instructions)).unanswered == ["2"]
     assert "1 answers in" in capsys.readouterr().out
     broken = False
-    judge.answer(str(instructions), str(output), **flags)
+    call(judge.answer, str(instructions), str(output), **flags)
     assert [row["output"] for row in read(output)] == ["3", "3"] and len(server.requests) == 3
     with pytest.raises(UserError, match="out.jsonl exists"):
-        judge.answer(str(instructions), str(output), **flags)
+        call(judge.answer, str(instructions), str(output), **flags)
 
 
 def test_a_server_that_says_nothing_has_answered_with_nothing_after_the_retries(teacher, tmp_path, capsys):
     server = teacher(lambda number, body: (" ", "stop") if "Rest" in json.dumps(body) else ("", "length"))
     instructions, output = write(tmp_path / "set.jsonl", SET), tmp_path / "out.jsonl"
-    judge.answer(str(instructions), str(output), model_name="m", base_url=server.base_url)
+    call(judge.answer, str(instructions), str(output), model_name="m", base_url=server.base_url)
     cut, empty = read(output)
     assert cut["error"] == "empty reply (finish_reason length)" and "output" not in cut
     assert (empty["output"], empty["finish_reason"], "error" in empty) == ("", "stop", False)
@@ -516,10 +523,10 @@ def test_a_server_that_says_nothing_has_answered_with_nothing_after_the_retries(
 def test_answers_do_not_go_on_from_another_models(teacher, tmp_path):
     server, instructions = teacher(lambda number, body: "3"), write(tmp_path / "set.jsonl", SET)
     flags = {"base_url": server.base_url, "max_concurrency": 1}
-    judge.answer(str(instructions), str(tmp_path / "o.jsonl"), model_name="m", **flags, max_total_tokens=5)
+    call(judge.answer, str(instructions), str(tmp_path / "o.jsonl"), model_name="m", **flags, max_total_tokens=5)
     assert read(tmp_path / "o.jsonl")[1]["error"] == "not asked"
     with pytest.raises(UserError, match="of a run that differs in model_name, temperature"):
-        judge.answer(str(instructions), str(tmp_path / "o.jsonl"), model_name="n", temperature=1.0, **flags)
+        call(judge.answer, str(instructions), str(tmp_path / "o.jsonl"), model_name="n", temperature=1.0, **flags)
 
 
 @pytest.mark.parametrize(
@@ -529,7 +536,7 @@ def test_answers_do_not_go_on_from_another_models(teacher, tmp_path):
         ({"model_path": "x", "model_name": "m"}, "give --model_path, a folder, or --model_name"),
         ({"model_name": "m", "reference_loss": True}, "are for --model_path"),
         ({"model_path": "x", "base_url": "http://127.0.0.1/v1"}, "are for --model_name"),
-        ({"model_name": "m", "api": "tokens"}, "--api takes chat or completions"),
+        ({"model_name": "m", "api": "tokens"}, "api must be chat or completions"),
         ({"model_name": ""}, "--model_name must be a name in one line"),
         ({"model_name": "m", "generator": "two\nlines"}, "--generator must be a name in one line"),
         ({"model_path": "x", "generator": " "}, "--generator must be a name in one line"),
@@ -538,19 +545,19 @@ def test_answers_do_not_go_on_from_another_models(teacher, tmp_path):
 )
 def test_flags_that_do_not_go_together_are_one_line(tmp_path, flags, said):
     with pytest.raises(UserError, match=said):
-        judge.answer(str(write(tmp_path / "set.jsonl", SET)), str(tmp_path / "o.jsonl"), **flags)
+        call(judge.answer, str(write(tmp_path / "set.jsonl", SET)), str(tmp_path / "o.jsonl"), **flags)
 
 
 @pytest.mark.parametrize("reply", [400, "No opinion."])
 def test_where_no_request_succeeded_the_run_has_failed_however_few_they_were(teacher, files, tmp_path, reply):
     server = teacher(lambda number, body: reply)
     with pytest.raises(UserError, match="^not one request succeeded: 4 judgments in .*4 failed"):
-        judge.judge(**files(2), base_url=server.base_url)
+        call(judge.judge, **files(2), base_url=server.base_url)
     assert [row["preferred"] for row in read(tmp_path / "j.jsonl")] == [None] * 4
 
 
 def test_where_no_two_answers_differ_nobody_is_asked(teacher, files, tmp_path, capsys):
     server = teacher(prefers_long)
-    judge.judge(**files(2, b="{}"), base_url=server.base_url)
+    call(judge.judge, **files(2, b="{}"), base_url=server.base_url)
     assert [row["preferred"] for row in read(tmp_path / "j.jsonl")] == ["tie"] * 4 and not server.requests
     assert capsys.readouterr().err == ""  # a bar of nothing would be two lines of "0judgment"

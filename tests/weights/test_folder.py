@@ -38,9 +38,9 @@ def test_a_new_folder_takes_the_place_of_an_empty_one_only(tmp_path):
     target.mkdir()
     with model_folder(target) as folder:
         (folder / "file").write_text("first")
-    with pytest.raises(UserError, match="target is there already: remove it"), model_folder(target):
+    with pytest.raises(UserError, match="target already exists: remove it"), model_folder(target):
         raise AssertionError("not reached")
-    with pytest.raises(UserError, match="file is there already"), model_folder(target / "file"):
+    with pytest.raises(UserError, match="file already exists"), model_folder(target / "file"):
         raise AssertionError("not reached")
     assert (target / "file").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
@@ -233,7 +233,7 @@ def test_the_only_copy_stays_when_something_else_has_come_to_its_place(tmp_path)
     target.mkdir()
     (target / "thesis").touch()
     with (
-        pytest.raises(UserError, match="is there, but .*replaced holds the model"),
+        pytest.raises(UserError, match="exists, but .*replaced holds what it replaced"),
         model_folder(target, "--out", True),
     ):
         raise AssertionError("not reached")
