@@ -149,7 +149,7 @@ class Teacher:
                 )
                 self._fitting[len(prompt)] = limit
             return reply, again
-        except asyncio.TimeoutError:
+        except TimeoutError:
             return Completion(None, error="timeout"), False
         # The server's own words are left out of the next four: they may repeat a part of the key.
         except openai.AuthenticationError:
