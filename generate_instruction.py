@@ -20,6 +20,7 @@ a crash or kill -9 the same command goes on, asks for nothing twice, and ends wh
 
 from __future__ import annotations
 
+import alpaca.common.environment  # noqa: F401  # isort: skip
 import asyncio
 import contextlib
 import random

@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, assert_one_line_error, run_script
 from packaging.requirements import Requirement
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -119,3 +119,9 @@ def test_the_installed_package_can_be_imported_beside_a_users_own_utils(wheel, t
     result = run_script("-c", code, cwd=tmp_path / "here", env={"PYTHONPATH": str(tmp_path / "site")})
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(str(tmp_path / "site"))
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py") if path.name != "utils.py"))
+def test_a_script_without_the_environment_says_what_to_activate_or_install(script):
+    result = run_script("-S", script, "--help")  # -S: no site-packages
+    assert_one_line_error(result, "torch", "source .venv/bin/activate", "pip install -r requirements.txt")
