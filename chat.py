@@ -11,7 +11,7 @@ As a page for the browser (the live demo): python chat.py --model_path DIR --web
 
 from __future__ import annotations
 
-import inspect
+import alpaca.common.environment  # noqa: F401  # isort: skip
 import sys
 from collections.abc import Callable
 from contextlib import closing

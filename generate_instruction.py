@@ -20,6 +20,7 @@ crash or kill -9 the same command continues, requests nothing twice, and ends wh
 
 from __future__ import annotations
 
+import alpaca.common.environment  # noqa: F401  # isort: skip
 import asyncio
 import math
 import random

@@ -25,6 +25,7 @@ counts (OUT.journal): after Ctrl-C, a crash or kill -9 the same command continue
 
 from __future__ import annotations
 
+import alpaca.common.environment  # noqa: F401  # isort: skip
 import hashlib
 import json
 import sys

@@ -22,6 +22,7 @@ SIGTERM and SIGUSR1 make it save (not with --save_strategy no) and exit with 75,
 
 from __future__ import annotations
 
+import alpaca.common.environment  # noqa: F401  # isort: skip
 import importlib.util
 import math
 import os

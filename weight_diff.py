@@ -10,6 +10,7 @@ RAW is the base model in Hugging Face format. Tensors are streamed in pieces: 7B
 
 from __future__ import annotations
 
+import alpaca.common.environment  # noqa: F401  # isort: skip
 import math
 from contextlib import nullcontext
 from pathlib import Path

@@ -8,6 +8,7 @@ import shlex
 
 import pytest
 from conftest import ROOT
+from test_boundaries import ARROWS
 
 import train
 from alpaca.common import cli
@@ -71,3 +72,29 @@ def test_every_path_of_the_readme_exists():
         assert (ROOT / path).exists(), path
     for line in re.search(r"## Files\n+```\n(.*?)```", text, re.S).group(1).splitlines():
         assert (ROOT / line.split()[0]).exists(), line
+
+
+MAP = (ROOT / "docs" / "architecture.md").read_text()
+
+
+@pytest.mark.parametrize("row", re.findall(r"^\|(.*)\|$", MAP, re.M), ids=lambda row: row.split("|")[0].strip()[:50])
+def test_every_file_and_name_of_the_map_exists(row):
+    """A code span with a slash or a suffix is a path; the names after it are in that file."""
+    path = None
+    for span in re.findall(r"`([^`]+)`", row):
+        if re.search(r"[/.]", span):
+            path = ROOT / span
+            assert path.exists(), f"{span} does not exist"
+        else:
+            assert re.search(rf"^\s*(async def|def|class) {span}\b|^{span}\b", path.read_text(), re.M), (
+                f"{path}: {span}"
+            )
+
+
+def test_the_map_draws_the_arrows_that_are_enforced():
+    drawn = set(re.findall(r"^    (\w+) --> (\w+)$", MAP.split("```mermaid\n")[2], re.M))
+    allowed = {(room, other) for room, others in ARROWS.items() for other in others if room and other}
+    beside_common = {(room, other) for room, other in allowed if other != "common"}
+    assert beside_common <= drawn <= allowed
+    rooms = re.findall(r"^\| `alpaca/(\w+)` ", MAP, re.M)
+    assert sorted(rooms) == sorted(room for room in ARROWS if room)

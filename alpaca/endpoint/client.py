@@ -148,7 +148,7 @@ class Teacher:
                 )
                 self._fitting[len(prompt)] = limit
             return reply, again
-        except asyncio.TimeoutError:
+        except TimeoutError:
             return Completion(None, error="timeout"), False
         # The next errors leave out the server's own words, which may repeat a part of the key.
         except openai.AuthenticationError:

@@ -43,7 +43,7 @@ def flag(exchange: dict | None, which: int | None, reason: str | None) -> str:
     record |= {"answer": exchange["answers"][which], "model": exchange["models"][which]}
     record["model_path"] = exchange["paths"][which]  # two checkpoints may have the same name
     record |= {"settings": exchange["settings"], "reason": reason}
-    record["time"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    record["time"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     try:
         append_line(FLAGGED, record)
     except OSError as e:

@@ -1,0 +1,127 @@
+"""What is installed: the wheel holds the package alone, and every package that is imported is declared and pinned."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, assert_one_line_error, run_script
+from packaging.requirements import Requirement
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = {name: [*map(Requirement, lines)] for name, lines in PROJECT["optional-dependencies"].items()}
+CALLED = {"PIL": "pillow", "markdown_it": "markdown-it-py", "yaml": "pyyaml"}  # import name → distribution
+UNPINNED = {"setuptools"}  # builds the wheel, comes with torch: any version that torch takes
+
+
+def distribution(name: str) -> str:
+    """A distribution's name as one spelling, from its own or from the name by which it is imported."""
+    return CALLED.get(name, name).replace("_", "-").lower()
+
+
+def declared(*extras: str) -> set[str]:
+    """The distributions that an install with these extras asks for by name."""
+    found, left = {distribution(Requirement(line).name) for line in PROJECT["dependencies"]}, list(extras)
+    while left:
+        for requirement in EXTRAS[left.pop()]:
+            if requirement.name == PROJECT["name"]:
+                left += requirement.extras
+            found.add(distribution(requirement.name))
+    return found - {PROJECT["name"]}
+
+
+def pins() -> list[tuple[str, Requirement, str]]:
+    """(file, pinned requirement, reason) of each line of the two lock files."""
+    lines = [(file, line) for file in ("requirements.txt", "constraints.txt") for line in (ROOT / file).open()]
+    parts = [(file, *line.partition("#")) for file, line in lines if line.strip() and not line.startswith("#")]
+    return [(file, Requirement(pin), reason.strip()) for file, pin, _, reason in parts]
+
+
+def imported(path: Path) -> set[str]:
+    """The top-level modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+        found |= {name.partition(".")[0] for name in names}
+    return found
+
+
+@pytest.mark.parametrize("where", ["the package and the scripts", "tests and benchmarks"])
+def test_every_imported_package_is_declared(where):
+    if where == "tests and benchmarks":
+        files, allowed = [*ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/*.py")], declared(*EXTRAS)
+    else:
+        files = [*ROOT.glob("alpaca/**/*.py"), *ROOT.glob("*.py")]
+        allowed = declared(*EXTRAS.keys() - {"test", "bench"})
+    ours = {
+        "alpaca",
+        *(path.stem for folder in (".", "tests/**", "benchmarks") for path in ROOT.glob(f"{folder}/*.py")),
+    }
+    for path in files:
+        names = imported(path) - ours - sys.stdlib_module_names
+        missing = {name for name in names if distribution(name) not in allowed}
+        assert not missing, f"{path.relative_to(ROOT)} imports {missing}, which pyproject.toml does not declare"
+
+
+def test_every_dependency_is_pinned_once_within_its_range_and_says_who_uses_it():
+    pinned = {distribution(pin.name): pin for _, pin, _ in pins()}
+    assert len(pinned) == len(pins())
+    for _, pin, reason in pins():
+        assert str(pin.specifier).startswith("==") and len(reason) > 10, f"{pin}: {reason}"
+    core = {distribution(pin.name) for file, pin, _ in pins() if file == "requirements.txt"}
+    assert core == declared() and set(pinned) == declared(*EXTRAS) - UNPINNED
+    for line in PROJECT["dependencies"] + sum(PROJECT["optional-dependencies"].values(), []):
+        wanted = Requirement(line)
+        for specifier in getattr(pinned.get(distribution(wanted.name)), "specifier", ()):
+            assert specifier.version in wanted.specifier, f"{wanted} leaves out the pinned version"
+
+
+def test_every_extra_that_a_message_or_document_names_exists():
+    files = [*ROOT.glob("alpaca/**/*.py"), *ROOT.glob("*.py"), ROOT / "README.md", *ROOT.glob("docs/*.md")]
+    named = {extra for path in files for extra in re.findall(r"(?:\.|reproduced)\[([a-z-]+)\]'", path.read_text())}
+    assert {"web", "plots", "lora"} <= named <= EXTRAS.keys()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    """The wheel, built in a copy of what goes into it: a build leaves folders beside its sources."""
+    folder = tmp_path_factory.mktemp("wheel")
+    shutil.copytree(ROOT / "alpaca", folder / "src" / "alpaca", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in [ROOT / "pyproject.toml", ROOT / "README.md", *ROOT.glob("*LICENSE"), *ROOT.glob("*.py")]:
+        shutil.copy(path, folder / "src")
+    command = "pip wheel --quiet --no-deps --no-index --no-build-isolation --wheel-dir"
+    subprocess.run([sys.executable, "-m", *command.split(), folder, folder / "src"], check=True, timeout=120)
+    return zipfile.ZipFile(next(folder.glob("*.whl")))
+
+
+def test_the_wheel_holds_the_whole_package_and_nothing_else(wheel):
+    held = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    files = [path for path in ROOT.glob("alpaca/**/*") if path.is_file() and "__pycache__" not in path.parts]
+    assert held == {path.relative_to(ROOT).as_posix() for path in files}
+
+
+def test_the_installed_package_can_be_imported_beside_a_users_own_utils(wheel, tmp_path):
+    wheel.extractall(tmp_path / "site")
+    (tmp_path / "here").mkdir()
+    for script in ROOT.glob("*.py"):
+        (tmp_path / "here" / script.name).write_text("raise SystemExit('a module of the user was imported')\n")
+    modules = [name for name in wheel.namelist() if name.endswith(".py")]
+    modules = [name.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for name in modules]
+    code = f"import {', '.join(modules)}; print(alpaca.__file__)"
+    result = run_script("-c", code, cwd=tmp_path / "here", env={"PYTHONPATH": str(tmp_path / "site")})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(str(tmp_path / "site"))
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py") if path.name != "utils.py"))
+def test_a_script_without_the_environment_says_what_to_activate_or_install(script):
+    result = run_script("-S", script, "--help")  # -S: no site-packages
+    assert_one_line_error(result, "torch", "source .venv/bin/activate", "pip install -r requirements.txt")
