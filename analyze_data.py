@@ -20,7 +20,6 @@ Pictures of the diversity, as PNG files and one HTML page:
 from __future__ import annotations
 
 import alpaca.common.environment  # noqa: F401  # isort: skip
-import json
 import os
 import re
 import shutil

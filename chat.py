@@ -12,6 +12,7 @@ As a page for the browser (the live demo): python chat.py --model_path DIR --web
 from __future__ import annotations
 
 import alpaca.common.environment  # noqa: F401  # isort: skip
+import inspect
 import sys
 from collections.abc import Callable
 from contextlib import closing

@@ -15,7 +15,6 @@ from made_trainer import levels, make_trainer, whats
 import train
 from alpaca import RankError, UserError
 from alpaca.common import memory as host_memory
-from alpaca.training import distributed
 from alpaca.training.checkpoints import REHEARSAL
 from alpaca.training.preflight import packing as packing_check
 from alpaca.training.preflight import run as preflight
@@ -327,7 +326,7 @@ def test_an_optimizer_of_bitsandbytes_under_fsdp_or_without_the_package_is_an_er
         assert preflight.check_optimizer(optim, sharded=True) == []
     monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: False)
     with pytest.raises(UserError, match="need to install `bitsandbytes`"):  # the library's own words
-        distributed.check_packages(trainer.args)
+        train.check_arguments(train.ModelArguments(str(tiny_llama)), train.DataArguments("data.json"), trainer.args)
 
 
 def test_bf16_on_a_gpu_that_only_emulates_it_is_an_error(monkeypatch):
