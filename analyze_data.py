@@ -35,7 +35,7 @@ import utils
 from alpaca import UserError
 from alpaca.common import cli
 from alpaca.common.files import git_blob_id
-from alpaca.common.records import RELEASED_BLOB
+from alpaca.common.records import RELEASED_BLOB, write_records
 from alpaca.common.text import first_line, printable
 from alpaca.data.lint.classes import CLASSES, OPT_IN, duplicates, find
 from alpaca.data.released import download
@@ -210,16 +210,16 @@ def lint(
     print(f"\n{len(findings):,} findings in {len(bad):,} of {len(records):,} records{more}")
 
     if output_path:
-        _write([record for i, record in enumerate(records) if i not in bad], output_path)
+        write_records([record for i, record in enumerate(records) if i not in bad], output_path)
         print(f"{len(records) - len(bad):,} clean records in {output_path}")
     if rejects_path:
         reasons: dict[int, list] = {i: [] for i in sorted(bad)}
         for finding in findings:
             reasons[finding["record"]].append({key: finding[key] for key in ("class", "reason", "evidence")})
-        _write([records[i] | {"lint": found} for i, found in reasons.items()], rejects_path)
+        write_records([records[i] | {"lint": found} for i, found in reasons.items()], rejects_path)
         print(f"{len(bad):,} rejected records in {rejects_path}")
     if report_path:
-        _write(findings, report_path, lines=True)
+        write_records(findings, report_path, lines=True)
     if strict and findings:
         sys.exit(1)
 
@@ -236,13 +236,6 @@ def _refuse_same_files(**paths: str | None) -> None:
     for name, path in paths.items():
         if path and (other := seen.setdefault(os.path.realpath(path), name)) != name:
             raise UserError(f"--{name} and --{other} are the same file, {path}: give each its own")
-
-
-def _write(rows: list[dict], path: str, lines: bool = False) -> None:
-    if not lines and not path.endswith(".jsonl"):
-        return utils.jdump(rows, path)
-    with utils.replace_file(path) as file:
-        file.writelines(utils.json_text(row) + "\n" for row in rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import re
 import shutil
 import time
 import urllib.parse
+from html.parser import HTMLParser
 
 import pytest
 
@@ -84,3 +85,22 @@ def wait_until(condition, seconds=20):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+class References(HTMLParser):
+    """What a page asks for from elsewhere, and the pictures in it."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.outside, self.images = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag == "img":
+            self.images.append(attributes)
+        for name in ("src", "href", "srcset", "poster", "data"):
+            if name in attributes and not attributes[name].startswith("data:"):
+                self.outside.append((tag, attributes[name]))
+        if tag in ("script", "link", "iframe", "object"):
+            self.outside.append((tag, None))

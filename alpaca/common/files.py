@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from alpaca import UserError
 
@@ -21,16 +22,24 @@ except ImportError:  # Windows has no such locks
 UNFINISHED = ".unfinished"
 
 
-def read_text(path: str | os.PathLike) -> str:
-    """Return a UTF-8 file's text without a byte order mark; UserError if it is missing, unreadable or not UTF-8."""
+@contextlib.contextmanager
+def open_text(path: str | os.PathLike) -> Iterator[TextIO]:
+    """Open a UTF-8 file, without a byte order mark; UserError if it is missing, unreadable or not UTF-8."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        with open(path, encoding="utf-8-sig") as file:
+            yield file
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: check the path") from None
     except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text (byte {e.start}): convert it to UTF-8") from None
+        raise UserError(f"{path} is not UTF-8 text ({e.reason}): convert it to UTF-8") from None
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror}") from None
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """Return the whole text of a file; see open_text."""
+    with open_text(path) as file:
+        return file.read()
 
 
 def git_blob_id(path: str | os.PathLike) -> str:

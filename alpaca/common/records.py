@@ -4,51 +4,67 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from alpaca import UserError
-from alpaca.common.files import read_text, replace_file
+from alpaca.common.files import open_text, replace_file
 
-LIST_HINT = " (a JSON list? let its name end in .json)"
 RELEASED_BLOB = "3779ddbc040543ab1834ef216c983d6fcc06cc9a"  # git hash-object of the 52,002 records of Stanford Alpaca
+
+
+def read_entries(path: str | os.PathLike) -> Iterator[tuple[str, Any, str]]:
+    """Yield (place, value, fault) for each entry of a JSON list, or of JSON Lines if the name ends in ``.jsonl``.
+
+    ``place`` is "record 3" or "line 3"; ``fault`` is "" or says what is wrong with a line, which then has no value.
+    JSON Lines are streamed: they take the memory of a line.
+
+    Raises:
+        UserError: a file that is missing, unreadable, not UTF-8, or no JSON list.
+    """
+    path = Path(path)
+    with open_text(path) as file:
+        if path.suffix == ".jsonl":
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"line {number}", *_parsed(line, " (a JSON list? let its name end in .json)", number == 1)
+            return
+        data, fault = _parsed(file.read(), " (one object a line? let its name end in .jsonl)")
+    if fault:
+        raise UserError(f"{path}{', ' if fault.startswith('line') else ': '}{fault}")
+    if not isinstance(data, list):
+        raise UserError(f"{path} holds a JSON {type(data).__name__}, not a list of records: wrap the records in [ ]")
+    for number, value in enumerate(data, 1):
+        yield f"record {number}", value, ""
+
+
+def _parsed(text: str, other_format: str, first_line: bool | None = None) -> tuple[Any, str]:
+    """Return the value of JSON, and "" or its fault; ``first_line`` is None for a whole file, not a line of one."""
+    try:
+        return json.loads(text), ""
+    except json.JSONDecodeError as e:
+        line = f"line {e.lineno}: " if first_line is None else ""
+        other = first_line and text.lstrip().startswith("[") or first_line is None and "Extra data" in e.msg
+        return None, f"{line}malformed JSON, {e.msg} at column {e.colno}{other_format if other else ''}"
+    except RecursionError:
+        return None, "malformed JSON, nested too deeply"
+    except ValueError:
+        return None, "malformed JSON, a number with too many digits"  # than 4,300
 
 
 def jload(path: str | os.PathLike) -> list:
     """Read a JSON list, or JSON Lines if the name ends in ``.jsonl``.
 
     Raises:
-        UserError: missing or unreadable file, or malformed JSON (with the line).
+        UserError: see read_entries; also a malformed line, with its number.
     """
-    path, text = Path(path), read_text(path)
-    if path.suffix == ".jsonl":
-        return [_parse_json(line, path, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    data = _parse_json(text, path)
-    if not isinstance(data, list):
-        raise UserError(f"{path} holds a JSON {type(data).__name__}, not a list of records: wrap the records in [ ]")
-    return data
-
-
-def _parse_json(text: str, path: Path, line: int | None = None):
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as e:
-        hint = "" if line or "Extra data" not in e.msg else " (one object a line? name it .jsonl)"
-        hint = LIST_HINT if begins_a_list(text, line == 1) else hint
-        raise UserError(f"{path}, line {line or e.lineno}: malformed JSON, {json_fault(e)}{hint}") from None
-    except (RecursionError, ValueError) as e:
-        raise UserError(f"{path}{f', line {line}' if line else ''}: malformed JSON, {json_fault(e)}") from None
-
-
-def begins_a_list(text, first_line: bool) -> bool:
-    """Whether what should be a file of one object a line begins as a JSON list."""
-    return first_line and isinstance(text, str) and text.lstrip().startswith("[")
-
-
-def json_fault(e: ValueError | RecursionError) -> str:
-    """Return what json.loads rejected, without its advice to programmers."""
-    if isinstance(e, json.JSONDecodeError):
-        return f"{e.msg} at column {e.colno}"
-    return "nested too deeply" if isinstance(e, RecursionError) else "a number with too many digits"  # than 4,300
+    values = []
+    for place, value, fault in read_entries(path):
+        if fault:
+            raise UserError(f"{path}, {place}: {fault}")
+        values.append(value)
+    return values
 
 
 def jdump(obj, path: str | os.PathLike, indent: int = 4) -> None:
@@ -109,10 +125,22 @@ def load_seed_tasks(path: str | os.PathLike) -> list[dict]:
     return tasks
 
 
-def write_answers(rows: list[dict], path: str | os.PathLike) -> None:
-    """Write rows at once: JSON Lines or, if the name ends in ``.json``, the JSON list that alpaca_eval reads."""
-    if Path(path).suffix == ".json":
-        jdump(rows, path)
-        return
+def write_records(records: Iterable[dict], path: str | os.PathLike, lines: bool | None = None) -> int:
+    """Write records as they come, to appear at once; return how many. Where one raises, ``path`` stays as it was.
+
+    Args:
+        records: JSON objects.
+        path: gets a JSON list, with the bytes of jdump, or JSON Lines if its name ends in ``.jsonl``.
+        lines: True for JSON Lines whatever the name.
+    """
+    count = 0
     with replace_file(path) as file:
-        file.writelines(json_text(row) + "\n" for row in rows)
+        lines = Path(path).suffix == ".jsonl" if lines is None else lines
+        for count, record in enumerate(records, 1):
+            if lines:
+                file.write(json_text(record) + "\n")
+            else:
+                file.write(("[" if count == 1 else ",") + "\n    " + json_text(record, 4).replace("\n", "\n    "))
+        if not lines:
+            file.write("\n]\n" if count else "[]\n")
+    return count

@@ -6,7 +6,6 @@ instruction kept so far is at most the threshold.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -15,8 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from alpaca import UserError
-from alpaca.common.files import replace_file
-from alpaca.common.records import jload, json_fault, json_text
+from alpaca.common.records import read_entries, write_records
 from alpaca.data.rouge import RougePool, is_mostly_unseen, tokenizer_named
 
 MAX_SIMILARITY = 0.7  # ROUGE-L F; above it two texts are near-duplicates, as in Self-Instruct (Wang et al., 2022)
@@ -124,43 +122,29 @@ def distinct(
 # The task.
 
 
-class JsonLines:
-    """The records of a .jsonl file, read from disk each time they are iterated: memory for one line."""
+class Records:
+    """The records of a file, each with a text "instruction". JSON Lines are read again each time they are iterated."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: str):
         self.path = path
-        self.count = sum(1 for _ in self)  # and so every line is checked before the first is used
+        self.count = sum(1 for _ in self._read())  # so every record is checked before the first is used
+        self.records = None if path.endswith(".jsonl") else list(self._read())
+        if not self.count:
+            raise UserError(f"{path} contains no records: choose a file with at least one")
+
+    def _read(self) -> Iterator[dict]:
+        for place, record, fault in read_entries(self.path):
+            if fault:
+                raise UserError(f"{self.path}, {place}: {fault}")
+            if not isinstance(record, dict) or not isinstance(record.get("instruction"), str):
+                raise UserError(f'{self.path}, {place}: not a record, which is an object with a text "instruction"')
+            yield record
 
     def __iter__(self) -> Iterator[dict]:
-        with open(self.path, encoding="utf-8-sig", newline="\n") as file:
-            try:
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield _checked(json.loads(line), f"{self.path}, line {number}")
-            except json.JSONDecodeError as e:
-                raise UserError(f"{self.path}, line {number}: malformed JSON, {json_fault(e)}") from None
-            except UnicodeDecodeError as e:
-                raise UserError(f"{self.path} is not UTF-8 text (byte {e.start}): convert it to UTF-8") from None
+        return iter(self.records) if self.records else self._read()
 
     def __len__(self) -> int:
         return self.count
-
-
-def _checked(record, place: str) -> dict:
-    if not isinstance(record, dict) or not isinstance(record.get("instruction"), str):
-        raise UserError(f'{place}: not a record, which is an object with a text "instruction"')
-    return record
-
-
-def _read(path: str) -> list[dict] | JsonLines:
-    """Return the records of a JSON list, or of JSON Lines if the name ends in .jsonl, all of them checked."""
-    if path.endswith(".jsonl") and Path(path).is_file():
-        records = JsonLines(Path(path))
-    else:
-        records = [_checked(record, f"{path}, record {number}") for number, record in enumerate(jload(path), 1)]
-    if not len(records):
-        raise UserError(f"{path} contains no records: give a file with at least one")
-    return records
 
 
 def dedup(
@@ -194,22 +178,12 @@ def dedup(
         raise UserError(f"output_path {output_path} is the input: choose another file")
     if target.is_dir():
         raise UserError(f"output_path {output_path} is a folder: name a file")
-    seeds = [record["instruction"] for record in _read(seed_tasks_path)] if seed_tasks_path else []
-    records = _read(input_path)
+    seeds = [record["instruction"] for record in Records(seed_tasks_path)] if seed_tasks_path else []
+    records = Records(input_path)
     if tokenizer == "rouge" and (unseen := sum(is_mostly_unseen(record["instruction"]) for record in records)):
         print(
             f"warning: {unseen} of {len(records)} instructions are mostly not ASCII, and the tokenizer rouge sees only "
             "ASCII: their near-duplicates may be missed (the tokenizer unicode sees all scripts)"
         )
-    kept = 0
-    with replace_file(target) as file:
-        lines = target.suffix == ".jsonl"
-        for record in distinct(records, seeds, threshold, similarity_stats, tokenizer):
-            if lines:
-                file.write(json_text(record) + "\n")
-            else:
-                file.write(("," if kept else "[") + "\n    " + json_text(record, indent=4).replace("\n", "\n    "))
-            kept += 1
-        if not lines:
-            file.write("\n]\n" if kept else "[]\n")
+    kept = write_records(distinct(records, seeds, threshold, similarity_stats, tokenizer), target)
     print(f"{len(records)} records: {kept} kept, {len(records) - kept} near-duplicates; {output_path}")

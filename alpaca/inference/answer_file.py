@@ -20,9 +20,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from alpaca import UserError
-from alpaca.common.files import read_text
 from alpaca.common.journal import Journal, check_output
-from alpaca.common.records import LIST_HINT, begins_a_list, jload, json_fault, write_answers
+from alpaca.common.records import read_entries, write_records
 from alpaca.common.text import check_utf8
 from alpaca.inference.adapters import base_of, is_adapter
 from alpaca.inference.chat import request_ids
@@ -50,20 +49,13 @@ def read_requests(path: str | os.PathLike, skip_errors: bool = False) -> tuple[l
     Raises:
         UserError: the file cannot be read or holds no record, or (without ``skip_errors``) a record is malformed.
     """
-    path = Path(path)
-    if path.suffix == ".jsonl":
-        lines = enumerate(read_text(path).split("\n"), 1)
-        entries = [(f"line {number}", line) for number, line in lines if line.strip()]
-    else:
-        entries = [(f"record {number}", record) for number, record in enumerate(jload(path), 1)]
     requests, faults = [], []
-    for place, entry in entries:
+    for place, record, fault in read_entries(path):
         try:
-            requests.append(_request(place, entry))
+            requests.append(_request(place, record, fault))
         except UserError as e:
             if not skip_errors:
-                hint = LIST_HINT if begins_a_list(entry, place == "line 1") else SKIP
-                raise UserError(f"{path}, {place}: {e}{hint}") from None
+                raise UserError(f"{path}, {place}: {e}" + ("" if str(e).endswith(")") else SKIP)) from None
             faults.append(f"{path}, {place}: {e}")
     if not requests:
         raise UserError(
@@ -72,12 +64,9 @@ def read_requests(path: str | os.PathLike, skip_errors: bool = False) -> tuple[l
     return requests, faults
 
 
-def _request(place: str, entry: str | dict) -> Request:
-    if isinstance(entry, str):
-        try:
-            entry = json.loads(entry)
-        except (ValueError, RecursionError) as e:
-            raise UserError(f"malformed JSON, {json_fault(e)}") from None
+def _request(place: str, entry, fault: str) -> Request:
+    if fault:
+        raise UserError(fault)
     if not isinstance(entry, dict):
         raise UserError(f"a {type(entry).__name__} where an object was expected")
     instruction, input = entry.get("instruction"), entry.get("input")
@@ -206,7 +195,7 @@ def _write(path: Path, requests: list[Request], answered: dict, errors: dict, ge
         said = {"error": errors[row]} if row in errors else {"output": answered[row]["output"], "generator": generator}
         stale = "output" if row in errors else "error"  # of an earlier run
         rows.append({key: value for key, value in request.record.items() if key != stale} | said | fields)
-    write_answers(rows, path)
+    write_records(rows, path)
 
 
 def identity_of(model_path: str, base_path: str | None, template: str) -> dict:

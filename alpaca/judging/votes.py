@@ -21,7 +21,7 @@ import unicodedata
 
 from alpaca import UserError
 from alpaca.common.journal import Journal, check_output
-from alpaca.common.records import write_answers
+from alpaca.common.records import write_records
 from alpaca.data.instruction_sets import Answers, Item
 from alpaca.judging.prompt import sha256
 
@@ -185,4 +185,4 @@ class Ballots:
             self._votes.setdefault(entry["judge"]["name"], {})[entry["id"]] = entry
 
     def _write(self) -> None:
-        write_answers([row for rows in self._votes.values() for row in rows.values()], self.path)
+        write_records([row for rows in self._votes.values() for row in rows.values()], self.path)

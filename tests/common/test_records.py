@@ -46,14 +46,14 @@ def test_braces_in_a_record_are_text():
     [
         ("data.json", b'[\n  {"a": 1},\n  {"a": }\n]', ["data.json, line 3: malformed JSON", "column 9"]),
         ("data.json", b"", ["data.json, line 1: malformed JSON"]),
-        ("data.json", b'{"a": 1}\n{"a": 2}\n', ["line 2", "name it .jsonl"]),
+        ("data.json", b'{"a": 1}\n{"a": 2}\n', ["line 2", "let its name end in .jsonl"]),
         ("data.jsonl", b'{"a": 1}\n\n{"a": 2}\n{"a": \n', ["data.jsonl, line 4: malformed JSON"]),
         ("data.jsonl", b'[\n  {"a": 1}\n]', ["data.jsonl, line 1", "let its name end in .json"]),
         ("data.jsonl", b"{}\n" + b"[" * 200_000, ["data.jsonl, line 2: malformed JSON, nested too deeply"]),
         ("data.json", b"[" + b"1" * 5_000 + b"]", ["data.json: malformed JSON, a number with too many digits"]),
         ("data.json", b'{"a": 1}', ["a JSON dict, not a list", "[ ]"]),
         ("data.json", b'"text"', ["a JSON str, not a list"]),
-        ("data.json", '["é"]'.encode("latin-1"), ["not UTF-8", "byte 2"]),
+        ("data.json", '["é"]'.encode("latin-1"), ["not UTF-8", "is not UTF-8 text"]),
     ],
 )
 def test_a_file_that_is_no_json_list_is_refused_with_the_place(tmp_path, name, content, words):

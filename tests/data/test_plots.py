@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 import sys
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from browser import References
 from conftest import ROOT
 
 from alpaca import UserError
@@ -142,25 +142,6 @@ def test_nearest_crosses_blocks_and_reports_every_pair():
     seen = []
     assert RougePool(texts).nearest(seen.append).tolist() == [1.0] * 3000
     assert len(seen) > 1 and sum(seen) == 3000 * 2999 // 2
-
-
-class References(HTMLParser):
-    """What a page asks for from elsewhere, and the pictures in it."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.outside, self.images = [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        if tag == "img":
-            self.images.append(attributes)
-        for name in ("src", "href", "srcset", "poster", "data"):
-            if name in attributes and not attributes[name].startswith("data:"):
-                self.outside.append((tag, attributes[name]))
-        if tag in ("script", "link", "iframe", "object"):
-            self.outside.append((tag, None))
 
 
 def test_the_page_is_self_contained_and_escapes_what_it_shows():

@@ -11,8 +11,8 @@ import warnings
 from pathlib import Path
 
 import pytest
+from browser import References
 from conftest import call
-from test_plots import References
 
 import judge
 from alpaca import UserError

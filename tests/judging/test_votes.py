@@ -165,7 +165,7 @@ def test_a_vote_that_is_not_on_disk_is_not_counted_and_none_is_written_behind_it
 def test_a_vote_counts_when_only_the_output_cannot_be_written(opened, tmp_path, monkeypatch, caplog):
     box = opened()
     with monkeypatch.context() as patch:
-        patch.setattr("alpaca.judging.votes.write_answers", lambda rows, path: open(tmp_path / "no" / "folder", "w"))
+        patch.setattr("alpaca.judging.votes.write_records", lambda rows, path: open(tmp_path / "no" / "folder", "w"))
         assert box.vote("eve", 0, "first")
     assert rows(tmp_path) == [] and "votes.jsonl" in caplog.text
     box.vote("eve", 1, "tie")
