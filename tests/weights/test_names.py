@@ -232,7 +232,7 @@ def test_a_prefix_that_does_not_explain_all_names_is_named_in_the_refusal(folder
 def test_two_names_that_end_alike_by_chance_are_no_prefix(folders):
     rewrite(folders / "raw", model__norm__weight=None, x__norm__weight=torch.ones(8))
     message = refused(folders, make_diff, folders / "raw", folders / "tuned", folders / "new")
-    assert "lacks tensors that --path_raw has: x.norm.weight; another base model?" in message
+    assert "lacks tensors that --path_tuned has: model.norm.weight; another base model?" in message
 
 
 def test_new_rows_are_found_by_the_vocabulary_of_a_nested_config(folders):
