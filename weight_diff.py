@@ -11,7 +11,6 @@ RAW is the base model in Hugging Face format. Tensors are streamed in chunks; 7B
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from alpaca.weights.checkpoint import FLOATS, MANIFEST, CheckpointReader, Specs,
 from alpaca.weights.diff import (
     BITS,
     Chunk,
+    Hashes,
     NotFinite,
     add_difference,
     check_floats,
@@ -36,7 +36,7 @@ from alpaca.weights.diff import (
     take_difference,
 )
 from alpaca.weights.folder import check_links, copy_side_files, model_folder
-from alpaca.weights.hashes import Hashes, check_checksums, progress
+from alpaca.weights.hashes import check_checksums, progress
 from alpaca.weights.manifest import (
     METHODS,
     check_inputs,
@@ -87,7 +87,7 @@ def make_diff(
     specs = _matching_specs(raw, tuned, "--path_tuned")
     check_floats(tuned)
     written = {name: (BITS[dtype] if exact else torch.float32, shape) for name, (dtype, shape) in specs.items()}
-    hashes = {role: Hashes() for role in ("raw", "tuned", "diff") + (() if exact else ("recovered",))}
+    hashes = [Hashes(role) for role in ("raw", "tuned", "diff") + (() if exact else ("recovered",))]
     errors, not_finite, compressed = dict.fromkeys(specs, 0.0), NotFinite(), []
 
     def work(chunk: Chunk) -> None:
@@ -101,17 +101,20 @@ def make_diff(
             compressed.append(compressed_size(diff))
         bar.update(diff.nbytes)
 
-    def hashing(role: str) -> Callable[[Chunk], None]:
-        return lambda chunk: hashes[role].update(chunk.name, chunk.values[role], chunk.last)
-
     with model_folder(path_diff, "--path_diff", overwrite, [raw.folder, tuned.folder]) as folder:
         with ShardWriter(folder, written, shard_bytes) as writer:
             check_checksums(raw, tuned)
             means = {} if exact else _mean_rows(raw, specs, {})
             with progress(size_of(written), "make_diff") as bar:
-                run(specs, lambda chunk: read_pair(chunk, raw, tuned, "tuned"), work, [write, *map(hashing, hashes)])
+                run(
+                    specs,
+                    lambda chunk: read_pair(chunk, raw, tuned, "tuned"),
+                    work,
+                    [write, *(h.update for h in hashes)],
+                )
         copy_side_files(tuned.folder, folder, tuned.config)
-        write_manifest(folder, method, raw, tuned, written, hashes, errors, means, license)
+        digests = {h.role: h.hex for h in hashes}
+        write_manifest(folder, method, raw, tuned, written, digests, errors, means, license)
     not_finite.warn()
     print(f"{len(specs)} tensors ({method}) in {path_diff}: {size_of(written) / 1e9:.3f} GB", end="")
     if exact:
@@ -157,7 +160,7 @@ def recover(
     computed = recovered_specs(manifest, diff)
     default = computed if exact else specs
     written = {name: (FLOATS[dtype] if dtype else kind, shape) for name, (kind, shape) in default.items()}
-    hashes, sums, not_finite = Hashes(), [], NotFinite()
+    hashes, sums, not_finite = Hashes("recovered"), [], NotFinite()
 
     def work(chunk: Chunk) -> None:
         kind, wanted = computed[chunk.name][0], written[chunk.name][0]
@@ -168,7 +171,7 @@ def recover(
             not_finite.look(chunk.name, {f"what is written as {wanted}": chunk.values["written"]})
 
     def check(chunk: Chunk) -> None:
-        hashes.update(chunk.name, chunk.values["recovered"], chunk.last)
+        hashes.update(chunk)
         wanted = manifest["tensors"][chunk.name]["sha256"]["tuned" if exact else "recovered"]
         if chunk.last and hashes.hex[chunk.name] != wanted:
             raise UserError(f"{chunk.name} came out wrong, though raw and diff are right: try another machine")
@@ -232,13 +235,9 @@ def compare(path_a: str, path_b: str) -> None:
     largest = torch.zeros((), dtype=torch.float64)
     alike = {name: spec for name, spec in kinds.items() if spec[1] == other[name][1]}
 
-    def read(chunk: Chunk) -> None:
-        a.read(chunk.name, chunk.start, chunk.buffer("a", kinds[chunk.name][0]))
-        b.read(chunk.name, chunk.start, chunk.buffer("b", other[chunk.name][0]))
-
     def work(chunk: Chunk) -> None:
         nonlocal largest
-        x, y = chunk.buffer("a", kinds[chunk.name][0]), chunk.buffer("b", other[chunk.name][0])
+        x, y = chunk.values["raw"], chunk.values["b"]
         if x.dtype == y.dtype:
             same = torch.equal(x.view(torch.uint8), y.view(torch.uint8))
         else:  # of another type, but perhaps with the same values
@@ -246,10 +245,10 @@ def compare(path_a: str, path_b: str) -> None:
         if not same:
             unequal.add(chunk.name)
             largest = torch.maximum(largest, (x.double() - y.double()).abs().max())  # NaN stays NaN
-        bar.update(x.numel() * x.itemsize)
+        bar.update(x.nbytes)
 
     with progress(size_of(alike), "compare") as bar:
-        run(alike, read, work, [])
+        run(alike, lambda chunk: read_pair(chunk, a, b, "b"), work, [])
     differences = []
     if unlike:
         first = f"{unlike[0]}: {described(kinds[unlike[0]])} and {described(other[unlike[0]])}"

@@ -170,14 +170,14 @@ class CheckpointReader:
             return False
         if (one.path, one.offset) == (other.path, other.offset) and not one.whole:  # one storage in a .bin
             return True
-        step = 1 << 22
-        x, y = (torch.empty(min(step, one.numel), dtype=one.dtype) for _ in "ab")
+        step, count = 1 << 22, math.prod(one.shape)
+        x, y = (torch.empty(min(step, count), dtype=one.dtype) for _ in "ab")
         return all(
             torch.equal(
-                self.read(a, start, x[: one.numel - start]).view(torch.uint8),
-                self.read(b, start, y[: one.numel - start]).view(torch.uint8),
+                self.read(a, start, x[: count - start]).view(torch.uint8),
+                self.read(b, start, y[: count - start]).view(torch.uint8),
             )
-            for start in range(0, one.numel, step)
+            for start in range(0, count, step)
         )
 
     def rename(self, names: dict[str, str]) -> None:
@@ -216,11 +216,6 @@ class CheckpointReader:
                     raise UserError(f"{stored.path} became shorter while it was read ({name}): start again")
                 view = view[count:]
         return out
-
-    def get(self, name: str) -> torch.Tensor:
-        """Return a whole tensor."""
-        dtype, shape = self.spec(name)
-        return self.read(name, 0, torch.empty(math.prod(shape), dtype=dtype)).view(shape)
 
     def path_of(self, name: str) -> Path:
         return self.folder / self.shard_of[name]
@@ -267,9 +262,7 @@ def read_json(path: Path) -> dict:
         data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except RecursionError:
-        raise UserError(f"{path} is malformed: it is nested too deeply") from None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is malformed: {e}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path} is malformed: it holds a {type(data).__name__}, not an object")

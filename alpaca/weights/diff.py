@@ -6,6 +6,7 @@ so nothing is lost. The memory of a run is that of a few sets of buffers, whatev
 
 from __future__ import annotations
 
+import hashlib
 import math
 import zlib
 from collections import defaultdict, deque
@@ -95,6 +96,20 @@ def run(
         torch.set_num_threads(threads)
         for lane in lanes:
             lane.shutdown(cancel_futures=True)
+
+
+class Hashes:
+    """SHA-256 of each tensor's bytes in one role, little-endian in their type, whatever the shards and file format."""
+
+    def __init__(self, role: str):
+        self.role, self.hex = role, {}
+        self._digest = hashlib.sha256()
+
+    def update(self, chunk: Chunk) -> None:
+        self._digest.update(chunk.values[self.role].view(torch.uint8).numpy())
+        if chunk.last:
+            self.hex[chunk.name] = self._digest.hexdigest()
+            self._digest = hashlib.sha256()
 
 
 def take_difference(chunk: Chunk, exact: bool, row: torch.Tensor | None, not_finite: NotFinite) -> float:

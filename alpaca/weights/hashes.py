@@ -21,21 +21,6 @@ from alpaca.weights.tensor_files import crc32_of
 CHUNK = 1 << 20  # elements processed at once: 4 MB of float32, which stay in the processor's cache
 
 
-class Hashes:
-    """SHA-256 of each tensor's bytes, little-endian in its stored type, whatever the shards and file format."""
-
-    def __init__(self):
-        self.hex: dict[str, str] = {}
-        self._digest = hashlib.sha256()
-
-    def update(self, name: str, data: torch.Tensor, last: bool) -> None:
-        """Add the next piece of a tensor, which may be its last."""
-        self._digest.update(data.view(torch.uint8).numpy())
-        if last:
-            self.hex[name] = self._digest.hexdigest()
-            self._digest = hashlib.sha256()
-
-
 def progress(total: int, what: str) -> tqdm:
     """Return a bar in bytes with the time left. Into a file it prints twice a minute, or it would fill the file."""
     interval = 0.2 if sys.stderr.isatty() else 30

@@ -19,7 +19,7 @@ import torch
 
 from alpaca import UserError
 from alpaca.weights.checkpoint import MANIFEST, CheckpointReader, Specs, read_json, size_of
-from alpaca.weights.hashes import Hashes, in_threads, sha256_of, sha256_of_all
+from alpaca.weights.hashes import in_threads, sha256_of, sha256_of_all
 from alpaca.weights.names import some, vocab_size
 from alpaca.weights.tensor_files import DTYPE_NAMES, DTYPES
 
@@ -35,7 +35,7 @@ def write_manifest(
     raw: CheckpointReader,
     tuned: CheckpointReader,
     written: Specs,
-    hashes: dict[str, Hashes],
+    hashes: dict[str, dict[str, str]],
     errors: dict[str, float],
     mean_rows: dict[str, torch.Tensor],
     license: str,
@@ -43,16 +43,11 @@ def write_manifest(
     """Write weight_diff.json.
 
     Args:
-        folder: of the diff.
-        method: subtract or exact.
-        raw: the base model.
-        tuned: the model that was trained from it.
         written: the diff's (dtype, shape) by name.
-        hashes: by role.
-        errors: largest difference between recovered and tuned by tensor; unused for exact.
+        hashes: role → name → SHA-256.
+        errors: name → largest difference between recovered and tuned; unused for exact.
         mean_rows: float32 means that were subtracted from new rows. They are kept because their bits depend on the
             processor: one without AVX2 adds in another order.
-        license: of the diff.
     """
     tensors = {}
     for name, (dtype, shape) in written.items():
@@ -61,7 +56,7 @@ def write_manifest(
             "shape": list(shape),
             "raw_shape": list(raw.spec(name)[1]),
             "dtype": {role: DTYPE_NAMES[kind] for role, kind in dtypes.items()},
-            "sha256": {role: found.hex[name] for role, found in hashes.items()},
+            "sha256": {role: found[name] for role, found in hashes.items()},
         }
         if method == "subtract":
             tensors[name]["largest_error"] = errors[name]
@@ -171,13 +166,7 @@ def _other_tensors(
 ) -> str:
     """Return why the tensors ``bad`` of raw or diff may differ from the manifest.
 
-    Args:
-        role: raw or diff.
-        reader: of the folder.
-        bad: names.
-        tensors: of the manifest.
-        known: SHA-256 by name, if it is known.
-        rounded: names of tensors of raw that have the manifest's hash after rounding to its type.
+    ``known`` is for ``identify``; ``rounded`` are names of raw with the manifest's hash after rounding to its type.
     """
     what = f"{ROLES[role]} {reader.folder}: {len(bad)} of {len(tensors)} tensors differ from the manifest"
     found = identify(reader, bad, tensors, known)
@@ -223,12 +212,7 @@ def identify(reader: CheckpointReader, names: list[str], tensors: dict, known: d
     """Return the role that most of the named tensors have, bit for bit; None if that is not more than half of them.
 
     A tensor may have several: what training did not change, as LoRA does not change the norms, is both raw and tuned.
-
-    Args:
-        reader: of the folder.
-        names: of its tensors.
-        tensors: of the manifest.
-        known: SHA-256 by name, if it is known.
+    ``tensors`` are the manifest's, ``known`` the SHA-256 of names that were already hashed.
     """
     known = known | sha256_of_all(reader, [name for name in names if name not in known], "what is it?")
     counts = {role: sum(tensors[name]["sha256"].get(role) == known[name] for name in names) for role in ROLES}

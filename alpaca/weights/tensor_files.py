@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import io
 import json
-import math
 import pickle
 import pickletools
 import re
@@ -67,10 +66,6 @@ class Stored:
     offset: int = 0
     whole: Callable[[], dict[str, torch.Tensor]] | None = None
 
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
 
 def open_safetensors(path: Path) -> dict[str, Stored]:
     """Return name → place of the tensors of a safetensors file.
@@ -84,14 +79,10 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length), object_pairs_hook=unique)
     header.pop("__metadata__", None)
+    start = 8 + length
     return {
-        name: Stored(
-            DTYPES.get(entry["dtype"], entry["dtype"]),
-            tuple(entry["shape"]),
-            path,
-            8 + length + entry["data_offsets"][0],
-        )
-        for name, entry in header.items()
+        name: Stored(DTYPES.get(it["dtype"], it["dtype"]), tuple(it["shape"]), path, start + it["data_offsets"][0])
+        for name, it in header.items()
     }
 
 
@@ -101,9 +92,6 @@ def open_bin(path: Path) -> dict[str, Stored]:
     It is a zip of storages and a pickle that makes tensors of them, or, from before PyTorch 1.6, a bare pickle.
     """
     zipped, size = is_zip(path), path.stat().st_size
-    with open(path, "rb") as file:
-        if not zipped and file.read(1) != pickle.PROTO:
-            raise ValueError("not a PyTorch file")
     records = zip_records(path) if zipped else {}
     _check_pickle(path, records)
     orders = [offset for offset, record in records.items() if record.filename.lower().endswith("/byteorder")]
@@ -127,10 +115,8 @@ def open_bin(path: Path) -> dict[str, Stored]:
         reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
         room = storage.nbytes()
         if tensor.numel() and max(tensor.storage_offset() + reach + 1, tensor.numel()) * tensor.itemsize > room:
-            raise UserError(
-                f"{path}: {name} claims {tensor.numel() * tensor.itemsize:,} bytes of a storage of {room:,}: "
-                "do not trust it"
-            )
+            claim = f"{name} claims {tensor.nbytes:,} bytes of a storage of {room:,}"
+            raise UserError(f"{path}: {claim}: do not trust it")
         dtype = tensor.dtype if tensor.dtype in DTYPE_NAMES else str(tensor.dtype)
         place = {"whole": whole}
         if start is not None and tensor.is_contiguous():

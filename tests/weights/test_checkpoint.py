@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_models import at_most_more, bin_folder, folder_with, repacked
+from made_models import at_most_more, bin_folder, folder_with, repacked, whole
 from safetensors.torch import save_file
 
 from alpaca import UserError
@@ -25,7 +25,7 @@ def index(**weight_map) -> dict:
 
 def read_all(folder: Path) -> dict:
     reader = CheckpointReader(folder)
-    return {name: (reader.spec(name), reader.get(name).tolist()) for name in reader.names()}
+    return {name: (reader.spec(name), whole(reader, name).tolist()) for name in reader.names()}
 
 
 READ = {"a": ((torch.float32, (2,)), [1.0, 2.0]), "b": ((torch.float16, (1, 2)), [[3.0, 4.0]])}
@@ -245,7 +245,7 @@ def test_any_part_of_a_tensor_is_read_as_the_whole_has_it(tmp_path, layout):
     assert reader.specs() == {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         flat = tensor.reshape(-1)
-        assert torch.equal(reader.get(name), tensor)
+        assert torch.equal(whole(reader, name), tensor)
         for start in range(len(flat)):
             for count in range(len(flat) - start + 1):
                 part = reader.read(name, start, torch.empty(count, dtype=tensor.dtype))
@@ -416,7 +416,7 @@ def test_no_pickle_opcode_resolves_a_name_outside_torchs_list(tmp_path):
             torch.save({"a": Evil()}, evil / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
             heard.clear()
             reader = CheckpointReader(good)
-            assert [reader.get(name).tolist() for name in reader.names()] == [[1, 2], [[3, 4]], [1, 1]]
+            assert [whole(reader, name).tolist() for name in reader.names()] == [[1, 2], [[3, 4]], [1, 1]]
             with pytest.raises(UserError, match=r"its pickle asks to run code: posix.mkdir\) and was not loaded"):
                 CheckpointReader(evil)
             assert heard == []

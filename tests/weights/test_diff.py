@@ -14,8 +14,8 @@ from made_models import folder_with
 from alpaca import UserError
 from alpaca.weights import diff, hashes
 from alpaca.weights.checkpoint import CheckpointReader
-from alpaca.weights.diff import NotFinite, add_difference, mean_row, read_pair, run, take_difference
-from alpaca.weights.hashes import Hashes, check_checksums, in_threads
+from alpaca.weights.diff import Hashes, NotFinite, add_difference, mean_row, read_pair, run, take_difference
+from alpaca.weights.hashes import check_checksums, in_threads
 from alpaca.weights.tensor_files import crc32_of
 
 F32 = torch.float32
@@ -76,10 +76,11 @@ def test_an_error_in_any_thread_ends_the_run_and_the_threads(step, error):
 
 def test_hashes_are_those_of_the_bytes_whatever_the_chunks():
     tensor = torch.arange(20, dtype=torch.float16)
-    found = Hashes()
+    found = Hashes("x")
 
     def work(chunk) -> None:
-        found.update(chunk.name, tensor[chunk.start : chunk.start + chunk.count], chunk.last)
+        chunk.values["x"] = tensor[chunk.start : chunk.start + chunk.count]
+        found.update(chunk)
 
     run(
         {"x": (torch.float16, (20,)), "y": (torch.float16, (5, 2)), "z": (torch.float16, (0,))},
