@@ -36,7 +36,7 @@ from alpaca.weights.diff import (
     take_difference,
 )
 from alpaca.weights.folder import check_links, copy_side_files, model_folder
-from alpaca.weights.hashes import check_checksums, progress
+from alpaca.weights.hashes import check_checksums
 from alpaca.weights.manifest import (
     METHODS,
     check_inputs,
@@ -99,21 +99,15 @@ def make_diff(
         writer.write(chunk.name, diff)
         if exact:
             compressed.append(compressed_size(diff))
-        bar.update(diff.nbytes)
 
     with model_folder(path_diff, "--path_diff", overwrite, [raw.folder, tuned.folder]) as folder:
         with ShardWriter(folder, written, shard_bytes) as writer:
             check_checksums(raw, tuned)
             means = {} if exact else _mean_rows(raw, specs, {})
-            with progress(size_of(written), "make_diff") as bar:
-                run(
-                    specs,
-                    lambda chunk: read_pair(chunk, raw, tuned, "tuned"),
-                    work,
-                    [write, *(h.update for h in hashes)],
-                )
+            after = [write, *(hash.update for hash in hashes)]
+            run(written, lambda chunk: read_pair(chunk, raw, tuned, "tuned"), work, after, "make_diff")
         copy_side_files(tuned.folder, folder, tuned.config)
-        digests = {h.role: h.hex for h in hashes}
+        digests = {hash.role: hash.hex for hash in hashes}
         write_manifest(folder, method, raw, tuned, written, digests, errors, means, license)
     not_finite.warn()
     print(f"{len(specs)} tensors ({method}) in {path_diff}: {size_of(written) / 1e9:.3f} GB", end="")
@@ -161,6 +155,7 @@ def recover(
     default = computed if exact else specs
     written = {name: (FLOATS[dtype] if dtype else kind, shape) for name, (kind, shape) in default.items()}
     hashes, sums, not_finite = Hashes("recovered"), [], NotFinite()
+    proved = bool(manifest.get("tensors"))
 
     def work(chunk: Chunk) -> None:
         kind, wanted = computed[chunk.name][0], written[chunk.name][0]
@@ -176,19 +171,14 @@ def recover(
         if chunk.last and hashes.hex[chunk.name] != wanted:
             raise UserError(f"{chunk.name} came out wrong, though raw and diff are right: try another machine")
 
-    def write(chunk: Chunk) -> None:
-        if writer:
-            writer.write(chunk.name, chunk.values["written"])
-        bar.update(chunk.values["written"].nbytes)
-
     target = model_folder(path_tuned, "--path_tuned", overwrite, [raw.folder, diff.folder]) if path_tuned else None
     with target or nullcontext() as folder:
         with ShardWriter(folder, written, shard_bytes) if folder else nullcontext() as writer:
             _check_before(manifest, raw, diff, check_integrity_naively)
             means = {} if exact else _mean_rows(raw, specs, manifest.get("mean_rows", {}))
-            with progress(size_of(written), "recover") as bar:
-                after = [write, check] if manifest.get("tensors") else [write]
-                run(specs, lambda chunk: read_pair(chunk, raw, diff, "diff"), work, after)
+            after = [lambda chunk: writer.write(chunk.name, chunk.values["written"])] if folder else []
+            after += [check] if proved else []
+            run(written, lambda chunk: read_pair(chunk, raw, diff, "diff"), work, after, "recover")
         not_finite.warn()
         if check_integrity_naively and not manifest and _is_alpaca_7b(diff.config):
             _check_released_sum(sums)
@@ -196,8 +186,7 @@ def recover(
             as_tuned = exact and not dtype
             copy_side_files(diff.folder, folder, diff.config if as_tuned else _with_dtype(diff.config, written))
     where = f" in {path_tuned}" if path_tuned else " (neither written nor tested: no --path_tuned)"
-    proved = ", each with the manifest's hash" if manifest.get("tensors") else ""
-    print(f"{len(specs)} tensors recovered{where}{proved}")
+    print(f"{len(specs)} tensors recovered{where}" + (", each with the manifest's hash" if proved else ""))
     if test_inference and path_tuned:
         _smoke_test(path_tuned, device, size_of(written))
 
@@ -245,10 +234,8 @@ def compare(path_a: str, path_b: str) -> None:
         if not same:
             unequal.add(chunk.name)
             largest = torch.maximum(largest, (x.double() - y.double()).abs().max())  # NaN stays NaN
-        bar.update(x.nbytes)
 
-    with progress(size_of(alike), "compare") as bar:
-        run(alike, lambda chunk: read_pair(chunk, a, b, "b"), work, [])
+    run(alike, lambda chunk: read_pair(chunk, a, b, "b"), work, [], "compare")
     differences = []
     if unlike:
         first = f"{unlike[0]}: {described(kinds[unlike[0]])} and {described(other[unlike[0]])}"
@@ -300,10 +287,9 @@ def _matching_specs(raw: CheckpointReader, other: CheckpointReader, flag: str) -
             and raw_shape[1:] == shape[1:]
         )
         if shape != raw_shape and not more_rows:
-            swapped = shape < raw_shape and (*shape[:1], *raw_shape[:1]) == vocabularies[::-1]
             raise UserError(
-                f"{name} is {list(raw_shape)} in --path_raw but {list(shape)} in {flag}: another base model"
-                + (f", or are --path_raw and {flag} swapped?" if swapped else "?")
+                f"{name} is {list(raw_shape)} in --path_raw but {list(shape)} in {flag}: another base model, or are "
+                f"--path_raw and {flag} swapped?"
             )
     check_floats(raw)
     for path in [*raw.bare_pickles(), *other.bare_pickles()]:

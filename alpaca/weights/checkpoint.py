@@ -10,7 +10,6 @@ import math
 import os
 import re
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -52,13 +51,9 @@ def size_of(specs: Specs) -> int:
 
 
 def check_model_folder(path: str | os.PathLike, flag: str, tokenizer: bool = True, diff: bool = False) -> Path:
-    """Raise UserError unless ``path`` is a folder with a config, weights and, if asked for, a tokenizer.
+    """Raise UserError unless ``path`` is a folder with a config, weights and, if needed, a tokenizer.
 
-    Args:
-        path: the folder.
-        flag: how messages call it: the script's flag.
-        tokenizer: whether one is needed.
-        diff: whether a weight diff is accepted.
+    ``flag`` is the script's flag, for messages; ``diff`` says whether a weight diff is accepted.
     """
     path = Path(path)
     if not path.is_dir():
@@ -129,14 +124,11 @@ class CheckpointReader:
         Left out: buffers that old checkpoints hold and today's models compute (rotary ``inv_freq``, causal masks), and
         an output embedding that is tied to the input embedding and has its values.
         """
-        # Numbers by their length first: int() refuses one of more than 4,300 digits.
-        return sorted(
-            self.shard_of.keys() - self._left_out,
-            key=lambda name: [
-                (len(part.lstrip("0")), part.lstrip("0")) if place % 2 else part
-                for place, part in enumerate(re.split(r"([0-9]+)", name))
-            ],
-        )
+
+        def key(name: str) -> list:  # numbers by their length first: int() refuses one of more than 4,300 digits
+            return [(len(part), part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", name))]
+
+        return sorted(self.shard_of.keys() - self._left_out, key=key)
 
     def _check_name(self, name: str) -> None:
         """Refuse control characters: messages show names, which could then rewrite what a terminal says."""
@@ -184,10 +176,7 @@ class CheckpointReader:
         """Give tensors new names, which no other tensor has."""
         for name, new in names.items():
             shard = self.shard_of[new] = self.shard_of.pop(name)
-            stored = self._shards[shard].pop(name)
-            if stored.whole:
-                stored = replace(stored, whole=lambda name=name, new=new, whole=stored.whole: {new: whole()[name]})
-            self._shards[shard][new] = stored
+            self._shards[shard][new] = self._shards[shard].pop(name)
 
     def specs(self) -> Specs:
         """Return name → (dtype, shape) of ``names()``, in that order."""
@@ -205,7 +194,7 @@ class CheckpointReader:
         stored = self._shards[self.shard_of[name]][name]
         if stored.whole:
             if getattr(self._last, "stored", None) is not stored:
-                self._last.stored, self._last.values = stored, stored.whole()[name].reshape(-1)
+                self._last.stored, self._last.values = stored, stored.whole().reshape(-1)
             return out.copy_(self._last.values[start : start + len(out)])
         view = memoryview(out.view(torch.uint8).numpy())
         with open(stored.path, "rb", buffering=0) as file:
@@ -245,8 +234,6 @@ class CheckpointReader:
                 self._shards[shard] = (open_safetensors if shard.endswith(".safetensors") else open_bin)(path)
             except UserError:
                 raise
-            except PermissionError as e:
-                raise UserError(f"{path} cannot be read: {e.strerror}") from None
             except Exception as e:  # a hostile file can make a parser raise anything
                 raise UserError(
                     f"{path} cannot be read (truncated, or a Git LFS pointer?): {first_line(e)}; download it again"

@@ -16,8 +16,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from alpaca import UserError
-from alpaca.weights.checkpoint import MANIFEST, CheckpointReader, Specs
-from alpaca.weights.hashes import CHUNK
+from alpaca.weights.checkpoint import MANIFEST, CheckpointReader, Specs, size_of
+from alpaca.weights.hashes import CHUNK, progress
 from alpaca.weights.names import some
 from alpaca.weights.tensor_files import DTYPES
 
@@ -45,15 +45,20 @@ class Chunk:
 
 
 def run(
-    specs: Specs, read: Callable[[Chunk], None], work: Callable[[Chunk], None], after: list[Callable[[Chunk], None]]
+    specs: Specs,
+    read: Callable[[Chunk], None],
+    work: Callable[[Chunk], None],
+    after: list[Callable[[Chunk], None]],
+    what: str = "",
 ) -> None:
     """Process all chunks of all tensors, in order; an empty tensor has one chunk without elements.
 
     Args:
-        specs: name → (dtype, shape) of the tensors.
+        specs: name → (dtype, shape) of the tensors; the progress bar counts their bytes.
         read: fills a chunk's buffers, ahead of the work, in a thread of its own.
         work: computes, in the calling thread.
         after: use the results, each in a thread of its own that sees the chunks in order.
+        what: the progress bar's name.
 
     Raises:
         whatever one of them raised; then no further step starts.
@@ -71,6 +76,7 @@ def run(
         chunk.name, chunk.start, chunk.count, chunk.last = piece
         read(chunk)
 
+    bar = progress(size_of(specs), what)
     left, ahead, sets = pieces(), deque(), [Chunk() for _ in range(SETS)]
     reader, *behind = lanes = [ThreadPoolExecutor(1) for _ in range(1 + len(after))]
     # torch's own threads wait for work in a busy loop: 29 s of processor time instead of 20 at 1.1 B.
@@ -89,10 +95,12 @@ def run(
             work(chunk)
             chunk._busy = [lane.submit(task, chunk) for lane, task in zip(behind, after, strict=True)]
             free.append(chunk)
+            bar.update(chunk.count * specs[chunk.name][0].itemsize)
         for chunk in sets:
             for future in chunk._busy:
                 future.result()
     finally:
+        bar.close()
         torch.set_num_threads(threads)
         for lane in lanes:
             lane.shutdown(cancel_futures=True)

@@ -130,7 +130,7 @@ def check_inputs(manifest: dict, raw: CheckpointReader, diff: CheckpointReader) 
     """
     tensors = manifest["tensors"]
     if odd := [name for name, entry in tensors.items() if raw.spec(name)[1] != tuple(entry["raw_shape"])]:
-        raise UserError(_other_rows(tensors, odd, raw))
+        raise UserError(_other_tensors("raw", raw, odd, tensors, {}, set()))
     # From the last tensor to the first: if memory cannot hold the models, the page cache still has the part that is
     # read again first.
     items = [
@@ -177,7 +177,11 @@ def _other_tensors(
     what += f" ({some(bad)})"
     if role == "diff":
         return f"{what}: damaged or cut off in the download, get {_shards(reader, bad)} again"
-    wanted, stored = tensors[bad[0]]["dtype"]["raw"], DTYPE_NAMES[reader.spec(bad[0])[0]]
+    first, (kind, shape) = tensors[bad[0]], reader.spec(bad[0])
+    if (published := first["raw_shape"]) != list(shape):
+        rows = "as published, without added tokens" if list(shape) > published else "with the tokens added before"
+        return f"{what}: {bad[0]} is {list(shape)}, the diff was made from {published}: use the base model {rows}"
+    wanted, stored = first["dtype"]["raw"], DTYPE_NAMES[kind]
     if rounded == set(bad):
         return f"{what}: another conversion, of more digits; convert it from {stored} to {wanted} first"
     if stored != wanted:
@@ -190,21 +194,6 @@ def _other_tensors(
     return (
         f"{what}, all others are right: another conversion of the base model, or damage; convert it again with the "
         f"transformers of the diff's time, or get {_shards(reader, bad)} again"
-    )
-
-
-def _other_rows(tensors: dict, odd: list[str], raw: CheckpointReader) -> str:
-    """Return why the matrices ``odd`` of raw may have other shapes than in the manifest."""
-    if identify(raw, odd, tensors, {}) in TUNED:
-        return (
-            f"the base model {raw.folder}: {len(odd)} of {len(tensors)} tensors have added rows: they are the tuned "
-            "model's, recovered already; choose the base model"
-        )
-    found, wanted = raw.spec(odd[0])[1], tuple(tensors[odd[0]]["raw_shape"])
-    rows = "as published, without added tokens" if found > wanted else "with the tokens that were added before"
-    return (
-        f"the base model {raw.folder}: {odd[0]} is {list(found)}, the diff was made from {list(wanted)}: use the base "
-        f"model {rows}"
     )
 
 

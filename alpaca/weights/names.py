@@ -60,13 +60,8 @@ def match_names(own: Collection[str], what: str, wanted: Collection[str], wanted
     """Return old name → new name by which a checkpoint has the wanted names; {} if it has them already.
 
     They may differ by one prefix, as a base model may be saved without the class around it: "decoder.layers…" for
-    "model.decoder.layers…"; from_pretrained takes both. Such a match is reported on stdout.
-
-    Args:
-        own: the checkpoint's names.
-        what: how messages call the checkpoint.
-        wanted: the names that it should have.
-        wanted_what: how messages call the model whose names they are.
+    "model.decoder.layers…"; from_pretrained takes both. Such a match is reported on stdout. Messages call the
+    checkpoint ``what``, and the model that has the wanted names ``wanted_what``.
 
     Raises:
         UserError: other names differ.

@@ -11,7 +11,6 @@ import io
 import json
 import pickle
 import pickletools
-import re
 import struct
 import zipfile
 import zlib
@@ -58,13 +57,13 @@ MEMO = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE")  # these leave the stack as i
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: contiguous bytes from ``offset`` on, or else ``whole``, which loads the shard."""
+    """A tensor in a file: contiguous bytes from ``offset`` on, or else ``whole``, which loads it."""
 
     dtype: torch.dtype | str  # the file's name for it, where DTYPES lacks the type
     shape: tuple[int, ...]
     path: Path
     offset: int = 0
-    whole: Callable[[], dict[str, torch.Tensor]] | None = None
+    whole: Callable[[], torch.Tensor] | None = None
 
 
 def open_safetensors(path: Path) -> dict[str, Stored]:
@@ -106,7 +105,7 @@ def open_bin(path: Path) -> dict[str, Stored]:
     ):
         raise UserError(f"{path} is not a model's state dict: it holds something other than tensors by name")
     # For tensors that cannot be read in pieces: mapped if the format allows it, else in memory.
-    whole = functools.lru_cache(maxsize=1)(lambda: _load_bin(path))
+    shard = functools.lru_cache(maxsize=1)(lambda: _load_bin(path))
     stored, storages = {}, {}
     for name, tensor in tensors.items():
         storage = tensor.untyped_storage()
@@ -118,7 +117,7 @@ def open_bin(path: Path) -> dict[str, Stored]:
             claim = f"{name} claims {tensor.nbytes:,} bytes of a storage of {room:,}"
             raise UserError(f"{path}: {claim}: do not trust it")
         dtype = tensor.dtype if tensor.dtype in DTYPE_NAMES else str(tensor.dtype)
-        place = {"whole": whole}
+        place = {"whole": lambda name=name: shard()[name]}
         if start is not None and tensor.is_contiguous():
             if start not in records or records[start].file_size < storage.nbytes():
                 raise ValueError(f"{name} does not fit the file")
@@ -127,7 +126,7 @@ def open_bin(path: Path) -> dict[str, Stored]:
     if sum(storages.values()) > size:
         raise ValueError(f"its tensors take {sum(storages.values()):,} bytes, the file has {size:,}")
     if not zipped:
-        whole()
+        shard()
     return stored
 
 
@@ -142,11 +141,8 @@ def _load_bin(path: Path, fake: bool = False) -> dict:
 
         with FakeTensorMode():
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
-        if not re.search(r"[Uu]nsupported|Trying to|Can only", str(e)):
-            raise
-        wanted = re.search(r"(?:function|class|type) (\S+)", str(e))
-        raise _more_than_tensors(path, wanted[1] if wanted else "something") from None
+    except pickle.UnpicklingError:  # torch's own message suggests loading it with weights_only=False
+        raise ValueError("its pickle is malformed, or does not hold plain tensors") from None
 
 
 def _check_pickle(path: Path, records: dict[int, zipfile.ZipInfo]) -> None:
@@ -168,13 +164,9 @@ def _check_pickle(path: Path, records: dict[int, zipfile.ZipInfo]) -> None:
             f"{path} holds a sparse, quantized or otherwise special tensor ({name}), which this tool does not handle"
         )
     if name:
-        raise _more_than_tensors(path, name)
-
-
-def _more_than_tensors(path: Path, what: str) -> UserError:
-    return UserError(
-        f"{path} holds more than tensors (its pickle asks to run code: {what}) and was not loaded: do not trust it"
-    )
+        raise UserError(
+            f"{path} holds more than tensors (its pickle asks to run code: {name}) and was not loaded: do not trust it"
+        )
 
 
 def _foreign_global(data: bytes, pickles: int) -> str | None:

@@ -36,11 +36,8 @@ class ShardWriter:
         specs: name → (dtype, shape), in the order in which the tensors will be written.
         max_shard_bytes: a shard is closed before it would grow beyond this; a single tensor may be larger.
 
-    Attributes:
-        size: bytes of all files.
-
     Raises:
-        UserError: the disk has less free space than that.
+        UserError: the disk has too little free space.
     """
 
     def __init__(self, folder: Path, specs: Specs, max_shard_bytes: int):
@@ -70,11 +67,9 @@ class ShardWriter:
             text = json.dumps(header, separators=(",", ":")).encode()
             text += b" " * (-len(text) % 8)  # so that tensor data starts at a multiple of 8 bytes
             self._files.append((folder / file, len(text).to_bytes(8, "little") + text, offset))
-        self.size = size_of(specs) + sum(len(header) for _, header, _ in self._files)
-        check_space(folder, self.size)
-        self._index = None
-        if len(shards) > 1:
-            self._index = {"metadata": {"total_size": size_of(specs)}, "weight_map": weight_map}
+        check_space(folder, size_of(specs) + sum(len(header) for _, header, _ in self._files))
+        index = {"metadata": {"total_size": size_of(specs)}, "weight_map": weight_map}
+        self._index = index if len(shards) > 1 else None
 
     def write(self, name: str, data: torch.Tensor) -> None:
         """Write the next piece (1-D, contiguous) of the tensor that is due."""

@@ -57,6 +57,7 @@ def test_every_step_sees_all_chunks_in_order_and_its_own_buffers():
 @pytest.mark.parametrize("step", ["read", "work", "after 0", "after 1"])
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, MemoryError])
 def test_an_error_in_any_thread_ends_the_run_and_the_threads(step, error):
+    diff.progress(0, "").close()  # starts tqdm's own thread, which stays
     before, done = threading.active_count(), []
 
     def fails(name: str):

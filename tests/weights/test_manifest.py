@@ -376,8 +376,11 @@ def test_a_base_model_of_more_or_fewer_rows_than_the_diffs_is_told_both_shapes(t
         make_diff(tmp_path / raw, tmp_path / "tuned", tmp_path / f"diff of {raw}")
         message = refused(tmp_path, recover, tmp_path / other, tmp_path / f"diff of {raw}", tmp_path / "new")
         shapes = {"raw": "[4, 8]", "grown": "[5, 8]"}
-        assert f"{other}: {HEAD} is {shapes[other]}, the diff was made from {shapes[raw]}: " in message
-        cure = {"raw": "as published, without added tokens", "grown": "with the tokens that were added before"}
+        assert (
+            f"{other}: 2 of 3 tensors" in message
+            and f": {HEAD} is {shapes[other]}, the diff was made from {shapes[raw]}: " in message
+        )
+        cure = {"raw": "as published, without added tokens", "grown": "with the tokens added before"}
         assert cure[raw] in message
 
 
