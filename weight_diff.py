@@ -194,7 +194,7 @@ def recover(
 def verify(path: str, path_diff: str) -> None:
     """Print which of raw, diff, tuned and recovered a folder is, by the hashes in a diff's manifest.
 
-    If it is none of them, end with an error that names what differs.
+    For any other folder, end with an error that names what differs.
 
     Args:
         path: a folder with weights.

@@ -115,7 +115,7 @@ def new_folder(
             else:
                 raise UserError(
                     f"{path} is there, but {replaced} holds the model that was there before an interrupted "
-                    "--overwrite: move one of them away"
+                    "overwrite: move one of them away"
                 )
         if not is_free(path):
             if may_replace is None:

@@ -206,7 +206,7 @@ def recovered_specs(manifest: dict, diff: CheckpointReader) -> Specs:
 
 
 class NotFinite:
-    """Which tensors of which model have NaN or infinite values."""
+    """Collects which tensors have NaN or infinite values, by model."""
 
     def __init__(self):
         self.found: dict[str, set[str]] = defaultdict(set)

@@ -213,7 +213,7 @@ def verify_folder(manifest: dict, reader: CheckpointReader) -> str:
     """Return, as a line of text, which of raw, diff, tuned and recovered a folder is; its names are the manifest's.
 
     Raises:
-        UserError: it is none of them; the message says what differs.
+        UserError: it is another model, or damaged; the message says what differs.
     """
     tensors, names = manifest["tensors"], reader.names()
     hashes = sha256_of_all(reader, names, "verify")

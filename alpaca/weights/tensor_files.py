@@ -232,7 +232,7 @@ def crc32_of(path: Path, offset: int, count: int, tick: Callable[[int], None]) -
 
 
 def unique(pairs: list[tuple[str, object]]) -> dict:
-    """Return a JSON object; raise ValueError if it has a name twice, of which parsers take one or the other."""
+    """Return a JSON object; raise ValueError if it has a name twice, as parsers differ in which they take."""
     values = {}
     for name, value in pairs:
         if name in values:

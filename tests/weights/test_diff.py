@@ -109,7 +109,7 @@ def test_threads_give_results_in_order_and_stop_at_the_first_error():
 
 
 def test_checksums_move_the_bar_as_they_go_and_hear_of_a_stop(tmp_path, monkeypatch):
-    """A record of 9 MB: 4, 4 and 1; what the bar is told of may end the reading."""
+    """A record of 9 MB: 4, 4 and 1; the tick that moves the bar may end the reading."""
     tensors = {"a": torch.zeros(9 << 18)}
     reader = CheckpointReader(folder_with(tmp_path / "model", pytorch_model__bin=tensors))
     [record] = [record for record in reader.checksums() if record[1] == "a"]

@@ -611,7 +611,7 @@ def test_a_target_that_is_there_is_replaced_with_overwrite_alone(folders):
 
 
 def test_exact_says_what_it_compresses_to(folders, capsys):
-    """All equal: a diff of zeros, of which next to nothing is left."""
+    """All equal: a diff of zeros, which compresses to next to nothing."""
     tensors = {"a": torch.randn(1000, 100)}
     write_model(folders / "a", tensors)
     write_model(folders / "b", tensors)

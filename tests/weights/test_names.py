@@ -121,7 +121,7 @@ def test_an_output_embedding_with_values_of_its_own_is_kept_as_from_pretrained_k
     assert "lm_head.weight" in CheckpointReader(tmp_path / "raw").names()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "raw").state_dict()
     assert torch.equal(loaded["lm_head.weight"], tensors["lm_head.weight"])
-    # and an output that is there without its input is all there is
+    # and an output without its input is kept
     write_model(tmp_path / "alone", {"lm_head.weight": torch.ones(2, 2)}, layout, model_type="gpt2")
     assert CheckpointReader(tmp_path / "alone").names() == ["lm_head.weight"]
 
