@@ -1,11 +1,11 @@
-"""Publishes a fine-tuned model as the difference from its base, and recovers it.
+"""Publish a fine-tuned model as the difference from its base model, and recover it.
 
     python weight_diff.py make_diff --path_raw RAW --path_tuned TUNED --path_diff DIFF
     python weight_diff.py recover --path_raw RAW --path_diff DIFF --path_tuned TUNED
     python weight_diff.py verify --path TUNED --path_diff DIFF
     python weight_diff.py compare --path_a TUNED --path_b RECOVERED
 
-RAW is the base model in Hugging Face format. Tensors are streamed in pieces: 7B takes about a gigabyte of memory.
+RAW is the base model in Hugging Face format. Tensors are streamed in chunks; 7B takes about a gigabyte of memory.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from pathlib import Path
 import torch
 
 from alpaca import UserError
-from alpaca.common import cli
-from alpaca.weights.checkpoint import FLOATS, MANIFEST, CheckpointReader, check_model_folder
-from alpaca.weights.chunks import Chunk, Hashes, Specs, check_checksums, numel, progress, run, size_of
+from alpaca.common import cli, memory
+from alpaca.common.text import first_line
+from alpaca.weights.checkpoint import FLOATS, MANIFEST, CheckpointReader, Specs, check_model_folder, size_of
 from alpaca.weights.diff import (
     BITS,
+    Chunk,
+    Hashes,
     NotFinite,
     add_difference,
     check_floats,
@@ -30,24 +32,25 @@ from alpaca.weights.diff import (
     mean_row,
     read_pair,
     recovered_specs,
+    run,
     take_difference,
 )
 from alpaca.weights.folder import check_links, copy_side_files, model_folder
+from alpaca.weights.hashes import check_checksums
 from alpaca.weights.manifest import (
     METHODS,
     check_inputs,
     check_is_a_difference,
     described,
     read_manifest,
-    some,
     verify_folder,
     write_manifest,
 )
-from alpaca.weights.names import match_prefix
+from alpaca.weights.names import match_names, some, vocab_size
 from alpaca.weights.writer import ShardWriter, parse_size
 
-# Alpaca-7B, as released: the sum of all values of the recovered model, its rotary buffers included, as they were part
-# of the state dict until transformers 4.31.
+# Alpaca-7B as released: the sum of all values of the recovered model, with its rotary buffers, which were part of the
+# state dict until transformers 4.31.
 RELEASED_SUM, RELEASED_TOLERANCE = 50637.1836, 0.05
 LICENSE = "not stated: see those of the base model and of the data that it was tuned on"
 SMOKE_TEST = "List three technologies that make life easier."
@@ -63,7 +66,7 @@ def make_diff(
     license: str = LICENSE,
     device: str = "cpu",
 ) -> None:
-    """Writes the difference tuned - raw to a new folder.
+    """Write the difference tuned - raw to a new folder.
 
     Args:
         path_raw: the base model.
@@ -72,7 +75,7 @@ def make_diff(
         method: subtract is the original's float32 tuned - raw, which recovers a float32 model to within rounding
             (about 2e-9); exact subtracts the bits, and recovers every tensor bit for bit.
         max_shard_size: size of a file of weights, such as 5GB or 500MB.
-        overwrite: replace a diff that is there already.
+        overwrite: replace an existing diff.
         license: of the diff, for its manifest; "CC BY-NC 4.0" for a model tuned on Alpaca's data.
         device: of the original's command line. Without effect: the disk is slower than a processor's subtraction.
     """
@@ -84,7 +87,7 @@ def make_diff(
     specs = _matching_specs(raw, tuned, "--path_tuned")
     check_floats(tuned)
     written = {name: (BITS[dtype] if exact else torch.float32, shape) for name, (dtype, shape) in specs.items()}
-    hashes = {role: Hashes() for role in ("raw", "tuned", "diff") + (() if exact else ("recovered",))}
+    hashes = [Hashes(role) for role in ("raw", "tuned", "diff") + (() if exact else ("recovered",))]
     errors, not_finite, compressed = dict.fromkeys(specs, 0.0), NotFinite(), []
 
     def work(chunk: Chunk) -> None:
@@ -92,28 +95,20 @@ def make_diff(
         errors[chunk.name] = max(errors[chunk.name], error)
 
     def write(chunk: Chunk) -> None:
-        diff = chunk.buffer("diff", written[chunk.name][0])
+        diff = chunk.values["diff"]
         writer.write(chunk.name, diff)
         if exact:
             compressed.append(compressed_size(diff))
-        bar.update(diff.numel() * diff.itemsize)
 
-    after = [
-        lambda chunk: hashes["raw"].update(chunk, chunk.raw),
-        lambda chunk: hashes["tuned"].update(chunk, chunk.other),
-        lambda chunk: hashes["diff"].update(chunk, chunk.buffer("diff", written[chunk.name][0])),
-        write,
-    ]
-    if not exact:
-        after.append(lambda chunk: hashes["recovered"].update(chunk, chunk.buffer("recovered", torch.float32)))
     with model_folder(path_diff, "--path_diff", overwrite, [raw.folder, tuned.folder]) as folder:
         with ShardWriter(folder, written, shard_bytes) as writer:
             check_checksums(raw, tuned)
             means = {} if exact else _mean_rows(raw, specs, {})
-            with progress(size_of(written), "make_diff") as bar:
-                run(specs, lambda chunk: read_pair(chunk, raw, tuned), work, after)
+            after = [write, *(hash.update for hash in hashes)]
+            run(written, lambda chunk: read_pair(chunk, raw, tuned, "tuned"), work, after, "make_diff")
         copy_side_files(tuned.folder, folder, tuned.config)
-        write_manifest(folder, method, raw, tuned, written, hashes, errors, means, license)
+        digests = {hash.role: hash.hex for hash in hashes}
+        write_manifest(folder, method, raw, tuned, written, digests, errors, means, license)
     not_finite.warn()
     print(f"{len(specs)} tensors ({method}) in {path_diff}: {size_of(written) / 1e9:.3f} GB", end="")
     if exact:
@@ -133,87 +128,73 @@ def recover(
     max_shard_size: str = "5GB",
     overwrite: bool = False,
 ) -> None:
-    """Writes the tuned model, raw + diff, to a new folder.
+    """Write the tuned model, raw + diff, to a new folder.
 
     Args:
         path_raw: the base model that the diff was made from.
-        path_diff: a diff: one of this tool's, or one like Alpaca's released weights.
+        path_diff: a diff made by this tool, or one like Alpaca's released weights.
         path_tuned: the folder to make; without it the result is only checked.
         device: where the smoke test runs.
         test_inference: answer one instruction with the recovered model, if there is memory to load it whole.
         check_integrity_naively: for a diff without hashes in a manifest, check that it looks like a difference; for the
             released Alpaca-7B diff, which has no manifest, also the sum of all recovered values. Hashes are always
             checked.
-        dtype: of what is written: float32, bfloat16 or float16; by default the diff's, for the method exact tuned's.
+        dtype: of the written weights: float32, bfloat16 or float16; by default the diff's, or for exact tuned's.
         max_shard_size: size of a file of weights, such as 5GB or 500MB.
-        overwrite: replace a model that is there already.
+        overwrite: replace an existing model.
     """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {device} is not there: cpu is") from None
-    if dtype is not None and dtype not in FLOATS:
-        raise UserError(f"--dtype takes {', '.join(FLOATS)}, not {dtype!r}")
+    _check_recover_flags(path_raw, path_diff, device, dtype)
     shard_bytes = parse_size(max_shard_size)
-    if (Path(path_raw) / MANIFEST).exists() and not (Path(path_diff) / MANIFEST).exists():
-        raise UserError(f"--path_raw {path_raw} is a weight diff, --path_diff {path_diff} is none: they are swapped")
     raw = CheckpointReader(_folder(path_raw, "--path_raw", tokenizer=False))
     diff = CheckpointReader(_folder(path_diff, "--path_diff", diff=True))
     check_links(diff.folder)
     manifest = read_manifest(diff)
     exact = manifest.get("method") == "exact"
     specs = _matching_specs(raw, diff, "--path_diff")
-    computed = recovered_specs(manifest, diff, specs)
+    computed = recovered_specs(manifest, diff)
     default = computed if exact else specs
     written = {name: (FLOATS[dtype] if dtype else kind, shape) for name, (kind, shape) in default.items()}
-    released = check_integrity_naively and not manifest and _is_alpaca_7b(diff.config)
-    hashes, sums, not_finite = Hashes(), [], NotFinite()
+    hashes, sums, not_finite = Hashes("recovered"), [], NotFinite()
+    proved = bool(manifest.get("tensors"))
 
     def work(chunk: Chunk) -> None:
-        kind = computed[chunk.name][0]
+        kind, wanted = computed[chunk.name][0], written[chunk.name][0]
         sums.append(add_difference(chunk, kind, means.get(chunk.name), not_finite))
-        if written[chunk.name][0] != kind:
-            out = chunk.buffer("written", written[chunk.name][0]).copy_(chunk.buffer("recovered", kind))
-            not_finite.look(chunk.name, {f"what is written as {out.dtype}": out})
+        out = chunk.values["written"] = chunk.values["recovered"]
+        if wanted != kind:
+            chunk.values["written"] = chunk.buffer("written", wanted).copy_(out)
+            not_finite.look(chunk.name, {f"what is written as {wanted}": chunk.values["written"]})
 
     def check(chunk: Chunk) -> None:
-        hashes.update(chunk, chunk.buffer("recovered", computed[chunk.name][0]))
+        hashes.update(chunk)
         wanted = manifest["tensors"][chunk.name]["sha256"]["tuned" if exact else "recovered"]
         if chunk.last and hashes.hex[chunk.name] != wanted:
-            raise UserError(f"{chunk.name} came out wrong, though raw and diff are right: try on another machine")
-
-    def write(chunk: Chunk) -> None:
-        kind = written[chunk.name][0]
-        data = chunk.buffer("recovered" if kind == computed[chunk.name][0] else "written", kind)
-        if writer:
-            writer.write(chunk.name, data)
-        bar.update(data.numel() * data.itemsize)
+            raise UserError(f"{chunk.name} came out wrong, though raw and diff are right: try another machine")
 
     target = model_folder(path_tuned, "--path_tuned", overwrite, [raw.folder, diff.folder]) if path_tuned else None
     with target or nullcontext() as folder:
         with ShardWriter(folder, written, shard_bytes) if folder else nullcontext() as writer:
             _check_before(manifest, raw, diff, check_integrity_naively)
             means = {} if exact else _mean_rows(raw, specs, manifest.get("mean_rows", {}))
-            with progress(size_of(written), "recover") as bar:
-                after = [write, check] if manifest.get("tensors") else [write]
-                run(specs, lambda chunk: read_pair(chunk, raw, diff), work, after)
+            after = [lambda chunk: writer.write(chunk.name, chunk.values["written"])] if folder else []
+            after += [check] if proved else []
+            run(written, lambda chunk: read_pair(chunk, raw, diff, "diff"), work, after, "recover")
         not_finite.warn()
-        if released:
+        if check_integrity_naively and not manifest and _is_alpaca_7b(diff.config):
             _check_released_sum(sums)
         if folder:
             as_tuned = exact and not dtype
             copy_side_files(diff.folder, folder, diff.config if as_tuned else _with_dtype(diff.config, written))
-    where = f" in {path_tuned}" if path_tuned else " (not written and not asked anything: no --path_tuned)"
-    proved = ", each with the hash that the manifest gives it" if manifest.get("tensors") else ""
-    print(f"{len(specs)} tensors recovered{where}{proved}")
+    where = f" in {path_tuned}" if path_tuned else " (neither written nor tested: no --path_tuned)"
+    print(f"{len(specs)} tensors recovered{where}" + (", each with the manifest's hash" if proved else ""))
     if test_inference and path_tuned:
         _smoke_test(path_tuned, device, size_of(written))
 
 
 def verify(path: str, path_diff: str) -> None:
-    """Says which of raw, diff, tuned and recovered a folder is, by the hashes in a diff's manifest.
+    """Print which of raw, diff, tuned and recovered a folder is, by the hashes in a diff's manifest.
 
-    Ends with an error that names what differs when it is none of them.
+    For any other folder, end with an error that names what differs.
 
     Args:
         path: a folder with weights.
@@ -223,12 +204,13 @@ def verify(path: str, path_diff: str) -> None:
     diff = CheckpointReader(_folder(path_diff, "--path_diff", tokenizer=False, diff=True))
     manifest = read_manifest(diff)
     if not manifest.get("tensors"):
-        raise UserError(f"--path_diff {path_diff} has no hashes in a {MANIFEST}: make_diff of this version writes them")
+        raise UserError(f"--path_diff {path_diff} has no hashes in a {MANIFEST}: make it again with this version")
+    reader.rename(match_names(reader.names(), f"--path {path}", manifest["tensors"], "the manifest"))
     print(verify_folder(manifest, reader))
 
 
 def compare(path_a: str, path_b: str) -> None:
-    """Compares two model folders tensor by tensor, bit by bit; ends with an error when they differ.
+    """Compare two model folders tensor by tensor, bit by bit; end with an error if they differ.
 
     Args:
         path_a: a model.
@@ -236,32 +218,24 @@ def compare(path_a: str, path_b: str) -> None:
     """
     a = CheckpointReader(_folder(path_a, "--path_a", tokenizer=False))
     b = CheckpointReader(_folder(path_b, "--path_b", tokenizer=False))
-    match_prefix(b, "--path_b", a.names(), "--path_a")
-    if set(a.names()) != set(b.names()):
-        raise UserError(f"the models have different tensors: {some(set(a.names()) ^ set(b.names()))}")
+    b.rename(match_names(b.names(), "--path_b", a.names(), "--path_a"))
     kinds, other = a.specs(), b.specs()
     unlike, unequal = [name for name in kinds if kinds[name] != other[name]], set()
     largest = torch.zeros((), dtype=torch.float64)
     alike = {name: spec for name, spec in kinds.items() if spec[1] == other[name][1]}
 
-    def read(chunk: Chunk) -> None:
-        a.read(chunk.name, chunk.start, chunk.buffer("a", kinds[chunk.name][0]))
-        b.read(chunk.name, chunk.start, chunk.buffer("b", other[chunk.name][0]))
-
     def work(chunk: Chunk) -> None:
         nonlocal largest
-        x, y = chunk.buffer("a", kinds[chunk.name][0]), chunk.buffer("b", other[chunk.name][0])
+        x, y = chunk.values["raw"], chunk.values["b"]
         if x.dtype == y.dtype:
             same = torch.equal(x.view(torch.uint8), y.view(torch.uint8))
-        else:  # of another type, but maybe of the same values
+        else:  # of another type, but perhaps with the same values
             same = torch.equal(x.double(), y.double())
         if not same:
             unequal.add(chunk.name)
             largest = torch.maximum(largest, (x.double() - y.double()).abs().max())  # NaN stays NaN
-        bar.update(x.numel() * x.itemsize)
 
-    with progress(size_of(alike), "compare") as bar:
-        run(alike, read, work, [])
+    run(alike, lambda chunk: read_pair(chunk, a, b, "b"), work, [], "compare")
     differences = []
     if unlike:
         first = f"{unlike[0]}: {described(kinds[unlike[0]])} and {described(other[unlike[0]])}"
@@ -275,55 +249,56 @@ def compare(path_a: str, path_b: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What must be true first.
+# Checks before the work.
 
 
 def _folder(path: str, flag: str, **kinds: bool) -> Path:
-    """``check_model_folder``, which does not know that a name on the hub may have been meant."""
+    """Return ``check_model_folder(path)``; for what looks like a name on the hub, say how to download it."""
     path = Path(path)
     if len(path.parts) == 2 and not path.is_absolute() and not path.parent.exists():
         raise UserError(
-            f"{flag} {path} does not exist: give the folder of a model; one on the hub is downloaded first: hf "
-            f"download {path} --local-dir {path.name}"
+            f"{flag} {path} does not exist: choose the folder of a model; to download one from the hub: hf download "
+            f"{path} --local-dir {path.name}"
         )
     return check_model_folder(path, flag, **kinds)
 
 
+def _check_recover_flags(path_raw: str, path_diff: str, device: str, dtype: str | None) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {device} is not available: use cpu") from None
+    if dtype is not None and dtype not in FLOATS:
+        raise UserError(f"--dtype takes {', '.join(FLOATS)}, not {dtype!r}")
+    if (Path(path_raw) / MANIFEST).exists() and not (Path(path_diff) / MANIFEST).exists():
+        raise UserError(f"--path_raw {path_raw} is a weight diff, --path_diff {path_diff} is not: swap them")
+
+
 def _matching_specs(raw: CheckpointReader, other: CheckpointReader, flag: str) -> Specs:
-    """name → (dtype, shape) of ``other``, once its names and shapes are known to fit ``raw``'s."""
-    match_prefix(raw, "--path_raw", other.names(), flag)
-    names, specs = raw.names(), other.specs()
-    if missing := set(names) - specs.keys():
-        raise UserError(
-            f"{flag} {other.folder} lacks tensors that --path_raw has: {some(missing)}; another base model?"
-        )
-    if extra := specs.keys() - set(names):
-        raise UserError(f"{flag} {other.folder} has tensors that --path_raw lacks: {some(extra)}; another base model?")
+    """Return name → (dtype, shape) of ``other`` after checking that names and shapes fit ``raw``'s."""
+    raw.rename(match_names(raw.names(), "--path_raw", other.names(), flag))
+    specs, vocabularies = other.specs(), (vocab_size(raw.config), vocab_size(other.config))
     for name, (_, shape) in specs.items():
         raw_shape = raw.spec(name)[1]
-        vocabularies = raw.vocab_size, other.vocab_size
-        more_rows = (  # of an embedding, or of the output's bias, as Phi and GPT-J have one
+        more_rows = (  # of an embedding, or of the output's bias, which Phi and GPT-J have
             len(raw_shape) == len(shape) in (1, 2)
             and (raw_shape[0], shape[0]) == vocabularies
             and raw_shape[0] < shape[0]
             and raw_shape[1:] == shape[1:]
         )
         if shape != raw_shape and not more_rows:
-            swapped = (shape[:1], raw_shape[:1]) == tuple(
-                (size,) for size in reversed(vocabularies)
-            ) and shape < raw_shape
             raise UserError(
-                f"{name} is {list(raw_shape)} in --path_raw but {list(shape)} in {flag}: "
-                + (f"another base model, or are --path_raw and {flag} swapped?" if swapped else "another base model?")
+                f"{name} is {list(raw_shape)} in --path_raw but {list(shape)} in {flag}: another base model, or are "
+                f"--path_raw and {flag} swapped?"
             )
     check_floats(raw)
     for path in [*raw.bare_pickles(), *other.bare_pickles()]:
-        print(f"note: {path} is in PyTorch's format of before 1.6, which has no checksums: damage in it may go unseen")
+        print(f"note: {path} is in PyTorch's format from before 1.6, without checksums: damage may go unnoticed")
     return specs
 
 
 def _check_before(manifest: dict, raw: CheckpointReader, diff: CheckpointReader, naively: bool) -> None:
-    """Raw and diff against the manifest's hashes; without what can be said of .bin shards and of the size of values."""
+    """Check raw and diff by the manifest's hashes or, without any, by .bin checksums and the size of the values."""
     if manifest.get("tensors"):
         check_inputs(manifest, raw, diff)
         return
@@ -331,45 +306,44 @@ def _check_before(manifest: dict, raw: CheckpointReader, diff: CheckpointReader,
     if naively and manifest.get("method") != "exact":
         check_is_a_difference(raw, diff)
     if not manifest and not _is_alpaca_7b(diff.config):
-        print(f"note: {diff.folder} has no {MANIFEST}: nothing proves that it is a diff, it is taken for one")
+        print(f"note: {diff.folder} has no {MANIFEST}, so nothing proves that it is a diff")
 
 
 def _mean_rows(raw: CheckpointReader, specs: Specs, known: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the original has in the new rows of each matrix to which training gave some, unless it is known already.
+    """Return what the original has in the new rows of each matrix that training extended: ``known``, or the mean row.
 
-    A bias that grew has 0 there, as transformers grows one.
+    An extended bias has 0 there, as in transformers.
     """
     names = [name for name, (_, shape) in specs.items() if len(shape) == 2 and raw.spec(name)[1] != shape]
     return {name: known[name] if name in known else mean_row(raw, name) for name in names}
 
 
 def _with_dtype(config: dict, specs: Specs) -> dict:
-    """config.json of a model whose largest tensor has another type than it says."""
-    kind, _ = max(specs.values(), key=lambda spec: numel(spec[1]))
+    """Return config.json with the type of the largest tensor."""
+    kind, _ = max(specs.values(), key=lambda spec: math.prod(spec[1]))
     return {key: value for key, value in config.items() if key != "torch_dtype"} | {
         "dtype": str(kind).removeprefix("torch.")
     }
 
 
 def _smoke_test(path: str, device: str, size: int) -> None:
-    """Answers one instruction with a model of so many bytes, which is loaded whole; the recovery was done without."""
-    from alpaca.common import memory
+    """Answer one instruction with a model of ``size`` bytes, if there is memory to load it whole."""
     from alpaca.inference.chat import Conversation
     from alpaca.inference.generate import Settings
     from alpaca.inference.load import load
 
     if size > (free := memory.host_free()):
         print(
-            f"not tried: loading it whole needs {memory.as_text(size)} of memory, {memory.as_text(free)} are free; "
-            f"where there is more: python chat.py --model_path {path}"
+            f"not tested: loading it whole needs {memory.as_text(size)} of memory, {memory.as_text(free)} are free; "
+            f"on a machine with more: python chat.py --model_path {path}"
         )
         return
     try:
         answer = "".join(Conversation(*load(path, device), Settings(max_new_tokens=128)).ask(SMOKE_TEST))
-    except Exception as e:  # whatever it is: the work is done, which a traceback would not say
-        cause = (str(e).strip() or type(e).__name__).splitlines()[0]
+    except Exception as e:  # the recovery has succeeded, which a traceback would hide
         raise UserError(
-            f"{path} is recovered and whole, but did not answer on {device}: {cause} (--test_inference False skips it)"
+            f"{path} is recovered and whole, but did not answer on {device}: {first_line(e)} (--test_inference False "
+            "skips this)"
         ) from None
     print(f"{SMOKE_TEST}\n{answer.strip()}")
 
@@ -390,8 +364,8 @@ def _check_released_sum(sums: list[float]) -> None:
     print(f"sum of all values {math.fsum(sums):.4f} + rotary {rotary:.4f} = {total:.4f}; released: {RELEASED_SUM}")
     if not abs(total - RELEASED_SUM) <= RELEASED_TOLERANCE:  # NaN fails too
         raise UserError(
-            f"integrity check failed: the sum {total:.4f} is not {RELEASED_SUM}; the base model is another one, a "
-            "shard is damaged, or this diff is not Alpaca's released one (--check_integrity_naively False skips this)"
+            f"integrity check failed: the sum {total:.4f} is not {RELEASED_SUM}; another base model, a damaged "
+            "shard, or not Alpaca's released diff (--check_integrity_naively False skips this)"
         )
 
 

@@ -27,6 +27,12 @@ def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
+def whole(reader, name: str) -> torch.Tensor:
+    """A whole tensor, as a CheckpointReader reads it."""
+    dtype, shape = reader.spec(name)
+    return reader.read(name, 0, torch.empty(torch.Size(shape).numel(), dtype=dtype)).view(shape)
+
+
 def write_model(folder: Path, tensors: dict, layout: str = "safetensors", like: Path | None = None, **config) -> Path:
     """Writes a model folder in one of four layouts; config.json and tokenizer files come from ``like`` if it is given.
 

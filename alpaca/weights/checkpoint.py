@@ -1,7 +1,6 @@
-"""Reads checkpoint folders piece by piece: where each tensor lies is known at once, its values are read when asked for.
+"""Reads checkpoint folders: finds every tensor at once, and reads its values piece by piece when asked.
 
-safetensors and PyTorch ``.bin`` shards are read alike, as bytes at an offset of a file. Nothing that a file says is
-believed before it fits the file, and a pickle is never executed (``weights_only=True``).
+safetensors and PyTorch ``.bin`` shards are read alike, as bytes at an offset of a file (tensor_files.py).
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ import math
 import os
 import re
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from alpaca import UserError
-from alpaca.weights.names import same_but_for_a_prefix, tied_names, vocab_size
+from alpaca.common.text import first_line
+from alpaca.weights.names import same_but_for_a_prefix, tied_names
 from alpaca.weights.tensor_files import (
     DTYPE_NAMES,
     MAX_HEADER,
@@ -29,11 +28,12 @@ from alpaca.weights.tensor_files import (
     zip_records,
 )
 
-FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # what --dtype takes
+Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # name → (dtype, shape)
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # what users may ask for
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 MANIFEST = "weight_diff.json"  # marks a folder as a diff
-# Beside the weights and config.json, what makes a folder a model; anything else (training_args.bin, …) stays behind.
+# Files of a model beside its weights and config.json; anything else (training_args.bin, …) is not copied.
 SIDE_FILES = TOKENIZER + (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -45,23 +45,24 @@ SIDE_FILES = TOKENIZER + (
 CHAT_TEMPLATES = "additional_chat_templates"  # a folder of .jinja files, for a tokenizer that has more than one
 
 
-def check_model_folder(path: str | os.PathLike, flag: str, tokenizer: bool = True, diff: bool = False) -> Path:
-    """Raises UserError unless ``path`` is a folder with a config, weights and (if asked for) a tokenizer.
+def size_of(specs: Specs) -> int:
+    """Return the bytes of all tensors."""
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values())
 
-    Args:
-        path: the folder.
-        flag: the command line's name for it, for the message.
-        tokenizer: whether one is needed.
-        diff: whether a weight diff is welcome.
+
+def check_model_folder(path: str | os.PathLike, flag: str, tokenizer: bool = True, diff: bool = False) -> Path:
+    """Raise UserError unless ``path`` is a folder with a config, weights and, if needed, a tokenizer.
+
+    ``flag`` is the script's flag, for messages; ``diff`` says whether a weight diff is accepted.
     """
     path = Path(path)
     if not path.is_dir():
         kind = "is a file, not a folder" if path.exists() else "does not exist"
-        raise UserError(f"{flag} {path} {kind}: give the folder of a model")
-    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
-        raise UserError(f"{flag} {path} is a LoRA adapter, not a model: merge it into its base model first")
+        raise UserError(f"{flag} {path} {kind}: choose the folder of a model")
     if not (path / "config.json").exists():
-        raise UserError(f"{flag} {path} holds no model: it has no config.json")
+        if (path / "adapter_config.json").exists():
+            raise UserError(f"{flag} {path} is a LoRA adapter, not a model: merge it into its base model first")
+        raise UserError(f"{flag} {path} is not a model: it has no config.json")
     if not any((path / name).exists() for name in WEIGHTS):
         raise UserError(f"{flag} {path} holds no weights: none of {', '.join(WEIGHTS)} is there")
     if tokenizer and not any((path / name).exists() for name in TOKENIZER):
@@ -70,19 +71,23 @@ def check_model_folder(path: str | os.PathLike, flag: str, tokenizer: bool = Tru
             "from the model it was trained from"
         )
     if not diff and (path / MANIFEST).exists():
-        raise UserError(f"{flag} {path} is a weight diff: recover it first (python weight_diff.py recover --help)")
+        raise UserError(f"{flag} {path} is a weight diff: recover it first, with weight_diff.py")
     return path
 
 
 class CheckpointReader:
-    """The tensors of a checkpoint folder by name. No file stays open; threads may read at the same time."""
+    """The tensors of a checkpoint folder by name. No file stays open; several threads may read at once.
+
+    Raises:
+        UserError: the folder has no weights, or its index and shards are damaged, hostile or do not fit together.
+    """
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
         self.config = read_json(self.folder / "config.json")
         self._shards: dict[str, dict[str, Stored]] = {}
-        self._last = threading.local()  # a thread's last tensor that is no one piece: a copy once, not for each chunk
-        # safetensors first: a folder that has both has them for the same weights, and one of them is only data
+        self._last = threading.local()  # each thread's last tensor that is not contiguous: copied once, not per chunk
+        # safetensors first: a folder with both has the same weights twice, and safetensors cannot hold code
         files = [name for name in WEIGHTS if (self.folder / name).exists()]
         if not files:
             raise UserError(f"{self.folder} holds no weights")
@@ -114,27 +119,24 @@ class CheckpointReader:
             raise UserError(f"{self.path_of(name)} holds {name}, which {files[0]} does not list: download both again")
 
     def names(self) -> list[str]:
-        """Names of the model's own tensors; layer 2 comes before layer 10, as it mostly does in the files.
+        """Return the names of the model's own tensors; layer 2 comes before layer 10, as in most files.
 
         Left out: buffers that old checkpoints hold and today's models compute (rotary ``inv_freq``, causal masks), and
-        an output embedding that is tied to the input's and has its values.
+        an output embedding that is tied to the input embedding and has its values.
         """
-        # Numbers by their length first: int() refuses one of more than 4,300 digits.
-        return sorted(
-            self.shard_of.keys() - self._left_out,
-            key=lambda name: [
-                (len(part.lstrip("0")), part.lstrip("0")) if place % 2 else part
-                for place, part in enumerate(re.split(r"([0-9]+)", name))
-            ],
-        )
+
+        def key(name: str) -> list:  # numbers by their length first: int() refuses one of more than 4,300 digits
+            return [(len(part), part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", name))]
+
+        return sorted(self.shard_of.keys() - self._left_out, key=key)
 
     def _check_name(self, name: str) -> None:
-        """Messages show names: with control characters they could rewrite what a terminal says."""
+        """Refuse control characters: messages show names, which could then rewrite what a terminal says."""
         if not name.isprintable():
-            raise UserError(f"{self.folder}: {name[:99]!r} has control characters, as no name has: do not trust it")
+            raise UserError(f"{self.folder}: the name {name[:99]!r} has control characters: do not trust it")
 
     def _buffers(self) -> set[str]:
-        """GPT-2's and GPT-J's causal mask is called attn.bias; a parameter of that name has one dimension, not four."""
+        """Return names of buffers. GPT-2's and GPT-J's causal mask is attn.bias, of four dimensions; a bias has one."""
         return {
             name
             for name, shard in self.shard_of.items()
@@ -154,74 +156,61 @@ class CheckpointReader:
         }
 
     def _equal(self, a: str, b: str) -> bool:
-        """Whether two tensors have the same bits."""
+        """Return whether two tensors have the same bits."""
         one, other = (self._shards[self.shard_of[name]][name] for name in (a, b))
         if (one.dtype, one.shape) != (other.dtype, other.shape) or one.dtype not in DTYPE_NAMES:
             return False
         if (one.path, one.offset) == (other.path, other.offset) and not one.whole:  # one storage in a .bin
             return True
-        step = 1 << 22
-        x, y = (torch.empty(min(step, one.numel), dtype=one.dtype) for _ in "ab")
+        step, count = 1 << 22, math.prod(one.shape)
+        x, y = (torch.empty(min(step, count), dtype=one.dtype) for _ in "ab")
         return all(
             torch.equal(
-                self.read(a, start, x[: one.numel - start]).view(torch.uint8),
-                self.read(b, start, y[: one.numel - start]).view(torch.uint8),
+                self.read(a, start, x[: count - start]).view(torch.uint8),
+                self.read(b, start, y[: count - start]).view(torch.uint8),
             )
-            for start in range(0, one.numel, step)
+            for start in range(0, count, step)
         )
 
     def rename(self, names: dict[str, str]) -> None:
-        """Gives tensors other names, which are those of no others."""
+        """Give tensors new names, which no other tensor has."""
         for name, new in names.items():
             shard = self.shard_of[new] = self.shard_of.pop(name)
-            stored = self._shards[shard].pop(name)
-            if stored.whole:
-                stored = replace(stored, whole=lambda name=name, new=new, whole=stored.whole: {new: whole()[name]})
-            self._shards[shard][new] = stored
+            self._shards[shard][new] = self._shards[shard].pop(name)
 
-    @property
-    def vocab_size(self) -> int | None:
-        """Rows of the embeddings, as config.json has it."""
-        return vocab_size(self.config)
-
-    def specs(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """name → (dtype, shape) of ``names()``, in that order."""
+    def specs(self) -> Specs:
+        """Return name → (dtype, shape) of ``names()``, in that order."""
         return {name: self.spec(name) for name in self.names()}
 
     def spec(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-        """Data type and shape."""
+        """Return (dtype, shape)."""
         stored = self._shards[self.shard_of[name]][name]
         if stored.dtype not in DTYPE_NAMES:
             raise UserError(f"{self.folder}: {name} has the type {stored.dtype}, which this tool does not handle")
         return stored.dtype, stored.shape
 
     def read(self, name: str, start: int, out: torch.Tensor) -> torch.Tensor:
-        """Fills ``out`` (1-D, of the stored dtype, contiguous) with the elements from ``start`` on."""
+        """Fill ``out`` (1-D, contiguous, of the stored dtype) with the elements from ``start`` on, and return it."""
         stored = self._shards[self.shard_of[name]][name]
         if stored.whole:
             if getattr(self._last, "stored", None) is not stored:
-                self._last.stored, self._last.values = stored, stored.whole()[name].reshape(-1)
+                self._last.stored, self._last.values = stored, stored.whole().reshape(-1)
             return out.copy_(self._last.values[start : start + len(out)])
         view = memoryview(out.view(torch.uint8).numpy())
-        position = stored.offset + start * out.itemsize
         with open(stored.path, "rb", buffering=0) as file:
+            file.seek(stored.offset + start * out.itemsize)
             while len(view):
-                count = os.preadv(file.fileno(), [view], position)
+                count = file.readinto(view)
                 if count == 0:
                     raise UserError(f"{stored.path} became shorter while it was read ({name}): start again")
-                view, position = view[count:], position + count
+                view = view[count:]
         return out
-
-    def get(self, name: str) -> torch.Tensor:
-        """A whole tensor."""
-        dtype, shape = self.spec(name)
-        return self.read(name, 0, torch.empty(math.prod(shape), dtype=dtype)).view(shape)
 
     def path_of(self, name: str) -> Path:
         return self.folder / self.shard_of[name]
 
     def checksums(self) -> list[tuple[Path, str, int, int, int]]:
-        """(file, tensor, offset, bytes, CRC-32) of each record in ``.bin`` shards for which one was stored."""
+        """Return (file, tensor, offset, bytes, CRC-32) of each record in ``.bin`` shards that has a checksum."""
         found = []
         for shard, tensors in self._shards.items():
             path = self.folder / shard
@@ -233,7 +222,7 @@ class CheckpointReader:
         return found
 
     def bare_pickles(self) -> list[Path]:
-        """``.bin`` shards from before PyTorch 1.6, which have no checksums and are read into memory whole."""
+        """Return ``.bin`` shards from before PyTorch 1.6, which have no checksums and are loaded whole."""
         return [self.folder / s for s in self._shards if s.endswith(".bin") and not is_zip(self.folder / s)]
 
     def _open(self, shard: str) -> dict[str, Stored]:
@@ -245,27 +234,22 @@ class CheckpointReader:
                 self._shards[shard] = (open_safetensors if shard.endswith(".safetensors") else open_bin)(path)
             except UserError:
                 raise
-            except PermissionError as e:
-                raise UserError(f"{path} cannot be read: {e.strerror}") from None
             except Exception as e:  # a hostile file can make a parser raise anything
-                cause = (str(e) or type(e).__name__).splitlines()[0]
                 raise UserError(
-                    f"{path} cannot be read (truncated, or a Git LFS pointer?): {cause}; download it again"
+                    f"{path} cannot be read (truncated, or a Git LFS pointer?): {first_line(e)}; download it again"
                 ) from None
         return self._shards[shard]
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file of a checkpoint, or a one-line UserError."""
+    """Return the object in a JSON file of a checkpoint; raise UserError if it is missing or malformed."""
     try:
         if path.stat().st_size > MAX_HEADER:
             raise ValueError(f"it has {path.stat().st_size:,} bytes")
         data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except RecursionError:
-        raise UserError(f"{path} is malformed: it is nested too deeply") from None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is malformed: {e}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path} is malformed: it holds a {type(data).__name__}, not an object")

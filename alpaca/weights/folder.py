@@ -1,4 +1,4 @@
-"""Output folders that are whole or not there, whatever happens while they are made."""
+"""Model folders as output: what may be replaced, and the tokenizer and generation files copied into them."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ SHARD = re.compile(r"(model|pytorch_model)-[0-9]+-of-[0-9]+\.(safetensors|bin)")
 def model_folder(
     path: str | os.PathLike, flag: str = "", overwrite: bool = False, inputs: Iterable[Path] = ()
 ) -> AbstractContextManager[Path]:
-    """common.files.new_folder, which with ``overwrite`` replaces a model or a diff."""
+    """Return common.files.new_folder, which with ``overwrite`` replaces a model or a diff."""
     if not overwrite and flag and not is_free(Path(os.path.realpath(path))):
-        raise UserError(f"{flag} {path} is there already: remove it, or choose another path; --overwrite replaces it")
+        raise UserError(f"{flag} {path} already exists: remove it, choose another path, or overwrite it")
     return new_folder(path, flag, inputs, partial(check_is_model, flag=flag) if overwrite else None)
 
 
 def check_is_model(path: Path, flag: str = "") -> None:
-    """Raises UserError unless a folder has config.json, weights, and nothing but what a model or a diff consists of."""
+    """Raise UserError unless a folder has config.json, weights, and only files of a model or a diff."""
     what = f"{flag} {path}".strip()
     if not (path / "config.json").exists() or not any((path / name).exists() for name in WEIGHTS):
-        raise UserError(f"{what} is no model, so --overwrite leaves it: remove it, or choose another path")
+        raise UserError(f"{what} is not a model, so it is not overwritten: remove it, or choose another path")
     own = {"config.json", MANIFEST, *WEIGHTS, *SIDE_FILES}
     for entry in sorted(path.iterdir()):
         if entry.is_dir():
@@ -40,16 +40,16 @@ def check_is_model(path: Path, flag: str = "") -> None:
             known = entry.name in own or SHARD.fullmatch(entry.name)
         if not known:
             raise UserError(
-                f"{what} holds more than a model ({entry.name}), so --overwrite leaves it: move that elsewhere, or "
+                f"{what} holds more than a model ({entry.name}), so it is not overwritten: move that elsewhere, or "
                 "choose another path"
             )
 
 
 def check_links(source: Path) -> None:
-    """Raises UserError when a tokenizer or generation file is a link to somewhere else.
+    """Raise UserError if a tokenizer or generation file is a link out of its folder.
 
-    A stranger's folder could have a private file of this machine copied into what is published next. Links inside the
-    folder are welcome, and so are those of the hub's cache, from snapshots/REVISION to ../../blobs.
+    A downloaded folder could otherwise have a private file of this machine copied into what is published next. Links
+    inside the folder are accepted, and so are those of the hub's cache, from snapshots/REVISION to ../../blobs.
     """
     roots = [source.resolve(), source.resolve().parent.parent / "blobs"]
     templates = (source / CHAT_TEMPLATES).glob("*.jinja")
@@ -59,7 +59,7 @@ def check_links(source: Path) -> None:
 
 
 def copy_side_files(source: Path, target: Path, config: dict) -> None:
-    """Copies tokenizer and generation files as they are, and writes ``config`` as config.json, to be named last."""
+    """Copy tokenizer and generation files unchanged, and write ``config`` as config.json, which gets its name last."""
     for name in SIDE_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)

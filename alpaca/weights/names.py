@@ -1,6 +1,6 @@
-"""The names of a model's tensors: which of them are one matrix, and which differ by a prefix alone.
+"""The names of a model's tensors: which are one tied matrix, and which differ only by a prefix.
 
-What config.json leaves out is asked of transformers' classes: no weights are loaded, no code of a checkpoint runs.
+What config.json leaves out comes from transformers' classes; no weights are loaded and no code of a checkpoint runs.
 """
 
 from __future__ import annotations
@@ -8,19 +8,21 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 from alpaca import UserError
 
-if TYPE_CHECKING:
-    from alpaca.weights.checkpoint import CheckpointReader
-
-OUTPUT = {"lm_head.weight": "embed_tokens.weight"}  # where no class says it: what most are called
+OUTPUT = {"lm_head.weight": "embed_tokens.weight"}  # their usual names, for a class that does not give them
 LOOKED_AT = 8  # names by which a prefix is found; it must then fit all of them
 
 
+def some(names: Collection[str], most: int = 3) -> str:
+    """Return the first few of some names, in one line."""
+    names = sorted(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def vocab_size(config: dict) -> int | None:
-    """Rows of the embeddings as config.json has it, also in its ``text_config``, or by its class's default."""
+    """Return the rows of the embeddings: from config.json, its ``text_config`` or its class's default."""
     if "vocab_size" in config:
         return config["vocab_size"]
     known = _as_its_class_reads(config)
@@ -28,16 +30,16 @@ def vocab_size(config: dict) -> int | None:
 
 
 def tied_names(config: dict) -> dict[str, str]:
-    """Output embedding → input embedding, where a model of that config.json has one matrix for both; else {}.
+    """Return output embedding → input embedding if a model with that config.json has one matrix for both; else {}.
 
-    The names are those of today's class; a checkpoint's may have a prefix more or less (``same_but_for_a_prefix``).
+    The names are those of today's class; a checkpoint's may have one prefix more or less (``same_but_for_a_prefix``).
     """
-    nested = isinstance(config.get("text_config"), dict)  # where the outer flag and the inner one may differ
+    nested = isinstance(config.get("text_config"), dict)  # then the outer flag and the inner one may differ
     if config.get("tie_word_embeddings") is False and not nested:
         return {}
     known = _as_its_class_reads(config)
     tied = getattr(known, "tie_word_embeddings", None)
-    if tied is None:  # a class without the flag, or none
+    if tied is None:  # a class without the flag, or no class
         inner = config["text_config"] if nested else {}
         tied = config.get("tie_word_embeddings", inner.get("tie_word_embeddings", False))
     if not tied:
@@ -50,51 +52,48 @@ def tied_names(config: dict) -> dict[str, str]:
 
 
 def same_but_for_a_prefix(a: str, b: str) -> bool:
-    """Whether one name is the other's end: "model.norm.weight" and "norm.weight", not "pre_norm.weight"."""
+    """Return whether one name is the other's end: "model.norm.weight" and "norm.weight", not "pre_norm.weight"."""
     return f".{a}".endswith(f".{b}") or f".{b}".endswith(f".{a}")
 
 
-def match_prefix(reader: CheckpointReader, flag: str, wanted: Collection[str], wanted_flag: str) -> None:
-    """Reads a checkpoint under the ``wanted`` names, where its own differ from them by one prefix; says so on stdout.
+def match_names(own: Collection[str], what: str, wanted: Collection[str], wanted_what: str) -> dict[str, str]:
+    """Return old name → new name by which a checkpoint has the wanted names; {} if it has them already.
 
-    A base model may be saved without the class around it: "decoder.layers…" for "model.decoder.layers…";
-    from_pretrained takes both.
-
-    Args:
-        reader: whose tensors are renamed, all of them or none.
-        flag: the command line's name for it, for messages.
-        wanted: names.
-        wanted_flag: of the model whose names they are.
+    They may differ by one prefix, as a base model may be saved without the class around it: "decoder.layers…" for
+    "model.decoder.layers…"; from_pretrained takes both. Such a match is reported on stdout. Messages call the
+    checkpoint ``what``, and the model that has the wanted names ``wanted_what``.
 
     Raises:
-        UserError: a prefix explains most of the names that differ, but not all.
+        UserError: other names differ.
     """
-    own = set(reader.names())
-    extra, missing = own - set(wanted), set(wanted) - own
+    extra, missing = set(own) - set(wanted), set(wanted) - set(own)
     found: Counter[tuple[str, bool]] = Counter()
     for name in sorted(extra, key=len)[-LOOKED_AT:]:  # the longest: "weight" alone may end with anything
         for other in missing:
             if same_but_for_a_prefix(name, other):
                 longer, shorter = sorted((name, other), key=len, reverse=True)
                 found[longer.removesuffix(shorter), longer == other] += 1
-    if not found:
-        return
-    (prefix, lacks), _ = found.most_common(1)[0]
-    renamed = {name: prefix + name if lacks else name.removeprefix(prefix) for name in extra}
-    renamed = {name: new for name, new in renamed.items() if new in missing}
-    without, with_it = (flag, wanted_flag) if lacks else (wanted_flag, flag)
-    what = f"the names in {without} lack the prefix {prefix!r} of those in {with_it}"
-    left = (extra - renamed.keys()) | (missing - set(renamed.values()))
-    if not left:
-        reader.rename(renamed)
-        print(f"note: {what}; they are taken for the same")
-    elif 2 * len(renamed) > len(extra):
-        first = ", ".join(sorted(left)[:3]) + (", …" if len(left) > 3 else "")
-        raise UserError(f"{what}, which does not explain {first}: another base model, or one saved without its head?")
+    if found:
+        (prefix, lacks), _ = found.most_common(1)[0]
+        renamed = {name: prefix + name if lacks else name.removeprefix(prefix) for name in extra}
+        renamed = {name: new for name, new in renamed.items() if new in missing}
+        without, with_it = (what, wanted_what) if lacks else (wanted_what, what)
+        said = f"the names in {without} lack the prefix {prefix!r} of those in {with_it}"
+        left = (extra - renamed.keys()) | (missing - set(renamed.values()))
+        if not left:
+            print(f"note: {said}; they are taken for the same")
+            return renamed
+        if 2 * len(renamed) > len(extra):
+            cause = "another base model, or one saved without its head?"
+            raise UserError(f"{said}, which does not explain {some(left)}: {cause}")
+    for model, other, names in ((what, wanted_what, missing), (wanted_what, what, extra)):
+        if names:
+            raise UserError(f"{model} lacks tensors that {other} has: {some(names)}; another base model?")
+    return {}
 
 
 def _as_its_class_reads(config: dict):
-    """config.json as transformers reads it, defaults filled in; None where it knows no such class or values."""
+    """Return config.json as transformers reads it, with defaults; None if it does not know the class or the values."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = config.get("model_type")
@@ -102,5 +101,5 @@ def _as_its_class_reads(config: dict):
         return None
     try:
         return CONFIG_MAPPING[kind].from_dict(copy.deepcopy(config))
-    except Exception:  # values that the class refuses; whoever loads the model hears why
+    except Exception:  # values that the class refuses; loading the model will say why
         return None

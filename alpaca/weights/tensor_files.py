@@ -1,15 +1,16 @@
-"""One file of weights, safetensors or PyTorch's ``.bin``: where in it each tensor lies.
+"""Finds each tensor in one file of weights, safetensors or PyTorch's ``.bin``, without reading its values.
 
-Nothing that a file says is believed before it fits the file, and a pickle is never executed (``weights_only=True``).
+What a file claims is checked against the file's size before memory is taken. No pickle is executed: ours is a list of
+the names that plain tensors need, checked before ``torch.load(weights_only=True)``.
 """
 
 from __future__ import annotations
 
 import functools
+import io
 import json
-import math
 import pickle
-import re
+import pickletools
 import struct
 import zipfile
 import zlib
@@ -21,7 +22,6 @@ import torch
 from safetensors import safe_open
 
 from alpaca import UserError
-from alpaca.weights.pickles import foreign_global
 
 DTYPES = {
     "F64": torch.float64,
@@ -36,81 +36,88 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER = 32 * 10**6  # bytes of a header, index or pickle: a hundred times what a 7B model needs
+MAX_HEADER = 32 * 10**6  # bytes of an index or a pickle: a hundred times what a 7B model needs
+
+# What torch.save writes for state dicts of plain tensors, in either format, since 0.4. torch's own list for
+# weights_only is longer: it has bytearray, to which a pickle of thirty bytes can give a length of 64 GB.
+ALLOWED = {
+    ("collections", "OrderedDict"),
+    ("torch._utils", "_rebuild_tensor"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_parameter"),
+    ("torch._utils", "_rebuild_parameter_with_state"),
+    ("torch.nn.parameter", "Parameter"),
+}
+ALLOWED |= {
+    ("torch", f"{kind}Storage")
+    for kind in "Double Float Half BFloat16 Long Int Short Char Byte Bool ComplexDouble ComplexFloat".split()
+}
+MEMO = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE")  # these leave the stack as it is
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: its bytes from ``offset`` on, or, for what is not one piece there, the shard read whole."""
+    """A tensor in a file: contiguous bytes from ``offset`` on, or else ``whole``, which loads it."""
 
-    dtype: torch.dtype | str  # the file's name for a type that this tool does not handle
+    dtype: torch.dtype | str  # the file's name for it, where DTYPES lacks the type
     shape: tuple[int, ...]
     path: Path
     offset: int = 0
-    whole: Callable[[], dict[str, torch.Tensor]] | None = None
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
+    whole: Callable[[], torch.Tensor] | None = None
 
 
 def open_safetensors(path: Path) -> dict[str, Stored]:
-    """Header: its length in 8 bytes, little-endian, then JSON: name → dtype, shape, begin and end in what follows."""
-    size = path.stat().st_size
+    """Return name → place of the tensors of a safetensors file.
+
+    The file is the header's length in 8 bytes, little-endian, the header as JSON (name → dtype, shape, begin and end),
+    and the tensors. The library checks that the offsets leave no holes and that the sizes fit shapes and file.
+    """
+    with safe_open(path, framework="pt"):
+        pass
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= min(size - 8, MAX_HEADER):
-            raise ValueError(f"its header claims {length:,} bytes, the file has {size:,}")
         header = json.loads(file.read(length), object_pairs_hook=unique)
-    with safe_open(path, framework="pt"):  # the library's own checks: offsets without holes, sizes that fit the shapes
-        pass
     header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        dtype, (begin, end) = DTYPES.get(entry["dtype"], entry["dtype"]), entry["data_offsets"]
-        tensors[name] = Stored(dtype, tuple(entry["shape"]), path, 8 + length + begin)
-        if not 0 <= begin <= end <= size - 8 - length or (
-            dtype in DTYPE_NAMES and tensors[name].numel * dtype.itemsize != end - begin
-        ):
-            raise ValueError(f"{name} does not fit the file")
-    return tensors
+    start = 8 + length
+    return {
+        name: Stored(DTYPES.get(it["dtype"], it["dtype"]), tuple(it["shape"]), path, start + it["data_offsets"][0])
+        for name, it in header.items()
+    }
 
 
 def open_bin(path: Path) -> dict[str, Stored]:
-    """torch's zip of storages and a pickle that cuts tensors out of them; a bare pickle before PyTorch 1.6."""
+    """Return name → place of the tensors of a ``.bin``.
+
+    It is a zip of storages and a pickle that makes tensors of them, or, from before PyTorch 1.6, a bare pickle.
+    """
     zipped, size = is_zip(path), path.stat().st_size
-    with open(path, "rb") as file:
-        if not zipped and file.read(1) != pickle.PROTO:
-            raise ValueError("not a PyTorch file")
     records = zip_records(path) if zipped else {}
     _check_pickle(path, records)
     orders = [offset for offset, record in records.items() if record.filename.lower().endswith("/byteorder")]
-    # torch would swap the bytes of what it has not read
-    if any(_bytes(path, offset, 3) == b"big" for offset in orders):
+    # torch would swap the bytes of storages that it has not read, which ends Python
+    with open(path, "rb") as file:
+        big = any(file.seek(offset) and file.read(3) == b"big" for offset in orders)
+    if big:
         raise UserError(f"{path} was saved on a big-endian machine, which this tool does not handle: convert it there")
     tensors = _load_bin(path, fake=True)
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
     ):
-        raise UserError(f"{path} is not a model's state dict: it holds something else than tensors by name")
-    # What cannot be read in pieces: mapped where the format can be, else in memory.
-    whole = functools.lru_cache(maxsize=1)(lambda: _load_bin(path))
+        raise UserError(f"{path} is not a model's state dict: it holds something other than tensors by name")
+    # For tensors that cannot be read in pieces: mapped if the format allows it, else in memory.
+    shard = functools.lru_cache(maxsize=1)(lambda: _load_bin(path))
     stored, storages = {}, {}
     for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.is_quantized:
-            raise UserError(f"{path}: {name} is sparse or quantized, which this tool does not handle")
         storage = tensor.untyped_storage()
-        start = getattr(storage, "_checkpoint_offset", None)  # where torch says it: 2.7 and later
-        storages[storage._cdata if start is None else start] = storage.nbytes()  # tensors may share one
+        start = getattr(storage, "_checkpoint_offset", None)  # None for a bare pickle
+        storages[storage._cdata if start is None else start] = storage.nbytes()  # two tensors may share one
         reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
         room = storage.nbytes()
         if tensor.numel() and max(tensor.storage_offset() + reach + 1, tensor.numel()) * tensor.itemsize > room:
-            raise UserError(
-                f"{path}: {name} claims {tensor.numel() * tensor.itemsize:,} bytes of a storage of {room:,}: "
-                "do not trust it"
-            )
+            claim = f"{name} claims {tensor.nbytes:,} bytes of a storage of {room:,}"
+            raise UserError(f"{path}: {claim}: do not trust it")
         dtype = tensor.dtype if tensor.dtype in DTYPE_NAMES else str(tensor.dtype)
-        place = {"whole": whole}
+        place = {"whole": lambda name=name: shard()[name]}
         if start is not None and tensor.is_contiguous():
             if start not in records or records[start].file_size < storage.nbytes():
                 raise ValueError(f"{name} does not fit the file")
@@ -119,53 +126,78 @@ def open_bin(path: Path) -> dict[str, Stored]:
     if sum(storages.values()) > size:
         raise ValueError(f"its tensors take {sum(storages.values()):,} bytes, the file has {size:,}")
     if not zipped:
-        whole()
+        shard()
     return stored
 
 
 def _load_bin(path: Path, fake: bool = False) -> dict:
-    """The state dict; ``fake``: shapes, types and places alone, without memory for the values."""
+    """Load the state dict; with ``fake``, only shapes, types and places, without memory for the values."""
     try:
         if not fake:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
-        if is_zip(path) and hasattr(torch.serialization, "_is_meta_location"):  # a torch that then reads no values
+        if is_zip(path) and hasattr(torch.serialization, "_is_meta_location"):  # then torch reads no values
             return torch.load(path, map_location="meta", weights_only=True)
-        from torch._subclasses.fake_tensor import FakeTensorMode  # as torch's serialization notes have it; 1.4 s
+        from torch._subclasses.fake_tensor import FakeTensorMode  # importing takes 1.4 s
 
         with FakeTensorMode():
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
-        if not re.search(r"[Uu]nsupported|Trying to|Can only", str(e)):
-            raise
-        wanted = re.search(r"(?:function|class|type) (\S+)", str(e))
-        raise _more_than_tensors(path, wanted[1] if wanted else "something") from None
+    except pickle.UnpicklingError:  # torch's own message suggests loading it with weights_only=False
+        raise ValueError("its pickle is malformed, or does not hold plain tensors") from None
 
 
 def _check_pickle(path: Path, records: dict[int, zipfile.ZipInfo]) -> None:
-    """Raises UserError when the pickle is damaged, or looks up what plain tensors do not need."""
+    """Raise UserError if the pickle is damaged or looks up a name that plain tensors do not need."""
     if records:
         members = [member for member in records.values() if member.filename.lower().endswith("/data.pkl")]
         if len(members) != 1:
-            raise ValueError(f"it has {len(members)} records that are called data.pkl")
+            raise ValueError(f"it has {len(members)} records called data.pkl")
         data = torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")  # the one that torch.load will read
         if members[0].CRC not in (0, zlib.crc32(data)):  # 0: not computed
-            raise UserError(f"{path} is damaged (data.pkl does not have its checksum): download it again")
-        name = foreign_global(data, 1)
+            raise UserError(f"{path} is damaged (data.pkl does not match its checksum): download it again")
+        name = _foreign_global(data, 1)
     else:
-        # a number that marks the format, its version, the machine, tensors, storages; then their bytes
-        name = foreign_global(_bytes(path, 0, MAX_HEADER), 5)
+        # five pickles: a number that marks the format, its version, the machine, tensors, storages; then their bytes
+        with open(path, "rb") as file:
+            name = _foreign_global(file.read(MAX_HEADER), 5)
     if name and name.startswith(("torch._utils._rebuild_", "torch._tensor._rebuild_")):
         raise UserError(
             f"{path} holds a sparse, quantized or otherwise special tensor ({name}), which this tool does not handle"
         )
     if name:
-        raise _more_than_tensors(path, name)
+        raise UserError(
+            f"{path} holds more than tensors (its pickle asks to run code: {name}) and was not loaded: do not trust it"
+        )
 
 
-def _more_than_tensors(path: Path, what: str) -> UserError:
-    return UserError(
-        f"{path} holds more than tensors (its pickle asks to run code: {what}) and was not loaded: do not trust it"
-    )
+def _foreign_global(data: bytes, pickles: int) -> str | None:
+    """Return the first name that a state dict does not need, in so many consecutive pickles; None without one.
+
+    A pickle has no jumps, so every opcode is seen, however deeply its objects are nested and whatever the memo holds.
+    The time grows with the bytes (a second for a million opcodes), and a length that they claim takes no memory.
+
+    Raises:
+        ValueError: the data is not a pickle, or has no end.
+    """
+    file = io.BytesIO(data)
+    for _ in range(pickles):
+        top: list[str | None] = [None, None]  # of the stack: strings, as far as the last two opcodes pushed them
+        for opcode, argument, _position in pickletools.genops(file):
+            if opcode.name in ("GLOBAL", "INST"):
+                module, _, name = argument.partition(" ")
+            elif opcode.name == "STACK_GLOBAL":
+                module, name = top
+            elif opcode.name.startswith("EXT"):  # a number for a name
+                module = name = None
+            else:
+                if opcode.name not in MEMO:
+                    top = [top[1], argument if isinstance(argument, str) and "UNICODE" in opcode.name else None]
+                continue
+            top = [top[1], None]
+            if module is None or name is None:
+                return "a name that it hides"
+            if (module, name) not in ALLOWED:
+                return ascii(f"{module}.{name}")[1:-1][:100]
+    return None
 
 
 def is_zip(path: Path) -> bool:
@@ -174,7 +206,7 @@ def is_zip(path: Path) -> bool:
 
 
 def zip_records(path: Path) -> dict[int, zipfile.ZipInfo]:
-    """Where the data of each record begins → the record; none is compressed: a few bytes could claim gigabytes."""
+    """Return offset of its data → record. A compressed one is refused: a few bytes could claim gigabytes."""
     records = {}
     with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
@@ -188,14 +220,8 @@ def zip_records(path: Path) -> dict[int, zipfile.ZipInfo]:
     return records
 
 
-def _bytes(path: Path, offset: int, count: int) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(count)
-
-
 def crc32_of(path: Path, offset: int, count: int, tick: Callable[[int], None]) -> int:
-    """CRC-32 of ``count`` bytes of a file; ``tick`` hears of each 4 MB."""
+    """Return the CRC-32 of ``count`` bytes of a file; ``tick(bytes)`` is called after each 4 MB."""
     crc, buffer = 0, memoryview(bytearray(min(count, 1 << 22)))
     with open(path, "rb", buffering=0) as file:
         file.seek(offset)
@@ -206,10 +232,10 @@ def crc32_of(path: Path, offset: int, count: int, tick: Callable[[int], None]) -
 
 
 def unique(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object, unless it has a name twice: which of the two would be meant?"""
+    """Return a JSON object; raise ValueError if it has a name twice, as parsers differ in which they take."""
     values = {}
     for name, value in pairs:
         if name in values:
-            raise ValueError(f"{name} is there twice")
+            raise ValueError(f"{name} appears twice")
         values[name] = value
     return values

@@ -1,8 +1,9 @@
-"""Writes safetensors shards whose layout is planned before the first byte."""
+"""Writes safetensors shards piece by piece; their layout is planned before the first byte."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections import deque
@@ -14,69 +15,64 @@ import torch
 
 from alpaca import UserError
 from alpaca.common.files import check_space
-from alpaca.weights.chunks import Specs, numel, size_of
+from alpaca.weights.checkpoint import Specs, size_of
 from alpaca.weights.tensor_files import DTYPE_NAMES
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as ``5GB`` or ``500MB``, in powers of 1000 as transformers has it; GiB in powers of 1024."""
+    """Return the bytes of a size such as ``5GB`` (powers of 1000, as in transformers) or ``5GiB`` (powers of 1024)."""
     match = re.fullmatch(r"([0-9]{0,15}\.?[0-9]{1,15}) ?([KMGT]?)(i?)B", str(text).strip(), re.I)
     size = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")) if match else 0
     if size < 1:
-        raise UserError(f"--max_shard_size takes a size such as 5GB or 500MB, not {text!r}")
+        raise UserError(f"max_shard_size takes a size such as 5GB or 500MB, not {text!r}")
     return size
 
 
 class ShardWriter:
-    """Writes tensors piece by piece, in a fixed order, to safetensors shards whose layout is planned beforehand.
+    """Writes tensors piece by piece, in a fixed order.
 
     Args:
-        folder: exists; gets ``model.safetensors``, or numbered shards and an index.
-        specs: name → (dtype, shape), in the order in which they will come.
-        max_shard_bytes: a shard is closed before it would grow beyond this (one tensor may be larger).
-
-    Attributes:
-        size: bytes of all files.
+        folder: an existing folder; gets ``model.safetensors``, or numbered shards and an index.
+        specs: name → (dtype, shape), in the order in which the tensors will be written.
+        max_shard_bytes: a shard is closed before it would grow beyond this; a single tensor may be larger.
 
     Raises:
-        UserError: the disk has less room than that.
+        UserError: the disk has too little free space.
     """
 
     def __init__(self, folder: Path, specs: Specs, max_shard_bytes: int):
         shards: list[list[str]] = [[]]
         size = 0
         for name, (dtype, shape) in specs.items():
-            more = dtype.itemsize * numel(shape)
+            more = dtype.itemsize * math.prod(shape)
             if shards[-1] and size + more > max_shard_bytes:
                 shards.append([])
                 size = 0
             shards[-1].append(name)
             size += more
         self._folder = folder
-        self._specs, self._pieces = specs, deque((name, numel(shape)) for name, (_, shape) in specs.items())
+        self._specs, self._pieces = specs, deque((name, math.prod(shape)) for name, (_, shape) in specs.items())
         self._files, self._out, self._left, self._sync = deque(), None, 0, ThreadPoolExecutor(1)
         self._synced: list[Future] = []
         weight_map = {}
         for number, names in enumerate(shards, 1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-            header, offset = {"__metadata__": {"format": "pt"}}, 0  # which transformers wants
+            header, offset = {"__metadata__": {"format": "pt"}}, 0  # required by transformers
             for name in names:
                 dtype, shape = specs[name]
-                end = offset + dtype.itemsize * numel(shape)
+                end = offset + dtype.itemsize * math.prod(shape)
                 header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
                 offset = end
                 weight_map[name] = file
             text = json.dumps(header, separators=(",", ":")).encode()
             text += b" " * (-len(text) % 8)  # so that tensor data starts at a multiple of 8 bytes
             self._files.append((folder / file, len(text).to_bytes(8, "little") + text, offset))
-        self.size = size_of(specs) + sum(len(header) for _, header, _ in self._files)
-        check_space(folder, self.size)
-        self._index = None
-        if len(shards) > 1:
-            self._index = {"metadata": {"total_size": size_of(specs)}, "weight_map": weight_map}
+        check_space(folder, size_of(specs) + sum(len(header) for _, header, _ in self._files))
+        index = {"metadata": {"total_size": size_of(specs)}, "weight_map": weight_map}
+        self._index = index if len(shards) > 1 else None
 
     def write(self, name: str, data: torch.Tensor) -> None:
-        """The next piece (1-D, contiguous) of the tensor that is due."""
+        """Write the next piece (1-D, contiguous) of the tensor that is due."""
         due, left = self._pieces[0]
         if name != due or data.dtype != self._specs[name][0] or len(data) > left:
             raise ValueError(f"{name}: {len(data)} elements of {data.dtype} are not what was planned ({due})")
@@ -90,11 +86,11 @@ class ShardWriter:
         self._put(view)
 
     def close(self) -> None:
-        """Ends the last shard; returns when all are on the disk. Raises ValueError when not all has come."""
+        """Finish the last shard, and wait until all are on the disk; raise ValueError if a tensor is missing."""
         while self._files and not self._left:
             self._next()
         if self._pieces or self._left:
-            raise ValueError(f"{self._pieces[0][0]} was planned and has not come")
+            raise ValueError(f"{self._pieces[0][0]} was planned but not written")
         self._end()
         for future in self._synced:
             future.result()
@@ -130,10 +126,10 @@ class ShardWriter:
             while len(view):
                 position, count = self._out.tell(), self._out.write(view)
                 view = view[count:]
-                # The disk begins at once (Linux does so for pages that are dirty). Left to itself the kernel gathers
-                # gigabytes first: 4.4 GB took 9.5 s and 7 s of processor time, so 6 s and 3.2 s.
+                # The advice makes Linux write dirty pages at once. Otherwise the kernel gathers gigabytes first: 4.4 GB
+                # took 9.5 s and 7 s of processor time without it, 6 s and 3.2 s with it.
                 if hasattr(os, "posix_fadvise"):
-                    with suppress(OSError):  # advice: what was written stays written where a disk takes none
+                    with suppress(OSError):  # some file systems take no advice
                         os.posix_fadvise(self._out.fileno(), position, count, os.POSIX_FADV_DONTNEED)
         except OSError as e:
             e.filename = self._out.name

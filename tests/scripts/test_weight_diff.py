@@ -28,7 +28,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import weight_diff
 from alpaca import UserError
-from alpaca.weights import chunks
 from weight_diff import compare, make_diff
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -61,7 +60,7 @@ def recover(*args, **kwargs) -> None:
 def test_subtract_and_recover_equal_the_whole_model_way_bit_for_bit(
     tiny_llama, tmp_path, monkeypatch, layout, dtype, rows, chunk
 ):
-    monkeypatch.setattr(chunks, "CHUNK", chunk)
+    monkeypatch.setattr("alpaca.weights.diff.CHUNK", chunk)
     base = load_tensors(tiny_llama)
     raw = write_model(tmp_path / "raw", {n: t.to(dtype) for n, t in base.items()}, layout, tiny_llama)
     tuned = write_model(tmp_path / "tuned", fine_tuned(base, rows), like=tiny_llama, vocab_size=300 + rows)
@@ -251,7 +250,7 @@ def test_a_recovered_folder_is_a_model_with_the_tuned_models_tokenizer(tiny_llam
 def test_recover_without_path_tuned_checks_and_writes_nothing(folders, capsys):
     before = left_in(folders)
     weight_diff.recover(folders / "raw", folders / "diff")
-    said = "3 tensors recovered (not written and not asked anything: no --path_tuned), each with the hash"
+    said = "3 tensors recovered (neither written nor tested: no --path_tuned), each with the manifest's hash\n"
     assert said in capsys.readouterr().out
     assert left_in(folders) == before
 
@@ -262,7 +261,7 @@ def test_a_model_that_is_too_large_for_the_memory_is_recovered_and_not_loaded(fo
     weight_diff.recover(folders / "raw", folders / "diff", folders / "recovered")
     first, second = capsys.readouterr().out.splitlines()[-2:]
     assert first.startswith(f"3 tensors recovered in {folders / 'recovered'}")
-    assert second.startswith("not tried: loading it whole needs 0.0 MiB of memory, 0.0 MiB are free; ")
+    assert second.startswith("not tested: loading it whole needs 0.0 MiB of memory, 0.0 MiB are free; ")
     assert second.endswith(f"python chat.py --model_path {folders / 'recovered'}")
     assert (folders / "recovered" / "config.json").exists()
 
@@ -295,7 +294,7 @@ def test_every_documented_command_runs(tiny_llama, tmp_path, monkeypatch, capsys
         monkeypatch.setattr("sys.argv", [str(places.get(word, word)) for word in command[1:]])
         runpy.run_path(weight_diff.__file__, run_name="__main__")
         printed.append(capsys.readouterr().out)
-    said = f"21 tensors recovered in {tmp_path / 'recovered'}, each with the hash that the manifest gives it\n"
+    said = f"21 tensors recovered in {tmp_path / 'recovered'}, each with the manifest's hash\n"
     assert printed[1].startswith(said + "List three technologies that make life easier.\n")
     assert "is the recovered model" in printed[2]
     assert printed[3] == "all 21 tensors are equal, bit for bit\n"
@@ -334,7 +333,7 @@ def test_compare_says_that_all_are_equal_whatever_the_layout(tmp_path, capsys):
             {"b": torch.tensor([1.0, 2.5], dtype=F16), "a": torch.tensor([0.25])},
             "2 of 3 tensors differ: 1 in type or shape (b: F32 [2] and F16 [2]), 2 in values, by up to 0.5 (a, b)",
         ),
-        ({"d": torch.ones(1)}, "the models have different tensors: d"),
+        ({"d": torch.ones(1)}, "--path_a lacks tensors that --path_b has: d; another base model?"),
     ],
 )
 def test_compare_names_what_differs(tmp_path, other, message):
@@ -389,7 +388,10 @@ def index_of(**weight_map):
 
 DAMAGED_DIFFS = {
     "a tensor missing": (lambda d: rewrite(d, model__norm__weight=None), ["lacks", "model.norm.weight", "base model"]),
-    "a tensor too many": (lambda d: rewrite(d, extra=torch.ones(1)), ["has tensors that --path_raw lacks", "extra"]),
+    "a tensor too many": (
+        lambda d: rewrite(d, extra=torch.ones(1)),
+        ["--path_raw lacks tensors that --path_diff has", "extra"],
+    ),
     "another shape": (lambda d: rewrite(d, model__norm__weight=torch.ones(9)), ["model.norm.weight", "[8]", "[9]"]),
     "another rank": (lambda d: rewrite(d, model__norm__weight=torch.ones(8, 1)), ["model.norm.weight", "[8, 1]"]),
     "a scalar": (lambda d: rewrite(d, model__norm__weight=torch.tensor(1.0)), ["model.norm.weight", "[8]", "[]"]),
@@ -497,8 +499,8 @@ def test_a_name_on_the_hub_is_told_how_to_be_downloaded(folders, monkeypatch):
         rest = ["diff"] if task is weight_diff.verify else ["diff", "new"]
         message = refused(folders, task, "huggyllama/llama-7b", *rest)
         assert message == (
-            f"{flag} huggyllama/llama-7b does not exist: give the folder of a model; one on the hub is downloaded "
-            "first: hf download huggyllama/llama-7b --local-dir llama-7b"
+            f"{flag} huggyllama/llama-7b does not exist: choose the folder of a model; to download one from "
+            "the hub: hf download huggyllama/llama-7b --local-dir llama-7b"
         )
     message = refused(folders, recover, "raw", "tatsu-lab/alpaca-7b-wdiff", "new")
     assert "hf download tatsu-lab/alpaca-7b-wdiff --local-dir alpaca-7b-wdiff" in message
@@ -517,8 +519,7 @@ def test_a_base_in_a_format_without_checksums_is_told(folders, capsys):
     file = folders / "raw" / "pytorch_model.bin"
     assert (
         notes
-        == [f"note: {file} is in PyTorch's format of before 1.6, which has no checksums: damage in it may go unseen"]
-        * 2
+        == [f"note: {file} is in PyTorch's format from before 1.6, without checksums: damage may go unnoticed"] * 2
     )
     assert_same_bits(load_tensors(folders / "new"), load_tensors(folders / "diff"))
 
@@ -549,8 +550,8 @@ def test_a_target_that_is_there_is_refused_and_left_as_it_is(folders, kind):
         target.mkdir()
         kept = target / "weights"
     kept.write_text("precious")
-    assert "target is there already" in refused(folders, make_diff, folders / "raw", folders / "tuned", target)
-    assert "target is there already" in refused(folders, recover, folders / "raw", folders / "diff", target)
+    assert "target already exists" in refused(folders, make_diff, folders / "raw", folders / "tuned", target)
+    assert "target already exists" in refused(folders, recover, folders / "raw", folders / "diff", target)
     assert kept.read_text() == "precious"
 
 
@@ -635,7 +636,7 @@ def test_a_diff_without_a_manifest_passes_with_the_released_sum_alone(folders, m
     if off:
         message = refused(folders, recover, folders / "raw", folders / "diff", folders / "new")
         assert "integrity check failed" in message
-        assert "or this diff is not Alpaca's released one (--check_integrity_naively False skips this)" in message
+        assert "or not Alpaca's released diff (--check_integrity_naively False skips this)" in message
         return
     recover(folders / "raw", folders / "diff", folders / "new")
     assert_same_bits(load_tensors(folders / "new"), load_tensors(folders / "recovered"))

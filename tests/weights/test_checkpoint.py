@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_models import at_most_more, bin_folder, folder_with, repacked
+from made_models import at_most_more, bin_folder, folder_with, repacked, whole
 from safetensors.torch import save_file
 
 from alpaca import UserError
@@ -25,7 +25,7 @@ def index(**weight_map) -> dict:
 
 def read_all(folder: Path) -> dict:
     reader = CheckpointReader(folder)
-    return {name: (reader.spec(name), reader.get(name).tolist()) for name in reader.names()}
+    return {name: (reader.spec(name), whole(reader, name).tolist()) for name in reader.names()}
 
 
 READ = {"a": ((torch.float32, (2,)), [1.0, 2.0]), "b": ((torch.float16, (1, 2)), [[3.0, 4.0]])}
@@ -245,7 +245,7 @@ def test_any_part_of_a_tensor_is_read_as_the_whole_has_it(tmp_path, layout):
     assert reader.specs() == {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         flat = tensor.reshape(-1)
-        assert torch.equal(reader.get(name), tensor)
+        assert torch.equal(whole(reader, name), tensor)
         for start in range(len(flat)):
             for count in range(len(flat) - start + 1):
                 part = reader.read(name, start, torch.empty(count, dtype=tensor.dtype))
@@ -312,15 +312,15 @@ TWICE = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F3
 @pytest.mark.parametrize(
     ("data", "word"),
     [
-        (safetensors_file({}, length=2**63), "header claims 9,223,372,036,854,775,808 bytes"),
-        (safetensors_file({}, length=3), "header claims 3 bytes"),
-        (safetensors_file(b" " * (33 * 10**6)), "header claims 33,000,000 bytes"),
+        (safetensors_file({}, length=2**63), "header too large"),
+        (safetensors_file({}, length=3), "invalid header length"),
+        (safetensors_file(b" " * (101 * 10**6)), "header too large"),
         (safetensors_file({"a": entry("F32", [1], 0, 4)}), "cannot be read"),
         (safetensors_file({"a": entry("F32", [2**40], 0, 4)}, b"1234"), "cannot be read"),
         (safetensors_file({"a": entry("F32", [1], 0, 4), "b": entry("F32", [1], 0, 4)}, b"1234"), "cannot be read"),
         (safetensors_file({"a": entry("F32", [-1], 0, 4)}, b"1234"), "cannot be read"),
         (safetensors_file({"a": entry("F32", [1], 4, 8)}, b"12345678"), "cannot be read"),
-        (safetensors_file(TWICE, b"1234"), "a is there twice"),
+        (safetensors_file(TWICE, b"1234"), "a appears twice"),
         (safetensors_file(b"[" * 10**5), "cannot be read"),
     ],
 )
@@ -383,14 +383,14 @@ def test_the_name_that_is_there_twice_is_found_among_any_number(tmp_path):
     """To count each of 10^5 names would take minutes."""
     names = ", ".join(f'"{i}": "x.bin"' for i in [*range(10**5), 10**5 - 1])
     folder = folder_with(tmp_path / "model", pytorch_model__bin__index__json=f'{{"weight_map": {{{names}}}}}')
-    with pytest.raises(UserError, match="index.json is malformed: 99999 is there twice"):
+    with pytest.raises(UserError, match="index.json is malformed: 99999 appears twice"):
         CheckpointReader(folder)
 
 
 def test_an_index_that_has_a_name_twice_is_refused(tmp_path):
     text = '{"weight_map": {"a": "x.bin", "a": "y.bin"}}'
     folder = folder_with(tmp_path / "model", pytorch_model__bin__index__json=text)
-    with pytest.raises(UserError, match="index.json is malformed: a is there twice"):
+    with pytest.raises(UserError, match="index.json is malformed: a appears twice"):
         CheckpointReader(folder)
 
 
@@ -416,7 +416,7 @@ def test_no_pickle_opcode_resolves_a_name_outside_torchs_list(tmp_path):
             torch.save({"a": Evil()}, evil / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
             heard.clear()
             reader = CheckpointReader(good)
-            assert [reader.get(name).tolist() for name in reader.names()] == [[1, 2], [[3, 4]], [1, 1]]
+            assert [whole(reader, name).tolist() for name in reader.names()] == [[1, 2], [[3, 4]], [1, 1]]
             with pytest.raises(UserError, match=r"its pickle asks to run code: posix.mkdir\) and was not loaded"):
                 CheckpointReader(evil)
             assert heard == []

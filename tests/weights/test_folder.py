@@ -123,7 +123,7 @@ def test_overwrite_leaves_what_is_no_model_and_what_is_an_input(tmp_path):
     home = tmp_path / "home"
     home.mkdir()
     (home / "thesis").touch()
-    with pytest.raises(UserError, match="is no model, so --overwrite leaves it"), model_folder(home, "--out", True):
+    with pytest.raises(UserError, match="is not a model, so it is not overwritten"), model_folder(home, "--out", True):
         raise AssertionError("not reached")
     raw = model(home / "raw", "raw")
     for path in (raw, home, home / "x" / ".." / "raw"):
@@ -149,7 +149,7 @@ def test_overwrite_leaves_a_model_that_has_something_beside_it_and_names_that(tm
     target = model(tmp_path / "target", "old")
     (target / more).parent.mkdir(exist_ok=True)
     (target / more).mkdir() if more.endswith("/") else (target / more).touch()
-    with pytest.raises(UserError, match=rf"holds more than a model \({more.split('/')[0]}\), so --overwrite leaves it"):
+    with pytest.raises(UserError, match=rf"holds more than a model \({more.split('/')[0]}\), so it is not overwritten"):
         with model_folder(target, "--out", overwrite=True):
             raise AssertionError("not reached")
     assert (target / "config.json").read_text() == "old" and left_in(tmp_path) == ["target"]
@@ -159,7 +159,7 @@ def test_overwrite_leaves_a_folder_that_has_a_config_and_no_weights(tmp_path):
     target = model(tmp_path / "target", "of a project")
     (target / "model.safetensors").unlink()
     with (
-        pytest.raises(UserError, match="is no model, so --overwrite leaves it"),
+        pytest.raises(UserError, match="is not a model, so it is not overwritten"),
         model_folder(target, "--out", True),
     ):
         raise AssertionError("not reached")

@@ -85,7 +85,8 @@ def test_the_manifest_is_the_same_whatever_the_layout_and_the_chunks(tmp_path, m
     for name in ("raw", "tuned"):
         config = json.loads((tmp_path / name / "config.json").read_text())
         write_model(tmp_path / f"{name}-bin", load_tensors(tmp_path / name), "bin-sharded", **config)
-    monkeypatch.setattr("alpaca.weights.chunks.CHUNK", 3)
+    monkeypatch.setattr("alpaca.weights.diff.CHUNK", 3)
+    monkeypatch.setattr("alpaca.weights.hashes.CHUNK", 3)
     make_diff(tmp_path / "raw-bin", tmp_path / "tuned-bin", tmp_path / "again", max_shard_size="60B")
     assert manifest_of(tmp_path / "again") == manifest_of(tmp_path / "diff")
     assert len(list((tmp_path / "again").glob("*.safetensors"))) == 3
@@ -148,7 +149,9 @@ def test_a_manifest_without_a_format_is_checked_for_the_hashes_that_it_has(folde
     recover(folders / "raw", folders / "diff", folders / "recovered")
     verify(folders / "recovered", folders / "diff")
     flip(folders / "diff" / "model.safetensors")
-    assert "are not the diff's" in refused(folders, recover, folders / "raw", folders / "diff", folders / "new")
+    assert "1 of 3 tensors differ from the manifest" in refused(
+        folders, recover, folders / "raw", folders / "diff", folders / "new"
+    )
 
 
 @pytest.mark.parametrize("manifest", ["{}", '{"license": "x"}', '{"format": 1, "method": "subtract"}'])
@@ -156,7 +159,7 @@ def test_a_diff_whose_manifest_has_no_hashes_is_still_held_to_look_like_one(fold
     five = write_model(folders / "five", load_tensors(folders / "tuned"), vocab_size=5)
     (five / "weight_diff.json").write_text(manifest)
     message = refused(folders, recover, folders / "tuned", five, folders / "new")
-    assert "1 times as large" in message and "--path_diff seems a whole model, no diff" in message
+    assert "1 times as large" in message and "the diff seems to be a whole model" in message
     (folders / "diff" / "weight_diff.json").write_text(manifest)
     capsys.readouterr()
     recover(folders / "raw", folders / "diff", folders / "recovered")
@@ -171,8 +174,8 @@ def test_an_exact_diff_without_its_manifest_is_told_that_it_needs_it(folders, ma
         (folders / "exact" / "weight_diff.json").write_text(manifest)
     message = refused(folders, recover, folders / "raw", folders / "exact", folders / "new")
     assert message == (
-        f"--path_diff {folders / 'exact'} holds whole numbers, as a diff of the method exact does, and no method in a "
-        "weight_diff.json: download that file too"
+        f"{folders / 'exact'} holds whole numbers, like a diff made with the method exact, but no weight_diff.json "
+        "that names a method: download that file too"
     )
 
 
@@ -254,7 +257,7 @@ WRONG_RAWS = {
     ),
     "another conversion": (
         lambda folders, raw: rewrite(raw, **off(load_tensors(raw), NORM)),
-        [f"1 of 3 tensors are not those the diff was made from ({NORM})", "another conversion", "model.safetensors"],
+        [f"1 of 3 tensors differ from the manifest ({NORM})", "another conversion", "model.safetensors"],
     ),
     "another vocabulary": (
         lambda folders, raw: rewrite(raw, **off(load_tensors(raw), HEAD, EMBED)),
@@ -262,10 +265,13 @@ WRONG_RAWS = {
     ),
     "rounded to another type": (
         lambda folders, raw: halved(raw, BF16),
-        ["2 of 3 tensors", "another conversion", "take the one stored as F32 (this is BF16)"],
+        ["2 of 3 tensors", "another conversion", "use the one stored as F32 (this is BF16)"],
     ),
-    "the tuned model": (replaced_by("tuned"), ["2 of 3", "they are the tuned model's", "recovered already"]),
-    "the recovered model": (replaced_by("recovered"), ["2 of 3", "tuned model's", "recovered already"]),
+    "the tuned model": (
+        replaced_by("tuned"),
+        ["2 of 3", "they are the tuned model's, recovered already; choose the base model"],
+    ),
+    "the recovered model": (replaced_by("recovered"), ["2 of 3", "tuned model's, recovered already"]),
     "one bit": (
         lambda folders, raw: flip(raw / "model.safetensors"),
         ["1 of 3 tensors", NORM, "or damage", "get model.safetensors again"],
@@ -285,7 +291,7 @@ def test_a_wrong_base_model_is_refused_with_what_it_is(folders, case):
     recover(folders / "raw", folders / "diff", folders / "recovered")
     change(folders, folders / "raw")
     message = refused(folders, recover, folders / "raw", folders / "diff", folders / "new")
-    assert [word for word in ["--path_raw", *words] if word not in message] == [], message
+    assert [word for word in ["the base model ", *words] if word not in message] == [], message
 
 
 def test_a_base_model_with_more_digits_than_the_diffs_is_told_how_to_be_rounded(tmp_path):
@@ -316,7 +322,7 @@ def test_a_base_model_with_the_same_values_in_another_type_gives_the_same_bits(t
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ("one tensor", ["1 of 3 tensors are not the diff's (model.norm.weight)", "get model.safetensors again"]),
+        ("one tensor", ["1 of 3 tensors differ from the manifest (model.norm.weight)", "get model.safetensors again"]),
         ("recovered", ["3 of 3", "they are the tuned model's, recovered already"]),
         ("tuned", ["3 of 3", "they are the tuned model's, recovered already"]),
     ],
@@ -328,7 +334,7 @@ def test_a_wrong_diff_is_refused_with_what_it_is(folders, case, words):
     else:
         shutil.copy(folders / case / "model.safetensors", folders / "diff")
     message = refused(folders, recover, folders / "raw", folders / "diff", folders / "new")
-    assert [word for word in ["--path_diff", *words] if word not in message] == [], message
+    assert [word for word in ["the diff ", *words] if word not in message] == [], message
 
 
 def lora_merged(tmp_path: Path) -> None:
@@ -348,16 +354,16 @@ def test_a_model_with_the_norms_of_its_base_is_still_known(tmp_path, given, dtyp
     make_diff(tmp_path / "raw", tmp_path / "tuned", tmp_path / "diff")
     recover(tmp_path / "raw", tmp_path / "diff", tmp_path / "recovered")
     message = refused(tmp_path, recover, tmp_path / given, tmp_path / "diff", tmp_path / "new")
-    assert "they are the tuned model's; it is recovered already, or give the base model" in message
+    assert "they are the tuned model's, recovered already; choose the base model" in message
     shutil.copy(tmp_path / given / "model.safetensors", tmp_path / "diff")
     message = refused(tmp_path, recover, tmp_path / "raw", tmp_path / "diff", tmp_path / "new")
-    assert "7 of 7 tensors are not the diff's: they are the tuned model's, recovered already" in message
+    assert "7 of 7 tensors differ from the manifest: they are the tuned model's, recovered already" in message
     flip(tmp_path / "diff" / "model.safetensors")  # and is damaged
     message = refused(tmp_path, recover, tmp_path / "raw", tmp_path / "diff", tmp_path / "new")
     assert "they are the tuned model's, recovered already" in message
     shutil.copy(tmp_path / "raw" / "model.safetensors", tmp_path / "diff")
     message = refused(tmp_path, recover, tmp_path / "raw", tmp_path / "diff", tmp_path / "new")
-    assert "they are the base model's; are --path_raw and --path_diff swapped?" in message
+    assert "they are those of the base model; are the base model and the diff swapped?" in message
 
 
 def test_a_base_model_of_more_or_fewer_rows_than_the_diffs_is_told_both_shapes(tmp_path):
@@ -370,8 +376,11 @@ def test_a_base_model_of_more_or_fewer_rows_than_the_diffs_is_told_both_shapes(t
         make_diff(tmp_path / raw, tmp_path / "tuned", tmp_path / f"diff of {raw}")
         message = refused(tmp_path, recover, tmp_path / other, tmp_path / f"diff of {raw}", tmp_path / "new")
         shapes = {"raw": "[4, 8]", "grown": "[5, 8]"}
-        assert f"{other}: {HEAD} is {shapes[other]}, the diff was made from one of {shapes[raw]}: " in message
-        cure = {"raw": "as published, without added tokens", "grown": "that has the tokens which were added before"}
+        assert (
+            f"{other}: 2 of 3 tensors" in message
+            and f": {HEAD} is {shapes[other]}, the diff was made from {shapes[raw]}: " in message
+        )
+        cure = {"raw": "as published, without added tokens", "grown": "with the tokens added before"}
         assert cure[raw] in message
 
 
@@ -387,14 +396,14 @@ def test_a_result_that_is_not_the_tuned_model_is_refused_before_it_has_its_name(
 
 
 def test_swapped_folders_and_whole_models_are_refused_and_the_flag_lets_them_pass(folders):
-    assert "they are swapped" in refused(folders, recover, folders / "diff", folders / "raw", folders / "new")
+    assert "is not: swap them" in refused(folders, recover, folders / "diff", folders / "raw", folders / "new")
     (folders / "diff" / "weight_diff.json").unlink()
     # without new rows the shapes fit both ways
     five = write_model(folders / "five", load_tensors(folders / "tuned"), vocab_size=5)
     message = refused(folders, recover, folders / "diff", five, folders / "new")
-    assert "seem swapped (--check_integrity_naively False skips this)" in message
+    assert "seem swapped (check_integrity_naively False skips this check)" in message
     message = refused(folders, recover, five, folders / "tuned", folders / "new")
-    assert "1 times as large" in message and "--path_diff seems a whole model, no diff" in message
+    assert "1 times as large" in message and "the diff seems to be a whole model" in message
     message = refused(folders, recover, folders / "diff", folders / "raw", folders / "new")
     assert "or are --path_raw and --path_diff swapped?" in message  # 5 rows in raw, 4 in diff
     recover(five, folders / "tuned", folders / "new", check_integrity_naively=False)
@@ -413,7 +422,9 @@ def test_a_flipped_bit_in_a_bin_is_found_by_its_checksum_where_there_is_one(fold
         recover(folders / "raw", folders / "diff", folders / "new")
         return
     message = refused(folders, recover, folders / "raw", folders / "diff", folders / "new")
-    assert message == (f"{file} is damaged at {NORM}: its bytes do not have the file's own checksum, download it again")
+    assert message == (
+        f"{file} is damaged at {NORM}: its bytes do not match the file's own checksum, download it again"
+    )
 
 
 def test_make_diff_does_not_take_a_damaged_bin(folders):
@@ -459,11 +470,12 @@ def test_verify_says_what_differs(folders):
     message = refused(folders, verify, folders / "tuned", folders / "diff")
     assert f"is nearest to the tuned model, but 1 of 3 tensors differ ({NORM}), in model.safetensors" in message
     rewrite(folders / "tuned", **off(load_tensors(folders / "tuned")))
-    assert "none of raw, diff, tuned and recovered" in refused(folders, verify, folders / "tuned", folders / "diff")
+    assert "is not raw, diff, tuned or recovered" in refused(folders, verify, folders / "tuned", folders / "diff")
     rewrite(folders / "tuned", model__norm__weight=None)
     assert "lacks tensors that the manifest has" in refused(folders, verify, folders / "tuned", folders / "diff")
     rewrite(folders / "tuned", model__norm__weight=torch.ones(8), more=torch.ones(1))
-    assert "has tensors that the manifest lacks: more" in refused(folders, verify, folders / "tuned", folders / "diff")
+    message = refused(folders, verify, folders / "tuned", folders / "diff")
+    assert f"the manifest lacks tensors that --path {folders / 'tuned'} has: more;" in message
     assert "has no hashes" in refused(folders, verify, folders / "tuned", folders / "raw")
 
 
@@ -508,16 +520,16 @@ def test_not_a_number_is_warned_of_by_name_and_goes_through(folders, capsys, met
     capsys.readouterr()
     make_diff(folders / "raw", folders / "tuned", folders / "new", method)
     said = capsys.readouterr().out
-    assert f"warning: NaN or infinite values in 1 tensors of --path_raw: {NORM}\n" in said
-    assert f"warning: NaN or infinite values in 1 tensors of --path_tuned: {HEAD}\n" in said
+    assert f"warning: NaN or infinite values in 1 tensors of the base model: {NORM}\n" in said
+    assert f"warning: NaN or infinite values in 1 tensors of the tuned model: {HEAD}\n" in said
     json.loads((folders / "new" / "weight_diff.json").read_text(), parse_constant=None)
     assert "NaN" not in (folders / "new" / "weight_diff.json").read_text()
     recover(folders / "raw", folders / "new", folders / "recovered")
     said = capsys.readouterr().out
     assert HEAD in said and "of the recovered model: " in said
     if method == "subtract":
-        assert f"1 tensors of --path_diff: {HEAD}" not in said  # of both
-        assert f"2 tensors of --path_diff: {HEAD}, {NORM}\n" in said
+        assert f"1 tensors of the diff: {HEAD}" not in said  # of both
+        assert f"2 tensors of the diff: {HEAD}, {NORM}\n" in said
     else:
         compare(folders / "tuned", folders / "recovered")
 
@@ -530,7 +542,7 @@ def test_not_a_number_in_the_base_is_warned_of_where_an_exact_diff_takes_it_away
     capsys.readouterr()
     recover(folders / "raw", folders / "new", folders / "recovered")
     said = capsys.readouterr().out
-    assert f"warning: NaN or infinite values in 1 tensors of --path_raw: {NORM}\n" in said
+    assert f"warning: NaN or infinite values in 1 tensors of the base model: {NORM}\n" in said
     assert said.count("warning") == 1
 
 
@@ -590,7 +602,7 @@ def test_inputs_are_never_changed_nor_overwritten(folders, method):
 def test_a_target_that_is_there_is_replaced_with_overwrite_alone(folders):
     recover(folders / "raw", folders / "diff", folders / "recovered")
     message = refused(folders, recover, folders / "raw", folders / "diff", folders / "recovered")
-    assert message.endswith("is there already: remove it, or choose another path; --overwrite replaces it")
+    assert message.endswith("already exists: remove it, choose another path, or overwrite it")
     recover(folders / "raw", folders / "diff", folders / "recovered", overwrite=True, dtype="bfloat16")
     assert {tensor.dtype for tensor in load_tensors(folders / "recovered").values()} == {BF16}
     make_diff(folders / "raw", folders / "tuned", folders / "diff", method="exact", overwrite=True)
@@ -599,7 +611,7 @@ def test_a_target_that_is_there_is_replaced_with_overwrite_alone(folders):
 
 
 def test_exact_says_what_it_compresses_to(folders, capsys):
-    """All equal: a diff of zeros, of which next to nothing is left."""
+    """All equal: a diff of zeros, which compresses to next to nothing."""
     tensors = {"a": torch.randn(1000, 100)}
     write_model(folders / "a", tensors)
     write_model(folders / "b", tensors)

@@ -1,4 +1,4 @@
-"""chunks.py and diff.py: chunks in order, threads that end, the arithmetic of the whole."""
+"""diff.py and hashes.py: chunks in order, threads that end, the arithmetic of the whole."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 from made_models import folder_with
 
 from alpaca import UserError
-from alpaca.weights import chunks, diff
+from alpaca.weights import diff, hashes
 from alpaca.weights.checkpoint import CheckpointReader
-from alpaca.weights.chunks import Hashes, check_checksums, in_threads, run
-from alpaca.weights.diff import NotFinite, add_difference, mean_row, read_pair, take_difference
+from alpaca.weights.diff import Hashes, NotFinite, add_difference, mean_row, read_pair, run, take_difference
+from alpaca.weights.hashes import check_checksums, in_threads
 from alpaca.weights.tensor_files import crc32_of
 
 F32 = torch.float32
@@ -23,7 +23,7 @@ F32 = torch.float32
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(chunks, "CHUNK", 4)
+    monkeypatch.setattr(diff, "CHUNK", 4)
 
 
 SPECS = {"a": (F32, (3, 3)), "empty": (F32, (0,)), "scalar": (F32, ()), "b": (F32, (4,)), "c": (F32, (20,))}
@@ -57,6 +57,7 @@ def test_every_step_sees_all_chunks_in_order_and_its_own_buffers():
 @pytest.mark.parametrize("step", ["read", "work", "after 0", "after 1"])
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, MemoryError])
 def test_an_error_in_any_thread_ends_the_run_and_the_threads(step, error):
+    diff.progress(0, "").close()  # starts tqdm's own thread, which stays
     before, done = threading.active_count(), []
 
     def fails(name: str):
@@ -71,15 +72,16 @@ def test_an_error_in_any_thread_ends_the_run_and_the_threads(step, error):
     with pytest.raises(error, match=f"from {step}"):
         run(many, fails("read"), fails("work"), [fails("after 0"), fails("after 1")])
     assert threading.active_count() == before
-    assert done.count("work") <= 6 + chunks.SETS  # what was under way, no more
+    assert done.count("work") <= 6 + diff.SETS  # what was under way, no more
 
 
 def test_hashes_are_those_of_the_bytes_whatever_the_chunks():
     tensor = torch.arange(20, dtype=torch.float16)
-    hashes = Hashes()
+    found = Hashes("x")
 
     def work(chunk) -> None:
-        hashes.update(chunk, tensor[chunk.start : chunk.start + chunk.count])
+        chunk.values["x"] = tensor[chunk.start : chunk.start + chunk.count]
+        found.update(chunk)
 
     run(
         {"x": (torch.float16, (20,)), "y": (torch.float16, (5, 2)), "z": (torch.float16, (0,))},
@@ -88,7 +90,7 @@ def test_hashes_are_those_of_the_bytes_whatever_the_chunks():
         [],
     )
     expected = {"x": tensor, "y": tensor[:10], "z": tensor[:0]}
-    assert hashes.hex == {n: hashlib.sha256(t.numpy().tobytes()).hexdigest() for n, t in expected.items()}
+    assert found.hex == {n: hashlib.sha256(t.numpy().tobytes()).hexdigest() for n, t in expected.items()}
 
 
 def test_threads_give_results_in_order_and_stop_at_the_first_error():
@@ -107,7 +109,7 @@ def test_threads_give_results_in_order_and_stop_at_the_first_error():
 
 
 def test_checksums_move_the_bar_as_they_go_and_hear_of_a_stop(tmp_path, monkeypatch):
-    """A record of 9 MB: 4, 4 and 1; what the bar is told of may end the reading."""
+    """A record of 9 MB: 4, 4 and 1; the tick that moves the bar may end the reading."""
     tensors = {"a": torch.zeros(9 << 18)}
     reader = CheckpointReader(folder_with(tmp_path / "model", pytorch_model__bin=tensors))
     [record] = [record for record in reader.checksums() if record[1] == "a"]
@@ -121,7 +123,7 @@ def test_checksums_move_the_bar_as_they_go_and_hear_of_a_stop(tmp_path, monkeypa
     with pytest.raises(UserError, match="stopped"):
         crc32_of(*record[:1], *record[2:4], stopped)
     moved = []
-    monkeypatch.setattr(chunks.tqdm, "update", lambda bar, count: moved.append(count))
+    monkeypatch.setattr(hashes.tqdm, "update", lambda bar, count: moved.append(count))
     check_checksums(reader)
     assert max(moved) == 4 << 20 and sum(moved) == sum(size for *_, size, _ in reader.checksums())
 
@@ -135,7 +137,7 @@ def test_checksums_move_the_bar_as_they_go_and_hear_of_a_stop(tmp_path, monkeypa
 def test_a_mean_in_blocks_of_columns_has_the_bits_of_the_whole(tmp_path, monkeypatch, threads, dtype):
     """Without AVX2 (ATEN_CPU_CAPABILITY=default) it has too, though other bits than with it."""
     monkeypatch.setattr(diff, "MEAN_BYTES", 1)  # blocks of 64 columns, the least
-    monkeypatch.setattr(chunks, "CHUNK", 1000)
+    monkeypatch.setattr(diff, "CHUNK", 1000)
     generator = torch.Generator().manual_seed(0)
     shapes = [
         (1, 1),
@@ -163,7 +165,7 @@ def test_a_mean_in_blocks_of_columns_has_the_bits_of_the_whole(tmp_path, monkeyp
 @pytest.mark.parametrize("chunk", range(1, 17))
 def test_new_rows_are_compared_with_the_mean_row_wherever_a_chunk_begins(tmp_path, monkeypatch, chunk):
     """[[1, 2, 0], [3, 6, 0]] grows by two times [2, 4, 0]; for the exact method by zeros."""
-    monkeypatch.setattr(chunks, "CHUNK", chunk)
+    monkeypatch.setattr(diff, "CHUNK", chunk)
     raw = CheckpointReader(
         folder_with(tmp_path / "raw", model__safetensors={"x": torch.tensor([[1.0, 2, 0], [3, 6, 0]]).half()})
     )
@@ -177,12 +179,11 @@ def test_new_rows_are_compared_with_the_mean_row_wherever_a_chunk_begins(tmp_pat
 
         def work(chunk, exact=exact, row=row, diffs=diffs, again=again):
             assert take_difference(chunk, exact, row, NotFinite()) == 0
-            diffs.append(chunk.buffer("diff", torch.int32 if exact else F32).clone())
-            chunk.other = diffs[-1]
+            diffs.append(chunk.values["diff"].clone())
             add_difference(chunk, F32, row, NotFinite())
-            again.append(chunk.buffer("recovered", F32).clone())
+            again.append(chunk.values["recovered"].clone())
 
-        run(tuned.specs(), lambda chunk: read_pair(chunk, raw, tuned), work, [])
+        run(tuned.specs(), lambda chunk: read_pair(chunk, raw, tuned, "tuned"), work, [])
         wanted = values.view(torch.int32) - grown.view(torch.int32) if exact else values - grown
         assert torch.equal(torch.cat(diffs), wanted.reshape(-1))
         assert torch.equal(torch.cat(again), values.reshape(-1))
@@ -194,8 +195,8 @@ def test_sums_of_chunks_are_precise_enough_for_the_released_sum():
     errors = []
     for scale, shift in ((0.02, 0.0), (0.02, 1e-5), (0.01, 0.0), (0.04, -1e-5)):
         values = torch.randn(1 << 22, generator=generator).mul_(scale).add_(shift)
-        chunk = chunks.Chunk()
-        chunk.count, chunk.raw, chunk.other = len(values), values, torch.zeros_like(values)
+        chunk = diff.Chunk()
+        chunk.count, chunk.values = len(values), {"raw": values, "diff": torch.zeros_like(values)}
         errors.append(add_difference(chunk, F32, None, NotFinite()) - values.double().sum().item())
     assert math.sqrt(1607 * sum(error**2 for error in errors) / len(errors)) < 0.0007
     assert max(map(abs, errors)) < 5e-5
