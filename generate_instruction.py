@@ -38,7 +38,7 @@ import utils
 from alpaca import UserError
 from alpaca.common.cli import run_cli
 from alpaca.common.journal import Journal
-from alpaca.data.dedup import DistinctPool, dedup
+from alpaca.data.dedup import MAX_SIMILARITY, DistinctPool, dedup
 from alpaca.data.rouge import is_mostly_unseen, tokenize_unicode, tokenizer_named
 from alpaca.endpoint.budget import Budget, RequestSettings
 from alpaca.endpoint.client import Completion, OpenAIDecodingArguments, Teacher
@@ -48,7 +48,7 @@ from alpaca.endpoint.parallel import ask_all, print_counts, print_forecast, prog
 KEYWORDS = (
     "image,images,graph,graphs,picture,pictures,file,files,map,maps,draw,plot,go to,video,audio,music,flowchart,diagram"
 )
-MAX_SIMILARITY = 0.7  # ROUGE-L F to any seed or kept instruction, as in Self-Instruct
+
 PATIENCE = 100  # replies in a row that bring nothing new: the teacher repeats itself
 SAVE_EVERY = 30.0  # seconds between two regen.json; the journal loses nothing meanwhile
 GUESS = 10  # new instructions a reply, before the first reply; the prompt asks for 17
