@@ -150,5 +150,5 @@ def test_alpacas_template_asks_each_instruction_alone_and_reads_its_preface_once
 
 
 def test_a_tokenizer_without_a_chat_template_is_told(loaded):
-    with pytest.raises(UserError, match="no chat template, leave the flag out"):
+    with pytest.raises(UserError, match="no chat template: use the alpaca template"):
         list(Conversation(*loaded, Settings(8, 0), "chat").ask("Hi"))
