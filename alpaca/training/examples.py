@@ -110,19 +110,15 @@ def columns(examples: Sequence[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarra
     ``examples`` is a ``datasets.Dataset`` (read as Arrow, without a Python object for each token), something that has
     one as its ``examples``, or any sequence of {"input_ids", "labels"}.
     """
-    found = []
-    if hasattr(getattr(examples, "examples", None), "with_format"):
-        examples = examples.examples
-    if hasattr(examples, "with_format"):
-        table = examples.with_format("arrow")[:]
-        for name in ("input_ids", "labels"):
-            column = table.column(name).combine_chunks()
-            found += [part.to_numpy(zero_copy_only=False) for part in (column.flatten(), column.value_lengths())]
-    else:
-        rows = [examples[i] for i in range(len(examples))]
-        for name in ("input_ids", "labels"):
-            lists = [row[name] for row in rows]
-            found += [np.array([value for values in lists for value in values]), np.array([*map(len, lists)])]
+    import datasets
+
+    examples = getattr(examples, "examples", examples)
+    if not isinstance(examples, datasets.Dataset):
+        examples = datasets.Dataset.from_list([examples[i] for i in range(len(examples))])
+    table, found = examples.with_format("arrow")[:], []
+    for name in ("input_ids", "labels"):
+        column = table.column(name).combine_chunks()
+        found += [part.to_numpy(zero_copy_only=False) for part in (column.flatten(), column.value_lengths())]
     return tuple(array.astype(np.int64) for array in found)
 
 

@@ -11,6 +11,7 @@ import io
 import os
 import platform
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 
 import jinja2
+import psutil
 import torch
 from markupsafe import Markup
 
@@ -81,11 +83,7 @@ def hardware(device: torch.device, devices: int) -> dict:
     elif device.type != "cpu":
         facts |= {"gpus": devices, "gpu": device.type}
     facts |= {"cpu": _cpu_name(), "cpu_cores": os.cpu_count(), "platform": platform.platform(terse=True)}
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return facts
-    return facts | {"memory_gib": round(memory / 2**30, 1)}
+    return facts | {"memory_gib": round(psutil.virtual_memory().total / 2**30, 1)}
 
 
 def _cpu_name() -> str:
@@ -268,12 +266,8 @@ def human_count(count: int) -> str:
 
 def running_mean(values: list[float], window: int) -> list[float]:
     """Return the mean of ``window`` values (odd) around each; near an end, of as many as there are on both sides."""
-    half = window // 2
-    means = []
-    for i in range(len(values)):
-        reach = min(half, i, len(values) - 1 - i)
-        means.append(sum(values[i - reach : i + reach + 1]) / (2 * reach + 1))
-    return means
+    reaches = [min(window // 2, i, len(values) - 1 - i) for i in range(len(values))]
+    return [statistics.fmean(values[i - reach : i + reach + 1]) for i, reach in enumerate(reaches)]
 
 
 def loss_plot(receipt: dict) -> bytes | None:

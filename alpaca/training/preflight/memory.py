@@ -203,8 +203,7 @@ def certain_bytes(parts: dict[str, int], plan: Plan) -> int:
 def weights_bytes(folder: Path, dtype: torch.dtype) -> int:
     """Return the bytes of a checkpoint's weights as that type; 0 if they cannot be counted (loading them says why)."""
     try:
-        reader = CheckpointReader(folder)
-        return sum(math.prod(reader.spec(name)[1]) for name in reader.names()) * dtype.itemsize
+        return sum(math.prod(shape) for _, shape in CheckpointReader(folder).specs().values()) * dtype.itemsize
     except (UserError, OSError):
         return 0
 

@@ -241,12 +241,11 @@ def _wrong_adapter(folder: Path, trained: dict) -> str | None:
 def _wrong_model(folder: Path, model, gathered: dict[str, torch.Tensor]) -> str | None:
     if not any((folder / name).exists() for name in WEIGHTS):
         return "the final save wrote no weights"
-    reader = CheckpointReader(folder)
-    saved = {name: reader.spec(name)[1] for name in reader.names()}
+    saved = CheckpointReader(folder).specs()
     tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
     # Under other names than in memory: a mixture's experts are one tensor there, and one each in the file.
     expected = {name: tuple(tensor.shape) for name, tensor in saved_names(model).items() if name not in tied}
-    if wrong := sorted(name for name in expected if saved.get(name) != expected[name]):
+    if wrong := sorted(name for name in expected if name not in saved or saved[name][1] != expected[name]):
         return f"the final save lacks {len(wrong)} tensors of the model, or has other shapes ({wrong[0]}, …)"
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = 1  # the embeddings and the first layer stand for the rest
