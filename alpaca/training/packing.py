@@ -200,12 +200,11 @@ def _for_each_query_head(query, key, value) -> tuple[torch.Tensor, torch.Tensor]
 
 def set_attention(model, name: str) -> bool:
     """Give the model the attention of that name. Return False if its code does not let one choose."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT wraps it
     try:
-        inner.set_attn_implementation(name)
+        model.set_attn_implementation(name)
     except (ValueError, KeyError, AttributeError):
         return False
-    return inner.config._attn_implementation == name  # private: an unsupported name is otherwise ignored (5.23)
+    return model.config._attn_implementation == name  # private: an unsupported name is otherwise ignored (5.23)
 
 
 def use_segments(model) -> str:

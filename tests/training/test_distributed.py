@@ -426,7 +426,7 @@ def spoil(folder, how, tmp_path):
         ("more layers", r"lacks 9 of the model's tensors \(model.layers.2.*copy it again"),
         ("other shapes", r"mlp.*is \(.*128.*\), but config.json makes it \(.*256.*\): .* copy both from one"),
         ("other model", r"lacks \d+ of the model's tensors"),
-        ("masked", "is a BertForMaskedLM, which sees the words to come: take a causal model"),
+        ("masked", "is a BertForMaskedLM, which reads the words to come: choose a causal model"),
         ("truncated", "the model cannot be loaded"),
         (
             "larger tokenizer",

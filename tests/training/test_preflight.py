@@ -416,7 +416,7 @@ class SavesRounded(train.Trainer):
         (LosesWeights, "the weights do not come back from a checkpoint"),
         (LosesOptimizer, "the optimizer's states do not come back"),
         (LosesRandomState, "the resumed step has loss"),
-        (SavesNoWeights, "the final save wrote no weights"),
+        (SavesNoWeights, "holds no weights"),
         (SavesHalf, "the final save lacks"),
         (SavesRounded, "from_pretrained gives other values than were trained"),
     ],
