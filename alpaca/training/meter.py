@@ -134,7 +134,7 @@ def peak_memory(device: torch.device) -> int:
     try:
         with open("/proc/self/status") as file:  # getrusage's figure would start with that of the parent process
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-    except (OSError, StopIteration):  # not Linux: what it holds now, of which a Meter keeps the highest
+    except (OSError, StopIteration):  # not Linux: what it holds now; a Meter keeps the highest
         return psutil.Process().memory_info().rss
 
 
