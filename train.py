@@ -41,6 +41,7 @@ from alpaca.common import cli
 from alpaca.common.files import check_writable
 from alpaca.common.records import load_records
 from alpaca.common.text import printable
+from alpaca.inference.adapters import add_mean_rows, embedding_rows
 from alpaca.inference.load import load_model, load_tokenizer
 from alpaca.prompts import chat_template
 from alpaca.training import distributed, legacy_flags, lora, packing, receipt
@@ -52,7 +53,7 @@ from alpaca.training.meter import Metered
 from alpaca.training.preflight import examples_and_tokenizer, merges
 from alpaca.training.preflight import packing as packing_check
 from alpaca.training.preflight.findings import Finding, raise_errors
-from alpaca.training.preflight.run import check_loading, check_precision, preflight
+from alpaca.training.preflight.run import check_loading, preflight
 from alpaca.training.stop import Stopped
 from alpaca.training.trainer import ResumableTrainer
 from alpaca.weights.checkpoint import check_model_folder
@@ -178,7 +179,7 @@ def add_special_tokens(tokenizer, model) -> int:
     if missing:
         tokenizer.add_special_tokens(missing)
         say(f"note: the tokenizer lacked {', '.join(missing)}; added {', '.join(missing.values())}")
-    distributed.add_mean_rows(model, len(tokenizer))
+    add_mean_rows(model, len(tokenizer))
     for config in (model.config, model.generation_config):
         for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
             setattr(config, name, getattr(tokenizer, name))
@@ -245,8 +246,7 @@ class Trainer(Metered, ResumableTrainer, TokenMeanLoss):
 def load_base(model_args, args, tokenizer, findings: list[Finding], dtype=torch.float32, **options):
     """Load the model to fine-tune, add what it or the tokenizer lacks, and extend ``findings``."""
     model = load_model(model_args.model_name_or_path, dtype, cache_dir=args.cache_dir, **options)
-    rows = distributed.rows(model.get_input_embeddings().weight)
-    findings += examples_and_tokenizer.check_tokenizer(tokenizer, rows, model.config)
+    findings += examples_and_tokenizer.check_tokenizer(tokenizer, embedding_rows(model), model.config)
     raise_errors(findings)  # before rows are added that would hide them
     if args.lora_r:
         lora.check_eos(tokenizer)
@@ -266,8 +266,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     base, max_length, cache = model_args.model_name_or_path, training_args.model_max_length, training_args.cache_dir
     tokenizer = load_tokenizer(base, cache_dir=cache, model_max_length=max_length, padding_side="right")
     texts = [record["instruction"] + "\n" + record["output"] for record in train_records[:500]]
-    findings = check_precision(training_args.bf16 and not training_args.use_cpu)
-    findings += merges.mend_merges(tokenizer, texts)
+    findings = merges.mend_merges(tokenizer, texts)
     load = partial(load_base, model_args, training_args, tokenizer, findings)
     # float32 whatever the checkpoint's type: at a learning rate of 2e-5 most updates are lost in bf16's 8 bits.
     # --bf16 computes in bf16 over float32 weights. LoRA leaves these weights as they are.

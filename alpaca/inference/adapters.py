@@ -1,9 +1,10 @@
-"""LoRA adapters: recognize one, find its base, check it, and merge it into its base."""
+"""LoRA adapters: recognize one, find its base, check it, and merge it into its base; mean rows for added tokens."""
 
 from __future__ import annotations
 
 import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -59,6 +60,39 @@ def check_adapter(folder: Path) -> None:
             raise UserError(f"{path} changes nothing (each B is zero): is the learning rate 0?")
 
 
+def embedding_rows(model) -> int:
+    """Return the number of rows of the input embedding, also of one that DeepSpeed's ZeRO-3 has partitioned."""
+    weight = model.get_input_embeddings().weight
+    return getattr(weight, "ds_shape", weight.shape)[0]
+
+
+def add_mean_rows(model, count: int) -> None:
+    """Grow the embeddings to ``count`` rows, if they have fewer; a new row is the float32 mean of the old ones.
+
+    Input and output embeddings have a mean each, so that a new token starts like any other; the library's own
+    mean_resizing adds noise to it.
+    """
+    new = count - embedding_rows(model)
+    if new <= 0:
+        return
+    model.resize_token_embeddings(count, mean_resizing=False)
+    weights = [model.get_input_embeddings().weight]
+    if not model.config.tie_word_embeddings and model.get_output_embeddings() is not None:
+        weights.append(model.get_output_embeddings().weight)
+    with torch.no_grad(), _whole(weights):
+        for weight in weights:
+            weight[-new:] = weight[:-new].mean(dim=0, keepdim=True, dtype=torch.float32)
+
+
+def _whole(weights: list[torch.Tensor]) -> AbstractContextManager:
+    """Make parameters that ZeRO-3 has partitioned whole within it, and keep what the first process changes."""
+    if not any(hasattr(weight, "ds_id") for weight in weights):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(weights, modifier_rank=0)
+
+
 def merge_adapter(base, folder: Path, tokens: int):
     """Return ``base`` with a saved adapter's B A added to its weights.
 
@@ -71,18 +105,12 @@ def merge_adapter(base, folder: Path, tokens: int):
         UserError: peft is not installed, the adapter is empty, or it is another model's.
     """
     peft = need_peft(f"{folder} is a LoRA adapter, which")
-    rows = base.get_input_embeddings().weight.shape[0]
-    wanted = max(rows, tokens)
     if (folder / ADAPTER).exists():
         check_adapter(folder)
         with safe_open(folder / ADAPTER, framework="pt") as file:
             stored = [name for name in file.keys() if name.endswith(("embed_tokens.weight", "lm_head.weight"))]
-            wanted = max([file.get_slice(name).get_shape()[0] for name in stored], default=wanted)
-    if wanted > rows:
-        base.resize_token_embeddings(wanted, mean_resizing=False)
-        with torch.no_grad():
-            for embedding in (base.get_input_embeddings(), base.get_output_embeddings()):
-                embedding.weight[rows:] = embedding.weight[:rows].float().mean(dim=0).to(embedding.weight.dtype)
+            tokens = max([tokens, *(file.get_slice(name).get_shape()[0] for name in stored)])
+    add_mean_rows(base, tokens)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the vocabulary grew

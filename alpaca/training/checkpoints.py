@@ -22,7 +22,7 @@ from alpaca import UserError
 from alpaca.inference.adapters import ADAPTER
 from alpaca.training.distributed import say
 from alpaca.training.examples import columns
-from alpaca.weights.checkpoint import WEIGHTS, read_json
+from alpaca.weights.checkpoint import WEIGHTS, CheckpointReader, read_json
 
 RESUME = "--resume_from_checkpoint auto"  # what messages advise to add to the same command
 STAGING = ".saving"  # in the output folder: what is not complete yet
@@ -89,7 +89,7 @@ def rename_back(output_dir: Path) -> None:
 
 
 def barrier() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if torch.distributed.is_initialized():
         torch.distributed.barrier()
 
 
@@ -212,7 +212,7 @@ def check_fits(checkpoint: Path, model: torch.nn.Module) -> None:
     sharded = (checkpoint / SHARDED_MODEL).is_dir()
     tensors = state_dict(model) if sharded else saved_names(model)
     here = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if there is None:  # DeepSpeed's own format, or a pickle: the library checks it
+    if there is None:  # DeepSpeed's own format: the library checks it
         return
     if hasattr(model, "peft_config") != any(".lora_" in name for name in there):
         holds = "no" if hasattr(model, "peft_config") else "an"
@@ -233,15 +233,11 @@ def _shapes(checkpoint: Path) -> dict[str, tuple[int, ...]] | None:
 
         stored = FileSystemReader(checkpoint / SHARDED_MODEL).read_metadata().state_dict_metadata
         return {name.removeprefix("model."): tuple(entry.size) for name, entry in stored.items()}
-    for name in (WEIGHTS[1], WEIGHTS[0], ADAPTER):
-        if (checkpoint / name).exists():
-            indexed = name.endswith(".index.json")
-            files = set(read_json(checkpoint / name)["weight_map"].values()) if indexed else {name}
-            shapes = {}
-            for file in files:
-                with safe_open(checkpoint / file, framework="pt") as shard:
-                    shapes |= {key: tuple(shard.get_slice(key).get_shape()) for key in shard.keys()}
-            return shapes
+    if (checkpoint / ADAPTER).exists():
+        with safe_open(checkpoint / ADAPTER, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    if any((checkpoint / name).exists() for name in WEIGHTS):
+        return {name: shape for name, (_, shape) in CheckpointReader(checkpoint).specs().items()}
     return None
 
 

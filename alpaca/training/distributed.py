@@ -9,7 +9,6 @@ import copy
 import importlib.util
 import json
 import os
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -35,8 +34,9 @@ def before_init(args) -> None:
     if args.tf32 and not (gpu and is_torch_tf32_available()):
         say("warning: tf32 is ignored: it needs an NVIDIA GPU, Ampere or newer")
         args.tf32 = None
-    if (args.bf16 or args.bf16_full_eval) and gpu and not is_torch_bf16_gpu_available():
-        raise UserError("this GPU does not support bf16: leave it out to train in float32, or use fp16")
+    emulated = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+    if (args.bf16 or args.bf16_full_eval) and gpu and (emulated or not is_torch_bf16_gpu_available()):
+        raise UserError("this GPU has no bf16 (emulated, it is many times slower): use fp16, or neither")
     if args.fsdp and args.deepspeed:
         raise UserError("fsdp and deepspeed both shard the model: drop one of them")
     if args.fsdp:
@@ -137,39 +137,3 @@ def read_config(config) -> dict:
         except ValueError as e:
             raise UserError(f"the configuration {config} is malformed: {e}") from None
     return read_json(Path(config))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# DeepSpeed's ZeRO-3 holds a share of each parameter on each process, from from_pretrained on.
-
-
-def rows(weight: torch.Tensor) -> int:
-    """Return the first dimension of a parameter, also of one that is partitioned."""
-    return getattr(weight, "ds_shape", weight.shape)[0]
-
-
-def add_mean_rows(model, count: int) -> None:
-    """Grow the embeddings to ``count`` rows, if they have fewer; a new row is the float32 mean of the old ones.
-
-    Input and output embeddings have a mean each, so that a new token starts like any other; the library's own
-    mean_resizing adds noise to it.
-    """
-    new = count - rows(model.get_input_embeddings().weight)
-    if new <= 0:
-        return
-    model.resize_token_embeddings(count, mean_resizing=False)
-    weights = [model.get_input_embeddings().weight]
-    if not model.config.tie_word_embeddings and model.get_output_embeddings() is not None:
-        weights.append(model.get_output_embeddings().weight)
-    with torch.no_grad(), gathered(weights):
-        for weight in weights:
-            weight[-new:] = weight[:-new].mean(dim=0, keepdim=True)
-
-
-def gathered(weights: list[torch.Tensor]) -> AbstractContextManager:
-    """Make partitioned parameters whole within it, and keep what the first process changes. Otherwise do nothing."""
-    if not any(hasattr(weight, "ds_id") for weight in weights):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(weights, modifier_rank=0)

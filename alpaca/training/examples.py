@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import multiprocessing
 import os
 import random
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,11 +20,8 @@ from alpaca.prompts import answer_ids, format_prompt, prompt_ids
 
 IGNORE_INDEX = -100  # torch's cross entropy skips it
 
-# In the cache's key: raise it when `preprocess` gives other tokens or labels for the same record.
-RULE_VERSION = 2
-# Starting a worker costs about as much as tokenizing this many records.
-RECORDS_PER_WORKER = 4000
-MAX_WORKERS = 16
+# In the cache's key: raise it when the same record gives other tokens or labels, or a cache has other files.
+RULE_VERSION = 3
 
 
 def preprocess(records: list[dict], tokenizer, max_length: int) -> list[dict]:
@@ -117,19 +110,15 @@ def columns(examples: Sequence[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarra
     ``examples`` is a ``datasets.Dataset`` (read as Arrow, without a Python object for each token), something that has
     one as its ``examples``, or any sequence of {"input_ids", "labels"}.
     """
-    found = []
-    if hasattr(getattr(examples, "examples", None), "with_format"):
-        examples = examples.examples
-    if hasattr(examples, "with_format"):
-        table = examples.with_format("arrow")[:]
-        for name in ("input_ids", "labels"):
-            column = table.column(name).combine_chunks()
-            found += [part.to_numpy(zero_copy_only=False) for part in (column.flatten(), column.value_lengths())]
-    else:
-        rows = [examples[i] for i in range(len(examples))]
-        for name in ("input_ids", "labels"):
-            lists = [row[name] for row in rows]
-            found += [np.array([value for values in lists for value in values]), np.array([*map(len, lists)])]
+    import datasets
+
+    examples = getattr(examples, "examples", examples)
+    if not isinstance(examples, datasets.Dataset):
+        examples = datasets.Dataset.from_list([examples[i] for i in range(len(examples))])
+    table, found = examples.with_format("arrow")[:], []
+    for name in ("input_ids", "labels"):
+        column = table.column(name).combine_chunks()
+        found += [part.to_numpy(zero_copy_only=False) for part in (column.flatten(), column.value_lengths())]
     return tuple(array.astype(np.int64) for array in found)
 
 
@@ -156,13 +145,13 @@ def load_tokens(records: list[dict], tokenizer, max_length: int):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with _lock(folder.with_suffix(".lock")):
                 if not folder.exists():  # else another process made it while this one waited
-                    _make(folder, records, tokenizer, max_length)
+                    with new_folder(folder) as unfinished:
+                        _write(unfinished / "tokens.arrow", records, tokenizer, max_length)
         except OSError as e:
             raise UserError(
                 f"{e.filename or folder}: {e.strerror or e}: tokens are cached there, XDG_CACHE_HOME moves them"
             ) from None
-    files = sorted(folder.glob("*.arrow"))
-    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
+    return datasets.Dataset.from_file(str(folder / "tokens.arrow"))
 
 
 def content_key(records: list[dict], tokenizer, max_length: int) -> str:
@@ -178,24 +167,8 @@ def content_key(records: list[dict], tokenizer, max_length: int) -> str:
     return digest.hexdigest()[:32]
 
 
-def _make(folder: Path, records: list[dict], tokenizer, max_length: int) -> None:
-    """Tokenize in worker processes, a file each; the folder gets its name when all is written."""
-    workers = max(1, min(_cores(), MAX_WORKERS, len(records) // RECORDS_PER_WORKER))
-    bounds = [len(records) * i // workers for i in range(workers + 1)]
-    with new_folder(folder) as temporary:
-        tasks = [
-            (temporary / f"{i:03}.arrow", records[start:end], start, tokenizer, max_length)
-            for i, (start, end) in enumerate(itertools.pairwise(bounds))
-        ]
-        if workers == 1:
-            _write_shard(*tasks[0])
-        else:
-            with _one_thread_each(), ProcessPoolExecutor(workers, initializer=_end_with_parent) as pool:
-                list(pool.map(_write_shard, *zip(*tasks, strict=True)))  # raises what a worker raised
-
-
-def _write_shard(path: Path, records: list[dict], start: int, tokenizer, max_length: int) -> None:
-    """Tokenize records, numbered from ``start`` + 1, and write those that have a label."""
+def _write(path: Path, records: list[dict], tokenizer, max_length: int) -> None:
+    """Tokenize records, and write those that have a label. One process: the tokenizer itself uses all cores."""
     import datasets
     from datasets.arrow_writer import ArrowWriter
 
@@ -203,35 +176,18 @@ def _write_shard(path: Path, records: list[dict], start: int, tokenizer, max_len
     numbers = {name: datasets.Value("int32") for name in ("record", "length")}
     features = datasets.Features({"input_ids": int32s, "labels": int32s, **numbers, "cut": datasets.Value("bool")})
     with ArrowWriter(path=str(path), features=features) as writer:
-        for i in range(0, len(records), 1000):  # so that a worker holds few Python lists at a time
-            rows = {name: [] for name in features}
-            for number, example in enumerate(preprocess(records[i : i + 1000], tokenizer, max_length), start + i + 1):
+        for start in range(0, len(records), 1000):  # so that few Python lists are held at a time
+            examples = preprocess(records[start : start + 1000], tokenizer, max_length)
+            for number, example in enumerate(examples, start + 1):
                 if any(label != IGNORE_INDEX for label in example["labels"]):
                     cut = example["input_ids"][-1] != tokenizer.eos_token_id
-                    row = {**example, "record": number, "length": len(example["input_ids"]), "cut": cut}
-                    for name, value in row.items():
-                        rows[name].append(value)
-            if rows["record"]:
-                writer.write_batch(rows)
+                    writer.write({**example, "record": number, "length": len(example["input_ids"]), "cut": cut})
         writer.finalize()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _end_with_parent() -> None:
-    """Exit with the parent: a worker whose parent was killed would wait for its next task forever."""
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 @contextmanager
 def _lock(path: Path):
-    """Let one process of the node in at a time. The lock is free when its holder dies, however it dies.
-
-    A POSIX lock, because workers do not inherit it: with flock they would hold it as well.
-    """
+    """Let one process of the node in at a time. The lock is free when its holder dies, however it dies."""
     try:
         import fcntl
     except ImportError:  # Windows: two processes may both tokenize there, and one rename wins
@@ -240,15 +196,3 @@ def _lock(path: Path):
     with open(path, "a") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         yield
-
-
-@contextmanager
-def _one_thread_each():
-    """Keep the tokenizer from starting threads: they would compete with the workers, and must not be forked."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        yield
-    finally:
-        del os.environ["TOKENIZERS_PARALLELISM"]
-        os.environ |= {"TOKENIZERS_PARALLELISM": before} if before else {}

@@ -10,13 +10,13 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 
+import psutil
 import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import has_length
 
 from alpaca.training.examples import IGNORE_INDEX
 
@@ -81,6 +81,13 @@ def model_flops(model: nn.Module) -> tuple[int, int]:
     return per_token, 12 * config.num_hidden_layers * heads * head_size
 
 
+def elements(parameter: torch.Tensor) -> int:
+    """Count the whole parameter: ZeRO-3's partitions have numel() 0, and bitsandbytes packs two elements in a byte."""
+    if (packed := getattr(parameter, "quant_state", None)) is not None:
+        return packed.shape.numel()
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
 def count_tokens(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Count a batch without waiting for the device: int64 (4,), on the device of the inputs.
 
@@ -127,12 +134,8 @@ def peak_memory(device: torch.device) -> int:
     try:
         with open("/proc/self/status") as file:  # getrusage's figure would start with that of the parent process
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        if sys.platform == "win32":
-            return 0  # not known
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    except (OSError, StopIteration):  # not Linux: what it holds now; a Meter keeps the highest
+        return psutil.Process().memory_info().rss
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,8 +153,8 @@ class Meter(TrainerCallback):
 
     def __init__(self, model: nn.Module, device: torch.device, devices: int):
         self.per_token, self.per_square = model_flops(model)
-        self.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ds_numel: ZeRO-3
-        self.trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+        self.parameters = sum(elements(p) for p in model.parameters())
+        self.trainable = sum(elements(p) for p in model.parameters() if p.requires_grad)
         self.device, self.devices = device, devices
         self.peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.totals, self._logged = Totals(), Totals()
@@ -246,7 +249,7 @@ class Meter(TrainerCallback):
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         if state.is_world_process_zero and self._eval_bar is None:
             self._eval_bar = tqdm(
-                total=len(eval_dataloader) if has_length(eval_dataloader) else None,
+                total=len(eval_dataloader),
                 desc="evaluating",
                 unit="batch",
                 leave=False,

@@ -200,12 +200,11 @@ def _for_each_query_head(query, key, value) -> tuple[torch.Tensor, torch.Tensor]
 
 def set_attention(model, name: str) -> bool:
     """Give the model the attention of that name. Return False if its code does not let one choose."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT wraps it
     try:
-        inner.set_attn_implementation(name)
+        model.set_attn_implementation(name)
     except (ValueError, KeyError, AttributeError):
         return False
-    return inner.config._attn_implementation == name  # private: an unsupported name is otherwise ignored (5.23)
+    return model.config._attn_implementation == name  # private: an unsupported name is otherwise ignored (5.23)
 
 
 def use_segments(model) -> str:
@@ -242,24 +241,17 @@ def fill_bins(lengths: list[int], capacity: int) -> list[list[int]]:
     if lengths and max(lengths) > capacity:
         raise UserError(f"an example of {max(lengths)} tokens does not fit into a bin of {capacity}")
     bins: list[list[int]] = []
-    with_room: dict[int, list[int]] = {}  # room → numbers of the bins that have exactly that
-    rooms: list[int] = []  # its keys, sorted
+    rooms: list[tuple[int, int]] = []  # (room, number of the bin) of each bin that is not full, sorted
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = bisect.bisect_left(rooms, lengths[i])
+        place = bisect.bisect_left(rooms, (lengths[i], 0))
         if place == len(rooms):
+            room, number = capacity, len(bins)
             bins.append([])
-            number, room = len(bins) - 1, capacity
         else:
-            room = rooms[place]
-            number = with_room[room].pop()
-            if not with_room[room]:
-                del with_room[room], rooms[place]
+            room, number = rooms.pop(place)
         bins[number].append(i)
-        if left := room - lengths[i]:
-            if left not in with_room:
-                with_room[left] = []
-                bisect.insort(rooms, left)
-            with_room[left].append(number)
+        if room > lengths[i]:
+            bisect.insort(rooms, (room - lengths[i], number))
     return bins
 
 

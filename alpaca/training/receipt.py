@@ -11,6 +11,7 @@ import io
 import os
 import platform
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 
 import jinja2
+import psutil
 import torch
 from markupsafe import Markup
 
@@ -81,11 +83,7 @@ def hardware(device: torch.device, devices: int) -> dict:
     elif device.type != "cpu":
         facts |= {"gpus": devices, "gpu": device.type}
     facts |= {"cpu": _cpu_name(), "cpu_cores": os.cpu_count(), "platform": platform.platform(terse=True)}
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return facts
-    return facts | {"memory_gib": round(memory / 2**30, 1)}
+    return facts | {"memory_gib": round(psutil.virtual_memory().total / 2**30, 1)}
 
 
 def _cpu_name() -> str:
@@ -149,7 +147,7 @@ def collect(begun: dict, trainer, arguments: dict, examples: tuple[int, int]) ->
     gpu_hours, price = machine["gpus"] * wall / 3600, arguments.get("gpu_hour_price")
     mfu = meter.mfu(totals)
     trained, held_out = begun["data"]["train"], begun["data"]["eval"] or {"path": None}
-    evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
+    logged = state.log_history
     return {
         "model": {
             "started_from": str(arguments["model_name_or_path"]),
@@ -171,11 +169,9 @@ def collect(begun: dict, trainer, arguments: dict, examples: tuple[int, int]) ->
         "epochs": round(state.epoch or 0, 4),
         "examples_per_step": round(totals.examples / max(state.global_step, 1), 2),
         "losses": [
-            {key: entry[key] for key in ("step", "loss", "learning_rate")}
-            for entry in state.log_history
-            if "loss" in entry
+            {key: entry[key] for key in ("step", "loss", "learning_rate")} for entry in logged if "loss" in entry
         ],
-        "eval_losses": [{"step": entry["step"], "loss": entry["eval_loss"]} for entry in evaluations],
+        "eval_losses": [{"step": e["step"], "loss": e["eval_loss"]} for e in logged if "eval_loss" in e],
         "tokens": {
             "real": totals.tokens,
             "supervised": totals.supervised,
@@ -268,12 +264,8 @@ def human_count(count: int) -> str:
 
 def running_mean(values: list[float], window: int) -> list[float]:
     """Return the mean of ``window`` values (odd) around each; near an end, of as many as there are on both sides."""
-    half = window // 2
-    means = []
-    for i in range(len(values)):
-        reach = min(half, i, len(values) - 1 - i)
-        means.append(sum(values[i - reach : i + reach + 1]) / (2 * reach + 1))
-    return means
+    reaches = [min(window // 2, i, len(values) - 1 - i) for i in range(len(values))]
+    return [statistics.fmean(values[i - reach : i + reach + 1]) for i, reach in enumerate(reaches)]
 
 
 def loss_plot(receipt: dict) -> bytes | None:
@@ -289,14 +281,11 @@ def loss_plot(receipt: dict) -> bytes | None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     steps, losses = [e["step"] for e in receipt["losses"]], [e["loss"] for e in receipt["losses"]]
-    if len(losses) >= 20:
-        window = max(3, len(losses) // 20) | 1
-        label = f"training, mean of {window} around it"
-        axes.plot(steps, losses, color=light, linewidth=1, label="training, each logging step")
-        axes.plot(steps, running_mean(losses, window), color=strong, linewidth=2, label=label)
-    else:
-        marker = "" if len(losses) > 1 else "o"
-        axes.plot(steps, losses, color=strong, linewidth=1, marker=marker, label="training")
+    marker = "" if len(losses) > 1 else "o"
+    axes.plot(steps, losses, color=light, linewidth=1, marker=marker, label="training, each logging step")
+    window = max(3, len(losses) // 20) | 1
+    label = f"training, mean of {window} around it"
+    axes.plot(steps, running_mean(losses, window), color=strong, linewidth=2, label=label)
     if evals := receipt["eval_losses"]:
         x, y = [e["step"] for e in evals], [e["loss"] for e in evals]
         label = f"held out: {y[0]:.3f} → {y[-1]:.3f}" if len(y) > 1 else f"held out: {y[0]:.3f}"

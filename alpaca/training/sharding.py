@@ -24,7 +24,7 @@ class LoadingTrainer(transformers.Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         checkpoint = Path(resume_from_checkpoint)
         if self.is_fsdp_enabled and _of_fsdp(checkpoint):
-            with self._state_dict_type(_format(checkpoint)):
+            with self.state_dict_type(_format(checkpoint)):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
         elif self.is_fsdp_enabled:
             self._load_whole_into_shards(checkpoint)
@@ -74,7 +74,7 @@ class LoadingTrainer(transformers.Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         of_fsdp = checkpoint is not None and _of_fsdp(Path(checkpoint))
         if checkpoint is None or self.is_deepspeed_enabled or of_fsdp == self.is_fsdp_enabled:
-            with self._state_dict_type(_format(Path(checkpoint)) if of_fsdp else None):
+            with self.state_dict_type(_format(Path(checkpoint)) if of_fsdp else None):
                 return super()._load_optimizer_and_scheduler(checkpoint)
         from torch.distributed.checkpoint import load
         from torch.distributed.checkpoint import state_dict as dcp
@@ -103,7 +103,7 @@ class LoadingTrainer(transformers.Trainer):
         dcp.set_optimizer_state_dict(self.model, self.optimizer, whole, options=options)
 
     @contextmanager
-    def _state_dict_type(self, name: str | None):
+    def state_dict_type(self, name: str | None):
         """Make FSDP save and load in that format within this context; None, or no FSDP, changes nothing."""
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled and name else None
         if plugin is None or plugin.state_dict_type.name == name:

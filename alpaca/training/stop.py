@@ -31,8 +31,7 @@ class StopOnSignal(transformers.TrainerCallback):
     scheduler sends it to torchrun and to its workers, and torchrun passes it on to them again.
     """
 
-    NAMES = ("SIGINT", "SIGUSR1", "SIGTERM")
-    SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # Windows has no SIGUSR1
+    SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]  # not Windows
 
     def __init__(self):
         self.received = 0  # the number of the signal; from on_step_end on the same on every rank

@@ -136,11 +136,9 @@ class ResumableTrainer(LoadingTrainer):
         here, there = self._examples_per_step(), manifest["examples_per_step"]
         if here != there:
             steps, left = divmod(there, here // self.args.gradient_accumulation_steps)
-            cure = (
-                f"set gradient_accumulation_steps to {steps}"
-                if not left
-                else "change the batch size or the number of ranks"
-            )
+            cure = f"set gradient_accumulation_steps to {steps}"
+            if left:
+                cure = "change the batch size or the number of ranks"
             raise UserError(f"{checkpoint} was trained with {there} examples a step, this run has {here}: {cure}")
         if "data" in manifest:
             checkpoints.check_data(checkpoint, manifest["data"], self._data)
@@ -169,10 +167,8 @@ class ResumableTrainer(LoadingTrainer):
         from huggingface_hub import CommitOperationAdd, HfApi
 
         files = sorted(path for pattern in PUBLISHED for path in output_dir.glob(pattern))
-        names = {path: str(path.relative_to(output_dir)) for path in files} | {
-            output_dir / "model_card.md": "README.md"
-        }
-        commit = [CommitOperationAdd(names[path], path) for path in files]
+        names = {"model_card.md": "README.md"}  # what the hub shows
+        commit = [CommitOperationAdd(names.get(path.name, str(path.relative_to(output_dir))), path) for path in files]
         where = {"token": self.args.hub_token, "revision": getattr(self.args, "hub_revision", None)}
         try:
             HfApi().create_commit(self.hub_model_id, commit, commit_message="The trained model", **where)
@@ -220,10 +216,9 @@ class ResumableTrainer(LoadingTrainer):
 
     def _publish(self, unfinished: Path, target: Path) -> None:
         ranks = self.args.world_size
-        states = [
-            f"rng_state_{rank}.pth" for rank in range(ranks if ranks > 1 and not self.args.save_only_model else 0)
-        ]
-        if missing := [name for name in states if not (unfinished / name).exists()]:
+        states = [f"rng_state_{rank}.pth" for rank in range(ranks)]
+        several = ranks > 1 and not self.args.save_only_model
+        if several and (missing := [name for name in states if not (unfinished / name).exists()]):
             raise SaveFailed(f"{missing[0]} is missing in {unfinished}: all nodes must share output_dir")
         files = [path for path in sorted(unfinished.rglob("*")) if path.is_file()]
         manifest = {
@@ -274,7 +269,7 @@ class ResumableTrainer(LoadingTrainer):
             # With SHARDED_STATE_DICT save_model silently writes nothing.
             config.use_cache = self._use_cache
             try:
-                with self._state_dict_type("FULL_STATE_DICT"):
+                with self.state_dict_type("FULL_STATE_DICT"):
                     if write:
                         write(staging)
                     else:

@@ -276,12 +276,21 @@ def test_deepspeed_that_is_not_installed_is_refused_with_its_cure(monkeypatch):
 def test_bf16_on_a_gpu_without_it_is_refused_and_on_a_cpu_is_run_there(monkeypatch):
     monkeypatch.setattr(distributed, "is_torch_bf16_gpu_available", lambda: False)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    with pytest.raises(UserError, match="this GPU does not support bf16: leave it out .* or use fp16"):
+    with pytest.raises(UserError, match="this GPU has no bf16 .* use fp16, or neither"):
         distributed.before_init(Arguments(bf16=True))
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     args = Arguments(bf16=True)
     distributed.before_init(args)
     assert args.use_cpu
+
+
+def test_bf16_on_a_gpu_that_only_emulates_it_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(distributed, "is_torch_bf16_gpu_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    with pytest.raises(UserError, match="this GPU has no bf16 .emulated, it is many times slower.: use fp16"):
+        distributed.before_init(Arguments(bf16=True))
 
 
 def test_the_originals_fsdp_command_trains_with_fsdp_in_bf16_and_its_loss_is_not_rounded(tiny_llama, tmp_path):

@@ -215,16 +215,13 @@ def test_moving_text_from_the_instruction_to_the_output_is_other_content(tokeniz
     assert len(set(keys)) == 4
 
 
-def test_many_processes_give_what_one_gives(tokenizer, monkeypatch, tmp_path):
-    records = make_records(50)
-    one = rows(records, tokenizer)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
-    monkeypatch.setattr(examples, "RECORDS_PER_WORKER", 10)
-    monkeypatch.setattr(examples, "_cores", lambda: 3)
-    assert rows(records, tokenizer) == one
-    [folder] = [path for path in examples.cache_folder().iterdir() if path.is_dir()]
-    assert len(list(folder.iterdir())) == 3
-    assert [row["record"] for row in one] == list(range(1, 51))
+def test_records_that_are_tokenized_a_thousand_at_a_time_keep_their_order_and_numbers(tokenizer, tokenized):
+    found = rows(make_records(2500), tokenizer)
+    assert tokenized == [1000, 1000, 500]
+    assert [row["record"] for row in found] == list(range(1, 2501))
+    assert [row["input_ids"] for row in found] == [
+        example["input_ids"] for example in examples.preprocess(make_records(2500), tokenizer, 512)
+    ]
 
 
 def test_a_cache_whose_maker_is_killed_is_not_there_and_is_made_again(tokenizer, tokenized):

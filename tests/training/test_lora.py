@@ -176,10 +176,12 @@ def test_qlora_trains_the_adapter_alone_and_merges_into_the_whole_base(tiny_llam
     def save(trainer, output_dir, load_base):
         seen["types"] = {type(module).__name__ for module in trainer.model.modules()}
         seen["grads"] = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+        seen["frozen"] = trainer.meter.parameters - trainer.meter.trainable
         inner(trainer, output_dir, load_base)
 
     monkeypatch.setattr(lora, "save", save)
     run(tiny_llama, data, tmp_path, "--load_in_4bit", "True")
+    assert seen["frozen"] == load(tmp_path).num_parameters()  # not half of what is packed, two elements in a byte
     assert "Linear4bit" in seen["types"]
     assert seen["grads"] and all(".lora_" in name for name in seen["grads"])
     adapted = peft.PeftModel.from_pretrained(load(tiny_llama), tmp_path / "adapter")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -27,11 +28,8 @@ def check_tokenizer(tokenizer, rows: int, config=None) -> list[Finding]:
     """
     found = [*_special_tokens(tokenizer), *_bos(tokenizer), *_rows(tokenizer, rows)]
     eos = getattr(config, "eos_token_id", None)
-    if (
-        eos is not None
-        and tokenizer.eos_token
-        and tokenizer.eos_token_id not in (eos if isinstance(eos, list) else [eos])
-    ):
+    known = eos if isinstance(eos, list) else [eos]
+    if eos is not None and tokenizer.eos_token and tokenizer.eos_token_id not in known:
         what = f"the model's config ends text with id {eos}, the tokenizer with {tokenizer.eos_token_id}"
         why = "answers will end with the tokenizer's EOS, which the base model may have used for something else"
         cure = "check which of the two is right for this model; old conversions of LLaMA have a wrong config"
@@ -59,7 +57,7 @@ def _special_tokens(tokenizer) -> Iterator[Finding]:
             yield Finding(level, what, "the model would never see it as one token", cure)
             continue
         ids[role] = token_id
-    for a, b in (("eos", "pad"), ("bos", "eos"), ("eos", "unk"), ("bos", "pad"), ("pad", "unk"), ("bos", "unk")):
+    for a, b in itertools.combinations(ROLES, 2):
         if a not in ids or ids[a] != ids.get(b):
             continue
         what = f"{a} and {b} are the same token ({getattr(tokenizer, f'{a}_token')!r}, id {ids[a]})"
@@ -67,9 +65,7 @@ def _special_tokens(tokenizer) -> Iterator[Finding]:
             cure = "give eos a token of its own in tokenizer_config.json"
             yield Finding("warning", what, "what the tokenizer cannot read would end an answer", cure)
         else:
-            yield Finding(
-                "note", what, "masks and labels are made from lengths, not from this id: EOS is still trained"
-            )
+            yield Finding("note", what, "masks and labels come from lengths, not from this id: EOS is still trained")
 
 
 def _bos(tokenizer) -> Iterator[Finding]:
@@ -185,9 +181,8 @@ def check_examples(
             what = f"{len(numbers)} of {len(bad)} examples {what} ({_listed(numbers)})"
             found.append(Finding(check.level, what, check.why, check.cure))
     if len(left_out):
-        what = (
-            f"{len(left_out)} records were left out: their prompt alone fills {max_length} tokens ({_listed(left_out)})"
-        )
+        why = f"their prompt alone fills {max_length} tokens"
+        what = f"{len(left_out)} records were left out: {why} ({_listed(left_out)})"
         found.append(Finding("warning", what, "they teach nothing", CHECKS["cut"].cure))
     return found
 

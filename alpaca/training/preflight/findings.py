@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
+from accelerate.utils import gather_object
 
 from alpaca import UserError
 
@@ -43,25 +43,17 @@ def paint(text: str, code: str, colour: bool) -> str:
     return "\n".join(f"\033[{code}m{line}\033[0m" if line else line for line in text.split("\n"))
 
 
-def _of_all_ranks(value) -> list:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [value]
-    values: list = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
 def gather(findings: list[Finding]) -> list[Finding]:
     """Return the findings of all ranks, each once, in the same order on every rank; every rank must call it.
 
     If one rank alone stopped at an error, the others would wait for it in their next collective.
     """
-    return list(dict.fromkeys(finding for rank in _of_all_ranks(findings) for finding in rank))
+    return list(dict.fromkeys(gather_object(findings)))
 
 
 def lowest(value: float) -> float:
     """Return the lowest value of all ranks, so that each reports and decides the same; every rank must call it."""
-    return min(_of_all_ranks(value))
+    return min(gather_object([value]))
 
 
 def format_report(findings: Iterable[Finding], colour: bool = False) -> str:

@@ -21,6 +21,7 @@ from transformers import TrainingArguments
 
 from alpaca import UserError
 from alpaca.common.memory import as_text
+from alpaca.training.meter import elements
 from alpaca.weights.checkpoint import CheckpointReader
 
 # transformers 5.23 renamed the argument; 5.17 has the old name only.
@@ -52,8 +53,8 @@ class Shape:
         config, parameters = model.config, list(model.parameters())
         heads = getattr(config, "num_attention_heads", None) or 0  # none: Mamba
         return cls(
-            parameters=sum(_elements(p) for p in parameters),
-            trainable=sum(_elements(p) for p in parameters if p.requires_grad),
+            parameters=sum(elements(p) for p in parameters),
+            trainable=sum(elements(p) for p in parameters if p.requires_grad),
             parameter_bytes=sum(_bytes(p) for p in parameters),
             layers=getattr(config, "num_hidden_layers", 0),
             hidden=config.hidden_size,
@@ -89,19 +90,12 @@ class Shape:
         return self.layers * r * sum(a + b for a, b in maps)
 
 
-def _elements(parameter: torch.Tensor) -> int:
-    """Count the whole parameter: ZeRO-3's partitions have numel() 0, and bitsandbytes packs two elements in a byte."""
-    if (packed := getattr(parameter, "quant_state", None)) is not None:
-        return packed.shape.numel()
-    return getattr(parameter, "ds_numel", parameter.numel())
-
-
 def _bytes(parameter: torch.Tensor) -> int:
     """Return the bytes it takes, including the scales of 4-bit blocks (and their scales, if they are quantized too)."""
     if (packed := getattr(parameter, "quant_state", None)) is not None:
         scales = [packed.absmax, *([packed.state2.absmax] if packed.nested else [])]
         return parameter.nbytes + sum(tensor.nbytes for tensor in scales)
-    return _elements(parameter) * parameter.element_size()
+    return elements(parameter) * parameter.element_size()
 
 
 @dataclass(frozen=True)
@@ -203,8 +197,7 @@ def certain_bytes(parts: dict[str, int], plan: Plan) -> int:
 def weights_bytes(folder: Path, dtype: torch.dtype) -> int:
     """Return the bytes of a checkpoint's weights as that type; 0 if they cannot be counted (loading them says why)."""
     try:
-        reader = CheckpointReader(folder)
-        return sum(math.prod(reader.spec(name)[1]) for name in reader.names()) * dtype.itemsize
+        return sum(math.prod(shape) for _, shape in CheckpointReader(folder).specs().values()) * dtype.itemsize
     except (UserError, OSError):
         return 0
 
@@ -249,24 +242,20 @@ def advise(shape: Shape, plan: Plan, available: int) -> list[str]:
         return []
     options = list(_options(shape, plan))
     chosen: list[tuple[set[str], str]] = []
-    for size in (1, 2, 3):
-        for combination in itertools.combinations(options, size):
-            kinds = {option.kind for option in combination}
-            four_bit = any("parameter_bytes" in option.shape for option in combination)
-            if len(kinds) < size or ("fsdp" in kinds and four_bit):
-                continue  # 4-bit weights cannot be sharded
-            if "optim" in kinds and kinds & {"adapter", "fsdp"}:
-                continue  # an adapter's optimizer is small already; bitsandbytes' cannot be sharded
-            if any(smaller <= kinds for smaller, _ in chosen):
-                continue  # a smaller set is enough
-            new_plan, new_shape = plan, shape
-            for option in combination:
-                new_plan, new_shape = replace(new_plan, **option.plan), replace(new_shape, **option.shape)
-            if "sync" in kinds and not (new_plan.sharded and new_plan.accumulation > 1):
-                continue  # it would change nothing
-            total = estimate(new_shape, new_plan)["total"]
-            if total <= available:
-                chosen.append((kinds, f"{' '.join(option.text for option in combination)} ({as_text(total)})"))
+    for combination in itertools.chain(*(itertools.combinations(options, size) for size in (1, 2, 3))):
+        kinds, new_plan, new_shape = {option.kind for option in combination}, plan, shape
+        for option in combination:
+            new_plan, new_shape = replace(new_plan, **option.plan), replace(new_shape, **option.shape)
+        useless = (
+            len(kinds) < len(combination)
+            or any(smaller <= kinds for smaller, _ in chosen)  # a smaller set is enough
+            or ("fsdp" in kinds and new_shape.parameter_bytes < shape.parameter_bytes)  # 4 bits cannot be sharded
+            or ("optim" in kinds and "fsdp" in kinds)  # nor can bitsandbytes' optimizer
+            or ("optim" in kinds and "adapter" in kinds)  # whose optimizer is small already
+            or ("sync" in kinds and not (new_plan.sharded and new_plan.accumulation > 1))  # it would change nothing
+        )
+        if not useless and (total := estimate(new_shape, new_plan)["total"]) <= available:
+            chosen.append((kinds, f"{' '.join(option.text for option in combination)} ({as_text(total)})"))
     return [text for _, text in chosen[:3]]
 
 

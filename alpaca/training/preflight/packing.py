@@ -100,8 +100,7 @@ def _measuring(model):
 
 @contextmanager
 def _attention(model, name: str):
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    before = inner.config._attn_implementation
+    before = model.config._attn_implementation
     packing.set_attention(model, name)
     try:
         yield

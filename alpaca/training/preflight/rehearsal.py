@@ -36,7 +36,7 @@ from alpaca.inference.adapters import ADAPTER
 from alpaca.training.checkpoints import REHEARSAL, barrier, saved_names
 from alpaca.training.examples import columns
 from alpaca.training.preflight.findings import Finding, gather
-from alpaca.weights.checkpoint import WEIGHTS, CheckpointReader
+from alpaca.weights.checkpoint import CheckpointReader
 
 CHUNK = 2**22  # elements hashed at a time: 64 MB of int64
 REPORT = "report it with this output; until then use skip_save_rehearsal=True"
@@ -94,7 +94,6 @@ class _Observer(TrainerCallback):
         control.should_log = True
         control.should_save = state.global_step == self.save_at
         self._since = time.perf_counter()
-        return control
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs:
@@ -212,9 +211,8 @@ def _save_whole(trainer, folder: Path, result: Rehearsal) -> None:
     trained = {_plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
     adapter, gathered = hasattr(model, "peft_config"), {}
     if adapter:
-        if trainer.is_fsdp_enabled:
-            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")  # _undisturbed restores it
-        trainer.save_model(str(folder))
+        with trainer.state_dict_type("FULL_STATE_DICT"):
+            trainer.save_model(str(folder))
     else:
         trainer.save_whole_model(folder)
         gathered = {name: _whole(trained[name]) for name in _some(trained)}  # a collective
@@ -239,14 +237,11 @@ def _wrong_adapter(folder: Path, trained: dict) -> str | None:
 
 
 def _wrong_model(folder: Path, model, gathered: dict[str, torch.Tensor]) -> str | None:
-    if not any((folder / name).exists() for name in WEIGHTS):
-        return "the final save wrote no weights"
-    reader = CheckpointReader(folder)
-    saved = {name: reader.spec(name)[1] for name in reader.names()}
-    tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
+    saved = CheckpointReader(folder).specs()
+    tied = set(model.all_tied_weights_keys or ())
     # Under other names than in memory: a mixture's experts are one tensor there, and one each in the file.
     expected = {name: tuple(tensor.shape) for name, tensor in saved_names(model).items() if name not in tied}
-    if wrong := sorted(name for name in expected if saved.get(name) != expected[name]):
+    if wrong := sorted(name for name in expected if name not in saved or saved[name][1] != expected[name]):
         return f"the final save lacks {len(wrong)} tensors of the model, or has other shapes ({wrong[0]}, …)"
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = 1  # the embeddings and the first layer stand for the rest
@@ -306,8 +301,6 @@ def _undisturbed(trainer, folder: Path) -> Iterator[None]:
         "restore_callback_states_from_checkpoint": False,
     }
     vars(args).update(changes)
-    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None) if trainer.is_fsdp_enabled else None
-    state_dict_type = plugin.state_dict_type if plugin else None
     loaders = trainer.accelerator.gradient_state.dataloader_references
     references = list(loaders)
     numbers = random.getstate(), np.random.get_state()
@@ -325,8 +318,6 @@ def _undisturbed(trainer, folder: Path) -> Iterator[None]:
             delattr(trainer, name)
         vars(trainer).update(kept)
         trainer.accelerator.free_memory()
-        if plugin and plugin.state_dict_type != state_dict_type:
-            plugin.set_state_dict_type(state_dict_type.name)
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

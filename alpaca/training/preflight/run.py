@@ -21,8 +21,8 @@ from alpaca import RankError
 from alpaca.common import memory as host_memory
 from alpaca.common.memory import as_text
 from alpaca.common.text import first_line
+from alpaca.inference.adapters import embedding_rows
 from alpaca.inference.checks import near_zero
-from alpaca.training import distributed
 from alpaca.training.checkpoints import is_failed_write
 from alpaca.training.distributed import say
 from alpaca.training.examples import IGNORE_INDEX, columns
@@ -33,14 +33,6 @@ from alpaca.training.preflight.memory import Plan, Shape
 from alpaca.training.preflight.packing import SelfCheck
 from alpaca.training.preflight.rehearsal import Rehearsal, folder_bytes, rehearse
 from alpaca.training.trainer import remove_leftovers
-
-
-def check_precision(bf16: bool) -> list[Finding]:
-    """Refuse bf16 on a GPU that only emulates it: torch says it is supported there, and runs many times slower."""
-    if not bf16 or not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False):
-        return []
-    what = f"bf16 was asked for, and {torch.cuda.get_device_name()} has no bf16"
-    return [Finding("error", what, "it is emulated, many times slower than float32", "fp16=True, or neither")]
 
 
 def check_difference(model) -> list[Finding]:
@@ -98,7 +90,7 @@ def check_trainer(trainer) -> list[Finding]:
     if trainer.args.fsdp and not trainer.is_fsdp_enabled:
         what, why = "fsdp was asked for, but the library did not enable it", "each process would hold the whole model"
         found.append(Finding("error", what, why, "start with torchrun --nproc_per_node=N (N > 1), or drop fsdp"))
-    found += check_optimizer(_optim(trainer.args), trainer.is_fsdp_enabled)
+    found += check_optimizer(trainer.args.optim.value, trainer.is_fsdp_enabled)
     trained = [(name, parameter) for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
     if not trained:
         cure = "check lora_r and what freezes the model"
@@ -207,7 +199,7 @@ def preflight(
         trainer: before its ``train()``; its processing_class is the tokenizer, its train_dataset a sequence of
             {"input_ids", "labels"}, or of lists of them with that sequence as ``dataset``. The sequence may have
             ``numbers`` and ``left_out``, as for check_examples (record_numbers, left_out).
-        earlier: what was found before there was a trainer (check_precision, mend_merges, check_tokenizer).
+        earlier: what was found before there was a trainer (mend_merges, check_tokenizer).
         self_check: compares packed examples with the same alone, as the rehearsal begins. None: they are padded.
         with_rehearsal: whether to do the rehearsal.
 
@@ -218,7 +210,7 @@ def preflight(
         UserError: there are errors, which the report lists, or the rehearsal failed.
     """
     tokenizer = trainer.processing_class
-    rows = distributed.rows(trainer.model.get_input_embeddings().weight)
+    rows = embedding_rows(trainer.model)
     examples = getattr(trainer.train_dataset, "dataset", trainer.train_dataset)
     found = list(earlier) + check_difference(trainer.model) + check_trainer(trainer)
     numbers, left_out = getattr(examples, "numbers", None), getattr(examples, "left_out", ())
@@ -281,10 +273,6 @@ def _outcome(result: Rehearsal) -> list[Finding]:
     return [Finding("note", f"{what}, {result.seconds:.0f} s{peak}")]
 
 
-def _optim(args) -> str:
-    return str(getattr(args.optim, "value", args.optim))
-
-
 def _plan(trainer, examples: Sequence[dict]) -> Plan:
     args = trainer.args
     plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
@@ -295,7 +283,7 @@ def _plan(trainer, examples: Sequence[dict]) -> Plan:
     if getattr(trainer.data_collator, "padding_free", False):  # logits are computed where there is a label
         supervised = np.add.reduceat(labels != IGNORE_INDEX, np.cumsum(lengths) - lengths)
         logit_tokens = int(max(supervised[numbers].sum() for numbers in bins) if bins else supervised.max())
-    optim = _optim(args)
+    optim = args.optim.value
     master = 4 if trainer.is_deepspeed_enabled and (args.bf16 or args.fp16) else 0  # its float32 weights
     return Plan(
         batch=args.per_device_train_batch_size,
@@ -322,8 +310,7 @@ def _disk(trainer, shape: Shape, plan: Plan) -> list[Finding]:
     batches = math.ceil(len(trainer.train_dataset) / (args.per_device_train_batch_size * args.world_size))
     steps_an_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_an_epoch)
-    strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
-    saves = {"no": 0, "epoch": math.ceil(steps / steps_an_epoch)}.get(strategy)
+    saves = {"no": 0, "epoch": math.ceil(steps / steps_an_epoch)}.get(args.save_strategy.value)
     if saves is None:
         every = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(args.save_steps * steps))
         saves = math.ceil(steps / every)
