@@ -60,6 +60,8 @@ def fetch(output_path: str, url: str = RELEASED_URL, blob_id: str = RELEASED_BLO
     """
     output = Path(output_path)
     part, wrong = (output.with_name(output.name + suffix) for suffix in (".part", ".wrong"))
+    if output.is_dir():
+        raise UserError(f"--output_path {output} is a folder: name the file to make in it")
     if output.exists():
         if (found := git_blob_id(output)) != blob_id:
             raise UserError(

@@ -34,6 +34,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TextIO
 
+from tqdm import tqdm
+
 import utils
 from alpaca import UserError
 from alpaca.common.cli import run_cli
@@ -51,6 +53,7 @@ KEYWORDS = (
 
 PATIENCE = 100  # replies in a row that bring nothing new: the teacher repeats itself
 SAVE_EVERY = 30.0  # seconds between two regen.json; the journal loses nothing meanwhile
+ENOUGH_UNSEEN = 10  # instructions that the tokenizer hardly sees, before the run warns of it
 GUESS = 10  # new instructions a reply, before the first reply; the prompt asks for 17
 # Bounded repetitions, so that a reply of ten thousand newlines or digits takes no time.
 ITEM = re.compile(r"^[ \t]{0,9}(?:###\s{0,9})?(\d{1,4})\.\s{0,9}Instruction:", re.MULTILINE)
@@ -209,6 +212,10 @@ class Selection:
                 self._drop("near-duplicate", record, nearest=self.known[nearest])
         self.barren = 0 if len(self.kept) > before else self.barren + 1
 
+    def unseen_warning(self) -> str:
+        what = f"{self.unseen} of {self.new()} kept instructions are mostly not ASCII"
+        return f"warning: {what}, so their near-duplicates are not found: --tokenizer unicode sees all scripts"
+
     def _drop(self, reason: str, record: dict | str, **more: str) -> None:
         self.dropped[reason] += 1
         self.rejected.write(utils.json_text({"reason": reason, "record": record} | more) + "\n")
@@ -313,7 +320,7 @@ def generate_instruction_following_data(
 
 async def collect(teacher, request, journal, budget, selection, regen_path) -> None:
     """Ask until the selection has enough or may not continue; keep regen.json and the progress bar up to date."""
-    saved, earlier = time.monotonic(), dict(recorded(journal))
+    saved, earlier, warned = time.monotonic(), dict(recorded(journal)), False
 
     def replies_left() -> float:
         """As if there had been 4 more replies with 2 new instructions each: the first ones tell too little."""
@@ -321,8 +328,11 @@ async def collect(teacher, request, journal, budget, selection, regen_path) -> N
         return (selection.target - len(selection.kept)) / each
 
     def in_order(reply: Completion) -> None:
-        nonlocal saved
+        nonlocal saved, warned
         selection.feed(reply)
+        if not warned and selection.unseen >= ENOUGH_UNSEEN:  # now, while stopping still saves requests
+            warned = True
+            tqdm.write(selection.unseen_warning())
         if time.monotonic() - saved > SAVE_EVERY and selection.fed > len(earlier):
             utils.jdump(selection.kept, regen_path)
             saved = time.monotonic()
@@ -346,8 +356,7 @@ def conclude(selection: Selection, budget: Budget, regen_path: Path) -> None:
     """Print what there is now, and why it is less than was asked for; UserError if too many requests failed."""
     made = f"{len(selection.kept)} instructions in {regen_path} ({selection.new()} new)"
     if selection.unseen:
-        what = f"{selection.unseen} of {selection.new()} kept instructions are mostly not ASCII"
-        print(f"warning: {what}, so their near-duplicates are not found: --tokenizer unicode sees all scripts")
+        print(selection.unseen_warning())
     if len(selection.kept) < selection.target:
         if why := budget.failing():
             raise UserError(f"{why}: the run ended; {made}")

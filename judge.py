@@ -134,7 +134,7 @@ def answer(
     rows = [item.row(output) | _answered(reply) | {"generator": generator or model_name} for item, reply in pairs]
     if output.suffix == ".json":  # alpaca_eval would read a row without an answer as "nan"
         rows = [row for row in rows if "output" in row]
-    write_records(rows, output)
+    write_records(rows, output, lines=output.suffix != ".json")
     notes = [(sum(row.get("finish_reason") == "length" for row in rows), "cut off at --max_new_tokens")]
     notes += [(sum(row.get("output") == "" for row in rows), "empty, and counted as answers")]
     summarize(f"{sum('output' in row for row in rows):,} answers in {output}", replies, budget, journal, notes)
@@ -250,7 +250,7 @@ def judge(
             continue  # the run ended before
         fewer = {"max_tokens": reply.max_tokens} if reply and reply.max_tokens else {}  # than requested
         rows.append(judge_prompt.judgment(item, shown, by | {"settings": settings | fewer}, reply))
-    write_records(rows, output)
+    write_records(rows, output, lines=True)
     notes = [(sum("note" in row for row in rows), "for equal answers, which are a tie unasked")]
     summarize(f"{len(rows):,} judgments in {output}", replies, budget, journal, notes)
 

@@ -7,7 +7,7 @@ import re
 import shlex
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_script
 from test_boundaries import ARROWS
 
 import train
@@ -98,3 +98,29 @@ def test_the_map_draws_the_arrows_that_are_enforced():
     assert beside_common <= drawn <= allowed
     rooms = re.findall(r"^\| `alpaca/(\w+)` ", MAP, re.M)
     assert sorted(rooms) == sorted(room for room in ARROWS if room)
+
+
+def test_every_file_that_a_document_or_a_comment_names_exists():
+    """docs/LOG.md tells of files as they were called then."""
+    sources = [path for path in ROOT.glob("docs/*.md") if path.name != "LOG.md"]
+    sources += [*ROOT.glob("*.md"), *ROOT.glob("*.py"), *ROOT.glob("runs/*"), *ROOT.glob("configs/**/*.md")]
+    for folder in ("alpaca", "tests", "benchmarks"):
+        sources += ROOT.glob(f"{folder}/**/*.py")
+    for path in sources:
+        for named in re.findall(r"\b(?:alpaca|tests|benchmarks|configs|runs)/[\w/]+\.(?:py|sh)\b", path.read_text()):
+            assert (ROOT / named).exists(), f"{path.relative_to(ROOT)} names {named}"
+
+
+def test_every_benchmark_can_be_imported():
+    """In one process, which imports torch once; each finds what it imports on its own additions to the path."""
+    code = (
+        "import importlib, sys\n"
+        "sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in repr(finder)]\n"
+        "before = list(sys.path)\n"
+        "for name in sys.argv[1:]:\n"
+        "    sys.path[:] = ['benchmarks', *before]\n"
+        "    importlib.import_module(name)\n"
+    )
+    names = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
+    result = run_script("-c", code, *names)
+    assert result.returncode == 0, result.stderr

@@ -31,9 +31,22 @@ def open_text(path: str | os.PathLike) -> Iterator[TextIO]:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: check the path") from None
     except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text ({e.reason}): convert it to UTF-8") from None
+        raise UserError(f"{path} is not UTF-8 text ({_bad_line(path)}{e.reason}): convert it to UTF-8") from None
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror}") from None
+
+
+def _bad_line(path: str | os.PathLike) -> str:
+    """Return "line 3: " for the first line that is not UTF-8; "" for a pipe, which cannot be read again."""
+    if not os.path.isfile(path):
+        return ""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return f"line {number}: "
+    return ""
 
 
 def read_text(path: str | os.PathLike) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from alpaca import UserError
 from alpaca.common.files import open_text, replace_file
 
+LIST_HINT = " (a JSON list? let its name end in .json)"  # for what should be JSON Lines
 RELEASED_BLOB = "3779ddbc040543ab1834ef216c983d6fcc06cc9a"  # git hash-object of the 52,002 records of Stanford Alpaca
 
 
@@ -28,7 +29,7 @@ def read_entries(path: str | os.PathLike) -> Iterator[tuple[str, Any, str]]:
         if path.suffix == ".jsonl":
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield f"line {number}", *_parsed(line, " (a JSON list? let its name end in .json)", number == 1)
+                    yield f"line {number}", *_parsed(line, LIST_HINT, number == 1)
             return
         data, fault = _parsed(file.read(), " (one object a line? let its name end in .jsonl)")
     if fault:

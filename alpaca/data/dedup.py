@@ -127,8 +127,9 @@ class Records:
 
     def __init__(self, path: str):
         self.path = path
-        self.count = sum(1 for _ in self._read())  # so every record is checked before the first is used
-        self.records = None if path.endswith(".jsonl") else list(self._read())
+        # Every record is checked before the first is used. A list is read once: it may come from a pipe.
+        self.records = None if Path(path).suffix == ".jsonl" else list(self._read())
+        self.count = len(self.records) if self.records is not None else sum(1 for _ in self._read())
         if not self.count:
             raise UserError(f"{path} contains no records: choose a file with at least one")
 

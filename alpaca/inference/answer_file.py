@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from alpaca import UserError
 from alpaca.common.journal import Journal, check_output
-from alpaca.common.records import read_entries, write_records
+from alpaca.common.records import LIST_HINT, read_entries, write_records
 from alpaca.common.text import check_utf8
 from alpaca.inference.adapters import base_of, is_adapter
 from alpaca.inference.chat import request_ids
@@ -59,7 +59,9 @@ def read_requests(path: str | os.PathLike, skip_errors: bool = False) -> tuple[l
             faults.append(f"{path}, {place}: {e}")
     if not requests:
         raise UserError(
-            f"all {len(faults):,} records are malformed; {faults[0]}" if faults else f"{path} has no records"
+            f"all {len(faults):,} records are malformed; {faults[0]}"
+            if faults
+            else f"{path} has no records: choose a file with at least one"
         )
     return requests, faults
 
@@ -68,7 +70,8 @@ def _request(place: str, entry, fault: str) -> Request:
     if fault:
         raise UserError(fault)
     if not isinstance(entry, dict):
-        raise UserError(f"a {type(entry).__name__} where an object was expected")
+        hint = LIST_HINT if isinstance(entry, list) and place == "line 1" else ""
+        raise UserError(f"a {type(entry).__name__} where an object was expected{hint}")
     instruction, input = entry.get("instruction"), entry.get("input")
     if input is None and "instances" in entry:
         instances = entry["instances"]
@@ -195,7 +198,7 @@ def _write(path: Path, requests: list[Request], answered: dict, errors: dict, ge
         said = {"error": errors[row]} if row in errors else {"output": answered[row]["output"], "generator": generator}
         stale = "output" if row in errors else "error"  # of an earlier run
         rows.append({key: value for key, value in request.record.items() if key != stale} | said | fields)
-    write_records(rows, path)
+    write_records(rows, path, lines=path.suffix != ".json")
 
 
 def identity_of(model_path: str, base_path: str | None, template: str) -> dict:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from alpaca import UserError
-from alpaca.common.files import UNFINISHED, is_free, new_folder
+from alpaca.common.files import UNFINISHED, new_folder
 from alpaca.weights.checkpoint import CHAT_TEMPLATES, MANIFEST, SIDE_FILES, WEIGHTS
 
 SHARD = re.compile(r"(model|pytorch_model)-[0-9]+-of-[0-9]+\.(safetensors|bin)")
@@ -22,9 +22,13 @@ def model_folder(
     path: str | os.PathLike, flag: str = "", overwrite: bool = False, inputs: Iterable[Path] = ()
 ) -> AbstractContextManager[Path]:
     """Return common.files.new_folder, which with ``overwrite`` replaces a model or a diff."""
-    if not overwrite and flag and not is_free(Path(os.path.realpath(path))):
-        raise UserError(f"{flag} {path} already exists: remove it, choose another path, or overwrite it")
-    return new_folder(path, flag, inputs, partial(check_is_model, flag=flag) if overwrite else None)
+    may_replace = check_is_model if overwrite else _refuse  # called after the inputs are known to be elsewhere
+    return new_folder(path, flag, inputs, partial(may_replace, flag=flag))
+
+
+def _refuse(path: Path, flag: str) -> None:
+    cures = "remove it, choose another path, or overwrite it" if flag else "remove it, or choose another path"
+    raise UserError(f"{flag} {path}".strip() + f" already exists: {cures}")
 
 
 def check_is_model(path: Path, flag: str = "") -> None:

@@ -53,7 +53,8 @@ def test_braces_in_a_record_are_text():
         ("data.json", b"[" + b"1" * 5_000 + b"]", ["data.json: malformed JSON, a number with too many digits"]),
         ("data.json", b'{"a": 1}', ["a JSON dict, not a list", "[ ]"]),
         ("data.json", b'"text"', ["a JSON str, not a list"]),
-        ("data.json", '["é"]'.encode("latin-1"), ["not UTF-8", "is not UTF-8 text"]),
+        ("data.json", '["é"]'.encode("latin-1"), ["not UTF-8", "is not UTF-8 text (line 1: "]),
+        ("data.jsonl", '{}\n"é"\n'.encode("latin-1"), ["is not UTF-8 text (line 2: "]),
     ],
 )
 def test_a_file_that_is_no_json_list_is_refused_with_the_place(tmp_path, name, content, words):

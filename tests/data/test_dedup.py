@@ -250,3 +250,10 @@ def test_from_the_command_line(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "4 records: 4 kept" in result.stdout and utils.jload(out) == RECORDS
     assert_one_line_error(run_script(script, "dedup", "--input_path", source, "--output_path", source), "is the input")
+
+
+def test_a_list_may_come_from_a_pipe(tmp_path):
+    flags = ("--input_path", "/dev/stdin", "--output_path", tmp_path / "out.json", "--nosimilarity_stats")
+    result = run_script(ROOT / "generate_instruction.py", "dedup", *flags, input=json.dumps(RECORDS))
+    assert result.returncode == 0, result.stderr
+    assert f"{len(RECORDS)} records" in result.stdout and utils.jload(tmp_path / "out.json")

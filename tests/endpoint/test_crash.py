@@ -276,3 +276,14 @@ def test_near_duplicates_in_another_script_are_warned_of_and_found_with_the_unic
     )
     assert "warning" not in seeing.stdout
     assert '"near-duplicate"' in (tmp_path / "b" / "rejected.jsonl").read_text()
+
+
+def test_the_warning_of_another_script_comes_while_the_run_can_still_be_stopped(teacher, tmp_path):
+    def answer(number, body):
+        return f" T{number} {'春' * 30}\n4. Input:\n<noinput>\n4. Output:\nx\n"
+
+    flags = ("--num_instructions_to_generate", 12, "--min_words", 1, "--max_concurrency", 1)
+    result = run_script(*command(teacher(answer), tmp_path, *flags))
+    assert result.returncode == 0, result.stderr
+    assert "warning: 10 of 10 kept instructions are mostly not ASCII" in result.stdout
+    assert "warning: 12 of 12 kept instructions are mostly not ASCII" in result.stdout

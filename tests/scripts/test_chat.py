@@ -383,6 +383,14 @@ def test_a_bad_line_is_named_by_its_number_or_left_out_and_counted(tiny_llama, t
     assert f"left out: {tmp_path / 'in.jsonl'}, line 3: " in err and "1 malformed records left out" in err
 
 
+def test_a_json_list_in_one_line_named_jsonl_is_told_its_name(tiny_llama, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit) as exit:
+        run_file(monkeypatch, tiny_llama, json.dumps(RECORDS[:2]), tmp_path / "out.jsonl")
+    assert exit.value.code.endswith(
+        "line 1: a list where an object was expected (a JSON list? let its name end in .json)"
+    )
+
+
 def test_an_instruction_longer_than_the_context_is_told_by_its_number_and_never_cut(tiny_llama, tmp_path, monkeypatch):
     records = [RECORDS[0], {"instruction": "Q" * 2000, "output": "the reference"}, RECORDS[1]]
     with pytest.raises(SystemExit) as exit:

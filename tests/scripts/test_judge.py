@@ -472,6 +472,15 @@ def test_a_server_answers_the_set_in_its_order(teacher, tmp_path):
     assert read_answers(output, read_set(instructions)).unanswered == []
 
 
+def test_rows_are_json_lines_unless_the_name_ends_in_json(teacher, files, tmp_path):
+    instructions = str(write(tmp_path / "set.jsonl", SET))
+    server = teacher(lambda number, body: "ok")
+    call(judge.answer, instructions, str(tmp_path / "out.txt"), model_name="m", base_url=server.base_url)
+    assert [row["output"] for row in map(json.loads, (tmp_path / "out.txt").read_text().splitlines())] == ["ok", "ok"]
+    call(judge.judge, **files(2) | {"output_path": str(tmp_path / "j.txt")}, base_url=teacher(prefers_long).base_url)
+    assert len([json.loads(line)["preferred"] for line in (tmp_path / "j.txt").read_text().splitlines()]) == 4
+
+
 def test_a_base_model_goes_on_from_alpacas_prompt_and_stops_before_the_next(teacher, tmp_path):
     server, instructions = teacher(lambda number, body: "3"), write(tmp_path / "set.jsonl", SET[:1])
     call(

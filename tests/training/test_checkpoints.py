@@ -33,7 +33,7 @@ def arguments(model, data, out, *extra):
         *("--model_name_or_path", model, "--data_path", data, "--output_dir", out, "--max_steps", STEPS),
         *("--per_device_train_batch_size", 8, "--learning_rate", 1e-2, "--logging_steps", 1, "--disable_tqdm", "True"),
         *("--save_strategy", "steps", "--save_steps", 1, "--report_to", "none"),
-        *("--skip_save_rehearsal", "True", *extra),  # which has steps of its own; tests/test_preflight.py
+        *("--skip_save_rehearsal", "True", *extra),  # which has steps of its own; tests/training/test_preflight.py
     ]
 
 

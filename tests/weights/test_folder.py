@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
@@ -126,9 +127,9 @@ def test_overwrite_leaves_what_is_no_model_and_what_is_an_input(tmp_path):
     with pytest.raises(UserError, match="is not a model, so it is not overwritten"), model_folder(home, "--out", True):
         raise AssertionError("not reached")
     raw = model(home / "raw", "raw")
-    for path in (raw, home, home / "x" / ".." / "raw"):
-        with pytest.raises(UserError, match="is, or holds, the input"), model_folder(path, "--out", True, [raw]):
-            raise AssertionError("not reached")
+    for path, overwrite in itertools.product((raw, home, home / "x" / ".." / "raw"), (True, False)):
+        with pytest.raises(UserError, match="is, or holds, the input"), model_folder(path, "--out", overwrite, [raw]):
+            raise AssertionError("not reached: without overwrite too, or the message would say to remove the input")
     assert left_in(tmp_path) == ["home"] and left_in(home) == ["raw", "thesis"]
 
 
