@@ -83,7 +83,9 @@ class Teacher:
         base_url = settings.base_url or os.environ.get("OPENAI_BASE_URL") or None
         key = os.environ.get("OPENAI_API_KEY")
         if not key and not base_url:
-            raise UserError("no server to ask: set OPENAI_API_KEY, or base_url for a server of your own")
+            raise UserError(
+                "no server to ask: set OPENAI_API_KEY, or base_url (or OPENAI_BASE_URL) for a server of your own"
+            )
         if base_url and not _is_url(base_url):
             raise UserError("base_url is not a URL: it looks like http://127.0.0.1:8000/v1")
         self.model_name, self.decoding, self.api, self._key = model_name, dataclasses.replace(decoding), api, key
