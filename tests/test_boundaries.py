@@ -87,27 +87,6 @@ def test_a_room_says_what_it_is_for_and_is_small_enough_to_search(path):
     assert len(list(path.parent.glob("*.py"))) - 1 <= 12, "more than 12 modules: split the room, or merge some"
 
 
-def test_every_module_can_be_imported_on_windows():
-    """What that system lacks is taken away from ours, once the libraries, which know their way, have been loaded."""
-    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in PACKAGE]
-    code = f"""
-import importlib, os, signal, sys
-modules = {[*modules, *sorted(SCRIPTS)]}
-for again in (False, True):
-    for module in modules:
-        importlib.import_module(module)
-    for module in modules:
-        del sys.modules[module]
-    sys.modules |= {{"fcntl": None, "resource": None}}
-    for name in "SIGUSR1 SIGUSR2 SIGHUP SIGKILL".split():
-        vars(signal).pop(name, None)
-    for name in "O_DIRECTORY O_NOFOLLOW posix_fadvise sysconf".split():
-        vars(os).pop(name, None)
-"""
-    result = run_script("-c", code)
-    assert result.returncode == 0, result.stderr
-
-
 def test_the_prompt_template_is_written_once():
     """ "### Response:" is in prompts.py alone, among all that is not a test."""
     files = [*ROOT.glob("*.py"), *(ROOT / "alpaca").glob("**/*.py")]
