@@ -38,7 +38,7 @@ def speeds(checkout: Path) -> dict[str, list[float]]:
         for row in results("client", "--repeat", "1")["rows"]
     }
     found["judge, 32 in flight (runs/s)"] = [1 / seconds for seconds in results("judge", "--repeat", "2")["seconds"]]
-    for name, contender in results("rouge", "pairs")["pairs"]["result"]["contenders"].items():
+    for name, contender in results("rouge", "pairs", "--runs", "15")["pairs"]["result"]["contenders"].items():
         if name.startswith("RougePool"):
             found[f"{name} (runs/s)"] = [1 / seconds for seconds in contender["seconds_of_each_run"]]
     return found
