@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from alpaca.data.plots import FAINT, INK, PAPER, png_bytes
-from alpaca.judging.report_text import COUNTS, shorten, signed
+from alpaca.judging.report_text import COUNTS, signed, without_middle
 
 A_COLOR, TIE_COLOR, B_COLOR = "#332288", "#ddcc77", "#cc6677"  # of Paul Tol's "muted" scheme; distinct in gray, too
 GRID = "#dfe2e5"
@@ -27,7 +27,7 @@ def picture(report: dict) -> bytes | None:
     if judges:
         names = [each["name"] for each in report["answerers"]]
         panels.append((0.9 + 0.75 * len(judges), lambda axes: _counts(axes, judges, names)))
-        panels.append((1.3 + 0.75 * len(judges), lambda axes: _rates(axes, judges, shorten(names[0], 24))))
+        panels.append((1.3 + 0.75 * len(judges), lambda axes: _rates(axes, judges, without_middle(names[0], 24))))
         if len(judges[0]["length"]["bins"]) > 1:
             panels.append((3.6, lambda axes: _bins(axes, judges[0])))
     scored = [each for each in report["answerers"] if each["rouge_l"]]
@@ -62,7 +62,7 @@ def _rows(axes, names: list[str], room: float = 0.0) -> None:
     for row, name in enumerate(names):
         style = {"size": LETTERS, "color": INK, "ha": "left", "va": "center", "parse_math": False}
         box = {"fc": PAPER, "ec": "none", "pad": 1.5}  # hides the lines behind a long name
-        axes.text(left, row - 0.3, shorten(name, 48), bbox=box, **style).set_in_layout(False)
+        axes.text(left, row - 0.3, without_middle(name, 48), bbox=box, **style).set_in_layout(False)
 
 
 def _counts(axes, judges: list[dict], names: list[str]) -> None:
@@ -81,7 +81,7 @@ def _counts(axes, judges: list[dict], names: list[str]) -> None:
                 axes.text(left + width / 2, row + 0.12, f"{judge[key]:,}", **style)
             left += width
     handles = [axes.barh([-9], [0], color=color) for _, color, _ in parts]  # rows out of sight
-    a, b = (shorten(name, 18) for name in names)
+    a, b = (without_middle(name, 18) for name in names)
     _legend(axes, handles, [f"{a} wins", "ties", f"{b} wins"])
 
 
@@ -119,7 +119,7 @@ def _interval(axes, value: float, interval: list, y: float, marker: str, color: 
 
 
 def _bins(axes, judge: dict) -> None:
-    _style(axes, f"… by length ({shorten(judge['judge'], 36)})")
+    _style(axes, f"… by length ({without_middle(judge['judge'], 36)})")
     bins = judge["length"]["bins"]
     for x, bin in enumerate(bins):
         axes.plot([x, x], bin["interval"], color=A_COLOR, lw=2.5, solid_capstyle="round")

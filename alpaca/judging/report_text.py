@@ -31,7 +31,7 @@ def p_value(p: float) -> str:
     return "< 0.0001" if p < 0.0001 else f"= {p:.4f}" if p < 0.1 else f"= {p:.2f}"
 
 
-def shorten(name: str, most: int = 60) -> str:
+def without_middle(name: str, most: int = 60) -> str:
     """Return a name without its middle if it is long: its end may be what distinguishes two judges of one name."""
     return name if len(name) <= most else f"{name[: most // 2]}…{name[1 - most // 2 :]}"
 
@@ -303,7 +303,7 @@ def _wrap(text: str, first: str = "", later: str = "") -> list[str]:
 
 
 def _columns(rows: list[list[str]]) -> list[str]:
-    rows = [[shorten(name), *figures] for name, *figures in rows]
+    rows = [[without_middle(name), *figures] for name, *figures in rows]
     name_width, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
     return [
         "  ".join([name.ljust(name_width), *(cell.rjust(w) for cell, w in zip(figures, widths, strict=True))])
