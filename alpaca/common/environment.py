@@ -1,6 +1,7 @@
 """Imported by each script before any library: if one is missing, a line says what to activate or install."""
 
 import sys
+from pathlib import Path
 
 
 def _explain(kind, error, trace) -> None:
@@ -13,4 +14,6 @@ def _explain(kind, error, trace) -> None:
     )
 
 
-sys.excepthook = _explain
+# Only where one of our scripts is run: a program that imports one keeps its own tracebacks.
+if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parents[2]:
+    sys.excepthook = _explain
