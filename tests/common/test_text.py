@@ -140,7 +140,7 @@ def test_whatever_the_thoughts_are_the_answer_is_found(thoughts, answer):
     "piece", [*PIECES, "<think></think>", "x</think>\n", "x </think>", HARMONY, "analysisassistantfinal"]
 )
 @pytest.mark.parametrize("before", ["", "<think>", "x<think>", "<|channel|>final", "analysis"])
-def test_a_hostile_reply_of_a_million_characters_is_read_in_linear_time(before, piece):
-    """A quadratic way would take hours for the worst of these."""
-    answer = without_thoughts(before + piece * (1_000_000 // len(piece)))
+def test_a_hostile_reply_is_read_in_linear_time(before, piece):
+    """A quadratic search would take minutes for each of the worst of these."""
+    answer = without_thoughts(before + piece * (200_000 // len(piece)))
     assert answer is None or without_thoughts(answer) is answer
