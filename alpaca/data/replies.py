@@ -17,9 +17,9 @@ HEADER = r"\*{0,3}(?<![\w(])(?P<number>\d{1,4})[.)]\*{0,3}\s{0,9}\*{0,3}(?P<name
 FIELD = re.compile(r"(?:^[ \t]{0,9}#{1,6}[ \t]{0,9})?" + HEADER % "Instruction|Input|Output", re.M | re.I)
 SEPARATED = r"(?P<separator>#{3,6}|^[-*_=]{3,}[ \t]{0,9}$)\s{0,99}|^[ \t]{0,9}(?:#{1,2}[ \t]{0,9})?"
 ITEM = re.compile(f"(?:{SEPARATED})" + HEADER % "Instruction", re.M | re.I)
-# The end of a reply that stopped in the separator. A bare "###" is no heading, so what follows it is the next item.
-IN_SEPARATOR = re.compile(r"\n(?:#{1,3}[ \t]{0,9}|###[ \t]{0,9}\n\s{0,9}.{0,20})\Z")
-RULE = re.compile(r"\s*(?:#{3,6}|[-*_=]{3,})?\s*")  # a line without text
+# The end of a reply that stopped in the separator. A line "###" is not a heading: the next item follows it.
+IN_SEPARATOR = re.compile(r"\n(?:#{1,3}|###[ \t]{0,9}\n\s{0,9}.{0,20})\Z")
+RULE = re.compile(r"\s*(?:#{3}|-{3,5}|\*{3,5})?\s*")  # a line without text; a longer one may be a table's or a form's
 # What a chat model adds after its last task: an offer or a wish (OFFER) that is about the list itself (ABOUT).
 OFFER = re.compile(
     r"\W{0,4}(?:please |just )?(?:let me know|feel free|(?:i )?hope|would you like|do you want|shall i|should i"

@@ -60,7 +60,7 @@ TWO = " Name a tree.\n4. Input:\n<noinput>\n4. Output:\nOak.\n###\n5. Instructio
 TWO += "5. Output:\n5"
 
 
-def test_the_last_item_of_a_reply_cut_for_its_length_is_no_record_however_whole_it_looks():
+def test_the_last_item_of_a_reply_cut_for_its_length_is_not_a_record_however_whole_it_looks():
     tree, cut = parse_response(TWO, "length", 3)
     assert tree == TREE and type(cut) is CutOff
     assert cut == "5. Instruction: Add the numbers.\n5. Input:\n2, 3\n5. Output:\n5"
@@ -71,7 +71,7 @@ def test_a_reply_with_any_other_finish_reason_is_whole(reason):
     assert parse_response(TWO, reason, 3) == [TREE, SUM]
 
 
-@pytest.mark.parametrize("end", ["\n#", "\n##", "\n###", "\n###\n", "\n### \n\n"])
+@pytest.mark.parametrize("end", ["\n#", "\n##", "\n###", "\n###\n", "\n###\n\n"])
 def test_a_reply_cut_in_the_separator_keeps_its_last_whole_record(end):
     assert parse_response(TWO + end, "length", 3) == [TREE, SUM]
 
@@ -80,7 +80,7 @@ def test_a_reply_cut_in_the_next_header_keeps_its_last_whole_record_and_the_rest
     assert parse_response(TWO + "\n###\n6. Instr", "length", 3) == [TREE, SUM, CutOff("6. Instr")]
 
 
-@pytest.mark.parametrize("end", ["\n### Steps\n\n1. Mix.\n\n#", "\n```\nx = 1\n#", "\n### 3 ways"])
+@pytest.mark.parametrize("end", ["\n### Steps\n\n1. Mix.\n\n#", "\n```\nx = 1\n#", "\n### 3 ways", "\n# ", "\n### "])
 def test_a_reply_cut_in_a_heading_or_a_comment_of_an_answer_does_not_keep_that_answer(end):
     assert parse_response(TWO + end, "length", 3)[:-1] == [TREE]
 
@@ -104,6 +104,7 @@ LAYOUTS = {
     "lower case": ("{n}. instruction: {i}\n{n}. input:\n{x}\n{n}. output:\n{o}\n", "###\n"),
     "parentheses": ("{n}) Instruction: {i}\n{n}) Input:\n{x}\n{n}) Output:\n{o}\n", "\n"),
     "full-width colon": ("{n}. Instruction：{i}\n{n}. Input：{x}\n{n}. Output：{o}\n", "###\n"),
+    "underscores": ("{n}. Instruction: {i}\n{n}. Input:\n{x}\n{n}. Output:\n{o}\n", "________\n\n"),
     "in the line": ("{n}. Instruction: {i}\n{n}. Input: {x}\n{n}. Output: {o}\n", "###\n"),
     "one line": ("{n}. Instruction: {i} {n}. Input: {x} {n}. Output: {o}\n", ""),
     "CR LF": ("{n}. Instruction: {i}\r\n{n}. Input:\r\n{x}\r\n{n}. Output:\r\n{o}\r\n", "###\r\n"),
@@ -147,7 +148,7 @@ def test_items_that_restart_at_1_need_a_separator():
         "\n###\nLet me know if you would like more tasks!\n",
     ],
 )
-def test_what_follows_the_last_item_is_no_part_of_its_answer(tail):
+def test_what_follows_the_last_item_is_not_part_of_its_answer(tail):
     assert parse_response("```text\n4. Instruction:" + TWO + tail, "stop", 3) == [TREE, SUM]
 
 
@@ -163,6 +164,8 @@ def test_what_follows_the_last_item_is_no_part_of_its_answer(tail):
         "```python\nprint(1)\n```",
         "Run this:\n\n```\nls\n```\n\nor that:\n\n```\nls -l\n```",
         "```\nls",
+        "Sincerely,\n___",
+        "| May |\n---------",
     ],
 )
 def test_a_last_answer_keeps_its_own_ending(output):
@@ -206,6 +209,8 @@ def test_a_degenerate_reply_is_read_at_once(text, reason):
         "`<noinput>`",
         "< no input >",
         "&lt;noinput&gt;",
+        "No input.",
+        "{\\noinput}",
     ],
 )
 def test_no_input_is_read_in_any_spelling(noinput):

@@ -326,7 +326,7 @@ def test_the_last_item_of_a_reply_cut_for_its_length_is_counted_not_kept_and_the
     ],
 )
 def test_ten_replies_in_a_row_without_a_whole_item_end_the_run_and_one_is_shown(teacher, run, tmp_path, answer, words):
-    """The row starts again with each whole item, even one that is dropped; a failed request is no reply."""
+    """The row starts again with each whole item, even one that is dropped; a failed request does not count."""
     server = teacher(lambda n, body: {0: reply(fresh(0)), 5: item("Too short"), 6: "empty"}.get(n, answer))
     with pytest.raises(UserError) as caught:
         run(server, max_total_tokens=10**9)
