@@ -82,7 +82,7 @@ def test_a_reply_cut_in_the_next_header_keeps_its_last_whole_record_and_the_rest
 
 @pytest.mark.parametrize("end", ["\n### Steps\n\n1. Mix.\n\n#", "\n```\nx = 1\n#", "\n### 3 ways", "\n# ", "\n### "])
 def test_a_reply_cut_in_a_heading_or_a_comment_of_an_answer_does_not_keep_that_answer(end):
-    assert parse_response(TWO + end, "length", 3)[:-1] == [TREE]
+    assert [item for item in parse_response(TWO + end, "length", 3) if isinstance(item, dict)] == [TREE]
 
 
 @pytest.mark.parametrize("text", ["", "4. Instruction: Name a tree.\n4. Input:\n\n4. Output:\n#"])
@@ -107,7 +107,6 @@ LAYOUTS = {
     "underscores": ("{n}. Instruction: {i}\n{n}. Input:\n{x}\n{n}. Output:\n{o}\n", "________\n\n"),
     "in the line": ("{n}. Instruction: {i}\n{n}. Input: {x}\n{n}. Output: {o}\n", "###\n"),
     "one line": ("{n}. Instruction: {i} {n}. Input: {x} {n}. Output: {o}\n", ""),
-    "CR LF": ("{n}. Instruction: {i}\r\n{n}. Input:\r\n{x}\r\n{n}. Output:\r\n{o}\r\n", "###\r\n"),
 }
 WAVES = {"instruction": "Describe the sea.", "input": "", "output": "Blue.\n\n## Waves\n1. High **ones**\n2. Low ones"}
 
@@ -123,6 +122,11 @@ def test_every_layout_is_read(layout, before, first):
         for n, one in enumerate(wanted, first)
     ]
     assert parse_response(before + separator.join(items), "stop", 3) == wanted
+
+
+def test_line_ends_are_line_feeds():
+    text = TWO.replace("Oak.", "Oak.\n\nAsh.").replace("\n", "\r\n")
+    assert parse_response(text, "stop", 3) == [TREE | {"output": "Oak.\n\nAsh."}, SUM]
 
 
 def test_items_that_restart_at_1_need_a_separator():
@@ -160,6 +164,7 @@ def test_what_follows_the_last_item_is_not_part_of_its_answer(tail):
         "We met.\n\nLet me know if you need more information.",
         "He came in.\n\n“Would you like more tea?”",
         "Would you like more?",
+        "He wrote:\n\nI hope these are the last of my letters. " + "The sea is calm. " * 20,
         "Plan ahead.\n\nFeel free to take a break.",
         "```python\nprint(1)\n```",
         "Run this:\n\n```\nls\n```\n\nor that:\n\n```\nls -l\n```",
@@ -170,7 +175,7 @@ def test_what_follows_the_last_item_is_not_part_of_its_answer(tail):
 )
 def test_a_last_answer_keeps_its_own_ending(output):
     text = TWO.replace("5. Output:\n5", "5. Output:\n" + output)
-    assert parse_response(text, "stop", 3) == [TREE, SUM | {"output": output}]
+    assert parse_response(text, "stop", 3) == [TREE, SUM | {"output": output.strip()}]
 
 
 def test_chatter_is_looked_for_in_the_last_item_alone():
@@ -227,6 +232,7 @@ def test_no_input_is_read_in_any_spelling(noinput):
         "### 3 ways\n# one",
         "Instruction: none. Input: none. Output: none.",
         "a ## b #### c",
+        "(4) Output: f(4) output: 16",
     ],
 )
 def test_an_answer_keeps_its_numbers_and_headings(output):
