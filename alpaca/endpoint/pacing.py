@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
+import contextlib
 import email.utils
 import math
 import random
@@ -11,32 +11,35 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from datetime import datetime
 
 from alpaca import UserError
-HALF, POW = 0.0, 0.5
-
-# aiolimiter and tenacity do not fit: the first needs to know the rate, the second paces each request on its own.
 
 
 class Pace:
     """The pace of all requests of a run.
 
-    Between two refusals a token bucket, empty at both, let through exactly what its rate allows: the server's rate is
-    measured, not guessed by halving. Sending then speeds up slowly at first, faster later in case the limit was lifted.
-    A limit on requests in flight shows as refusals that only a reply ends; it is learned separately, as ``window``.
+    A token bucket is empty whenever it refuses. What it accepts between two refusals, divided by the time, is therefore
+    the server's rate: it is measured, not guessed by halving. Sending then speeds up, slowly at first, and fast later
+    in case the limit was lifted. aiolimiter must be given the rate; tenacity lets each request back off on its own.
+
+    A limit on requests in flight refuses at the same number in flight each time. That number is kept, and one more is
+    tried now and then.
+
+    All times are in seconds on the caller's monotonic clock.
 
     Args:
-        max_concurrency: requests in flight at once.
-        requests_per_minute: never send more; they are spaced evenly.
-        tokens_per_minute: never use more, prompts and replies together.
-        give_up_after: seconds of nothing but refusals until ``turn`` raises.
-        clock: monotonic, in seconds, as every ``now`` below.
+        max_concurrency: requests in flight at once, at most.
+        requests_per_minute: spaces requests evenly, at most so many a minute.
+        tokens_per_minute: the same for tokens, prompts and replies together.
+        give_up_after: seconds of refusals without one success until stuck() says so.
+        clock: read by turn() and str().
     """
 
-    RAMP_GAP = 0.003  # s between sends before the first reply: 64 take 0.2 s, and a refusal from nearby stops the rest
-    FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # s after a refusal that names no time
+    NOT_LIMITED = 500.0  # requests/s: a pace beyond this is no limit
+    FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0  # after refusals that name no time
+    LONGEST_PROBE = 60.0  # between two tries of one more request in flight than the server took
     ENOUGH = 15  # accepted requests that measure a rate: one more or less is 7%
-    LONGEST_PROBE = 60.0  # s between two tries of one request more in flight than the server took last time
 
     def __init__(
         self,
@@ -47,149 +50,190 @@ class Pace:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.max_concurrency, self.give_up_after, self.clock = max_concurrency, give_up_after, clock
-        self.window = float(max_concurrency)
         self._request_gap = 60 / requests_per_minute if requests_per_minute else 0.0
         self._token_gap = 60 / tokens_per_minute if tokens_per_minute else 0.0
-        self._open: dict[float, tuple[int, float]] = {}  # ticket → its number, estimated tokens
-        self._number, self._answered = 0, False
-        self._next = self._next_by_tokens = self._resume = -math.inf  # no request goes out before
-        self._rate: float | None = None  # requests/s at the last refusal; None: no limit known
+        self._open: dict[float, tuple[int, int, float]] = {}  # ticket → its number, others in flight, estimated tokens
+        self._sent, self._replied = 0, False
+        self._next = self._next_by_tokens = -math.inf  # nothing may be sent earlier
+        # The rate at the last refusal, in requests/s; None: no limit known. While searching it grows with each request.
+        self._rate: float | None = None
         self._searching = False
-        self._slowed = self._asked_until = self._last_refusal = -math.inf
-        self._ceiling = math.inf
-        self._epoch: tuple[float, int] | None = None
-        self._refused = self._empty = 0
+        self._last_refusal = self._last_cut = -math.inf
+        self._epoch: tuple[float, int] | None = None  # ticket and number of the refused request that began it
+        self._refused = self._empty = 0  # in this epoch; pauses in a row that ended in a refusal
         self._epochs: deque[tuple[int, float]] = deque(maxlen=self.ENOUGH)  # accepted, seconds
+        # What the server takes at once, and where it refused more, unless a request beyond that was accepted since.
+        self._limit, self._ceiling = max_concurrency, math.inf
         self._probed, self._probe_gap = -math.inf, self.FIRST_PAUSE
         self._failing_since: float | None = None
-        self._last_error, self._stated_limit = "", None
+        self._asked_until, self._last_error, self._stated = -math.inf, "", ""
         self._random = random.Random(0)
-        self._turn, self._news = asyncio.Lock(), asyncio.Event()
+        self._line, self._news = asyncio.Lock(), asyncio.Event()
 
     @property
     def in_flight(self) -> int:
-        """Return how many requests were sent and have not ended."""
+        """Return the number of requests that were sent and have not ended."""
         return len(self._open)
 
+    @property
+    def window(self) -> int:
+        """Return how many requests are worth having ready: what the server takes at once, and one more to try."""
+        return min(self._limit + 1, self.max_concurrency)
+
+    def __str__(self) -> str:
+        flying = f"{self.in_flight} in flight"
+        if not self._rate or self._searching or self._rate_at(self.clock()) > 2 * self._rate:
+            return flying
+        measured = stated = 60 * self._rate
+        with contextlib.suppress(ValueError):
+            stated = float(self._stated)
+        # Some servers state their limit for a day or a second.
+        rate = stated if measured / 2 < stated < measured * 2 else float(f"{measured:.2g}")
+        return f"{rate:,.4g} requests/min allowed by the server, {flying}"
+
     def wait(self, now: float) -> float:
-        """Return the seconds until the next request may be sent; inf: not before one in flight ends."""
+        """Return the seconds until the next request may be sent, inf if one in flight has to end first."""
         if self.in_flight >= self.max_concurrency:
             return math.inf
-        at = max(self._resume, self._next, self._next_by_tokens)
-        if self.in_flight >= int(self.window):
-            at = max(at, self._probed + self._probe_gap)
-        return max(0.0, at - now)
+        due = max(self._next, self._next_by_tokens)
+        if self.in_flight >= self._limit:
+            due = max(due, self._probed + self._probe_gap)
+        return max(0.0, due - now)
 
     def sent(self, now: float, tokens: float = 0) -> float:
-        """Count a request with an estimate of its tokens, and return its ticket, the time."""
+        """Count a request with an estimate of its tokens. Return its ticket: the time, made unique."""
         while now in self._open:
             now = math.nextafter(now, math.inf)
-        if self.in_flight >= int(self.window):
-            self._probed, self._probe_gap = now, max(self._probe_gap / 2, self.RAMP_GAP)
-            self.window = self.in_flight + 1.0
-        self._number += 1
-        self._open[now] = self._number, tokens, self.in_flight
-        gap = 0.0 if self._answered else self.RAMP_GAP
+        if self.in_flight >= self._limit:  # halved: unless this one is refused, the limit is elsewhere
+            self._probed, self._probe_gap, self._limit = now, self._probe_gap / 2, self.in_flight + 1
+        self._sent += 1
+        self._open[now] = self._sent, self.in_flight, tokens
+        # At first a refusal must be able to stop the rest: 8 in 64 ms, 64 in 0.2 s. After a reply nothing is held back.
+        gap = 0.0 if self._replied else 0.008 if self._sent <= 8 else 0.002
         if self._rate:
-            gap = 1 / self._rate_at(now)
-            if self._searching:
-                self._rate *= 1.5
-                if self._rate > 1 / self.RAMP_GAP:
-                    self._rate, self._searching = None, False
-        # What a full window held up may follow at once.
-        self._next = max(self._next, now - 2 * gap) + gap
-        self._next = max(self._next, now + self._request_gap)
+            rate = self._rate_at(now)
+            gap = 1 / rate
+            self._rate *= 1.5 if self._searching else 1
+            if rate > self.NOT_LIMITED:
+                self._rate, self._searching = None, False
+        # What waited for a reply, not for its time, may catch up by two requests.
+        self._next = max(self._next + gap, now - gap, now + self._request_gap)
         self._next_by_tokens = max(self._next_by_tokens, now) + tokens * self._token_gap
         return now
 
-    def _rate_at(self, now):
-        s = (now - self._slowed) * min(1.0, self._rate) ** POW
-        return self._rate * (1 + 0.002 * s + (s / 60) ** 3)
-
     def accepted(self, now: float, ticket: float, headers: Mapping[str, str], tokens: int | None = None) -> None:
-        """Count a reply that is not a refusal."""
-        _, estimate, others = self._end(ticket)
-        if others >= self._ceiling:
-            self._ceiling, self.window = math.inf, min(2 * self.window, float(self.max_concurrency))
-        self._answered, self._failing_since = True, None
+        """Count any reply that is not a refusal, and the tokens that it used."""
+        _, others, estimate = self._end(ticket)
+        self._replied, self._failing_since = True, None
         if tokens is not None:
             self._next_by_tokens += (tokens - estimate) * self._token_gap
-        known = {name.lower(): value for name, value in headers.items()}
-        self._stated_limit = known.get("x-ratelimit-limit-requests", self._stated_limit)
-        self._pause(ticket + min(_reset(known), 120.0))
+        if others >= self._ceiling:
+            self._ceiling, self._probe_gap = math.inf, self.FIRST_PAUSE
+            self._limit = min(2 * self._limit, self.max_concurrency)
+        headers = {name.lower(): value for name, value in headers.items()}
+        self._stated = headers.get("x-ratelimit-limit-requests", self._stated)
+        self._pause(now, ticket + _reset(headers))  # the server's seconds count from the request, not from its reply
 
     def refused(self, now: float, ticket: float, headers: Mapping[str, str], error: str = "HTTP 429") -> None:
-        """Count a refusal."""
-        number, estimate, _ = self._end(ticket)
+        """Count a refusal: too many requests, or a server that is overloaded or lost."""
+        number, _, estimate = self._end(ticket)
         self._next_by_tokens -= estimate * self._token_gap
         self._last_error = error
         if self._failing_since is None:
             self._failing_since = ticket
-        known = {name.lower(): value for name, value in headers.items()}
-        asked = _retry_after(known) or min(_reset(known), 120.0)
-        if asked > 0:
+        headers = {name.lower(): value for name, value in headers.items()}
+        asked = _retry_after(headers) or _reset(headers)
+        if asked:
             self._asked_until = max(self._asked_until, now + asked)
-            self._pause(now + asked)
-        edge = 0 < self.in_flight >= int(self.window) - 1
-        if ticket <= self._last_refusal:  # sent before the last refusal came
+            self._pause(now, now + asked)
+        at_limit = 0 < self.in_flight >= self._limit - 1
+        if ticket <= self._last_refusal:  # sent before the last refusal came, which has slowed us down already
             self._refused += 1
-            if edge:
-                self.window = self._ceiling = float(self.in_flight)
+            if at_limit:
+                self._limit = self._ceiling = self.in_flight
             return
-        first = self._epoch is None
+        self._last_refusal = now
+        first, again = self._epoch is None, at_limit and self.in_flight == self._ceiling
         accepted = 0 if first else number - self._epoch[1] - 1 - self._refused
-        self._empty = 0 if accepted > 0 or first else self._empty + 1
-        confirmed = edge and self.in_flight == self._ceiling
-        if first or edge or self._empty:
-            self.window = max(1.0, min(self.window, float(self.in_flight)))
-        if first or edge:
-            self._ceiling, self._probed, self._probe_gap = self.in_flight, now, min(4 * self._probe_gap, self.LONGEST_PROBE)
+        self._empty = 0 if first or accepted else self._empty + 1
+        if first or at_limit or self._empty:
+            self._limit = max(1, min(self._limit, self.in_flight))
+        if first or at_limit:
+            self._ceiling, self._probed = self.in_flight, now
+            if not first:  # with the halving in sent(): twice the last gap; jitter, lest it beats with the replies
+                self._probe_gap = min(4 * self._probe_gap, self.LONGEST_PROBE) * self._random.uniform(0.75, 1)
         if first:
             self._rate, self._searching = 1 / self.FIRST_PAUSE, True
-        elif accepted > 0 and not confirmed:
-            self._searching = False
+        elif accepted and not again:
             self._epochs.append((accepted, ticket - self._epoch[0]))
-            self._rate = self._measured()
-        if first or accepted > 0 or self._empty > 3:
+            self._rate, self._searching = self._measured(ticket), False
+        # An epoch without a success goes on: the bucket is as empty as before. After four it is an outage, not a rate.
+        if first or accepted or self._empty > 3:
             self._epoch, self._refused = (ticket, number), 0
         else:
             self._refused += 1
-        self._last_refusal = now
-        if not confirmed:
-            self._slowed = now
-        base = self.FIRST_PAUSE if self._searching or not self._rate else 1 / self._rate
-        self._pause(now + min(base * 2**self._empty, max(base, self.LONGEST_PAUSE)))
+        if not again:
+            self._last_cut = now
+        pause = 1 / self._rate if self._rate and not self._searching else self.FIRST_PAUSE
+        self._pause(now, now + min(pause * 2**self._empty, max(pause, self.LONGEST_PAUSE)))
 
     def failed(self, now: float, ticket: float) -> None:
+        """Count a request that ended without any reply, which says nothing about the pace."""
         self._end(ticket)
 
-    def _end(self, ticket):
-        self._news.set()
-        return self._open.pop(ticket)
-
-    def _pause(self, until):
-        now = self.clock()
-        if until > now:
-            self._resume = max(self._resume, until + (until - now) * self._random.uniform(0, 0.1))
-
-    def _measured(self):
-        n, seconds, bound = 0, 0.0, math.inf
-        for accepted, lasted in reversed(self._epochs):
-            n, seconds = n + accepted, seconds + lasted
-            bound = min(bound, (n + 1) / seconds)
-            if n >= self.ENOUGH:
-                break
-        return min((n + HALF) / seconds, bound)
-
     def stuck(self, now: float) -> str | None:
-        if self._failing_since is None or self.in_flight:
+        """Return why there is no point in going on, or None."""
+        if self.in_flight:
             return None
-        if now - self._failing_since >= self.give_up_after:
-            return f"no request has succeeded for {now - self._failing_since:,.0f} s (last: {self._last_error})"
-        if self._asked_until > self._failing_since + self.give_up_after:
+        since = now if self._failing_since is None else self._failing_since
+        if now - since >= self.give_up_after:
+            return f"no request has succeeded for {now - since:,.0f} s (last: {self._last_error})"
+        if self._asked_until > since + self.give_up_after:
             return f"the server asks to wait {self._asked_until - now:,.0f} s (last: {self._last_error})"
         return None
 
+    async def turn(self, tokens: float = 0) -> float:
+        """Wait in line until a request may be sent, count it, and return its ticket.
+
+        Raises:
+            UserError: stuck().
+        """
+        async with self._line:
+            while True:
+                now = self.clock()
+                if why := self.stuck(now):
+                    raise UserError(why)
+                if not (seconds := self.wait(now)):
+                    return self.sent(now, tokens)
+                self._news.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._news.wait(), min(seconds, 60))
+
+    def _end(self, ticket: float) -> tuple[int, int, float]:
+        self._news.set()
+        return self._open.pop(ticket)
+
+    def _pause(self, now: float, until: float) -> None:
+        """Hold all requests until then, and up to 10% longer: other programs may wait for the same moment."""
+        if until > now:
+            self._next = max(self._next, until + (until - now) * self._random.uniform(0, 0.1))
+
+    def _rate_at(self, now: float) -> float:
+        # As TCP CUBIC does: 7% more after 20 s, twice after a minute. Slow servers count time by requests instead.
+        seconds = (now - self._last_cut) * min(1.0, self._rate) ** 0.5
+        return self._rate * (1 + 0.002 * seconds + (seconds / 60) ** 3)
+
+    def _measured(self, now: float) -> float:
+        """Return the rate, in requests/s, over the last epochs that hold enough accepted requests."""
+        total, seconds, most = 0, 0.0, math.inf
+        for accepted, lasted in reversed(self._epochs):
+            total, seconds = total + accepted, seconds + lasted
+            most = min(most, (total + 1) / seconds)  # a bucket that was empty at both ends allows one more at most
+            if total >= self.ENOUGH:
+                break
+        rate, last = min(total / seconds, most), self._rate_at(now) if self._rate else math.inf
+        # Refused at far more than was accepted: the bucket was full for a while, and the truth lies between.
+        return rate if self._searching or last < 1.5 * rate else math.sqrt(rate * min(last, 4 * rate))
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:
@@ -198,25 +242,25 @@ def _retry_after(headers: Mapping[str, str]) -> float:
 
 
 def _reset(headers: Mapping[str, str]) -> float:
-    """Return the seconds until a limit that is used up is reset, or 0: its ``…remaining…`` is 0, ``…reset…`` says when."""
-    used_up = (name for name, value in headers.items() if "ratelimit" in name and "remaining" in name and value == "0")
-    return max((_seconds(headers.get(name.replace("remaining", "reset"), "")) for name in used_up), default=0.0)
+    """Return the seconds until a used-up limit is reset, or 0. At most 120: the next refusal would say more."""
+    used_up = [name for name, value in headers.items() if "ratelimit" in name and "remaining" in name and value == "0"]
+    return min(
+        120.0, max((_seconds(headers.get(name.replace("remaining", "reset"), "")) for name in used_up), default=0)
+    )
 
 
 def _seconds(text: str) -> float:
-    """Return the seconds of "1.5", "20ms" or "1h2m3.5s", or from now until a date or a Unix time; 0 if it is none."""
-    text = text.strip()
-    if re.fullmatch(r"([\d.]+(ms|[hms]))+", text):
+    """Return the seconds of "1.5", "20ms" or "1h2m3.5s", or until a date or a Unix time; 0 for anything else."""
+    if re.fullmatch(r"(\d+(\.\d+)?(ms|[hms]))+", text):
         units = {"h": 3600, "m": 60, "s": 1, "ms": 0.001}
         return sum(float(number) * units[unit] for number, unit in re.findall(r"([\d.]+)(ms|[hms])", text))
-    try:
-        seconds = float(text)
-        return seconds - time.time() if seconds > 1e9 else max(seconds, 0)
-    except ValueError:
-        pass
-    for parse in (email.utils.parsedate_to_datetime, datetime.datetime.fromisoformat):
-        try:
-            return max(0.0, parse(text).timestamp() - time.time())
-        except ValueError:
-            pass
+    for parse in (
+        float,
+        lambda t: email.utils.parsedate_to_datetime(t).timestamp(),
+        lambda t: datetime.fromisoformat(t).timestamp(),
+    ):
+        with contextlib.suppress(ValueError):
+            seconds = parse(text)
+            seconds -= time.time() if seconds > 1e9 else 0
+            return seconds if 0 < seconds < math.inf else 0.0
     return 0.0
