@@ -36,7 +36,7 @@ class Pace:
         clock: read by turn() and str().
     """
 
-    NOT_LIMITED = 500.0  # requests/s: a pace beyond this is no limit
+    FASTEST = 500.0  # requests/s, after a refusal
     FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0  # after refusals that name no time
     LONGEST_PROBE = 60.0  # between two tries of one more request in flight than the server took
     ENOUGH = 15  # accepted requests that measure a rate: one more or less is 7%
@@ -111,13 +111,10 @@ class Pace:
         # At first a refusal must be able to stop the rest: 8 in 64 ms, 64 in 0.2 s. After a reply nothing is held back.
         gap = 0.0 if self._replied else 0.008 if self._sent <= 8 else 0.002
         if self._rate:
-            rate = self._rate_at(now)
-            gap = 1 / rate
-            self._rate *= 1.5 if self._searching else 1
-            if rate > self.NOT_LIMITED:
-                self._rate, self._searching = None, False
-        # What waited for a reply, not for its time, may catch up by two requests.
-        self._next = max(self._next + gap, now - gap, now + self._request_gap)
+            gap = 1 / min(self._rate_at(now), self.FASTEST)
+            if self._searching:
+                self._rate = min(1.5 * self._rate, self.FASTEST)
+        self._next = max(self._next, now) + max(gap, self._request_gap)
         self._next_by_tokens = max(self._next_by_tokens, now) + tokens * self._token_gap
         return now
 
@@ -128,11 +125,11 @@ class Pace:
         if tokens is not None:
             self._next_by_tokens += (tokens - estimate) * self._token_gap
         if others >= self._ceiling:
-            self._ceiling, self._probe_gap = math.inf, self.FIRST_PAUSE
-            self._limit = min(2 * self._limit, self.max_concurrency)
+            self._ceiling, self._limit = math.inf, min(2 * self._limit, self.max_concurrency)
         headers = {name.lower(): value for name, value in headers.items()}
         self._stated = headers.get("x-ratelimit-limit-requests", self._stated)
-        self._pause(now, ticket + _reset(headers))  # the server's seconds count from the request, not from its reply
+        if self._rate is None or self._searching:
+            self._pause(now, ticket + _reset(headers))  # the server's seconds count from the request, not from its reply
 
     def refused(self, now: float, ticket: float, headers: Mapping[str, str], error: str = "HTTP 429") -> None:
         """Count a refusal: too many requests, or a server that is overloaded or lost."""
@@ -142,7 +139,7 @@ class Pace:
         if self._failing_since is None:
             self._failing_since = ticket
         headers = {name.lower(): value for name, value in headers.items()}
-        asked = _retry_after(headers) or _reset(headers)
+        asked = _retry_after(headers) or (_reset(headers) if not self._rate or self._searching or self._empty else 0)
         if asked:
             self._asked_until = max(self._asked_until, now + asked)
             self._pause(now, now + asked)
@@ -231,7 +228,7 @@ class Pace:
             most = min(most, (total + 1) / seconds)  # a bucket that was empty at both ends allows one more at most
             if total >= self.ENOUGH:
                 break
-        rate, last = min(total / seconds, most), self._rate_at(now) if self._rate else math.inf
+        rate, last = min(total / seconds, most), self._rate_at(now)
         # Refused at far more than was accepted: the bucket was full for a while, and the truth lies between.
         return rate if self._searching or last < 1.5 * rate else math.sqrt(rate * min(last, 4 * rate))
 
