@@ -61,6 +61,7 @@ class Pace:
         self._last_refusal = self._last_cut = -math.inf
         self._epoch: tuple[float, int] | None = None  # ticket and number of the refused request that began it
         self._refused = self._empty = 0  # in this epoch; pauses in a row that ended in a refusal
+        self._patience = 60.0  # until a measured rate is doubled, if nothing is refused: less while little is known
         self._epochs: deque[tuple[int, float]] = deque(maxlen=self.ENOUGH)  # accepted, seconds
         # What the server takes at once, and where it refused more, unless a request beyond that was accepted since.
         self._limit, self._ceiling = max_concurrency, math.inf
@@ -166,7 +167,8 @@ class Pace:
             self._rate, self._searching = self._measured(ticket), False
         # An epoch without a success goes on: the bucket is as empty as before. After four it is an outage, not a rate.
         if first or accepted or self._empty > 3:
-            self._epoch, self._refused = (ticket, number), 0
+            # A bucket that ran over during a pause loses part of it: half that time is not counted.
+            self._epoch, self._refused = (ticket + asked / 2, number), 0
         else:
             self._refused += 1
         if not again:
@@ -218,7 +220,7 @@ class Pace:
     def _rate_at(self, now: float) -> float:
         # As TCP CUBIC does: 7% more after 20 s, twice after a minute. Slow servers count time by requests instead.
         seconds = (now - self._last_cut) * min(1.0, self._rate) ** 0.5
-        return self._rate * (1 + 0.002 * seconds + (seconds / 60) ** 3)
+        return self._rate * (1 + 0.002 * seconds + (seconds / self._patience) ** 3)
 
     def _measured(self, now: float) -> float:
         """Return the rate, in requests/s, over the last epochs that hold enough accepted requests."""
@@ -228,9 +230,10 @@ class Pace:
             most = min(most, (total + 1) / seconds)  # a bucket that was empty at both ends allows one more at most
             if total >= self.ENOUGH:
                 break
+        self._patience = min(60.0, 5 * seconds)
         rate, last = min(total / seconds, most), self._rate_at(now)
         # Refused at far more than was accepted: the bucket was full for a while, and the truth lies between.
-        return rate if self._searching or last < 1.5 * rate else math.sqrt(rate * min(last, 4 * rate))
+        return rate if self._searching or last < 1.2 * rate else math.sqrt(rate * min(last, 4 * rate))
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:
