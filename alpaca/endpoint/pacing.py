@@ -55,9 +55,8 @@ class Pace:
         self._open: dict[float, tuple[int, int, float]] = {}  # ticket → its number, others in flight, estimated tokens
         self._sent, self._replied = 0, False
         self._next = self._next_by_tokens = -math.inf  # nothing may be sent earlier
-        # The rate at the last refusal, in requests/s; None: no limit known. While searching it grows with each request.
-        self._rate: float | None = None
-        self._searching = False
+        self._rate: float | None = None  # the server's, in requests/s, as measured at the last refusal
+        self._search = 0.0  # requests/s after a refusal, growing with each, until one more allows to measure
         self._last_refusal = self._last_cut = -math.inf
         self._epoch: tuple[float, int] | None = None  # ticket and number of the refused request that began it
         self._refused = self._empty = 0  # in this epoch; pauses in a row that ended in a refusal
@@ -83,7 +82,7 @@ class Pace:
 
     def __str__(self) -> str:
         flying = f"{self.in_flight} in flight"
-        if not self._rate or self._searching or self._rate_at(self.clock()) > 2 * self._rate:
+        if not self._rate or self._rate_at(self.clock()) > 2 * self._rate:
             return flying
         measured = stated = 60 * self._rate
         with contextlib.suppress(ValueError):
@@ -111,10 +110,9 @@ class Pace:
         self._open[now] = self._sent, self.in_flight, tokens
         # At first a refusal must be able to stop the rest: 8 in 64 ms, 64 in 0.2 s. After a reply nothing is held back.
         gap = 0.0 if self._replied else 0.008 if self._sent <= 8 else 0.002
-        if self._rate:
-            gap = 1 / min(self._rate_at(now), self.FASTEST)
-            if self._searching:
-                self._rate = min(1.5 * self._rate, self.FASTEST)
+        if self._rate or self._search:
+            gap = 1 / min(self._rate_at(now) if self._rate else self._search, self.FASTEST)
+            self._search *= 1.5
         self._next = max(self._next, now) + max(gap, self._request_gap)
         self._next_by_tokens = max(self._next_by_tokens, now) + tokens * self._token_gap
         return now
@@ -129,7 +127,7 @@ class Pace:
             self._ceiling, self._limit = math.inf, min(2 * self._limit, self.max_concurrency)
         headers = {name.lower(): value for name, value in headers.items()}
         self._stated = headers.get("x-ratelimit-limit-requests", self._stated)
-        if self._rate is None or self._searching:
+        if not self._rate:
             self._pause(now, ticket + _reset(headers))  # the server's seconds count from the request, not from its reply
 
     def refused(self, now: float, ticket: float, headers: Mapping[str, str], error: str = "HTTP 429") -> None:
@@ -140,7 +138,7 @@ class Pace:
         if self._failing_since is None:
             self._failing_since = ticket
         headers = {name.lower(): value for name, value in headers.items()}
-        asked = _retry_after(headers) or (_reset(headers) if not self._rate or self._searching or self._empty else 0)
+        asked = _retry_after(headers) or (_reset(headers) if not self._rate or self._empty else 0)
         if asked:
             self._asked_until = max(self._asked_until, now + asked)
             self._pause(now, now + asked)
@@ -161,10 +159,10 @@ class Pace:
             if not first:  # with the halving in sent(): twice the last gap; jitter, lest it beats with the replies
                 self._probe_gap = min(4 * self._probe_gap, self.LONGEST_PROBE) * self._random.uniform(0.75, 1)
         if first:
-            self._rate, self._searching = 1 / self.FIRST_PAUSE, True
+            self._search = 1 / self.FIRST_PAUSE
         elif accepted and not again:
             self._epochs.append((accepted, ticket - self._epoch[0]))
-            self._rate, self._searching = self._measured(ticket), False
+            self._rate, self._search = self._measured(ticket), 0.0
         # An epoch without a success goes on: the bucket is as empty as before. After four it is an outage, not a rate.
         if first or accepted or self._empty > 3:
             # A bucket that ran over during a pause loses part of it: half that time is not counted.
@@ -173,7 +171,7 @@ class Pace:
             self._refused += 1
         if not again:
             self._last_cut = now
-        pause = 1 / self._rate if self._rate and not self._searching else self.FIRST_PAUSE
+        pause = 1 / self._rate if self._rate else self.FIRST_PAUSE
         self._pause(now, now + min(pause * 2**self._empty, max(pause, self.LONGEST_PAUSE)))
 
     def failed(self, now: float, ticket: float) -> None:
@@ -231,9 +229,10 @@ class Pace:
             if total >= self.ENOUGH:
                 break
         self._patience = min(60.0, 5 * seconds)
-        rate, last = min(total / seconds, most), self._rate_at(now)
+        rate = min(total / seconds, most)
+        last = self._rate_at(now) if self._rate else 0.0
         # Refused at far more than was accepted: the bucket was full for a while, and the truth lies between.
-        return rate if self._searching or last < 1.2 * rate else math.sqrt(rate * min(last, 4 * rate))
+        return rate if last < 1.2 * rate else math.sqrt(rate * min(last, 4 * rate))
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:
