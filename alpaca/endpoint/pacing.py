@@ -128,51 +128,55 @@ class Pace:
         headers = {name.lower(): value for name, value in headers.items()}
         self._stated = headers.get("x-ratelimit-limit-requests", self._stated)
         if not self._rate:
-            self._pause(now, ticket + _reset(headers))  # the server's seconds count from the request, not from its reply
+            self._pause(
+                now, ticket + _reset(headers)
+            )  # the server's seconds count from the request, not from its reply
 
     def refused(self, now: float, ticket: float, headers: Mapping[str, str], error: str = "HTTP 429") -> None:
-        """Count a refusal: too many requests, or a server that is overloaded or lost."""
+        """Count a refusal. Only a 429 says something about the rate; a server that is overloaded or lost gets pauses."""
         number, _, estimate = self._end(ticket)
         self._next_by_tokens -= estimate * self._token_gap
         self._last_error = error
         if self._failing_since is None:
             self._failing_since = ticket
         headers = {name.lower(): value for name, value in headers.items()}
-        asked = _retry_after(headers) or (_reset(headers) if not self._rate or self._empty else 0)
-        if asked:
-            self._asked_until = max(self._asked_until, now + asked)
-            self._pause(now, now + asked)
-        at_limit = 0 < self.in_flight >= self._limit - 1
+        # Some resets name the time when a whole minute's requests are back: not believed before a second refusal.
+        asked = _retry_after(headers) or (_reset(headers) if not self._rate or self._empty else 0.0)
+        self._asked_until = max(self._asked_until, now + asked)
+        self._pause(now, now + asked)
+        full = 0 < self.in_flight >= self._limit - 1
         if ticket <= self._last_refusal:  # sent before the last refusal came, which has slowed us down already
-            self._refused += 1
-            if at_limit:
+            self._refused += number > self._epoch[1]
+            if full:
                 self._limit = self._ceiling = self.in_flight
             return
         self._last_refusal = now
-        first, again = self._epoch is None, at_limit and self.in_flight == self._ceiling
+        first, full_again = self._epoch is None, full and self.in_flight == self._ceiling
         accepted = 0 if first else number - self._epoch[1] - 1 - self._refused
         self._empty = 0 if first or accepted else self._empty + 1
-        if first or at_limit or self._empty:
+        if first or full or self._empty:
             self._limit = max(1, min(self._limit, self.in_flight))
-        if first or at_limit:
+        if first or full:
             self._ceiling, self._probed = self.in_flight, now
-            if not first:  # with the halving in sent(): twice the last gap; jitter, lest it beats with the replies
-                self._probe_gap = min(4 * self._probe_gap, self.LONGEST_PROBE) * self._random.uniform(0.75, 1)
-        if first:
-            self._search = 1 / self.FIRST_PAUSE
-        elif accepted and not again:
-            self._epochs.append((accepted, ticket - self._epoch[0]))
-            self._rate, self._search = self._measured(ticket), 0.0
+        if full and not first:  # with the halving in sent() twice the last gap; at random, lest replies come in step
+            self._probe_gap = min(4 * self._probe_gap, self.LONGEST_PROBE) * self._random.uniform(0.75, 1)
+        pause = self.FIRST_PAUSE * (self._empty > 0)
+        if "429" in error:
+            if first:
+                self._search = 1 / self.FIRST_PAUSE
+            elif accepted and not full_again:
+                self._epochs.append((accepted, ticket - self._epoch[0]))
+                self._rate, self._search = self._measured(ticket), 0.0
+            if not full_again:
+                self._last_cut = now
+            pause = 1 / self._rate if self._rate else self.FIRST_PAUSE
+        self._pause(now, now + min(pause * 2**self._empty, max(pause, self.LONGEST_PAUSE)))
         # An epoch without a success goes on: the bucket is as empty as before. After four it is an outage, not a rate.
         if first or accepted or self._empty > 3:
             # A bucket that ran over during a pause loses part of it: half that time is not counted.
             self._epoch, self._refused = (ticket + asked / 2, number), 0
         else:
             self._refused += 1
-        if not again:
-            self._last_cut = now
-        pause = 1 / self._rate if self._rate else self.FIRST_PAUSE
-        self._pause(now, now + min(pause * 2**self._empty, max(pause, self.LONGEST_PAUSE)))
 
     def failed(self, now: float, ticket: float) -> None:
         """Count a request that ended without any reply, which says nothing about the pace."""
@@ -229,7 +233,7 @@ class Pace:
             if total >= self.ENOUGH:
                 break
         self._patience = min(60.0, 5 * seconds)
-        rate = min(total / seconds, most)
+        rate = max(1 / 60, min(total / seconds, most))
         last = self._rate_at(now) if self._rate else 0.0
         # Refused at far more than was accepted: the bucket was full for a while, and the truth lies between.
         return rate if last < 1.2 * rate else math.sqrt(rate * min(last, 4 * rate))
@@ -242,10 +246,8 @@ def _retry_after(headers: Mapping[str, str]) -> float:
 
 def _reset(headers: Mapping[str, str]) -> float:
     """Return the seconds until a used-up limit is reset, or 0. At most 120: the next refusal would say more."""
-    used_up = [name for name, value in headers.items() if "ratelimit" in name and "remaining" in name and value == "0"]
-    return min(
-        120.0, max((_seconds(headers.get(name.replace("remaining", "reset"), "")) for name in used_up), default=0)
-    )
+    names = [name for name, left in headers.items() if "ratelimit" in name and "remaining" in name and left == "0"]
+    return min(120.0, max([_seconds(headers.get(name.replace("remaining", "reset"), "")) for name in names], default=0))
 
 
 def _seconds(text: str) -> float:
@@ -253,13 +255,17 @@ def _seconds(text: str) -> float:
     if re.fullmatch(r"(\d+(\.\d+)?(ms|[hms]))+", text):
         units = {"h": 3600, "m": 60, "s": 1, "ms": 0.001}
         return sum(float(number) * units[unit] for number, unit in re.findall(r"([\d.]+)(ms|[hms])", text))
-    for parse in (
-        float,
-        lambda t: email.utils.parsedate_to_datetime(t).timestamp(),
-        lambda t: datetime.fromisoformat(t).timestamp(),
-    ):
+    for parse in (float, _mail_date, _iso_date):
         with contextlib.suppress(ValueError):
             seconds = parse(text)
             seconds -= time.time() if seconds > 1e9 else 0
             return seconds if 0 < seconds < math.inf else 0.0
     return 0.0
+
+
+def _mail_date(text: str) -> float:
+    return email.utils.parsedate_to_datetime(text).timestamp()
+
+
+def _iso_date(text: str) -> float:
+    return datetime.fromisoformat(text).timestamp()
