@@ -127,13 +127,11 @@ class Pace:
             self._ceiling, self._limit = math.inf, min(2 * self._limit, self.max_concurrency)
         headers = {name.lower(): value for name, value in headers.items()}
         self._stated = headers.get("x-ratelimit-limit-requests", self._stated)
-        if not self._rate:
-            self._pause(
-                now, ticket + _reset(headers)
-            )  # the server's seconds count from the request, not from its reply
+        if not self._rate:  # the server's seconds count from the request, not from its reply
+            self._pause(now, ticket + _reset(headers))
 
     def refused(self, now: float, ticket: float, headers: Mapping[str, str], error: str = "HTTP 429") -> None:
-        """Count a refusal. Only a 429 says something about the rate; a server that is overloaded or lost gets pauses."""
+        """Count a refusal. Only a 429 says something about the rate; others are an overload or an outage."""
         number, _, estimate = self._end(ticket)
         self._next_by_tokens -= estimate * self._token_gap
         self._last_error = error
@@ -162,7 +160,7 @@ class Pace:
             self._probe_gap = min(4 * self._probe_gap, self.LONGEST_PROBE) * self._random.uniform(0.75, 1)
         pause = self.FIRST_PAUSE * (self._empty > 0)
         if "429" in error:
-            if first:
+            if not (self._rate or self._search):
                 self._search = 1 / self.FIRST_PAUSE
             elif accepted and not full_again:
                 self._epochs.append((accepted, ticket - self._epoch[0]))
@@ -226,17 +224,17 @@ class Pace:
 
     def _measured(self, now: float) -> float:
         """Return the rate, in requests/s, over the last epochs that hold enough accepted requests."""
+        last = self._rate_at(now) if self._rate else 0.0
         total, seconds, most = 0, 0.0, math.inf
         for accepted, lasted in reversed(self._epochs):
             total, seconds = total + accepted, seconds + lasted
             most = min(most, (total + 1) / seconds)  # a bucket that was empty at both ends allows one more at most
             if total >= self.ENOUGH:
                 break
-        self._patience = min(60.0, 5 * seconds)
+        self._patience = min(60.0, 8 * seconds)
         rate = max(1 / 60, min(total / seconds, most))
-        last = self._rate_at(now) if self._rate else 0.0
         # Refused at far more than was accepted: the bucket was full for a while, and the truth lies between.
-        return rate if last < 1.2 * rate else math.sqrt(rate * min(last, 4 * rate))
+        return rate if last < 1.3 * rate else math.sqrt(rate * min(last, 4 * rate))
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:
