@@ -169,7 +169,7 @@ class Pace:
                 self._last_cut = now
             pause = 1 / self._rate if self._rate else self.FIRST_PAUSE
         self._pause(now, now + min(pause * 2**self._empty, max(pause, self.LONGEST_PAUSE)))
-        # An epoch without a success goes on: the bucket is as empty as before. After four it is an outage, not a rate.
+        # Without a success the epoch continues: the bucket is as empty as before. After four it is an outage, not a rate.
         if first or accepted or self._empty > 3:
             # A bucket that ran over during a pause loses part of it: half that time is not counted.
             self._epoch, self._refused = (ticket + asked / 2, number), 0
@@ -181,7 +181,7 @@ class Pace:
         self._end(ticket)
 
     def stuck(self, now: float) -> str | None:
-        """Return why there is no point in going on, or None."""
+        """Return why the run should give up, or None."""
         if self.in_flight:
             return None
         since = now if self._failing_since is None else self._failing_since
@@ -232,6 +232,7 @@ class Pace:
             if total >= self.ENOUGH:
                 break
         self._patience = min(60.0, 8 * seconds)
+        # At least one try a minute: refusals at random, at any pace, would slow it further and further.
         rate = max(1 / 60, min(total / seconds, most))
         # Refused at far more than was accepted: the bucket was full for a while, and the truth lies between.
         return rate if last < 1.3 * rate else math.sqrt(rate * min(last, 4 * rate))
