@@ -84,12 +84,12 @@ class Pace:
         flying = f"{self.in_flight} in flight"
         if not self._rate or self._rate_at(self.clock()) > 2 * self._rate:
             return flying
-        measured = stated = 60 * self._rate
+        measured, stated = 60 * self._rate, 0.0
         with contextlib.suppress(ValueError):
             stated = float(self._stated)
         # Some servers state their limit for a day or a second.
         rate = stated if measured / 2 < stated < measured * 2 else float(f"{measured:.2g}")
-        return f"{rate:,.4g} requests/min allowed by the server, {flying}"
+        return f"{rate:,.6g} requests/min allowed by the server, {flying}"
 
     def wait(self, now: float) -> float:
         """Return the seconds until the next request may be sent, inf if one in flight has to end first."""
@@ -169,7 +169,7 @@ class Pace:
                 self._last_cut = now
             pause = 1 / self._rate if self._rate else self.FIRST_PAUSE
         self._pause(now, now + min(pause * 2**self._empty, max(pause, self.LONGEST_PAUSE)))
-        # Without a success the epoch continues: the bucket is as empty as before. After four it is an outage, not a rate.
+        # Without a success the epoch continues: the bucket is as empty as before. After four it is an outage.
         if first or accepted or self._empty > 3:
             # A bucket that ran over during a pause loses part of it: half that time is not counted.
             self._epoch, self._refused = (ticket + asked / 2, number), 0

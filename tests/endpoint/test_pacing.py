@@ -300,7 +300,7 @@ def test_a_wait_beyond_the_breaker_is_reported_at_once():
 def test_a_stated_limit_is_shown_if_it_can_be_per_minute(stated, shown):
     now = [0.0]
     pace = Pace(4, clock=lambda: now[0])
-    pace._rate, pace._last_cut = 1.0, 0.0
+    pace._rate, pace._last_cut = 1.003, 0.0
     pace.accepted(0, pace.sent(0), {} if stated is None else {"X-RateLimit-Limit-Requests": stated})
     pace.sent(1)
     assert str(pace) == f"{shown} requests/min allowed by the server, 1 in flight"
