@@ -7,7 +7,7 @@ pays for nothing twice. The journal's entries besides the replies (see parallel.
     {"batch": {"file": ID, "requests": [0, 1, …]}}   uploaded: from here on the batch is open
     {"batch": {"id": ID}}                            created
     {"batch": {"done": ID}}                          read, and on disk together with its replies
-    {"again": 7, "times": 1, …}                      request 7 was asked once and must be asked again
+    {"again": 7, "times": 1, …}                      request 7 was asked once, in all, and must be asked again
 
 The same lines can be written to a file, and results read from one, for tools that work without a server.
 """
@@ -20,7 +20,7 @@ import json
 import re
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -80,17 +80,6 @@ class Passing(UserError):
     """A call failed that may succeed later."""
 
 
-@dataclass
-class Asked:
-    """What a request has been through since its last entry among the replies."""
-
-    times: int = 0  # it was asked, in all; a part of its custom_id, so that an old result is recognized
-    tries: int = 0  # replies that were not accepted
-    faults: int = 0
-    prompt_tokens: int = 0  # of the replies that were not accepted
-    completion_tokens: int = 0
-
-
 def open_batch(journal: Journal) -> dict | None:
     """Return "file", "requests" and, once created, "id" of the batch that a journal waits for; None without one."""
     batch: dict = {}
@@ -135,7 +124,9 @@ class Batches:
         # Another run's results have the same numbers: the journal's first entry says what a run is.
         self.token = hashlib.sha256(json.dumps(self.journal.entries[0], sort_keys=True).encode()).hexdigest()[:8]
         self.known: dict[int, Completion] = {}
-        self.asked: dict[int, Asked] = defaultdict(Asked)
+        # Of each request: how many times it was asked (a part of its custom_id, so that an old result is recognized),
+        # the tries that brought a reply that was not accepted, with their tokens, and the passing faults.
+        self.asked: dict[int, Counter] = defaultdict(Counter)
         self.handed_on, self.open = 0, open_batch(self.journal)
 
     async def run(self) -> str | None:
@@ -146,7 +137,7 @@ class Batches:
         """
         try:
             self._replay()
-            return await (self._cancel() if self.settings.batch_cancel else self._run())
+            return await self._run()
         except asyncio.CancelledError:
             if self.open:
                 print(f"\n{_name(self.open)} goes on at the server; the same command finds it", file=sys.stderr)
@@ -155,7 +146,9 @@ class Batches:
             await self.teacher.close()
 
     async def _run(self) -> str | None:
-        source, target = self.settings.batch_read, self.settings.batch_write
+        source, target, cancel = self.settings.batch_read, self.settings.batch_write, self.settings.batch_cancel
+        if cancel and not self.open:
+            raise UserError(f"{self.journal.path} has no open batch: there is nothing to cancel")
         if source or target:
             refuse_open_batch(self.journal)
         if source:
@@ -171,18 +164,22 @@ class Batches:
                 await self._upload(lines)
             if "id" not in self.open:
                 await self._create()
+            if cancel:
+                await self._cancel()
             if (batch := await self._wait()) is None:
                 return f"{self.budget.exhausted()} ended the waiting: {_name(self.open)} goes on"
-            await self._finish(batch)
+            became = await self._finish(batch)
+            if cancel:
+                return became
         return None
 
     def _replay(self) -> None:
         """Take over what the journal holds."""
         for entry in self.journal.entries:
             if "again" in entry:
-                self.asked[entry["again"]] = Asked(**{key: entry[key] for key in entry if key != "again"})
+                self.asked[entry["again"]] = Counter({key: entry[key] for key in entry if key != "again"})
             elif "i" in entry:
-                self.asked[entry["i"]] = Asked(self.asked[entry["i"]].times + 1)
+                self.asked[entry["i"]] = Counter(times=self.asked[entry["i"]]["times"] + 1)
         for number, reply in recorded(self.journal):
             again = self.retry_failed and reply.text is None
             self.budget.arrived(replace(reply, error=None) if again else reply, False)
@@ -197,7 +194,7 @@ class Batches:
 
     def _question(self, number: int) -> tuple[str, dict]:
         """Return a request's prompt and its JSON, as they are sent this time."""
-        prompt, seed = self.teacher.variant(*self.request(number), self.asked[number].tries)
+        prompt, seed = self.teacher.variant(*self.request(number), self.asked[number]["tries"])
         return prompt, self.teacher.body(prompt, seed)
 
     def _next_round(self) -> dict[int, bytes]:
@@ -205,7 +202,7 @@ class Batches:
         lines, size, number = {}, 0, self.handed_on
         while len(lines) < MOST_REQUESTS and self.want(number, number - self.handed_on):
             if number not in self.known:
-                line = {"custom_id": f"{self.token}-{number}-{self.asked[number].times}", "method": "POST"}
+                line = {"custom_id": f"{self.token}-{number}-{self.asked[number]['times']}", "method": "POST"}
                 line |= {"url": "/v1" + self.teacher.path, "body": self._question(number)[1]}
                 data = json.dumps(line).encode() + b"\n"
                 size += len(data)
@@ -216,7 +213,7 @@ class Batches:
         return lines
 
     async def _upload(self, lines: dict[int, bytes]) -> None:
-        def form() -> aiohttp.FormData:
+        def form() -> aiohttp.FormData:  # one can be sent only once
             fields, name = aiohttp.FormData({"purpose": "batch"}), f"alpaca-{self.token}.jsonl"
             fields.add_field("file", b"".join(lines.values()), filename=name, content_type="application/jsonl")
             return fields
@@ -234,6 +231,9 @@ class Batches:
             try:
                 batch = await self._find() or await self._call("POST", "/batches", "id", (), json=order)
                 break
+            except Refused:
+                self._note({"done": None})  # the same command begins with another file
+                raise
             except Passing:
                 if pause is None:
                     raise
@@ -277,25 +277,14 @@ class Batches:
                 bar.set_postfix_str(f"{status}, next look at {then}{fault}")
                 await asyncio.sleep(pause)
 
-    async def _cancel(self) -> str:
-        if not self.open:
-            raise UserError(f"{self.journal.path} has no open batch: there is nothing to cancel")
-        name = _name(self.open)
-        if "id" not in self.open:
-            if (batch := await self._find()) is None:
-                self._note({"done": None})
-                return f"{name} had not been created"
-            self._note({"id": batch["id"]})
+    async def _cancel(self) -> None:
         try:
             await self._call("POST", f"/batches/{self.open['id']}/cancel", "id")
         except Refused as e:
             if "HTTP 404" in str(e):  # deleted, or of another account: the run must be able to continue without it
                 self._note({"done": self.open["id"]})
-                return f"{e}: {name} is forgotten"
+                raise UserError(f"{e}; it is forgotten, and the next command asks again") from None
             print(e, file=sys.stderr)  # it is over
-        if (batch := await self._wait()) is None:
-            return f"{self.budget.exhausted()} ended the waiting: {name} is being cancelled"
-        return await self._finish(batch)
 
     async def _finish(self, batch: dict) -> str:
         """Take the results of a batch that is over; return what became of it."""
@@ -343,7 +332,7 @@ class Batches:
                 foreign += 1
                 continue
             number, times = map(int, numbers)
-            if number in self.known or self.asked[number].times != times:
+            if number in self.known or self.asked[number]["times"] != times:
                 old.add(number)
             elif isinstance(error, dict) and error.get("code") == "batch_cancelled":
                 pass  # it was not tried
@@ -372,7 +361,8 @@ class Batches:
         """Return the replies by number, the entries of what must be asked again, and why no more can be had."""
         sent = {number: self._question(number) for number in results}  # before read() learns what the server refuses
         replies, again, end = {}, [], None
-        for number, (status, data) in sorted(results.items()):
+        # Those that succeeded first: where others did, a refusal is of one request, and not of the model.
+        for number, (status, data) in sorted(results.items(), key=lambda result: result[1][0] != 200):
             state, settled = self.asked[number], None
             try:
                 if status is None:
@@ -382,21 +372,16 @@ class Batches:
             except UserError as e:
                 end = e
                 continue
-            state.prompt_tokens += reply.prompt_tokens
-            state.completion_tokens += reply.completion_tokens
-            state.times += 1
             if outcome == "done":
-                settled = self.teacher.settle(reply, state.tries)
-                state.tries += 1
-            elif outcome != "changed":
-                state.faults += 1
-            if settled or state.faults == MOST_FAULTS:
-                tokens = {"prompt_tokens": state.prompt_tokens, "completion_tokens": state.completion_tokens}
-                replies[number] = replace(settled or reply, **tokens)
-                self.asked[number] = Asked(state.times)
+                settled = self.teacher.settle(reply, state["tries"])
+            tokens = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
+            state.update(tokens, times=1, tries=outcome == "done", faults=outcome in ("retry", "throttled"))
+            if settled or state["faults"] == MOST_FAULTS:
+                replies[number] = replace(settled or reply, **{key: state[key] for key in tokens})
+                self.asked[number] = Counter(times=state["times"])
             else:
-                again.append({"again": number, **asdict(state)})
-        return replies, again, end
+                again.append({"again": number, **state})
+        return dict(sorted(replies.items())), again, end
 
     def _note(self, what: dict) -> None:
         self.journal.append([{"batch": what}])
@@ -405,12 +390,7 @@ class Batches:
     async def _call(self, method: str, path: str, key: str = "", pauses: Iterable[float] | None = None, **payload):
         """Return what the server answers, after a few tries: bytes, or a JSON object that has ``key``.
 
-        Args:
-            method: GET or POST.
-            path: from the base URL.
-            key: of the object.
-            pauses: seconds between the tries.
-            payload: ``json``, or ``form``, which makes the form: one can be sent only once.
+        ``pauses`` are the seconds between the tries. ``payload`` is ``json``, or ``form``, which makes a form.
 
         Raises:
             Refused: the server's words.
@@ -422,17 +402,15 @@ class Batches:
                 status, _, data = await self.teacher.http(method, path, data=form and form(), **payload)
                 if status // 100 == 2 and not key:
                     return data
-                if status // 100 == 2:
-                    found = json.loads(data)
-                    found[key]  # noqa: B018  else it is not what was asked for
+                if status // 100 == 2 and key in (found := json.loads(data)):
                     return found
                 fault = f"{what}: HTTP {status}: {self.teacher.words(data)}"
-                if status not in (408, 429) and (status < 500 or status == 501):
+                if status // 100 == 4 and status not in (408, 429) or status == 501:
                     raise Refused(fault)
             except Lost as e:
                 fault = f"{what}: {e}"
-            except (ValueError, TypeError, LookupError, RecursionError):  # a proxy's page
-                fault = f"{what}: not a JSON object with {key!r}"
+            except (ValueError, TypeError, RecursionError):  # a proxy's page
+                fault = f"{what}: an answer that is not JSON"
             if pause is not None:
                 await asyncio.sleep(pause)
         raise Passing(fault)

@@ -253,9 +253,11 @@ def test_cancelling_what_is_over_reads_it_and_what_is_gone_is_forgotten(batch_se
     interrupted(server, tmp_path, requests=9)
     del server.batches["batch-1"]
     assert_user_error(lambda: drive(server, tmp_path, 9), "HTTP 404: no batch batch-1")
-    assert "no batch batch-1" in drive(server, tmp_path, settings=cancel)[0]
+    assert_user_error(lambda: drive(server, tmp_path, settings=cancel), "no batch batch-1; it is forgotten")
     interrupted(server, tmp_path, "upload", 1, requests=9)
-    assert drive(server, tmp_path, settings=cancel)[0] == "the batch of file file-2 had not been created"
+    server.after = lambda step: (404, {"error": {"message": "no such file"}}) if step == "create" else None
+    assert_user_error(lambda: drive(server, tmp_path, settings=cancel), "POST /batches: HTTP 404: no such file")
+    server.after = lambda step: None
     assert [reply.text for reply in drive(server, tmp_path, 9)[1]] == expected(9)
 
 
