@@ -14,7 +14,7 @@ class BatchServer:
     """Answers the lines of each uploaded file once a batch of it has been looked at ``looks`` times.
 
     Args:
-        answer: a request's JSON → its text, or (status, JSON).
+        answer: a request's JSON → its text, (status, JSON), or ... for a line that is left out.
         looks: at a batch, until it is over.
         ends: status in which the batches end, one after the other, and then "completed". "expired" and "cancelled"
             leave every other line without an answer, "failed" all of them.
@@ -150,7 +150,9 @@ class BatchServer:
                 bad.append({"custom_id": line["custom_id"], "response": None, "error": error})
                 continue
             self.answered[line["custom_id"]] += 1
-            status, body = answer if isinstance(answer := self.answer(line["body"]), tuple) else (200, said(answer))
+            if (answer := self.answer(line["body"])) is ...:
+                continue
+            status, body = answer if isinstance(answer, tuple) else (200, said(answer))
             row = {"custom_id": line["custom_id"], "response": {"status_code": status, "body": body}, "error": None}
             (good if status == 200 else bad).append(row)
         batch["request_counts"] |= {"completed": len(good), "failed": len(bad)}

@@ -308,7 +308,7 @@ class Batches:
         """Journal results, count them and hand them on.
 
         Args:
-            lines: of a server's files: in any order, some twice, some of another run.
+            lines: of a server's files, what succeeded first: in any order, some twice, some of another run.
             missing: requests that should have a result.
             done: entries to journal with the results.
 
@@ -336,7 +336,7 @@ class Batches:
                 old.add(number)
             elif isinstance(error, dict) and error.get("code") == "batch_cancelled":
                 pass  # it was not tried
-            elif number not in results or results[number][0] != 200:  # of two, the one that succeeded
+            elif number not in results:
                 if body is None:  # vLLM has it as the error
                     body = error if isinstance(error, dict) and "error" in error else {"error": error}
                 results[number] = status, json.dumps(body).encode()
@@ -378,7 +378,6 @@ class Batches:
             state.update(tokens, times=1, tries=outcome == "done", faults=outcome in ("retry", "throttled"))
             if settled or state["faults"] == MOST_FAULTS:
                 replies[number] = replace(settled or reply, **{key: state[key] for key in tokens})
-                self.asked[number] = Counter(times=state["times"])
             else:
                 again.append({"again": number, **state})
         return dict(sorted(replies.items())), again, end

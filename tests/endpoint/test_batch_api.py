@@ -151,6 +151,10 @@ def test_what_expired_is_asked_again_and_three_times_is_a_failure(batch_server, 
     _, replies, budget = drive(never, tmp_path / "b", 3)
     assert replies[1] == Completion(None, error="HTTP 503: busy") and replies[2].text == "request 2, seed 200"
     assert [len(lines) for lines in never.lines] == [3, 1, 1] and budget.failures == {"HTTP 503: busy": 1}
+    (tmp_path / "c").mkdir()
+    silent = batch_server(lambda body: ... if body["seed"] == 100 else echo(body))
+    assert drive(silent, tmp_path / "c", 3)[1][1] == Completion(None, error="no result")
+    assert [len(lines) for lines in silent.lines] == [3, 1, 1]
     # As when asking directly, another run asks again where one failed, and only there.
     assert drive(never, tmp_path / "b", 3)[1] == replies and len(never.lines) == 3
     never.answer = echo
@@ -192,7 +196,8 @@ def test_a_failed_batch_ends_the_run_with_the_servers_words_and_is_forgotten(bat
 
 def test_a_batch_cancelled_by_someone_keeps_what_arrived_and_the_same_command_asks_for_the_rest(batch_server, tmp_path):
     server = batch_server(echo, ends=["cancelled"])
-    assert_user_error(lambda: drive(server, tmp_path), "batch batch-0 cancelled: 3 results", "asks for the rest")
+    assert_user_error(lambda: drive(server, tmp_path), "batch batch-0 cancelled: 3 results (", "asks for the rest")
+    assert not any("again" in entry for entry in entries(tmp_path))  # what was not tried has not failed
     assert [reply.text for reply in drive(server, tmp_path)[1]] == expected(6)
     assert [len(lines) for lines in server.lines] == [6, 3] and set(server.answered.values()) == {1}
 
@@ -258,7 +263,9 @@ def test_cancelling_what_is_over_reads_it_and_what_is_gone_is_forgotten(batch_se
     server.after = lambda step: (404, {"error": {"message": "no such file"}}) if step == "create" else None
     assert_user_error(lambda: drive(server, tmp_path, settings=cancel), "POST /batches: HTTP 404: no such file")
     server.after = lambda step: None
+    assert server.steps.count("upload") == 3
     assert [reply.text for reply in drive(server, tmp_path, 9)[1]] == expected(9)
+    assert server.steps.count("upload") == 4
 
 
 @pytest.mark.parametrize("step", ["upload", "list", "create", "poll", "content"])
