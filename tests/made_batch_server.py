@@ -37,7 +37,7 @@ class BatchServer:
         self.lock, server = threading.Lock(), self
 
         class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+            protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
 
             def log_message(self, *_):
                 pass

@@ -23,6 +23,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from io import BytesIO
 from pathlib import Path
 
 import aiohttp
@@ -213,9 +214,11 @@ class Batches:
         return lines
 
     async def _upload(self, lines: dict[int, bytes]) -> None:
+        data = b"".join(lines.values())
+
         def form() -> aiohttp.FormData:  # one can be sent only once
             fields, name = aiohttp.FormData({"purpose": "batch"}), f"alpaca-{self.token}.jsonl"
-            fields.add_field("file", b"".join(lines.values()), filename=name, content_type="application/jsonl")
+            fields.add_field("file", BytesIO(data), filename=name, content_type="application/jsonl")
             return fields
 
         try:

@@ -3,74 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import random
 import re
 
-import aiohttp
 import pytest
 from conftest import assert_user_error
 from made_batch_server import BatchServer, said
 
-from alpaca import UserError
 from alpaca.common.journal import Journal
-from alpaca.endpoint import client
+from alpaca.endpoint import batch_api
+from alpaca.endpoint.batch_api import Batches, BatchSettings, open_batch, refuse_open_batch
 from alpaca.endpoint.budget import Budget, RequestSettings
-from alpaca.endpoint.client import Completion
-
-if not hasattr(client, "Lost"):
-    client.Lost = type("Lost", (Exception,), {})
-
-from alpaca.endpoint import batch_api  # noqa: E402
-from alpaca.endpoint.batch_api import Batches, BatchSettings, open_batch, refuse_open_batch  # noqa: E402
+from alpaca.endpoint.client import Completion, OpenAIDecodingArguments, Teacher
 
 BATCH = BatchSettings(batch=True)
 
 
-class Stub:
-    path, refused = "/chat/completions", ()
+class Asker(Teacher):
+    """Sends a setting that a server may refuse, top_p."""
 
     def __init__(self, base_url):
-        self.base_url = base_url
-
-    def variant(self, prompt, seed, tries):
-        return prompt, seed + tries
-
-    def body(self, prompt, seed):
-        body = {"model": "m", "messages": [{"role": "user", "content": prompt}], "seed": seed, "top_k": 3}
-        return {key: value for key, value in body.items() if key not in self.refused}
-
-    def read(self, prompt, body, status, data):
-        found = json.loads(data)
-        if status == 200:
-            text, usage = found["choices"][0]["message"]["content"], found["usage"]
-            error = None if text else "empty reply"
-            return Completion(text, "stop", usage["prompt_tokens"], usage["completion_tokens"], error), "done"
-        if status == 401:
-            raise UserError("the key is refused")
-        if status == 400 and "top_k" in body:
-            self.refused = ("top_k",)
-            return Completion(None, error="HTTP 400"), "changed"
-        return Completion(None, error=f"HTTP {status}: {self.words(data)}"), "done" if status == 400 else "retry"
-
-    def settle(self, reply, tries):
-        return reply if reply.text or not reply.error.startswith("empty") or tries == 2 else None
-
-    async def http(self, method, path, json=None, data=None):
-        try:
-            async with aiohttp.request(method, self.base_url + path, json=json, data=data) as answer:
-                return answer.status, answer.headers, await answer.read()
-        except aiohttp.ClientError as e:
-            raise client.Lost(type(e).__name__) from None
-
-    def words(self, data):
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            return json.loads(data)["error"]["message"]
-        return data.decode()
-
-    async def close(self):
-        pass
+        super().__init__("m", OpenAIDecodingArguments(50, top_p=0.9), settings=RequestSettings(base_url=base_url))
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +51,7 @@ def echo(body) -> str:
     return f"{body['messages'][0]['content']}, seed {body['seed']}"
 
 
-def drive(server, folder, requests=6, settings=BATCH, limits=RequestSettings(), retry_failed=False, make=Stub):
+def drive(server, folder, requests=6, settings=BATCH, limits=RequestSettings(), retry_failed=False, make=Asker):
     """Ask for ``requests`` replies; return why it ended, the replies in order, and the budget."""
     replies, budget = [], Budget(limits)
     with Journal(folder / "journal") as journal:
@@ -130,7 +84,8 @@ def test_replies_arrive_in_order_from_one_batch_and_a_second_run_asks_nothing(ba
         "model": "m",
         "messages": [{"role": "user", "content": "request 2"}],
         "seed": 200,
-        "top_k": 3,
+        "max_tokens": 50,
+        "top_p": 0.9,
     }
 
 
@@ -167,13 +122,13 @@ def test_an_empty_reply_is_asked_again_with_another_seed_and_its_tokens_count(ba
     server = batch_server(lambda body: None if body["seed"] in (100, 200, 201, 202) else echo(body))
     _, replies, budget = drive(server, tmp_path, 3)
     assert replies[1] == Completion("request 1, seed 101", "stop", 14, 10)
-    assert replies[2] == Completion(None, "stop", 21, 15, "empty reply")
+    assert replies[2] == Completion(None, "stop", 21, 15, "empty reply (finish_reason stop)")
     assert [len(lines) for lines in server.lines] == [3, 2, 1] and budget.prompt_tokens == 42
 
 
 def test_a_refused_setting_is_left_out_of_the_next_round(batch_server, tmp_path):
     def answer(body):
-        return (400, {"error": {"message": "no top_k here"}}) if "top_k" in body else echo(body)
+        return (400, {"error": {"message": "no top_p here"}}) if "top_p" in body else echo(body)
 
     server = batch_server(answer)
     assert [reply.text for reply in drive(server, tmp_path, 3)[1]] == expected(3)
@@ -182,7 +137,7 @@ def test_a_refused_setting_is_left_out_of_the_next_round(batch_server, tmp_path)
 
 def test_a_refused_key_ends_the_run_with_what_arrived_and_is_not_read_again(batch_server, tmp_path):
     server = batch_server(lambda body: (401, {"error": {"message": "no"}}) if body["seed"] == 100 else echo(body))
-    assert_user_error(lambda: drive(server, tmp_path, 3), "the key is refused")
+    assert_user_error(lambda: drive(server, tmp_path, 3), "refused the key")
     server.answer = echo
     assert [reply.text for reply in drive(server, tmp_path, 3)[1]] == expected(3)
     assert [len(lines) for lines in server.lines] == [3, 1]
@@ -206,7 +161,7 @@ def interrupted(server, folder, step="poll", count=2, **how) -> None:
     """Run until the server has answered so often to a step, then end as by Ctrl-C."""
     seen = []
 
-    class Interrupted(Stub):
+    class Interrupted(Asker):
         async def http(self, *call, **payload):
             answer = await super().http(*call, **payload)
             seen.append(server.steps[-1])
@@ -351,7 +306,7 @@ def kill_at(step, when, monkeypatch, server):
     brought is half, or wholly, on disk."""
     rng, append, reached = random.Random(f"{step}/{when}"), Journal.append, []
 
-    class Mortal(Stub):
+    class Mortal(Asker):
         async def http(self, method, path, **payload):
             here = re.match(
                 {"upload": "/files$", "create": "/batches($|[?])", "poll": "/batches/", "content": "/files/"}[step],
