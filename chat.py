@@ -275,6 +275,7 @@ def answer_records(
         (counts["earlier"], "of an earlier run"),
         (counts["cut"], "cut off at --max_new_tokens or the end of the context"),
         (counts["too_long"], 'instructions do not fit the context ("error" in their rows)'),
+        (counts["unended"], 'thought without an end: raise --max_new_tokens ("error" in their rows)'),
         (len(faults), "malformed records left out"),
     ]
     noted = "; ".join(f"{count:,} {what}" for count, what in notes if count)

@@ -26,7 +26,6 @@ import math
 import random
 import re
 import string
-import time
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
@@ -52,9 +51,8 @@ KEYWORDS = (
 )
 
 PATIENCE = 100  # replies in a row that bring nothing new: the teacher repeats itself
-SAVE_EVERY = 30.0  # seconds between two regen.json; the journal loses nothing meanwhile
 ENOUGH_UNSEEN = 10  # instructions that the tokenizer hardly sees, before the run warns of it
-GUESS = 10  # new instructions a reply, before the first reply; the prompt asks for 17
+MOST_NEW, FEW_NEW = 17, 2  # new instructions a reply, for the forecast: the prompt asks for 17
 # Bounded repetitions, so that a reply of ten thousand newlines or digits takes no time.
 ITEM = re.compile(r"^[ \t]{0,9}(?:###\s{0,9})?(\d{1,4})\.\s{0,9}Instruction:", re.MULTILINE)
 BOUNDARY = re.compile(r"###\s*(?=\d+\.\s*Instruction:|$)")  # not the ### of a Markdown heading inside an answer
@@ -307,20 +305,25 @@ def generate_instruction_following_data(
         with open(output / "rejected.jsonl", "w", encoding="utf-8") as rejected:
             numbers, earlier = (num_instructions_to_generate, num_prompt_instructions), len(journal.entries) - 1
             selection = Selection(seed_tasks, start, *numbers, filters, similarity_stats, rejected)
-            try:
-                asyncio.run(collect(teacher, request, journal, budget, selection, output / "regen.json"))
-            finally:  # after Ctrl-C and errors too
+
+            def save() -> dict:
                 if selection.new() and (selection.fed >= earlier or selection.is_over()):  # else regen.json holds more
                     utils.jdump(selection.kept, output / "regen.json")
-                report = budget.counts() | selection.counts()
-                utils.jdump(report | {"model_name": model_name}, output / "report.json")
-                print_counts(report)
+                counts = budget.counts() | selection.counts()
+                changed = {"changed_settings": sorted(budget.changed)} if budget.changed else {}
+                utils.jdump(counts | {"model_name": model_name} | changed, output / "report.json")
+                return counts
+
+            try:
+                asyncio.run(collect(teacher, request, journal, budget, selection, save))
+            finally:  # after Ctrl-C and errors too
+                print_counts(save())
     conclude(selection, budget, output / "regen.json")
 
 
-async def collect(teacher, request, journal, budget, selection, regen_path) -> None:
-    """Ask until the selection has enough or may not continue; keep regen.json and the progress bar up to date."""
-    saved, earlier, warned = time.monotonic(), dict(recorded(journal)), False
+async def collect(teacher, request, journal, budget, selection, save) -> None:
+    """Ask until the selection has enough or may not continue; ``save`` keeps regen.json up to date."""
+    earlier, warned = dict(recorded(journal)), False
 
     def replies_left() -> float:
         """As if there had been 4 more replies with 2 new instructions each: the first ones tell too little."""
@@ -328,14 +331,11 @@ async def collect(teacher, request, journal, budget, selection, regen_path) -> N
         return (selection.target - len(selection.kept)) / each
 
     def in_order(reply: Completion) -> None:
-        nonlocal saved, warned
+        nonlocal warned
         selection.feed(reply)
         if not warned and selection.unseen >= ENOUGH_UNSEEN:  # now, while stopping still saves requests
             warned = True
             tqdm.write(selection.unseen_warning())
-        if time.monotonic() - saved > SAVE_EVERY and selection.fed > len(earlier):
-            utils.jdump(selection.kept, regen_path)
-            saved = time.monotonic()
 
     def want(number: int, in_flight: int) -> bool:
         if selection.is_over() or budget.failing():
@@ -346,10 +346,13 @@ async def collect(teacher, request, journal, budget, selection, regen_path) -> N
         return not budget.exhausted() and in_flight < replies_left()
 
     if not earlier and not selection.is_over():
-        requests, assumed = (selection.target - len(selection.kept)) / GUESS, f", at {GUESS} new instructions a reply"
-        print_forecast(budget, math.ceil(requests), len(request(0)[0]), teacher.decoding.max_tokens, assumed)
-    async with progress_bar(budget, "instruction", selection.target, lambda: len(selection.kept), replies_left):
-        await ask_all(teacher, request, journal, budget.arrived, in_order, want, budget.settings.max_concurrency)
+        left = selection.target - len(selection.kept)
+        requests = math.ceil(left / MOST_NEW), math.ceil(left / FEW_NEW)
+        print_forecast(budget, requests, len(request(0)[0]), teacher.decoding.max_tokens)
+    counts = (lambda: len(selection.kept)), replies_left
+    async with progress_bar(budget, teacher.pace, "instruction", selection.target, *counts, exact=False):
+        ways = teacher, request, journal, budget.arrived, in_order, want, budget.settings.max_concurrency
+        await ask_all(*ways, at_intervals=save)
 
 
 def conclude(selection: Selection, budget: Budget, regen_path: Path) -> None:

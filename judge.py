@@ -39,7 +39,7 @@ from alpaca.common.journal import Journal, check_output
 from alpaca.common.records import write_records
 from alpaca.data.instruction_sets import is_name, is_the_252, read_answers, read_pair, read_set
 from alpaca.endpoint.budget import Budget, RequestSettings
-from alpaca.endpoint.client import Answerer, Completion, OpenAIDecodingArguments, Teacher
+from alpaca.endpoint.client import Answerer, Completion, OpenAIDecodingArguments
 from alpaca.endpoint.parallel import ask_each, in_brackets, summarize
 from alpaca.judging import prompt as judge_prompt
 
@@ -124,12 +124,12 @@ def answer(
         )
         return
     decoding = OpenAIDecodingArguments(max_new_tokens, temperature, top_p, STOP if api == "completions" else None)
-    teacher, budget = Teacher(model_name, decoding, api, requests), Budget(requests)
+    teacher, budget = Answerer(model_name, decoding, api, requests), Budget(requests)
     prompts = [item.task if api == "chat" else utils.format_prompt(item.instruction, item.input) for item in items]
     run = {"task": "answer", "model_name": model_name, "api": api, "seed": seed, "prompts": _digest(prompts)}
     with Journal(journal_path) as journal:
         journal.begin(run | asdict(decoding))
-        replies = ask_each(Answerer(teacher), prompts, seed, journal, budget, max_new_tokens, "answer")
+        replies = ask_each(teacher, prompts, seed, journal, budget, max_new_tokens, "answer")
     pairs = zip(items, replies, strict=True)
     rows = [item.row(output) | _answered(reply) | {"generator": generator or model_name} for item, reply in pairs]
     if output.suffix == ".json":  # alpaca_eval would read a row without an answer as "nan"
@@ -144,7 +144,8 @@ def _answered(reply: Completion | None) -> dict:
     """Return the fields that a server's reply adds to an item's row."""
     if reply is None or reply.text is None:
         return {"error": reply.error if reply else "not asked"}
-    return {"output": reply.text.strip(), "finish_reason": reply.finish_reason, "model": reply.model}
+    changed = {"changed_settings": reply.changed} if reply.changed else {}
+    return {"output": reply.text.strip(), "finish_reason": reply.finish_reason, "model": reply.model} | changed
 
 
 def _answer_here(items, output_path, model_path, generator, template, sampling, loading, batch_tokens, reference_loss):
@@ -228,7 +229,7 @@ def judge(
     items, (a, b) = read_pair(instructions, answers)
     text, prompt_sha256 = judge_prompt.read_prompt(PROMPT if prompt is None else prompt)
     decoding = OpenAIDecodingArguments(max_tokens, temperature=0.0)
-    teacher, budget = Teacher(model_name, decoding, "chat", requests), Budget(requests)
+    teacher, budget = judge_prompt.Judge(model_name, decoding, "chat", requests), Budget(requests)
     orders = [(item, shown) for item in items for shown in ((a, b), (b, a))]
     pairs = [(item, [(one.generator, one.outputs.get(item.id)) for one in shown]) for item, shown in orders]
     to_ask = [place for place, (_, shown) in enumerate(pairs) if judge_prompt.to_ask(shown)]
@@ -238,9 +239,8 @@ def judge(
     run |= {"instructions": _digest([asdict(item) for item in items]), "answers": _digest([a.outputs, b.outputs])}
     with Journal(journal_path) as journal:
         journal.begin(run | {"generators": [a.generator, b.generator]})
-        replies = ask_each(judge_prompt.Judge(teacher), prompts, seed, journal, budget, max_tokens, "judgment")
-    left_out = {name for reply in replies if reply for name in reply.left_out or ()}
-    settings = {name: value for name, value in settings.items() if name not in left_out}
+        replies = ask_each(teacher, prompts, seed, journal, budget, max_tokens, "judgment")
+    settings = {name: value for name, value in settings.items() if f"{name} left out" not in budget.changed}
     by = {"kind": "model", "name": model_name, "prompt_sha256": prompt_sha256}
     reply_to = dict(zip(to_ask, replies, strict=True))
     rows = []

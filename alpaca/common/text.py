@@ -1,4 +1,4 @@
-"""Short, safe text for messages: one line of an error, no control characters, nothing that UTF-8 cannot encode."""
+"""Short, safe text for messages (one line, no control characters, valid UTF-8), and replies without their thoughts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,18 @@ import re
 from alpaca import UserError
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a terminal obeys; tab and line feed are left
+
+# Where thoughts begin or end. No part can match the same characters in two ways, so a search takes linear time.
+THOUGHTS = re.compile(
+    # <think> and </think>, [THINK] and [/THINK], …, but not in a sentence that begins "<think> and </think> are".
+    r"(?P<first>^[ \t]*)?(?:<|\[(?=/?think\]))(?P<slash>/)?(?P<tag>think\]|(?:think|thinking|thought|reasoning)>)"
+    r"(?(slash)(?P<last>[ \t\r]*(?=$|<\|(?:end|return)\|>))?|(?! (?:and|or) ))"
+    # The harmony format of gpt-oss, and what remains of it where special tokens are left out.
+    r"|(?P<channel>(?P<ended><\|end\|>)?(?:<\|start\|>assistant)?<\|channel\|>)"
+    r"(?P<final>final\b[^<\n]*(?:<\|constrain\|>[^<\n]*)?<\|message\|>)?"
+    r"|(?-i:(?P<answer>assistantfinal)|analysis(?P<glued>(?=[\"“']?[A-Z][\w'’]{0,20},? [\w\"“']))?)",
+    re.IGNORECASE | re.MULTILINE,
+)
 
 
 def first_line(error: BaseException) -> str:
@@ -42,3 +54,37 @@ def check_utf8(text: str, what: str) -> None:
     except UnicodeEncodeError as e:
         half = ascii(e.object[e.start])
         raise UserError(f"{what} contains {half}, half of a surrogate pair, which is not text: remove it") from None
+
+
+def without_thoughts(text: str) -> str | None:
+    """Return a model's reply without the thoughts before it; the same object if there are none.
+
+    Thoughts are blocks at the beginning (<think>, <thinking>, <thought>, <reasoning>, [THINK], in any case), harmony's
+    channels other than the final one, and what precedes a closing tag whose opening tag was in the prompt. Such a tag
+    must begin or end a line, so that text about tags remains.
+
+    Returns:
+        The answer, which is "" if nothing follows complete thoughts. None if thoughts do not end: there is no closing
+        tag, or no final channel.
+    """
+    start, inside, opened, leading, harmony = 0, None, 0, True, False
+    for mark in THOUGHTS.finditer(text):
+        tag, channel = (mark["tag"] or "").lower(), mark["channel"]
+        kind = tag or ("channel" if channel else "analysis")
+        closes = mark["slash"] or mark["final"] or mark["answer"]
+        leading = leading and not inside and not text[start : mark.start()].strip()
+        at_edge = mark["first"] is not None or mark["last"] is not None or leading
+        unopened = at_edge and not opened if tag else channel and (leading or mark["ended"])
+        if closes and (kind == inside if inside else unopened):
+            start, inside, opened, leading, harmony = mark.end(), None, 0, True, harmony or bool(channel)
+        elif not inside:
+            begins = tag or channel or mark["glued"] is not None
+            if leading and not closes and (begins or text.find("assistantfinal", start) >= 0):
+                inside = kind
+            elif tag:
+                opened = max(0, opened - 1) if closes else opened + 1
+            leading = False
+    answer = text[start:].lstrip() if start else text
+    if harmony:
+        answer = re.split(r"<\|(?:end|return)\|>", answer, maxsplit=1)[0]
+    return None if inside else answer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter, deque
 from dataclasses import dataclass
@@ -23,9 +24,14 @@ class RequestSettings:
         prompt_price: dollars for a million prompt tokens.
         completion_price: dollars for a million reply tokens.
         max_failure_rate: end the run when more than this share of its last 100 requests (at least 10) failed for good.
+        requests_per_minute: send no more than this (default: the server's refusals and headers set the pace).
+        tokens_per_minute: the same for tokens of prompts and replies.
+        give_up_after: end the run when the server has refused everything for this many seconds.
+        extra_body: JSON with further fields of each request, for what a provider has besides, such as
+            {"reasoning_effort": "low"}.
 
     Raises:
-        UserError: a limit in dollars without a price.
+        UserError: a limit in dollars without a price, a rate that is not positive, or another extra_body.
     """
 
     base_url: str | None = None
@@ -37,10 +43,27 @@ class RequestSettings:
     prompt_price: float = 0.0
     completion_price: float = 0.0
     max_failure_rate: float = 0.5
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+    give_up_after: float = 600.0
+    extra_body: str | None = None
 
     def __post_init__(self):
+        for name in ("requests_per_minute", "tokens_per_minute", "give_up_after", "request_timeout"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise UserError(f"{name} must be more than 0")
+        try:
+            if not isinstance(self.extra, dict):
+                raise ValueError("not an object")
+        except ValueError as e:
+            raise UserError(f'extra_body is not a JSON object ({e}): it looks like {{"top_k": 40}}') from None
         if self.max_cost_usd and not self.prompt_price + self.completion_price:
             raise UserError("max_cost_usd needs prompt_price and completion_price, in dollars for a million tokens")
+
+    @property
+    def extra(self) -> dict:
+        """The fields of extra_body."""
+        return json.loads(self.extra_body or "{}")
 
 
 class Budget:
@@ -51,6 +74,7 @@ class Budget:
         self.replies = self.new_replies = self.prompt_tokens = self.completion_tokens = 0
         self.recent: deque[str | None] = deque(maxlen=100)  # this run's: the kind of failure, or None
         self.failures: Counter[str] = Counter()
+        self.changed: set[str] = set()  # settings that the server did not take, in words
         self._first: dict[str, str] = {}  # "HTTP 400" → the first message of that kind: others differ in numbers
 
     def arrived(self, reply, new: bool) -> None:
@@ -58,6 +82,7 @@ class Budget:
         self.replies += 1
         self.prompt_tokens += reply.prompt_tokens
         self.completion_tokens += reply.completion_tokens
+        self.changed.update(reply.changed or ())
         kind = None
         if reply.error:
             kind = self._first.setdefault(reply.error.split(": ")[0], reply.error)
@@ -92,18 +117,17 @@ class Budget:
             return f"{failed.total()} of the last {len(self.recent)} requests failed ({in_words(failed)})"
         return None
 
-    def forecast(self, requests: float, prompt_tokens: float, completion_tokens: float) -> str:
-        """Describe what so many requests of so many tokens each will use, with dollars if prices are known."""
-        used = f"{requests:,.0f} requests, {requests * (prompt_tokens + completion_tokens):,.0f} tokens"
-        return used + self._price(requests * prompt_tokens, requests * completion_tokens)
+    def forecast(self, requests: tuple[float, float], prompt_tokens: float, reply_tokens: tuple[float, float]) -> str:
+        """Describe what so many requests of so many tokens each will use, from … to, with dollars if prices are known."""
+        tokens = [n * (prompt_tokens + each) for n, each in zip(requests, reply_tokens, strict=True)]
+        dollars = [self.dollars(n * prompt_tokens, n * each) for n, each in zip(requests, reply_tokens, strict=True)]
+        cost = f", {spread(*dollars, '${:,.2f}')}" if any(dollars) else ""
+        return f"{spread(*requests)} request{'s' * (requests[1] > 1)}, {spread(*tokens)} tokens{cost}"
 
     def used(self) -> str:
         """Describe the tokens and dollars so far."""
-        tokens = f"{self.prompt_tokens:,} prompt + {self.completion_tokens:,} reply"
-        return tokens + self._price(self.prompt_tokens, self.completion_tokens)
-
-    def _price(self, *tokens: float) -> str:
-        return f", ${cost:,.2f}" if (cost := self.dollars(*tokens)) else ""
+        cost = self.dollars(self.prompt_tokens, self.completion_tokens)
+        return f"{self.prompt_tokens:,} prompt + {self.completion_tokens:,} reply" + (f", ${cost:,.2f}" if cost else "")
 
     def counts(self) -> dict:
         """Return the figures of a report: replies of earlier runs included, but this run's seconds alone."""
@@ -115,6 +139,12 @@ class Budget:
             "cost_usd": round(self.dollars(self.prompt_tokens, self.completion_tokens), 4),
             "seconds": round(self.seconds(), 1),
         }
+
+
+def spread(low: float, high: float, form: str = "{:,.0f}") -> str:
+    """Return "3 to 5" for a range, or "3" where both ends look alike."""
+    ends = form.format(low), form.format(high)
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)
 
 
 def in_words(counts: Counter) -> str:

@@ -1,6 +1,6 @@
 """Completions from any OpenAI-compatible server, whatever it does wrong.
 
-Importing this loads no API client; creating a Teacher does.
+Importing this loads no HTTP client; creating a Teacher does.
 """
 
 from __future__ import annotations
@@ -8,14 +8,25 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
-import logging
+import ipaddress
+import json
 import os
 import random
+import time
 import urllib.parse
+import urllib.request
+from collections.abc import Mapping
+from itertools import count
 
 from alpaca import UserError
-from alpaca.common.text import printable, shorten
 from alpaca.endpoint.budget import RequestSettings
+from alpaca.endpoint.dialects import NO_CREDIT, NO_MODEL, Fault, Settings, masked, named, read_fault, read_reply
+from alpaca.endpoint.pacing import Pace
+
+BUSY = (429, 503, 529)  # the server has too much to do, or we ask for too much: slower, and again
+PASSING = (408, 409, 425)  # and all of 500 and above
+IDLE = 30.0  # seconds without a byte, once a reply has begun, until it counts as stalled
+ANOTHER_TRY = ("empty reply", "content filter", "cut off", "unreadable reply")  # errors that another seed may mend
 
 
 @dataclasses.dataclass
@@ -26,6 +37,7 @@ class OpenAIDecodingArguments:
     temperature: float = 1.0
     top_p: float = 1.0
     stop: list[str] | None = None
+    response_format: dict | None = None
 
 
 @dataclasses.dataclass
@@ -33,13 +45,19 @@ class Completion:
     """One reply. ``text`` is None when the request failed for good; ``error`` then says why."""
 
     text: str | None
-    finish_reason: str | None = None
+    finish_reason: str | None = None  # "stop", "length" (cut off), "content_filter", "error", or None: not given
     prompt_tokens: int = 0
     completion_tokens: int = 0
     error: str | None = None
     model: str | None = dataclasses.field(default=None, compare=False)  # that answered, according to its server
-    left_out: list[str] | None = dataclasses.field(default=None, compare=False)  # settings that the model refuses
-    max_tokens: int | None = dataclasses.field(default=None, compare=False)  # requested, if the context forced fewer
+    changed: list[str] | None = dataclasses.field(default=None, compare=False)  # settings that the server did not take
+    max_tokens: int | None = dataclasses.field(default=None, compare=False)  # requested, if fewer than asked for
+
+
+class Lost(Exception):
+    """A request that brought no HTTP response. ``unreachable``: not even a connection."""
+
+    unreachable = False
 
 
 class Teacher:
@@ -47,20 +65,18 @@ class Teacher:
 
     Args:
         model_name: the model, as its server calls it.
-        decoding: how it samples. ``max_tokens`` is halved when the server reports that prompt and reply together do not
-            fit its context; what fits then is the limit for all prompts of that length or longer.
+        decoding: how it samples.
         api: "chat" sends a prompt as one user message; "completions" lets a base model continue it.
-        settings: the server, its timeout, and how many connections to keep. With a budget, a reply without a text is
-            not requested again (else twice): each try is paid for.
-        max_retries: for 408, 409, 429 (Retry-After honoured up to two minutes), 5xx, timeouts and resets, with
-            exponential backoff and jitter between 0.5 and 8 s.
+        settings: the server, its timeout, and its limits. With a budget, a reply without a text is not requested again
+            (else twice): each try is paid for.
+        max_retries: for 408, 409, 5xx, timeouts and lost connections, with exponential backoff and jitter between 0.5
+            and 8 s. Requests that are refused because there are too many (429, 503, 529) are sent again without limit,
+            at the pace that the server allows.
 
     Raises:
-        UserError: no model; neither a key nor a base URL, or both a key and user:password@ in the URL; an ``api`` that
-            is neither of the two; no request in flight, or no token.
+        UserError: no model; neither a key nor a base URL; a key that no header can carry, or one beside
+            user:password@ in the URL; an ``api`` that is neither of the two; no request in flight, or no token.
     """
-
-    MIN_TOKENS = 64  # a context that has no room for these is too short for the prompt
 
     def __init__(
         self,
@@ -77,201 +93,285 @@ class Teacher:
         for name, value in (("max_concurrency", settings.max_concurrency), ("max_tokens", decoding.max_tokens)):
             if value < 1:
                 raise UserError(f"{name} must be at least 1")
-        import httpx2  # what openai sends through
-        import openai
+        self.model_name, self.decoding, self.api, self.max_retries = model_name, decoding, api, max_retries
+        self.path = "/chat/completions" if api == "chat" else "/completions"
+        self.settings = Settings(model_name, decoding, settings.extra)
+        self._key, self._session, self._timeout = _api_key(), None, settings.request_timeout
+        self._address(settings.base_url or os.environ.get("OPENAI_BASE_URL") or None)
+        self._empty_retries = 0 if settings.max_total_tokens or settings.max_cost_usd else min(max_retries, 2)
+        self.pace = Pace(
+            settings.max_concurrency,
+            settings.requests_per_minute,
+            settings.tokens_per_minute,
+            settings.give_up_after,
+        )
+        self._answered, self._reply_tokens = 0, decoding.max_tokens / 4  # of this run; the mean, guessed at first
 
-        base_url = settings.base_url or os.environ.get("OPENAI_BASE_URL") or None
-        key = os.environ.get("OPENAI_API_KEY")
-        if not key and not base_url:
+    def _address(self, base_url: str | None) -> None:
+        if not self._key and not base_url:
             raise UserError(
                 "no server to ask: set OPENAI_API_KEY, or base_url (or OPENAI_BASE_URL) for a server of your own"
             )
         if base_url and not _is_url(base_url):
             raise UserError("base_url is not a URL: it looks like http://127.0.0.1:8000/v1")
-        self.model_name, self.decoding, self.api, self._key = model_name, dataclasses.replace(decoding), api, key
         parts = urllib.parse.urlsplit(base_url or "https://api.openai.com/v1")
-        # aiohttp refuses an address with user:password@ beside an Authorization header, which openai always sets.
         login, _, netloc = parts.netloc.rpartition("@")
-        if login and key:
+        if login and self._key:
             raise UserError(
                 "base_url has user:password@ and OPENAI_API_KEY is set; a request carries only one: remove the other"
             )
         basic = base64.b64encode(urllib.parse.unquote(login).encode()).decode()
-        parts = parts._replace(netloc=netloc)
-        self._where = parts._replace(query="", fragment="").geturl()  # without user:password@ and ?key=…
-        budgeted = settings.max_total_tokens or settings.max_cost_usd
-        self._empty_retries, self._refused = 0 if budgeted else min(max_retries, 2), set()
-        self._fitting: dict[int, int] = {}  # characters of a prompt → tokens of a reply, where max_tokens were too many
-        # A server that drips a byte now and then never times out: its limit is that of all tries together.
-        self._patience = (max_retries + 1) * settings.request_timeout + max_retries * 120
-        connections = settings.max_concurrency
-        limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
-        self._client = openai.AsyncOpenAI(
-            base_url=parts.geturl(),
-            default_headers={"Authorization": f"Basic {basic}"} if login else None,
-            api_key=key or "none",  # a local server asks for no key, but the client refuses to start without one
-            timeout=settings.request_timeout,
-            max_retries=max_retries,
-            # The default transport looks at all its connections for each request: with 64 of them a third of the time.
-            http_client=openai.DefaultAioHttpClient(limits=limits),
-        )
+        # A local server asks for no key, but some refuse a request without any.
+        self._headers = {"Authorization": f"Basic {basic}" if login else f"Bearer {self._key or 'none'}"}
+        parts = parts._replace(netloc=netloc, fragment="")
+        self._query, parts = parts.query, parts._replace(query="")
+        self.where, self._tls = parts.geturl().rstrip("/"), parts.scheme == "https"  # without secrets
+        self._proxy, self._proxied = _proxy_for(parts.scheme, parts.hostname)
 
-    async def ask(self, prompt: str, seed: int | None = None) -> Completion:
-        """Return one reply, or what went wrong after all retries; never an empty text.
+    # -----------------------------------------------------------------------------------------------------------------
+    # What a request says, and what its reply means. The Batch API uses the same.
 
-        Its tokens are those of all tries that were answered. Each try for a reply without a text has its own seed: with
-        the same one a server would repeat itself.
+    def variant(self, prompt: str, seed: int | None, tries: int) -> tuple[str, int | None]:
+        """Return what to send at the tries-th time: another seed, since with the same a server would repeat itself."""
+        return prompt, None if seed is None else seed + tries
+
+    def settle(self, reply: Completion, tries: int) -> Completion | None:
+        """Return the reply to keep after ``tries`` earlier ones, or None to ask again."""
+        if reply.text is None and reply.error.startswith(ANOTHER_TRY) and reply.finish_reason != "length":
+            return reply if tries >= self._empty_retries else None
+        return reply
+
+    def body(self, prompt: str, seed: int | None) -> dict:
+        """Return the JSON of one request."""
+        asked = {"messages": [{"role": "user", "content": prompt}]} if self.api == "chat" else {"prompt": prompt}
+        return {"model": self.model_name, **self.settings.of(prompt, seed), **asked}
+
+    def read(self, prompt: str, body: dict, status: int, data: bytes) -> tuple[Completion, str]:
+        """Return what a response means, and what follows.
+
+        "done": a text or a lasting failure. "retry": a passing fault. "throttled": too many requests. "changed": the
+        server refused a setting; body() is another one now.
 
         Raises:
-            UserError: no retry can help: wrong key, no permission, no credit, unknown model, or no server there.
+            UserError: no retry can help: wrong key, no credit, no permission, unknown model.
+        """
+        if status == 200:
+            try:
+                reply = json.loads(data)
+            except (ValueError, RecursionError) as e:
+                what = self.words(data) if data[:1] in b"<d" else type(e).__name__
+                return Completion(None, error=f"unreadable reply ({what})"), "done"
+            if isinstance(reply, dict) and (reply.get("choices") or not reply.get("error")):
+                return self._completion(prompt, body, reply), "done"
+        fault = read_fault(data)
+        said, status = masked(fault.words, self._key), (fault.status or 200) if status == 200 else status
+        failure = Completion(None, error=named(status, said) if status != 200 else f"error with HTTP 200: {said}")
+        if NO_CREDIT.search(f"{fault.code} {fault.words}") or status == 402:
+            raise UserError(f"the account at {self.where} has no credit left ({failure.error})")
+        if status == 401:
+            raise UserError(f"{self.where} refused the key: check OPENAI_API_KEY ({failure.error})")
+        if status in BUSY:
+            return failure, "throttled"
+        if status in PASSING or status >= 500:
+            return failure, "retry"
+        if status in (400, 413, 422) and self.settings.learn(prompt, body, fault):
+            return failure, "changed"
+        if not self._answered:
+            self._check_first(status, fault, failure.error)
+        return failure, "done"
+
+    def _check_first(self, status: int, fault: Fault, error: str) -> None:
+        """Raise UserError for a refusal that all requests would meet."""
+        if status == 404 or status in (400, 422) and NO_MODEL.search(f"{fault.code} {fault.words}"):
+            what = f"has no model {self.model_name!r}, or no {self.api} endpoint: check model_name and base_url"
+            raise UserError(f"{self.where} {what} ({error})")
+        if status in (403, 451):
+            raise UserError(f"{self.where} does not let you use {self.model_name!r} ({error})")
+
+    def _completion(self, prompt: str, body: dict, data: dict) -> Completion:
+        reply = read_reply(data)
+        longest = body.get("max_tokens") or body.get("max_completion_tokens") or self.decoding.max_tokens
+        # A refused or empty reply was paid for too. English has about 4 characters a token.
+        tokens = reply.usage or (len(prompt) // 4, len(reply.text + reply.thoughts) // 4)
+        completion = Completion(
+            # no file can hold half of a surrogate pair
+            reply.text.encode("utf-8", "replace").decode(),
+            reply.finish_reason,
+            *tokens,
+            model=model if isinstance(model := data.get("model"), str) else None,
+            changed=sorted(self.settings.changed.values()) or None,
+            max_tokens=longest if isinstance(longest, int) and longest < self.decoding.max_tokens else None,
+        )
+        if reply.finish_reason == "content_filter":
+            completion.error = "content filter"
+        elif reply.finish_reason == "error":
+            completion.error = "cut off by the server"
+        elif not reply.text.strip():
+            completion.error = _nothing_said(reply, completion.completion_tokens)
+        if completion.error:
+            completion.text = None
+        else:
+            self._answered += 1
+            self._reply_tokens += (completion.completion_tokens - self._reply_tokens) / self._answered
+            self.settings.succeeded(prompt)
+        return completion
+
+    def words(self, data: bytes) -> str:
+        """Return the server's own words in an error body, in one line, without the key."""
+        return masked(read_fault(data).words, self._key)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Sending.
+
+    async def ask(self, prompt: str, seed: int | None = None) -> Completion:
+        """Return one reply, or what went wrong after all retries. Its tokens are those of all tries that were answered.
+
+        Raises:
+            UserError: no retry can help: wrong key, no permission, no credit, unknown model, no server there, or
+                nothing but refusals for too long.
         """
         prompt_tokens = completion_tokens = 0
-        for number in range(self._empty_retries + 1):
-            if number:
-                await asyncio.sleep(0.5 * 2**number * random.uniform(0.75, 1))
-            reply, again = await self._ask_once(prompt, None if seed is None else seed + number)
+        for tries in count():
+            reply = await self._deliver(*self.variant(prompt, seed, tries))
             prompt_tokens += reply.prompt_tokens
             completion_tokens += reply.completion_tokens
-            if not again:
-                break
-        return dataclasses.replace(reply, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
+            if settled := self.settle(reply, tries):
+                return dataclasses.replace(settled, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
 
-    async def _ask_once(self, prompt: str, seed: int | None, limit: int | None = None) -> tuple[Completion, bool]:
-        """Return a reply of at most ``limit`` tokens, and whether it has no text but another try may bring one."""
-        import openai
+    async def _deliver(self, prompt: str, seed: int | None) -> Completion:
+        """Send one request until it is answered, or has failed ``max_retries`` times."""
+        faults = 0
+        while True:
+            ticket = await self.pace.turn(len(prompt) / 4 + self._reply_tokens)
+            body, headers = self.body(prompt, seed), {}
+            try:
+                status, headers, data = await self.http("POST", self.path, json=body)
+                reply, follows = self.read(prompt, body, status, data)
+            except Lost as e:
+                if e.unreachable and not self._answered:
+                    raise UserError(f"nothing answers at {self.where} ({e}): is the server running?") from None
+                # One that has answered before may be starting again.
+                reply, follows = Completion(None, error=str(e)), "throttled" if e.unreachable else "retry"
+            now = time.monotonic()
+            if follows == "throttled":
+                self.pace.refused(now, ticket, headers, reply.error)
+            elif headers:
+                self.pace.accepted(now, ticket, headers, reply.prompt_tokens + reply.completion_tokens or None)
+            else:
+                self.pace.failed(now, ticket)
+            if follows == "done" or follows == "retry" and faults == self.max_retries:
+                return reply
+            if follows == "retry":
+                await asyncio.sleep(min(0.5 * 2**faults, 8) * random.uniform(0.75, 1))
+                faults += 1
 
-        where, model, settings = self._where, self.model_name, self._settings(len(prompt), seed, limit)
-        try:
-            reply, again = await asyncio.wait_for(self._send(prompt, settings), self._patience)
-            if limit and reply.text and limit < self._longest(len(prompt)):  # a prompt may be too long by itself
-                logging.warning(
-                    "the context of %s is too short for prompts of %d characters: replies of at most %d tokens to such",
-                    *(model, len(prompt), limit),
-                )
-                self._fitting[len(prompt)] = limit
-            return reply, again
-        except TimeoutError:
-            return Completion(None, error="timeout"), False
-        # The next errors leave out the server's own words, which may repeat a part of the key.
-        except openai.AuthenticationError:
-            raise UserError(f"{where} refused the key (401): check OPENAI_API_KEY") from None
-        except openai.PermissionDeniedError:
-            raise UserError(f"{where} does not let this key use {model!r} (403)") from None
-        except openai.NotFoundError:
-            raise UserError(
-                f"{where} has no model {model!r}, or no {self.api} endpoint (404): check model_name and base_url"
-            ) from None
-        except openai.APIConnectionError as e:
-            if _is_refused(e):
-                raise UserError(f"nothing answers at {where}: is the server running?") from None
-            if isinstance(e, openai.APITimeoutError):
-                return Completion(None, error="timeout"), False
-            return Completion(None, error=f"connection: {type(e.__cause__ or e).__name__}"), False
-        except openai.APIStatusError as e:
-            if e.code == "insufficient_quota":
-                raise UserError(f"the account at {where} has no credit left ({e.status_code})") from None
-            if e.status_code not in (400, 413, 422):
-                return Completion(None, error=f"HTTP {e.status_code}"), False
-            # Only the server can say why it refuses a request (an unknown setting, …).
-            said = str(e.body["message"] if isinstance(e.body, dict) and "message" in e.body else e.message)
-            if self._key:
-                said = said.replace(self._key, "…")
-            if self._adapt(settings, e.code, e.param):
-                return await self._ask_once(prompt, seed, limit)
-            tokens = settings.get("max_tokens") or settings.get("max_completion_tokens", 0)
-            if "context" in f"{e.code} {said}".lower() and tokens > self.MIN_TOKENS:
-                return await self._ask_once(prompt, seed, tokens // 2)
-            return Completion(None, error=f"HTTP {e.status_code}: {printable(shorten(said, 200))}"), False
-        except (openai.OpenAIError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as e:
-            return Completion(None, error=f"unreadable reply ({type(e).__name__})"), True
+    async def http(self, method: str, path: str, json=None, data=None) -> tuple[int, Mapping[str, str], bytes]:
+        """Send one request to a path below the base URL; return its status, headers and body.
 
-    def _longest(self, characters: int) -> int:
-        """Return the most tokens to ask for after a prompt of so many characters: a long one limits no shorter one."""
-        fitting = (tokens for length, tokens in self._fitting.items() if length <= characters)
-        return min(fitting, default=self.decoding.max_tokens)
-
-    def _settings(self, characters: int, seed: int | None, limit: int | None) -> dict:
-        settings = dataclasses.asdict(self.decoding) | {"seed": seed}
-        settings["max_tokens"] = limit or self._longest(characters)
-        if "max_tokens" in self._refused:  # the name that reasoning models use
-            settings["max_completion_tokens"] = settings["max_tokens"]
-        return {key: value for key, value in settings.items() if value is not None and key not in self._refused}
-
-    def _adapt(self, settings: dict, code: str | None, param: str | None) -> bool:
-        """Learns from a refused request, for good, what this model does not take; whether there was anything to learn.
-
-        Another request may have taught the same meanwhile: ``settings`` are those that were refused.
+        Raises:
+            Lost: no response, or only a part of one; the message names what happened.
         """
-        if code in ("unsupported_parameter", "unsupported_value") and param in settings:
-            if param in ("max_tokens", "temperature", "top_p", "stop", "seed"):
-                if param not in self._refused and param != "max_tokens":
-                    logging.warning("%s does not take %s=%r: left out", self.model_name, param, settings[param])
-                self._refused.add(param)
-                return True
-        return False
+        import aiohttp
+
+        url = self.where + path + ("?" + self._query if self._query else "")
+        session, received = self._session or self._open(), b""
+        try:
+            async with session.request(method, url, json=json, data=data, proxy=self._proxy) as response:
+                received = await response.content.readany()  # the reply may take its time until it begins
+                while not response.content.at_eof():
+                    async with asyncio.timeout(IDLE):
+                        received += await response.content.readany()
+                return response.status, response.headers, received
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as e:
+            lost = Lost(_transport_fault(e, stalled=bool(received)) + self._proxied)
+            lost.unreachable = isinstance(e, aiohttp.ClientConnectorError)
+            raise lost from None
+
+    def _open(self):
+        import ssl
+
+        import aiohttp
+        import certifi
+
+        # Some systems' Pythons have no root certificates of their own (macOS); SSL_CERT_FILE counts as well.
+        context = ssl.create_default_context() if self._tls else None
+        if context:
+            context.load_verify_locations(certifi.where())
+        # Servers close idle connections after 5 s (uvicorn) or more: a request on one that is being closed is lost.
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4, ssl=context or True)
+        timeout = aiohttp.ClientTimeout(total=self._timeout)
+        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=self._headers)
+        return self._session
 
     async def close(self) -> None:
         """Close the connections, which belong to the event loop that opened them."""
-        await self._client.close()
-
-    async def _send(self, prompt: str, settings: dict) -> tuple[Completion, bool]:
-        # The client's bare post() skips its checks of the request and its models of the reply: half of its time.
-        import httpx2
-
-        body = {"model": self.model_name, **settings}
-        if self.api == "chat":
-            body["messages"] = [{"role": "user", "content": prompt}]
-        else:
-            body["prompt"] = prompt
-        path = "/chat/completions" if self.api == "chat" else "/completions"
-        reply = (await self._client.post(path, cast_to=httpx2.Response, body=body)).json()
-        choice = (reply.get("choices") or [{}])[0]
-        message = choice.get("message") or {}
-        # Some models put refusals in a separate field; treat it as the reply.
-        text = message.get("content") or message.get("refusal") if self.api == "chat" else choice.get("text")
-        if text is not None and not isinstance(text, str):
-            raise TypeError("the text is not a string")
-        finish_reason, usage = choice.get("finish_reason"), reply.get("usage") or {}
-        # A refused or empty reply was paid for too.
-        tokens = (usage.get("prompt_tokens"), usage.get("completion_tokens"))
-        if not all(isinstance(count, int) for count in tokens):  # some servers do not count
-            tokens = (len(prompt) // 4, len(text or "") // 4)  # English has about 4 characters a token
-        model, left_out = reply.get("model"), sorted(self._refused - settings.keys() - {"max_tokens"})
-        who = {"model": model if isinstance(model, str) else None, "left_out": left_out or None}
-        longest = settings.get("max_tokens") or settings.get("max_completion_tokens")
-        who["max_tokens"] = longest if longest and longest < self.decoding.max_tokens else None
-        if finish_reason == "content_filter":
-            return Completion(None, finish_reason, *tokens, error="content filter", **who), True
-        if finish_reason in ("error", "abort"):  # by the server
-            return Completion(None, finish_reason, *tokens, f"cut off (finish_reason {finish_reason})", **who), True
-        if not text or not text.strip():  # one that stopped for its length was all reasoning, and would be again
-            error = f"empty reply (finish_reason {finish_reason})"
-            return Completion(None, finish_reason, *tokens, error, **who), finish_reason != "length"
-        text = text.encode("utf-8", "replace").decode()  # no file can hold half of a surrogate pair
-        return Completion(text, finish_reason, *tokens, **who), False
+        if self._session:
+            await self._session.close()
+        self._session = None
 
 
-class Answerer:
+class Answerer(Teacher):
     """A teacher that is being judged: an empty reply that ended normally is its answer, as it is a local model's.
 
     A refused, cut off or unreadable reply stays a failure.
     """
 
-    def __init__(self, teacher: Teacher):
-        self.teacher, self.close = teacher, teacher.close
-
-    async def ask(self, prompt: str, seed: int | None = None) -> Completion:
-        """Return the teacher's reply; its text is "" where an empty one had the finish reason "stop"."""
-        reply = await self.teacher.ask(prompt, seed)
-        empty = reply.text is None and reply.finish_reason == "stop"
-        return dataclasses.replace(reply, text="", error=None) if empty else reply
+    def settle(self, reply: Completion, tries: int) -> Completion | None:
+        """Return the reply to keep; its text is "" where an empty one had the finish reason "stop"."""
+        settled = super().settle(reply, tries)
+        if settled and settled.text is None and settled.error == "empty reply (finish_reason stop)":
+            return dataclasses.replace(settled, text="", error=None)
+        return settled
 
 
-def _is_refused(e: BaseException | None) -> bool:
-    """Whether nothing listens at the address; the client wraps this error several times."""
-    while e is not None and not isinstance(e, ConnectionRefusedError):
-        e = e.__cause__ or e.__context__
-    return e is not None
+def _nothing_said(reply, tokens: int) -> str:
+    if reply.finish_reason == "length" and reply.thoughts:
+        return f"no answer: all {tokens:,} tokens went into thoughts (allow more)"
+    if reply.thoughts:
+        return "no answer: the server put all of the text into its thoughts"
+    return f"empty reply (finish_reason {reply.finish_reason})"
+
+
+def _transport_fault(e: BaseException, stalled: bool) -> str:
+    """Name what happened to a request that brought no response."""
+    import aiohttp
+
+    if isinstance(e, TimeoutError):
+        return f"timeout: the reply stalled for {IDLE:g} s" if stalled else "timeout"
+    if isinstance(e, aiohttp.ClientConnectorCertificateError):
+        return f"certificate refused: {e.certificate_error}"
+    if isinstance(e, aiohttp.ClientConnectorSSLError):
+        return "no TLS there: does the address begin with http://?"
+    if isinstance(e, aiohttp.ClientConnectorDNSError):
+        return "no such host"
+    if isinstance(e, aiohttp.ClientHttpProxyError):
+        return f"the proxy answered HTTP {e.status}"
+    if isinstance(e, aiohttp.ClientResponseError):
+        return "the response is not HTTP"
+    if isinstance(e, ConnectionResetError):
+        return "connection reset"
+    if isinstance(e, aiohttp.ServerDisconnectedError | aiohttp.ClientPayloadError):
+        return "connection closed"
+    return f"connection: {getattr(e, 'strerror', None) or type(e).__name__}"
+
+
+def _api_key() -> str | None:
+    """Return OPENAI_API_KEY without white space around it; UserError if no header can carry it."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    for place, character in enumerate(key, 1):
+        if not "!" <= character <= "~":
+            raise UserError(f"OPENAI_API_KEY has {character!a} as character {place}, which no key has: copy it again")
+    return key or None
+
+
+def _proxy_for(scheme: str, host: str) -> tuple[str | None, str]:
+    """Return the proxy that the environment names for a host, never for this machine itself, and a note for errors."""
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost"
+    proxy = None if local or urllib.request.proxy_bypass(host) else urllib.request.getproxies().get(scheme)
+    return proxy, f", through the proxy of {scheme}_proxy" if proxy else ""
 
 
 def _is_url(text: str) -> bool:

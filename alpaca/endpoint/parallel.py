@@ -17,15 +17,18 @@ from tqdm import tqdm
 
 from alpaca import UserError
 from alpaca.common.journal import Journal
-from alpaca.endpoint.budget import Budget, in_words
+from alpaca.endpoint.budget import Budget, in_words, spread
 from alpaca.endpoint.client import Completion, Teacher
+
+FIELDS = [field.name for field in dataclasses.fields(Completion)]
+SAVE_EVERY = 30.0  # seconds between two calls of at_intervals()
 
 
 def recorded(journal: Journal) -> Iterator[tuple[int, Completion]]:
     """Yield the number and the reply of each request in a journal; one that was retried comes again."""
     for entry in journal.entries:
         if "i" in entry:
-            yield entry["i"], Completion(**{key: value for key, value in entry.items() if key != "i"})
+            yield entry["i"], Completion(**{field: entry[field] for field in FIELDS if field in entry})
 
 
 async def ask_all(
@@ -37,6 +40,7 @@ async def ask_all(
     want: Callable[[int, int], bool],
     max_concurrency: int,
     retry_failed: bool = False,
+    at_intervals: Callable[[], None] | None = None,
 ) -> None:
     """Send requests 0, 1, 2, … with many in flight, journal each reply, and hand the replies on in order.
 
@@ -44,7 +48,7 @@ async def ask_all(
     and not requested again.
 
     Args:
-        teacher: has ``ask`` and ``close``.
+        teacher: has ``ask``, ``close`` and ``pace``.
         request: number → (prompt, seed).
         journal: gets an entry ``{"i": number, …Completion}`` for each reply, before the reply counts.
         arrived: called for each reply at once, in the event loop (to count its cost), with False for one from the
@@ -53,8 +57,9 @@ async def ask_all(
             loop; it may take its time.
         want: whether to send the next request now, given its number and how many before it have not been handed on.
             All is done when it declines and none of them is left.
-        max_concurrency: requests in flight at most.
+        max_concurrency: requests in flight at most; the server's pace may allow fewer.
         retry_failed: ask again where the journal has a reply without a text; its cost still counts, its failure not.
+        at_intervals: called every half minute in the thread of in_order(), while that waits for a reply as well.
 
     Raises:
         UserError: from Teacher.ask. It and Ctrl-C end the requests in flight; replies that have arrived are journaled.
@@ -67,7 +72,10 @@ async def ask_all(
             known[number] = reply
     # Two threads beside the event loop: replies are on disk soon, however long those before them take to be handed on.
     with ThreadPoolExecutor(max_workers=1) as scribe, ThreadPoolExecutor(max_workers=1) as clerk:
-        await _Run(teacher, request, journal, arrived, in_order, want, max_concurrency, known, scribe, clerk).run()
+        run = _Run(
+            teacher, request, journal, arrived, in_order, want, max_concurrency, at_intervals, known, scribe, clerk
+        )
+        await run.run()
 
 
 @dataclasses.dataclass
@@ -81,6 +89,7 @@ class _Run:
     in_order: Callable[[Completion], None]
     want: Callable[[int, int], bool]
     max_concurrency: int
+    at_intervals: Callable[[], None] | None
     known: dict[int, Completion]  # from the journal
     scribe: Executor
     clerk: Executor
@@ -95,6 +104,7 @@ class _Run:
 
     async def run(self) -> None:
         filing, replayed = self._watched(asyncio.ensure_future(self._file_new())), False
+        ticking = asyncio.create_task(self._tick())
         try:
             while True:
                 await self.news.wait()
@@ -109,14 +119,14 @@ class _Run:
                     filing.result()
                     if self.new:
                         filing = self._watched(asyncio.ensure_future(self._file_new()))
-                while replayed and len(self.pending) < self.max_concurrency and (i := self._next()) is not None:
+                while replayed and len(self.pending) < self._most() and (i := self._next()) is not None:
                     self.pending.add(self._watched(asyncio.create_task(self._keep_asking(i))))
                 if replayed and not (self.pending or self.handing or self.new) and filing.done():
                     return
         finally:
-            for task in self.pending:
+            for task in (*self.pending, ticking):
                 task.cancel()
-            await asyncio.gather(*self.pending, filing, return_exceptions=True)
+            await asyncio.gather(*self.pending, ticking, filing, return_exceptions=True)
             try:
                 if self.new:
                     await self._file_new()
@@ -127,6 +137,14 @@ class _Run:
     def _watched(self, future: asyncio.Future) -> asyncio.Future:
         future.add_done_callback(lambda _: self.news.set())
         return future
+
+    def _most(self) -> int:
+        return min(self.max_concurrency, int(self.teacher.pace.window))
+
+    async def _tick(self) -> None:
+        while self.at_intervals:
+            await asyncio.sleep(SAVE_EVERY)
+            await self.loop.run_in_executor(self.clerk, self.at_intervals)
 
     def _next(self) -> int | None:
         """Return the number of the next request to send, or None if it has to wait."""
@@ -146,7 +164,7 @@ class _Run:
             self.arrived(reply, True)
             self.new.append((i, reply))
             self.news.set()
-            i = self._next()
+            i = self._next() if len(self.pending) <= self._most() else None
 
     async def _file_new(self) -> None:
         """Journal all new replies with one fsync, then hand them to the clerk."""
@@ -163,46 +181,51 @@ class _Run:
             self.handed_on += 1
 
 
-def print_forecast(budget: Budget, requests: float, characters: float, max_tokens: int, assumed: str = "") -> None:
-    """Print an upper bound for prompts of so many characters, since a reply rarely has ``max_tokens`` tokens."""
-    tokens = characters / 4  # English has about 4 characters a token
-    print(
-        f"forecast{assumed}: at most {budget.forecast(requests, tokens, max_tokens)} (about {tokens:,.0f} of them in "
-        "each prompt); updated, with the time, after the first replies"
-    )
+def print_forecast(budget: Budget, requests: tuple[float, float], characters: float, max_tokens: int) -> None:
+    """Print an estimate for prompts of so many characters. Few replies are shorter than a tenth of ``max_tokens``."""
+    text = budget.forecast(requests, characters / 4, (max_tokens / 10, max_tokens))  # English: 4 characters a token
+    print(f"forecast: {text}; updated as replies arrive")
 
 
 @asynccontextmanager
 async def progress_bar(
-    budget: Budget, unit: str, total: int, done: Callable[[], int], left: Callable[[], float]
+    budget: Budget, pace, unit: str, total: int, done: Callable[[], int], left: Callable[[], float], exact: bool
 ) -> AsyncIterator[None]:
-    """Show a bar with what a run has used, and a second forecast after its first replies.
+    """Show a bar with what a run has used and the server's pace, and a forecast after 8, 16, 32, … replies.
 
     It is redrawn twice a second on a terminal, and twice a minute in a file, which would fill with it.
 
     Args:
         budget: counts the replies.
+        pace: the teacher's.
         unit: the name of what is made.
         total: how many are wanted.
         done: how many there are.
         left: how many more requests that should take, judged by the replies so far.
+        exact: whether ``left`` is a count, not an estimate.
     """
-    first = max(8, budget.settings.max_concurrency)  # replies, until they tell enough
+    forecast_due = 8  # replies
 
     def redraw() -> None:
         bar.n, bar.total = done(), max(bar.total, done())  # a reply may hold more than was asked for
         failed = f", {budget.failures.total()} failed" if budget.failures else ""
-        bar.set_postfix_str(f"{budget.replies} replies, tokens {budget.used()}{failed}")
+        bar.set_postfix_str(f"{budget.replies} replies, tokens {budget.used()}{failed}, {pace}".rstrip(", "))
+
+    def forecast() -> str:
+        sure = 1 + 2 / budget.new_replies**0.5  # two standard errors, if replies differ as much as their mean
+        requests = (left(), left()) if exact else (left() / sure, left() * sure)
+        prompt, reply = budget.prompt_tokens / budget.replies, budget.completion_tokens / budget.replies
+        minutes = [n * budget.seconds() / budget.new_replies / 60 for n in requests]
+        rest = budget.forecast(requests, prompt, (reply / sure, reply * sure) if exact else (reply, reply))
+        return f"forecast after {budget.replies} replies: {rest}, {spread(*minutes, '{:,.1f}')} min more"
 
     async def keep_redrawing() -> None:
-        due, forecast_due = 0.0, True
+        nonlocal forecast_due
+        due = 0.0
         while True:
-            if forecast_due and budget.new_replies >= first and (more := left()) > 0:
-                forecast_due = False
-                each = budget.prompt_tokens / budget.replies, budget.completion_tokens / budget.replies
-                minutes = more * budget.seconds() / budget.new_replies / 60
-                rest = budget.forecast(more, *each)
-                bar.write(f"forecast, after {budget.replies} replies: about {rest}, {minutes:,.1f} min more")
+            if budget.new_replies >= forecast_due and left() >= 1:
+                forecast_due = 2 * budget.new_replies
+                bar.write(forecast())
             if budget.seconds() >= due:
                 due = budget.seconds() + (0.5 if sys.stderr.isatty() else 30)
                 redraw()
@@ -229,7 +252,7 @@ def ask_each(
     """Ask for a reply to each prompt that has none with a text in the journal, within a budget.
 
     Args:
-        teacher: has ``ask`` and ``close``.
+        teacher: as in ask_all().
         prompts: the same, in the same order, each time that the run continues.
         seed: sent with each request.
         journal: as in ask_all(); a request that failed in an earlier run is sent again.
@@ -243,7 +266,7 @@ def ask_each(
     earlier = sum(reply.text is not None for _, reply in recorded(journal))
     missing = len(prompts) - earlier
     if missing and not budget.exhausted():
-        print_forecast(budget, missing, sum(map(len, prompts)) / len(prompts), max_tokens)
+        print_forecast(budget, (missing, missing), sum(map(len, prompts)) / len(prompts), max_tokens)
 
     def want(number: int, in_flight: int) -> bool:
         return number < len(prompts) and not budget.exhausted() and not budget.failing()
@@ -251,7 +274,7 @@ def ask_each(
     async def run() -> None:
         counts = (lambda: earlier + budget.new_replies), (lambda: missing - budget.new_replies)
         ways = (lambda i: (prompts[i], seed)), journal, budget.arrived, (lambda reply: None), want
-        async with progress_bar(budget, unit, len(prompts), *counts):
+        async with progress_bar(budget, teacher.pace, unit, len(prompts), *counts, exact=True):
             await ask_all(teacher, *ways, budget.settings.max_concurrency, retry_failed=True)
 
     try:

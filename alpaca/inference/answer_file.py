@@ -22,12 +22,13 @@ from tqdm import tqdm
 from alpaca import UserError
 from alpaca.common.journal import Journal, check_output
 from alpaca.common.records import LIST_HINT, read_entries, write_records
-from alpaca.common.text import check_utf8
+from alpaca.common.text import check_utf8, without_thoughts
 from alpaca.inference.adapters import base_of, is_adapter
 from alpaca.inference.chat import request_ids
 from alpaca.inference.generate import Settings, answer_batch, batches, longest_answer
 
 SKIP = " (skip_errors leaves it out)"
+UNENDED = "no answer: thoughts without an end; allow more tokens"
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ def answer_file(
     """Write the requests' records with "output" and "generator" to ``output_path``, in their order.
 
     It is JSON Lines, or a JSON list if the name ends in ``.json``: alpaca_eval reads that. An instruction that does not
-    fit the context gets "error" and no "output".
+    fit the context gets "error" and no "output", and so does a reply whose thoughts do not end; thoughts before an
+    answer are left out.
 
     Args:
         requests: from read_requests().
@@ -115,8 +117,8 @@ def answer_file(
         finish_reason: whether to add "finish_reason", as servers do: "length" if the answer was cut off, else "stop".
 
     Returns:
-        Counts: "answers", "earlier" (those found in the journal), "tokens" (of this run's answers), "cut" (answers that
-        reached max_new_tokens or the end of the context), "too_long".
+        Counts: "answers", "earlier" (replies found in the journal), "tokens" (of this run's replies), "cut" (answers
+        that reached max_new_tokens or the end of the context), "too_long" (instructions), "unended" (thoughts).
 
     Raises:
         UserError: the file exists, the journal is of another run, or an instruction does not fit the context.
@@ -140,14 +142,18 @@ def answer_file(
         settings = _with_seed(journal, settings)
         journal.begin(identity | asdict(settings))
         answered = {entry["row"]: entry for entry in journal.entries[1:]}
-        counts = {"answers": len(fitting), "earlier": len(answered), "too_long": len(errors)}
+        counts = {"earlier": len(answered), "too_long": len(errors)}
         counts["tokens"] = _answer_rest(model, tokenizer, prompts, planned, settings, journal, answered)
-        counts["cut"] = sum(entry["cut"] for entry in answered.values())
+        replies = {row: without_thoughts(entry["output"]) for row, entry in answered.items()}
+        answers = {row: text.strip() for row, text in replies.items() if text is not None}
+        errors |= dict.fromkeys(replies.keys() - answers.keys(), UNENDED)
+        counts |= {"answers": len(answers), "unended": len(replies) - len(answers)}
+        counts["cut"] = sum(answered[row]["cut"] for row in answers)
         fields = more() if more else [{} for _ in requests]
         if finish_reason:
-            for row, entry in answered.items():
-                fields[row]["finish_reason"] = "length" if entry["cut"] else "stop"
-        _write(output_path, requests, answered, errors, generator, fields)
+            for row in answers:
+                fields[row]["finish_reason"] = "length" if answered[row]["cut"] else "stop"
+        _write(output_path, requests, answers, errors, generator, fields)
         journal_path.unlink()
     return counts
 
@@ -192,10 +198,10 @@ def _answer_rest(model, tokenizer, prompts, planned, settings: Settings, journal
     return new
 
 
-def _write(path: Path, requests: list[Request], answered: dict, errors: dict, generator: str, more: list[dict]) -> None:
+def _write(path: Path, requests: list[Request], answers: dict, errors: dict, generator: str, more: list[dict]) -> None:
     rows = []
     for row, (request, fields) in enumerate(zip(requests, more, strict=True)):
-        said = {"error": errors[row]} if row in errors else {"output": answered[row]["output"], "generator": generator}
+        said = {"error": errors[row]} if row in errors else {"output": answers[row], "generator": generator}
         stale = "output" if row in errors else "error"  # of an earlier run
         rows.append({key: value for key, value in request.record.items() if key != stale} | said | fields)
     write_records(rows, path, lines=path.suffix != ".json")

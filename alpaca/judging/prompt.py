@@ -12,6 +12,7 @@ import re
 
 from alpaca import UserError
 from alpaca.common.files import read_text
+from alpaca.common.text import without_thoughts
 from alpaca.data.instruction_sets import Item
 from alpaca.endpoint.client import Completion, Teacher
 
@@ -23,6 +24,33 @@ SEED_STEP = 10  # between the seeds of these: Teacher.ask counts up from each wh
 REMINDER = (
     "\n\nA reply that does not end in the line asked for cannot be counted. Its last line must be one of these three, "
     "with nothing behind it:\nVerdict: A\nVerdict: B\nVerdict: tie"
+)
+
+
+# No two neighboring parts match the same run of characters, so a degenerate reply is read fast too.
+MARKUP = re.compile(r"[*_`#$]|\\(?:boxed|text\w*|[()\[\]])|</\w+>|<answer>|<\|[^|<>\n]*\|>")  # "</s>", "<|im_end|>" too
+# Two other spellings: a pair of a JSON object, and [[A]] or \boxed{A} on its own line.
+SPELLED = re.compile(
+    r"""["'](?:final)?verdict["']\s*:\s*["']([^"'\n]*)["']|^[^\w\n]*(?:\[\[|\{)(\w+)[\]}][^\w\n]*$""",
+    re.IGNORECASE | re.MULTILINE,
+)
+SAID = (
+    r"((?:(?:answer|assistant|response|option)\s)?[ab]|(?:it(?:['’]s|\sis)\s)?(?:a\s)?(?:tie|tied|draw|both|equal))\b"
+)
+GAP = r""" \t\r\xa0:：=–—"'“‘(\[{<>-"""  # characters that may stand between "Verdict" and "A"
+END = r"[^\w\n?/❌]*$"  # of the line; "!" and emoji may precede it
+VERDICT = re.compile(
+    # "Verdict" begins a line or follows a sentence; in quotes within a line it is another's.
+    r"(?:^[^\w\n]*|(?<=[.!?…]\s)|(?<=。))(?:(?:the|my)\s)?(?:(?:final|overall)\s)?verdict\b"
+    # After "A" the line ends, or a sentence, or a reason follows: "A good answer", "A or B" and "A?" are no verdicts.
+    rf"(?:(?:\sis\b)?[{GAP}]*{SAID}(?:{END}|[\"'”’)\]}}>]*(?:[.!。！](?=\s)(?!.*\?)|,?\s(?:because|since|as)\b"
+    r"|(?=\s?[,;(–—]|\s-\s)(?!.*(?:\b(?:a|b|or|tie|not|no)\b|\?))))"
+    # It may have the next line to itself, but not as the first of a list of the three.
+    rf"|[{GAP}]*\n[\n{GAP}]*{SAID}{END}(?!\W*(?:a|b|tie)\W*$))?",
+    re.IGNORECASE | re.MULTILINE,
+)
+RETRACTED = re.compile(
+    r"\b(?:wait|actually|reconsider|correction|on second thought|on reflection|change my|no,)", re.IGNORECASE
 )
 
 
@@ -57,20 +85,18 @@ def fill(prompt: str, item: Item, shown: Shown) -> str:
 
 
 def verdict(reply: str) -> str | None:
-    """Return "first", "second" or "tie", as the reply's last line says ("Verdict: A", "B" or "tie"), else None.
+    """Return "first", "second" or "tie", as the reply says in its last verdict ("Verdict: A", "B" or "tie"), else None.
 
-    Case and Markdown do not matter. A reply with two different verdicts has none. Thoughts before the reply (up to
-    "</think>") are not part of it; a reply that was cut off in them has none.
+    Case and Markdown do not matter, a reason may precede or follow, and thoughts are not part of a reply. None if the
+    reply contains two different verdicts or takes one back, or if its last one can be read in two ways.
     """
-    if reply.lstrip().startswith("<think>") and "</think>" not in reply:
+    text = SPELLED.sub(r"\nVerdict: \1\2\n", MARKUP.sub("", without_thoughts(reply) or ""))
+    found = list(VERDICT.finditer(text))
+    words = [(match[1] or match[2] or "?").split()[-1].lower() for match in found]
+    said = {{"a": "first", "b": "second"}.get(word, "tie") for word in words if word != "?"}
+    if len(said) != 1 or words[-1] == "?" or RETRACTED.search(text, found[-1].end()):
         return None
-    lines = [re.sub(r"[*_`#>\[\]()\"']", "", line).strip() for line in reply.rpartition("</think>")[2].splitlines()]
-    lines = [line for line in lines if line]
-    found = [re.fullmatch(r"(?:final )?verdict\s*[:：]\s*(?:answer )?(a|b|tie)\.?", line, re.I) for line in lines]
-    said = {match[1].lower() for match in found if match}
-    if len(said) != 1 or not found[-1]:
-        return None
-    return {"a": "first", "b": "second", "tie": "tie"}[said.pop()]
+    return said.pop()
 
 
 class Judge:
@@ -79,18 +105,31 @@ class Judge:
     def __init__(self, teacher: Teacher):
         self.teacher, self.close = teacher, teacher.close
 
+    def variant(self, prompt: str, seed: int, tries: int) -> tuple[str, int]:
+        """Return the prompt and the seed of the request after so many ``tries``."""
+        return prompt + REMINDER * bool(tries), seed + SEED_STEP * tries
+
+    def settle(self, reply: Completion, tries: int) -> Completion | None:
+        """Return the reply to keep after so many ``tries`` before it, or None to ask again.
+
+        A reply cut off for length has no verdict: what looks like one may be part of unfinished thoughts.
+        """
+        cut = reply.finish_reason == "length"
+        if reply.text is None or not cut and verdict(reply.text):
+            return reply
+        error = "cut off before a verdict" if cut else f"no verdict in {ASKS} replies"
+        return dataclasses.replace(reply, error=error) if tries + 1 == ASKS else None
+
     async def ask(self, prompt: str, seed: int) -> Completion:
         """Ask as Teacher.ask does; ASKS replies without a verdict are a failure, with the last one's text."""
-        prompt_tokens = completion_tokens = 0
-        for number in range(ASKS):
-            reply = await self.teacher.ask(prompt + REMINDER * bool(number), seed + SEED_STEP * number)
+        prompt_tokens, completion_tokens, kept = 0, 0, None
+        for tries in range(ASKS):
+            reply = await self.teacher.ask(*self.variant(prompt, seed, tries))
             prompt_tokens += reply.prompt_tokens
             completion_tokens += reply.completion_tokens
-            if reply.text is None or verdict(reply.text):
+            if kept := self.settle(reply, tries):
                 break
-        else:
-            reply.error = f"no verdict in {ASKS} replies"
-        return dataclasses.replace(reply, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
+        return dataclasses.replace(kept, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
 
 
 def judgment(item: Item, shown: Shown, judge: dict, reply: Completion | None = None) -> dict:

@@ -46,8 +46,6 @@ def test_a_chat_request_has_one_user_message_and_only_the_settings_that_are_set(
             "model": "m",
             "messages": [{"role": "user", "content": "p"}],
             "max_tokens": 9,
-            "temperature": 1.0,
-            "top_p": 1.0,
             "seed": 5,
         }
     ]
@@ -55,9 +53,9 @@ def test_a_chat_request_has_one_user_message_and_only_the_settings_that_are_set(
 
 def test_a_completions_request_has_the_bare_prompt(teacher):
     server = teacher(lambda n, body: ("hi", "length"))
-    assert ask(server, api="completions", stop=["\n\n"]) == [Completion("hi", "length", 7, 5)]
+    assert ask(server, api="completions", stop=["\n\n"], temperature=0.5, top_p=1) == [Completion("hi", "length", 7, 5)]
     assert server.requests == [
-        {"model": "m", "prompt": "p", "max_tokens": 3072, "temperature": 1.0, "top_p": 1.0, "stop": ["\n\n"]}
+        {"model": "m", "prompt": "p", "max_tokens": 3072, "temperature": 0.5, "stop": ["\n\n"]}
     ]
 
 
@@ -127,7 +125,7 @@ def test_what_no_retry_can_mend_ends_after_one_request_without_the_key(teacher, 
     server = teacher(lambda n, body: status)
     with pytest.raises(UserError) as caught:
         ask(server, max_retries=5)
-    assert f"({status})" in str(caught.value) and word in str(caught.value) and server.base_url in str(caught.value)
+    assert f"(HTTP {status}: fault {status})" in str(caught.value) and word in str(caught.value) and server.base_url in str(caught.value)
     assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
     assert "check api" not in str(caught.value) and "teacher" not in str(
         caught.value
@@ -159,10 +157,9 @@ def test_faults_that_pass_are_tried_again(teacher):
 
 def test_faults_that_stay_are_named_and_never_an_empty_answer(teacher):
     faults = {
-        "HTTP 429": 429,
-        "HTTP 500": 500,
+        "HTTP 500: fault 500": 500,
         "HTTP 400: fault 400": 400,
-        "connection: ReadError": "half",
+        "connection closed": "half",
         "empty reply (finish_reason stop)": "null",
         "empty reply (finish_reason length)": ("", "length"),
         "empty reply (finish_reason None)": "empty",
@@ -214,8 +211,8 @@ def test_with_a_budget_a_reply_without_a_text_is_not_asked_for_again(teacher):
     ("answer", "error"),
     [
         (" \n ", "empty reply (finish_reason stop)"),
-        (("half a", "abort"), "cut off (finish_reason abort)"),
-        (("half a", "error"), "cut off (finish_reason error)"),
+        (("half a", "abort"), "cut off by the server"),
+        (("half a", "error"), "cut off by the server"),
     ],
 )
 def test_what_is_blank_or_was_cut_off_by_the_server_is_a_failure(teacher, answer, error):
@@ -232,7 +229,7 @@ def test_a_key_in_the_address_is_not_repeated_in_an_error(teacher):
     url = teacher(lambda n, body: 401).base_url + "?key=SECRET"
     with pytest.raises(UserError) as caught:
         ask(url)
-    assert "SECRET" not in str(caught.value) and "(401)" in str(caught.value)
+    assert "SECRET" not in str(caught.value) and "(HTTP 401" in str(caught.value)
 
 
 def test_one_prompt_that_is_too_long_by_itself_does_not_shorten_the_replies_to_others(teacher):
@@ -266,20 +263,23 @@ def test_a_setting_that_the_model_does_not_take_is_left_out_for_good_and_told_on
         return "ok"
 
     server = teacher(answer)
-    assert [reply.text for reply in ask(server, "abc", stop=["x"], max_tokens=9)] == ["ok"] * 3
+    assert [reply.text for reply in ask(server, "abc", stop=["x"], max_tokens=9, temperature=0.0)] == ["ok"] * 3
     assert [body for body in server.requests if "temperature" not in body][-1] == {
         "model": "m",
         "messages": server.requests[-1]["messages"],
         "max_completion_tokens": 9,
-        "top_p": 1.0,
     }
     told = sorted(record.getMessage() for record in caplog.records if record.name == "root")
-    assert told == ["m does not take stop=['x']: left out", "m does not take temperature=1.0: left out"]
+    assert told == [
+        "m refused a setting: max_tokens sent as max_completion_tokens",
+        "m refused a setting: stop left out",
+        "m refused a setting: temperature left out",
+    ]
 
 
 def test_a_setting_that_is_refused_even_when_it_is_left_out_is_a_failure(teacher):
     server = teacher(lambda n, body: ("unsupported", "temperature"))
-    assert ask(server)[0].error == "HTTP 400: no temperature here"
+    assert ask(server, temperature=0.0)[0].error == "HTTP 400: no temperature here"
     assert len(server.requests) == 2
 
 
@@ -290,12 +290,12 @@ def test_a_servers_words_do_nothing_to_a_terminal(teacher):
 
 def test_an_account_without_credit_ends_at_once(teacher):
     server = teacher(lambda n, body: ("quota", 429))
-    assert_user_error(lambda: ask(server), "no credit left (429)")
+    assert_user_error(lambda: ask(server), "has no credit left (HTTP 429: pay)")
 
 
 def test_one_fault_leaves_the_other_replies(teacher):
     replies = ask(teacher(lambda n, body: 500 if prompt_of(body) == "b" else "ok"), "abc")
-    assert [(reply.text, reply.error) for reply in replies] == [("ok", None), (None, "HTTP 500"), ("ok", None)]
+    assert [(reply.text, reply.error) for reply in replies] == [("ok", None), (None, "HTTP 500: fault 500"), ("ok", None)]
 
 
 def test_a_reply_that_does_not_come_is_a_timeout(teacher):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import train
 import utils
 from alpaca.data.instruction_sets import read_answers, read_set
 from alpaca.inference import answer_file
+from alpaca.inference.generate import Settings
 from alpaca.inference.load import load
 from alpaca.training.evaluate import reference_losses
 
@@ -109,6 +111,28 @@ def test_an_answer_that_ended_by_itself_says_stop_and_one_that_was_cut_length(ti
     judge.answer(instructions, str(output), model_path=str(tiny_llama), max_new_tokens=3, device="cpu")
     ends = {row["output"]: row["finish_reason"] for row in read(output)}
     assert ends == {"It ends.": "stop", "It goes on and": "length"}
+
+
+def test_thoughts_are_left_out_of_answers_and_without_an_end_they_are_an_error(tiny_llama, tmp_path, monkeypatch):
+    raw = [" <think>\nhm\n</think>\n\nIt ends.", "<think>\nIt goes on", "<think>hm</think>", "hm\n</think>\nIt goes"]
+    made = list(zip(raw, (3, 9, 3, 9), (False, True, False, True), strict=True))
+    monkeypatch.setattr(answer_file, "answer_batch", lambda model, tokenizer, ids, *_: [made.pop(0) for _ in ids])
+    removed = []
+    monkeypatch.setattr(Path, "unlink", lambda path, **_: removed.append(path.read_text()))
+    records = [{"instruction": "Say it.", "input": "", "output": "stale", "error": "stale"} for _ in raw]
+    requests = [answer_file.Request("", record, record["instruction"], "") for record in records]
+    run = (*load(tiny_llama, "cpu"), requests, tmp_path / "out.jsonl", "alpaca", Settings(9), 1 << 14, "me", {})
+    counts = answer_file.answer_file(*run, finish_reason=True)
+    assert [
+        (row.get("output"), row.get("error"), row.get("finish_reason")) for row in read(tmp_path / "out.jsonl")
+    ] == [
+        ("It ends.", None, "stop"),
+        (None, "no answer: thoughts without an end; allow more tokens", None),
+        ("", None, "stop"),
+        ("It goes", None, "length"),
+    ]
+    assert counts == {"answers": 3, "unended": 1, "cut": 1, "earlier": 0, "too_long": 0, "tokens": 0}
+    assert [json.dumps(text.strip()) in removed[-1] for text in raw] == [True] * 4  # the journal has what was said
 
 
 def test_a_run_that_ends_before_its_losses_goes_on_without_answering_again(tiny_llama, tmp_path, monkeypatch):

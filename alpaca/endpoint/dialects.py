@@ -1,0 +1,226 @@
+"""What OpenAI-compatible servers refuse, and what they mean by what they say: one table for each.
+
+A server with a dialect of its own needs a word in a table here, and a line in tests/endpoint/test_dialects.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+import logging
+import re
+from collections.abc import Iterator
+from http import HTTPStatus
+
+from alpaca.common.text import printable, shorten, without_thoughts
+
+# Spellings of a finish reason, in lower case. Any other on a text means that the text is whole.
+FINISH_REASONS = {
+    "length": "length max_tokens max_output_tokens model_length max_length token_limit".split(),
+    "content_filter": "content_filter safety recitation blocklist prohibited_content spii refusal sensitive".split(),
+    "error": "error abort aborted cancelled canceled insufficient_system_resource network_error".split(),
+}
+# Settings that may be left out where a server refuses them: of two that it does not take together, the first here.
+OPTIONAL = ("response_format", "seed", "top_p", "stop", "temperature")
+LENGTHS = ("max_tokens", "max_completion_tokens")  # the second is the name that reasoning models use
+DEFAULTS = {"temperature": 1.0, "top_p": 1.0}  # of the API; a setting at its default is not sent
+MIN_TOKENS = 64  # a context without room for these is too short for the prompt
+SAID = ("message", "msg", "error", "errors", "detail", "title", "raw")  # where a body of any shape has its words
+NO_CREDIT = re.compile(r"insufficient[_ ](quota|balance|credits?|funds)", re.I)
+NO_MODEL = re.compile(r"model\b.{0,200}\b(not exist|n.t exist|not found|not a valid|unknown|invalid|no such)|"
+                      r"(unknown|invalid|no such|not a valid) model|model_not_found", re.I)  # fmt: skip
+
+
+@dataclasses.dataclass
+class Fault:
+    """What an error body says: ``names`` are the settings that it points at, ``status`` its own idea of the status."""
+
+    words: str = ""
+    code: str = ""
+    names: list[str] = dataclasses.field(default_factory=list)
+    status: int | None = None
+
+
+def read_fault(data: bytes) -> Fault:
+    """Return what an error body says, whatever its shape: an object, a list, text, a page."""
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError):
+        text = data.decode("utf-8", "replace")
+        if "<html" in text[:500].lower() or text.lstrip()[:9].lower() == "<!doctype":
+            text = "a web page: " + html.unescape(re.sub(r"(?s)<(script|style)\b.*?</\1>|<[^>]*>", " ", text[:20_000]))
+        return Fault(text)
+    fault, words = Fault(), []
+    for key, value in _leaves(body):
+        if key in SAID and isinstance(value, str) and value not in words:
+            words.append(value)
+        elif key in ("param", "loc") and isinstance(value, str):
+            fault.names.append(value)
+        elif key in ("code", "status") and isinstance(value, int | str):
+            number = str(value)
+            if re.fullmatch("[45][0-9][0-9]", number):
+                fault.status = fault.status or int(number)
+            elif isinstance(value, str):
+                fault.code = fault.code or value
+    fault.words = "; ".join(words) or (body if isinstance(body, str) else "")
+    if fault.status is None and "rate_limit" in fault.code:
+        fault.status = 429
+    return fault
+
+
+def _leaves(node, key: str = "", depth: int = 0) -> Iterator[tuple[str, object]]:
+    """Yield (key, value) for all that is neither object nor list; members of a list have the list's key."""
+    if depth > 20:
+        return
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from _leaves(value, name.lower(), depth + 1)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _leaves(value, key, depth + 1)
+    else:
+        yield key, node
+
+
+def masked(words: str, key: str | None) -> str:
+    """Return a server's words in one line for a terminal, without any word that repeats five characters of the key."""
+    parts = {key[at : at + 5] for at in range(len(key) - 4)} | {key} if key else set()
+    secret = re.compile("|".join(map(re.escape, sorted(parts, reverse=True))) + r"|\*{3}" if parts else r"\*{3}")
+    return printable(shorten(re.sub(r"\S+", lambda word: "…" if secret.search(word[0]) else word[0], words), 200))
+
+
+def named(status: int, words: str) -> str:
+    """Return "HTTP 400: the server's words", with HTTP's own name of the status if there are none."""
+    names = {status.value: status.phrase for status in HTTPStatus}
+    return f"HTTP {status}" + (f": {text}" if (text := words or names.get(status, "")) else "")
+
+
+class Settings:
+    """The settings that a model's requests carry, less what its server refuses: learned once, and for good.
+
+    Args:
+        model_name: for the warnings.
+        decoding: what was asked for. Where prompt and reply do not fit the context, ``max_tokens`` is halved; what fits
+            then is the limit for all prompts of that length or longer.
+        extra: what is sent besides, as it is.
+    """
+
+    def __init__(self, model_name: str, decoding, extra: dict):
+        self.model_name, self.extra, self.max_tokens = model_name, extra, decoding.max_tokens
+        asked = dataclasses.asdict(decoding)
+        self.asked = {key: value for key, value in asked.items() if value is not None and value != DEFAULTS.get(key)}
+        self.changed: dict[str, str] = {}  # setting → what was done with it
+        self._name = "max_tokens"
+        self._fitting: dict[int, int] = {}  # characters of a prompt → tokens of a reply, where max_tokens were too many
+        self._trying: dict[str, int] = {}  # a prompt → tokens of a reply that may fit
+
+    def of(self, prompt: str, seed: int | None) -> dict:
+        """Return the settings of one request."""
+        settings = self.asked | ({} if seed is None else {"seed": seed})
+        settings[self._name] = self._trying.get(prompt) or self._longest(len(prompt))
+        if self._name != "max_tokens":
+            del settings["max_tokens"]
+        return {key: value for key, value in settings.items() if key not in self.changed} | self.extra
+
+    def learn(self, prompt: str, body: dict, fault: Fault) -> bool:
+        """Learn from a refusal of ``body`` what this server does not take; return whether there was anything to learn.
+
+        Other requests may have taught the same meanwhile.
+        """
+        said = f"{fault.code} {fault.words}"
+        tokens = next((body[name] for name in LENGTHS if name in body), 0)
+        if "context" in said.lower():
+            self._trying[prompt] = max(tokens // 2, MIN_TOKENS)
+            return tokens > MIN_TOKENS
+        found = [name for name in (*OPTIONAL, *LENGTHS) if name in fault.names]
+        found += [name for name in (*OPTIONAL, *LENGTHS) if re.search(rf"\b{name}\b", said)]
+        name = next((name for name in found if name in body and name not in self.extra), None)
+        if name in OPTIONAL:
+            self._change(name, f"{name} left out")
+        elif name == "max_tokens" and ("max_completion_tokens" in said or "unsupported" in said.lower()):
+            self._name = "max_completion_tokens"
+            self._change("name of max_tokens", "max_tokens sent as max_completion_tokens")
+        elif name and tokens > MIN_TOKENS:
+            if tokens <= self._fitting.get(0, self.max_tokens):
+                self._fitting[0] = tokens // 2
+                self._change("length", f"max_tokens halved to {tokens // 2}")
+        else:
+            return False
+        return True
+
+    def succeeded(self, prompt: str) -> None:
+        """Keep a length that fitted for all prompts as long: only now, since a prompt may be too long by itself."""
+        limit = self._trying.pop(prompt, None)
+        if limit and limit < self._longest(len(prompt)):
+            self._fitting[len(prompt)] = limit
+            what = "the context of %s is too short for prompts of %d characters: replies of at most %d tokens to such"
+            logging.warning(what, self.model_name, len(prompt), limit)
+
+    def _longest(self, characters: int) -> int:
+        """Return the most tokens to ask for after a prompt of so many characters: a long one limits no shorter one."""
+        return min((n for length, n in self._fitting.items() if length <= characters), default=self.max_tokens)
+
+    def _change(self, key: str, what: str) -> None:
+        if self.changed.get(key) != what:
+            logging.warning("%s refused a setting: %s", self.model_name, what)
+        self.changed[key] = what
+
+
+@dataclasses.dataclass
+class Reply:
+    """A reply's choice, as it is meant. ``text`` is None or "" where there is none; ``thoughts`` are in fields."""
+
+    text: str | None
+    finish_reason: str | None  # "stop", "length", "content_filter", "error", or None: not given
+    usage: tuple[int, int] | None
+    thoughts: str
+
+
+def read_reply(reply: dict) -> Reply:
+    """Read a chat or text completion of any dialect; thoughts before the answer are not part of its text."""
+    choices = reply.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    message = choice.get("message")
+    message = message if isinstance(message, dict) else {}
+    # Some models put refusals in a separate field; treat it as the reply.
+    text = _joined(message.get("content")) or _joined(message.get("refusal")) or _joined(choice.get("text"))
+    thoughts = _joined(message.get("reasoning_content")) or _joined(message.get("reasoning"))
+    without = without_thoughts(text)
+    if without is None:
+        text, thoughts = "", thoughts or text
+    else:
+        text = without
+    return Reply(text, finish_reason(choice.get("finish_reason")), _usage(reply.get("usage")), thoughts)
+
+
+def finish_reason(spelled) -> str | None:
+    """Return "stop", "length", "content_filter" or "error" for any spelling; None if none was given."""
+    if not isinstance(spelled, str) or not spelled.strip():
+        return None
+    spelled = spelled.strip().lower().removeprefix("finish_reason_")
+    return next((ours for ours, theirs in FINISH_REASONS.items() if spelled in theirs), "stop")
+
+
+def _joined(content) -> str:
+    """Return a message's content: a text, or the texts among its parts. Thoughts, images and calls are no text."""
+    if isinstance(content, list):
+        parts = [part if isinstance(part, dict) else {"type": "text", "text": part} for part in content]
+        return "".join(
+            _joined(part.get("text")) for part in parts if part.get("type", "text") in ("text", "output_text")
+        )
+    return content if isinstance(content, str) else ""
+
+
+def _usage(usage) -> tuple[int, int] | None:
+    """Return the tokens of prompt and reply; None where a server does not count, or counts 0."""
+    found = [usage] if isinstance(usage, dict) else usage if isinstance(usage, list) else []
+    for one in found:
+        if isinstance(one, dict):
+            counts = [
+                one.get(f"{a}_tokens", one.get(f"{b}_tokens"))
+                for a, b in (("prompt", "input"), ("completion", "output"))
+            ]
+            if all(isinstance(count, int | float) and 0 <= count < 1e9 for count in counts) and any(counts):
+                return int(counts[0]), int(counts[1])
+    return None
