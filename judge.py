@@ -39,7 +39,7 @@ from alpaca.common.journal import Journal, check_output
 from alpaca.common.records import write_records
 from alpaca.data.instruction_sets import is_name, is_the_252, read_answers, read_pair, read_set
 from alpaca.endpoint.budget import Budget, RequestSettings
-from alpaca.endpoint.client import Answerer, Completion, OpenAIDecodingArguments
+from alpaca.endpoint.client import THOUGHT, Answerer, Completion, OpenAIDecodingArguments
 from alpaca.endpoint.parallel import ask_each, in_brackets, summarize
 from alpaca.judging import prompt as judge_prompt
 
@@ -127,6 +127,7 @@ def answer(
     teacher, budget = Answerer(model_name, decoding, api, requests), Budget(requests)
     prompts = [item.task if api == "chat" else utils.format_prompt(item.instruction, item.input) for item in items]
     run = {"task": "answer", "model_name": model_name, "api": api, "seed": seed, "prompts": _digest(prompts)}
+    run |= {"extra_body": requests.extra} if requests.extra else {}
     with Journal(journal_path) as journal:
         journal.begin(run | asdict(decoding))
         replies = ask_each(teacher, prompts, seed, journal, budget, max_new_tokens, "answer")
@@ -137,6 +138,7 @@ def answer(
     write_records(rows, output, lines=output.suffix != ".json")
     notes = [(sum(row.get("finish_reason") == "length" for row in rows), "cut off at --max_new_tokens")]
     notes += [(sum(row.get("output") == "" for row in rows), "empty, and counted as answers")]
+    notes += [(sum(THOUGHT in row.get("error", "") for row in rows), "only thoughts: raise --max_new_tokens")]
     summarize(f"{sum('output' in row for row in rows):,} answers in {output}", replies, budget, journal, notes)
 
 
@@ -179,6 +181,7 @@ def _answer_here(items, output_path, model_path, generator, template, sampling, 
     notes = [(counts["earlier"], "of an earlier run")]
     notes += [(counts["cut"], "cut off at --max_new_tokens or the context's end")]
     notes += [(counts["too_long"], 'instructions do not fit the context: "error" in their rows')]
+    notes += [(counts["unended"], 'thought without an end: raise --max_new_tokens ("error" in their rows)')]
     print(f"{counts['answers']:,} answers in {output_path}" + in_brackets(notes))
 
 
@@ -236,6 +239,7 @@ def judge(
     prompts = [judge_prompt.fill(text, *pairs[place]) for place in to_ask]
     settings = {name: value for name, value in asdict(decoding).items() if value is not None} | {"seed": seed}
     run = {"task": "judge", "model_name": model_name, "prompt": prompt_sha256, "settings": settings}
+    run |= {"extra_body": requests.extra} if requests.extra else {}
     run |= {"instructions": _digest([asdict(item) for item in items]), "answers": _digest([a.outputs, b.outputs])}
     with Journal(journal_path) as journal:
         journal.begin(run | {"generators": [a.generator, b.generator]})
@@ -252,6 +256,7 @@ def judge(
         rows.append(judge_prompt.judgment(item, shown, by | {"settings": settings | fewer}, reply))
     write_records(rows, output, lines=True)
     notes = [(sum("note" in row for row in rows), "for equal answers, which are a tie unasked")]
+    notes += [(sum(row["error"] == judge_prompt.CUT_OFF for row in rows), "cut off: raise --max_tokens")]
     summarize(f"{len(rows):,} judgments in {output}", replies, budget, journal, notes)
 
 

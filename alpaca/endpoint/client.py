@@ -26,6 +26,7 @@ from alpaca.endpoint.pacing import Pace
 BUSY = (429, 503, 529)  # the server has too much to do, or we ask for too much: slower, and again
 PASSING = (408, 409, 425)  # and all of 500 and above
 IDLE = 30.0  # seconds without a byte, once a reply has begun, until it counts as stalled
+THOUGHT = "went into thoughts"  # in the error of a reply that thought until its tokens were used up
 ANOTHER_TRY = ("empty reply", "content filter", "cut off", "unreadable reply")  # errors that another seed may mend
 
 
@@ -326,7 +327,7 @@ class Answerer(Teacher):
 
 def _nothing_said(reply, tokens: int) -> str:
     if reply.finish_reason == "length" and reply.thoughts:
-        return f"no answer: all {tokens:,} tokens went into thoughts (allow more)"
+        return f"no answer: all {tokens:,} tokens {THOUGHT} (allow more)"
     if reply.thoughts:
         return "no answer: the server put all of the text into its thoughts"
     return f"empty reply (finish_reason {reply.finish_reason})"

@@ -154,8 +154,7 @@ class Settings:
         limit = self._trying.pop(prompt, None)
         if limit and limit < self._longest(len(prompt)):
             self._fitting[len(prompt)] = limit
-            what = "the context of %s is too short for prompts of %d characters: replies of at most %d tokens to such"
-            logging.warning(what, self.model_name, len(prompt), limit)
+            self._change("context", f"max_tokens {limit} after prompts of {len(prompt):,} characters or more")
 
     def _longest(self, characters: int) -> int:
         """Return the most tokens to ask for after a prompt of so many characters: a long one limits no shorter one."""

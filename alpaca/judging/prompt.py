@@ -19,8 +19,8 @@ from alpaca.endpoint.client import Completion, Teacher
 Shown = list[tuple[str, str | None]]  # generator and answer, the first and the second; None: it has no answer
 
 PLACEHOLDERS = ("{task}", "{answer_a}", "{answer_b}", "{fence}")
+CUT_OFF = "cut off before a verdict"
 ASKS = 3  # for a verdict, before a reply without one is a failure
-SEED_STEP = 10  # between the seeds of these: Teacher.ask counts up from each when a reply is empty
 REMINDER = (
     "\n\nA reply that does not end in the line asked for cannot be counted. Its last line must be one of these three, "
     "with nothing behind it:\nVerdict: A\nVerdict: B\nVerdict: tie"
@@ -99,37 +99,24 @@ def verdict(reply: str) -> str | None:
     return said.pop()
 
 
-class Judge:
+class Judge(Teacher):
     """A teacher that is asked for a verdict; after a reply without one it is asked again, with a reminder."""
-
-    def __init__(self, teacher: Teacher):
-        self.teacher, self.close = teacher, teacher.close
 
     def variant(self, prompt: str, seed: int, tries: int) -> tuple[str, int]:
         """Return the prompt and the seed of the request after so many ``tries``."""
-        return prompt + REMINDER * bool(tries), seed + SEED_STEP * tries
+        return prompt + REMINDER * bool(tries), seed + tries
 
     def settle(self, reply: Completion, tries: int) -> Completion | None:
         """Return the reply to keep after so many ``tries`` before it, or None to ask again.
 
-        A reply cut off for length has no verdict: what looks like one may be part of unfinished thoughts.
+        ASKS replies without a verdict are a failure, with the last one's text. A reply cut off for length has none:
+        what looks like one may be part of unfinished thoughts.
         """
         cut = reply.finish_reason == "length"
         if reply.text is None or not cut and verdict(reply.text):
-            return reply
-        error = "cut off before a verdict" if cut else f"no verdict in {ASKS} replies"
+            return super().settle(reply, tries)
+        error = CUT_OFF if cut else f"no verdict in {ASKS} replies"
         return dataclasses.replace(reply, error=error) if tries + 1 == ASKS else None
-
-    async def ask(self, prompt: str, seed: int) -> Completion:
-        """Ask as Teacher.ask does; ASKS replies without a verdict are a failure, with the last one's text."""
-        prompt_tokens, completion_tokens, kept = 0, 0, None
-        for tries in range(ASKS):
-            reply = await self.teacher.ask(*self.variant(prompt, seed, tries))
-            prompt_tokens += reply.prompt_tokens
-            completion_tokens += reply.completion_tokens
-            if kept := self.settle(reply, tries):
-                break
-        return dataclasses.replace(kept, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
 
 
 def judgment(item: Item, shown: Shown, judge: dict, reply: Completion | None = None) -> dict:
