@@ -8,6 +8,7 @@ pays for nothing twice. The journal's entries besides the replies (see parallel.
     {"batch": {"id": ID}}                            created
     {"batch": {"done": ID}}                          read, and on disk together with its replies
     {"again": 7, "times": 1, …}                      request 7 was asked once, in all, and must be asked again
+    {"learned": {…}}                                 what the server refuses, for the next round
 
 The same lines can be written to a file, and results read from one, for tools that work without a server.
 """
@@ -32,12 +33,12 @@ from tqdm import tqdm
 from alpaca import UserError
 from alpaca.common.files import replace_file
 from alpaca.common.journal import Journal
-from alpaca.common.text import counted
-from alpaca.endpoint.budget import Budget
-from alpaca.endpoint.client import Completion, Lost, Teacher
-from alpaca.endpoint.parallel import in_brackets, recorded
+from alpaca.common.text import counted, in_brackets
+from alpaca.endpoint.budget import Budget, RequestSettings
+from alpaca.endpoint.client import Completion, Lost, Teacher, recorded
 
 MOST_REQUESTS, MOST_BYTES = 50_000, 190_000_000  # of a file; OpenAI takes 200 MB
+ENOUGH = 8  # replies, to tell how many tokens the others will have
 MOST_FAULTS = 3  # times that a request expires or meets a passing fault, until it has failed
 POLL = 1.0, 60.0  # seconds between two looks at a batch: a tenth of the wait so far, within these
 PAUSES = 1.0, 2.0, 4.0, 8.0  # seconds between the tries of each other call
@@ -71,6 +72,16 @@ class BatchSettings:
 
     def __bool__(self):
         return bool(self.batch or self.batch_cancel or self.batch_write or self.batch_read)
+
+    @property
+    def price(self) -> float:
+        """What the requests cost, relative to direct ones."""
+        return 1 - self.batch_discount if self else 1.0
+
+    def addressed(self, requests: RequestSettings) -> RequestSettings:
+        """Return the settings with an address, which a teacher wants even if all goes through files."""
+        offline = (self.batch_write or self.batch_read) and not requests.base_url
+        return replace(requests, base_url="http://127.0.0.1/v1") if offline else requests
 
 
 class Refused(UserError):
@@ -181,6 +192,8 @@ class Batches:
                 self.asked[entry["again"]] = Counter({key: entry[key] for key in entry if key != "again"})
             elif "i" in entry:
                 self.asked[entry["i"]] = Counter(times=self.asked[entry["i"]]["times"] + 1)
+            elif "learned" in entry:
+                self.teacher.settings.remember(entry["learned"])
         for number, reply in recorded(self.journal):
             again = self.retry_failed and reply.text is None
             self.budget.arrived(replace(reply, error=None) if again else reply, False)
@@ -200,14 +213,18 @@ class Batches:
 
     def _next_round(self) -> dict[int, bytes]:
         """Return the lines of a file, by the numbers of their requests."""
-        lines, size, number = {}, 0, self.handed_on
+        lines, size, number, tokens = {}, 0, self.handed_on, [0.0, 0.0]
         while len(lines) < MOST_REQUESTS and self.want(number, number - self.handed_on):
             if number not in self.known:
                 line = {"custom_id": f"{self.token}-{number}-{self.asked[number]['times']}", "method": "POST"}
                 line |= {"url": "/v1" + self.teacher.path, "body": self._question(number)[1]}
                 data = json.dumps(line).encode() + b"\n"
                 size += len(data)
-                if lines and size > MOST_BYTES:
+                each = len(data) / 4, self.teacher.decoding.max_tokens  # at worst
+                if (replies := self.budget.replies) >= ENOUGH:
+                    each = self.budget.prompt_tokens / replies, self.budget.completion_tokens / replies
+                tokens = [used + more for used, more in zip(tokens, each, strict=True)]
+                if lines and (size > MOST_BYTES or self.budget.exhausted(*tokens)):
                     break
                 lines[number] = data
             number += 1
@@ -349,7 +366,9 @@ class Batches:
             if number not in self.known and number not in old:
                 results.setdefault(number, (None, b"no result"))
         replies, again, end = self._read(results)
-        self.journal.append([*({"i": number, **asdict(reply)} for number, reply in replies.items()), *again, *done])
+        learned = [{"learned": self.teacher.settings.learned()}]
+        new = ({"i": number, **asdict(reply)} for number, reply in replies.items())
+        self.journal.append([*new, *again, *done, *learned])
         self.open = open_batch(self.journal)
         for reply in replies.values():
             self.budget.arrived(reply, True)
@@ -380,7 +399,9 @@ class Batches:
             tokens = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
             state.update(tokens, times=1, tries=outcome == "done", faults=outcome in ("retry", "throttled"))
             if settled or state["faults"] == MOST_FAULTS:
-                replies[number] = replace(settled or reply, **{key: state[key] for key in tokens})
+                replies[number] = replace(
+                    settled or reply, **{key: state[key] for key in tokens}, price=self.settings.price
+                )
             else:
                 again.append({"again": number, **state})
         return dict(sorted(replies.items())), again, end

@@ -51,9 +51,9 @@ def echo(body) -> str:
     return f"{body['messages'][0]['content']}, seed {body['seed']}"
 
 
-def drive(server, folder, requests=6, settings=BATCH, limits=RequestSettings(), retry_failed=False, make=Asker):
+def drive(server, folder, requests=6, settings=BATCH, limits=None, retry_failed=False, make=Asker):
     """Ask for ``requests`` replies; return why it ended, the replies in order, and the budget."""
-    replies, budget = [], Budget(limits)
+    replies, budget = [], Budget(limits or RequestSettings())
     with Journal(folder / "journal") as journal:
         journal.begin({"requests": "these"})
         ways = (lambda i: (f"request {i}", 100 * i)), journal, budget, replies.append
