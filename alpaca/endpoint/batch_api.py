@@ -321,7 +321,8 @@ class Batches:
             raise UserError(f"the server refused {name}: {self.teacher.words(words.encode())}")
         if status == "cancelled" and not self.settings.batch_cancel:
             raise UserError(f"{became}; they are kept, and the same command asks for the rest")
-        print(became)
+        if not self.settings.batch_cancel:
+            print(f"{became}; tokens {self.budget.used()}")
         return became
 
     def _take(self, lines: Iterable[bytes], missing: Iterable[int] = (), done: Iterable[dict] = ()) -> str:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import re
+import signal
+import subprocess
+import sys
 
 import pytest
-from conftest import assert_user_error
+from conftest import ROOT, assert_user_error, call
 from made_batch_server import BatchServer, said
 
+from alpaca import UserError
 from alpaca.common.journal import Journal
 from alpaca.endpoint import batch_api
 from alpaca.endpoint.batch_api import Batches, BatchSettings, open_batch, refuse_open_batch
@@ -53,11 +58,11 @@ def echo(body) -> str:
 
 def drive(server, folder, requests=6, settings=BATCH, limits=None, retry_failed=False, make=Asker):
     """Ask for ``requests`` replies; return why it ended, the replies in order, and the budget."""
-    replies, budget = [], Budget(limits or RequestSettings())
+    replies, budget = [], Budget(limits or RequestSettings(), settings.price)
     with Journal(folder / "journal") as journal:
         journal.begin({"requests": "these"})
         ways = (lambda i: (f"request {i}", 100 * i)), journal, budget, replies.append
-        ways += (lambda i, ahead: i < requests), settings, retry_failed
+        ways += (lambda i, ahead: i < requests and not budget.exhausted()), settings, retry_failed
         why = asyncio.run(Batches(make(server.base_url), *ways).run())
     return why, replies, budget
 
@@ -130,9 +135,43 @@ def test_a_refused_setting_is_left_out_of_the_next_round(batch_server, tmp_path)
     def answer(body):
         return (400, {"error": {"message": "no top_p here"}}) if "top_p" in body else echo(body)
 
-    server = batch_server(answer)
-    assert [reply.text for reply in drive(server, tmp_path, 3)[1]] == expected(3)
-    assert [len(lines) for lines in server.lines] == [3, 3]
+    server = batch_server(answer, looks=2)
+    interrupted(server, tmp_path, count=4, requests=3)
+    replies = drive(server, tmp_path, 3)[1]
+    assert [reply.text for reply in replies] == expected(3)
+    assert [reply.changed for reply in replies] == [["top_p left out"]] * 3  # known though another run learned it
+    assert drive(server, tmp_path, 4)[1][3].text and [len(lines) for lines in server.lines] == [3, 3, 1]
+
+
+def test_a_request_without_model_among_others_that_succeed_fails_alone(batch_server, tmp_path):
+    gone = 404, {"error": {"message": "gone"}}
+    server = batch_server(lambda body: gone if body["seed"] == 0 else echo(body))
+    replies = drive(server, tmp_path, 3)[1]
+    assert replies[0].error == "HTTP 404: gone" and [reply.text for reply in replies[1:]] == expected(3)[1:]
+
+
+def test_a_batch_costs_its_share_of_the_price_and_direct_replies_all_of_it(batch_server, tmp_path):
+    server, prices = batch_server(echo), {"prompt_price": 2000.0, "completion_price": 10000.0}
+    with Journal(tmp_path / "journal") as journal:
+        journal.begin({"requests": "these"})
+        journal.append([{"i": 0, "text": "direct", "prompt_tokens": 7, "completion_tokens": 5}])
+    settings, limits = BatchSettings(batch=True, batch_discount=0.4), RequestSettings(**prices)
+    budget = drive(server, tmp_path, 3, settings, limits)[2]
+    assert budget.cost == pytest.approx(0.064 + 2 * 0.6 * 0.064) == budget.counts()["cost_usd"]
+    assert (
+        budget.forecast((1000, 2000), 7, (5, 5)) == "1,000 to 2,000 requests, 12,000 to 24,000 tokens, $38.40 to $76.80"
+    )
+    assert drive(server, tmp_path, 3, limits=limits)[2].cost == pytest.approx(budget.cost)  # as it was paid
+    assert_user_error(lambda: BatchSettings(batch_discount=50), "batch_discount must be 0 to 1")
+
+
+def test_a_round_holds_no_more_than_the_budget_allows(batch_server, tmp_path):
+    """At worst a request has 50 reply tokens and a quarter of its characters; then as many as those before, 7 + 5."""
+    server = batch_server(echo)
+    _, replies, budget = drive(server, tmp_path, 100, limits=RequestSettings(max_total_tokens=1200))
+    rounds = [len(lines) for lines in server.lines]
+    assert 8 <= rounds[0] <= 12 and rounds[1:] == [99 - rounds[0], 1]
+    assert len(replies) == 100 and budget.prompt_tokens + budget.completion_tokens == 1200
 
 
 def test_a_refused_key_ends_the_run_with_what_arrived_and_is_not_read_again(batch_server, tmp_path):
@@ -355,3 +394,86 @@ def test_killed_at_each_step_twenty_times_nothing_is_asked_twice_and_the_result_
             kills += 1
         assert drive(server, folder, 10)[1] == undisturbed
         assert server.answered == whole.answered and set(server.answered.values()) == {1}
+
+
+def items(body) -> str:
+    """Some new instructions, by the request's seed."""
+    rng, text = random.Random(body["seed"]), ""
+    for n in range(4, 4 + rng.randint(2, 12)):
+        text += f"{n}. Instruction: Explain {' '.join(rng.choices(WORDS, k=6))}\n{n}. Input:\n<noinput>\n"
+        text += f"{n}. Output:\nyes\n###\n"
+    return text
+
+
+WORDS = (ROOT / "prompt.txt").read_text().split()
+GENERATE = {"model_name": "m", "seed": 3, "similarity_stats": False, "batch": True}
+
+
+def test_generation_goes_in_rounds_of_which_the_last_does_not_overshoot(batch_server, tmp_path):
+    from generate_instruction import generate_instruction_following_data as generate
+
+    server = batch_server(items, ends=["expired"])  # of the first round few replies are in order
+    call(generate, str(tmp_path), num_instructions_to_generate=2000, base_url=server.base_url, **GENERATE)
+    report = json.loads((tmp_path / "report.json").read_text())
+    rounds = [len(lines) for lines in server.lines]
+    assert report["kept"] >= 2000 and report["unused_replies"] <= 1 and report["requests"] == len(server.answered)
+    assert rounds[0] == 100 and rounds[1] <= 100 + 50 and len(rounds) <= 7
+    with pytest.raises(UserError, match="no open batch"):
+        call(generate, str(tmp_path), base_url=server.base_url, **GENERATE | {"batch_cancel": True})
+
+
+def test_a_process_that_is_killed_at_each_step_finds_its_batch_and_makes_the_same_files(batch_server, tmp_path):
+    def command(server, folder):
+        argv = [sys.executable, "generate_instruction.py", "generate_instruction_following_data", "--batch"]
+        argv += ["--base_url", server.base_url, "--model_name", "m", "--seed", "3", "--output_dir", folder]
+        return subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    whole = batch_server(items)
+    assert command(whole, tmp_path / "whole").wait() == 0
+    steps = ["upload", "create", "poll", "content"]
+
+    def after(step):
+        if steps and step == steps[0]:  # its work is done, and the answer is lost with the process
+            steps.pop(0)
+            os.kill(running[-1].pid, signal.SIGKILL)
+
+    server, running = batch_server(items, after=after), []
+    while not running or running[-1].wait() == -signal.SIGKILL:
+        running.append(command(server, tmp_path / "killed"))
+    assert running[-1].returncode == 0 and len(running) == 5
+    for name in ("regen.json", "rejected.jsonl"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert server.answered == whole.answered and set(server.answered.values()) == {1}
+
+
+def test_answers_and_judgments_in_batches_are_those_of_direct_requests(batch_server, tmp_path, teacher, capsys):
+    import judge
+
+    def reply(body):
+        said = body["messages"][0]["content"]
+        return "Well.\n\nVerdict: A" if "Verdict" in said else f"{body['model']} says: {said}"
+
+    paths = {name: str(tmp_path / name) for name in ("set.json", "a.jsonl", "b.jsonl", "j.jsonl", "f.jsonl", "asked")}
+    items = [{"instruction": f"Say {word}.", "input": "", "output": ""} for word in ("yes", "no", "why")]
+    (tmp_path / "set.json").write_text(json.dumps(items))
+    server, direct = batch_server(reply, ends=["expired"]), teacher(lambda number, body: reply(body))
+    to = {"instructions": paths["set.json"], "batch": True, "base_url": server.base_url}
+    call(judge.answer, model_name="a", output_path=paths["a.jsonl"], **to)
+    call(
+        judge.answer, model_name="b", output_path=paths["b.jsonl"], **to | {"batch": False, "base_url": direct.base_url}
+    )
+    to["answers"] = f"{paths['a.jsonl']},{paths['b.jsonl']}"
+    call(judge.judge, model_name="j", output_path=paths["j.jsonl"], **to)
+    answers = [json.loads(line)["output"] for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert answers == [f"a says: Say {word}." for word in ("yes", "no", "why")]
+
+    to |= {"model_name": "j", "output_path": paths["f.jsonl"], "batch": False, "base_url": None}
+    call(judge.judge, batch_write=paths["asked"], **to)
+    assert "asked holds 6 requests: have them answered" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "asked").read_text().splitlines()]
+    rows = [line | {"response": {"status_code": 200, "body": said(reply(line["body"]))}} for line in lines]
+    (tmp_path / "asked").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    call(judge.judge, batch_read=paths["asked"], **to)
+    judged = [(tmp_path / name).read_text() for name in ("j.jsonl", "f.jsonl")]
+    assert judged[0] == judged[1] and judged[0].count('"preferred": "first"') == 6
+    assert not list(tmp_path.glob("*.journal"))
