@@ -39,7 +39,9 @@ import utils
 from alpaca import UserError
 from alpaca.common.cli import run_cli
 from alpaca.common.journal import Journal
+from alpaca.common.text import counted, printable, shorten
 from alpaca.data.dedup import MAX_SIMILARITY, DistinctPool, dedup
+from alpaca.data.replies import JSON_SCHEMA, CutOff, encode_json_prompt, encode_prompt, parse_json, parse_response
 from alpaca.data.rouge import is_mostly_unseen, tokenize_unicode, tokenizer_named
 from alpaca.endpoint.batch_api import Batches, BatchSettings, refuse_open_batch
 from alpaca.endpoint.budget import Budget, RequestSettings
@@ -52,58 +54,10 @@ KEYWORDS = (
 )
 
 PATIENCE = 100  # replies in a row that bring nothing new: the teacher repeats itself
+UNREADABLE = 10  # replies in a row without one whole item: the teacher does not keep to the format
 ENOUGH_UNSEEN = 10  # instructions that the tokenizer hardly sees, before the run warns of it
 MOST_NEW, FEW_NEW = 17, 2  # new instructions a reply, for the forecast: the prompt asks for 17
 FIRST_BATCH = 100  # requests of the first round at most: a teacher that brings nothing new should not cost more
-# Bounded repetitions, so that a reply of ten thousand newlines or digits takes no time.
-ITEM = re.compile(r"^[ \t]{0,9}(?:###\s{0,9})?(\d{1,4})\.\s{0,9}Instruction:", re.MULTILINE)
-BOUNDARY = re.compile(r"###\s*(?=\d+\.\s*Instruction:|$)")  # not the ### of a Markdown heading inside an answer
-FIELD = re.compile(r"(\d{1,4})\.\s{0,9}(Instruction|Input|Output):")
-COMPLETE = (None, "stop", "eos", "eos_token", "end_turn", "stop_sequence")  # finish reasons of a reply that is whole
-
-
-def encode_prompt(seed_tasks: list[dict], prompt: str) -> str:
-    """Return a request: the prompt, the seed tasks as numbered examples, and the number of the next one."""
-    text = prompt.rstrip("\n") + "\n"
-    for number, task in enumerate(seed_tasks, 1):
-        instance = task["instances"][0]
-        instruction = re.sub(r"\s+", " ", task["instruction"]).strip().rstrip(":")
-        text += (
-            f"###\n{number}. Instruction: {instruction}\n"
-            f"{number}. Input:\n{instance['input'] or '<noinput>'}\n"
-            f"{number}. Output:\n{instance['output']}\n"
-        )
-    return text + f"###\n{len(seed_tasks) + 1}. Instruction:"
-
-
-def parse_response(text: str, finish_reason: str | None, num_prompt_instructions: int) -> list[dict | str]:
-    """Split a reply into records; an item that is not exactly instruction, input and output stays text.
-
-    The last item of a reply that did not come to its own end is left out: it may be cut off and still look whole.
-    """
-    first = ITEM.search(text)
-    if first and (not text[: first.start()].strip() or int(first[1]) == num_prompt_instructions + 1):
-        text = text[first.start() :]  # a chat model may say something before its first item
-    else:  # the reply continues the prompt
-        text = f"{num_prompt_instructions + 1}. Instruction:{text}"
-    items = [item for item in BOUNDARY.split(text) if item.strip()]
-    if finish_reason not in COMPLETE:
-        items = items[:-1]
-    return [_parse_item(item) or item for item in items]
-
-
-def _parse_item(item: str) -> dict | None:
-    # split: [before, number, field, text, number, field, text, …]; two items run together give more than three fields
-    parts = FIELD.split(item)
-    numbers, fields, texts = set(parts[1::3]), parts[2::3], [text.strip() for text in parts[3::3]]
-    if fields != ["Instruction", "Input", "Output"] or len(numbers) != 1:
-        return None
-    instruction, input_text, output = texts
-    return {
-        "instruction": instruction,
-        "input": "" if input_text.lower() == "<noinput>" else input_text,
-        "output": output,
-    }
 
 
 @dataclass(frozen=True)
@@ -133,7 +87,7 @@ class Filters:
 def filter_reason(record: dict | str, filters: Filters = Filters()) -> str | None:  # noqa: B008  never changed
     """Return why a parsed record is dropped, or None. The order is the original's; "empty output" is ours."""
     if isinstance(record, str):
-        return "malformed"
+        return "cut off" if isinstance(record, CutOff) else "malformed"
     instruction, any_script = record["instruction"], filters.tokenizer == "unicode"
     words = len(tokenize_unicode(instruction) if any_script else instruction.split())
     if words < filters.min_words or not instruction:
@@ -167,17 +121,20 @@ class Selection:
     filters: Filters
     stats: bool  # whether kept records gain the two similarity fields; it changes no decision
     rejected: TextIO  # gets a JSON line for each dropped record: the reason and, of a near-duplicate, the nearest
+    format: str = "text"  # of replies, or json
 
     def __post_init__(self):
         self.kept, self.fed, self.parsed, self.dropped = list(self.start), 0, 0, Counter()
         self.unseen = 0  # kept, but the tokenizer "rouge" sees so little of it that near-duplicates get through
         self.barren = self.unused = 0  # replies in a row that brought nothing; replies after the end
+        self.unreadable = 0  # replies in a row without one whole item
+        self.shown = "none came"  # the last reply that brought nothing
         self.known = [one["instruction"] for one in self.seed_tasks + self.start]  # and then all that is kept
         self.pool = DistinctPool(self.known, MAX_SIMILARITY, self.stats, self.filters.tokenizer)
 
     def is_over(self) -> bool:
-        """Whether enough is kept, or the teacher only repeats itself. Later replies change nothing."""
-        return len(self.kept) >= self.target or self.barren >= PATIENCE
+        """Whether enough is kept, or the teacher repeats itself or cannot be read. Later replies change nothing."""
+        return len(self.kept) >= self.target or self.barren >= PATIENCE or self.unreadable >= UNREADABLE
 
     def new(self) -> int:
         return len(self.kept) - len(self.start)
@@ -194,7 +151,12 @@ class Selection:
             return
         if reply.error:  # which does not mean that the teacher repeats itself
             return
-        before, records = len(self.kept), parse_response(reply.text, reply.finish_reason, self.num_prompt_instructions)
+        before = len(self.kept)
+        if self.format == "json":
+            records = parse_json(reply.text, reply.finish_reason)
+        else:
+            records = parse_response(reply.text, reply.finish_reason, self.num_prompt_instructions)
+        self.unreadable = self.unreadable + 1 if all(isinstance(record, str) for record in records) else 0
         reasons = [filter_reason(record, self.filters) for record in records]
         passed = [record["instruction"] for record, reason in zip(records, reasons, strict=True) if reason is None]
         verdicts = iter(self.pool.take(passed))
@@ -211,6 +173,8 @@ class Selection:
             else:
                 self._drop("near-duplicate", record, nearest=self.known[nearest])
         self.barren = 0 if len(self.kept) > before else self.barren + 1
+        if self.barren:
+            self.shown = reply.text
 
     def unseen_warning(self) -> str:
         what = f"{self.unseen} of {self.new()} kept instructions are mostly not ASCII"
@@ -221,14 +185,17 @@ class Selection:
         self.rejected.write(utils.json_text({"reason": reason, "record": record} | more) + "\n")
 
 
-def begin(journal: Journal, regen_path: Path, seed: int | None, num_prompt_instructions: int) -> tuple[dict, list]:
+def begin(
+    journal: Journal, regen_path: Path, seed: int | None, num_prompt_instructions: int, format: str
+) -> tuple[dict, list]:
     """Return the run's own entry in the journal, written first if that is new, and the records from before the run."""
     records = utils.load_records(regen_path) if regen_path.exists() else []
     if not journal.entries:
         run = {"seed": random.randrange(2**31) if seed is None else seed, "seeded": seed is not None}
-        journal.append([run | {"start": len(records), "num_prompt_instructions": num_prompt_instructions}])
-    run, replies = journal.entries[0], sum("i" in entry for entry in journal.entries)
-    for name, given in (("num_prompt_instructions", num_prompt_instructions), ("seed", seed)):
+        run |= {"start": len(records), "num_prompt_instructions": num_prompt_instructions, "format": format}
+        journal.append([run])
+    run, replies = {"format": "text"} | journal.entries[0], sum("i" in entry for entry in journal.entries)
+    for name, given in (("num_prompt_instructions", num_prompt_instructions), ("seed", seed), ("format", format)):
         if given is not None and given != run[name]:
             raise UserError(f"this run was begun with --{name} {run[name]}: keep that, or take another --output_dir")
     if len(records) < run["start"]:
@@ -254,6 +221,7 @@ def generate_instruction_following_data(
     top_p: float = 1.0,
     max_tokens: int = 3072,
     api: str = "chat",
+    format: str = "text",
     seed: int | None = None,
     similarity_stats: bool = True,
     filters: Filters = Filters(),  # noqa: B008  never changed
@@ -280,6 +248,7 @@ def generate_instruction_following_data(
         top_p: nucleus sampling.
         max_tokens: the longest reply, in tokens.
         api: chat, or completions for a base model.
+        format: of the replies: text (numbered items), or json, described to the server by a JSON schema.
         seed: draws the same examples, and asks the teacher to sample the same way, each time.
         similarity_stats: False leaves the two similarity fields out and is faster; the same records are kept.
         request_batch_size: the original's; accepted and ignored, --max_concurrency replaces it.
@@ -291,25 +260,31 @@ def generate_instruction_following_data(
     seed_tasks, prompt = utils.load_seed_tasks(seed_tasks_path), utils.read_text(prompt_path)
     if not 1 <= num_prompt_instructions <= len(seed_tasks):
         raise UserError(f"--num_prompt_instructions must be 1 to {len(seed_tasks)}, the tasks in {seed_tasks_path}")
+    if format not in ("text", "json"):
+        raise UserError(f"--format must be text or json, not {format!r}")
+    if (as_json := format == "json") and api == "completions":
+        raise UserError("--format json needs --api chat: a base model continues the numbered items of --format text")
     # The prompt asks for 20 tasks; a base model would not stop there.
-    decoding = OpenAIDecodingArguments(max_tokens, temperature, top_p, stop=["\n21. Instruction:"])
+    way = {"response_format": JSON_SCHEMA} if as_json else {"stop": ["\n21. Instruction:"]}
+    decoding = OpenAIDecodingArguments(max_tokens, temperature, top_p, **way)
     teacher = Teacher(model_name, decoding, api, batches.addressed(requests))
     budget = Budget(requests, batches.price)
 
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
     with Journal(output / "regen.journal") as journal:
-        run, start = begin(journal, output / "regen.json", seed, num_prompt_instructions)
+        run, start = begin(journal, output / "regen.json", seed, num_prompt_instructions, format)
 
         def request(i: int) -> tuple[str, int | None]:
             rng = random.Random(f"{run['seed']}/{i}")
-            text = encode_prompt(rng.sample(seed_tasks, num_prompt_instructions), prompt)
+            encode = encode_json_prompt if as_json else encode_prompt
+            text = encode(rng.sample(seed_tasks, num_prompt_instructions), prompt)
             return text, rng.randrange(2**31) if run["seeded"] else None
 
         with open(output / "rejected.jsonl", "w", encoding="utf-8") as rejected:
             numbers = num_instructions_to_generate, num_prompt_instructions
             earlier = sum("i" in entry for entry in journal.entries)
-            selection = Selection(seed_tasks, start, *numbers, filters, similarity_stats, rejected)
+            selection = Selection(seed_tasks, start, *numbers, filters, similarity_stats, rejected, format)
 
             def save() -> dict:
                 if selection.new() and (selection.fed >= earlier or selection.is_over()):  # else regen.json holds more
@@ -374,18 +349,29 @@ async def collect(teacher, request, journal, budget, selection, save, batches) -
 
 
 def conclude(selection: Selection, budget: Budget, regen_path: Path, more: str | None) -> None:
-    """Print what there is now, and why it is less than was asked for; UserError if too many requests failed."""
+    """Print what there is now, and why it is less than was asked for.
+
+    Raises:
+        UserError: too many requests failed, replies cannot be read, or nothing was kept.
+    """
     made = f"{len(selection.kept)} instructions in {regen_path} ({selection.new()} new)"
     if selection.unseen:
         print(selection.unseen_warning())
+    if cut := selection.dropped["cut off"]:
+        print(f"{counted(cut, 'item')} cut off at the end of a reply: raise --max_tokens")
     if len(selection.kept) < selection.target:
         if why := budget.failing():
             raise UserError(f"{why}: the run ended; {made}")
         if more:
-            print(more)
-            return print(made)
+            return print(f"{more}\n{made}")
         most = "".join(f", most often {reason}" for reason, _ in selection.dropped.most_common(1))
         why = budget.exhausted() or f"{selection.barren} replies in a row without a new one (dropped{most})"
+        if unreadable := selection.unreadable >= UNREADABLE:
+            why = f"{selection.unreadable} replies in a row without one whole item (dropped{most})"
+        if unreadable or not selection.new():
+            cure = "raise --max_tokens" if most.endswith("cut off") else "try another --model_name or --format"
+            begins = f"a reply begins: {printable(shorten(selection.shown, 200))}"
+            raise UserError(f"{why} ended the run; {made}; {cure}, in another --output_dir; {begins}")
         print(f"{why} ended the run before {selection.target} were kept")
     print(made)
 

@@ -39,7 +39,7 @@ class OpenAIDecodingArguments:
     temperature: float = 1.0
     top_p: float = 1.0
     stop: list[str] | None = None
-    response_format: dict | None = None
+    response_format: dict | None = None  # a JSON schema
 
 
 @dataclasses.dataclass

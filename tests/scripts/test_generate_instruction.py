@@ -1,4 +1,4 @@
-"""Self-instruct: the pure functions, and runs against a real local teacher that can misbehave."""
+"""Self-instruct: the filters, and runs against a real local teacher that can misbehave."""
 
 from __future__ import annotations
 
@@ -19,168 +19,22 @@ import time
 import oracles
 import pytest
 from conftest import ROOT, assert_one_line_error, call, run_script
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 import generate_instruction
 import utils
 from alpaca import UserError
 from alpaca.common import cli
+from alpaca.common.journal import Journal
+from alpaca.data.replies import JSON_SCHEMA, encode_json_prompt, parse_json
 from alpaca.endpoint.client import Completion
 from generate_instruction import Filters, encode_prompt, filter_reason, parse_response
 
-quick = settings(deadline=None, database=None, max_examples=100)
 TASK = "generate_instruction_following_data"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# encode_prompt.
+TREE = {"instruction": "Name a tree.", "input": "", "output": "Oak."}
 
 
 def seed_task(instruction: str, input: str = "", output: str = "Oak.") -> dict:
     return {"instruction": instruction, "instances": [{"input": input, "output": output}]}
-
-
-def test_the_request_is_the_prompt_then_numbered_examples_then_the_number_to_go_on_with():
-    tasks = [seed_task("Name a tree."), seed_task(" Sort\n the  words :", "b a\nc", "a b c")]
-    assert encode_prompt(tasks, "List of 20 tasks:\n\n") == (
-        "List of 20 tasks:\n"
-        "###\n1. Instruction: Name a tree.\n1. Input:\n<noinput>\n1. Output:\nOak.\n"
-        "###\n2. Instruction: Sort the words \n2. Input:\nb a\nc\n2. Output:\na b c\n"
-        "###\n3. Instruction:"
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# parse_response.
-
-TREE = {"instruction": "Name a tree.", "input": "", "output": "Oak."}
-SUM = {"instruction": "Add the numbers.", "input": "2, 3", "output": "5"}
-
-
-def test_a_reply_that_goes_on_where_the_prompt_ended_is_read():
-    text = (
-        " Name a tree.\n4. Input:\n<noinput>\n4. Output:\nOak.\n"
-        "###\n5. Instruction: Add the numbers.\n5. Input:\n2, 3\n5. Output:\n5\n###\n"
-    )
-    assert parse_response(text, "stop", 3) == [TREE, SUM]
-
-
-@pytest.mark.parametrize(
-    "opening", ["", "4. Instruction:", "###\n4. Instruction:", "\n ### 4. Instruction:", "1.Instruction:"]
-)
-def test_a_reply_may_repeat_the_number_or_the_separator(opening):
-    number = re.search(r"\d|$", opening)[0] or "4"
-    text = f"{opening} Name a tree.\n{number}. Input:\n<noinput>\n{number}. Output:\nOak.\n"
-    assert parse_response(text, "stop", 3) == [TREE]
-
-
-@pytest.mark.parametrize("reason", ["length", "max_tokens", "model_length", "abort"])
-def test_a_reply_that_did_not_come_to_its_end_loses_its_last_item(reason):
-    text = (
-        " Name a tree.\n4. Input:\n<noinput>\n4. Output:\nOak.\n###\n5. Instruction: Add.\n5. Input:\n1\n5. Output:\n2"
-    )
-    assert parse_response(text, reason, 3) == [TREE]
-
-
-@pytest.mark.parametrize(
-    "text", ["\n" * 200_000, "1" * 200_000, "x\n" + "1" * 5000 + ". Instruction: a", "###\n" * 50_000]
-)
-def test_a_degenerate_reply_is_read_at_once(text):
-    """Patterns without bounds took minutes here, or raised on a number of 5,000 digits."""
-    assert all(isinstance(item, str) for item in parse_response(text, "stop", 3))
-
-
-@pytest.mark.parametrize("noinput", ["<noinput>", "<NoInput>", " <NOINPUT> ", ""])
-def test_no_input_is_read_in_any_case(noinput):
-    assert parse_response(f"Name a tree.\n4. Input: {noinput}\n4. Output: Oak.", "stop", 3) == [TREE]
-
-
-@pytest.mark.parametrize(
-    "output",
-    [
-        "It opened in 2020.",
-        "In 2020. Later it closed.",
-        "20. Twenty\n21. Twenty-one",
-        "### Steps\n\n1. Mix.\n2. Bake.\n\n### Notes\nServe.",
-        "### 3 ways\n# one",
-        "Instruction: none. Input: none. Output: none.",
-        "a ## b #### c",
-    ],
-)
-def test_an_answer_keeps_its_numbers_and_headings(output):
-    text = f" Name a tree.\n4. Input:\n<noinput>\n4. Output:\n{output}\n"
-    text += "###\n5. Instruction: Add the numbers.\n5. Input:\n2, 3\n5. Output:\n5"
-    assert parse_response(text, "stop", 3) == [TREE | {"output": output}, SUM]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        " Name a tree.\n4. Input:\n<noinput>\n4. Output:\nOak.\n12. Instruction: Add.\n12. Input:\n1\n12. Output:\n2",
-        " Name a tree.\n4. Input:\n<noinput>\n4. Output:\nSay 12. Instruction: like this",
-        " Name a tree.\n4. Output:\nOak.",
-        " Name a tree.\n4. Output:\nOak.\n4. Input:\n<noinput>",
-        " Name a tree.\n4. Input:\n<noinput>\n5. Output:\nOak.",
-        " Name a tree.\n4. Input:\n1\n4. Input:\n2\n4. Output:\nOak.",
-        " Name a tree.",
-        "I am sorry, but I cannot help with that.",
-        "",
-    ],
-)
-def test_an_item_that_is_not_one_instruction_one_input_one_output_stays_text(text):
-    assert parse_response(text, "stop", 3) == ["4. Instruction:" + text]
-
-
-def test_a_bad_item_leaves_its_neighbours():
-    text = " Name a tree.\n4. Input:\n\n4. Output:\nOak.\n###\n5. Instruction: x\n"
-    text += "###\n6. Instruction: Add the numbers.\n6. Input: 2, 3\n6. Output: 5"
-    assert parse_response(text, "stop", 3) == [TREE, "5. Instruction: x\n", SUM]
-
-
-# Texts with many separators and fields, so that chance meets the grammar.
-pieces = st.one_of(
-    st.sampled_from(
-        ["###", "\n", " ", "4.", "5. ", "12", "Instruction:", "Input:", "Output:", "<noinput>", "in 2020."]
-    ),
-    st.text(max_size=5),
-)
-replies = st.one_of(st.text(), st.lists(pieces, max_size=40).map("".join))
-reasons = st.sampled_from(["stop", "length", None, "content_filter", "tool_calls"])
-
-
-@quick
-@given(replies, reasons, st.integers(1, 30))
-def test_any_reply_is_parsed_into_records_with_three_texts_or_stays_text_and_each_can_be_filtered(text, reason, number):
-    for record in parse_response(text, reason, number):
-        if isinstance(record, str):
-            assert filter_reason(record) == "malformed"
-        else:
-            assert [type(value) for value in record.values()] == [str, str, str]
-            assert list(record) == ["instruction", "input", "output"]
-            assert filter_reason(record) is None or isinstance(filter_reason(record), str)
-            assert filter_reason(record, Filters(tokenizer="unicode")) != "malformed"
-
-
-@quick
-@given(replies, st.integers(1, 30))
-@example(" Name a tree.\n4. Input:\n<noinput>\n4. Output:\nOak.\n###", 3)
-def test_a_reply_cut_for_its_length_loses_exactly_its_last_item(text, number):
-    assert parse_response(text, "length", number) == parse_response(text, "stop", number)[:-1]
-
-
-# Numbers, dots and hashes, as in "2020." and "###", but no colon: no field.
-words = st.lists(st.text("Axé#019.,", min_size=1, max_size=6), min_size=1, max_size=6).map(" ".join)
-tasks = st.lists(st.builds(seed_task, words, words | st.just(""), words), min_size=1, max_size=5)
-
-
-@quick
-@given(tasks)
-def test_what_encode_prompt_writes_parse_response_reads(tasks):
-    records = [task["instances"][0] | {"instruction": task["instruction"]} for task in tasks]
-    last = f"{len(tasks) + 1}. Instruction:"  # which has only its number
-    assert parse_response(encode_prompt(tasks, ""), "stop", 3) == [*records, last]
-    assert parse_response(encode_prompt(tasks, ""), "length", 3) == records
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -450,11 +304,93 @@ def test_a_request_asks_for_a_continuation_and_its_stop_string_is_in_no_good_ans
         assert body["stop"][0] not in answer
 
 
-def test_the_last_item_of_a_reply_cut_for_its_length_is_not_kept(teacher, run):
+def test_the_last_item_of_a_reply_cut_for_its_length_is_counted_not_kept_and_the_end_names_the_cure(
+    teacher, run, tmp_path, capsys
+):
     """However whole it looks: without the cut, fresh(1) would be kept."""
     whole = item(fresh(0)) + "###\n5. Instruction:" + item(fresh(1), number=5)
     answers = [(whole, "length"), (item(fresh(2)), "stop")]
     assert texts(run(teacher(lambda n, body: answers[n]), num_instructions_to_generate=2)) == [fresh(0), fresh(2)]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["parsed"], report["kept"], report["dropped"]) == (3, 2, {"cut off": 1})
+    (rejected,) = map(json.loads, (tmp_path / "out" / "rejected.jsonl").read_text().splitlines())
+    assert rejected == {"reason": "cut off", "record": "5. Instruction:" + item(fresh(1), number=5)}
+    assert "\n1 item cut off at the end of a reply: raise --max_tokens\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ("I am\n\x1b[2Jsorry. " + "No. " * 60, ["(dropped, most often malformed)", "try another --model_name or"]),
+        ((item(fresh(0)), "length"), ["(dropped, most often cut off)", "raise --max_tokens, in another --output_dir"]),
+    ],
+)
+def test_ten_replies_in_a_row_without_a_whole_item_end_the_run_and_one_is_shown(teacher, run, tmp_path, answer, words):
+    """The row starts again with each whole item, even one that is dropped; a failed request does not count."""
+    server = teacher(lambda n, body: {0: reply(fresh(0)), 5: item("Too short"), 6: "empty"}.get(n, answer))
+    with pytest.raises(UserError) as caught:
+        run(server, max_total_tokens=10**9)
+    message = str(caught.value)
+    assert message.startswith("10 replies in a row without one whole item ") and "\n" not in message
+    assert all(word in message for word in [*words, "1 instructions in", "(1 new)"]), message
+    shown = message.partition("; a reply begins: ")[2]
+    assert shown.startswith(("I am \\x1b[2Jsorry. No.", "Compare red0")) and 50 < len(shown) <= 203
+    assert texts(json.loads((tmp_path / "out" / "regen.json").read_text())) == [fresh(0)]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["requests"] - report["unused_replies"] == 1 + 4 + 1 + 1 + 10
+    assert report["kept"] + sum(report["dropped"].values()) == report["parsed"] == 2 + 4 + 1 + 10
+
+
+def test_a_run_that_kept_nothing_is_an_error_that_shows_a_reply(teacher, run, tmp_path):
+    server = teacher(lambda n, body: item("Too short"))
+    with pytest.raises(UserError) as caught:
+        run(server, max_total_tokens=20)
+    assert "ended the run; 0 instructions in" in str(caught.value)
+    assert str(caught.value).endswith("a reply begins: " + " ".join(item("Too short").split()))
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["dropped"] == {"too short": 2}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Replies in JSON.
+
+
+def as_json(*instructions: str, **more) -> str:
+    return json.dumps({"tasks": [{"instruction": text, "input": "", "output": "Yes."} | more for text in instructions]})
+
+
+def test_with_format_json_the_request_has_a_schema_and_no_stop_string_and_the_reply_is_read(
+    teacher, run, seeds, tmp_path
+):
+    cut = as_json(fresh(2), fresh(3))
+    answers = [f"```json\n{as_json(fresh(0), 'Too short')}\n```", (cut[: cut.rindex(":")], "length"), as_json(fresh(4))]
+    server = teacher(lambda n, body: answers[n])
+    records = run(server, format="json", num_instructions_to_generate=3)
+    assert [(record["instruction"], record["output"]) for record in records] == [
+        (fresh(number), "Yes.") for number in (0, 2, 4)
+    ]
+    body = server.requests[0]
+    assert body["response_format"] == JSON_SCHEMA and "stop" not in body
+    shown = re.findall(r'"instruction": "(.*)"', body["messages"][0]["content"])
+    tasks = [task for name in shown for task in utils.jload(seeds) if task["instruction"] == name]
+    assert len(tasks) == 3
+    assert body["messages"][0]["content"] == encode_json_prompt(tasks, (ROOT / "prompt.txt").read_text())
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["dropped"] == {"too short": 1, "cut off": 1}
+
+
+def test_a_run_is_continued_in_the_format_that_it_was_begun_with(teacher, run):
+    run(teacher(lambda n, body: as_json(fresh(0))), format="json", num_instructions_to_generate=1)
+    with pytest.raises(UserError, match="was begun with --format json: keep that"):
+        run("http://127.0.0.1:1/v1", num_instructions_to_generate=2)
+
+
+def test_a_journal_from_before_there_were_formats_is_of_text(teacher, run, tmp_path):
+    (tmp_path / "out").mkdir()
+    with Journal(tmp_path / "out" / "regen.journal") as journal:
+        journal.append([{"seed": 1, "seeded": False, "start": 0, "num_prompt_instructions": 3}])
+    with pytest.raises(UserError, match="was begun with --format text: keep that"):
+        run("http://127.0.0.1:1/v1", format="json")
+    assert texts(run(teacher(always_fresh()), num_instructions_to_generate=1)) == [fresh(0)]
 
 
 def test_the_time_limit_ends_a_run_with_a_plain_statement(teacher, run, capsys):
@@ -502,6 +438,8 @@ def test_the_run_goes_on_through_faults_and_ends_with_enough(teacher, run, tmp_p
         ({"max_concurrency": 0}, ["max_concurrency must be at least 1"]),
         ({"num_prompt_instructions": 0}, ["--num_prompt_instructions must be 1 to 4, the tasks in"]),
         ({"num_prompt_instructions": 5}, ["--num_prompt_instructions must be 1 to 4, the tasks in"]),
+        ({"format": "xml"}, ["--format must be text or json, not 'xml'"]),
+        ({"format": "json", "api": "completions"}, ["--format json needs --api chat"]),
         ({"max_tokens": 0}, ["max_tokens must be at least 1"]),
         ({"seed_tasks_path": "no.jsonl"}, ["no.jsonl does not exist"]),
         ({"prompt_path": "no.txt"}, ["no.txt does not exist"]),
@@ -548,7 +486,10 @@ def test_the_seed_tasks_and_the_prompt_in_the_repository_are_fit_for_use():
     text = encode_prompt(tasks[:3], (ROOT / "prompt.txt").read_text())
     assert text.endswith("###\n4. Instruction:") and "List of 20 tasks:\n###\n1. Instruction: " in text
     # Every seed survives the way through a prompt and back, so that no seed teaches the teacher a malformed item.
-    assert all(isinstance(record, dict) for record in parse_response(encode_prompt(tasks, ""), "length", 3))
+    *records, cut = parse_response(encode_prompt(tasks, ""), "length", 3)
+    assert [record["output"] for record in records] == [task["instances"][0]["output"].strip() for task in tasks]
+    assert cut == "176. Instruction:"
+    assert parse_json(encode_json_prompt(tasks, ""), "stop") == records
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -677,13 +618,6 @@ def test_importing_the_script_loads_neither_torch_nor_an_api_client():
     assert "generate_instruction" in loaded and not {"torch", "transformers", "openai"} & set(loaded)
 
 
-def test_what_a_chat_model_says_before_its_first_item_is_left_out():
-    text = (
-        "Sure, here are some tasks:\n\n4. Instruction: Name two rivers.\n4. Input:\n<noinput>\n4. Output:\nNile, Po\n"
-    )
-    assert parse_response(text, "stop", 3) == [{"instruction": "Name two rivers.", "input": "", "output": "Nile, Po"}]
-
-
 def test_a_teacher_that_repeats_itself_ends_the_run(teacher, tmp_path):
     reply = " Name two long rivers.\n4. Input:\n<noinput>\n4. Output:\nNile, Po\n"
     server = teacher(lambda number, body: reply)
@@ -707,7 +641,7 @@ def test_after_a_run_is_over_a_late_reply_changes_nothing():
         selection.feed(Completion(None, error="timeout"))
     assert not selection.is_over()  # a failure says nothing about what the teacher still knows
     for _ in range(generate_instruction.PATIENCE):
-        selection.feed(Completion("I am sorry.", "stop"))
+        selection.feed(Completion(item("Too short"), "stop"))
     assert selection.is_over()
     selection.feed(Completion(item(fresh(0)), "stop"))
     assert (selection.kept, selection.parsed, selection.unused) == ([], generate_instruction.PATIENCE, 1)
