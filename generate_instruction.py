@@ -43,6 +43,7 @@ from alpaca.common.text import counted, printable, shorten
 from alpaca.data.dedup import MAX_SIMILARITY, DistinctPool, dedup
 from alpaca.data.replies import JSON_SCHEMA, CutOff, encode_json_prompt, encode_prompt, parse_json, parse_response
 from alpaca.data.rouge import is_mostly_unseen, tokenize_unicode, tokenizer_named
+from alpaca.endpoint.batch_api import Batches, BatchSettings, refuse_open_batch
 from alpaca.endpoint.budget import Budget, RequestSettings
 from alpaca.endpoint.client import Completion, OpenAIDecodingArguments, Teacher
 from alpaca.endpoint.parallel import ask_all, print_counts, print_forecast, progress_bar, recorded
@@ -56,6 +57,7 @@ PATIENCE = 100  # replies in a row that bring nothing new: the teacher repeats i
 UNREADABLE = 10  # replies in a row without one whole item: the teacher does not keep to the format
 ENOUGH_UNSEEN = 10  # instructions that the tokenizer hardly sees, before the run warns of it
 MOST_NEW, FEW_NEW = 17, 2  # new instructions a reply, for the forecast: the prompt asks for 17
+FIRST_BATCH = 100  # requests of the first round at most: a teacher that brings nothing new should not cost more
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ def begin(
         run = {"seed": random.randrange(2**31) if seed is None else seed, "seeded": seed is not None}
         run |= {"start": len(records), "num_prompt_instructions": num_prompt_instructions, "format": format}
         journal.append([run])
-    run, replies = {"format": "text"} | journal.entries[0], len(journal.entries) - 1
+    run, replies = {"format": "text"} | journal.entries[0], sum("i" in entry for entry in journal.entries)
     for name, given in (("num_prompt_instructions", num_prompt_instructions), ("seed", seed), ("format", format)):
         if given is not None and given != run[name]:
             raise UserError(f"this run was begun with --{name} {run[name]}: keep that, or take another --output_dir")
@@ -224,6 +226,7 @@ def generate_instruction_following_data(
     similarity_stats: bool = True,
     filters: Filters = Filters(),  # noqa: B008  never changed
     requests: RequestSettings = RequestSettings(),  # noqa: B008
+    batches: BatchSettings = BatchSettings(),  # noqa: B008
     request_batch_size: int | None = None,
     num_cpus: int | None = None,
 ) -> None:
@@ -264,7 +267,8 @@ def generate_instruction_following_data(
     # The prompt asks for 20 tasks; a base model would not stop there.
     way = {"response_format": JSON_SCHEMA} if as_json else {"stop": ["\n21. Instruction:"]}
     decoding = OpenAIDecodingArguments(max_tokens, temperature, top_p, **way)
-    teacher, budget = Teacher(model_name, decoding, api, requests), Budget(requests)
+    teacher = Teacher(model_name, decoding, api, batches.addressed(requests))
+    budget = Budget(requests, batches.price)
 
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
@@ -278,7 +282,8 @@ def generate_instruction_following_data(
             return text, rng.randrange(2**31) if run["seeded"] else None
 
         with open(output / "rejected.jsonl", "w", encoding="utf-8") as rejected:
-            numbers, earlier = (num_instructions_to_generate, num_prompt_instructions), len(journal.entries) - 1
+            numbers = num_instructions_to_generate, num_prompt_instructions
+            earlier = sum("i" in entry for entry in journal.entries)
             selection = Selection(seed_tasks, start, *numbers, filters, similarity_stats, rejected, format)
 
             def save() -> dict:
@@ -290,20 +295,30 @@ def generate_instruction_following_data(
                 return counts
 
             try:
-                asyncio.run(collect(teacher, request, journal, budget, selection, save))
+                more = asyncio.run(collect(teacher, request, journal, budget, selection, save, batches))
             finally:  # after Ctrl-C and errors too
                 print_counts(save())
-    conclude(selection, budget, output / "regen.json")
+    conclude(selection, budget, output / "regen.json", more)
 
 
-async def collect(teacher, request, journal, budget, selection, save) -> None:
-    """Ask until the selection has enough or may not continue; ``save`` keeps regen.json up to date."""
+async def collect(teacher, request, journal, budget, selection, save, batches) -> str | None:
+    """Ask until the selection has enough or may not continue; ``save`` keeps regen.json up to date.
+
+    Return why a batch is not over, if so.
+    """
     earlier, warned = dict(recorded(journal)), False
 
     def replies_left() -> float:
         """As if there had been 4 more replies with 2 new instructions each: the first ones tell too little."""
         each = (selection.new() + 8) / (budget.replies - selection.unused + 4)
         return (selection.target - len(selection.kept)) / each
+
+    def round_left() -> float:
+        """The same for a round, of which all requests are sent at once: rather too few, by two standard errors."""
+        replies = selection.fed - selection.unused  # others wait for one that is asked again
+        each = min(selection.new() * (1 + 2 / replies**0.5) / replies if selection.new() else MOST_NEW, MOST_NEW)
+        left = (selection.target - len(selection.kept)) / each
+        return left if selection.new() else min(left, FIRST_BATCH)
 
     def in_order(reply: Completion) -> None:
         nonlocal warned
@@ -318,19 +333,22 @@ async def collect(teacher, request, journal, budget, selection, save) -> None:
         if number < max(earlier, default=-1):  # was in flight when an earlier run was killed: later replies wait for it
             return True
         # Near the end no more requests than it should take: each is paid for.
-        return not budget.exhausted() and in_flight < replies_left()
+        return not budget.exhausted() and in_flight < (round_left() if batches else replies_left())
 
     if not earlier and not selection.is_over():
         left = selection.target - len(selection.kept)
         requests = math.ceil(left / MOST_NEW), math.ceil(left / FEW_NEW)
         print_forecast(budget, requests, len(request(0)[0]), teacher.decoding.max_tokens)
+    if batches:
+        return await Batches(teacher, request, journal, budget, in_order, want, batches).run()
+    refuse_open_batch(journal)
     counts = (lambda: len(selection.kept)), replies_left
     async with progress_bar(budget, teacher.pace, "instruction", selection.target, *counts, exact=False):
         ways = teacher, request, journal, budget.arrived, in_order, want, budget.settings.max_concurrency
         await ask_all(*ways, at_intervals=save)
 
 
-def conclude(selection: Selection, budget: Budget, regen_path: Path) -> None:
+def conclude(selection: Selection, budget: Budget, regen_path: Path, more: str | None) -> None:
     """Print what there is now, and why it is less than was asked for.
 
     Raises:
@@ -344,6 +362,8 @@ def conclude(selection: Selection, budget: Budget, regen_path: Path) -> None:
     if len(selection.kept) < selection.target:
         if why := budget.failing():
             raise UserError(f"{why}: the run ended; {made}")
+        if more:
+            return print(f"{more}\n{made}")
         most = "".join(f", most often {reason}" for reason, _ in selection.dropped.most_common(1))
         why = budget.exhausted() or f"{selection.barren} replies in a row without a new one (dropped{most})"
         if unreadable := selection.unreadable >= UNREADABLE:

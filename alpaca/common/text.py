@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from alpaca import UserError
 
@@ -35,6 +36,12 @@ def shorten(text: str, most: int = 60) -> str:
 def counted(number: int, noun: str) -> str:
     """Return "1 item" or "2,000 items"."""
     return f"{number:,} {noun}" + "s" * (number != 1)
+
+
+def in_brackets(notes: Iterable[tuple[int, str]]) -> str:
+    """Return " (3 of this; 1 of that)" without counts of 0, or "" if nothing is left."""
+    text = "; ".join(f"{count:,} {what}" for count, what in notes if count)
+    return f" ({text})" if text else ""
 
 
 def printable(text: str) -> str:

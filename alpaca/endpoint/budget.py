@@ -67,10 +67,14 @@ class RequestSettings:
 
 
 class Budget:
-    """Counts replies, tokens, dollars and failures against limits. Earlier runs' replies count, but not their time."""
+    """Counts replies, tokens, dollars and failures against limits. Earlier runs' replies count, but not their time.
 
-    def __init__(self, settings: RequestSettings):
-        self.settings, self.started = settings, time.monotonic()
+    ``price`` is that of the coming requests, relative to direct ones.
+    """
+
+    def __init__(self, settings: RequestSettings, price: float = 1.0):
+        self.settings, self.price, self.started = settings, price, time.monotonic()
+        self.cost = 0.0  # dollars
         self.replies = self.new_replies = self.prompt_tokens = self.completion_tokens = 0
         self.recent: deque[str | None] = deque(maxlen=100)  # this run's: the kind of failure, or None
         self.failures: Counter[str] = Counter()
@@ -82,6 +86,7 @@ class Budget:
         self.replies += 1
         self.prompt_tokens += reply.prompt_tokens
         self.completion_tokens += reply.completion_tokens
+        self.cost += reply.price * self.dollars(reply.prompt_tokens, reply.completion_tokens)
         self.changed.update(reply.changed or ())
         kind = None
         if reply.error:
@@ -96,17 +101,21 @@ class Budget:
         return time.monotonic() - self.started
 
     def dollars(self, prompt_tokens: float, completion_tokens: float) -> float:
-        """Return what these tokens cost."""
+        """Return what these tokens cost in direct requests."""
         return (prompt_tokens * self.settings.prompt_price + completion_tokens * self.settings.completion_price) / 1e6
 
-    def exhausted(self) -> str | None:
-        """Name the limit that is reached, or return None. Asked before each request; those in flight overshoot it."""
-        limits, tokens = self.settings, (self.prompt_tokens, self.completion_tokens)
+    def exhausted(self, *more: float) -> str | None:
+        """Name the limit that is reached, or return None. Asked before each request; those in flight overshoot it.
+
+        ``more`` are prompt and reply tokens that will be used as well.
+        """
+        limits, tokens = self.settings, self.prompt_tokens + self.completion_tokens + sum(more)
         if limits.time_limit is not None and self.seconds() > limits.time_limit:
             return f"the time limit of {limits.time_limit:g} s"
-        if limits.max_total_tokens is not None and sum(tokens) >= limits.max_total_tokens:
+        if limits.max_total_tokens is not None and tokens >= limits.max_total_tokens:
             return f"the budget of {limits.max_total_tokens:,} tokens"
-        if limits.max_cost_usd is not None and self.dollars(*tokens) >= limits.max_cost_usd:
+        cost = self.cost + (self.price * self.dollars(*more) if more else 0)
+        if limits.max_cost_usd is not None and cost >= limits.max_cost_usd:
             return f"the budget of ${limits.max_cost_usd:g}"
         return None
 
@@ -120,14 +129,15 @@ class Budget:
     def forecast(self, requests: tuple[float, float], prompt_tokens: float, reply_tokens: tuple[float, float]) -> str:
         """Describe what so many requests of so many tokens each will use (least, most), in dollars if prices are known."""
         tokens = [n * (prompt_tokens + each) for n, each in zip(requests, reply_tokens, strict=True)]
-        dollars = [self.dollars(n * prompt_tokens, n * each) for n, each in zip(requests, reply_tokens, strict=True)]
+        pairs = zip(requests, reply_tokens, strict=True)
+        dollars = [self.price * self.dollars(n * prompt_tokens, n * each) for n, each in pairs]
         cost = f", {spread(*dollars, '${:,.2f}')}" if any(dollars) else ""
         return f"{spread(*requests)} request{'s' * (requests[1] > 1)}, {spread(*tokens)} tokens{cost}"
 
     def used(self) -> str:
         """Describe the tokens and dollars so far."""
-        cost = self.dollars(self.prompt_tokens, self.completion_tokens)
-        return f"{self.prompt_tokens:,} prompt + {self.completion_tokens:,} reply" + (f", ${cost:,.2f}" if cost else "")
+        tokens = f"{self.prompt_tokens:,} prompt + {self.completion_tokens:,} reply"
+        return tokens + (f", ${self.cost:,.2f}" if self.cost else "")
 
     def counts(self) -> dict:
         """Return the figures of a report: replies of earlier runs included, but this run's seconds alone."""
@@ -136,7 +146,7 @@ class Budget:
             "failed": dict(self.failures.most_common()),
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
-            "cost_usd": round(self.dollars(self.prompt_tokens, self.completion_tokens), 4),
+            "cost_usd": round(self.cost, 4),
             "seconds": round(self.seconds(), 1),
         }
 

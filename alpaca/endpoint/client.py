@@ -15,10 +15,11 @@ import random
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import count
 
 from alpaca import UserError
+from alpaca.common.journal import Journal
 from alpaca.endpoint.budget import RequestSettings
 from alpaca.endpoint.dialects import NO_CREDIT, NO_MODEL, Fault, Settings, masked, named, read_fault, read_reply
 from alpaca.endpoint.pacing import Pace
@@ -53,6 +54,17 @@ class Completion:
     model: str | None = dataclasses.field(default=None, compare=False)  # that answered, according to its server
     changed: list[str] | None = dataclasses.field(default=None, compare=False)  # settings that the server did not take
     max_tokens: int | None = dataclasses.field(default=None, compare=False)  # requested, if fewer than asked for
+    price: float = dataclasses.field(default=1.0, compare=False)  # relative to a direct request's: batches cost less
+
+
+FIELDS = [field.name for field in dataclasses.fields(Completion)]
+
+
+def recorded(journal: Journal) -> Iterator[tuple[int, Completion]]:
+    """Yield the number and the reply of each request in a journal; one that was retried comes again."""
+    for entry in journal.entries:
+        if "i" in entry:
+            yield entry["i"], Completion(**{field: entry[field] for field in FIELDS if field in entry})
 
 
 class Lost(Exception):
@@ -274,7 +286,7 @@ class Teacher:
         """
         import aiohttp
 
-        url = self.where + path + ("?" + self._query if self._query else "")
+        url = self.where + path + ("&?"["?" not in path] + self._query if self._query else "")
         session, received = self._session or self._open(), b""
         try:
             async with session.request(method, url, json=json, data=data, proxy=self._proxy) as response:

@@ -10,6 +10,7 @@ import html
 import json
 import logging
 import re
+import zlib
 from collections.abc import Iterator
 from http import HTTPStatus
 
@@ -113,12 +114,12 @@ class Settings:
         self.changed: dict[str, str] = {}  # setting → what was done with it
         self._name = "max_tokens"
         self._fitting: dict[int, int] = {}  # characters of a prompt → tokens of a reply, where max_tokens were too many
-        self._trying: dict[str, int] = {}  # a prompt → tokens of a reply that may fit
+        self._trying: dict[str, int] = {}  # a prompt's checksum → tokens of a reply that may fit
 
     def of(self, prompt: str, seed: int | None) -> dict:
         """Return the settings of one request."""
         settings = self.asked | ({} if seed is None else {"seed": seed})
-        settings[self._name] = self._trying.get(prompt) or self._longest(len(prompt))
+        settings[self._name] = self._trying.get(_checksum(prompt)) or self._longest(len(prompt))
         if self._name != "max_tokens":
             del settings["max_tokens"]
         return {key: value for key, value in settings.items() if key not in self.changed} | self.extra
@@ -131,7 +132,7 @@ class Settings:
         said = f"{fault.code} {fault.words}"
         tokens = next((body[name] for name in LENGTHS if name in body), 0)
         if "context" in said.lower():
-            self._trying[prompt] = max(tokens // 2, MIN_TOKENS)
+            self._trying[_checksum(prompt)] = max(tokens // 2, MIN_TOKENS)
             return tokens > MIN_TOKENS
         found = [name for name in (*OPTIONAL, *LENGTHS) if name in fault.names]
         found += [name for name in (*OPTIONAL, *LENGTHS) if re.search(rf"\b{name}\b", said)]
@@ -151,10 +152,24 @@ class Settings:
 
     def succeeded(self, prompt: str) -> None:
         """Keep a length that fitted for all prompts as long: only now, since a prompt may be too long by itself."""
-        limit = self._trying.pop(prompt, None)
+        limit = self._trying.pop(_checksum(prompt), None)
         if limit and limit < self._longest(len(prompt)):
             self._fitting[len(prompt)] = limit
             self._change("context", f"max_tokens {limit} after prompts of {len(prompt):,} characters or more")
+
+    def learned(self) -> dict:
+        """Return what was learned, as JSON can hold it."""
+        return {
+            "changed": self.changed,
+            "name": self._name,
+            "fitting": [*self._fitting.items()],
+            "trying": self._trying,
+        }
+
+    def remember(self, learned: dict) -> None:
+        """Take over what learned() returned in an earlier run."""
+        self.changed, self._name = dict(learned["changed"]), learned["name"]
+        self._fitting, self._trying = dict(learned["fitting"]), dict(learned["trying"])
 
     def _longest(self, characters: int) -> int:
         """Return the most tokens to ask for after a prompt of so many characters: a long one limits no shorter one."""
@@ -164,6 +179,10 @@ class Settings:
         if self.changed.get(key) != what:
             logging.warning("%s refused a setting: %s", self.model_name, what)
         self.changed[key] = what
+
+
+def _checksum(prompt: str) -> str:
+    return str(zlib.crc32(prompt.encode("utf-8", "surrogatepass")))
 
 
 @dataclasses.dataclass

@@ -9,7 +9,7 @@ import asyncio
 import dataclasses
 import sys
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
@@ -17,18 +17,12 @@ from tqdm import tqdm
 
 from alpaca import UserError
 from alpaca.common.journal import Journal
+from alpaca.common.text import in_brackets
+from alpaca.endpoint.batch_api import Batches, BatchSettings, refuse_open_batch
 from alpaca.endpoint.budget import Budget, in_words, spread
-from alpaca.endpoint.client import Completion, Teacher
+from alpaca.endpoint.client import Completion, Teacher, recorded
 
-FIELDS = [field.name for field in dataclasses.fields(Completion)]
 SAVE_EVERY = 30.0  # seconds between two calls of at_intervals()
-
-
-def recorded(journal: Journal) -> Iterator[tuple[int, Completion]]:
-    """Yield the number and the reply of each request in a journal; one that was retried comes again."""
-    for entry in journal.entries:
-        if "i" in entry:
-            yield entry["i"], Completion(**{field: entry[field] for field in FIELDS if field in entry})
 
 
 async def ask_all(
@@ -248,6 +242,7 @@ def ask_each(
     budget: Budget,
     max_tokens: int,
     unit: str,
+    batches: BatchSettings,
 ) -> list[Completion | None]:
     """Ask for a reply to each prompt that has none with a text in the journal, within a budget.
 
@@ -259,6 +254,7 @@ def ask_each(
         budget: when it is spent, or too much fails, nothing more is sent.
         max_tokens: of a reply, for the forecast.
         unit: what a reply is called in the bar.
+        batches: whether to ask in batches.
 
     Returns:
         For each prompt the reply, or the failure, or None where the run ended before it was asked.
@@ -271,14 +267,23 @@ def ask_each(
     def want(number: int, in_flight: int) -> bool:
         return number < len(prompts) and not budget.exhausted() and not budget.failing()
 
+    def request(number: int) -> tuple[str, int | None]:
+        return prompts[number], seed
+
     async def run() -> None:
         counts = (lambda: earlier + budget.new_replies), (lambda: missing - budget.new_replies)
-        ways = (lambda i: (prompts[i], seed)), journal, budget.arrived, (lambda reply: None), want
+        ways = request, journal, budget.arrived, (lambda reply: None), want
         async with progress_bar(budget, teacher.pace, unit, len(prompts), *counts, exact=True):
             await ask_all(teacher, *ways, budget.settings.max_concurrency, retry_failed=True)
 
     try:
-        asyncio.run(run())
+        if batches:
+            ways = request, journal, budget, (lambda reply: None), want, batches
+            if more := asyncio.run(Batches(teacher, *ways, retry_failed=True).run()):
+                print(more)
+        else:
+            refuse_open_batch(journal)
+            asyncio.run(run())
     except KeyboardInterrupt:
         print(f"\nthe same command continues: the replies are in {journal.path}", file=sys.stderr)
         raise
@@ -313,8 +318,8 @@ def summarize(
         raise UserError(f"{why}: the run ended; {made}")
     if errors and all(reply is None or reply.error for reply in replies):
         raise UserError(f"not one request succeeded: {made}")
-    if unasked:
-        print(f"{budget.exhausted()} ended the run")
+    if unasked and (why := budget.exhausted()):
+        print(f"{why} ended the run")
     print(made)
 
 
@@ -326,9 +331,3 @@ def print_counts(counts: dict) -> None:
     width = max(len(name) for name, _ in rows)
     for name, number in rows:
         print(f"{name.replace('_', ' ').ljust(width)}  {number:>12,}")
-
-
-def in_brackets(notes: list[tuple[int, str]]) -> str:
-    """Return " (3 of this; 1 of that)" without counts of 0, or "" if nothing is left."""
-    text = "; ".join(f"{count:,} {what}" for count, what in notes if count)
-    return f" ({text})" if text else ""
