@@ -62,7 +62,7 @@ def drive(server, folder, requests=6, settings=BATCH, limits=None, retry_failed=
     with Journal(folder / "journal") as journal:
         journal.begin({"requests": "these"})
         ways = (lambda i: (f"request {i}", 100 * i)), journal, budget, replies.append
-        ways += (lambda i, ahead: i < requests and not budget.exhausted()), settings, retry_failed
+        ways += (lambda i, ahead: i < requests and not budget.exhausted()), retry_failed, settings
         why = asyncio.run(Batches(make(server.base_url), *ways).run())
     return why, replies, budget
 
