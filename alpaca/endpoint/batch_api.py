@@ -27,7 +27,6 @@ from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
-import aiohttp
 from tqdm import tqdm
 
 from alpaca import UserError
@@ -164,7 +163,7 @@ class Batches:
         if source or target:
             refuse_open_batch(self.journal)
         if source:
-            print(f"{source}: {self._take(Path(source).read_bytes().splitlines())}")
+            print(f"{source}: {self._take(source, Path(source).read_bytes().splitlines())}")
         while self.open or (lines := self._next_round()):
             if target:
                 with replace_file(target, "wb") as file:
@@ -233,7 +232,9 @@ class Batches:
     async def _upload(self, lines: dict[int, bytes]) -> None:
         data = b"".join(lines.values())
 
-        def form() -> aiohttp.FormData:  # one can be sent only once
+        def form():  # one can be sent only once
+            import aiohttp
+
             fields, name = aiohttp.FormData({"purpose": "batch"}), f"alpaca-{self.token}.jsonl"
             fields.add_field("file", BytesIO(data), filename=name, content_type="application/jsonl")
             return fields
@@ -313,8 +314,9 @@ class Batches:
             if batch.get(key):
                 lines += (await self._call("GET", f"/files/{batch[key]}/content")).splitlines()
         # What a cancelled or failed batch does not mention was not tried.
-        missing = self.open["requests"] if status in ("completed", "expired") else ()
-        became = f"{name} {status}: {self._take(lines, missing, [{'batch': {'done': self.open['id']}}])}"
+        tried = status in ("completed", "expired") and not self.settings.batch_cancel
+        missing = self.open["requests"] if tried else ()
+        became = f"{name} {status}: {self._take(name, lines, missing, [{'batch': {'done': self.open['id']}}])}"
         if status == "failed":
             errors = (batch.get("errors") or {}).get("data") or []
             words = "; ".join(dict.fromkeys(str(error.get("message")) for error in errors[:3])) or "no reason given"
@@ -325,10 +327,11 @@ class Batches:
             print(f"{became}; tokens {self.budget.used()}")
         return became
 
-    def _take(self, lines: Iterable[bytes], missing: Iterable[int] = (), done: Iterable[dict] = ()) -> str:
+    def _take(self, where: str, lines: Iterable[bytes], missing: Iterable[int] = (), done: Iterable[dict] = ()) -> str:
         """Journal results, count them and hand them on.
 
         Args:
+            where: the lines are from.
             lines: of a server's files, what succeeded first: in any order, some twice, some of another run.
             missing: requests that should have a result.
             done: entries to journal with the results.
@@ -361,8 +364,8 @@ class Batches:
                 if body is None:  # vLLM has it as the error
                     body = error if isinstance(error, dict) and "error" in error else {"error": error}
                 results[number] = status, json.dumps(body).encode()
-        if foreign and not (results or old or done):
-            raise UserError(f"{self.settings.batch_read} has no result of this run")
+        if foreign and not (results or old) and (missing or not done):  # a proxy's page, or a file of another run
+            raise UserError(f"{where} has no result of this run")
         for number in missing:
             if number not in self.known and number not in old:
                 results.setdefault(number, (None, b"no result"))

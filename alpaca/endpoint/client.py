@@ -287,14 +287,14 @@ class Teacher:
         import aiohttp
 
         url = self.where + path + ("&?"["?" not in path] + self._query if self._query else "")
-        session, received = self._session or self._open(), b""
+        session, received = self._session or self._open(), bytearray()
         try:
             async with session.request(method, url, json=json, data=data, proxy=self._proxy) as response:
-                received = await response.content.readany()  # the reply may take its time until it begins
+                received += await response.content.readany()  # the reply may take its time until it begins
                 while not response.content.at_eof():
                     async with asyncio.timeout(IDLE):
                         received += await response.content.readany()
-                return response.status, response.headers, received
+                return response.status, response.headers, bytes(received)
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as e:
             lost = Lost(_transport_fault(e, stalled=bool(received)) + self._proxied)
             lost.unreachable = isinstance(e, aiohttp.ClientConnectorError)
