@@ -84,12 +84,12 @@ class Pace:
         flying = f"{self.in_flight} in flight"
         if not self._rate or self._rate_at(self.clock()) > 2 * self._rate:
             return flying
-        measured = stated = 60 * self._rate
+        measured, stated = 60 * self._rate, 0.0
         with contextlib.suppress(ValueError):
             stated = float(self._stated)
         # Some servers state their limit for a day or a second.
         rate = stated if measured / 2 < stated < measured * 2 else float(f"{measured:.2g}")
-        return f"{rate:,.4g} requests/min allowed by the server, {flying}"
+        return f"{rate:,.6g} requests/min allowed by the server, {flying}"
 
     def wait(self, now: float) -> float:
         """Return the seconds until the next request may be sent, inf if one in flight has to end first."""
@@ -169,7 +169,7 @@ class Pace:
                 self._last_cut = now
             pause = 1 / self._rate if self._rate else self.FIRST_PAUSE
         self._pause(now, now + min(pause * 2**self._empty, max(pause, self.LONGEST_PAUSE)))
-        # An epoch without a success goes on: the bucket is as empty as before. After four it is an outage, not a rate.
+        # Without a success the epoch continues: the bucket is as empty as before. After four it is an outage.
         if first or accepted or self._empty > 3:
             # A bucket that ran over during a pause loses part of it: half that time is not counted.
             self._epoch, self._refused = (ticket + asked / 2, number), 0
@@ -181,7 +181,7 @@ class Pace:
         self._end(ticket)
 
     def stuck(self, now: float) -> str | None:
-        """Return why there is no point in going on, or None."""
+        """Return why the run should give up, or None."""
         if self.in_flight:
             return None
         since = now if self._failing_since is None else self._failing_since
@@ -232,6 +232,7 @@ class Pace:
             if total >= self.ENOUGH:
                 break
         self._patience = min(60.0, 8 * seconds)
+        # At least one try a minute: refusals at random, at any pace, would slow it further and further.
         rate = max(1 / 60, min(total / seconds, most))
         # Refused at far more than was accepted: the bucket was full for a while, and the truth lies between.
         return rate if last < 1.3 * rate else math.sqrt(rate * min(last, 4 * rate))

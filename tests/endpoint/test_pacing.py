@@ -140,6 +140,23 @@ def test_other_limits(server, per_minute, start, end, at_least, requests_per_ans
     assert len(sent) <= requests_per_answer * len(accepted)
 
 
+def test_a_limit_that_falls_to_a_twentieth_is_learned_from_few_refusals():
+    _, sent, accepted = simulate(Bucket(1200, changes=[(60, 60)]), 120)
+    assert sum(t > 60 for t in sent) - sum(t > 60 for t in accepted) <= 30
+
+
+class AtRandom(Bucket):
+    """Refuses half of all requests, at any pace."""
+
+    def ask(self, now):
+        return (None, {}, "HTTP 429") if self.random.random() < 0.5 else (self.latency, {}, "")
+
+
+def test_refusals_without_a_cause_never_stop_a_run():
+    _, _, accepted = simulate(AtRandom(0), 4 * 3600)
+    assert sum(t > 3 * 3600 for t in accepted) >= 10
+
+
 def test_the_window_is_what_the_server_takes_at_once_and_one_more():
     pace, _, _ = simulate(AtOnce(0, burst=3), 59)
     assert pace.window == 4
@@ -283,7 +300,7 @@ def test_a_wait_beyond_the_breaker_is_reported_at_once():
 def test_a_stated_limit_is_shown_if_it_can_be_per_minute(stated, shown):
     now = [0.0]
     pace = Pace(4, clock=lambda: now[0])
-    pace._rate, pace._last_cut = 1.0, 0.0
+    pace._rate, pace._last_cut = 1.003, 0.0
     pace.accepted(0, pace.sent(0), {} if stated is None else {"X-RateLimit-Limit-Requests": stated})
     pace.sent(1)
     assert str(pace) == f"{shown} requests/min allowed by the server, 1 in flight"
@@ -304,7 +321,7 @@ def test_turns_are_taken_in_line():
         await asyncio.gather(*(worker(number) for number in range(20)))
         return pace, order
 
-    pace, order = asyncio.run(run())
+    pace, order = asyncio.run(asyncio.wait_for(run(), 20))
     assert order == list(range(20)) and pace.in_flight == 0
 
 
@@ -317,6 +334,6 @@ def test_all_who_wait_are_released_when_it_is_stuck():
         pace.refused(time.monotonic(), ticket, {"retry-after": "7200"}, "HTTP 429: no more today")
         return await asyncio.gather(*waiting, return_exceptions=True)
 
-    errors = asyncio.run(run())
+    errors = asyncio.run(asyncio.wait_for(run(), 20))
     assert [type(error) for error in errors] == [UserError] * 3
     assert str(errors[0]) == "the server asks to wait 7,200 s (last: HTTP 429: no more today)"
