@@ -143,10 +143,17 @@ def test_a_refused_setting_is_left_out_of_the_next_round(batch_server, tmp_path)
     assert drive(server, tmp_path, 4)[1][3].text and [len(lines) for lines in server.lines] == [3, 3, 1]
 
 
-def test_a_request_without_model_among_others_that_succeed_fails_alone(batch_server, tmp_path):
-    gone = 404, {"error": {"message": "gone"}}
-    server = batch_server(lambda body: gone if body["seed"] == 0 else echo(body))
-    replies = drive(server, tmp_path, 3)[1]
+def test_a_refusal_among_replies_is_of_one_request_and_alone_of_the_model(batch_server, tmp_path):
+    gone, file = (404, {"error": {"message": "gone"}}), tmp_path / "file"
+    server = batch_server(lambda body: gone)
+    assert_user_error(lambda: drive(server, tmp_path, 3), "has no model 'm'", "HTTP 404: gone")
+    drive(server, tmp_path, 3, BatchSettings(batch_write=str(file)))
+    rows = [json.loads(line) for line in file.read_text().splitlines()]  # in a file of a tool, refusals may come first
+    bodies = [gone, (200, said("request 1, seed 100")), (200, said("request 2, seed 200"))]
+    for row, (status, body) in zip(rows, bodies, strict=True):
+        row["response"] = {"status_code": status, "body": body}
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    replies = drive(server, tmp_path, 3, BatchSettings(batch_read=str(file)))[1]
     assert replies[0].error == "HTTP 404: gone" and [reply.text for reply in replies[1:]] == expected(3)[1:]
 
 
