@@ -120,6 +120,7 @@ def test_what_expired_is_asked_again_and_three_times_is_a_failure(batch_server, 
     never.answer = echo
     again = drive(never, tmp_path / "b", 3, retry_failed=True)
     assert [reply.text for reply in again[1]] == expected(3) and len(never.lines[3:]) == len(never.lines[3]) == 1
+    assert never.lines[3][0]["custom_id"].endswith("-1-3")  # the fourth time
     assert again[2].failures == {} and again[2].prompt_tokens == 21
 
 
@@ -226,6 +227,8 @@ def test_after_ctrl_c_the_batch_goes_on_and_is_found(batch_server, tmp_path, cap
     with Journal(tmp_path / "journal") as journal:
         assert open_batch(journal) == {"file": "file-0", "requests": [0, 1, 2, 3, 4, 5], "id": "batch-0"}
         assert_user_error(lambda: refuse_open_batch(journal), "batch batch-0 is open", "continue it", "cancel it")
+    write = BatchSettings(batch_write=str(tmp_path / "file"))
+    assert_user_error(lambda: drive(server, tmp_path, settings=write), "batch batch-0 is open")
     assert [reply.text for reply in drive(server, tmp_path)[1]] == expected(6)
     assert server.steps.count("upload") == server.steps.count("create") == 1
     with Journal(tmp_path / "journal") as journal:
@@ -339,6 +342,9 @@ def test_files_are_written_and_read_without_a_server(batch_server, tmp_path):
     assert line["custom_id"] == lines[1]["custom_id"][:-1] + "1"
     replies.write_text(row(line, text="one"))
     assert [reply.text for reply in drive(server, tmp_path, 3, read)[1]] == ["zero", "one", "two"]
+    drive(server, tmp_path, 4, write)
+    replies.write_text(row(json.loads(asked.read_text()), 400))
+    assert drive(server, tmp_path, 4, read)[1][3].error == "HTTP 400: out of memory"
     replies.write_text(row({"custom_id": "0badc0de-1-0"}, text="?"))
     assert_user_error(lambda: drive(server, tmp_path, 4, read), str(replies), "has no result of this run")
 
