@@ -110,16 +110,8 @@ def refuse_open_batch(journal: Journal) -> None:
 class Batches:
     """Ask as parallel.ask_all() does, in batches, one at a time.
 
-    Args:
-        teacher: writes the requests, reads the replies, and is closed at the end.
-        request: number → (prompt, seed).
-        journal: gets the replies, and what is known of the batch.
-        budget: counts the replies. Its time limit ends the waiting, but not the batch.
-        in_order: called for each reply in the order of the numbers, once it is journaled.
-        want: whether the next round should hold the next request, given its number and how many before it have not been
-            handed on. All is done when it declines the first one.
-        settings: what to do.
-        retry_failed: ask again where the journal has a reply without a text, as in ask_all().
+    ``want`` says whether the next round should hold the next request; all is done when it declines the first one. The
+    time limit of the budget ends the waiting, but not the batch.
     """
 
     teacher: Teacher
@@ -328,16 +320,9 @@ class Batches:
         return became
 
     def _take(self, where: str, lines: Iterable[bytes], missing: Iterable[int] = (), done: Iterable[dict] = ()) -> str:
-        """Journal results, count them and hand them on.
+        """Journal the results in the lines of ``where``, count them, hand them on, and say how many there were.
 
-        Args:
-            where: the lines are from.
-            lines: of a server's files, what succeeded first: in any order, some twice, some of another run.
-            missing: requests that should have a result.
-            done: entries to journal with the results.
-
-        Returns:
-            How many there were.
+        ``missing`` are the requests that should have one. The entries of ``done`` are journaled with the results.
 
         Raises:
             UserError: there is none of this run, or one says that no more can be had (key, credit).
@@ -400,12 +385,12 @@ class Batches:
                 continue
             if outcome == "done":
                 settled = self.teacher.settle(reply, state["tries"])
+            # Counter.update() adds.
             tokens = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
             state.update(tokens, times=1, tries=outcome == "done", faults=outcome in ("retry", "throttled"))
             if settled or state["faults"] == MOST_FAULTS:
-                replies[number] = replace(
-                    settled or reply, **{key: state[key] for key in tokens}, price=self.settings.price
-                )
+                total = {key: state[key] for key in tokens}
+                replies[number] = replace(settled or reply, price=self.settings.price, **total)
             else:
                 again.append({"again": number, **state})
         return dict(sorted(replies.items())), again, end
