@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from email.parser import BytesParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, urlsplit
 
 
 class BatchServer:
@@ -53,7 +54,7 @@ class BatchServer:
                         self.reply("content", 200, server.files[path[1]])
 
             def do_POST(self):
-                path = self.path.removeprefix("/v1").split("/")[1:]
+                path = self.path.partition("?")[0].removeprefix("/v1").split("/")[1:]
                 data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 if self.headers.get("Transfer-Encoding") == "chunked":
                     while size := int(self.rfile.readline(), 16):
@@ -113,7 +114,7 @@ class BatchServer:
         if not self.lists:
             return 404, {"error": {"message": "no listing here"}}
         newest = list(self.batches.values())[::-1]
-        after = path.partition("after=")[2]
+        after = parse_qs(urlsplit(path).query).get("after", [""])[0]
         start = next((place for place, batch in enumerate(newest, 1) if batch["id"] == after), 0)
         return 200, {"data": newest[start : start + 2], "has_more": len(newest) > start + 2}
 

@@ -27,7 +27,6 @@ from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
-import aiohttp
 from tqdm import tqdm
 
 from alpaca import UserError
@@ -151,7 +150,7 @@ class Batches(Run):
         if source or target:
             refuse_open_batch(self.journal)
         if source:
-            print(f"{source}: {self._take(Path(source).read_bytes().splitlines())}")
+            print(f"{source}: {self._take(source, Path(source).read_bytes().splitlines())}")
         while self.open or (lines := self._next_round()):
             if target:
                 with replace_file(target, "wb") as file:
@@ -215,7 +214,9 @@ class Batches(Run):
     async def _upload(self, lines: dict[int, bytes]) -> None:
         data = b"".join(lines.values())
 
-        def form() -> aiohttp.FormData:  # one can be sent only once
+        def form():  # one can be sent only once
+            import aiohttp
+
             fields, name = aiohttp.FormData({"purpose": "batch"}), f"alpaca-{self.token}.jsonl"
             fields.add_field("file", BytesIO(data), filename=name, content_type="application/jsonl")
             return fields
@@ -295,8 +296,9 @@ class Batches(Run):
             if batch.get(key):
                 lines += (await self._call("GET", f"/files/{batch[key]}/content")).splitlines()
         # What a cancelled or failed batch does not mention was not tried.
-        missing = self.open["requests"] if status in ("completed", "expired") else ()
-        became = f"{name} {status}: {self._take(lines, missing, [{'batch': {'done': self.open['id']}}])}"
+        tried = status in ("completed", "expired") and not self.settings.batch_cancel
+        missing = self.open["requests"] if tried else ()
+        became = f"{name} {status}: {self._take(name, lines, missing, [{'batch': {'done': self.open['id']}}])}"
         if status == "failed":
             errors = (batch.get("errors") or {}).get("data") or []
             words = "; ".join(dict.fromkeys(str(error.get("message")) for error in errors[:3])) or "no reason given"
@@ -307,16 +309,10 @@ class Batches(Run):
             print(f"{became}; tokens {self.budget.used()}")
         return became
 
-    def _take(self, lines: Iterable[bytes], missing: Iterable[int] = (), done: Iterable[dict] = ()) -> str:
-        """Journal results, count them and hand them on.
+    def _take(self, where: str, lines: Iterable[bytes], missing: Iterable[int] = (), done: Iterable[dict] = ()) -> str:
+        """Journal the results in the lines of ``where``, count them, hand them on, and say how many there were.
 
-        Args:
-            lines: of a server's files, what succeeded first: in any order, some twice, some of another run.
-            missing: requests that should have a result.
-            done: entries to journal with the results.
-
-        Returns:
-            How many there were.
+        ``missing`` are the requests that should have one. The entries of ``done`` are journaled with the results.
 
         Raises:
             UserError: there is none of this run, or one says that no more can be had (key, credit).
@@ -343,8 +339,8 @@ class Batches(Run):
                 if body is None:  # vLLM has it as the error
                     body = error if isinstance(error, dict) and "error" in error else {"error": error}
                 results[number] = status, json.dumps(body).encode()
-        if foreign and not (results or old or done):
-            raise UserError(f"{self.settings.batch_read} has no result of this run")
+        if foreign and not (results or old) and (missing or not done):  # a proxy's page, or a file of another run
+            raise UserError(f"{where} has no result of this run")
         for number in missing:
             if number not in self.known and number not in old:
                 results.setdefault(number, (None, b"no result"))
@@ -378,12 +374,12 @@ class Batches(Run):
                 continue
             if outcome == "done":
                 settled = self.teacher.settle(reply, state["tries"])
+            # Counter.update() adds.
             tokens = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
             state.update(tokens, times=1, tries=outcome == "done", faults=outcome in ("retry", "throttled"))
             if settled or state["faults"] == MOST_FAULTS:
-                replies[number] = replace(
-                    settled or reply, **{key: state[key] for key in tokens}, price=self.settings.price
-                )
+                total = {key: state[key] for key in tokens}
+                replies[number] = replace(settled or reply, price=self.settings.price, **total)
             else:
                 again.append({"again": number, **state})
         return dict(sorted(replies.items())), again, end

@@ -236,7 +236,8 @@ def ask_each(
         if more := asyncio.run(run()):
             print(more)
     except KeyboardInterrupt:
-        print(f"\nthe same command continues: the replies are in {journal.path}", file=sys.stderr)
+        if not batches:
+            print(f"\nthe same command continues: the replies are in {journal.path}", file=sys.stderr)
         raise
     found = dict(recorded(journal))
     return [found.get(number) for number in range(len(prompts))]
