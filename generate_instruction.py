@@ -46,7 +46,8 @@ from alpaca.data.rouge import is_mostly_unseen, tokenize_unicode, tokenizer_name
 from alpaca.endpoint.batch_api import Batches, BatchSettings, refuse_open_batch
 from alpaca.endpoint.budget import Budget, RequestSettings
 from alpaca.endpoint.client import Completion, OpenAIDecodingArguments, Teacher
-from alpaca.endpoint.parallel import ask_all, print_counts, print_forecast, progress_bar, recorded
+from alpaca.endpoint.parallel import Direct, print_forecast, progress_bar
+from alpaca.endpoint.run import recorded
 
 # An instruction with one of these words asks for what text alone cannot do.
 KEYWORDS = (
@@ -339,13 +340,13 @@ async def collect(teacher, request, journal, budget, selection, save, batches) -
         left = selection.target - len(selection.kept)
         requests = math.ceil(left / MOST_NEW), math.ceil(left / FEW_NEW)
         print_forecast(budget, requests, len(request(0)[0]), teacher.decoding.max_tokens)
+    what = teacher, request, journal, budget, in_order, want
     if batches:
-        return await Batches(teacher, request, journal, budget, in_order, want, batches).run()
+        return await Batches(*what, settings=batches).run()
     refuse_open_batch(journal)
     counts = (lambda: len(selection.kept)), replies_left
     async with progress_bar(budget, teacher.pace, "instruction", selection.target, *counts, exact=False):
-        ways = teacher, request, journal, budget.arrived, in_order, want, budget.settings.max_concurrency
-        await ask_all(*ways, at_intervals=save)
+        await Direct(*what, at_intervals=save).run()
 
 
 def conclude(selection: Selection, budget: Budget, regen_path: Path, more: str | None) -> None:
@@ -374,6 +375,16 @@ def conclude(selection: Selection, budget: Budget, regen_path: Path, more: str |
             raise UserError(f"{why} ended the run; {made}; {cure}, in another --output_dir; {begins}")
         print(f"{why} ended the run before {selection.target} were kept")
     print(made)
+
+
+def print_counts(counts: dict) -> None:
+    """Print a report's counts as a table; the counts in a dict are a row each."""
+    rows = []
+    for name, value in counts.items():
+        rows += [(f"{name}: {kind}", n) for kind, n in value.items()] if isinstance(value, dict) else [(name, value)]
+    width = max(len(name) for name, _ in rows)
+    for name, number in rows:
+        print(f"{name.replace('_', ' ').ljust(width)}  {number:>12,}")
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def answer(
     run |= {"extra_body": requests.extra} if requests.extra else {}
     with Journal(journal_path) as journal:
         journal.begin(run | asdict(decoding))
-        replies = ask_each(teacher, prompts, seed, journal, budget, max_new_tokens, "answer", batches)
+        replies = ask_each(teacher, prompts, seed, journal, budget, "answer", batches)
     pairs = zip(items, replies, strict=True)
     rows = [item.row(output) | _answered(reply) | {"generator": generator or model_name} for item, reply in pairs]
     if output.suffix == ".json":  # alpaca_eval would read a row without an answer as "nan"
@@ -248,7 +248,7 @@ def judge(
     run |= {"instructions": _digest([asdict(item) for item in items]), "answers": _digest([a.outputs, b.outputs])}
     with Journal(journal_path) as journal:
         journal.begin(run | {"generators": [a.generator, b.generator]})
-        replies = ask_each(teacher, prompts, seed, journal, budget, max_tokens, "judgment", batches)
+        replies = ask_each(teacher, prompts, seed, journal, budget, "judgment", batches)
     settings = {name: value for name, value in settings.items() if f"{name} left out" not in budget.changed}
     by = {"kind": "model", "name": model_name, "prompt_sha256": prompt_sha256}
     reply_to = dict(zip(to_ask, replies, strict=True))

@@ -24,14 +24,14 @@ from provenance import provenance  # noqa: E402
 import utils  # noqa: E402
 from alpaca.common.cli import run_cli  # noqa: E402
 from alpaca.common.journal import Journal  # noqa: E402
-from alpaca.endpoint.budget import RequestSettings  # noqa: E402
+from alpaca.endpoint.budget import Budget, RequestSettings  # noqa: E402
 from alpaca.endpoint.client import OpenAIDecodingArguments, Teacher  # noqa: E402
-from alpaca.endpoint.parallel import ask_all  # noqa: E402
+from alpaca.endpoint.parallel import Direct  # noqa: E402
 
 
 def measure(base_url: str, in_flight: int, seconds: float) -> float:
     """Replies a second that were journalled and handed on."""
-    import openai  # noqa: F401  its 0.7 s are start-up, not throughput
+    import aiohttp  # noqa: F401  its import is start-up, not throughput
 
     count = 0
 
@@ -43,17 +43,19 @@ def measure(base_url: str, in_flight: int, seconds: float) -> float:
     teacher = Teacher("m", OpenAIDecodingArguments(), settings=settings, max_retries=0)
     with tempfile.TemporaryDirectory() as folder, Journal(Path(folder) / "journal") as journal:
         started = time.monotonic()
-        asyncio.run(
-            ask_all(
+        budget = Budget(settings)
+
+        async def run():
+            await Direct(
                 teacher,
                 lambda i: ("word " * 700, i),
                 journal,
-                lambda reply, new: None,
+                budget,
                 handed_on,
                 lambda number, flying: time.monotonic() - started < seconds,
-                in_flight,
-            )
-        )
+            ).run()
+
+        asyncio.run(run())
         return count / (time.monotonic() - started)
 
 
@@ -75,7 +77,7 @@ def main(latency: float = 0.5, seconds: float = 6.0, repeat: int = 3) -> None:
             print(
                 f"{in_flight:>4} in flight: {statistics.median(rates):7.1f} replies/s, {rows[-1]['share_of_ideal']:.1%}"
             )
-    result = provenance("openai") | {"latency_s": latency, "rows": rows}
+    result = provenance("aiohttp") | {"latency_s": latency, "rows": rows}
     utils.jdump(result, ROOT / "benchmarks" / "results" / "client.json", indent=2)
 
 

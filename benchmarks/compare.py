@@ -54,7 +54,7 @@ def main(before: str, after: str, output_path: str, rounds: int = 3) -> None:
         rounds: of both in turn.
     """
     measured: dict[str, dict[str, list[float]]] = {"before": defaultdict(list), "after": defaultdict(list)}
-    made_with = provenance("openai", "rapidfuzz", "numpy")
+    made_with = provenance("aiohttp", "rapidfuzz", "numpy")
     for number in range(rounds):
         for side in ("before", "after") if number % 2 == 0 else ("after", "before"):
             for name, values in speeds(Path(before if side == "before" else after)).items():

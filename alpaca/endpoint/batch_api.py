@@ -22,7 +22,7 @@ import re
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -33,8 +33,9 @@ from alpaca import UserError
 from alpaca.common.files import replace_file
 from alpaca.common.journal import Journal
 from alpaca.common.text import counted, in_brackets
-from alpaca.endpoint.budget import Budget, RequestSettings
-from alpaca.endpoint.client import Completion, Lost, Teacher, recorded
+from alpaca.endpoint.budget import RequestSettings
+from alpaca.endpoint.client import Completion, Lost
+from alpaca.endpoint.run import Run
 
 MOST_REQUESTS, MOST_BYTES = 50_000, 190_000_000  # of a file; OpenAI takes 200 MB
 ENOUGH = 8  # replies, to tell how many tokens the others will have
@@ -107,26 +108,19 @@ def refuse_open_batch(journal: Journal) -> None:
 
 
 @dataclass
-class Batches:
-    """Ask as parallel.ask_all() does, in batches, one at a time.
+class Batches(Run):
+    """Ask in batches, one at a time.
 
-    ``want`` says whether the next round should hold the next request; all is done when it declines the first one. The
-    time limit of the budget ends the waiting, but not the batch.
+    ``want`` fills a round. The budget's time limit ends the waiting, not the batch.
     """
 
-    teacher: Teacher
-    request: Callable[[int], tuple[str, int | None]]
-    journal: Journal
-    budget: Budget
-    in_order: Callable[[Completion], None]
-    want: Callable[[int, int], bool]
-    settings: BatchSettings
-    retry_failed: bool = False
+    settings: BatchSettings = BatchSettings(batch=True)  # noqa: RUF009  never changed
 
     def __post_init__(self):
         # Another run's results have the same numbers: the journal's first entry says what a run is.
         self.token = hashlib.sha256(json.dumps(self.journal.entries[0], sort_keys=True).encode()).hexdigest()[:8]
-        self.known: dict[int, Completion] = {}
+        self.known: set[int] = set()  # requests that have a reply
+        self.waiting: dict[int, Completion] = {}  # replies whose turn to be handed on has not come
         # Of each request: how many times it was asked (a part of its custom_id, so that an old result is recognized),
         # the tries that brought a reply that was not accepted, with their tokens, and the passing faults.
         self.asked: dict[int, Counter] = defaultdict(Counter)
@@ -185,17 +179,12 @@ class Batches:
                 self.asked[entry["i"]] = Counter(times=self.asked[entry["i"]]["times"] + 1)
             elif "learned" in entry:
                 self.teacher.settings.remember(entry["learned"])
-        for number, reply in recorded(self.journal):
-            again = self.retry_failed and reply.text is None
-            self.budget.arrived(replace(reply, error=None) if again else reply, False)
-            if not again:
-                self.known[number] = reply
-        self._hand_on()
+        self._add(self.replay())
 
-    def _hand_on(self) -> None:
-        while self.handed_on in self.known:
-            self.in_order(self.known[self.handed_on])
-            self.handed_on += 1
+    def _add(self, replies: dict[int, Completion]) -> None:
+        self.known.update(replies)
+        self.waiting.update(replies)
+        self.handed_on = self.hand_on(self.handed_on, self.waiting)
 
     def _question(self, number: int) -> tuple[str, dict]:
         """Return a request's prompt and its JSON, as they are sent this time."""
@@ -361,8 +350,7 @@ class Batches:
         self.open = open_batch(self.journal)
         for reply in replies.values():
             self.budget.arrived(reply, True)
-        self.known |= replies
-        self._hand_on()
+        self._add(replies)
         if end:
             raise end
         notes = (len(again), "to ask again"), (len(old), "read before"), (foreign, "lines not of this run")

@@ -127,7 +127,7 @@ class Budget:
         return None
 
     def forecast(self, requests: tuple[float, float], prompt_tokens: float, reply_tokens: tuple[float, float]) -> str:
-        """Describe what so many requests of so many tokens each will use (least, most), in dollars if prices are known."""
+        """Describe what requests of so many tokens each will use, least and most, with dollars if prices are known."""
         tokens = [n * (prompt_tokens + each) for n, each in zip(requests, reply_tokens, strict=True)]
         pairs = zip(requests, reply_tokens, strict=True)
         dollars = [self.price * self.dollars(n * prompt_tokens, n * each) for n, each in pairs]

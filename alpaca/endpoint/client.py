@@ -12,16 +12,16 @@ import ipaddress
 import json
 import os
 import random
+import re
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import count
 
 from alpaca import UserError
-from alpaca.common.journal import Journal
 from alpaca.endpoint.budget import RequestSettings
-from alpaca.endpoint.dialects import NO_CREDIT, NO_MODEL, Fault, Settings, masked, named, read_fault, read_reply
+from alpaca.endpoint.dialects import NO_CREDIT, NO_MODEL, Settings, masked, named, read_fault, read_reply
 from alpaca.endpoint.pacing import Pace
 
 BUSY = (429, 503, 529)  # the server has too much to do, or we ask for too much: slower, and again
@@ -55,16 +55,6 @@ class Completion:
     changed: list[str] | None = dataclasses.field(default=None, compare=False)  # settings that the server did not take
     max_tokens: int | None = dataclasses.field(default=None, compare=False)  # requested, if fewer than asked for
     price: float = dataclasses.field(default=1.0, compare=False)  # relative to a direct request's: batches cost less
-
-
-FIELDS = [field.name for field in dataclasses.fields(Completion)]
-
-
-def recorded(journal: Journal) -> Iterator[tuple[int, Completion]]:
-    """Yield the number and the reply of each request in a journal; one that was retried comes again."""
-    for entry in journal.entries:
-        if "i" in entry:
-            yield entry["i"], Completion(**{field: entry[field] for field in FIELDS if field in entry})
 
 
 class Lost(Exception):
@@ -107,6 +97,7 @@ class Teacher:
             if value < 1:
                 raise UserError(f"{name} must be at least 1")
         self.model_name, self.decoding, self.api, self.max_retries = model_name, decoding, api, max_retries
+        self._names_model = re.compile(rf"(?<!\w){re.escape(model_name)}(?!\w)")
         self.path = "/chat/completions" if api == "chat" else "/completions"
         self.settings = Settings(model_name, decoding, settings.extra)
         self._key, self._session, self._timeout = _api_key(), None, settings.request_timeout
@@ -189,17 +180,14 @@ class Teacher:
             return failure, "retry"
         if status in (400, 413, 422) and self.settings.learn(prompt, body, fault):
             return failure, "changed"
-        if not self._answered:
-            self._check_first(status, fault, failure.error)
-        return failure, "done"
-
-    def _check_first(self, status: int, fault: Fault, error: str) -> None:
-        """Raise UserError for a refusal that all requests would meet."""
-        if status == 404 or status in (400, 422) and NO_MODEL.search(f"{fault.code} {fault.words}"):
+        first = not self._answered  # later, a refusal may be of this request's content
+        unknown = NO_MODEL.search(f"{fault.code} {fault.words}") or self._names_model.search(fault.words)
+        if status == 404 or first and status in (400, 422) and unknown:
             what = f"has no model {self.model_name!r}, or no {self.api} endpoint: check model_name and base_url"
-            raise UserError(f"{self.where} {what} ({error})")
-        if status in (403, 451):
-            raise UserError(f"{self.where} does not let you use {self.model_name!r} ({error})")
+            raise UserError(f"{self.where} {what} ({failure.error})")
+        if first and status in (403, 451):
+            raise UserError(f"{self.where} does not let you use {self.model_name!r} ({failure.error})")
+        return failure, "done"
 
     def _completion(self, prompt: str, body: dict, data: dict) -> Completion:
         reply = read_reply(data)
@@ -262,7 +250,7 @@ class Teacher:
                 reply, follows = self.read(prompt, body, status, data)
             except Lost as e:
                 if e.unreachable and not self._answered:
-                    raise UserError(f"nothing answers at {self.where} ({e}): is the server running?") from None
+                    raise UserError(f"nothing answers at {self.where}: {e}; is the server running?") from None
                 # One that has answered before may be starting again.
                 reply, follows = Completion(None, error=str(e)), "throttled" if e.unreachable else "retry"
             now = time.monotonic()
@@ -361,11 +349,10 @@ def _transport_fault(e: BaseException, stalled: bool) -> str:
         return f"the proxy answered HTTP {e.status}"
     if isinstance(e, aiohttp.ClientResponseError):
         return "the response is not HTTP"
-    if isinstance(e, ConnectionResetError):
-        return "connection reset"
     if isinstance(e, aiohttp.ServerDisconnectedError | aiohttp.ClientPayloadError):
         return "connection closed"
-    return f"connection: {getattr(e, 'strerror', None) or type(e).__name__}"
+    number = getattr(e, "errno", None)
+    return os.strerror(number).lower() if number else f"connection: {type(e).__name__}"
 
 
 def _api_key() -> str | None:

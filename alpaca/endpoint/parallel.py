@@ -10,7 +10,7 @@ import dataclasses
 import sys
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 from tqdm import tqdm
@@ -20,83 +20,40 @@ from alpaca.common.journal import Journal
 from alpaca.common.text import in_brackets
 from alpaca.endpoint.batch_api import Batches, BatchSettings, refuse_open_batch
 from alpaca.endpoint.budget import Budget, in_words, spread
-from alpaca.endpoint.client import Completion, Teacher, recorded
+from alpaca.endpoint.client import Completion, Teacher
+from alpaca.endpoint.run import Run, recorded
 
 SAVE_EVERY = 30.0  # seconds between two calls of at_intervals()
 
 
-async def ask_all(
-    teacher: Teacher,
-    request: Callable[[int], tuple[str, int | None]],
-    journal: Journal,
-    arrived: Callable[[Completion, bool], None],
-    in_order: Callable[[Completion], None],
-    want: Callable[[int, int], bool],
-    max_concurrency: int,
-    retry_failed: bool = False,
-    at_intervals: Callable[[], None] | None = None,
-) -> None:
-    """Send requests 0, 1, 2, … with many in flight, journal each reply, and hand the replies on in order.
-
-    The result therefore depends on the replies alone, not on when they came. Replies in the journal are handed on first
-    and not requested again.
+@dataclasses.dataclass
+class Direct(Run):
+    """Send requests with many in flight, at the pace that the server allows.
 
     Args:
-        teacher: has ``ask``, ``close`` and ``pace``.
-        request: number → (prompt, seed).
-        journal: gets an entry ``{"i": number, …Completion}`` for each reply, before the reply counts.
-        arrived: called for each reply at once, in the event loop (to count its cost), with False for one from the
-            journal.
-        in_order: called for each reply in the order of the numbers, once it is journaled, in a thread beside the event
-            loop; it may take its time.
-        want: whether to send the next request now, given its number and how many before it have not been handed on.
-            All is done when it declines and none of them is left.
-        max_concurrency: requests in flight at most; the server's pace may allow fewer.
-        retry_failed: ask again where the journal has a reply without a text; its cost still counts, its failure not.
         at_intervals: called every half minute in the thread of in_order(), while that waits for a reply as well.
-
-    Raises:
-        UserError: from Teacher.ask. It and Ctrl-C end the requests in flight; replies that have arrived are journaled.
     """
-    known: dict[int, Completion] = {}
-    for number, reply in recorded(journal):
-        again = retry_failed and reply.text is None
-        arrived(dataclasses.replace(reply, error=None) if again else reply, False)
-        if not again:
-            known[number] = reply
-    # Two threads beside the event loop: replies are on disk soon, however long those before them take to be handed on.
-    with ThreadPoolExecutor(max_workers=1) as scribe, ThreadPoolExecutor(max_workers=1) as clerk:
-        run = _Run(
-            teacher, request, journal, arrived, in_order, want, max_concurrency, at_intervals, known, scribe, clerk
-        )
-        await run.run()
 
-
-@dataclasses.dataclass
-class _Run:
-    """The state of ask_all()."""
-
-    teacher: Teacher
-    request: Callable[[int], tuple[str, int | None]]
-    journal: Journal
-    arrived: Callable[[Completion, bool], None]
-    in_order: Callable[[Completion], None]
-    want: Callable[[int, int], bool]
-    max_concurrency: int
-    at_intervals: Callable[[], None] | None
-    known: dict[int, Completion]  # from the journal
-    scribe: Executor
-    clerk: Executor
+    at_intervals: Callable[[], None] | None = None
 
     def __post_init__(self):
-        self.loop, self.news = asyncio.get_running_loop(), asyncio.Event()
-        self.waiting = dict(self.known)  # replies whose turn to be handed on has not come
+        self.news = asyncio.Event()
         self.new: list[tuple[int, Completion]] = []  # replies that are not journaled yet
         self.handed_on = self.sent = 0
         self.pending: set[asyncio.Future] = set()
         self.handing: deque[asyncio.Future] = deque()
+        # Two threads beside the event loop: replies are on disk soon, however long in_order() takes for those before.
+        self.scribe, self.clerk = ThreadPoolExecutor(max_workers=1), ThreadPoolExecutor(max_workers=1)
 
     async def run(self) -> None:
+        """Ask until ``want`` declines and all replies are handed on.
+
+        Raises:
+            UserError: from Teacher.ask. It and Ctrl-C end the requests in flight; replies that have arrived are
+                journaled.
+        """
+        self.loop, self.known = asyncio.get_running_loop(), self.replay()
+        self.waiting = dict(self.known)  # replies whose turn to be handed on has not come
         filing, replayed = self._watched(asyncio.ensure_future(self._file_new())), False
         ticking = asyncio.create_task(self._tick())
         try:
@@ -113,7 +70,7 @@ class _Run:
                     filing.result()
                     if self.new:
                         filing = self._watched(asyncio.ensure_future(self._file_new()))
-                while replayed and len(self.pending) < self._most() and (i := self._next()) is not None:
+                while replayed and len(self.pending) < self.teacher.pace.window and (i := self._next()) is not None:
                     self.pending.add(self._watched(asyncio.create_task(self._keep_asking(i))))
                 if replayed and not (self.pending or self.handing or self.new) and filing.done():
                     return
@@ -127,13 +84,12 @@ class _Run:
             finally:
                 await asyncio.gather(*self.handing, return_exceptions=True)
                 await self.teacher.close()
+                self.scribe.shutdown()
+                self.clerk.shutdown()
 
     def _watched(self, future: asyncio.Future) -> asyncio.Future:
         future.add_done_callback(lambda _: self.news.set())
         return future
-
-    def _most(self) -> int:
-        return min(self.max_concurrency, int(self.teacher.pace.window))
 
     async def _tick(self) -> None:
         while self.at_intervals:
@@ -143,7 +99,9 @@ class _Run:
     def _next(self) -> int | None:
         """Return the number of the next request to send, or None if it has to wait."""
         # While one request hangs, only so many others may be sent: their replies wait for its turn.
-        while (ahead := self.sent - self.handed_on) < 8 * self.max_concurrency and self.want(self.sent, ahead):
+        while (ahead := self.sent - self.handed_on) < 8 * self.teacher.pace.max_concurrency and self.want(
+            self.sent, ahead
+        ):
             self.sent += 1
             if self.sent - 1 not in self.known:
                 return self.sent - 1
@@ -155,10 +113,10 @@ class _Run:
         # the ideal rate at 64 in flight.
         while i is not None:
             reply = await self.teacher.ask(*self.request(i))
-            self.arrived(reply, True)
+            self.budget.arrived(reply, True)
             self.new.append((i, reply))
             self.news.set()
-            i = self._next() if len(self.pending) <= self._most() else None
+            i = self._next() if len(self.pending) <= self.teacher.pace.window else None
 
     async def _file_new(self) -> None:
         """Journal all new replies with one fsync, then hand them to the clerk."""
@@ -170,9 +128,7 @@ class _Run:
 
     def _hand_on(self, batch: list[tuple[int, Completion]]) -> None:
         self.waiting.update(batch)
-        while self.handed_on in self.waiting:
-            self.in_order(self.waiting.pop(self.handed_on))
-            self.handed_on += 1
+        self.handed_on = self.hand_on(self.handed_on, self.waiting)
 
 
 def print_forecast(budget: Budget, requests: tuple[float, float], characters: float, max_tokens: int) -> None:
@@ -240,19 +196,17 @@ def ask_each(
     seed: int | None,
     journal: Journal,
     budget: Budget,
-    max_tokens: int,
     unit: str,
     batches: BatchSettings,
 ) -> list[Completion | None]:
     """Ask for a reply to each prompt that has none with a text in the journal, within a budget.
 
     Args:
-        teacher: as in ask_all().
+        teacher: as in Run; a request that failed in an earlier run is sent again.
         prompts: the same, in the same order, each time that the run continues.
         seed: sent with each request.
-        journal: as in ask_all(); a request that failed in an earlier run is sent again.
+        journal: as in Run.
         budget: when it is spent, or too much fails, nothing more is sent.
-        max_tokens: of a reply, for the forecast.
         unit: what a reply is called in the bar.
         batches: whether to ask in batches.
 
@@ -262,28 +216,25 @@ def ask_each(
     earlier = sum(reply.text is not None for _, reply in recorded(journal))
     missing = len(prompts) - earlier
     if missing and not budget.exhausted():
-        print_forecast(budget, (missing, missing), sum(map(len, prompts)) / len(prompts), max_tokens)
+        characters = sum(map(len, prompts)) / len(prompts)
+        print_forecast(budget, (missing, missing), characters, teacher.decoding.max_tokens)
 
     def want(number: int, in_flight: int) -> bool:
         return number < len(prompts) and not budget.exhausted() and not budget.failing()
 
-    def request(number: int) -> tuple[str, int | None]:
-        return prompts[number], seed
+    what = teacher, (lambda number: (prompts[number], seed)), journal, budget, (lambda reply: None), want, True
 
-    async def run() -> None:
+    async def run() -> str | None:
+        if batches:
+            return await Batches(*what, batches).run()
+        refuse_open_batch(journal)
         counts = (lambda: earlier + budget.new_replies), (lambda: missing - budget.new_replies)
-        ways = request, journal, budget.arrived, (lambda reply: None), want
         async with progress_bar(budget, teacher.pace, unit, len(prompts), *counts, exact=True):
-            await ask_all(teacher, *ways, budget.settings.max_concurrency, retry_failed=True)
+            await Direct(*what).run()
 
     try:
-        if batches:
-            ways = request, journal, budget, (lambda reply: None), want, batches
-            if more := asyncio.run(Batches(teacher, *ways, retry_failed=True).run()):
-                print(more)
-        else:
-            refuse_open_batch(journal)
-            asyncio.run(run())
+        if more := asyncio.run(run()):
+            print(more)
     except KeyboardInterrupt:
         if not batches:
             print(f"\nthe same command continues: the replies are in {journal.path}", file=sys.stderr)
@@ -322,13 +273,3 @@ def summarize(
     if unasked and (why := budget.exhausted()):
         print(f"{why} ended the run")
     print(made)
-
-
-def print_counts(counts: dict) -> None:
-    """Print a report's counts as a table; the counts in a dict are a row each."""
-    rows = []
-    for name, value in counts.items():
-        rows += [(f"{name}: {kind}", n) for kind, n in value.items()] if isinstance(value, dict) else [(name, value)]
-    width = max(len(name) for name, _ in rows)
-    for name, number in rows:
-        print(f"{name.replace('_', ' ').ljust(width)}  {number:>12,}")

@@ -13,9 +13,9 @@ from conftest import assert_user_error
 
 from alpaca import UserError
 from alpaca.common.journal import Journal
-from alpaca.endpoint.budget import RequestSettings
+from alpaca.endpoint.budget import Budget, RequestSettings
 from alpaca.endpoint.client import Completion, OpenAIDecodingArguments, Teacher
-from alpaca.endpoint.parallel import ask_all
+from alpaca.endpoint.parallel import Direct
 
 
 def ask(teacher, prompts=("p",), api="chat", max_retries=0, timeout=30.0, seed=None, **decoding) -> list[Completion]:
@@ -54,9 +54,7 @@ def test_a_chat_request_has_one_user_message_and_only_the_settings_that_are_set(
 def test_a_completions_request_has_the_bare_prompt(teacher):
     server = teacher(lambda n, body: ("hi", "length"))
     assert ask(server, api="completions", stop=["\n\n"], temperature=0.5, top_p=1) == [Completion("hi", "length", 7, 5)]
-    assert server.requests == [
-        {"model": "m", "prompt": "p", "max_tokens": 3072, "temperature": 0.5, "stop": ["\n\n"]}
-    ]
+    assert server.requests == [{"model": "m", "prompt": "p", "max_tokens": 3072, "temperature": 0.5, "stop": ["\n\n"]}]
 
 
 def test_replies_come_in_the_order_of_the_prompts_and_prompt_i_has_seed_plus_i(teacher):
@@ -125,7 +123,11 @@ def test_what_no_retry_can_mend_ends_after_one_request_without_the_key(teacher, 
     server = teacher(lambda n, body: status)
     with pytest.raises(UserError) as caught:
         ask(server, max_retries=5)
-    assert f"(HTTP {status}: fault {status})" in str(caught.value) and word in str(caught.value) and server.base_url in str(caught.value)
+    assert (
+        f"(HTTP {status}: fault {status})" in str(caught.value)
+        and word in str(caught.value)
+        and server.base_url in str(caught.value)
+    )
     assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
     assert "check api" not in str(caught.value) and "teacher" not in str(
         caught.value
@@ -137,7 +139,9 @@ def test_a_server_that_is_not_there_is_one_line(teacher):
     from alpaca.common.cli import free_port
 
     assert_user_error(
-        lambda: ask(f"http://127.0.0.1:{free_port()}/v1", max_retries=1), "nothing answers at", "is the server running?"
+        lambda: ask(f"http://127.0.0.1:{free_port()}/v1", max_retries=1),
+        "nothing answers at",
+        "connection refused; is the server running?",
     )
 
 
@@ -295,7 +299,11 @@ def test_an_account_without_credit_ends_at_once(teacher):
 
 def test_one_fault_leaves_the_other_replies(teacher):
     replies = ask(teacher(lambda n, body: 500 if prompt_of(body) == "b" else "ok"), "abc")
-    assert [(reply.text, reply.error) for reply in replies] == [("ok", None), (None, "HTTP 500: fault 500"), ("ok", None)]
+    assert [(reply.text, reply.error) for reply in replies] == [
+        ("ok", None),
+        (None, "HTTP 500: fault 500"),
+        ("ok", None),
+    ]
 
 
 def test_a_reply_that_does_not_come_is_a_timeout(teacher):
@@ -350,19 +358,23 @@ def test_what_a_content_filter_took_is_a_failure_that_was_paid_for(teacher):
 
 def collect(server, journal, count, concurrency=4, max_retries=0):
     """Asks "0", "1", … until ``count`` replies have been handed on; returns their texts or errors, in that order."""
-    asked = Teacher("m", OpenAIDecodingArguments(), "chat", RequestSettings(server.base_url), max_retries=max_retries)
-    handed, arrived = [], []
-    asyncio.run(
-        ask_all(
+    settings = RequestSettings(server.base_url, max_concurrency=concurrency)
+    asked = Teacher("m", OpenAIDecodingArguments(), "chat", settings, max_retries=max_retries)
+    budget, handed, arrived = Budget(settings), [], []
+    count_it = budget.arrived
+    budget.arrived = lambda reply, new: (arrived.append(new), count_it(reply, new))
+
+    async def run():
+        await Direct(
             asked,
             lambda i: (str(i), None),
             journal,
-            lambda reply, new: arrived.append(new),
+            budget,
             lambda reply: handed.append(reply.text or reply.error),
             lambda number, in_flight: len(handed) + in_flight < count,
-            concurrency,
-        )
-    )
+        ).run()
+
+    asyncio.run(run())
     return handed, arrived
 
 

@@ -69,7 +69,7 @@ def test_killed_again_and_again_a_run_ends_where_an_uninterrupted_one_does(teach
 
     argv, rng, kills = command(server, tmp_path / "killed", *target), random.Random(5), 0
     finished: set[int] = set()
-    while kills < 6 and killed(argv, 0.75 + rng.random() / 2):
+    while kills < 6 and killed(argv, 0.4 + rng.random() / 2):
         kills += 1
         if (tmp_path / "killed" / "regen.journal").exists():
             now = {entry["i"] for entry in journalled(tmp_path / "killed")[:-1]}  # the last line may be torn

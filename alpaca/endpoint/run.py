@@ -1,0 +1,63 @@
+"""What a run of many requests is: numbered, journaled before they count, and handed on in order.
+
+parallel.Direct sends them one by one, many at once; batch_api.Batches sends them as files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from alpaca.common.journal import Journal
+from alpaca.endpoint.budget import Budget
+from alpaca.endpoint.client import Completion, Teacher
+
+FIELDS = [field.name for field in dataclasses.fields(Completion)]
+
+
+def recorded(journal: Journal) -> Iterator[tuple[int, Completion]]:
+    """Yield the number and the reply of each request in a journal; one that was retried comes again."""
+    for entry in journal.entries:
+        if "i" in entry:
+            yield entry["i"], Completion(**{field: entry[field] for field in FIELDS if field in entry})
+
+
+@dataclasses.dataclass
+class Run:
+    """Requests 0, 1, 2, …, whose result depends on the replies alone, not on when they came.
+
+    Args:
+        teacher: writes the requests and reads the replies; closed at the end.
+        request: number → (prompt, seed).
+        journal: gets an entry ``{"i": number, …Completion}`` for each reply, before the reply counts.
+        budget: counts the replies, those of the journal first.
+        in_order: called for each reply in the order of the numbers, once it is journaled.
+        want: whether to send the next request now, given its number and how many before it have not been handed on.
+            All is done when it declines and none of them is left.
+        retry_failed: ask again where the journal has a reply without a text; its cost still counts, its failure not.
+    """
+
+    teacher: Teacher
+    request: Callable[[int], tuple[str, int | None]]
+    journal: Journal
+    budget: Budget
+    in_order: Callable[[Completion], None]
+    want: Callable[[int, int], bool]
+    retry_failed: bool = False
+
+    def replay(self) -> dict[int, Completion]:
+        """Count the journal's replies; return those that are not asked for again, by number."""
+        known = {}
+        for number, reply in recorded(self.journal):
+            again = self.retry_failed and reply.text is None
+            self.budget.arrived(dataclasses.replace(reply, error=None) if again else reply, False)
+            if not again:
+                known[number] = reply
+        return known
+
+    def hand_on(self, number: int, waiting: dict[int, Completion]) -> int:
+        """Hand on the replies from ``number`` on, as far as there are any; return the number of the next."""
+        while number in waiting:
+            self.in_order(waiting.pop(number))
+            number += 1
+        return number

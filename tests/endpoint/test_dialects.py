@@ -1,0 +1,508 @@
+"""What servers refuse and how they say it: one row for each dialect that was seen in public."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import ssl
+import subprocess
+import threading
+from collections import Counter
+
+import pytest
+from conftest import assert_user_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_client import ask
+
+from alpaca import UserError
+from alpaca.endpoint import client
+from alpaca.endpoint.client import Answerer, OpenAIDecodingArguments, Teacher
+from alpaca.endpoint.dialects import finish_reason, masked, read_fault, read_reply
+
+quick = settings(deadline=None, database=None, max_examples=200)
+
+
+def openai_error(message, param=None, code=None) -> dict:
+    return {"error": {"message": message, "type": "invalid_request_error", "param": param, "code": code}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sending: what a server refuses is left out, renamed or halved, once and for good.
+
+BOTH = "`temperature` and `top_p` cannot both be specified for this model."
+EXTRA = {"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extra inputs are not permitted"}]}
+RENAME = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+SHORT = "This model's maximum context length is 2048 tokens. However, you requested 3072 tokens."
+SHORTER = (
+    "'max_tokens' or 'max_completion_tokens' is too large: 3072. This model's maximum context length is 1024 tokens."
+)
+
+
+def too_many(body) -> bool:
+    return body.get("max_tokens", 0) > 1000
+
+
+@pytest.mark.parametrize(
+    ("refuses", "status", "error", "changed"),
+    [
+        (lambda b: {"temperature", "top_p"} <= b.keys(), 400, openai_error(BOTH), ["top_p left out"]),
+        (lambda b: "seed" in b, 422, {"object": "error", "message": EXTRA, "param": None}, ["seed left out"]),
+        (lambda b: "seed" in b, 422, EXTRA, ["seed left out"]),
+        (lambda b: "seed" in b, 400, [openai_error('Unknown name "seed": Cannot find field.')], ["seed left out"]),
+        (lambda b: b.get("temperature") == 0.5, 422, {"error": "`temperature` is odd"}, ["temperature left out"]),
+        (
+            lambda b: b.get("temperature") == 0.5,
+            400,
+            openai_error("Not that.", "temperature"),
+            ["temperature left out"],
+        ),
+        (lambda b: "stop" in b, 400, b"Setting stop: not implemented", ["stop left out"]),
+        (
+            lambda b: "response_format" in b,
+            400,
+            {"detail": "response_format is unsupported"},
+            ["response_format left out"],
+        ),
+        (lambda b: "max_tokens" in b, 400, openai_error(RENAME), ["max_tokens sent as max_completion_tokens"]),
+        (
+            lambda b: "max_tokens" in b,
+            400,
+            openai_error("no", "max_tokens", "unsupported_parameter"),
+            ["max_tokens sent as max_completion_tokens"],
+        ),
+        (too_many, 400, openai_error("max_tokens is too large: 3072", "max_tokens"), ["max_tokens halved to 768"]),
+        (too_many, 400, openai_error("the valid range of max_tokens is [1, 1000]"), ["max_tokens halved to 768"]),
+        (too_many, 400, {"message": SHORT, "code": 400}, ["max_tokens 768 after prompts of 1 characters or more"]),
+        (too_many, 400, {"error": SHORTER}, ["max_tokens 768 after prompts of 1 characters or more"]),
+    ],
+)
+def test_a_refused_setting_is_found_in_the_param_the_loc_or_the_words(teacher, refuses, status, error, changed):
+    server = teacher(lambda n, body: (status, error) if refuses(body) else "ok")
+    way = {"temperature": 0.5, "top_p": 0.9, "stop": ["x"], "response_format": {"type": "json_object"}}
+    replies = ask(server, "abc", seed=1, **way)
+    assert [reply.text for reply in replies] == ["ok"] * 3
+    assert replies[-1].changed == changed
+    before = len(server.requests)
+    assert sum(refuses(body) for body in server.requests) <= 3 * len(changed) * 2 and before <= 9
+
+
+def test_what_was_learned_holds_for_the_next_request(teacher):
+    server = teacher(lambda n, body: (422, EXTRA) if "seed" in body else "ok")
+    asked = Teacher("m", OpenAIDecodingArguments(), settings=client.RequestSettings(server.base_url))
+
+    async def three():
+        replies = [await asked.ask("p", 1) for _ in range(3)]
+        await asked.close()
+        return replies
+
+    import asyncio
+
+    assert [reply.text for reply in asyncio.run(three())] == ["ok"] * 3
+    assert ["seed" in body for body in server.requests] == [True, False, False, False]
+
+
+def test_extra_body_is_sent_as_it_is_and_never_left_out(teacher):
+    server = teacher(lambda n, body: (400, openai_error("no top_k here", "top_k")))
+    wanted = client.RequestSettings(server.base_url, extra_body='{"top_k": 40, "temperature": 0.1}')
+    import asyncio
+
+    asked = Teacher("m", OpenAIDecodingArguments(temperature=0.5), settings=wanted)
+
+    async def once():
+        reply = await asked.ask("p")
+        await asked.close()
+        return reply
+
+    assert asyncio.run(once()).error == "HTTP 400: no top_k here"
+    assert [(body["top_k"], body["temperature"]) for body in server.requests] == [(40, 0.1)]
+    for wrong in ("{", "[1]", "top_k"):
+        assert_user_error(
+            lambda wrong=wrong: client.RequestSettings(extra_body=wrong), "extra_body is not a JSON object"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors: the server's own words, whatever the shape of the body.
+
+WORDS = "the region is not supported"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": WORDS},
+        {"error": {"message": WORDS, "code": "x"}},
+        {"detail": WORDS},
+        {"detail": [{"loc": ["body"], "msg": WORDS}]},
+        [{"error": {"code": 400, "message": WORDS, "status": "INVALID_ARGUMENT"}}],
+        {"object": "error", "message": {"detail": [{"loc": ["body", "x"], "msg": WORDS}]}},
+        {"type": "error", "error": {"type": "invalid_request_error", "message": WORDS}},
+        {"errors": [{"code": 1000, "message": WORDS}], "success": False},
+        {"message": WORDS},
+        WORDS,
+        WORDS.encode(),
+        f"<!DOCTYPE html><html><head><style>p {{}}</style></head><body><p>{WORDS}</p></body></html>".encode(),
+    ],
+)
+@pytest.mark.parametrize("status", [400, 418, 500])
+def test_the_servers_words_are_shown_from_every_shape_of_body(teacher, body, status):
+    [reply] = ask(teacher(lambda n, _: (status, body)))
+    page = "a web page: " if isinstance(body, bytes) and b"html" in body else ""
+    assert reply.error == f"HTTP {status}: {page}{WORDS}"
+
+
+def test_a_status_without_words_has_http_own_name(teacher):
+    assert ask(teacher(lambda n, body: (500, b"")))[0].error == "HTTP 500: Internal Server Error"
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "said"),
+    [
+        (401, {"error": "expired"}, "refused the key: check OPENAI_API_KEY (HTTP 401: expired)"),
+        (402, {"error": "pay first"}, "has no credit left (HTTP 402: pay first)"),
+        (429, openai_error("You exceeded", code="insufficient_quota"), "has no credit left (HTTP 429: You exceeded)"),
+        (403, {"error": WORDS}, f"does not let you use 'm' (HTTP 403: {WORDS})"),
+        (451, {"detail": WORDS}, f"does not let you use 'm' (HTTP 451: {WORDS})"),
+        (404, b"<html>nginx</html>", "has no model 'm', or no chat endpoint"),
+        (400, {"detail": "Server is pinned to 'a'; requested 'm'."}, "has no model 'm', or no chat endpoint"),
+        (400, openai_error("The model x does not exist"), "has no model 'm', or no chat endpoint"),
+    ],
+)
+def test_what_all_requests_would_meet_ends_the_run_in_the_servers_words(teacher, status, body, said):
+    server = teacher(lambda n, _: (status, body))
+    assert_user_error(lambda: ask(server, max_retries=5), server.base_url, said)
+    assert len(server.requests) == 1
+
+
+def test_a_refusal_after_a_success_may_be_of_one_prompt_alone(teacher):
+    server = teacher(lambda n, body: (403, {"error": "flagged"}) if "b" in str(body["messages"]) else "ok")
+    asked = Teacher("m", OpenAIDecodingArguments(), settings=client.RequestSettings(server.base_url))
+    import asyncio
+
+    async def each():
+        replies = [await asked.ask(prompt) for prompt in "abc"]
+        await asked.close()
+        return replies
+
+    assert [reply.text or reply.error for reply in asyncio.run(each())] == ["ok", "HTTP 403: flagged", "ok"]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Incorrect API key provided: sk-proj-Abc123456789xyz.",
+        "Incorrect API key provided: sk-proj-********9xyz.",
+        "key=sk-proj-Abc123456789xyz&x",
+        "bad token Abc1234",
+        'the header was "Bearer sk-proj-Abc123456789xyz"',
+    ],
+)
+def test_no_part_of_the_key_is_shown(said):
+    shown = masked(said, "sk-proj-Abc123456789xyz")
+    assert not any(part in shown for part in ("Abc12", "9xyz", "sk-pr")) and "…" in shown
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        ({"error": {"message": "overloaded", "code": 502}}, "HTTP 502: overloaded"),
+        ({"error": "out of memory"}, "error with HTTP 200: out of memory"),
+        (b"<!DOCTYPE html><title>Sign in</title>", "unreadable reply (a web page: Sign in)"),
+        (b'data: {"choices": []}\n\ndata: [DONE]\n\n', 'unreadable reply (data: {"choices": []} data: [DONE])'),
+        (b"[1, 2]", "error with HTTP 200"),
+    ],
+)
+def test_an_error_with_status_200_is_that_error_and_costs_nothing(teacher, body, error):
+    [reply] = ask(teacher(lambda n, _: (200, body)))
+    assert reply.error.startswith(error) and (reply.prompt_tokens, reply.completion_tokens) == (0, 0)
+
+
+@quick
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(
+    st.sampled_from(["error", "message", "detail", "loc", "code", "param", "msg", "status", "x"]), x)))  # fmt: skip
+def test_any_error_body_is_read(body):
+    fault = read_fault(json.dumps(body).encode())
+    assert isinstance(fault.words, str) and (fault.status is None or 400 <= fault.status < 600)
+    masked(fault.words, "sk-1234567")
+
+
+@quick
+@given(st.binary(max_size=200))
+def test_any_bytes_are_read_as_an_error(data):
+    assert isinstance(masked(read_fault(data).words, None), str)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading.
+
+
+@pytest.mark.parametrize(
+    ("spelled", "ours"),
+    [
+        *[(reason, "stop") for reason in ("stop", "STOP", "eos", "end_turn", "completed", "normal", "something new")],
+        *[
+            (reason, "length")
+            for reason in ("length", "MAX_TOKENS", "max_tokens", "model_length", "FINISH_REASON_LENGTH")
+        ],
+        *[(reason, "content_filter") for reason in ("content_filter", "SAFETY", "RECITATION")],
+        *[(reason, "error") for reason in ("error", "abort", "cancelled")],
+        *[(reason, None) for reason in (None, "", " ", 3, ["stop"])],
+    ],
+)
+def test_a_finish_reason_has_one_spelling(spelled, ours):
+    assert finish_reason(spelled) == ours
+
+
+def reply_of(message, reason="stop", usage=None) -> dict:
+    return {"choices": [{"message": message, "finish_reason": reason}], "usage": usage}
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, "ab"),
+        (
+            {
+                "content": [
+                    {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+                    {"type": "text", "text": "a"},
+                ]
+            },
+            "a",
+        ),
+        ({"content": ["a", {"type": "output_text", "text": "b"}, {"type": "image_url"}, None]}, "ab"),
+        ({"content": None, "refusal": "I will not."}, "I will not."),
+        ({"content": "<think>\ndraft\n</think>\n\nanswer"}, "answer"),
+        ({"content": "answer", "reasoning_content": "hm"}, "answer"),
+        ({"content": {"text": "a"}}, ""),
+        ({}, ""),
+        (None, ""),
+    ],
+)
+def test_a_text_is_read_from_parts_fields_and_thoughts(message, text):
+    assert read_reply(reply_of(message)).text == text
+
+
+@pytest.mark.parametrize(
+    ("usage", "counts"),
+    [
+        ({"prompt_tokens": 3, "completion_tokens": 4}, (3, 4)),
+        ({"prompt_tokens": 3.0, "completion_tokens": 4.0}, (3, 4)),
+        ({"input_tokens": 3, "output_tokens": 4}, (3, 4)),
+        ([{"prompt_tokens": 3, "completion_tokens": 4}], (3, 4)),
+        ([{"prompt_tokens": 3}], None),
+        ({"prompt_tokens": None, "completion_tokens": None}, None),
+        ({"prompt_tokens": 0, "completion_tokens": 0}, None),
+        ({"prompt_tokens": float("inf"), "completion_tokens": 1}, None),
+        ("many", None),
+        (None, None),
+    ],
+)
+def test_usage_of_any_shape_never_costs_a_text(usage, counts):
+    reply = read_reply(reply_of({"content": "a"}, usage=usage))
+    assert (reply.text, reply.usage) == ("a", counts)
+
+
+@quick
+@given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), lambda x: st.lists(x) | st.dictionaries(
+    st.sampled_from(["choices", "message", "content", "refusal", "usage", "text", "type"]), x)))  # fmt: skip
+def test_any_object_is_read_as_a_reply(body):
+    reply = read_reply(body if isinstance(body, dict) else {"choices": [{"message": body}], "usage": body})
+    assert isinstance(reply.text, str)
+
+
+@pytest.mark.parametrize(
+    ("message", "reason", "error"),
+    [
+        (
+            {"content": None, "reasoning_content": "hm"},
+            "stop",
+            "no answer: the server put all of the text into its thoughts",
+        ),
+        ({"content": None, "reasoning": "hm"}, "length", "no answer: all 5 tokens went into thoughts (allow more)"),
+        ({"content": "<think>\nhm"}, "MAX_TOKENS", "no answer: all 5 tokens went into thoughts (allow more)"),
+        ({"content": "<think>\nhm"}, "stop", "no answer: the server put all of the text into its thoughts"),
+        ({"content": None, "tool_calls": [{}]}, "tool_calls", "empty reply (finish_reason stop)"),
+    ],
+)
+def test_thoughts_without_an_answer_are_a_failure_that_says_so(teacher, message, reason, error):
+    usage = {"prompt_tokens": 7, "completion_tokens": 5}
+    server = teacher(lambda n, body: (200, reply_of(message, reason, usage)))
+    assert ask(server)[0].error == error and len(server.requests) == 1
+
+
+def test_an_answer_that_is_empty_counts_only_if_it_ended(teacher):
+    import asyncio
+
+    async def answer(server):
+        asked = Answerer(
+            "m", OpenAIDecodingArguments(), settings=client.RequestSettings(server.base_url), max_retries=0
+        )
+        reply = await asked.ask("p")
+        await asked.close()
+        return reply
+
+    said = {
+        reason: asyncio.run(answer(teacher(lambda n, body, r=reason: ("", r)))) for reason in ("eos", "length", None)
+    }
+    assert {reason: (reply.text, reply.error) for reason, reply in said.items()} == {
+        "eos": ("", None),
+        "length": (None, "empty reply (finish_reason length)"),
+        None: (None, "empty reply (finish_reason None)"),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The transport: each fault by its true name, and one of many costs one request.
+
+
+class Raw:
+    """A server of raw bytes: ``answers`` in turn, then the last one for ever; None resets the connection."""
+
+    def __init__(self, *answers):
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}/v1"
+        self.answers, self.connections = list(answers), []
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self):
+        while True:
+            try:
+                connection, _ = self.socket.accept()
+            except OSError:
+                return
+            self.connections.append(connection)
+            threading.Thread(target=self.answer, args=(connection,), daemon=True).start()
+
+    def answer(self, connection):
+        connection.recv(100_000)
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if answer is None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        else:
+            connection.sendall(answer)
+        if answer is None or not answer.endswith(b"stall"):
+            connection.close()
+
+    def close(self):
+        for one in (self.socket, *self.connections):
+            one.close()
+
+
+@pytest.fixture
+def raw():
+    running = []
+
+    def start(*answers) -> Raw:
+        running.append(Raw(*answers))
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.close()
+
+
+GOOD = json.dumps(reply_of({"content": "ok"})).encode()
+GOOD = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(GOOD) + GOOD
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (b"upstream connect error\r\n\r\n", "the response is not HTTP"),
+        (b"HTTP/1.1 200 OK\r\nX-Upstream: caf\0e\r\nContent-Length: 2\r\n\r\n{}", "the response is not HTTP"),
+        (b"", "connection closed"),
+        (None, "connection reset by peer"),
+        (GOOD[:-5], "connection closed"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\nstall", "timeout: the reply stalled for 0.3 s"),
+    ],
+)
+def test_a_fault_of_the_transport_has_its_true_name_and_is_tried_again(raw, monkeypatch, answer, error):
+    monkeypatch.setattr(client, "IDLE", 0.3)
+    assert ask(raw(answer).url)[0].error == error
+    assert ask(raw(answer, GOOD).url, max_retries=1)[0].text == "ok"
+
+
+def test_a_reply_that_takes_long_to_begin_is_not_stalled(teacher, monkeypatch):
+    import time
+
+    monkeypatch.setattr(client, "IDLE", 0.1)
+    assert ask(teacher(lambda n, body: time.sleep(0.5) or "late"))[0].text == "late"
+
+
+def test_https_on_a_plain_port_and_an_unknown_certificate_are_named(raw, tmp_path):
+    url = raw(b"HTTP/1.1 400 Bad Request\r\n\r\n").url.replace("http:", "https:")
+    assert_user_error(lambda: ask(url), "nothing answers at", "no TLS there: does the address begin with http://?")
+    name = tmp_path / "cert.pem"
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=x"]
+    subprocess.run([*made, "-keyout", name, "-out", name], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(name)
+    with socket.create_server(("127.0.0.1", 0)) as plain, context.wrap_socket(plain, server_side=True) as secure:
+
+        def accept():
+            try:
+                secure.accept()
+            except OSError:
+                pass  # the client refuses the certificate
+
+        threading.Thread(target=accept, daemon=True).start()
+        url = f"https://127.0.0.1:{plain.getsockname()[1] if plain.fileno() > 0 else secure.getsockname()[1]}/v1"
+        assert_user_error(lambda: ask(url), "certificate refused", "self-signed")
+
+
+def test_a_host_that_does_not_exist_is_named():
+    assert_user_error(lambda: ask("http://nowhere.invalid/v1"), "nothing answers", "no such host")
+
+
+def test_a_server_that_goes_away_in_mid_run_is_waited_for(teacher):
+    """It may be starting again: only a run that has never been answered ends at once."""
+    import asyncio
+
+    from alpaca.common.cli import free_port
+
+    server, port = teacher(lambda n, body: "ok"), free_port()
+    asked = Teacher("m", OpenAIDecodingArguments(), settings=client.RequestSettings(server.base_url, give_up_after=1.0))
+
+    async def run():
+        first = await asked.ask("p")
+        asked.where = f"http://127.0.0.1:{port}/v1"  # nothing listens there
+        try:
+            await asked.ask("p")
+        finally:
+            await asked.close()
+        return first
+
+    with pytest.raises(UserError, match=r"no request has succeeded for \d s \(last: connection refused\)"):
+        asyncio.run(run())
+
+
+def test_a_proxy_is_not_asked_for_this_machine_and_is_named_for_others(teacher, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    server = teacher(lambda n, body: "ok")
+    assert ask(server)[0].text == "ok"
+    assert ask(server.base_url.replace("127.0.0.1", "localhost"))[0].text == "ok"
+    assert_user_error(lambda: ask("http://10.0.0.1/v1"), "nothing answers", "through the proxy of http_proxy")
+
+
+@pytest.mark.parametrize(
+    ("key", "sent"),
+    [("sk-1\n", "sk-1"), (" sk-1 ", "sk-1"), ("“sk-1”", None), ("sk—1", None), ("a\x00b", None), ("a b", None)],
+)
+def test_a_key_that_no_header_can_carry_is_refused_before_the_first_request(teacher, monkeypatch, key, sent):
+    server = teacher(lambda n, body: "ok")
+    if "\0" in key:
+        monkeypatch.setattr(os, "environ", {**os.environ, "OPENAI_API_KEY": key})
+    else:
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+    if sent:
+        assert ask(server)[0].text == "ok"
+        assert Counter(dict(server.headers[0]))["Authorization"] == f"Bearer {sent}"
+    else:
+        assert_user_error(lambda: ask(server), "OPENAI_API_KEY has ", "copy it again")
+        assert not server.requests
