@@ -311,7 +311,7 @@ async def collect(teacher, request, journal, budget, selection, save, batches) -
 
     def replies_left() -> float:
         """As if there had been 4 more replies with 2 new instructions each: the first ones tell too little."""
-        each = (selection.new() + 8) / (budget.replies - selection.unused + 4)
+        each = (selection.new() + 8) / (selection.fed - selection.unused + 4)
         return (selection.target - len(selection.kept)) / each
 
     def round_left() -> float:

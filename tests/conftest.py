@@ -225,8 +225,8 @@ class Teacher:
     A fault is an int (HTTP status), "reset" (connection closed), "half" (body cut off), "null" (null content),
     "empty" (no choices), "garbage" (a body that is not UTF-8), "hang" (nothing for 3 s), ("context", 400) (the context
     is too long), ("wait", seconds) (429 with Retry-After), ("quota", 429) (no credit), ("unsupported", name) (400, that
-    setting is not taken), (status, body) (that response; a body of bytes as it is), ("refusal", text) (null content, and
-    the text as a refusal), or a (text, finish_reason) pair for a reply that is not a fault at all.
+    setting is not taken), (status, body) (that response, bytes as they are), ("refusal", text) (null content, and the
+    text as a refusal), or a (text, finish_reason) pair for a reply that is not a fault at all.
     """
 
     def __init__(self, answer):

@@ -109,9 +109,10 @@ def refuse_open_batch(journal: Journal) -> None:
 
 @dataclass
 class Batches(Run):
-    """Ask in batches, one at a time.
+    """Ask in batches, one at a time. ``want`` fills a round; the budget's time limit ends the waiting, not the batch.
 
-    ``want`` fills a round. The budget's time limit ends the waiting, not the batch.
+    Args:
+        settings: what to do.
     """
 
     settings: BatchSettings = BatchSettings(batch=True)  # noqa: RUF009  never changed

@@ -182,7 +182,7 @@ class Teacher:
             return failure, "changed"
         first = not self._answered  # later, a refusal may be of this request's content
         unknown = NO_MODEL.search(f"{fault.code} {fault.words}") or self._names_model.search(fault.words)
-        if status == 404 or first and status in (400, 422) and unknown:
+        if first and (status == 404 or status in (400, 422) and unknown):
             what = f"has no model {self.model_name!r}, or no {self.api} endpoint: check model_name and base_url"
             raise UserError(f"{self.where} {what} ({failure.error})")
         if first and status in (403, 451):

@@ -501,7 +501,7 @@ def generate(server, out, *flags, env=None) -> subprocess.CompletedProcess:
     return run_script(*argv, *(["--base_url", server.base_url] if server else []), env=env)
 
 
-@pytest.mark.parametrize(("status", "word"), [(401, "OPENAI_API_KEY"), (402, "credit"), (404, "model_name")])
+@pytest.mark.parametrize(("status", "word"), [(401, "OPENAI_API_KEY"), (402, "credit")])
 def test_a_refusal_ends_the_command_at_once_and_the_key_is_nowhere(teacher, tmp_path, status, word):
     server = teacher(lambda n, body: reply(fresh(0)) if n == 0 else status)
     env = {"OPENAI_API_KEY": "sk-secret-7261"}
