@@ -145,9 +145,9 @@ def test_a_refused_setting_is_left_out_of_the_next_round(batch_server, tmp_path)
 
 
 def test_a_refusal_among_replies_is_of_one_request_and_alone_of_the_model(batch_server, tmp_path):
-    gone, file = (404, {"error": {"message": "gone"}}), tmp_path / "file"
+    gone, file = (403, {"error": {"message": "gone"}}), tmp_path / "file"
     server = batch_server(lambda body: gone)
-    assert_user_error(lambda: drive(server, tmp_path, 3), "has no model 'm'", "HTTP 404: gone")
+    assert_user_error(lambda: drive(server, tmp_path, 3), "does not let you use 'm'", "HTTP 403: gone")
     drive(server, tmp_path, 3, BatchSettings(batch_write=str(file)))
     rows = [json.loads(line) for line in file.read_text().splitlines()]  # in a file of a tool, refusals may come first
     bodies = [gone, (200, said("request 1, seed 100")), (200, said("request 2, seed 200"))]
@@ -155,7 +155,7 @@ def test_a_refusal_among_replies_is_of_one_request_and_alone_of_the_model(batch_
         row["response"] = {"status_code": status, "body": body}
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     replies = drive(server, tmp_path, 3, BatchSettings(batch_read=str(file)))[1]
-    assert replies[0].error == "HTTP 404: gone" and [reply.text for reply in replies[1:]] == expected(3)[1:]
+    assert replies[0].error == "HTTP 403: gone" and [reply.text for reply in replies[1:]] == expected(3)[1:]
 
 
 def test_a_batch_costs_its_share_of_the_price_and_direct_replies_all_of_it(batch_server, tmp_path):
