@@ -133,7 +133,7 @@ class Direct(Run):
 def print_forecast(budget: Budget, requests: tuple[float, float], characters: float, max_tokens: int) -> None:
     """Print an estimate for prompts of so many characters. Few replies are shorter than a tenth of ``max_tokens``."""
     text = budget.forecast(requests, characters / 4, (max_tokens / 10, max_tokens))  # English: 4 characters a token
-    print(f"forecast: {text}; updated as replies arrive")
+    print(f"forecast: about {text}; updated as replies arrive")
 
 
 @asynccontextmanager
