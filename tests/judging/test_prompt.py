@@ -138,7 +138,7 @@ def test_the_next_request_has_the_reminder_and_another_seed():
         ([("Verdict: B", "length"), ("Verdict: A", "stop")], "Verdict: A", None),
         ([("Verdict: B", "length")] * 3, "Verdict: B", "cut off before a verdict"),
         ([("Verdict: B", "length"), "Hm.", "Well."], "Well.", "no verdict in 3 replies"),
-        ([418], None, "HTTP 418"),
+        ([418], None, "HTTP 418: fault 418"),
     ],
 )
 def test_a_reply_cut_off_for_length_has_no_verdict_and_is_asked_for_again(teacher, replies, text, error):
