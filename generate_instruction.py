@@ -57,7 +57,7 @@ KEYWORDS = (
 PATIENCE = 100  # replies in a row that bring nothing new: the teacher repeats itself
 UNREADABLE = 10  # replies in a row without one whole item: the teacher does not keep to the format
 ENOUGH_UNSEEN = 10  # instructions that the tokenizer hardly sees, before the run warns of it
-MOST_NEW, FEW_NEW = 17, 2  # new instructions a reply, for the forecast: the prompt asks for 17
+MOST_NEW, FEW_NEW = 17, 1  # new instructions a reply, for the forecast: the prompt asks for 17
 FIRST_BATCH = 100  # requests of the first round at most: a teacher that brings nothing new should not cost more
 
 
@@ -298,7 +298,9 @@ def generate_instruction_following_data(
             try:
                 more = asyncio.run(collect(teacher, request, journal, budget, selection, save, batches))
             finally:  # after Ctrl-C and errors too
-                print_counts(save())
+                counts = save()
+                if counts["requests"]:
+                    print_counts(counts)
     conclude(selection, budget, output / "regen.json", more)
 
 

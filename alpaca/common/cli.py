@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import errno
 import inspect
+import logging
 import math
 import re
 import socket
@@ -38,6 +39,7 @@ def run_cli(commands: Commands) -> None:
     """
     if hasattr(sys.stdout, "reconfigure"):  # one that is not UTF-8 must not end a run at the first emoji
         sys.stdout.reconfigure(errors="replace")
+    logging.basicConfig(format="warning: %(message)s")
     try:
         if (call := parse(commands, sys.argv[1:])) is None:
             print(help_text(Path(sys.argv[0]).name, commands, sys.argv[1:]))

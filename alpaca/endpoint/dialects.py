@@ -27,6 +27,8 @@ LENGTHS = ("max_tokens", "max_completion_tokens")  # the second is the name that
 DEFAULTS = {"temperature": 1.0, "top_p": 1.0}  # of the API; a setting at its default is not sent
 MIN_TOKENS = 64  # a context without room for these is too short for the prompt
 SAID = ("message", "msg", "error", "errors", "detail", "title", "raw")  # where a body of any shape has its words
+# Marks of a turn's end that a server did not take for one.
+END = re.compile(r"(\s*(</s>|<end_of_turn>|<\|(im_end|eot_id|end|endoftext|end_of_text)\|>))+\s*$")
 NO_CREDIT = re.compile(r"insufficient[_ ](quota|balance|credits?|funds)", re.I)
 NO_MODEL = re.compile(r"model\b.{0,200}\b(not exist|n.t exist|not found|not a valid|unknown|invalid|no such)|"
                       r"(unknown|invalid|no such|not a valid) model|model_not_found", re.I)  # fmt: skip
@@ -187,7 +189,7 @@ def read_reply(reply: dict) -> Reply:
     # Some models put refusals in a separate field; treat it as the reply.
     text = _joined(message.get("content")) or _joined(message.get("refusal")) or _joined(choice.get("text"))
     thoughts = _joined(message.get("reasoning_content")) or _joined(message.get("reasoning"))
-    without = without_thoughts(text)
+    without = without_thoughts(text[:-200] + END.sub("", text[-200:]))  # the end alone: the search is quadratic
     if without is None:
         text, thoughts = "", thoughts or text
     else:

@@ -99,9 +99,8 @@ class Direct(Run):
     def _next(self) -> int | None:
         """Return the number of the next request to send, or None if it has to wait."""
         # While one request hangs, only so many others may be sent: their replies wait for its turn.
-        while (ahead := self.sent - self.handed_on) < 8 * self.teacher.pace.max_concurrency and self.want(
-            self.sent, ahead
-        ):
+        most = 8 * self.teacher.pace.max_concurrency
+        while (ahead := self.sent - self.handed_on) < most and self.want(self.sent, ahead):
             self.sent += 1
             if self.sent - 1 not in self.known:
                 return self.sent - 1
@@ -134,7 +133,7 @@ class Direct(Run):
 def print_forecast(budget: Budget, requests: tuple[float, float], characters: float, max_tokens: int) -> None:
     """Print an estimate for prompts of so many characters. Few replies are shorter than a tenth of ``max_tokens``."""
     text = budget.forecast(requests, characters / 4, (max_tokens / 10, max_tokens))  # English: 4 characters a token
-    print(f"forecast: {text}; updated as replies arrive")
+    print(f"forecast: about {text}; updated as replies arrive")
 
 
 @asynccontextmanager

@@ -135,6 +135,8 @@ def judgment(item: Item, shown: Shown, judge: dict, reply: Completion | None = N
         row |= {"preferred": "tie", "note": "equal answers, not asked"}
     else:
         row |= {"preferred": None if reply.error else verdict(reply.text), "error": reply.error}
+    if reply and reply.changed:
+        row["changed_settings"] = reply.changed
     row |= {"reply": reply.text if reply else None, "answered_by": reply.model if reply else None, "seconds": None}
     hashes = [None if answer is None else sha256(answer) for _, answer in shown]
     return row | {"answers_sha256": hashes}

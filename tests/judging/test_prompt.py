@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from alpaca.endpoint.budget import RequestSettings
-from alpaca.endpoint.client import Completion, OpenAIDecodingArguments, Teacher
+from alpaca.endpoint.client import Completion, OpenAIDecodingArguments
 from alpaca.judging.prompt import ASKS, REMINDER, Judge, verdict
 
 
@@ -125,9 +125,9 @@ def test_a_reply_that_can_be_read_in_two_ways_has_no_verdict(reply):
 
 
 def test_the_next_request_has_the_reminder_and_another_seed():
-    judge = Judge(Teacher("m", OpenAIDecodingArguments(), settings=RequestSettings(base_url="http://127.0.0.1:9/v1")))
+    judge = Judge("m", OpenAIDecodingArguments(), settings=RequestSettings(base_url="http://127.0.0.1:9/v1"))
     assert [judge.variant("p", 5, tries) for tries in range(ASKS)] == [
-        *(("p", 5), (f"p{REMINDER}", 15), (f"p{REMINDER}", 25)),
+        *(("p", 5), (f"p{REMINDER}", 6), (f"p{REMINDER}", 7)),
     ]
     asyncio.run(judge.close())
 
@@ -138,13 +138,13 @@ def test_the_next_request_has_the_reminder_and_another_seed():
         ([("Verdict: B", "length"), ("Verdict: A", "stop")], "Verdict: A", None),
         ([("Verdict: B", "length")] * 3, "Verdict: B", "cut off before a verdict"),
         ([("Verdict: B", "length"), "Hm.", "Well."], "Well.", "no verdict in 3 replies"),
-        ([418], None, "HTTP 418"),
+        ([418], None, "HTTP 418: fault 418"),
     ],
 )
 def test_a_reply_cut_off_for_length_has_no_verdict_and_is_asked_for_again(teacher, replies, text, error):
     async def ask() -> Completion:
         settings = RequestSettings(base_url=server.base_url)
-        judge = Judge(Teacher("m", OpenAIDecodingArguments(), settings=settings, max_retries=0))
+        judge = Judge("m", OpenAIDecodingArguments(), settings=settings, max_retries=0)
         try:
             return await judge.ask("p", 0)
         finally:

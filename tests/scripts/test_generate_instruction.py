@@ -26,6 +26,7 @@ from alpaca import UserError
 from alpaca.common import cli
 from alpaca.common.journal import Journal
 from alpaca.data.replies import JSON_SCHEMA, encode_json_prompt, parse_json
+from alpaca.endpoint import parallel
 from alpaca.endpoint.client import Completion
 from generate_instruction import Filters, encode_prompt, filter_reason, parse_response
 
@@ -680,3 +681,26 @@ def test_every_task_that_asks_a_server_has_the_flags_of_a_request_with_their_des
         assert re.search(rf"^    --{name} \(.*\)\n        \w", printed, re.M), name
     for name in ("prompt_price", "completion_price", "max_failure_rate"):
         assert re.search(rf"^    --{name} \(number, default: 0\.\d\)\n        \w", printed, re.M), name
+
+
+def test_what_is_kept_is_written_while_one_request_holds_up_the_others(teacher, tmp_path, monkeypatch):
+    """The third request waits for the files. What came before it is in regen.json and report.json meanwhile."""
+    monkeypatch.setattr(parallel, "SAVE_EVERY", 0.2)
+    meanwhile = []
+
+    def answer(number, body):
+        end = time.monotonic() + 10
+        while number == 2 and time.monotonic() < end and (2, 2) not in meanwhile:
+            time.sleep(0.05)
+            if (tmp_path / "report.json").exists():
+                report = json.loads((tmp_path / "report.json").read_text())
+                meanwhile.append((len(json.loads((tmp_path / "regen.json").read_text())), report["kept"]))
+        return reply(fresh(number))
+
+    call(
+        generate_instruction.generate_instruction_following_data,
+        **{"output_dir": str(tmp_path), "model_name": "m", "base_url": teacher(answer).base_url},
+        **{"num_instructions_to_generate": 6, "max_concurrency": 1, "similarity_stats": False},
+    )
+    assert (2, 2) in meanwhile
+    assert len(json.loads((tmp_path / "regen.json").read_text())) == 6

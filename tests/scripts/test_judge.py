@@ -158,6 +158,7 @@ def test_what_a_model_does_not_take_is_not_among_the_settings(teacher, files, tm
     rows = read(tmp_path / "j.jsonl")
     assert {row["preferred"] for row in rows} == {"tie"}
     assert [row["judge"]["settings"] for row in rows] == [{"max_tokens": 1024, "top_p": 1.0, "seed": 0}] * 4
+    assert rows[-1]["changed_settings"] == ["temperature left out"]
 
 
 def test_where_the_context_forced_a_shorter_reply_the_row_has_the_limit_that_was_used(teacher, files, tmp_path):
@@ -260,7 +261,7 @@ def test_a_budget_ends_the_run_with_what_is_there_and_a_larger_one_goes_on(teach
     assert len(server.requests) == there and "the budget of $0.00012 ended the run" in capsys.readouterr().out
     call(judge.judge, **flags, base_url=server.base_url)
     assert len(server.requests) == 40 and len(read(tmp_path / "j.jsonl")) == 40
-    assert capsys.readouterr().out.startswith(f"forecast: {40 - there} requests, ")
+    assert capsys.readouterr().out.startswith(f"forecast: about {40 - there} requests, ")
 
 
 def test_dollars_need_prices(files):
