@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from alpaca import UserError
 
@@ -64,6 +64,46 @@ class RequestSettings:
     def extra(self) -> dict:
         """The fields of extra_body."""
         return json.loads(self.extra_body or "{}")
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """Whether requests go in batches.
+
+    Args:
+        batch: send requests through the server's Batch API: within a day, mostly at half price. After Ctrl-C or a kill
+            the same command finds its batch.
+        batch_cancel: cancel this run's batch and keep the replies that it already has.
+        batch_discount: the share of the price that a batch saves; 0.5 is half price.
+        batch_write: write the requests to this file and stop; vllm run-batch and other tools answer them offline.
+        batch_read: read replies to those requests from this file.
+
+    Raises:
+        UserError: a discount that is not a share.
+    """
+
+    batch: bool = False
+    batch_cancel: bool = False
+    batch_discount: float = 0.5
+    batch_write: str | None = None
+    batch_read: str | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.batch_discount <= 1:
+            raise UserError("batch_discount must be 0 to 1: 0.5 is half price")
+
+    def __bool__(self):
+        return bool(self.batch or self.batch_cancel or self.batch_write or self.batch_read)
+
+    @property
+    def price(self) -> float:
+        """What the requests cost, relative to direct ones."""
+        return 1 - self.batch_discount if self else 1.0
+
+    def addressed(self, requests: RequestSettings) -> RequestSettings:
+        """Return the settings with an address, which a teacher wants even if all goes through files."""
+        offline = (self.batch_write or self.batch_read) and not requests.base_url
+        return replace(requests, base_url="http://127.0.0.1/v1") if offline else requests
 
 
 class Budget:

@@ -10,7 +10,6 @@ import html
 import json
 import logging
 import re
-import zlib
 from collections.abc import Iterator
 from http import HTTPStatus
 
@@ -113,17 +112,20 @@ class Settings:
         self.model_name, self.extra, self.max_tokens = model_name, extra, decoding.max_tokens
         asked = dataclasses.asdict(decoding)
         self.asked = {key: value for key, value in asked.items() if value is not None and value != DEFAULTS.get(key)}
-        self.changed: dict[str, str] = {}  # setting → what was done with it
-        self._name = "max_tokens"
-        self._fitting: dict[int, int] = {}  # characters of a prompt → tokens of a reply, where max_tokens were too many
-        self._trying: dict[str, int] = {}  # a prompt's checksum → tokens of a reply that may fit
+        # As JSON can hold it: setting → what was done with it; [characters of a prompt, tokens of a reply that fit].
+        self.learned: dict = {"changed": {}, "fitting": []}
+        self._trying: dict[str, int] = {}  # prompt → tokens of a reply that may fit
+
+    @property
+    def changed(self) -> dict[str, str]:
+        """What was done with each setting that the server refuses."""
+        return self.learned["changed"]
 
     def of(self, prompt: str, seed: int | None) -> dict:
         """Return the settings of one request."""
         settings = self.asked | ({} if seed is None else {"seed": seed})
-        settings[self._name] = self._trying.get(_checksum(prompt)) or self._longest(len(prompt))
-        if self._name != "max_tokens":
-            del settings["max_tokens"]
+        name = LENGTHS["max_tokens" in self.changed]
+        settings[name] = self._trying.get(prompt) or self._longest(len(prompt))
         return {key: value for key, value in settings.items() if key not in self.changed} | self.extra
 
     def learn(self, prompt: str, body: dict, fault: Fault) -> bool:
@@ -134,7 +136,7 @@ class Settings:
         said = f"{fault.code} {fault.words}"
         tokens = next((body[name] for name in LENGTHS if name in body), 0)
         if "context" in said.lower():
-            self._trying[_checksum(prompt)] = max(tokens // 2, MIN_TOKENS)
+            self._trying[prompt] = max(tokens // 2, MIN_TOKENS)
             return tokens > MIN_TOKENS
         found = [name for name in (*OPTIONAL, *LENGTHS) if name in fault.names]
         found += [name for name in (*OPTIONAL, *LENGTHS) if re.search(rf"\b{name}\b", said)]
@@ -142,11 +144,10 @@ class Settings:
         if name in OPTIONAL:
             self._change(name, f"{name} left out")
         elif name == "max_tokens" and ("max_completion_tokens" in said or "unsupported" in said.lower()):
-            self._name = "max_completion_tokens"
-            self._change("name of max_tokens", "max_tokens sent as max_completion_tokens")
+            self._change("max_tokens", "max_tokens sent as max_completion_tokens")
         elif name and tokens > MIN_TOKENS:
-            if tokens <= self._fitting.get(0, self.max_tokens):
-                self._fitting[0] = tokens // 2
+            if tokens <= self._longest(0):
+                self.learned["fitting"].append([0, tokens // 2])
                 self._change("length", f"max_tokens halved to {tokens // 2}")
         else:
             return False
@@ -154,37 +155,19 @@ class Settings:
 
     def succeeded(self, prompt: str) -> None:
         """Keep a length that fitted for all prompts as long: only now, since a prompt may be too long by itself."""
-        limit = self._trying.pop(_checksum(prompt), None)
+        limit = self._trying.pop(prompt, None)
         if limit and limit < self._longest(len(prompt)):
-            self._fitting[len(prompt)] = limit
+            self.learned["fitting"].append([len(prompt), limit])
             self._change("context", f"max_tokens {limit} after prompts of {len(prompt):,} characters or more")
-
-    def learned(self) -> dict:
-        """Return what was learned, as JSON can hold it."""
-        return {
-            "changed": self.changed,
-            "name": self._name,
-            "fitting": [*self._fitting.items()],
-            "trying": self._trying,
-        }
-
-    def remember(self, learned: dict) -> None:
-        """Take over what learned() returned in an earlier run."""
-        self.changed, self._name = dict(learned["changed"]), learned["name"]
-        self._fitting, self._trying = dict(learned["fitting"]), dict(learned["trying"])
 
     def _longest(self, characters: int) -> int:
         """Return the most tokens to ask for after a prompt of so many characters: a long one limits no shorter one."""
-        return min((n for length, n in self._fitting.items() if length <= characters), default=self.max_tokens)
+        return min((n for length, n in self.learned["fitting"] if length <= characters), default=self.max_tokens)
 
     def _change(self, key: str, what: str) -> None:
         if self.changed.get(key) != what:
             logging.warning("%s refused a setting: %s", self.model_name, what)
         self.changed[key] = what
-
-
-def _checksum(prompt: str) -> str:
-    return str(zlib.crc32(prompt.encode("utf-8", "surrogatepass")))
 
 
 @dataclasses.dataclass

@@ -35,7 +35,7 @@ class Asker(Teacher):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(batch_api, "POLL", (0.002, 0.002))
-    monkeypatch.setattr(batch_api, "PAUSES", (0.001, 0.001))
+    monkeypatch.setattr(batch_api, "MOST_TRIES", 3)
 
 
 @pytest.fixture
@@ -196,10 +196,38 @@ def test_a_failed_batch_ends_the_run_with_the_servers_words_and_is_forgotten(bat
     assert [reply.text for reply in drive(server, tmp_path)[1]] == expected(6)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"code": "token_limit_exceeded", "message": "Enqueued token limit reached for m in organization o."},
+        {"code": None, "message": "This model's limit is 90,000 enqueued tokens."},
+    ],
+)
+def test_a_batch_that_does_not_fit_the_servers_queue_is_halved_and_sent_again_at_once(
+    batch_server, tmp_path, capsys, error
+):
+    def finish(batch):
+        if len(batch["lines"]) > 2:
+            batch |= {"status": "failed", "errors": {"object": "list", "data": [error]}}
+        else:
+            BatchServer.finish(server, batch)
+
+    server = batch_server(echo)
+    server.finish = finish
+    assert [reply.text for reply in drive(server, tmp_path, 9)[1]] == expected(9)
+    assert [len(lines) for lines in server.lines] == [9, 4, 2, 2, 2, 2, 1]
+    said = f"the server refused batch batch-0: {error['message']}; the next holds 4 requests\n"
+    assert said in capsys.readouterr().out
+    server.finish = lambda batch: batch.update(status="failed", errors=[error])
+    assert_user_error(lambda: drive(server, tmp_path, 11), "refused batch batch-8", error["message"])
+    assert [len(lines) for lines in server.lines[7:]] == [2, 1]  # one alone does not fit
+
+
 def test_a_batch_cancelled_by_someone_keeps_what_arrived_and_the_same_command_asks_for_the_rest(batch_server, tmp_path):
     server = batch_server(echo, ends=["cancelled"])
     assert_user_error(lambda: drive(server, tmp_path), "batch batch-0 cancelled: 3 results (", "asks for the rest")
-    assert not any("again" in entry for entry in entries(tmp_path))  # what was not tried has not failed
+    *_, over = entries(tmp_path)
+    assert over["batch"]["asked"] == {number: {"times": 1} for number in "024"}  # what was not tried has not failed
     assert [reply.text for reply in drive(server, tmp_path)[1]] == expected(6)
     assert [len(lines) for lines in server.lines] == [6, 3] and set(server.answered.values()) == {1}
 
@@ -235,10 +263,11 @@ def test_after_ctrl_c_the_batch_goes_on_and_is_found(batch_server, tmp_path, cap
         refuse_open_batch(journal)
 
 
-def test_a_time_limit_ends_the_waiting_and_not_the_batch(batch_server, tmp_path):
+def test_a_time_limit_ends_the_waiting_and_not_the_batch(batch_server, tmp_path, capsys):
     server = batch_server(echo, looks=10**9)
     why, replies, _ = drive(server, tmp_path, limits=RequestSettings(time_limit=0.05))
-    assert why == "the time limit of 0.05 s ended the waiting: batch batch-0 goes on" and not replies
+    assert why == "the time limit of 0.05 s ended the waiting" and not replies
+    assert "batch batch-0 goes on at the server" in capsys.readouterr().err
     server.looks = 1
     assert [reply.text for reply in drive(server, tmp_path)[1]] == expected(6)
 
@@ -248,6 +277,9 @@ def test_cancelling_keeps_what_was_answered(batch_server, tmp_path):
     cancel = BatchSettings(batch_cancel=True)
     assert_user_error(lambda: drive(server, tmp_path, settings=cancel), "no open batch")
     interrupted(server, tmp_path)
+    server.after = lambda step: (
+        (409, {"error": {"message": "it is over"}}) if step == "cancel" else None
+    )  # or nearly so
     why, replies, _ = drive(server, tmp_path, settings=cancel)
     assert why.startswith("batch batch-0 cancelled: 3 results") and [reply.text for reply in replies] == expected(1)
     assert [reply.text for reply in drive(server, tmp_path)[1]] == expected(6)
@@ -282,7 +314,7 @@ def test_a_call_that_is_not_answered_is_repeated_and_nothing_is_asked_twice(batc
     if step == "content" and fault == (200, b"<html>"):
         assert_user_error(lambda: drive(server, tmp_path), "batch batch-0 has no result of this run")
     assert [reply.text for reply in drive(server, tmp_path)[1]] == expected(6)
-    assert set(server.answered.values()) == {1} and len(server.answered) == 6 and len(server.batches) == 1
+    assert set(server.bill().values()) == {1} and len(server.answered) == 6 and len(server.batches) == 1
 
 
 def test_a_server_without_listing(batch_server, tmp_path):
@@ -385,6 +417,24 @@ def kill_at(step, when, monkeypatch, server):
     return Mortal
 
 
+def test_a_kill_while_results_are_written_counts_no_fault_twice(batch_server, tmp_path, monkeypatch):
+    server = batch_server(lambda body: ... if body["seed"] == 100 else echo(body))
+
+    def torn(self, new):
+        if not any("i" in entry for entry in new):
+            return append(self, new)
+        append(self, new[:1])
+        raise Killed
+
+    append = Journal.append
+    for _ in range(2):  # in the second, one of two replies was on disk before
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Journal, "append", torn)
+            drive(server, tmp_path, 3)
+    assert [reply.error for reply in drive(server, tmp_path, 3)[1]] == [None, "no result", None]
+    assert [len(lines) for lines in server.lines] == [3, 1, 1]
+
+
 @pytest.mark.parametrize("step", ["upload", "create", "poll", "content"])
 def test_killed_at_each_step_twenty_times_nothing_is_asked_twice_and_the_result_is_the_same(
     batch_server, tmp_path, monkeypatch, step
@@ -406,7 +456,7 @@ def test_killed_at_each_step_twenty_times_nothing_is_asked_twice_and_the_result_
                 drive(server, folder, 10, make=kill_at(step, when, patch, server))
             kills += 1
         assert drive(server, folder, 10)[1] == undisturbed
-        assert server.answered == whole.answered and set(server.answered.values()) == {1}
+        assert server.bill() == whole.answered and set(server.answered.values()) == {1}
 
 
 def items(body) -> str:
@@ -456,7 +506,7 @@ def test_a_process_that_is_killed_at_each_step_finds_its_batch_and_makes_the_sam
     assert running[-1].returncode == 0 and len(running) == 5
     for name in ("regen.json", "rejected.jsonl"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert server.answered == whole.answered and set(server.answered.values()) == {1}
+    assert server.bill() == whole.answered and set(server.answered.values()) == {1}
 
 
 def test_answers_and_judgments_in_batches_are_those_of_direct_requests(batch_server, tmp_path, teacher, capsys):

@@ -19,7 +19,7 @@ from test_client import ask
 from alpaca import UserError
 from alpaca.endpoint import client
 from alpaca.endpoint.client import Answerer, OpenAIDecodingArguments, Teacher
-from alpaca.endpoint.dialects import finish_reason, masked, read_fault, read_reply
+from alpaca.endpoint.dialects import Fault, Settings, finish_reason, masked, read_fault, read_reply
 
 quick = settings(deadline=None, database=None, max_examples=200)
 
@@ -509,3 +509,21 @@ def test_a_key_that_no_header_can_carry_is_refused_before_the_first_request(teac
     else:
         assert_user_error(lambda: ask(server), "OPENAI_API_KEY has ", "copy it again")
         assert not server.requests
+
+
+def test_what_was_learned_survives_as_json():
+    old, new = (Settings("m", OpenAIDecodingArguments(1000, top_p=0.5), {}) for _ in range(2))
+    for words in ("no top_p", "max_tokens: use max_completion_tokens", "max_completion_tokens is too large"):
+        assert old.learn("short", old.of("short", 1), Fault(words))
+    assert old.learn("a long prompt", old.of("a long prompt", 1), Fault("context length"))
+    old.succeeded("a long prompt")
+    new.learned = json.loads(json.dumps(old.learned))
+    for it in (old, new):
+        assert it.of("short", 1) == {"seed": 1, "max_completion_tokens": 500}
+        assert it.of("as long a prompt", 1) == {"seed": 1, "max_completion_tokens": 250}
+    assert list(new.changed.values()) == [
+        "top_p left out",
+        "max_tokens sent as max_completion_tokens",
+        "max_tokens halved to 500",
+        "max_tokens 250 after prompts of 13 characters or more",
+    ]
