@@ -43,7 +43,7 @@ from alpaca.common.text import counted, printable, shorten
 from alpaca.data.dedup import MAX_SIMILARITY, DistinctPool, dedup
 from alpaca.data.replies import JSON_SCHEMA, CutOff, encode_json_prompt, encode_prompt, parse_json, parse_response
 from alpaca.data.rouge import is_mostly_unseen, tokenize_unicode, tokenizer_named
-from alpaca.endpoint.batch_api import Batches, BatchSettings, refuse_open_batch
+from alpaca.endpoint.batch_api import Batches, refuse_open_batch
 from alpaca.endpoint.budget import Budget, RequestSettings
 from alpaca.endpoint.client import Completion, OpenAIDecodingArguments, Teacher
 from alpaca.endpoint.parallel import Direct, print_forecast, progress_bar
@@ -227,7 +227,6 @@ def generate_instruction_following_data(
     similarity_stats: bool = True,
     filters: Filters = Filters(),  # noqa: B008  never changed
     requests: RequestSettings = RequestSettings(),  # noqa: B008
-    batches: BatchSettings = BatchSettings(),  # noqa: B008
     request_batch_size: int | None = None,
     num_cpus: int | None = None,
 ) -> None:
@@ -268,8 +267,7 @@ def generate_instruction_following_data(
     # The prompt asks for 20 tasks; a base model would not stop there.
     way = {"response_format": JSON_SCHEMA} if as_json else {"stop": ["\n21. Instruction:"]}
     decoding = OpenAIDecodingArguments(max_tokens, temperature, top_p, **way)
-    teacher = Teacher(model_name, decoding, api, batches.addressed(requests))
-    budget = Budget(requests, batches.price)
+    teacher, budget = Teacher(model_name, decoding, api, requests), Budget(requests)
 
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
@@ -296,7 +294,7 @@ def generate_instruction_following_data(
                 return counts
 
             try:
-                more = asyncio.run(collect(teacher, request, journal, budget, selection, save, batches))
+                more = asyncio.run(collect(teacher, request, journal, budget, selection, save))
             finally:  # after Ctrl-C and errors too
                 counts = save()
                 if counts["requests"]:
@@ -304,7 +302,7 @@ def generate_instruction_following_data(
     conclude(selection, budget, output / "regen.json", more)
 
 
-async def collect(teacher, request, journal, budget, selection, save, batches) -> str | None:
+async def collect(teacher, request, journal, budget, selection, save) -> str | None:
     """Ask until the selection has enough or may not continue; ``save`` keeps regen.json up to date.
 
     Return why a batch is not over, if so.
@@ -336,15 +334,15 @@ async def collect(teacher, request, journal, budget, selection, save, batches) -
         if number < max(earlier, default=-1):  # was in flight when an earlier run was killed: later replies wait for it
             return True
         # Near the end no more requests than it should take: each is paid for.
-        return not budget.exhausted() and in_flight < (round_left() if batches else replies_left())
+        return not budget.exhausted() and in_flight < (round_left() if budget.settings.batched else replies_left())
 
     if not earlier and not selection.is_over():
         left = selection.target - len(selection.kept)
         requests = math.ceil(left / MOST_NEW), math.ceil(left / FEW_NEW)
         print_forecast(budget, requests, len(request(0)[0]), teacher.decoding.max_tokens)
     what = teacher, request, journal, budget, in_order, want
-    if batches:
-        return await Batches(*what, settings=batches).run()
+    if budget.settings.batched:
+        return await Batches(*what).run()
     refuse_open_batch(journal)
     counts = (lambda: len(selection.kept)), replies_left
     async with progress_bar(budget, teacher.pace, "instruction", selection.target, *counts, exact=False):

@@ -38,7 +38,6 @@ from alpaca.common.cli import run_cli
 from alpaca.common.journal import Journal, check_output
 from alpaca.common.records import write_records
 from alpaca.data.instruction_sets import is_name, is_the_252, read_answers, read_pair, read_set
-from alpaca.endpoint.batch_api import BatchSettings
 from alpaca.endpoint.budget import Budget, RequestSettings
 from alpaca.endpoint.client import THOUGHT, Answerer, Completion, OpenAIDecodingArguments
 from alpaca.endpoint.parallel import ask_each, in_brackets, summarize
@@ -68,7 +67,6 @@ def answer(
     batch_tokens: int = 16384,
     api: str = "chat",
     requests: RequestSettings = RequestSettings(),  # noqa: B008  never changed
-    batches: BatchSettings = BatchSettings(),  # noqa: B008
 ) -> None:
     """Answer an instruction set with a local model (--model_path) or one behind a server (--model_name).
 
@@ -110,7 +108,7 @@ def answer(
             "--reference_loss, --base_path, --device, --dtype and --template are for --model_path, not a server",
         ),
         (
-            local and (requests.base_url or api != "chat" or batches),
+            local and (requests.base_url or api != "chat" or requests.batched),
             "--base_url, --api and batches are for --model_name: a local model is asked without a server",
         ),
     ):
@@ -126,14 +124,13 @@ def answer(
         )
         return
     decoding = OpenAIDecodingArguments(max_new_tokens, temperature, top_p, STOP if api == "completions" else None)
-    teacher = Answerer(model_name, decoding, api, batches.addressed(requests))
-    budget = Budget(requests, batches.price)
+    teacher, budget = Answerer(model_name, decoding, api, requests), Budget(requests)
     prompts = [item.task if api == "chat" else utils.format_prompt(item.instruction, item.input) for item in items]
     run = {"task": "answer", "model_name": model_name, "api": api, "seed": seed, "prompts": _digest(prompts)}
     run |= {"extra_body": requests.extra} if requests.extra else {}
     with Journal(journal_path) as journal:
         journal.begin(run | asdict(decoding))
-        replies = ask_each(teacher, prompts, seed, journal, budget, "answer", batches)
+        replies = ask_each(teacher, prompts, seed, journal, budget, "answer")
     pairs = zip(items, replies, strict=True)
     rows = [item.row(output) | _answered(reply) | {"generator": generator or model_name} for item, reply in pairs]
     if output.suffix == ".json":  # alpaca_eval would read a row without an answer as "nan"
@@ -208,7 +205,6 @@ def judge(
     max_tokens: int = 1024,
     seed: int = 0,
     requests: RequestSettings = RequestSettings(),  # noqa: B008  never changed
-    batches: BatchSettings = BatchSettings(),  # noqa: B008
 ) -> None:
     """Have a model compare two files of answers, each pair in both orders, at temperature 0.
 
@@ -236,8 +232,7 @@ def judge(
     items, (a, b) = read_pair(instructions, answers)
     text, prompt_sha256 = judge_prompt.read_prompt(PROMPT if prompt is None else prompt)
     decoding = OpenAIDecodingArguments(max_tokens, temperature=0.0)
-    teacher = judge_prompt.Judge(model_name, decoding, "chat", batches.addressed(requests))
-    budget = Budget(requests, batches.price)
+    teacher, budget = judge_prompt.Judge(model_name, decoding, "chat", requests), Budget(requests)
     orders = [(item, shown) for item in items for shown in ((a, b), (b, a))]
     pairs = [(item, [(one.generator, one.outputs.get(item.id)) for one in shown]) for item, shown in orders]
     to_ask = [place for place, (_, shown) in enumerate(pairs) if judge_prompt.to_ask(shown)]
@@ -248,7 +243,7 @@ def judge(
     run |= {"instructions": _digest([asdict(item) for item in items]), "answers": _digest([a.outputs, b.outputs])}
     with Journal(journal_path) as journal:
         journal.begin(run | {"generators": [a.generator, b.generator]})
-        replies = ask_each(teacher, prompts, seed, journal, budget, "judgment", batches)
+        replies = ask_each(teacher, prompts, seed, journal, budget, "judgment")
     settings = {name: value for name, value in settings.items() if f"{name} left out" not in budget.changed}
     by = {"kind": "model", "name": model_name, "prompt_sha256": prompt_sha256}
     reply_to = dict(zip(to_ask, replies, strict=True))

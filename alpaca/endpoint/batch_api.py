@@ -28,7 +28,6 @@ from alpaca import UserError
 from alpaca.common.files import replace_file
 from alpaca.common.journal import Journal
 from alpaca.common.text import counted, in_brackets
-from alpaca.endpoint.budget import BatchSettings
 from alpaca.endpoint.client import Completion, Lost
 from alpaca.endpoint.run import Run
 
@@ -61,9 +60,8 @@ def refuse_open_batch(journal: Journal) -> None:
 class Batches(Run):
     """Ask in batches, one at a time: ``want`` fills them. A time limit ends the waiting, and not the batch."""
 
-    settings: BatchSettings = BatchSettings(batch=True)  # noqa: RUF009  never changed
-
     def __post_init__(self):
+        self.settings = self.budget.settings
         # Another run's results have the same numbers: the journal's first entry says what a run is.
         self.token = hashlib.sha256(json.dumps(self.journal.entries[0], sort_keys=True).encode()).hexdigest()[:8]
         self.open, self.most = open_batch(self.journal), MOST_REQUESTS
@@ -84,7 +82,7 @@ class Batches(Run):
                 self.teacher.settings.learned = batch["learned"]
         try:
             self._add(self.replay())
-            if self.settings.batch_write or self.settings.batch_read:
+            if self.settings.offline:
                 return self._use_files()
             if (cancel := self.settings.batch_cancel) and not self.open:
                 raise UserError(f"{self.journal.path} has no open batch: there is nothing to cancel")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter, deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from alpaca import UserError
 
@@ -29,9 +29,16 @@ class RequestSettings:
         give_up_after: end the run when the server has refused everything for this many seconds.
         extra_body: JSON with further fields of each request, for what a provider has besides, such as
             {"reasoning_effort": "low"}.
+        batch: send requests through the server's Batch API: within a day, mostly at half price. After Ctrl-C or a kill
+            the same command finds its batch.
+        batch_cancel: cancel this run's batch and keep the replies that it already has.
+        batch_discount: the share of the price that a batch saves; 0.5 is half price.
+        batch_write: write the requests to this file and stop; vllm run-batch and other tools answer them offline.
+        batch_read: read replies to those requests from this file.
 
     Raises:
-        UserError: a limit in dollars without a price, a rate that is not positive, or another extra_body.
+        UserError: a limit in dollars without a price, a rate that is not positive, a discount that is not a share, or
+            an extra_body that is not an object.
     """
 
     base_url: str | None = None
@@ -47,11 +54,18 @@ class RequestSettings:
     tokens_per_minute: float | None = None
     give_up_after: float = 600.0
     extra_body: str | None = None
+    batch: bool = False
+    batch_cancel: bool = False
+    batch_discount: float = 0.5
+    batch_write: str | None = None
+    batch_read: str | None = None
 
     def __post_init__(self):
         for name in ("requests_per_minute", "tokens_per_minute", "give_up_after", "request_timeout"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise UserError(f"{name} must be more than 0")
+        if not 0 <= self.batch_discount <= 1:
+            raise UserError("batch_discount must be 0 to 1: 0.5 is half price")
         try:
             if not isinstance(self.extra, dict):
                 raise ValueError("not an object")
@@ -65,55 +79,27 @@ class RequestSettings:
         """The fields of extra_body."""
         return json.loads(self.extra_body or "{}")
 
+    @property
+    def offline(self) -> bool:
+        """Whether requests and replies are in files, so that no server is needed."""
+        return bool(self.batch_write or self.batch_read)
 
-@dataclass(frozen=True)
-class BatchSettings:
-    """Whether requests go in batches.
-
-    Args:
-        batch: send requests through the server's Batch API: within a day, mostly at half price. After Ctrl-C or a kill
-            the same command finds its batch.
-        batch_cancel: cancel this run's batch and keep the replies that it already has.
-        batch_discount: the share of the price that a batch saves; 0.5 is half price.
-        batch_write: write the requests to this file and stop; vllm run-batch and other tools answer them offline.
-        batch_read: read replies to those requests from this file.
-
-    Raises:
-        UserError: a discount that is not a share.
-    """
-
-    batch: bool = False
-    batch_cancel: bool = False
-    batch_discount: float = 0.5
-    batch_write: str | None = None
-    batch_read: str | None = None
-
-    def __post_init__(self):
-        if not 0 <= self.batch_discount <= 1:
-            raise UserError("batch_discount must be 0 to 1: 0.5 is half price")
-
-    def __bool__(self):
-        return bool(self.batch or self.batch_cancel or self.batch_write or self.batch_read)
+    @property
+    def batched(self) -> bool:
+        """Whether requests go in batches."""
+        return self.batch or self.batch_cancel or self.offline
 
     @property
     def price(self) -> float:
-        """What the requests cost, relative to direct ones."""
-        return 1 - self.batch_discount if self else 1.0
-
-    def addressed(self, requests: RequestSettings) -> RequestSettings:
-        """Return the settings with an address, which a teacher wants even if all goes through files."""
-        offline = (self.batch_write or self.batch_read) and not requests.base_url
-        return replace(requests, base_url="http://127.0.0.1/v1") if offline else requests
+        """What the coming requests cost, relative to direct ones."""
+        return 1 - self.batch_discount if self.batched else 1.0
 
 
 class Budget:
-    """Counts replies, tokens, dollars and failures against limits. Earlier runs' replies count, but not their time.
+    """Counts replies, tokens, dollars and failures against limits. Earlier runs' replies count, but not their time."""
 
-    ``price`` is that of the coming requests, relative to direct ones.
-    """
-
-    def __init__(self, settings: RequestSettings, price: float = 1.0):
-        self.settings, self.price, self.started = settings, price, time.monotonic()
+    def __init__(self, settings: RequestSettings):
+        self.settings, self.started = settings, time.monotonic()
         self.cost = 0.0  # dollars
         self.replies = self.new_replies = self.prompt_tokens = self.completion_tokens = 0
         self.recent: deque[str | None] = deque(maxlen=100)  # this run's: the kind of failure, or None
@@ -154,7 +140,7 @@ class Budget:
             return f"the time limit of {limits.time_limit:g} s"
         if limits.max_total_tokens is not None and tokens >= limits.max_total_tokens:
             return f"the budget of {limits.max_total_tokens:,} tokens"
-        cost = self.cost + (self.price * self.dollars(*more) if more else 0)
+        cost = self.cost + (self.settings.price * self.dollars(*more) if more else 0)
         if limits.max_cost_usd is not None and cost >= limits.max_cost_usd:
             return f"the budget of ${limits.max_cost_usd:g}"
         return None
@@ -170,7 +156,7 @@ class Budget:
         """Describe what requests of so many tokens each will use, least and most, with dollars if prices are known."""
         tokens = [n * (prompt_tokens + each) for n, each in zip(requests, reply_tokens, strict=True)]
         pairs = zip(requests, reply_tokens, strict=True)
-        dollars = [self.price * self.dollars(n * prompt_tokens, n * each) for n, each in pairs]
+        dollars = [self.settings.price * self.dollars(n * prompt_tokens, n * each) for n, each in pairs]
         cost = f", {spread(*dollars, '${:,.2f}')}" if any(dollars) else ""
         return f"{spread(*requests)} request{'s' * (requests[1] > 1)}, {spread(*tokens)} tokens{cost}"
 

@@ -101,7 +101,7 @@ class Teacher:
         self.path = "/chat/completions" if api == "chat" else "/completions"
         self.settings = Settings(model_name, decoding, settings.extra)
         self._key, self._session, self._timeout = _api_key(), None, settings.request_timeout
-        self._address(settings.base_url or os.environ.get("OPENAI_BASE_URL") or None)
+        self._address(settings.base_url or os.environ.get("OPENAI_BASE_URL") or None, settings.offline)
         self._empty_retries = 0 if settings.max_total_tokens or settings.max_cost_usd else min(max_retries, 2)
         self.pace = Pace(
             settings.max_concurrency,
@@ -111,8 +111,8 @@ class Teacher:
         )
         self._answered, self._reply_tokens = 0, decoding.max_tokens / 4  # of this run; the mean, guessed at first
 
-    def _address(self, base_url: str | None) -> None:
-        if not self._key and not base_url:
+    def _address(self, base_url: str | None, offline: bool) -> None:
+        if not self._key and not base_url and not offline:
             raise UserError(
                 "no server to ask: set OPENAI_API_KEY, or base_url (or OPENAI_BASE_URL) for a server of your own"
             )

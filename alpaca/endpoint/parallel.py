@@ -18,7 +18,7 @@ from tqdm import tqdm
 from alpaca import UserError
 from alpaca.common.journal import Journal
 from alpaca.common.text import in_brackets
-from alpaca.endpoint.batch_api import Batches, BatchSettings, refuse_open_batch
+from alpaca.endpoint.batch_api import Batches, refuse_open_batch
 from alpaca.endpoint.budget import Budget, in_words, spread
 from alpaca.endpoint.client import Completion, Teacher
 from alpaca.endpoint.run import Run, recorded
@@ -190,13 +190,7 @@ async def progress_bar(
 
 
 def ask_each(
-    teacher: Teacher,
-    prompts: list[str],
-    seed: int | None,
-    journal: Journal,
-    budget: Budget,
-    unit: str,
-    batches: BatchSettings,
+    teacher: Teacher, prompts: list[str], seed: int | None, journal: Journal, budget: Budget, unit: str
 ) -> list[Completion | None]:
     """Ask for a reply to each prompt that has none with a text in the journal, within a budget.
 
@@ -207,7 +201,6 @@ def ask_each(
         journal: as in Run.
         budget: when it is spent, or too much fails, nothing more is sent.
         unit: what a reply is called in the bar.
-        batches: whether to ask in batches.
 
     Returns:
         For each prompt the reply, or the failure, or None where the run ended before it was asked.
@@ -224,8 +217,8 @@ def ask_each(
     what = teacher, (lambda number: (prompts[number], seed)), journal, budget, (lambda reply: None), want, True
 
     async def run() -> str | None:
-        if batches:
-            return await Batches(*what, batches).run()
+        if budget.settings.batched:
+            return await Batches(*what).run()
         refuse_open_batch(journal)
         counts = (lambda: earlier + budget.new_replies), (lambda: missing - budget.new_replies)
         async with progress_bar(budget, teacher.pace, unit, len(prompts), *counts, exact=True):
@@ -235,7 +228,7 @@ def ask_each(
         if more := asyncio.run(run()):
             print(more)
     except KeyboardInterrupt:
-        if not batches:
+        if not budget.settings.batched:
             print(f"\nthe same command continues: the replies are in {journal.path}", file=sys.stderr)
         raise
     found = dict(recorded(journal))

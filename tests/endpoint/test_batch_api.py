@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import asdict, replace
 
 import pytest
 from conftest import ROOT, assert_user_error, call
@@ -18,11 +19,11 @@ from made_batch_server import BatchServer, said
 from alpaca import UserError
 from alpaca.common.journal import Journal
 from alpaca.endpoint import batch_api
-from alpaca.endpoint.batch_api import Batches, BatchSettings, open_batch, refuse_open_batch
+from alpaca.endpoint.batch_api import Batches, open_batch, refuse_open_batch
 from alpaca.endpoint.budget import Budget, RequestSettings
 from alpaca.endpoint.client import Completion, OpenAIDecodingArguments, Teacher
 
-BATCH = BatchSettings(batch=True)
+BATCH = RequestSettings(batch=True)
 
 
 class Asker(Teacher):
@@ -58,11 +59,12 @@ def echo(body) -> str:
 
 def drive(server, folder, requests=6, settings=BATCH, limits=None, retry_failed=False, make=Asker):
     """Ask for ``requests`` replies; return why it ended, the replies in order, and the budget."""
-    replies, budget = [], Budget(limits or RequestSettings(), settings.price)
+    batch = {field: value for field, value in asdict(settings).items() if field.startswith("batch")}
+    replies, budget = [], Budget(replace(limits or settings, **batch))
     with Journal(folder / "journal") as journal:
         journal.begin({"requests": "these"})
         ways = (lambda i: (f"request {i}", 100 * i)), journal, budget, replies.append
-        ways += (lambda i, ahead: i < requests and not budget.exhausted()), retry_failed, settings
+        ways += (lambda i, ahead: i < requests and not budget.exhausted()), retry_failed
         why = asyncio.run(Batches(make(server.base_url), *ways).run())
     return why, replies, budget
 
@@ -148,13 +150,13 @@ def test_a_refusal_among_replies_is_of_one_request_and_alone_of_the_model(batch_
     gone, file = (403, {"error": {"message": "gone"}}), tmp_path / "file"
     server = batch_server(lambda body: gone)
     assert_user_error(lambda: drive(server, tmp_path, 3), "does not let you use 'm'", "HTTP 403: gone")
-    drive(server, tmp_path, 3, BatchSettings(batch_write=str(file)))
+    drive(server, tmp_path, 3, RequestSettings(batch_write=str(file)))
     rows = [json.loads(line) for line in file.read_text().splitlines()]  # in a file of a tool, refusals may come first
     bodies = [gone, (200, said("request 1, seed 100")), (200, said("request 2, seed 200"))]
     for row, (status, body) in zip(rows, bodies, strict=True):
         row["response"] = {"status_code": status, "body": body}
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    replies = drive(server, tmp_path, 3, BatchSettings(batch_read=str(file)))[1]
+    replies = drive(server, tmp_path, 3, RequestSettings(batch_read=str(file)))[1]
     assert replies[0].error == "HTTP 403: gone" and [reply.text for reply in replies[1:]] == expected(3)[1:]
 
 
@@ -163,14 +165,14 @@ def test_a_batch_costs_its_share_of_the_price_and_direct_replies_all_of_it(batch
     with Journal(tmp_path / "journal") as journal:
         journal.begin({"requests": "these"})
         journal.append([{"i": 0, "text": "direct", "prompt_tokens": 7, "completion_tokens": 5}])
-    settings, limits = BatchSettings(batch=True, batch_discount=0.4), RequestSettings(**prices)
+    settings, limits = RequestSettings(batch=True, batch_discount=0.4), RequestSettings(**prices)
     budget = drive(server, tmp_path, 3, settings, limits)[2]
     assert budget.cost == pytest.approx(0.064 + 2 * 0.6 * 0.064) == budget.counts()["cost_usd"]
     assert (
         budget.forecast((1000, 2000), 7, (5, 5)) == "1,000 to 2,000 requests, 12,000 to 24,000 tokens, $38.40 to $76.80"
     )
     assert drive(server, tmp_path, 3, limits=limits)[2].cost == pytest.approx(budget.cost)  # as it was paid
-    assert_user_error(lambda: BatchSettings(batch_discount=50), "batch_discount must be 0 to 1")
+    assert_user_error(lambda: RequestSettings(batch_discount=50), "batch_discount must be 0 to 1")
 
 
 def test_a_round_holds_no_more_than_the_budget_allows(batch_server, tmp_path):
@@ -255,7 +257,7 @@ def test_after_ctrl_c_the_batch_goes_on_and_is_found(batch_server, tmp_path, cap
     with Journal(tmp_path / "journal") as journal:
         assert open_batch(journal) == {"file": "file-0", "requests": [0, 1, 2, 3, 4, 5], "id": "batch-0"}
         assert_user_error(lambda: refuse_open_batch(journal), "batch batch-0 is open", "continue it", "cancel it")
-    write = BatchSettings(batch_write=str(tmp_path / "file"))
+    write = RequestSettings(batch_write=str(tmp_path / "file"))
     assert_user_error(lambda: drive(server, tmp_path, settings=write), "batch batch-0 is open")
     assert [reply.text for reply in drive(server, tmp_path)[1]] == expected(6)
     assert server.steps.count("upload") == server.steps.count("create") == 1
@@ -274,7 +276,7 @@ def test_a_time_limit_ends_the_waiting_and_not_the_batch(batch_server, tmp_path,
 
 def test_cancelling_keeps_what_was_answered(batch_server, tmp_path):
     server = batch_server(echo, looks=9)
-    cancel = BatchSettings(batch_cancel=True)
+    cancel = RequestSettings(batch_cancel=True)
     assert_user_error(lambda: drive(server, tmp_path, settings=cancel), "no open batch")
     interrupted(server, tmp_path)
     server.after = lambda step: (
@@ -287,7 +289,7 @@ def test_cancelling_keeps_what_was_answered(batch_server, tmp_path):
 
 
 def test_cancelling_what_is_over_reads_it_and_what_is_gone_is_forgotten(batch_server, tmp_path):
-    server, cancel = batch_server(echo, looks=3), BatchSettings(batch_cancel=True)
+    server, cancel = batch_server(echo, looks=3), RequestSettings(batch_cancel=True)
     interrupted(server, tmp_path)
     server.look("batch-0")
     assert "batch-0 completed: 6 results" in drive(server, tmp_path, settings=cancel)[0]
@@ -352,7 +354,7 @@ def test_files_are_written_and_read_without_a_server(batch_server, tmp_path):
     asked, replies = tmp_path / "asked.jsonl", tmp_path / "replies.jsonl"
     server = batch_server(echo)
     server.server.server_close()
-    write, read = BatchSettings(batch_write=str(asked)), BatchSettings(batch_read=str(replies))
+    write, read = RequestSettings(batch_write=str(asked)), RequestSettings(batch_read=str(replies))
     assert (
         drive(server, tmp_path, 3, write)[0] == f"{asked} holds 3 requests: have them answered, then read the replies"
     )
