@@ -127,7 +127,9 @@ class Direct(Run):
 
     def _hand_on(self, batch: list[tuple[int, Completion]]) -> None:
         self.waiting.update(batch)
-        self.handed_on = self.hand_on(self.handed_on, self.waiting)
+        while self.handed_on in self.waiting:
+            self.in_order(self.waiting.pop(self.handed_on))
+            self.handed_on += 1
 
 
 def print_forecast(budget: Budget, requests: tuple[float, float], characters: float, max_tokens: int) -> None:

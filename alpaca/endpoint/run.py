@@ -54,10 +54,3 @@ class Run:
             if not again:
                 known[number] = reply
         return known
-
-    def hand_on(self, number: int, waiting: dict[int, Completion]) -> int:
-        """Hand on the replies from ``number`` on, as far as there are any; return the number of the next."""
-        while number in waiting:
-            self.in_order(waiting.pop(number))
-            number += 1
-        return number
