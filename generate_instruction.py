@@ -315,7 +315,7 @@ async def collect(teacher, request, journal, budget, selection, save) -> str | N
         return (selection.target - len(selection.kept)) / each
 
     def round_left() -> float:
-        """The same for a round, of which all requests are sent at once: rather too few, by two standard errors."""
+        """The same for a round, whose requests are all sent at once: rather too few, by two standard errors."""
         replies = selection.fed - selection.unused  # others wait for one that is asked again
         each = min(selection.new() * (1 + 2 / replies**0.5) / replies if selection.new() else MOST_NEW, MOST_NEW)
         left = (selection.target - len(selection.kept)) / each

@@ -64,7 +64,7 @@ def check_utf8(text: str, what: str) -> None:
 
 
 def without_thoughts(text: str) -> str | None:
-    """Return a model's reply without the thoughts before it; the same object if there are none.
+    """Return a model's reply without the thoughts before it; the same object if it has no thoughts.
 
     Thoughts are blocks at the beginning (<think>, <thinking>, <thought>, <reasoning>, [THINK], in any case), harmony's
     channels other than the final one, and what precedes a closing tag whose opening tag was in the prompt. Such a tag

@@ -94,7 +94,7 @@ def _example(task: dict) -> dict:
 def parse_response(text: str, finish_reason: str | None, num_prompt_instructions: int) -> list[dict | str]:
     """Split a reply into records; an item that is not exactly instruction, input and output stays text.
 
-    An item begins at its header, "5. Instruction:". Where no "###" or rule stands before it, that must be at the start
+    An item begins at its header, "5. Instruction:". Without a "###" or a rule before it, that must be at the start
     of a line and the number must be the next one, because answers have numbers and headings of their own.
 
     Args:

@@ -98,7 +98,7 @@ class Batches(Run):
             await self.teacher.close()
             if self.open:
                 name = self.open.get("id", self.open["file"])
-                print(f"batch {name} goes on at the server; the same command finds it", file=sys.stderr)
+                print(f"batch {name} continues at the server; the same command finds it", file=sys.stderr)
 
     def _use_files(self) -> str | None:
         refuse_open_batch(self.journal)

@@ -93,7 +93,7 @@ def masked(words: str, key: str | None) -> str:
 
 
 def named(status: int, words: str) -> str:
-    """Return "HTTP 400: the server's words", with HTTP's own name of the status if there are none."""
+    """Return "HTTP 400: the server's words", with HTTP's own name of the status where words are missing."""
     names = {status.value: status.phrase for status in HTTPStatus}
     return f"HTTP {status}" + (f": {text}" if (text := words or names.get(status, "")) else "")
 
@@ -172,9 +172,9 @@ class Settings:
 
 @dataclasses.dataclass
 class Reply:
-    """A reply's choice, as it is meant. ``text`` is None or "" where there is none; ``thoughts`` are in fields."""
+    """A reply's choice, as it is meant. ``text`` is "" in a reply without one; ``thoughts`` are those in other fields."""
 
-    text: str | None
+    text: str
     finish_reason: str | None  # "stop", "length", "content_filter", "error", or None: not given
     usage: tuple[int, int] | None
     thoughts: str

@@ -253,7 +253,7 @@ def interrupted(server, folder, step="poll", count=2, **how) -> None:
 def test_after_ctrl_c_the_batch_goes_on_and_is_found(batch_server, tmp_path, capsys):
     server = batch_server(echo, looks=5)
     interrupted(server, tmp_path)
-    assert "batch batch-0 goes on at the server; the same command finds it" in capsys.readouterr().err
+    assert "batch batch-0 continues at the server; the same command finds it" in capsys.readouterr().err
     with Journal(tmp_path / "journal") as journal:
         assert open_batch(journal) == {"file": "file-0", "requests": [0, 1, 2, 3, 4, 5], "id": "batch-0"}
         assert_user_error(lambda: refuse_open_batch(journal), "batch batch-0 is open", "continue it", "cancel it")
@@ -269,7 +269,7 @@ def test_a_time_limit_ends_the_waiting_and_not_the_batch(batch_server, tmp_path,
     server = batch_server(echo, looks=10**9)
     why, replies, _ = drive(server, tmp_path, limits=RequestSettings(time_limit=0.05))
     assert why == "the time limit of 0.05 s ended the waiting" and not replies
-    assert "batch batch-0 goes on at the server" in capsys.readouterr().err
+    assert "batch batch-0 continues at the server" in capsys.readouterr().err
     server.looks = 1
     assert [reply.text for reply in drive(server, tmp_path)[1]] == expected(6)
 
