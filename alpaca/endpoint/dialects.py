@@ -172,7 +172,7 @@ class Settings:
 
 @dataclasses.dataclass
 class Reply:
-    """A reply's choice, as it is meant. ``text`` is "" in a reply without one; ``thoughts`` are those in other fields."""
+    """A reply's choice, as it is meant. ``text`` may be ""; ``thoughts`` are what a server does not count as text."""
 
     text: str
     finish_reason: str | None  # "stop", "length", "content_filter", "error", or None: not given
