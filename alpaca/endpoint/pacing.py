@@ -87,8 +87,8 @@ class Pace:
         """Count a request with an estimate of its tokens. Return its ticket."""
         self._sent += 1
         self._open[self._sent] = now, self.in_flight, tokens
-        # At first a refusal must be able to stop the rest: 6 are sent in 0.1 s, 64 in 0.2 s.
-        first_gap = 0.04 / self._sent if self._sent <= self.max_concurrency else 0.0
+        # At first, one after the other in 6 ms, so that a refusal can stop the rest. After that, replies set the pace.
+        first_gap = 0.006 if self._sent <= self.max_concurrency else 0.0
         self._next = max(self._next, now) + max(first_gap, self._request_gap, 1 / self._rate.at(now))
         self._next_by_tokens = max(self._next_by_tokens, now) + tokens * self._token_gap
         return self._sent
