@@ -58,6 +58,7 @@ class Pace:
         self._open: dict[int, tuple[float, int, float]] = {}  # ticket → when sent, others in flight, estimated tokens
         self._sent = self._refused = self._in_a_row = 0  # what is not refused counts as accepted: refusals come fast
         self._last_refusal, self._accepted = -math.inf, -1  # when, and how many were accepted until then
+        self._ramp_end = max_concurrency  # requests sent
         self._marks: list[tuple[float, int]] = []  # the same for the last two that measure the rate
         self._failing_since, self._asked_until, self._last_error = math.inf, -math.inf, ""
         self._line, self._news = asyncio.Lock(), asyncio.Event()
@@ -87,9 +88,9 @@ class Pace:
         """Count a request with an estimate of its tokens. Return its ticket."""
         self._sent += 1
         self._open[self._sent] = now, self.in_flight, tokens
-        # At first, one after the other in 6 ms, so that a refusal can stop the rest. After that, replies set the pace.
-        first_gap = 0.006 if self._sent <= self.max_concurrency else 0.0
-        self._next = max(self._next, now) + max(first_gap, self._request_gap, 1 / self._rate.at(now))
+        # At first and after a refusal, one each 6 ms, so that a refusal can stop the rest. Later, replies set the pace.
+        ramp_gap = 0.006 if self._sent <= self._ramp_end else 0.0
+        self._next = max(self._next, now) + max(ramp_gap, self._request_gap, 1 / self._rate.at(now))
         self._next_by_tokens = max(self._next_by_tokens, now) + tokens * self._token_gap
         return self._sent
 
@@ -105,7 +106,7 @@ class Pace:
         self._end(ticket)
 
     def refused(self, now: float, ticket: int, headers: Mapping[str, str], error: str = "HTTP 429") -> None:
-        """Count a refusal. Other than a 429, it says something about the rate only if it follows another at once."""
+        """Count a refusal. Only a 429 says something about the rate; others are an overload or an outage."""
         at, others, estimate = self._end(ticket)
         self._refused, self._last_error = self._refused + 1, error
         self._next_by_tokens -= estimate * self._token_gap
@@ -116,12 +117,11 @@ class Pace:
             return  # sent before the last refusal came, which has slowed us down already
         accepted = ticket - self._refused
         self._in_a_row = self._in_a_row + 1 if accepted <= self._accepted else 0
-        self._last_refusal, self._accepted = now, accepted
-        about_rate = "429" in error or self._in_a_row > 0
-        rate, patience = self._measured(at, accepted) if about_rate else (self._rate.value, 60.0)
+        self._last_refusal, self._accepted, self._ramp_end = now, accepted, self._sent + self.max_concurrency
+        rate, patience = self._measured(at, accepted) if "429" in error else (self._rate.value, 60.0)
         self._pause(now, now + max(1 / rate, 0.5 * (2 ** min(self._in_a_row, 5) - 1)))  # up to 15.5 s
         since = max(now, self._next)
-        if about_rate:
+        if "429" in error:
             self._rate.learn(rate, since, patience)
             if not self._in_a_row:
                 self._marks = [*self._marks[-1:], (at, accepted)]
