@@ -242,8 +242,8 @@ class Teacher:
     async def _deliver(self, prompt: str, seed: int | None) -> Completion:
         """Send one request until it is answered, or has failed ``max_retries`` times."""
         faults = 0
-        while True:
-            ticket = await self.pace.turn(len(prompt) / 4 + self._reply_tokens)
+        for tries in count():
+            ticket = await self.pace.turn(len(prompt) / 4 + self._reply_tokens, again=tries > 0)
             body, headers = self.body(prompt, seed), {}
             try:
                 status, headers, data = await self.http("POST", self.path, json=body)

@@ -61,7 +61,7 @@ class Pace:
         self._ramp_end = max_concurrency  # requests sent
         self._marks: list[tuple[float, int]] = []  # the same for the last two that measure the rate
         self._failing_since, self._asked_until, self._last_error = math.inf, -math.inf, ""
-        self._line, self._news = asyncio.Lock(), asyncio.Event()
+        self._newcomers, self._line, self._news = asyncio.Lock(), asyncio.Lock(), asyncio.Event()
 
     @property
     def in_flight(self) -> int:
@@ -88,8 +88,9 @@ class Pace:
         """Count a request with an estimate of its tokens. Return its ticket."""
         self._sent += 1
         self._open[self._sent] = now, self.in_flight, tokens
-        # At first and after a refusal, one each 6 ms, so that a refusal can stop the rest. Later, replies set the pace.
-        ramp_gap = 0.006 if self._sent <= self._ramp_end else 0.0
+        # At first and after a refusal one at a time, so that a refusal can stop the rest. Later, replies set the pace.
+        left = self._ramp_end - self._sent
+        ramp_gap = 0.008 if left >= self.max_concurrency - 8 else 0.002 if left >= 0 else 0.0
         self._next = max(self._next, now) + max(ramp_gap, self._request_gap, 1 / self._rate.at(now))
         self._next_by_tokens = max(self._next_by_tokens, now) + tokens * self._token_gap
         return self._sent
@@ -159,9 +160,12 @@ class Pace:
         why = f"the server asks to wait {until - now:,.0f} s" if until > now else "no request has succeeded"
         return f"{why}, after {now - since:,.0f} s of refusals (last: {self._last_error})"
 
-    async def turn(self, tokens: float = 0) -> int:
-        """Wait in line until a request may be sent, count it, and return its ticket. Raise UserError if stuck()."""
-        async with self._line:
+    async def turn(self, tokens: float = 0, again: bool = False) -> int:
+        """Wait in line until a request may be sent, count it, and return its ticket. Raise UserError if stuck().
+
+        One that is sent ``again`` goes before those that are new: the replies after it wait for its own.
+        """
+        async with contextlib.nullcontext() if again else self._newcomers, self._line:
             while not (why := self.stuck(self.clock())):
                 if not (seconds := self.wait(self.clock())):
                     return self.sent(self.clock(), tokens)

@@ -368,3 +368,24 @@ def test_all_who_wait_are_released_when_it_is_stuck():
     errors = asyncio.run(asyncio.wait_for(run(), 20))
     assert [type(error) for error in errors] == [UserError] * 3
     assert str(errors[0]) == "the server asks to wait 7,200 s, after 0 s of refusals (last: HTTP 429: no more today)"
+
+
+def test_a_refused_request_goes_before_those_that_were_never_sent():
+    async def run():
+        pace, order = Pace(1), []
+        first = await pace.turn()
+
+        async def ask(name, again):
+            ticket = await pace.turn(again=again)
+            order.append(name)
+            pace.accepted(pace.clock(), ticket, {})
+
+        tasks = [asyncio.create_task(ask(name, False)) for name in ("new 1", "new 2", "new 3")]
+        await asyncio.sleep(0)
+        tasks.append(asyncio.create_task(ask("again", True)))
+        await asyncio.sleep(0)
+        pace.accepted(pace.clock(), first, {})
+        await asyncio.gather(*tasks)
+        return order
+
+    assert asyncio.run(run()) == ["new 1", "again", "new 2", "new 3"]
