@@ -21,8 +21,8 @@ class RequestSettings:
         time_limit: stop sending after this many seconds.
         max_total_tokens: stop sending when prompts and replies, earlier runs included, have used this many tokens.
         max_cost_usd: stop sending when they have cost this many dollars; needs the two prices.
-        prompt_price: dollars for a million prompt tokens.
-        completion_price: dollars for a million reply tokens.
+        prompt_price: dollars per million prompt tokens.
+        completion_price: dollars per million reply tokens.
         max_failure_rate: end the run when more than this share of its last 100 requests (at least 10) failed for good.
         requests_per_minute: send no more than this (default: the server's refusals and headers set the pace).
         tokens_per_minute: the same for tokens of prompts and replies.
@@ -72,7 +72,7 @@ class RequestSettings:
         except ValueError as e:
             raise UserError(f'extra_body is not a JSON object ({e}): it looks like {{"top_k": 40}}') from None
         if self.max_cost_usd and not self.prompt_price + self.completion_price:
-            raise UserError("max_cost_usd needs prompt_price and completion_price, in dollars for a million tokens")
+            raise UserError("max_cost_usd needs prompt_price and completion_price, in dollars per million tokens")
 
     @property
     def extra(self) -> dict:
