@@ -129,7 +129,7 @@ class Selection:
         self.unseen = 0  # kept, but the tokenizer "rouge" sees so little of it that near-duplicates get through
         self.barren = self.unused = 0  # replies in a row that brought nothing; replies after the end
         self.unreadable = 0  # replies in a row without one whole item
-        self.shown = "none came"  # the last reply that brought nothing
+        self.shown = ""  # the last reply that brought nothing
         self.known = [one["instruction"] for one in self.seed_tasks + self.start]  # and then all that is kept
         self.pool = DistinctPool(self.known, MAX_SIMILARITY, self.stats, self.filters.tokenizer)
 
@@ -369,6 +369,8 @@ def conclude(selection: Selection, budget: Budget, regen_path: Path, more: str |
         why = budget.exhausted() or f"{selection.barren} replies in a row without a new one (dropped{most})"
         if unreadable := selection.unreadable >= UNREADABLE:
             why = f"{selection.unreadable} replies in a row without one whole item (dropped{most})"
+        if not (selection.new() or selection.shown):
+            raise UserError(f"{why} ended the run; {made}")
         if unreadable or not selection.new():
             cure = "raise --max_tokens" if most.endswith("cut off") else "try another --model_name or --format"
             begins = f"a reply begins: {printable(shorten(selection.shown, 200))}"

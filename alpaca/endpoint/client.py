@@ -57,6 +57,10 @@ class Completion:
     price: float = dataclasses.field(default=1.0, compare=False)  # relative to a direct request's: batches cost less
 
 
+class OutOfTime(Exception):
+    """The time limit has passed while a request waited to be sent."""
+
+
 class Lost(Exception):
     """A request that brought no HTTP response. ``unreachable``: not even a connection."""
 
@@ -109,6 +113,7 @@ class Teacher:
             settings.tokens_per_minute,
             settings.give_up_after,
         )
+        self._ends = settings.time_limit and time.monotonic() + settings.time_limit
         self._answered, self._reply_tokens = 0, decoding.max_tokens / 4  # of this run; the mean, guessed at first
 
     def _address(self, base_url: str | None, offline: bool) -> None:
@@ -230,6 +235,7 @@ class Teacher:
         Raises:
             UserError: no retry can help: wrong key, no permission, no credit, unknown model, no server there, or
                 nothing but refusals for too long.
+            OutOfTime: the time limit passed while it waited to be sent.
         """
         prompt_tokens = completion_tokens = 0
         for tries in count():
@@ -241,9 +247,15 @@ class Teacher:
 
     async def _deliver(self, prompt: str, seed: int | None) -> Completion:
         """Send one request until it is answered, or has failed ``max_retries`` times."""
-        faults = 0
+        faults, pause = 0, 0.0
         for tries in count():
-            ticket = await self.pace.turn(len(prompt) / 4 + self._reply_tokens, again=tries > 0)
+            try:
+                async with asyncio.timeout_at(self._ends):
+                    if pause:
+                        await asyncio.sleep(pause)
+                    ticket = await self.pace.turn(len(prompt) / 4 + self._reply_tokens, again=tries > 0)
+            except TimeoutError:
+                raise OutOfTime from None
             body, headers = self.body(prompt, seed), {}
             try:
                 status, headers, data = await self.http("POST", self.path, json=body)
@@ -262,8 +274,9 @@ class Teacher:
                 self.pace.failed(now, ticket)
             if follows == "done" or follows == "retry" and faults == self.max_retries:
                 return reply
+            pause = 0.0
             if follows == "retry":
-                await asyncio.sleep(min(0.5 * 2**faults, 8) * random.uniform(0.75, 1))
+                pause = min(0.5 * 2**faults, 8) * random.uniform(0.75, 1)
                 faults += 1
 
     async def http(self, method: str, path: str, json=None, data=None) -> tuple[int, Mapping[str, str], bytes]:

@@ -20,7 +20,7 @@ from alpaca.common.journal import Journal
 from alpaca.common.text import in_brackets
 from alpaca.endpoint.batch_api import Batches, refuse_open_batch
 from alpaca.endpoint.budget import Budget, in_words, spread
-from alpaca.endpoint.client import Completion, Teacher
+from alpaca.endpoint.client import Completion, OutOfTime, Teacher
 from alpaca.endpoint.run import Run, recorded
 
 SAVE_EVERY = 30.0  # seconds between two calls of at_intervals()
@@ -111,7 +111,10 @@ class Direct(Run):
         # together would all be read before the first request is sent, and would stay together: 88% instead of 93% of
         # the ideal rate at 64 in flight.
         while i is not None:
-            reply = await self.teacher.ask(*self.request(i))
+            try:
+                reply = await self.teacher.ask(*self.request(i))
+            except OutOfTime:
+                return
             self.budget.arrived(reply, True)
             self.new.append((i, reply))
             self.news.set()
@@ -262,8 +265,9 @@ def summarize(
         journal.path.unlink()
     if why := budget.failing():
         raise UserError(f"{why}: the run ended; {made}")
-    if errors and all(reply is None or reply.error for reply in replies):
-        raise UserError(f"not one request succeeded: {made}")
-    if unasked and (why := budget.exhausted()):
+    why = unasked and budget.exhausted()
+    if (errors or why) and all(reply is None or reply.error for reply in replies):
+        raise UserError(f"{'not one request succeeded' if errors else f'{why} ended the run'}: {made}")
+    if why:
         print(f"{why} ended the run")
     print(made)
