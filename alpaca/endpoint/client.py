@@ -129,9 +129,12 @@ class Teacher:
             raise UserError(
                 "base_url has user:password@ and OPENAI_API_KEY is set; a request carries only one: remove the other"
             )
-        basic = base64.b64encode(urllib.parse.unquote(login).encode()).decode()
+        secret = urllib.parse.unquote(login) or self._key or ""
+        coded = base64.b64encode(secret.encode()).decode()
         # A local server asks for no key, but some refuse a request without any.
-        self._headers = {"Authorization": f"Basic {basic}" if login else f"Bearer {self._key or 'none'}"}
+        self._headers = {"Authorization": f"Basic {coded}" if login else f"Bearer {secret or 'none'}"}
+        in_query = [value for name, value in urllib.parse.parse_qsl(parts.query) if name != "api-version"]
+        self._secrets = (secret, coded, login, *in_query)
         parts = parts._replace(netloc=netloc, fragment="")
         self._query, parts = parts.query, parts._replace(query="")
         self.where, self._tls = parts.geturl().rstrip("/"), parts.scheme == "https"  # without secrets
@@ -168,13 +171,15 @@ class Teacher:
             try:
                 reply = json.loads(data)
             except (ValueError, RecursionError) as e:
-                what = self.words(data) if data[:1] in b"<d" else type(e).__name__
+                what = self.words(data) or "empty body" if data.lstrip()[:1] in b"<d:" else type(e).__name__
                 return Completion(None, error=f"unreadable reply ({what})"), "done"
-            if isinstance(reply, dict) and (reply.get("choices") or not reply.get("error")):
+            if isinstance(reply, dict) and (reply.get("choices") or "choices" in reply and not reply.get("error")):
                 return self._completion(prompt, body, reply), "done"
         fault = read_fault(data)
-        said, status = masked(fault.words, self._key), (fault.status or 200) if status == 200 else status
-        failure = Completion(None, error=named(status, said) if status != 200 else f"error with HTTP 200: {said}")
+        said, status = masked(fault.words, *self._secrets), (fault.status or 200) if status == 200 else status
+        failure = Completion(
+            None, error=named(status, said) if status != 200 else f"error with HTTP 200: {said or 'no choices'}"
+        )
         if NO_CREDIT.search(f"{fault.code} {fault.words}") or status == 402:
             raise UserError(f"the account at {self.where} has no credit left ({failure.error})")
         if status == 401:
@@ -190,7 +195,7 @@ class Teacher:
         if first and (status == 404 or status in (400, 422) and unknown):
             what = f"has no model {self.model_name!r}, or no {self.api} endpoint: check model_name and base_url"
             raise UserError(f"{self.where} {what} ({failure.error})")
-        if first and status in (403, 451):
+        if first and status in (403, 451) and "flagged" not in fault.words:
             raise UserError(f"{self.where} does not let you use {self.model_name!r} ({failure.error})")
         return failure, "done"
 
@@ -204,7 +209,7 @@ class Teacher:
             reply.text.encode("utf-8", "replace").decode(),
             reply.finish_reason,
             *tokens,
-            model=model if isinstance(model := data.get("model"), str) else None,
+            model=model.encode("utf-8", "replace").decode() if isinstance(model := data.get("model"), str) else None,
             changed=sorted(self.settings.changed.values()) or None,
             max_tokens=longest if isinstance(longest, int) and longest < self.decoding.max_tokens else None,
         )
@@ -224,7 +229,7 @@ class Teacher:
 
     def words(self, data: bytes) -> str:
         """Return the server's own words in an error body, in one line, without the key."""
-        return masked(read_fault(data).words, self._key)
+        return masked(read_fault(data).words, *self._secrets)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Sending.
@@ -288,16 +293,20 @@ class Teacher:
         import aiohttp
 
         url = self.where + path + ("&?"["?" not in path] + self._query if self._query else "")
-        session, received = self._session or self._open(), bytearray()
+        session, received, idle = self._session or self._open(), bytearray(), asyncio.timeout(None)
         try:
             async with session.request(method, url, json=json, data=data, proxy=self._proxy) as response:
                 received += await response.content.readany()  # the reply may take its time until it begins
                 while not response.content.at_eof():
-                    async with asyncio.timeout(IDLE):
+                    # Some proxies send white space until the reply begins.
+                    async with asyncio.timeout(None if received.isspace() else IDLE) as idle:
                         received += await response.content.readany()
+                if response.history and (response.method != method or response.status == 401):
+                    there = response.url.with_query(None)  # the key, or the body, was not sent there
+                    raise UserError(f"{self.where} redirects to {there}: change base_url")
                 return response.status, response.headers, bytes(received)
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as e:
-            lost = Lost(_transport_fault(e, stalled=bool(received)) + self._proxied)
+            lost = Lost(_transport_fault(e, stalled=idle.expired()) + self._proxied)
             lost.unreachable = isinstance(e, aiohttp.ClientConnectorError)
             raise lost from None
 

@@ -17,19 +17,27 @@ from alpaca.common.text import printable, shorten, without_thoughts
 
 # Spellings of a finish reason, in lower case. Any other on a text means that the text is whole.
 FINISH_REASONS = {
-    "length": "length max_tokens max_output_tokens model_length max_length token_limit".split(),
-    "content_filter": "content_filter safety recitation blocklist prohibited_content spii refusal sensitive".split(),
+    "length": "length max_tokens max_output_tokens max_completion_tokens model_length max_length token_limit "
+    "model_context_window_exceeded".split(),
+    "content_filter": "content_filter content_filtered guardrail_intervened error_toxic safety recitation blocklist "
+    "prohibited_content spii refusal sensitive".split(),
     "error": "error abort aborted cancelled canceled insufficient_system_resource network_error".split(),
 }
 # Settings that may be left out where a server refuses them: of two that it does not take together, the first here.
 OPTIONAL = ("response_format", "seed", "top_p", "stop", "temperature")
 LENGTHS = ("max_tokens", "max_completion_tokens")  # the second is the name that reasoning models use
+# What servers that pass a request on to another one call it: TGI, Vertex, Bedrock.
+OTHER_LENGTHS = re.compile(r"max_new_tokens|max_?output_?tokens|maximum tokens|generation length", re.I)
 DEFAULTS = {"temperature": 1.0, "top_p": 1.0}  # of the API; a setting at its default is not sent
 MIN_TOKENS = 64  # a context without room for these is too short for the prompt
 SAID = ("message", "msg", "error", "errors", "detail", "title", "raw")  # where a body of any shape has its words
 # Marks of a turn's end that a server did not take for one.
 END = re.compile(r"(\s*(</s>|<end_of_turn>|<\|(im_end|eot_id|end|endoftext|end_of_text)\|>))+\s*$")
-NO_CREDIT = re.compile(r"insufficient[_ ](quota|balance|credits?|funds)", re.I)
+# Prompt and reply are too long together, for the context or, at Groq, for a minute.
+CONTEXT = re.compile(
+    r"context.{0,3}(length|window|size|limit)|sequence length|`inputs` tokens|request too large for", re.I
+)
+NO_CREDIT = re.compile(r"insufficient[_ ](quota|balance|credits?|funds)|credit balance is too low", re.I)
 NO_MODEL = re.compile(r"model\b.{0,200}\b(not exist|n.t exist|not found|not a valid|unknown|invalid|no such)|"
                       r"(unknown|invalid|no such|not a valid) model|model_not_found", re.I)  # fmt: skip
 
@@ -85,11 +93,15 @@ def _leaves(node, key: str = "", depth: int = 0) -> Iterator[tuple[str, object]]
         yield key, node
 
 
-def masked(words: str, key: str | None) -> str:
-    """Return a server's words in one line for a terminal, without any word that repeats five characters of the key."""
-    parts = {key[at : at + 5] for at in range(len(key) - 4)} | {key} if key else set()
-    secret = re.compile("|".join(map(re.escape, sorted(parts, reverse=True))) + r"|\*{3}" if parts else r"\*{3}")
-    return printable(shorten(re.sub(r"\S+", lambda word: "…" if secret.search(word[0]) else word[0], words), 200))
+def masked(words: str, *secrets: str) -> str:
+    """Return a server's words in one line of text for a terminal, without the words that show a part of a secret.
+
+    Such a word has five characters of one, all of it, or the marks by which servers hide the middle of a key.
+    """
+    parts = {secret[at : at + 5] for secret in secrets for at in range(max(1, len(secret) - 4))} - {""}
+    shows = re.compile("|".join([*map(re.escape, parts), r"\*{3}|\w(\*\*|\.{3}|…|x{4,})\w"]))
+    words = re.sub(r"\S+", lambda word: "…" if shows.search(word[0]) else word[0], words)
+    return printable(shorten(words, 200)).encode("utf-8", "replace").decode()
 
 
 def named(status: int, words: str) -> str:
@@ -115,6 +127,7 @@ class Settings:
         # As JSON can hold it: setting → what was done with it; [characters of a prompt, tokens of a reply that fit].
         self.learned: dict = {"changed": {}, "fitting": []}
         self._trying: dict[str, int] = {}  # prompt → tokens of a reply that may fit
+        self._doubtful: dict[str, list[str]] = {}  # prompt → settings left out because of its refusal
 
     @property
     def changed(self) -> dict[str, str]:
@@ -135,13 +148,15 @@ class Settings:
         """
         said = f"{fault.code} {fault.words}"
         tokens = next((body[name] for name in LENGTHS if name in body), 0)
-        if "context" in said.lower():
-            self._trying[prompt] = max(tokens // 2, MIN_TOKENS)
-            return tokens > MIN_TOKENS
         found = [name for name in (*OPTIONAL, *LENGTHS) if name in fault.names]
         found += [name for name in (*OPTIONAL, *LENGTHS) if re.search(rf"\b{name}\b", said)]
+        found += LENGTHS if OTHER_LENGTHS.search(said) else ()
         name = next((name for name in found if name in body and name not in self.extra), None)
+        if CONTEXT.search(said) or name not in OPTIONAL and "context" in said.lower():
+            self._trying[prompt] = max(tokens // 2, MIN_TOKENS)
+            return tokens > MIN_TOKENS
         if name in OPTIONAL:
+            self._doubtful.setdefault(prompt, []).append(name)
             self._change(name, f"{name} left out")
         elif name == "max_tokens" and ("max_completion_tokens" in said or "unsupported" in said.lower()):
             self._change("max_tokens", "max_tokens sent as max_completion_tokens")
@@ -149,12 +164,15 @@ class Settings:
             if tokens <= self._longest(0):
                 self.learned["fitting"].append([0, tokens // 2])
                 self._change("length", f"max_tokens halved to {tokens // 2}")
-        else:
+        else:  # refused without them as well: the word may be part of the prompt that was quoted
+            for name in self._doubtful.pop(prompt, ()):
+                self.changed.pop(name, None)
             return False
         return True
 
     def succeeded(self, prompt: str) -> None:
         """Keep a length that fitted for all prompts as long: only now, since a prompt may be too long by itself."""
+        self._doubtful.pop(prompt, None)
         limit = self._trying.pop(prompt, None)
         if limit and limit < self._longest(len(prompt)):
             self.learned["fitting"].append([len(prompt), limit])
@@ -208,22 +226,20 @@ def finish_reason(spelled) -> str | None:
 def _joined(content) -> str:
     """Return a message's content: a text, or the texts among its parts. Thoughts, images and calls are no text."""
     if isinstance(content, list):
-        parts = [part if isinstance(part, dict) else {"type": "text", "text": part} for part in content]
-        return "".join(
-            _joined(part.get("text")) for part in parts if part.get("type", "text") in ("text", "output_text")
-        )
+        parts = [part if isinstance(part, dict) else {"text": part} for part in content]
+        texts = [part.get("text") for part in parts if part.get("type", "text") in ("text", "output_text")]
+        return "".join(text for text in texts if isinstance(text, str))
     return content if isinstance(content, str) else ""
 
 
 def _usage(usage) -> tuple[int, int] | None:
     """Return the tokens of prompt and reply; None where a server does not count, or counts 0."""
-    found = [usage] if isinstance(usage, dict) else usage if isinstance(usage, list) else []
-    for one in found:
+    names = ("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens"), ("total_tokens",) * 2
+    for one in usage if isinstance(usage, list) else [usage]:
         if isinstance(one, dict):
-            counts = [
-                one.get(f"{a}_tokens", one.get(f"{b}_tokens"))
-                for a, b in (("prompt", "input"), ("completion", "output"))
-            ]
-            if all(isinstance(count, int | float) and 0 <= count < 1e9 for count in counts) and any(counts):
-                return int(counts[0]), int(counts[1])
+            found = (one.get(a, one.get(b)) for a, b in names)
+            prompt, reply, total = (n if isinstance(n, int | float) and 0 <= n < 1e9 else None for n in found)
+            if None not in (prompt, reply) and prompt + reply:
+                # xAI and Gemini count thoughts in the total alone.
+                return int(prompt), int(max(reply, (total or 0) - prompt))
     return None

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import functools
 import json
 import os
 import socket
 import ssl
 import subprocess
 import threading
+import time
 from collections import Counter
 
 import pytest
@@ -38,6 +42,10 @@ SHORT = "This model's maximum context length is 2048 tokens. However, you reques
 SHORTER = (
     "'max_tokens' or 'max_completion_tokens' is too large: 3072. This model's maximum context length is 1024 tokens."
 )
+TGI = "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 2048. Given: 99 `inputs` tokens"
+GROQ = "Request too large for model `m` on tokens per minute (TPM): Limit 1200, Requested 3072"
+BEDROCK = "The maximum tokens you requested exceeds the model limit of 1000."
+VERTEX = "it has a maxOutputTokens value of 3072 but the supported range is from 1 (inclusive) to 1001 (exclusive)."
 
 
 def too_many(body) -> bool:
@@ -76,6 +84,16 @@ def too_many(body) -> bool:
         (too_many, 400, openai_error("the valid range of max_tokens is [1, 1000]"), ["max_tokens halved to 768"]),
         (too_many, 400, {"message": SHORT, "code": 400}, ["max_tokens 768 after prompts of 1 characters or more"]),
         (too_many, 400, {"error": SHORTER}, ["max_tokens 768 after prompts of 1 characters or more"]),
+        (too_many, 422, {"error": TGI}, ["max_tokens 768 after prompts of 1 characters or more"]),
+        (too_many, 413, openai_error(GROQ), ["max_tokens 768 after prompts of 1 characters or more"]),
+        (too_many, 400, {"message": BEDROCK}, ["max_tokens halved to 768"]),
+        (too_many, 400, [openai_error(VERTEX)], ["max_tokens halved to 768"]),
+        (
+            lambda b: b.get("temperature") == 0.5,
+            400,
+            openai_error("temperature is not supported in this context"),
+            ["temperature left out"],
+        ),
     ],
 )
 def test_a_refused_setting_is_found_in_the_param_the_loc_or_the_words(teacher, refuses, status, error, changed):
@@ -101,6 +119,22 @@ def test_what_was_learned_holds_for_the_next_request(teacher):
 
     assert [reply.text for reply in asyncio.run(three())] == ["ok"] * 3
     assert ["seed" in body for body in server.requests] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("words", ["Your prompt 'the temperature at sea' was flagged", "Please stop asking for that."])
+def test_a_word_in_the_refusal_of_one_prompt_costs_the_others_no_setting(teacher, words):
+    server = teacher(lambda n, body: (400, openai_error(words)) if "sea" in str(body["messages"]) else "ok")
+    wanted = client.RequestSettings(server.base_url)
+    asked = Teacher("m", OpenAIDecodingArguments(temperature=0.5, stop=["x"]), settings=wanted)
+    import asyncio
+
+    async def each():
+        replies = [await asked.ask(prompt) for prompt in ("sea", "land")]
+        await asked.close()
+        return replies
+
+    assert [reply.text or reply.error for reply in asyncio.run(each())] == [f"HTTP 400: {words}", "ok"]
+    assert [("temperature" in body, "stop" in body) for body in server.requests][-1] == (True, True)
 
 
 def test_extra_body_is_sent_as_it_is_and_never_left_out(teacher):
@@ -162,6 +196,7 @@ def test_a_status_without_words_has_http_own_name(teacher):
     [
         (401, {"error": "expired"}, "refused the key: check OPENAI_API_KEY (HTTP 401: expired)"),
         (402, {"error": "pay first"}, "has no credit left (HTTP 402: pay first)"),
+        (400, openai_error("Your credit balance is too low"), "has no credit left"),  # Anthropic
         (429, openai_error("You exceeded", code="insufficient_quota"), "has no credit left (HTTP 429: You exceeded)"),
         (403, {"error": WORDS}, f"does not let you use 'm' (HTTP 403: {WORDS})"),
         (451, {"detail": WORDS}, f"does not let you use 'm' (HTTP 451: {WORDS})"),
@@ -174,6 +209,11 @@ def test_what_all_requests_would_meet_ends_the_run_in_the_servers_words(teacher,
     server = teacher(lambda n, _: (status, body))
     assert_user_error(lambda: ask(server, max_retries=5), server.base_url, said)
     assert len(server.requests) == 1
+
+
+def test_a_prompt_that_was_flagged_first_does_not_end_the_run(teacher):
+    words = "m requires moderation and your input was flagged"
+    assert ask(teacher(lambda n, _: (403, {"error": {"message": words}})))[0].error == f"HTTP 403: {words}"
 
 
 def test_a_refusal_after_a_success_may_be_of_one_prompt_alone(teacher):
@@ -197,11 +237,34 @@ def test_a_refusal_after_a_success_may_be_of_one_prompt_alone(teacher):
         "key=sk-proj-Abc123456789xyz&x",
         "bad token Abc1234",
         'the header was "Bearer sk-proj-Abc123456789xyz"',
+        *("sk-p...9xyz", "sk-p…9xyz", "sk-pxxxxxxxxx9xyz", "sk**9xyz"),
     ],
 )
 def test_no_part_of_the_key_is_shown(said):
     shown = masked(said, "sk-proj-Abc123456789xyz")
     assert not any(part in shown for part in ("Abc12", "9xyz", "sk-pr")) and "…" in shown
+
+
+@pytest.mark.parametrize(
+    ("url", "key", "hidden"),
+    [
+        ("//user:hunter%402@", "", ["hunter@2", "hunter%402", base64.b64encode(b"user:hunter@2").decode()]),
+        ("//", "sk-Abc/12+34=9", ["sk-Abc/12+34=9", "sk-Abc%2F12%2B34", base64.b64encode(b"sk-Abc/12+34=9").decode()]),
+        ("//?key=AIzaSecret7&api-version=2024-06-01", "", ["AIzaSecret7"]),
+    ],
+)
+def test_no_secret_of_the_address_or_the_header_is_shown(teacher, monkeypatch, url, key, hidden):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    server = teacher(lambda n, _: (422, {"error": f"for api-version 2024-06-01: {' '.join(hidden)}"}))
+    before, _, query = url.partition("?")
+    [reply] = ask(server.base_url.replace("//", before) + f"?{query}" * bool(query))
+    assert reply.error == "HTTP 422: for api-version 2024-06-01: " + " ".join("…" for _ in hidden)
+
+
+def test_half_of_a_surrogate_pair_in_an_error_or_a_name_becomes_a_question_mark(teacher):
+    assert ask(teacher(lambda n, _: (418, b'{"error": "half \\ud83d"}')))[0].error == "HTTP 418: half ?"
+    named = {**reply_of({"content": "ok"}), "model": "m\ud83d"}
+    assert ask(teacher(lambda n, _: (200, named)))[0].model == "m?"
 
 
 @pytest.mark.parametrize(
@@ -211,7 +274,10 @@ def test_no_part_of_the_key_is_shown(said):
         ({"error": "out of memory"}, "error with HTTP 200: out of memory"),
         (b"<!DOCTYPE html><title>Sign in</title>", "unreadable reply (a web page: Sign in)"),
         (b'data: {"choices": []}\n\ndata: [DONE]\n\n', 'unreadable reply (data: {"choices": []} data: [DONE])'),
-        (b"[1, 2]", "error with HTTP 200"),
+        (b"[1, 2]", "error with HTTP 200: no choices"),
+        ({"detail": "loading"}, "error with HTTP 200: loading"),
+        ({"success": False, "errors": [{"code": 7, "message": "no"}]}, "error with HTTP 200: no"),
+        (b"", "unreadable reply (empty body)"),
     ],
 )
 def test_an_error_with_status_200_is_that_error_and_costs_nothing(teacher, body, error):
@@ -231,7 +297,7 @@ def test_any_error_body_is_read(body):
 @quick
 @given(st.binary(max_size=200))
 def test_any_bytes_are_read_as_an_error(data):
-    assert isinstance(masked(read_fault(data).words, None), str)
+    assert isinstance(masked(read_fault(data).words), str)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,8 +311,9 @@ def test_any_bytes_are_read_as_an_error(data):
         *[
             (reason, "length")
             for reason in ("length", "MAX_TOKENS", "max_tokens", "model_length", "FINISH_REASON_LENGTH")
+            + ("model_context_window_exceeded", "max_completion_tokens")
         ],
-        *[(reason, "content_filter") for reason in ("content_filter", "SAFETY", "RECITATION")],
+        *[(reason, "content_filter") for reason in ("content_filter", "SAFETY", "RECITATION", "guardrail_intervened")],
         *[(reason, "error") for reason in ("error", "abort", "cancelled")],
         *[(reason, None) for reason in (None, "", " ", 3, ["stop"])],
     ],
@@ -280,6 +347,7 @@ def reply_of(message, reason="stop", usage=None) -> dict:
         ({"content": "answer </s>\n<|eot_id|>\n"}, "answer"),
         ({"content": "the tag </s> ends it"}, "the tag </s> ends it"),
         ({"content": {"text": "a"}}, ""),
+        ({"content": functools.reduce(lambda inner, _: [{"text": inner}], range(480), "deep")}, ""),
         ({}, ""),
         (None, ""),
     ],
@@ -294,6 +362,9 @@ def test_a_text_is_read_from_parts_fields_and_thoughts(message, text):
         ({"prompt_tokens": 3, "completion_tokens": 4}, (3, 4)),
         ({"prompt_tokens": 3.0, "completion_tokens": 4.0}, (3, 4)),
         ({"input_tokens": 3, "output_tokens": 4}, (3, 4)),
+        ({"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}, (3, 4)),
+        ({"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 99}, (3, 96)),  # thoughts in the total alone
+        ({"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": float("nan")}, (3, 4)),
         ([{"prompt_tokens": 3, "completion_tokens": 4}], (3, 4)),
         ([{"prompt_tokens": 3}], None),
         ({"prompt_tokens": None, "completion_tokens": None}, None),
@@ -362,7 +433,10 @@ def test_an_answer_that_is_empty_counts_only_if_it_ended(teacher):
 
 
 class Raw:
-    """A server of raw bytes: ``answers`` in turn, then the last one for ever; None resets the connection."""
+    """A server of raw bytes: ``answers`` in turn, then the last one for ever; None resets the connection.
+
+    An answer is bytes, which end in "stall" if the connection is to stay open, or bytes and pauses in seconds.
+    """
 
     def __init__(self, *answers):
         self.socket = socket.create_server(("127.0.0.1", 0))
@@ -384,9 +458,10 @@ class Raw:
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if answer is None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        else:
-            connection.sendall(answer)
-        if answer is None or not answer.endswith(b"stall"):
+        with contextlib.suppress(OSError):  # the test may be over
+            for part in [answer] if isinstance(answer, bytes) else answer or ():
+                time.sleep(part) if isinstance(part, float) else connection.sendall(part)
+        if not (isinstance(answer, bytes) and answer.endswith(b"stall")):
             connection.close()
 
     def close(self):
@@ -428,9 +503,31 @@ def test_a_fault_of_the_transport_has_its_true_name_and_is_tried_again(raw, monk
     assert ask(raw(answer, GOOD).url, max_retries=1)[0].text == "ok"
 
 
-def test_a_reply_that_takes_long_to_begin_is_not_stalled(teacher, monkeypatch):
-    import time
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
+
+def test_white_space_before_a_reply_keeps_it_alive_and_a_slow_reply_is_no_stalled_one(raw, monkeypatch):
+    """Proxies send it while the model thinks; and a reply that drips until the time is up has not stalled."""
+    monkeypatch.setattr(client, "IDLE", 0.2)
+    body = json.dumps(reply_of({"content": "ok"})).encode()
+    kept_alive = CHUNKED + b"1\r\n\n\r\n", 0.6, b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    assert ask(raw(kept_alive).url)[0].text == "ok"
+    dripping = [CHUNKED, *[b"1\r\nx\r\n", 0.1] * 9]
+    assert ask(raw(dripping).url, timeout=0.5)[0].error == "timeout"
+
+
+@pytest.mark.parametrize("status", [301, 302, 307])
+def test_a_redirect_that_loses_the_request_or_its_key_is_named(raw, status):
+    second = b"405 Method Not Allowed" if status < 307 else b"401 Unauthorized"
+    first = b"HTTP/1.1 %d Moved\r\nLocation: /v2/chat?key=SECRET\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    server = raw(first % status, b"HTTP/1.1 %s\r\nContent-Length: 0\r\nConnection: close\r\n\r\n" % second)
+    there = server.url.replace("/v1", "/v2/chat")
+    assert_user_error(lambda: ask(server.url), f"{server.url} redirects to {there}: change base_url")
+    kept = raw(first % 307, GOOD)
+    assert ask(kept.url)[0].text == "ok"
+
+
+def test_a_reply_that_takes_long_to_begin_is_not_stalled(teacher, monkeypatch):
     monkeypatch.setattr(client, "IDLE", 0.1)
     assert ask(teacher(lambda n, body: time.sleep(0.5) or "late"))[0].text == "late"
 
