@@ -177,9 +177,7 @@ class Teacher:
                 return self._completion(prompt, body, reply), "done"
         fault = read_fault(data)
         said, status = masked(fault.words, *self._secrets), (fault.status or 200) if status == 200 else status
-        failure = Completion(
-            None, error=named(status, said) if status != 200 else f"error with HTTP 200: {said or 'no choices'}"
-        )
+        failure = Completion(None, error=named(status, said))
         if NO_CREDIT.search(f"{fault.code} {fault.words}") or status == 402:
             raise UserError(f"the account at {self.where} has no credit left ({failure.error})")
         if status == 401:
@@ -299,7 +297,7 @@ class Teacher:
                 received += await response.content.readany()  # the reply may take its time until it begins
                 while not response.content.at_eof():
                     # Some proxies send white space until the reply begins.
-                    async with asyncio.timeout(None if received.isspace() else IDLE) as idle:
+                    async with asyncio.timeout(None if received[:999].isspace() else IDLE) as idle:
                         received += await response.content.readany()
                 if response.history and (response.method != method or response.status == 401):
                     there = response.url.with_query(None)  # the key, or the body, was not sent there
@@ -393,6 +391,7 @@ def _proxy_for(scheme: str, host: str) -> tuple[str | None, str]:
     except ValueError:
         local = host == "localhost"
     proxy = None if local or urllib.request.proxy_bypass(host) else urllib.request.getproxies().get(scheme)
+    proxy = f"http://{proxy}" if proxy and "://" not in proxy else proxy  # as curl reads "proxy:3128"
     return proxy, f", through the proxy of {scheme}_proxy" if proxy else ""
 
 

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
-from http import HTTPStatus
+from http.client import responses
 
 from alpaca.common.text import printable, shorten, without_thoughts
 
@@ -106,8 +106,9 @@ def masked(words: str, *secrets: str) -> str:
 
 def named(status: int, words: str) -> str:
     """Return "HTTP 400: the server's words", with HTTP's own name of the status where words are missing."""
-    names = {status.value: status.phrase for status in HTTPStatus}
-    return f"HTTP {status}" + (f": {text}" if (text := words or names.get(status, "")) else "")
+    if status == 200:
+        return f"error with HTTP 200: {words or 'no choices'}"
+    return f"HTTP {status}" + (f": {text}" if (text := words or responses.get(status)) else "")
 
 
 class Settings:
@@ -165,8 +166,11 @@ class Settings:
                 self.learned["fitting"].append([0, tokens // 2])
                 self._change("length", f"max_tokens halved to {tokens // 2}")
         else:  # refused without them as well: the word may be part of the prompt that was quoted
-            for name in self._doubtful.pop(prompt, ()):
-                self.changed.pop(name, None)
+            for doubtful in self._doubtful.pop(prompt, ()):
+                self.changed.pop(doubtful, None)
+            if name in LENGTHS:  # so few are not too many
+                self.learned["fitting"] = [pair for pair in self.learned["fitting"] if pair[0]]
+                self.changed.pop("length", None)
             return False
         return True
 

@@ -13,7 +13,6 @@ from conftest import assert_user_error
 
 from alpaca import UserError
 from alpaca.common.journal import Journal
-from alpaca.endpoint.batch_api import BatchSettings
 from alpaca.endpoint.budget import Budget, RequestSettings
 from alpaca.endpoint.client import Completion, OpenAIDecodingArguments, Teacher
 from alpaca.endpoint.parallel import Direct, ask_each, summarize
@@ -424,7 +423,7 @@ def test_the_time_limit_ends_a_run_that_waits_to_send_again_and_keeps_what_it_ha
     settings = RequestSettings(server.base_url, time_limit=1.0, max_concurrency=1)
     with Journal(tmp_path / "j") as journal:
         asked, budget = Teacher("m", OpenAIDecodingArguments(), settings=settings), Budget(settings)
-        replies = ask_each(asked, list("abc"), None, journal, budget, "answer", BatchSettings())
+        replies = ask_each(asked, list("abc"), None, journal, budget, "answer")
         assert [reply and reply.text for reply in replies] == ["ok", None, None]
         assert budget.exhausted() == "the time limit of 1 s" and not budget.failures
         assert budget.seconds() < 5  # without the limit: 600 s, 60 s and 12 s
@@ -434,7 +433,7 @@ def test_a_run_without_a_result_is_an_error(teacher, tmp_path):
     settings = RequestSettings(teacher(lambda n, body: 429).base_url, time_limit=0.5)
     with Journal(tmp_path / "j") as journal:
         asked, budget = Teacher("m", OpenAIDecodingArguments(), settings=settings), Budget(settings)
-        replies = ask_each(asked, ["a"], None, journal, budget, "answer", BatchSettings())
+        replies = ask_each(asked, ["a"], None, journal, budget, "answer")
         assert_user_error(
             lambda: summarize("0 answers in x", replies, budget, journal, []),
             "the time limit of 0.5 s ended the run: 0 answers in x (1 not asked)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import functools
@@ -26,6 +27,18 @@ from alpaca.endpoint.client import Answerer, OpenAIDecodingArguments, Teacher
 from alpaca.endpoint.dialects import Fault, Settings, finish_reason, masked, read_fault, read_reply
 
 quick = settings(deadline=None, database=None, max_examples=200)
+
+
+def in_turn(asked: Teacher, prompts, seed: int | None = None) -> list:
+    """Return the replies to prompts of which each is sent after the reply to the last one."""
+
+    async def each():
+        try:
+            return [await asked.ask(prompt, seed) for prompt in prompts]
+        finally:
+            await asked.close()
+
+    return asyncio.run(each())
 
 
 def openai_error(message, param=None, code=None) -> dict:
@@ -109,16 +122,16 @@ def test_a_refused_setting_is_found_in_the_param_the_loc_or_the_words(teacher, r
 def test_what_was_learned_holds_for_the_next_request(teacher):
     server = teacher(lambda n, body: (422, EXTRA) if "seed" in body else "ok")
     asked = Teacher("m", OpenAIDecodingArguments(), settings=client.RequestSettings(server.base_url))
-
-    async def three():
-        replies = [await asked.ask("p", 1) for _ in range(3)]
-        await asked.close()
-        return replies
-
-    import asyncio
-
-    assert [reply.text for reply in asyncio.run(three())] == ["ok"] * 3
+    assert [reply.text for reply in in_turn(asked, "ppp", 1)] == ["ok"] * 3
     assert ["seed" in body for body in server.requests] == [True, False, False, False]
+
+
+def test_a_prompt_that_needs_more_tokens_leaves_those_of_the_others(teacher):
+    words = "Could not finish the message: try again with higher max_tokens."
+    server = teacher(lambda n, body: (400, openai_error(words)) if "sea" in str(body["messages"]) else "ok")
+    asked = Teacher("m", OpenAIDecodingArguments(800), settings=client.RequestSettings(server.base_url))
+    assert [reply.text or reply.error for reply in in_turn(asked, ("sea", "land"))] == [f"HTTP 400: {words}", "ok"]
+    assert [body["max_tokens"] for body in server.requests] == [800, 400, 200, 100, 50, 800]
 
 
 @pytest.mark.parametrize("words", ["Your prompt 'the temperature at sea' was flagged", "Please stop asking for that."])
@@ -126,30 +139,15 @@ def test_a_word_in_the_refusal_of_one_prompt_costs_the_others_no_setting(teacher
     server = teacher(lambda n, body: (400, openai_error(words)) if "sea" in str(body["messages"]) else "ok")
     wanted = client.RequestSettings(server.base_url)
     asked = Teacher("m", OpenAIDecodingArguments(temperature=0.5, stop=["x"]), settings=wanted)
-    import asyncio
-
-    async def each():
-        replies = [await asked.ask(prompt) for prompt in ("sea", "land")]
-        await asked.close()
-        return replies
-
-    assert [reply.text or reply.error for reply in asyncio.run(each())] == [f"HTTP 400: {words}", "ok"]
+    assert [reply.text or reply.error for reply in in_turn(asked, ("sea", "land"))] == [f"HTTP 400: {words}", "ok"]
     assert [("temperature" in body, "stop" in body) for body in server.requests][-1] == (True, True)
 
 
 def test_extra_body_is_sent_as_it_is_and_never_left_out(teacher):
     server = teacher(lambda n, body: (400, openai_error("no top_k here", "top_k")))
     wanted = client.RequestSettings(server.base_url, extra_body='{"top_k": 40, "temperature": 0.1}')
-    import asyncio
-
     asked = Teacher("m", OpenAIDecodingArguments(temperature=0.5), settings=wanted)
-
-    async def once():
-        reply = await asked.ask("p")
-        await asked.close()
-        return reply
-
-    assert asyncio.run(once()).error == "HTTP 400: no top_k here"
+    assert in_turn(asked, "p")[0].error == "HTTP 400: no top_k here"
     assert [(body["top_k"], body["temperature"]) for body in server.requests] == [(40, 0.1)]
     for wrong in ("{", "[1]", "top_k"):
         assert_user_error(
@@ -219,14 +217,7 @@ def test_a_prompt_that_was_flagged_first_does_not_end_the_run(teacher):
 def test_a_refusal_after_a_success_may_be_of_one_prompt_alone(teacher):
     server = teacher(lambda n, body: (403, {"error": "flagged"}) if "b" in str(body["messages"]) else "ok")
     asked = Teacher("m", OpenAIDecodingArguments(), settings=client.RequestSettings(server.base_url))
-    import asyncio
-
-    async def each():
-        replies = [await asked.ask(prompt) for prompt in "abc"]
-        await asked.close()
-        return replies
-
-    assert [reply.text or reply.error for reply in asyncio.run(each())] == ["ok", "HTTP 403: flagged", "ok"]
+    assert [reply.text or reply.error for reply in in_turn(asked, "abc")] == ["ok", "HTTP 403: flagged", "ok"]
 
 
 @pytest.mark.parametrize(
@@ -408,8 +399,6 @@ def test_thoughts_without_an_answer_are_a_failure_that_says_so(teacher, message,
 
 
 def test_an_answer_that_is_empty_counts_only_if_it_ended(teacher):
-    import asyncio
-
     async def answer(server):
         asked = Answerer(
             "m", OpenAIDecodingArguments(), settings=client.RequestSettings(server.base_url), max_retries=0
@@ -559,8 +548,6 @@ def test_a_host_that_does_not_exist_is_named():
 
 def test_a_server_that_goes_away_in_mid_run_is_waited_for(teacher):
     """It may be starting again: only a run that has never been answered ends at once."""
-    import asyncio
-
     from alpaca.common.cli import free_port
 
     server, port = teacher(lambda n, body: "ok"), free_port()
@@ -581,13 +568,14 @@ def test_a_server_that_goes_away_in_mid_run_is_waited_for(teacher):
 
 def test_a_proxy_is_not_asked_for_this_machine_and_is_named_for_others(teacher, monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
+        monkeypatch.setenv(name, "127.0.0.1:9")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     server = teacher(lambda n, body: "ok")
     assert ask(server)[0].text == "ok"
     assert ask(server.base_url.replace("127.0.0.1", "localhost"))[0].text == "ok"
-    assert_user_error(lambda: ask("http://10.0.0.1/v1"), "nothing answers", "through the proxy of http_proxy")
+    said = "nothing answers", "connection refused, through the proxy of http_proxy"
+    assert_user_error(lambda: ask("http://10.0.0.1/v1"), *said)
 
 
 @pytest.mark.parametrize(
