@@ -208,7 +208,6 @@ class Teacher:
             reply.finish_reason,
             *tokens,
             model=model.encode("utf-8", "replace").decode() if isinstance(model := data.get("model"), str) else None,
-            changed=sorted(self.settings.changed.values()) or None,
             max_tokens=longest if isinstance(longest, int) and longest < self.decoding.max_tokens else None,
         )
         if reply.finish_reason == "content_filter":
@@ -223,6 +222,7 @@ class Teacher:
             self._answered += 1
             self._reply_tokens += (completion.completion_tokens - self._reply_tokens) / self._answered
             self.settings.succeeded(prompt)
+        completion.changed = sorted(self.settings.changed.values()) or None  # what this reply has taught as well
         return completion
 
     def words(self, data: bytes) -> str:

@@ -562,7 +562,9 @@ def test_a_server_that_goes_away_in_mid_run_is_waited_for(teacher):
             await asked.close()
         return first
 
-    with pytest.raises(UserError, match=r"no request has succeeded, after \d s of refusals \(last: connection refused\)"):
+    with pytest.raises(
+        UserError, match=r"no request has succeeded, after \d s of refusals \(last: connection refused\)"
+    ):
         asyncio.run(run())
 
 
