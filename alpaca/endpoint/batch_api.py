@@ -28,8 +28,9 @@ from alpaca import UserError
 from alpaca.common.files import replace_file
 from alpaca.common.journal import Journal
 from alpaca.common.text import counted, in_brackets
-from alpaca.endpoint.client import Completion, Lost
+from alpaca.endpoint.client import Completion
 from alpaca.endpoint.run import Run
+from alpaca.endpoint.transport import Lost
 
 MOST_REQUESTS, MOST_BYTES = 50_000, 190_000_000  # of a file; OpenAI takes 200 MB
 ENOUGH = 8  # replies, to tell how many tokens the others will have

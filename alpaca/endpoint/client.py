@@ -6,27 +6,21 @@ Importing this loads no HTTP client; creating a Teacher does.
 from __future__ import annotations
 
 import asyncio
-import base64
 import dataclasses
-import ipaddress
 import json
-import os
 import random
 import re
 import time
-import urllib.parse
-import urllib.request
-from collections.abc import Mapping
 from itertools import count
 
 from alpaca import UserError
 from alpaca.endpoint.budget import RequestSettings
 from alpaca.endpoint.dialects import NO_CREDIT, NO_MODEL, Settings, masked, named, read_fault, read_reply
 from alpaca.endpoint.pacing import Pace
+from alpaca.endpoint.transport import Lost, Server
 
 BUSY = (429, 503, 529)  # the server has too much to do, or we ask for too much: slower, and again
 PASSING = (408, 409, 425)  # and all of 500 and above
-IDLE = 30.0  # seconds without a byte, once a reply has begun, until it counts as stalled
 THOUGHT = "went into thoughts"  # in the error of a reply that thought until its tokens were used up
 ANOTHER_TRY = ("empty reply", "content filter", "cut off", "unreadable reply")  # errors that another seed may mend
 
@@ -61,13 +55,7 @@ class OutOfTime(Exception):
     """The time limit has passed while a request waited to be sent."""
 
 
-class Lost(Exception):
-    """A request that brought no HTTP response. ``unreachable``: not even a connection."""
-
-    unreachable = False
-
-
-class Teacher:
+class Teacher(Server):
     """A model behind an OpenAI-compatible server.
 
     Args:
@@ -104,8 +92,7 @@ class Teacher:
         self._names_model = re.compile(rf"(?<!\w){re.escape(model_name)}(?!\w)")
         self.path = "/chat/completions" if api == "chat" else "/completions"
         self.settings = Settings(model_name, decoding, settings.extra)
-        self._key, self._session, self._timeout = _api_key(), None, settings.request_timeout
-        self._address(settings.base_url or os.environ.get("OPENAI_BASE_URL") or None, settings.offline)
+        super().__init__(settings.base_url, settings.request_timeout, settings.offline)
         self._empty_retries = 0 if settings.max_total_tokens or settings.max_cost_usd else min(max_retries, 2)
         self.pace = Pace(
             settings.max_concurrency,
@@ -115,30 +102,6 @@ class Teacher:
         )
         self._ends = settings.time_limit and time.monotonic() + settings.time_limit
         self._answered, self._reply_tokens = 0, decoding.max_tokens / 4  # of this run; the mean, guessed at first
-
-    def _address(self, base_url: str | None, offline: bool) -> None:
-        if not self._key and not base_url and not offline:
-            raise UserError(
-                "no server to ask: set OPENAI_API_KEY, or base_url (or OPENAI_BASE_URL) for a server of your own"
-            )
-        if base_url and not _is_url(base_url):
-            raise UserError("base_url is not a URL: it looks like http://127.0.0.1:8000/v1")
-        parts = urllib.parse.urlsplit(base_url or "https://api.openai.com/v1")
-        login, _, netloc = parts.netloc.rpartition("@")
-        if login and self._key:
-            raise UserError(
-                "base_url has user:password@ and OPENAI_API_KEY is set; a request carries only one: remove the other"
-            )
-        secret = urllib.parse.unquote(login) or self._key or ""
-        coded = base64.b64encode(secret.encode()).decode()
-        # A local server asks for no key, but some refuse a request without any.
-        self._headers = {"Authorization": f"Basic {coded}" if login else f"Bearer {secret or 'none'}"}
-        in_query = [value for name, value in urllib.parse.parse_qsl(parts.query) if name != "api-version"]
-        self._secrets = (secret, coded, login, *in_query)
-        parts = parts._replace(netloc=netloc, fragment="")
-        self._query, parts = parts.query, parts._replace(query="")
-        self.where, self._tls = parts.geturl().rstrip("/"), parts.scheme == "https"  # without secrets
-        self._proxy, self._proxied = _proxy_for(parts.scheme, parts.hostname)
 
     # -----------------------------------------------------------------------------------------------------------------
     # What a request says, and what its reply means. The Batch API uses the same.
@@ -176,7 +139,7 @@ class Teacher:
             if isinstance(reply, dict) and (reply.get("choices") or "choices" in reply and not reply.get("error")):
                 return self._completion(prompt, body, reply), "done"
         fault = read_fault(data)
-        said, status = masked(fault.words, *self._secrets), (fault.status or 200) if status == 200 else status
+        said, status = masked(fault.words, *self.secrets), (fault.status or 200) if status == 200 else status
         failure = Completion(None, error=named(status, said))
         if NO_CREDIT.search(f"{fault.code} {fault.words}") or status == 402:
             raise UserError(f"the account at {self.where} has no credit left ({failure.error})")
@@ -227,7 +190,7 @@ class Teacher:
 
     def words(self, data: bytes) -> str:
         """Return the server's own words in an error body, in one line, without the key."""
-        return masked(read_fault(data).words, *self._secrets)
+        return masked(read_fault(data).words, *self.secrets)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Sending.
@@ -282,54 +245,6 @@ class Teacher:
                 pause = min(0.5 * 2**faults, 8) * random.uniform(0.75, 1)
                 faults += 1
 
-    async def http(self, method: str, path: str, json=None, data=None) -> tuple[int, Mapping[str, str], bytes]:
-        """Send one request to a path below the base URL; return its status, headers and body.
-
-        Raises:
-            Lost: no response, or only a part of one; the message names what happened.
-        """
-        import aiohttp
-
-        url = self.where + path + ("&?"["?" not in path] + self._query if self._query else "")
-        session, received, idle = self._session or self._open(), bytearray(), asyncio.timeout(None)
-        try:
-            async with session.request(method, url, json=json, data=data, proxy=self._proxy) as response:
-                received += await response.content.readany()  # the reply may take its time until it begins
-                while not response.content.at_eof():
-                    # Some proxies send white space until the reply begins.
-                    async with asyncio.timeout(None if received[:999].isspace() else IDLE) as idle:
-                        received += await response.content.readany()
-                if response.history and (response.method != method or response.status == 401):
-                    there = response.url.with_query(None)  # the key, or the body, was not sent there
-                    raise UserError(f"{self.where} redirects to {there}: change base_url")
-                return response.status, response.headers, bytes(received)
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as e:
-            lost = Lost(_transport_fault(e, stalled=idle.expired()) + self._proxied)
-            lost.unreachable = isinstance(e, aiohttp.ClientConnectorError)
-            raise lost from None
-
-    def _open(self):
-        import ssl
-
-        import aiohttp
-        import certifi
-
-        # Some systems' Pythons have no root certificates of their own (macOS); SSL_CERT_FILE counts as well.
-        context = ssl.create_default_context() if self._tls else None
-        if context:
-            context.load_verify_locations(certifi.where())
-        # Servers close idle connections after 5 s (uvicorn) or more: a request on one that is being closed is lost.
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4, ssl=context or True)
-        timeout = aiohttp.ClientTimeout(total=self._timeout)
-        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=self._headers)
-        return self._session
-
-    async def close(self) -> None:
-        """Close the connections, which belong to the event loop that opened them."""
-        if self._session:
-            await self._session.close()
-        self._session = None
-
 
 class Answerer(Teacher):
     """A teacher that is being judged: an empty reply that ended normally is its answer, as it is a local model's.
@@ -351,54 +266,3 @@ def _nothing_said(reply, tokens: int) -> str:
     if reply.thoughts:
         return "no answer: the server put all of the text into its thoughts"
     return f"empty reply (finish_reason {reply.finish_reason})"
-
-
-def _transport_fault(e: BaseException, stalled: bool) -> str:
-    """Name what happened to a request that brought no response."""
-    import aiohttp
-
-    if isinstance(e, TimeoutError):
-        return f"timeout: the reply stalled for {IDLE:g} s" if stalled else "timeout"
-    if isinstance(e, aiohttp.ClientConnectorCertificateError):
-        return f"certificate refused: {e.certificate_error}"
-    if isinstance(e, aiohttp.ClientConnectorSSLError):
-        return "no TLS there: does the address begin with http://?"
-    if isinstance(e, aiohttp.ClientConnectorDNSError):
-        return "no such host"
-    if isinstance(e, aiohttp.ClientHttpProxyError):
-        return f"the proxy answered HTTP {e.status}"
-    if isinstance(e, aiohttp.ClientResponseError):
-        return "the response is not HTTP"
-    if isinstance(e, aiohttp.ServerDisconnectedError | aiohttp.ClientPayloadError):
-        return "connection closed"
-    number = getattr(e, "errno", None)
-    return os.strerror(number).lower() if number else f"connection: {type(e).__name__}"
-
-
-def _api_key() -> str | None:
-    """Return OPENAI_API_KEY without white space around it; UserError if no header can carry it."""
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    for place, character in enumerate(key, 1):
-        if not "!" <= character <= "~":
-            raise UserError(f"OPENAI_API_KEY has {character!a} as character {place}, which no key has: copy it again")
-    return key or None
-
-
-def _proxy_for(scheme: str, host: str) -> tuple[str | None, str]:
-    """Return the proxy that the environment names for a host, never for this machine itself, and a note for errors."""
-    try:
-        local = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = host == "localhost"
-    proxy = None if local or urllib.request.proxy_bypass(host) else urllib.request.getproxies().get(scheme)
-    proxy = f"http://{proxy}" if proxy and "://" not in proxy else proxy  # as curl reads "proxy:3128"
-    return proxy, f", through the proxy of {scheme}_proxy" if proxy else ""
-
-
-def _is_url(text: str) -> bool:
-    try:
-        parts = urllib.parse.urlsplit(text)
-        parts.port  # noqa: B018  raises ValueError for a bad port
-    except ValueError:
-        return False
-    return parts.scheme in ("http", "https") and bool(parts.hostname) and text.isprintable() and " " not in text

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from test_client import ask
 
 from alpaca import UserError
-from alpaca.endpoint import client
+from alpaca.endpoint import client, transport
 from alpaca.endpoint.client import Answerer, OpenAIDecodingArguments, Teacher
 from alpaca.endpoint.dialects import Fault, Settings, finish_reason, masked, read_fault, read_reply
 
@@ -487,7 +487,7 @@ GOOD = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % l
     ],
 )
 def test_a_fault_of_the_transport_has_its_true_name_and_is_tried_again(raw, monkeypatch, answer, error):
-    monkeypatch.setattr(client, "IDLE", 0.3)
+    monkeypatch.setattr(transport, "IDLE", 0.3)
     assert ask(raw(answer).url)[0].error == error
     assert ask(raw(answer, GOOD).url, max_retries=1)[0].text == "ok"
 
@@ -497,7 +497,7 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 def test_white_space_before_a_reply_keeps_it_alive_and_a_slow_reply_is_no_stalled_one(raw, monkeypatch):
     """Proxies send it while the model thinks; and a reply that drips until the time is up has not stalled."""
-    monkeypatch.setattr(client, "IDLE", 0.2)
+    monkeypatch.setattr(transport, "IDLE", 0.2)
     body = json.dumps(reply_of({"content": "ok"})).encode()
     kept_alive = CHUNKED + b"1\r\n\n\r\n", 0.6, b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
     assert ask(raw(kept_alive).url)[0].text == "ok"
@@ -517,7 +517,7 @@ def test_a_redirect_that_loses_the_request_or_its_key_is_named(raw, status):
 
 
 def test_a_reply_that_takes_long_to_begin_is_not_stalled(teacher, monkeypatch):
-    monkeypatch.setattr(client, "IDLE", 0.1)
+    monkeypatch.setattr(transport, "IDLE", 0.1)
     assert ask(teacher(lambda n, body: time.sleep(0.5) or "late"))[0].text == "late"
 
 

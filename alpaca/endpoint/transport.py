@@ -1,0 +1,159 @@
+"""HTTP to one server: its address, key and proxy, and the true name of what goes wrong below HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import ipaddress
+import os
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping
+
+from alpaca import UserError
+
+IDLE = 30.0  # seconds without a byte, once a reply has begun, until it counts as stalled
+
+
+class Lost(Exception):
+    """A request that brought no HTTP response. ``unreachable``: not even a connection."""
+
+    unreachable = False
+
+
+class Server:
+    """Connections to a server.
+
+    Args:
+        base_url: its address (default: OPENAI_BASE_URL, then api.openai.com); user:password@ in it is sent as a login.
+        timeout: seconds that a request may take in all.
+        offline: whether nothing will be sent, so that no address is needed.
+
+    Raises:
+        UserError: neither a key nor a base URL; a key that no header can carry, or one beside user:password@.
+    """
+
+    def __init__(self, base_url: str | None, timeout: float, offline: bool = False):
+        base_url, key = base_url or os.environ.get("OPENAI_BASE_URL") or None, _api_key()
+        if not key and not base_url and not offline:
+            raise UserError(
+                "no server to ask: set OPENAI_API_KEY, or base_url (or OPENAI_BASE_URL) for a server of your own"
+            )
+        if base_url and not _is_url(base_url):
+            raise UserError("base_url is not a URL: it looks like http://127.0.0.1:8000/v1")
+        parts = urllib.parse.urlsplit(base_url or "https://api.openai.com/v1")
+        login, _, netloc = parts.netloc.rpartition("@")
+        if login and key:
+            raise UserError(
+                "base_url has user:password@ and OPENAI_API_KEY is set; a request carries only one: remove the other"
+            )
+        secret = urllib.parse.unquote(login) or key or ""
+        coded = base64.b64encode(secret.encode()).decode()
+        # A local server asks for no key, but some refuse a request without any.
+        self._headers = {"Authorization": f"Basic {coded}" if login else f"Bearer {secret or 'none'}"}
+        in_query = [value for name, value in urllib.parse.parse_qsl(parts.query) if name != "api-version"]
+        self.secrets = (secret, coded, login, *in_query)
+        parts = parts._replace(netloc=netloc, fragment="")
+        self._query, parts = parts.query, parts._replace(query="")
+        self.where, self._tls = parts.geturl().rstrip("/"), parts.scheme == "https"  # without secrets
+        self._proxy, self._proxied = _proxy_for(parts.scheme, parts.hostname)
+        self._session, self._timeout = None, timeout
+
+    async def http(self, method: str, path: str, json=None, data=None) -> tuple[int, Mapping[str, str], bytes]:
+        """Send one request to a path below the base URL; return its status, headers and body.
+
+        Raises:
+            Lost: no response, or only a part of one; the message names what happened.
+        """
+        import aiohttp
+
+        url = self.where + path + ("&?"["?" not in path] + self._query if self._query else "")
+        session, received, idle = self._session or self._open(), bytearray(), asyncio.timeout(None)
+        try:
+            async with session.request(method, url, json=json, data=data, proxy=self._proxy) as response:
+                received += await response.content.readany()  # the reply may take its time until it begins
+                while not response.content.at_eof():
+                    # Some proxies send white space until the reply begins.
+                    async with asyncio.timeout(None if received[:999].isspace() else IDLE) as idle:
+                        received += await response.content.readany()
+                if response.history and (response.method != method or response.status == 401):
+                    there = response.url.with_query(None)  # the key, or the body, was not sent there
+                    raise UserError(f"{self.where} redirects to {there}: change base_url")
+                return response.status, response.headers, bytes(received)
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as e:
+            lost = Lost(_transport_fault(e, stalled=idle.expired()) + self._proxied)
+            lost.unreachable = isinstance(e, aiohttp.ClientConnectorError)
+            raise lost from None
+
+    def _open(self):
+        import ssl
+
+        import aiohttp
+        import certifi
+
+        # Some systems' Pythons have no root certificates of their own (macOS); SSL_CERT_FILE counts as well.
+        context = ssl.create_default_context() if self._tls else None
+        if context:
+            context.load_verify_locations(certifi.where())
+        # Servers close idle connections after 5 s (uvicorn) or more: a request on one that is being closed is lost.
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4, ssl=context or True)
+        timeout = aiohttp.ClientTimeout(total=self._timeout)
+        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=self._headers)
+        return self._session
+
+    async def close(self) -> None:
+        """Close the connections, which belong to the event loop that opened them."""
+        if self._session:
+            await self._session.close()
+        self._session = None
+
+
+def _transport_fault(e: BaseException, stalled: bool) -> str:
+    """Name what happened to a request that brought no response."""
+    import aiohttp
+
+    if isinstance(e, TimeoutError):
+        return f"timeout: the reply stalled for {IDLE:g} s" if stalled else "timeout"
+    if isinstance(e, aiohttp.ClientConnectorCertificateError):
+        return f"certificate refused: {e.certificate_error}"
+    if isinstance(e, aiohttp.ClientConnectorSSLError):
+        return "no TLS there: does the address begin with http://?"
+    if isinstance(e, aiohttp.ClientConnectorDNSError):
+        return "no such host"
+    if isinstance(e, aiohttp.ClientHttpProxyError):
+        return f"the proxy answered HTTP {e.status}"
+    if isinstance(e, aiohttp.ClientResponseError):
+        return "the response is not HTTP"
+    if isinstance(e, aiohttp.ServerDisconnectedError | aiohttp.ClientPayloadError):
+        return "connection closed"
+    number = getattr(e, "errno", None)
+    return os.strerror(number).lower() if number else f"connection: {type(e).__name__}"
+
+
+def _api_key() -> str | None:
+    """Return OPENAI_API_KEY without white space around it; UserError if no header can carry it."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    for place, character in enumerate(key, 1):
+        if not "!" <= character <= "~":
+            raise UserError(f"OPENAI_API_KEY has {character!a} as character {place}, which no key has: copy it again")
+    return key or None
+
+
+def _proxy_for(scheme: str, host: str) -> tuple[str | None, str]:
+    """Return the proxy that the environment names for a host, never for this machine itself, and a note for errors."""
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost"
+    proxy = None if local or urllib.request.proxy_bypass(host) else urllib.request.getproxies().get(scheme)
+    proxy = f"http://{proxy}" if proxy and "://" not in proxy else proxy  # as curl reads "proxy:3128"
+    return proxy, f", through the proxy of {scheme}_proxy" if proxy else ""
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(text)
+        parts.port  # noqa: B018  raises ValueError for a bad port
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and text.isprintable() and " " not in text
