@@ -262,7 +262,7 @@ class Answerer(Teacher):
 
 def _nothing_said(reply, tokens: int) -> str:
     if reply.finish_reason == "length" and reply.thoughts:
-        return f"no answer: all {tokens:,} tokens {THOUGHT} (allow more)"
+        return f"no answer: all {tokens:,} tokens {THOUGHT}; allow more tokens"
     if reply.thoughts:
         return "no answer: the server put all of the text into its thoughts"
     return f"empty reply (finish_reason {reply.finish_reason})"

@@ -55,7 +55,8 @@ class Server:
         self.secrets = (secret, coded, login, *in_query)
         parts = parts._replace(netloc=netloc, fragment="")
         self._query, parts = parts.query, parts._replace(query="")
-        self.where, self._tls = parts.geturl().rstrip("/"), parts.scheme == "https"  # without secrets
+        self.where = parts.geturl().rstrip("/") if base_url or not offline else "the server"  # without secrets
+        self._tls = parts.scheme == "https"
         self._proxy, self._proxied = _proxy_for(parts.scheme, parts.hostname)
         self._session, self._timeout = None, timeout
 
