@@ -8,9 +8,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import sys
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 
 from tqdm import tqdm
@@ -40,10 +39,10 @@ class Direct(Run):
         self.news = asyncio.Event()
         self.new: list[tuple[int, Completion]] = []  # replies that are not journaled yet
         self.handed_on = self.sent = 0
-        self.pending: set[asyncio.Future] = set()
-        self.handing: deque[asyncio.Future] = deque()
-        # Two threads beside the event loop: replies are on disk soon, however long in_order() takes for those before.
-        self.scribe, self.clerk = ThreadPoolExecutor(max_workers=1), ThreadPoolExecutor(max_workers=1)
+        self.asking: set[asyncio.Task] = set()
+        self.keeping: set[asyncio.Task] = set()
+        # For a thread each, beside the event loop: replies are on disk soon, however long in_order() takes for those before.
+        self.journaling, self.handing = asyncio.Lock(), asyncio.Lock()
 
     async def run(self) -> None:
         """Ask until ``want`` declines and all replies are handed on.
@@ -52,49 +51,39 @@ class Direct(Run):
             UserError: from Teacher.ask. It and Ctrl-C end the requests in flight; replies that have arrived are
                 journaled.
         """
-        self.loop, self.known = asyncio.get_running_loop(), self.replay()
+        self.known = self.replay()
         self.waiting = dict(self.known)  # replies whose turn to be handed on has not come
-        filing, replayed = self._watched(asyncio.ensure_future(self._file_new())), False
         ticking = asyncio.create_task(self._tick())
         try:
+            await self._in_turn(self._hand_on, [])  # what the journal holds
             while True:
+                while len(self.asking) < self.teacher.pace.window and (i := self._next()) is not None:
+                    self._start(self.asking, self._keep_asking(i))
+                if not self.asking | self.keeping:
+                    return
                 await self.news.wait()
                 self.news.clear()
-                for task in [task for task in self.pending if task.done()]:
-                    self.pending.remove(task)
-                    task.result()  # raises what it raised
-                while self.handing and self.handing[0].done():
-                    self.handing.popleft().result()
-                    replayed = True  # what the journal held is handed on first
-                if filing.done():
-                    filing.result()
-                    if self.new:
-                        filing = self._watched(asyncio.ensure_future(self._file_new()))
-                while replayed and len(self.pending) < self.teacher.pace.window and (i := self._next()) is not None:
-                    self.pending.add(self._watched(asyncio.create_task(self._keep_asking(i))))
-                if replayed and not (self.pending or self.handing or self.new) and filing.done():
-                    return
+                for tasks in (self.asking, self.keeping):
+                    for task in [task for task in tasks if task.done()]:
+                        tasks.remove(task)
+                        task.result()  # raises what it raised
         finally:
-            for task in (*self.pending, ticking):
+            for task in (*self.asking, ticking):
                 task.cancel()
-            await asyncio.gather(*self.pending, ticking, filing, return_exceptions=True)
-            try:
-                if self.new:
-                    await self._file_new()
-            finally:
-                await asyncio.gather(*self.handing, return_exceptions=True)
-                await self.teacher.close()
-                self.scribe.shutdown()
-                self.clerk.shutdown()
+            await asyncio.gather(*self.asking, *self.keeping, return_exceptions=True)
+            await self.teacher.close()
+            for task in self.keeping:
+                task.result()
 
-    def _watched(self, future: asyncio.Future) -> asyncio.Future:
-        future.add_done_callback(lambda _: self.news.set())
-        return future
+    def _start(self, tasks: set[asyncio.Task], work: Coroutine) -> None:
+        task = asyncio.create_task(work)
+        task.add_done_callback(lambda _: self.news.set())
+        tasks.add(task)
 
     async def _tick(self) -> None:
         while self.at_intervals:
             await asyncio.sleep(SAVE_EVERY)
-            await self.loop.run_in_executor(self.clerk, self.at_intervals)
+            self._start(self.keeping, self._in_turn(self.at_intervals))
 
     def _next(self) -> int | None:
         """Return the number of the next request to send, or None if it has to wait."""
@@ -117,16 +106,23 @@ class Direct(Run):
                 return
             self.budget.arrived(reply, True)
             self.new.append((i, reply))
-            self.news.set()
-            i = self._next() if len(self.pending) <= self.teacher.pace.window else None
+            self._start(self.keeping, self._keep())
+            i = self._next() if len(self.asking) <= self.teacher.pace.window else None
 
-    async def _file_new(self) -> None:
-        """Journal all new replies with one fsync, then hand them to the clerk."""
-        batch, self.new = self.new, []
-        if batch:
+    async def _keep(self) -> None:
+        """Journal all new replies with one fsync, then hand them on."""
+        async with self.journaling:
+            batch, self.new = self.new, []
+            if not batch:
+                return  # another call took them
             entries = [{"i": i, **dataclasses.asdict(reply)} for i, reply in batch]
-            await self.loop.run_in_executor(self.scribe, self.journal.append, entries)
-        self.handing.append(self._watched(self.loop.run_in_executor(self.clerk, self._hand_on, batch)))
+            await asyncio.to_thread(self.journal.append, entries)
+        await self._in_turn(self._hand_on, batch)
+
+    async def _in_turn(self, work: Callable, *arguments) -> None:
+        """Call what must not run while other such work does."""
+        async with self.handing:
+            await asyncio.to_thread(work, *arguments)
 
     def _hand_on(self, batch: list[tuple[int, Completion]]) -> None:
         self.waiting.update(batch)
