@@ -1,7 +1,4 @@
-"""Completions from any OpenAI-compatible server, whatever it does wrong.
-
-Importing this loads no HTTP client; creating a Teacher does.
-"""
+"""Completions from any OpenAI-compatible server, whatever it does wrong."""
 
 from __future__ import annotations
 

@@ -36,12 +36,12 @@ class Direct(Run):
     at_intervals: Callable[[], None] | None = None
 
     def __post_init__(self):
-        self.news = asyncio.Event()
-        self.new: list[tuple[int, Completion]] = []  # replies that are not journaled yet
-        self.handed_on = self.sent = 0
+        super().__post_init__()
+        self.news, self.sent = asyncio.Event(), 0
+        self.new: dict[int, Completion] = {}  # replies that are not journaled yet
         self.asking: set[asyncio.Task] = set()
         self.keeping: set[asyncio.Task] = set()
-        # For a thread each, beside the event loop: replies are on disk soon, however long in_order() takes for those before.
+        # A thread for each: replies are on disk soon, however long in_order() takes for those before.
         self.journaling, self.handing = asyncio.Lock(), asyncio.Lock()
 
     async def run(self) -> None:
@@ -51,11 +51,10 @@ class Direct(Run):
             UserError: from Teacher.ask. It and Ctrl-C end the requests in flight; replies that have arrived are
                 journaled.
         """
-        self.known = self.replay()
-        self.waiting = dict(self.known)  # replies whose turn to be handed on has not come
+        self.replay()
         ticking = asyncio.create_task(self._tick())
         try:
-            await self._in_turn(self._hand_on, [])  # what the journal holds
+            await self._in_turn(self.hand_on, {})  # what the journal holds
             while True:
                 while len(self.asking) < self.teacher.pace.window and (i := self._next()) is not None:
                     self._start(self.asking, self._keep_asking(i))
@@ -105,30 +104,23 @@ class Direct(Run):
             except OutOfTime:
                 return
             self.budget.arrived(reply, True)
-            self.new.append((i, reply))
+            self.new[i] = reply
             self._start(self.keeping, self._keep())
             i = self._next() if len(self.asking) <= self.teacher.pace.window else None
 
     async def _keep(self) -> None:
         """Journal all new replies with one fsync, then hand them on."""
         async with self.journaling:
-            batch, self.new = self.new, []
+            batch, self.new = self.new, {}
             if not batch:
                 return  # another call took them
-            entries = [{"i": i, **dataclasses.asdict(reply)} for i, reply in batch]
-            await asyncio.to_thread(self.journal.append, entries)
-        await self._in_turn(self._hand_on, batch)
+            await asyncio.to_thread(self.write, batch)
+        await self._in_turn(self.hand_on, batch)
 
     async def _in_turn(self, work: Callable, *arguments) -> None:
         """Call what must not run while other such work does."""
         async with self.handing:
             await asyncio.to_thread(work, *arguments)
-
-    def _hand_on(self, batch: list[tuple[int, Completion]]) -> None:
-        self.waiting.update(batch)
-        while self.handed_on in self.waiting:
-            self.in_order(self.waiting.pop(self.handed_on))
-            self.handed_on += 1
 
 
 def print_forecast(budget: Budget, requests: tuple[float, float], characters: float, max_tokens: int) -> None:
@@ -154,7 +146,6 @@ async def progress_bar(
         left: how many more requests that should take, judged by the replies so far.
         exact: whether ``left`` is a count, not an estimate.
     """
-    forecast_due = 8  # replies
 
     def redraw() -> None:
         bar.n, bar.total = done(), max(bar.total, done())  # a reply may hold more than was asked for
@@ -170,8 +161,7 @@ async def progress_bar(
         return f"forecast after {budget.replies} replies: {rest}, {spread(*minutes, '{:,.1f}')} min more"
 
     async def keep_redrawing() -> None:
-        nonlocal forecast_due
-        due = 0.0
+        forecast_due, due = 8, 0.0  # replies, seconds
         while True:
             if budget.new_replies >= forecast_due and left() >= 1:
                 forecast_due = 2 * budget.new_replies
