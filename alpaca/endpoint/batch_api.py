@@ -41,21 +41,20 @@ MOST_TRIES = 20  # in about half a minute, until a batch exists; after that any 
 QUEUE_FULL = re.compile(r"token_limit_exceeded|queued[ _]token", re.I)  # a smaller batch may fit
 
 
-def open_batch(journal: Journal) -> dict | None:
-    """Return "file", "requests" and, once created, "id" of the batch that a journal waits for; None without one."""
+def open_batch(journal: Journal) -> dict:
+    """Return "file", "requests" and, once created, "id" of the batch that a journal waits for; {} without one."""
     batch: dict = {}
     for entry in journal.entries:
         if "batch" in entry:
             batch = {} if "done" in entry["batch"] else batch | entry["batch"]
-    return batch or None
+    return batch
 
 
 def refuse_open_batch(journal: Journal) -> None:
     """Raise UserError if a batch is open: its requests must not be sent a second time."""
     if batch := open_batch(journal):
-        raise UserError(
-            f"batch {batch.get('id', batch['file'])} is open: continue it in batch mode, or cancel it first"
-        )
+        name = batch.get("id", batch["file"])
+        raise UserError(f"batch {name} is open: continue it in batch mode, or cancel it first")
 
 
 @dataclass
@@ -167,11 +166,11 @@ class Batches(Run):
 
     async def _round(self, lines: dict[int, bytes]) -> str | None:
         """Do what is left of a round; return what became of its batch, or None when the time limit has passed."""
-        began, faults, limit = time.monotonic(), 0, self.budget.settings.time_limit
+        began, faults, limit = time.monotonic(), 0, self.settings.time_limit
         with tqdm(unit="request") as bar:
             while True:
                 try:  # each step begins where the journal says, and so can be repeated
-                    if "id" not in (self.open or {}):
+                    if "id" not in self.open:
                         await self._submit(lines)
                     bar.total, where = len(self.open["requests"]), f"/batches/{self.open['id']}"
                     bar.set_description(f"batch {self.open['id']}", refresh=False)
@@ -185,7 +184,7 @@ class Batches(Run):
                             await self._call("POST", where + "/cancel", "id")
                 except Lost as e:
                     state, faults = str(e), faults + 1
-                    if faults == MOST_TRIES and "id" not in (self.open or {}):
+                    if faults == MOST_TRIES and "id" not in self.open:
                         raise UserError(f"{self.teacher.where}: {e}") from None
                 except UserError as e:
                     if self.settings.batch_cancel and self.open and "HTTP 404" in str(e):  # the run must not be stuck
