@@ -29,7 +29,7 @@ import string
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TextIO
 
@@ -282,17 +282,9 @@ def generate_instruction_following_data(
 
         with open(output / "rejected.jsonl", "w", encoding="utf-8") as rejected:
             numbers = num_instructions_to_generate, num_prompt_instructions
-            earlier = sum("i" in entry for entry in journal.entries)
             selection = Selection(seed_tasks, start, *numbers, filters, similarity_stats, rejected, format)
-
-            def save() -> dict:
-                if selection.new() and (selection.fed >= earlier or selection.is_over()):  # else regen.json holds more
-                    utils.jdump(selection.kept, output / "regen.json")
-                counts = budget.counts() | selection.counts()
-                changed = {"changed_settings": sorted(budget.changed)} if budget.changed else {}
-                utils.jdump(counts | {"model_name": model_name} | changed, output / "report.json")
-                return counts
-
+            earlier = sum("i" in entry for entry in journal.entries)
+            save = partial(write_results, output, model_name, earlier, budget, selection)
             try:
                 more = asyncio.run(collect(teacher, request, journal, budget, selection, save))
             finally:  # after Ctrl-C and errors too
@@ -300,6 +292,19 @@ def generate_instruction_following_data(
                 if counts["requests"]:
                     print_counts(counts)
     conclude(selection, budget, output / "regen.json", more)
+
+
+def write_results(output: Path, model_name: str, earlier: int, budget: Budget, selection: Selection) -> dict:
+    """Write regen.json, once it would not hold less than after the ``earlier`` replies, and report.json.
+
+    Return the counts.
+    """
+    if selection.new() and (selection.fed >= earlier or selection.is_over()):
+        utils.jdump(selection.kept, output / "regen.json")
+    counts = budget.counts() | selection.counts()
+    changed = {"changed_settings": sorted(budget.changed)} if budget.changed else {}
+    utils.jdump(counts | {"model_name": model_name} | changed, output / "report.json")
+    return counts
 
 
 async def collect(teacher, request, journal, budget, selection, save) -> str | None:
