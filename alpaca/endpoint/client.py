@@ -95,9 +95,6 @@ class Teacher(Server):
         self._ends = settings.time_limit and time.monotonic() + settings.time_limit
         self._answered, self._reply_tokens = 0, decoding.max_tokens / 4  # of this run; the mean, guessed at first
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # What a request says, and what its reply means. The Batch API uses the same.
-
     def variant(self, prompt: str, seed: int | None, tries: int) -> tuple[str, int | None]:
         """Return what to send at the tries-th time: another seed, since with the same a server would repeat itself."""
         return prompt, None if seed is None else seed + tries
@@ -170,9 +167,6 @@ class Teacher(Server):
     def words(self, data: bytes) -> str:
         """Return the server's own words in an error body, in one line, without the key."""
         return masked(read_fault(data).words, *self.secrets)
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Sending.
 
     async def ask(self, prompt: str, seed: int | None = None) -> Completion:
         """Return one reply, or what went wrong after all retries. Its tokens are those of all tries that were answered.

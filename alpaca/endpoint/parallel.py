@@ -148,9 +148,10 @@ async def progress_bar(
     """
 
     def redraw() -> None:
-        bar.n, bar.total = done(), max(bar.total, done())  # a reply may hold more than was asked for
+        bar.total = max(bar.total, done())  # a reply may hold more than was asked for
         failed = f", {budget.failures.total()} failed" if budget.failures else ""
-        bar.set_postfix_str(f"{budget.replies} replies, tokens {budget.used()}{failed}, {pace}".rstrip(", "))
+        bar.set_postfix_str(f"{budget.replies} replies, tokens {budget.used()}{failed}, {pace}", refresh=False)
+        bar.update(done() - bar.n)
 
     def forecast() -> str:
         sure = 1 + 2 / budget.new_replies**0.5  # two standard errors, if replies differ as much as their mean
@@ -161,17 +162,16 @@ async def progress_bar(
         return f"forecast after {budget.replies} replies: {rest}, {spread(*minutes, '{:,.1f}')} min more"
 
     async def keep_redrawing() -> None:
-        forecast_due, due = 8, 0.0  # replies, seconds
+        forecast_due = 8  # replies
         while True:
             if budget.new_replies >= forecast_due and left() >= 1:
                 forecast_due = 2 * budget.new_replies
                 bar.write(forecast())
-            if budget.seconds() >= due:
-                due = budget.seconds() + (0.5 if sys.stderr.isatty() else 30)
-                redraw()
+            redraw()
             await asyncio.sleep(0.5)
 
-    with tqdm(total=total, initial=done(), unit=unit, disable=not total) as bar:
+    often = 0.5 if sys.stderr.isatty() else 30  # s
+    with tqdm(total=total, initial=done(), unit=unit, disable=not total, mininterval=often, miniters=0) as bar:
         redrawing = asyncio.create_task(keep_redrawing())
         try:
             yield
