@@ -48,10 +48,6 @@ class Completion:
     price: float = dataclasses.field(default=1.0, compare=False)  # relative to a direct request's: batches cost less
 
 
-class OutOfTime(Exception):
-    """The time limit has passed while a request waited to be sent."""
-
-
 class Teacher(Server):
     """A model behind an OpenAI-compatible server.
 
@@ -168,23 +164,25 @@ class Teacher(Server):
         """Return the server's own words in an error body, in one line, without the key."""
         return masked(read_fault(data).words, *self.secrets)
 
-    async def ask(self, prompt: str, seed: int | None = None) -> Completion:
-        """Return one reply, or what went wrong after all retries. Its tokens are those of all tries that were answered.
+    async def ask(self, prompt: str, seed: int | None = None) -> Completion | None:
+        """Return one reply, or what went wrong after all retries, with the tokens of all tries that were answered.
+
+        None if the time limit passed while it waited to be sent.
 
         Raises:
             UserError: no retry can help: wrong key, no permission, no credit, unknown model, no server there, or
                 nothing but refusals for too long.
-            OutOfTime: the time limit passed while it waited to be sent.
         """
         prompt_tokens = completion_tokens = 0
         for tries in count():
-            reply = await self._deliver(*self.variant(prompt, seed, tries))
+            if not (reply := await self._deliver(*self.variant(prompt, seed, tries))):
+                return None
             prompt_tokens += reply.prompt_tokens
             completion_tokens += reply.completion_tokens
             if settled := self.settle(reply, tries):
                 return dataclasses.replace(settled, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
 
-    async def _deliver(self, prompt: str, seed: int | None) -> Completion:
+    async def _deliver(self, prompt: str, seed: int | None) -> Completion | None:
         """Send one request until it is answered, or has failed ``max_retries`` times."""
         faults, pause = 0, 0.0
         for tries in count():
@@ -194,7 +192,7 @@ class Teacher(Server):
                         await asyncio.sleep(pause)
                     ticket = await self.pace.turn(len(prompt) / 4 + self._reply_tokens, again=tries > 0)
             except TimeoutError:
-                raise OutOfTime from None
+                return None
             body, headers = self.body(prompt, seed), {}
             try:
                 status, headers, data = await self.http("POST", self.path, json=body)

@@ -46,9 +46,14 @@ class Server:
         if not (key or base_url or offline):
             own = "base_url (or OPENAI_BASE_URL) for a server of your own"
             raise UserError(f"no server to ask: set OPENAI_API_KEY, or {own}")
-        if base_url and not _is_url(base_url):
+        base_url = base_url or "https://api.openai.com/v1"
+        try:
+            parts = urllib.parse.urlsplit(base_url)
+            fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0  # ValueError for a bad port
+        except ValueError:
+            fits = False
+        if not (fits and base_url.isprintable() and " " not in base_url):
             raise UserError("base_url is not a URL: it looks like http://127.0.0.1:8000/v1")
-        parts = urllib.parse.urlsplit(base_url or "https://api.openai.com/v1")
         login, _, netloc = parts.netloc.rpartition("@")
         if login and key:
             both = "base_url has user:password@ and OPENAI_API_KEY is set"
@@ -74,10 +79,9 @@ class Server:
         session, received, idle = self._session or self._open(), bytearray(), asyncio.timeout(None)
         try:
             async with session.request(method, url, json=json, data=data, proxy=self._proxy) as response:
-                received += await response.content.readany()  # the reply may take its time until it begins
                 while not response.content.at_eof():
-                    # Some proxies send white space until the reply begins.
-                    async with asyncio.timeout(None if received[:999].isspace() else IDLE) as idle:
+                    # A reply may take its time until it begins; some proxies send white space meanwhile.
+                    async with asyncio.timeout(IDLE if received[:999].strip() else None) as idle:
                         received += await response.content.readany()
                 if response.history and (response.method != method or response.status == 401):
                     there = response.url.with_query(None)  # the key, or the body, was not sent there
@@ -130,12 +134,3 @@ def _proxy_for(scheme: str, host: str) -> tuple[str | None, str]:
     proxy = None if local or urllib.request.proxy_bypass(host) else urllib.request.getproxies().get(scheme)
     proxy = f"http://{proxy}" if proxy and "://" not in proxy else proxy  # as curl reads "proxy:3128"
     return proxy, f", through the proxy of {scheme}_proxy" if proxy else ""
-
-
-def _is_url(text: str) -> bool:
-    try:
-        parts = urllib.parse.urlsplit(text)
-        parts.port  # noqa: B018  raises ValueError for a bad port
-    except ValueError:
-        return False
-    return parts.scheme in ("http", "https") and bool(parts.hostname) and text.isprintable() and " " not in text
