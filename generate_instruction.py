@@ -47,7 +47,6 @@ from alpaca.endpoint.batch_api import Batches, refuse_open_batch
 from alpaca.endpoint.budget import Budget, RequestSettings
 from alpaca.endpoint.client import Completion, OpenAIDecodingArguments, Teacher
 from alpaca.endpoint.parallel import Direct, print_forecast, progress_bar
-from alpaca.endpoint.run import recorded
 
 # An instruction with one of these words asks for what text alone cannot do.
 KEYWORDS = (
@@ -312,7 +311,7 @@ async def collect(teacher, request, journal, budget, selection, save) -> str | N
 
     Return why a batch is not over, if so.
     """
-    earlier, warned = dict(recorded(journal)), False
+    last, warned = max(entry.get("i", -1) for entry in journal.entries), False
 
     def replies_left() -> float:
         """As if there had been 4 more replies with 2 new instructions each: the first ones tell too little."""
@@ -336,12 +335,12 @@ async def collect(teacher, request, journal, budget, selection, save) -> str | N
     def want(number: int, in_flight: int) -> bool:
         if selection.is_over() or budget.failing():
             return False
-        if number < max(earlier, default=-1):  # was in flight when an earlier run was killed: later replies wait for it
+        if number < last:  # was in flight when an earlier run was killed: later replies wait for it
             return True
         # Near the end no more requests than it should take: each is paid for.
         return not budget.exhausted() and in_flight < (round_left() if budget.settings.batched else replies_left())
 
-    if not earlier and not selection.is_over():
+    if last < 0 and not selection.is_over():
         left = selection.target - len(selection.kept)
         requests = math.ceil(left / MOST_NEW), math.ceil(left / FEW_NEW)
         print_forecast(budget, requests, len(request(0)[0]), teacher.decoding.max_tokens)
