@@ -30,7 +30,7 @@ import sys
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TextIO
 
@@ -48,7 +48,6 @@ from alpaca.endpoint.batch_api import Batches, refuse_open_batch
 from alpaca.endpoint.budget import Budget, RequestSettings
 from alpaca.endpoint.client import Completion, OpenAIDecodingArguments, Teacher
 from alpaca.endpoint.parallel import Direct, print_forecast, progress_bar
-from alpaca.endpoint.run import recorded
 
 # An instruction with one of these words asks for what text alone cannot do.
 KEYWORDS = (
@@ -284,17 +283,9 @@ def generate_instruction_following_data(
 
         with open(output / "rejected.jsonl", "w", encoding="utf-8") as rejected:
             numbers = num_instructions_to_generate, num_prompt_instructions
-            earlier = sum("i" in entry for entry in journal.entries)
             selection = Selection(seed_tasks, start, *numbers, filters, similarity_stats, rejected, format)
-
-            def save() -> dict:
-                if selection.new() and (selection.fed >= earlier or selection.is_over()):  # else regen.json holds more
-                    utils.jdump(selection.kept, output / "regen.json")
-                counts = budget.counts() | selection.counts()
-                changed = {"changed_settings": sorted(budget.changed)} if budget.changed else {}
-                utils.jdump(counts | {"model_name": model_name} | changed, output / "report.json")
-                return counts
-
+            earlier = sum("i" in entry for entry in journal.entries)
+            save = partial(write_results, output, model_name, earlier, budget, selection)
             try:
                 more = asyncio.run(collect(teacher, request, journal, budget, selection, save))
             except KeyboardInterrupt:
@@ -308,12 +299,25 @@ def generate_instruction_following_data(
     conclude(selection, budget, output / "regen.json", more)
 
 
+def write_results(output: Path, model_name: str, earlier: int, budget: Budget, selection: Selection) -> dict:
+    """Write regen.json, once it would not hold less than after the ``earlier`` replies, and report.json.
+
+    Return the counts.
+    """
+    if selection.new() and (selection.fed >= earlier or selection.is_over()):
+        utils.jdump(selection.kept, output / "regen.json")
+    counts = budget.counts() | selection.counts()
+    changed = {"changed_settings": sorted(budget.changed)} if budget.changed else {}
+    utils.jdump(counts | {"model_name": model_name} | changed, output / "report.json")
+    return counts
+
+
 async def collect(teacher, request, journal, budget, selection, save) -> str | None:
     """Ask until the selection has enough or may not continue; ``save`` keeps regen.json up to date.
 
     Return why a batch is not over, if so.
     """
-    earlier, warned = dict(recorded(journal)), False
+    last, warned = max(entry.get("i", -1) for entry in journal.entries), False
 
     def replies_left() -> float:
         """As if there had been 4 more replies with 2 new instructions each: the first ones tell too little."""
@@ -337,12 +341,12 @@ async def collect(teacher, request, journal, budget, selection, save) -> str | N
     def want(number: int, in_flight: int) -> bool:
         if selection.is_over() or budget.failing():
             return False
-        if number < max(earlier, default=-1):  # was in flight when an earlier run was killed: later replies wait for it
+        if number < last:  # was in flight when an earlier run was killed: later replies wait for it
             return True
         # Near the end no more requests than it should take: each is paid for.
         return not budget.exhausted() and in_flight < (round_left() if budget.settings.batched else replies_left())
 
-    if not earlier and not selection.is_over():
+    if last < 0 and not selection.is_over():
         left = selection.target - len(selection.kept)
         requests = math.ceil(left / MOST_NEW), math.ceil(left / FEW_NEW)
         print_forecast(budget, requests, len(request(0)[0]), teacher.decoding.max_tokens)

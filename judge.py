@@ -37,11 +37,11 @@ from alpaca import UserError
 from alpaca.common.cli import run_cli
 from alpaca.common.journal import Journal, check_output
 from alpaca.common.records import write_records
-from alpaca.common.text import counted
+from alpaca.common.text import counted, in_brackets
 from alpaca.data.instruction_sets import is_name, is_the_252, read_answers, read_pair, read_set
 from alpaca.endpoint.budget import Budget, RequestSettings
 from alpaca.endpoint.client import THOUGHT, Answerer, Completion, OpenAIDecodingArguments
-from alpaca.endpoint.parallel import ask_each, in_brackets, summarize
+from alpaca.endpoint.parallel import ask_each, summarize
 from alpaca.judging import prompt as judge_prompt
 
 # A base model would write the next instruction, and answer that too.
@@ -116,14 +116,20 @@ def answer(
         if wrong:
             raise UserError(message)
     items = read_set(instructions)
-    output, journal_path = check_output(output_path)
+    check_output(output_path)
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     if local:
-        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         loading = {"device": device, "dtype": dtype, "base_path": base_path}
         _answer_here(
             items, output_path, model_path, generator, template, sampling, loading, batch_tokens, reference_loss
         )
-        return
+    else:
+        _answer_there(items, output_path, model_name, generator or model_name, api, requests, **sampling)
+
+
+def _answer_there(items, output_path, model_name, generator, api, requests, max_new_tokens, temperature, top_p, seed):
+    """Answer with a model behind a server."""
+    output, journal_path = check_output(output_path)
     decoding = OpenAIDecodingArguments(max_new_tokens, temperature, top_p, STOP if api == "completions" else None)
     teacher, budget = Answerer(model_name, decoding, api, requests), Budget(requests)
     prompts = [item.task if api == "chat" else utils.format_prompt(item.instruction, item.input) for item in items]
@@ -133,7 +139,7 @@ def answer(
         journal.begin(run | asdict(decoding))
         replies = ask_each(teacher, prompts, seed, journal, budget)
     pairs = zip(items, replies, strict=True)
-    rows = [item.row(output) | _answered(reply) | {"generator": generator or model_name} for item, reply in pairs]
+    rows = [item.row(output) | _answered(reply) | {"generator": generator} for item, reply in pairs]
     if output.suffix == ".json":  # alpaca_eval would read a row without an answer as "nan"
         rows = [row for row in rows if "output" in row]
     write_records(rows, output, lines=output.suffix != ".json")

@@ -33,29 +33,14 @@ ABOUT = re.compile(
     re.I,
 )
 
-JSON_SCHEMA = {
-    "type": "json_schema",
-    "json_schema": {
-        "name": "tasks",
-        "strict": True,
-        "schema": {
-            "type": "object",
-            "properties": {
-                "tasks": {
-                    "type": "array",
-                    "items": {
-                        "type": "object",
-                        "properties": {name: {"type": "string"} for name in ("instruction", "input", "output")},
-                        "required": ["instruction", "input", "output"],
-                        "additionalProperties": False,
-                    },
-                }
-            },
-            "required": ["tasks"],
-            "additionalProperties": False,
-        },
-    },
-}
+
+def _object(properties: dict) -> dict:
+    return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+
+
+TASK = _object({name: {"type": "string"} for name in ("instruction", "input", "output")})
+TASKS = _object({"tasks": {"type": "array", "items": TASK}})
+JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "tasks", "strict": True, "schema": TASKS}}
 FIRST_OBJECT = re.compile(r'\[\s*(?=\{)|(?=\{\s*"(?:instruction|input|output)")')
 NEXT_OBJECT = re.compile(r'\}[\s,]*(?=\{\s*")')  # not inside a JSON string, where a quote has a backslash
 BETWEEN = re.compile(r"[\s,]*")

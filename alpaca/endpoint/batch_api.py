@@ -18,10 +18,11 @@ import sys
 import time
 from collections import Counter, defaultdict
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
+import aiohttp
 from tqdm import tqdm
 
 from alpaca import UserError
@@ -41,21 +42,20 @@ MOST_TRIES = 20  # in about half a minute, until a batch exists; after that any 
 QUEUE_FULL = re.compile(r"token_limit_exceeded|queued[ _]token", re.I)  # a smaller batch may fit
 
 
-def open_batch(journal: Journal) -> dict | None:
-    """Return "file", "requests" and, once created, "id" of the batch that a journal waits for; None without one."""
+def open_batch(journal: Journal) -> dict:
+    """Return "file", "requests" and, once created, "id" of the batch that a journal waits for; {} without one."""
     batch: dict = {}
     for entry in journal.entries:
         if "batch" in entry:
             batch = {} if "done" in entry["batch"] else batch | entry["batch"]
-    return batch or None
+    return batch
 
 
 def refuse_open_batch(journal: Journal) -> None:
     """Raise UserError if a batch is open: its requests must not be sent a second time."""
     if batch := open_batch(journal):
-        raise UserError(
-            f"batch {batch.get('id', batch['file'])} is open: continue it in batch mode, or cancel it first"
-        )
+        name = batch.get("id", batch["file"])
+        raise UserError(f"batch {name} is open: continue it in batch mode, or cancel it first")
 
 
 @dataclass
@@ -63,12 +63,11 @@ class Batches(Run):
     """Ask in batches, one at a time: ``want`` fills them. A time limit ends the waiting, and not the batch."""
 
     def __post_init__(self):
+        super().__post_init__()
         self.settings = self.budget.settings
         # Another run's results have the same numbers: the journal's first entry says what a run is.
         self.token = hashlib.sha256(json.dumps(self.journal.entries[0], sort_keys=True).encode()).hexdigest()[:8]
         self.open, self.most = open_batch(self.journal), MOST_REQUESTS
-        self.known: dict[int, Completion] = {}
-        self.handed_on = 0
         # Of each request: "times" it was asked, "tries" that brought no good reply, passing "faults", and all tokens.
         self.asked: dict[int, Counter] = defaultdict(Counter)
 
@@ -83,7 +82,8 @@ class Batches(Run):
                 self.asked |= {int(number): Counter(state) for number, state in batch["asked"].items()}
                 self.teacher.settings.learned = batch["learned"]
         try:
-            self._add(self.replay())
+            self.replay()
+            self.hand_on({})
             if self.settings.offline:
                 return self._use_files()
             if (cancel := self.settings.batch_cancel) and not self.open:
@@ -139,21 +139,19 @@ class Batches(Run):
 
     async def _submit(self, lines: dict[int, bytes]) -> None:
         """Upload a file, unless one is open, and create its batch, unless there is one that was not journaled."""
-        import aiohttp
-
         try:
             if not self.open:
                 form, file = aiohttp.FormData({"purpose": "batch"}), BytesIO(b"".join(lines.values()))
                 form.add_field("file", file, filename=f"alpaca-{self.token}.jsonl", content_type="application/jsonl")
                 uploaded = await self._call("POST", "/files", "id", data=form)
-                self._note({"batch": {"file": uploaded["id"], "requests": [*lines]}})
+                self._note({"file": uploaded["id"], "requests": [*lines]})
             order = {"input_file_id": self.open["file"], "endpoint": "/v1" + self.teacher.path}
             order["completion_window"] = "24h"
             batch = await self._find() or await self._call("POST", "/batches", "id", json=order)
         except UserError as e:
-            self._note({"batch": {"done": None}})  # the same command begins with another file
+            self._note({"done": None})  # the same command begins with another file
             raise UserError(f"{e}; for a server without a Batch API, write the requests to a file") from None
-        self._note({"batch": {"id": batch["id"]}})
+        self._note({"id": batch["id"]})
 
     async def _find(self) -> dict | None:
         """Return the batch of the open file, if the server has one and lists its batches."""
@@ -169,12 +167,12 @@ class Batches(Run):
 
     async def _round(self, lines: dict[int, bytes]) -> str | None:
         """Do what is left of a round; return what became of its batch, or None when the time limit has passed."""
-        began, faults, limit = time.monotonic(), 0, self.budget.settings.time_limit
+        began, faults, limit = time.monotonic(), 0, self.settings.time_limit
         total, form = len(lines or self.open["requests"]), "{desc}: {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
         with tqdm(total=total, desc="batch", bar_format=form) as bar:
             while True:
                 try:  # each step begins where the journal says, and so can be repeated
-                    if "id" not in (self.open or {}):
+                    if "id" not in self.open:
                         await self._submit(lines)
                     where = f"/batches/{self.open['id']}"
                     bar.set_description_str(f"batch {shorten(self.open['id'], 16)}", refresh=False)  # OpenAI's have 38
@@ -188,11 +186,11 @@ class Batches(Run):
                             await self._call("POST", where + "/cancel", "id")
                 except Lost as e:
                     state, faults = str(e), faults + 1
-                    if faults == MOST_TRIES and "id" not in (self.open or {}):
+                    if faults == MOST_TRIES and "id" not in self.open:
                         raise UserError(f"{self.teacher.where}: {e}") from None
                 except UserError as e:
                     if self.settings.batch_cancel and self.open and "HTTP 404" in str(e):  # the run must not be stuck
-                        self._note({"batch": {"done": None}})
+                        self._note({"done": None})
                         raise UserError(f"{e}; it is forgotten, and the next command asks again") from None
                     raise
                 if limit is not None and self.budget.seconds() > limit:
@@ -232,12 +230,9 @@ class Batches(Run):
             try:
                 row = json.loads(line)
                 token, number, times = row["custom_id"].split("-")
-                response = row.get("response") or {}
-                status, body = (
-                    int(response.get("status_code") or 0),
-                    response.get("body") or {"error": row.get("error")},
-                )
-                key, text = (int(number), int(times)), json.dumps(body).encode()
+                key, response = (int(number), int(times)), row.get("response") or {}
+                status = int(response.get("status_code") or 0)
+                text = json.dumps(response.get("body") or {"error": row.get("error")}).encode()
             except Exception:
                 token = None
             if token != self.token:
@@ -269,23 +264,17 @@ class Batches(Run):
             else:
                 again[reply.error] += 1
         over = {"done": where, "asked": {n: self.asked[n] for n in due}, "learned": self.teacher.settings.learned}
-        self._note(*({"i": number, **asdict(reply)} for number, reply in replies.items()), {"batch": over})
+        self._note(over, replies)
         for reply in replies.values():
             self.budget.arrived(reply, True)
-        self._add(replies)
+        self.hand_on(replies)
         if end:
             raise end
         notes = [(again.total(), f"to ask again: {in_words(again)}"), (len(found) - len(due), "read before")]
         return counted(len(replies), "result") + in_brackets([*notes, (foreign, "not of this run")])
 
-    def _add(self, replies: dict[int, Completion]) -> None:
-        self.known |= replies
-        while self.handed_on in self.known:
-            self.in_order(self.known[self.handed_on])
-            self.handed_on += 1
-
-    def _note(self, *entries: dict) -> None:
-        self.journal.append(entries)
+    def _note(self, batch: dict, replies: dict[int, Completion] | None = None) -> None:
+        self.write(replies or {}, {"batch": batch})
         self.open = open_batch(self.journal)
 
     async def _call(self, method: str, path: str, key: str = "", **payload):

@@ -38,8 +38,8 @@ class RequestSettings:
         batch_read: read replies to those requests from this file.
 
     Raises:
-        UserError: a limit in dollars without a price, a rate that is not positive, a discount that is not a share, or
-            an extra_body that is not an object.
+        UserError: a limit in dollars without a price, a discount that is not a share, or an extra_body that is not an
+            object.
     """
 
     base_url: str | None = None
@@ -62,9 +62,6 @@ class RequestSettings:
     batch_read: str | None = None
 
     def __post_init__(self):
-        for name in ("requests_per_minute", "tokens_per_minute", "give_up_after", "request_timeout"):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise UserError(f"{name} must be more than 0")
         if not 0 <= self.batch_discount <= 1:
             raise UserError("batch_discount must be 0 to 1: 0.5 is half price")
         try:
@@ -155,9 +152,9 @@ class Budget:
 
     def forecast(self, requests: tuple[float, float], prompt_tokens: float, reply_tokens: tuple[float, float]) -> str:
         """Describe what requests of so many tokens each will use, least and most, with dollars if prices are known."""
-        tokens = [n * (prompt_tokens + each) for n, each in zip(requests, reply_tokens, strict=True)]
-        pairs = zip(requests, reply_tokens, strict=True)
-        dollars = [self.settings.price * self.dollars(n * prompt_tokens, n * each) for n, each in pairs]
+        pairs = list(zip(requests, reply_tokens, strict=True))
+        tokens = [n * (prompt_tokens + each) for n, each in pairs]
+        dollars = [self.settings.price * n * self.dollars(prompt_tokens, each) for n, each in pairs]
         cost = f", {spread(*dollars, '${:,.2f}')}" if any(dollars) else ""
         return f"{spread(*requests)} request{'s' * (requests[1] > 1)}, {spread(*tokens)} tokens{cost}"
 

@@ -1,7 +1,4 @@
-"""Completions from any OpenAI-compatible server, whatever it does wrong.
-
-Importing this loads no HTTP client; creating a Teacher does.
-"""
+"""Completions from any OpenAI-compatible server, whatever it does wrong."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from itertools import count
 
 from alpaca import UserError
 from alpaca.endpoint.budget import RequestSettings
-from alpaca.endpoint.dialects import NO_CREDIT, NO_MODEL, Settings, masked, named, read_fault, read_reply
+from alpaca.endpoint.dialects import NO_CREDIT, NO_MODEL, Reply, Settings, masked, named, read_fault, read_reply
 from alpaca.endpoint.pacing import Pace
 from alpaca.endpoint.transport import Lost, Server
 
@@ -49,10 +46,6 @@ class Completion:
     changed: list[str] | None = dataclasses.field(default=None, compare=False)  # settings that the server did not take
     max_tokens: int | None = dataclasses.field(default=None, compare=False)  # requested, if fewer than asked for
     price: float = dataclasses.field(default=1.0, compare=False)  # relative to a direct request's: batches cost less
-
-
-class OutOfTime(Exception):
-    """The time limit has passed while a request waited to be sent."""
 
 
 class Teacher(Server):
@@ -89,22 +82,14 @@ class Teacher(Server):
             if value < 1:
                 raise UserError(f"{name} must be at least 1")
         self.model_name, self.decoding, self.api, self.max_retries = model_name, decoding, api, max_retries
-        self._names_model = re.compile(rf"(?<!\w){re.escape(model_name)}(?!\w)")
         self.path = "/chat/completions" if api == "chat" else "/completions"
         self.settings = Settings(model_name, decoding, settings.extra)
         super().__init__(settings.base_url, settings.request_timeout, settings.offline)
         self._empty_retries = 0 if settings.max_total_tokens or settings.max_cost_usd else min(max_retries, 2)
-        self.pace = Pace(
-            settings.max_concurrency,
-            settings.requests_per_minute,
-            settings.tokens_per_minute,
-            settings.give_up_after,
-        )
+        limits = settings.requests_per_minute, settings.tokens_per_minute, settings.give_up_after
+        self.pace = Pace(settings.max_concurrency, *limits)
         self._ends = settings.time_limit and time.monotonic() + settings.time_limit
         self._answered, self._reply_tokens = 0, decoding.max_tokens / 4  # of this run; the mean, guessed at first
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # What a request says, and what its reply means. The Batch API uses the same.
 
     def variant(self, prompt: str, seed: int | None, tries: int) -> tuple[str, int | None]:
         """Return what to send at the tries-th time: another seed, since with the same a server would repeat itself."""
@@ -152,7 +137,8 @@ class Teacher(Server):
         if status in (400, 413, 422) and self.settings.learn(prompt, body, fault):
             return failure, "changed"
         first = not self._answered  # later, a refusal may be of this request's content
-        unknown = NO_MODEL.search(f"{fault.code} {fault.words}") or self._names_model.search(fault.words)
+        unknown = NO_MODEL.search(f"{fault.code} {fault.words}")
+        unknown = unknown or re.search(rf"(?<!\w){re.escape(self.model_name)}(?!\w)", fault.words)
         if first and (status == 404 or status in (400, 422) and unknown):
             what = f"has no model {self.model_name!r}, or no {self.api} endpoint: check model_name and base_url"
             raise UserError(f"{self.where} {what} ({failure.error})")
@@ -162,56 +148,41 @@ class Teacher(Server):
 
     def _completion(self, prompt: str, body: dict, data: dict) -> Completion:
         reply = read_reply(data)
-        longest = body.get("max_tokens") or body.get("max_completion_tokens") or self.decoding.max_tokens
         # A refused or empty reply was paid for too. English has about 4 characters a token.
         tokens = reply.usage or (len(prompt) // 4, len(reply.text + reply.thoughts) // 4)
-        completion = Completion(
-            # no file can hold half of a surrogate pair
-            reply.text.encode("utf-8", "replace").decode(),
-            reply.finish_reason,
-            *tokens,
-            model=model.encode("utf-8", "replace").decode() if isinstance(model := data.get("model"), str) else None,
-            max_tokens=longest if isinstance(longest, int) and longest < self.decoding.max_tokens else None,
-        )
-        if reply.finish_reason == "content_filter":
-            completion.error = "content filter"
-        elif reply.finish_reason == "error":
-            completion.error = "cut off by the server"
-        elif not reply.text.strip():
-            completion.error = _nothing_said(reply, completion.completion_tokens)
-        if completion.error:
-            completion.text = None
-        else:
+        error = _fault_of(reply, tokens[1])
+        if not error:
             self._answered += 1
-            self._reply_tokens += (completion.completion_tokens - self._reply_tokens) / self._answered
+            self._reply_tokens += (tokens[1] - self._reply_tokens) / self._answered
             self.settings.succeeded(prompt)
-        completion.changed = sorted(self.settings.changed.values()) or None  # what this reply has taught as well
-        return completion
+        text, changed = None if error else reply.text, sorted(self.settings.changed.values()) or None
+        longest = body.get("max_tokens") or body.get("max_completion_tokens")
+        fewer = longest if isinstance(longest, int) and longest < self.decoding.max_tokens else None
+        return Completion(text, reply.finish_reason, *tokens, error, reply.model, changed, fewer)
 
     def words(self, data: bytes) -> str:
         """Return the server's own words in an error body, in one line, without the key."""
         return masked(read_fault(data).words, *self.secrets)
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Sending.
+    async def ask(self, prompt: str, seed: int | None = None) -> Completion | None:
+        """Return one reply, or what went wrong after all retries, with the tokens of all tries that were answered.
 
-    async def ask(self, prompt: str, seed: int | None = None) -> Completion:
-        """Return one reply, or what went wrong after all retries. Its tokens are those of all tries that were answered.
+        None if the time limit passed while it waited to be sent.
 
         Raises:
             UserError: no retry can help: wrong key, no permission, no credit, unknown model, no server there, or
                 nothing but refusals for too long.
-            OutOfTime: the time limit passed while it waited to be sent.
         """
         prompt_tokens = completion_tokens = 0
         for tries in count():
-            reply = await self._deliver(*self.variant(prompt, seed, tries))
+            if not (reply := await self._deliver(*self.variant(prompt, seed, tries))):
+                return None
             prompt_tokens += reply.prompt_tokens
             completion_tokens += reply.completion_tokens
             if settled := self.settle(reply, tries):
                 return dataclasses.replace(settled, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
 
-    async def _deliver(self, prompt: str, seed: int | None) -> Completion:
+    async def _deliver(self, prompt: str, seed: int | None) -> Completion | None:
         """Send one request until it is answered, or has failed ``max_retries`` times."""
         faults, pause = 0, 0.0
         for tries in count():
@@ -221,7 +192,7 @@ class Teacher(Server):
                         await asyncio.sleep(pause)
                     ticket = await self.pace.turn(len(prompt) / 4 + self._reply_tokens, again=tries > 0)
             except TimeoutError:
-                raise OutOfTime from None
+                return None
             body, headers = self.body(prompt, seed), {}
             try:
                 status, headers, data = await self.http("POST", self.path, json=body)
@@ -260,7 +231,11 @@ class Answerer(Teacher):
         return settled
 
 
-def _nothing_said(reply, tokens: int) -> str:
+def _fault_of(reply: Reply, tokens: int) -> str | None:
+    if reply.finish_reason in ("content_filter", "error"):
+        return "content filter" if reply.finish_reason == "content_filter" else "cut off by the server"
+    if reply.text.strip():
+        return None
     if reply.finish_reason == "length" and reply.thoughts:
         return f"no answer: all {tokens:,} tokens {THOUGHT}; allow more tokens"
     if reply.thoughts:

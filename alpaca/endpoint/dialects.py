@@ -201,6 +201,7 @@ class Reply:
     finish_reason: str | None  # "stop", "length", "content_filter", "error", or None: not given
     usage: tuple[int, int] | None
     thoughts: str
+    model: str | None  # that answered, according to its server
 
 
 def read_reply(reply: dict) -> Reply:
@@ -214,10 +215,9 @@ def read_reply(reply: dict) -> Reply:
     thoughts = _joined(message.get("reasoning_content")) or _joined(message.get("reasoning"))
     without = without_thoughts(text[:-200] + END.sub("", text[-200:]))  # the end alone: the search is quadratic
     if without is None:
-        text, thoughts = "", thoughts or text
-    else:
-        text = without
-    return Reply(text, finish_reason(choice.get("finish_reason")), _usage(reply.get("usage")), thoughts)
+        without, thoughts = "", thoughts or text
+    reason, usage = finish_reason(choice.get("finish_reason")), _usage(reply.get("usage"))
+    return Reply(without, reason, usage, thoughts, _joined(reply.get("model")) or None)
 
 
 def finish_reason(spelled) -> str | None:
@@ -229,12 +229,11 @@ def finish_reason(spelled) -> str | None:
 
 
 def _joined(content) -> str:
-    """Return a message's content: a text, or the texts among its parts. Thoughts, images and calls are no text."""
-    if isinstance(content, list):
-        parts = [part if isinstance(part, dict) else {"text": part} for part in content]
-        texts = [part.get("text") for part in parts if part.get("type", "text") in ("text", "output_text")]
-        return "".join(text for text in texts if isinstance(text, str))
-    return content if isinstance(content, str) else ""
+    """Return a text, or the texts among its parts. No file can hold half of a surrogate pair: it becomes "?"."""
+    parts = content if isinstance(content, list) else [content]
+    parts = [part if isinstance(part, dict) else {"text": part} for part in parts]
+    texts = [part.get("text") for part in parts if part.get("type", "text") in ("text", "output_text")]
+    return "".join(text for text in texts if isinstance(text, str)).encode("utf-8", "replace").decode()
 
 
 def _usage(usage) -> tuple[int, int] | None:

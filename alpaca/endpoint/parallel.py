@@ -8,9 +8,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import sys
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 
 from tqdm import tqdm
@@ -20,7 +19,7 @@ from alpaca.common.journal import Journal
 from alpaca.common.text import counted, in_brackets
 from alpaca.endpoint.batch_api import Batches, refuse_open_batch
 from alpaca.endpoint.budget import Budget, in_words, spread
-from alpaca.endpoint.client import Completion, OutOfTime, Teacher
+from alpaca.endpoint.client import Completion, Teacher
 from alpaca.endpoint.run import Run, recorded
 
 SAVE_EVERY = 30.0  # seconds between two calls of at_intervals()
@@ -37,13 +36,13 @@ class Direct(Run):
     at_intervals: Callable[[], None] | None = None
 
     def __post_init__(self):
-        self.news = asyncio.Event()
-        self.new: list[tuple[int, Completion]] = []  # replies that are not journaled yet
-        self.handed_on = self.sent = 0
-        self.pending: set[asyncio.Future] = set()
-        self.handing: deque[asyncio.Future] = deque()
-        # Two threads beside the event loop: replies are on disk soon, however long in_order() takes for those before.
-        self.scribe, self.clerk = ThreadPoolExecutor(max_workers=1), ThreadPoolExecutor(max_workers=1)
+        super().__post_init__()
+        self.news, self.sent = asyncio.Event(), 0
+        self.new: dict[int, Completion] = {}  # replies that are not journaled yet
+        self.asking: set[asyncio.Task] = set()
+        self.keeping: set[asyncio.Task] = set()
+        # A thread for each: replies are on disk soon, however long in_order() takes for those before.
+        self.journaling, self.handing = asyncio.Lock(), asyncio.Lock()
 
     async def run(self) -> None:
         """Ask until ``want`` declines and all replies are handed on.
@@ -52,49 +51,38 @@ class Direct(Run):
             UserError: from Teacher.ask. It and Ctrl-C end the requests in flight; replies that have arrived are
                 journaled.
         """
-        self.loop, self.known = asyncio.get_running_loop(), self.replay()
-        self.waiting = dict(self.known)  # replies whose turn to be handed on has not come
-        filing, replayed = self._watched(asyncio.ensure_future(self._file_new())), False
+        self.replay()
         ticking = asyncio.create_task(self._tick())
         try:
+            await self._in_turn(self.hand_on, {})  # what the journal holds
             while True:
+                while len(self.asking) < self.teacher.pace.window and (i := self._next()) is not None:
+                    self._start(self.asking, self._keep_asking(i))
+                if not self.asking | self.keeping:
+                    return
                 await self.news.wait()
                 self.news.clear()
-                for task in [task for task in self.pending if task.done()]:
-                    self.pending.remove(task)
-                    task.result()  # raises what it raised
-                while self.handing and self.handing[0].done():
-                    self.handing.popleft().result()
-                    replayed = True  # what the journal held is handed on first
-                if filing.done():
-                    filing.result()
-                    if self.new:
-                        filing = self._watched(asyncio.ensure_future(self._file_new()))
-                while replayed and len(self.pending) < self.teacher.pace.window and (i := self._next()) is not None:
-                    self.pending.add(self._watched(asyncio.create_task(self._keep_asking(i))))
-                if replayed and not (self.pending or self.handing or self.new) and filing.done():
-                    return
+                for tasks in (self.asking, self.keeping):
+                    for task in [task for task in tasks if task.done()]:
+                        tasks.remove(task)
+                        task.result()  # raises what it raised
         finally:
-            for task in (*self.pending, ticking):
+            for task in (*self.asking, ticking):
                 task.cancel()
-            await asyncio.gather(*self.pending, ticking, filing, return_exceptions=True)
-            try:
-                if self.new:
-                    await self._file_new()
-            finally:
-                await asyncio.gather(*self.handing, return_exceptions=True)
-                await self.teacher.close()
-                self.scribe.shutdown()
-                self.clerk.shutdown()
+            await asyncio.gather(*self.asking, *self.keeping, return_exceptions=True)
+            await self.teacher.close()
+            for task in self.keeping:
+                task.result()
 
-    def _watched(self, future: asyncio.Future) -> asyncio.Future:
-        future.add_done_callback(lambda _: self.news.set())
-        return future
+    def _start(self, tasks: set[asyncio.Task], work: Coroutine) -> None:
+        task = asyncio.create_task(work)
+        task.add_done_callback(lambda _: self.news.set())
+        tasks.add(task)
 
     async def _tick(self) -> None:
         while self.at_intervals:
             await asyncio.sleep(SAVE_EVERY)
-            await self.loop.run_in_executor(self.clerk, self.at_intervals)
+            self._start(self.keeping, self._in_turn(self.at_intervals))
 
     def _next(self) -> int | None:
         """Return the number of the next request to send, or None if it has to wait."""
@@ -111,28 +99,26 @@ class Direct(Run):
         # together would all be read before the first request is sent, and would stay together: 88% instead of 93% of
         # the ideal rate at 64 in flight.
         while i is not None:
-            try:
-                reply = await self.teacher.ask(*self.request(i))
-            except OutOfTime:
-                return
+            if not (reply := await self.teacher.ask(*self.request(i))):
+                return  # out of time
             self.budget.arrived(reply, True)
-            self.new.append((i, reply))
-            self.news.set()
-            i = self._next() if len(self.pending) <= self.teacher.pace.window else None
+            self.new[i] = reply
+            self._start(self.keeping, self._keep())
+            i = self._next() if len(self.asking) <= self.teacher.pace.window else None
 
-    async def _file_new(self) -> None:
-        """Journal all new replies with one fsync, then hand them to the clerk."""
-        batch, self.new = self.new, []
-        if batch:
-            entries = [{"i": i, **dataclasses.asdict(reply)} for i, reply in batch]
-            await self.loop.run_in_executor(self.scribe, self.journal.append, entries)
-        self.handing.append(self._watched(self.loop.run_in_executor(self.clerk, self._hand_on, batch)))
+    async def _keep(self) -> None:
+        """Journal all new replies with one fsync, then hand them on."""
+        async with self.journaling:
+            batch, self.new = self.new, {}
+            if not batch:
+                return  # another call took them
+            await asyncio.to_thread(self.write, batch)
+        await self._in_turn(self.hand_on, batch)
 
-    def _hand_on(self, batch: list[tuple[int, Completion]]) -> None:
-        self.waiting.update(batch)
-        while self.handed_on in self.waiting:
-            self.in_order(self.waiting.pop(self.handed_on))
-            self.handed_on += 1
+    async def _in_turn(self, work: Callable, *arguments) -> None:
+        """Call what must not run while other such work does."""
+        async with self.handing:
+            await asyncio.to_thread(work, *arguments)
 
 
 def print_forecast(budget: Budget, requests: tuple[float, float], characters: float, max_tokens: int) -> None:
@@ -157,14 +143,15 @@ async def progress_bar(
         left: how many more requests that should take, judged by the replies so far.
         exact: whether ``left`` is a count, not an estimate.
     """
-    forecast_due = 8  # replies
 
     def redraw() -> None:
-        bar.n, bar.total = done(), max(bar.total, done())  # a reply may hold more than was asked for
+        bar.total = max(bar.total, done())  # a reply may hold more than was asked for
         failed = f"{budget.failures.total():,} failed, " if budget.failures else ""
         cost = f"${budget.cost:,.2f}, " if budget.cost else ""
         tokens = budget.prompt_tokens + budget.completion_tokens
-        bar.set_postfix_str(f"{failed}{counted(budget.replies, 'reply')}, {tokens:,} tokens, {cost}{pace}")
+        postfix = f"{failed}{counted(budget.replies, 'reply')}, {tokens:,} tokens, {cost}{pace}"
+        bar.set_postfix_str(postfix, refresh=False)
+        bar.update(done() - bar.n)
 
     def forecast() -> str:
         sure = 1 + 2 / budget.new_replies**0.5  # two standard errors, if replies differ as much as their mean
@@ -175,21 +162,20 @@ async def progress_bar(
         return f"forecast after {budget.replies:,} replies: {rest}, {spread(*minutes, '{:,.1f}')} min more"
 
     async def keep_redrawing() -> None:
-        nonlocal forecast_due
-        due = 0.0
+        forecast_due = 8  # replies
         while True:
             if budget.new_replies >= forecast_due and left() >= 1 and budget.prompt_tokens:
                 forecast_due = 2 * budget.new_replies
                 redraw()  # write() shows the bar again
                 bar.write(forecast())
-            if budget.seconds() >= due:
-                due = budget.seconds() + (0.5 if sys.stderr.isatty() else 30)
-                redraw()
+            redraw()
             await asyncio.sleep(0.5)
 
+    often = 0.5 if sys.stderr.isatty() else 30  # s
     # Without the rate: of 80 columns, it leaves too few for what has failed and what it costs.
     form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-    with tqdm(total=total, initial=done(), bar_format=form, disable=not total) as bar:
+    bar = tqdm(total=total, initial=done(), bar_format=form, disable=not total, mininterval=often, miniters=0)
+    with bar:
         redrawing = asyncio.create_task(keep_redrawing())
         try:
             yield

@@ -12,14 +12,12 @@ from alpaca.common.journal import Journal
 from alpaca.endpoint.budget import Budget
 from alpaca.endpoint.client import Completion, Teacher
 
-FIELDS = [field.name for field in dataclasses.fields(Completion)]
-
 
 def recorded(journal: Journal) -> Iterator[tuple[int, Completion]]:
     """Yield the number and the reply of each request in a journal; one that was retried comes again."""
     for entry in journal.entries:
         if "i" in entry:
-            yield entry["i"], Completion(**{field: entry[field] for field in FIELDS if field in entry})
+            yield entry["i"], Completion(**{name: value for name, value in entry.items() if name != "i"})
 
 
 @dataclasses.dataclass
@@ -45,12 +43,25 @@ class Run:
     want: Callable[[int, int], bool]
     retry_failed: bool = False
 
-    def replay(self) -> dict[int, Completion]:
-        """Count the journal's replies; return those that are not asked for again, by number."""
-        known = {}
+    def __post_init__(self):
+        self.known: dict[int, Completion] = {}  # all that are not asked for again, by number
+        self.handed_on = 0
+
+    def replay(self) -> None:
+        """Count the journal's replies, and note those that are not asked for again."""
         for number, reply in recorded(self.journal):
             again = self.retry_failed and reply.text is None
             self.budget.arrived(dataclasses.replace(reply, error=None) if again else reply, False)
             if not again:
-                known[number] = reply
-        return known
+                self.known[number] = reply
+
+    def write(self, replies: dict[int, Completion], *more: dict) -> None:
+        """Journal replies, and ``more`` entries, with one fsync."""
+        self.journal.append([{"i": i, **dataclasses.asdict(reply)} for i, reply in replies.items()] + [*more])
+
+    def hand_on(self, replies: dict[int, Completion]) -> None:
+        """Note replies, and hand on all whose turn has come."""
+        self.known.update(replies)
+        while self.handed_on in self.known:
+            self.in_order(self.known[self.handed_on])
+            self.handed_on += 1

@@ -1,6 +1,6 @@
 """Two answers before a judge: the prompt, the verdict in its reply, and the row that is kept of it.
 
-Light: importing this loads neither torch nor an API client.
+Light: importing this does not load torch.
 """
 
 from __future__ import annotations

@@ -342,7 +342,7 @@ def reply_of(message, reason="stop", usage=None) -> dict:
         ({"content": "answer<|im_end|>"}, "answer"),
         ({"content": "answer </s>\n<|eot_id|>\n"}, "answer"),
         ({"content": "the tag </s> ends it"}, "the tag </s> ends it"),
-        ({"content": {"text": "a"}}, ""),
+        ({"content": {"text": "a"}}, "a"),
         ({"content": functools.reduce(lambda inner, _: [{"text": inner}], range(480), "deep")}, ""),
         ({}, ""),
         (None, ""),
