@@ -182,8 +182,8 @@ def lint(
 
     DATA_PATH stays as it is. The exit code is 0 whatever is found; with --strict True, findings make it 1. The class
     no-full-stop is checked only if --only names it. All classes: empty-output, na-output, input-field, link,
-    missing-input, empty-code, needs-media, nonsense, merged, cut-off, no-full-stop, wrong-arithmetic, mojibake,
-    stray-escape, duplicate, near-duplicate.
+    missing-input, empty-code, needs-media, nonsense, merged, chat-token, as-an-ai, error-text, label, chatter, echo,
+    repetition, cut-off, no-full-stop, wrong-arithmetic, mojibake, stray-escape, duplicate, near-duplicate.
 
     Args:
         data_path: records to read, JSON or JSON Lines.
