@@ -15,17 +15,13 @@ TOKEN = re.compile(
     r"<</?sys>>|<(?:bos|eos|pad|unk)>",
     re.IGNORECASE,
 )
-ABOUT_TOKENS = re.compile(r"\b(tokens?|tokeni[sz]\w+|tags?|templates?|chatml|strike\w*)\b", re.IGNORECASE)
+ABOUT_TOKENS = re.compile(r"\b(tokens?|tokeni[sz]\w+|tags?|templates?|chatml|html|xml|css|strike\w*)\b", re.IGNORECASE)
 
 
 def chat_token(record: dict) -> str | None:
     """A chat template's token, or the border of a model's thoughts."""
     evidence = found(TOKEN, record)
-    return evidence if evidence and not _about(record, ABOUT_TOKENS) else None
-
-
-def _about(record: dict, subject: re.Pattern) -> bool:
-    return bool(subject.search(record["instruction"]) or CODE_TASK.search(record["instruction"]))
+    return evidence if evidence and not ABOUT_TOKENS.search(record["instruction"]) else None
 
 
 MODEL = r"an? (?:\w+ )?(?:AI|language model)\b"
@@ -56,7 +52,9 @@ ABOUT_ERRORS = re.compile(r"\b(errors?|exceptions?|status|https?|server|logs?|ra
 def error_text(record: dict) -> str | None:
     """A server's error message in place of an answer."""
     match = ERROR_TEXT.match(record["output"])
-    return f"output: {around(record['output'], *match.span())}" if match and not _about(record, ABOUT_ERRORS) else None
+    if not match or ABOUT_ERRORS.search(record["instruction"]) or CODE_TASK.search(record["instruction"]):
+        return None
+    return f"output: {around(record['output'], *match.span())}"
 
 
 LABEL = re.compile(r"\W{0,4}(output|response|answer|输出|回答|答案)\W{0,3}[:：]", re.IGNORECASE)
@@ -94,17 +92,15 @@ def chatter(record: dict) -> str | None:
     return None if message else f"output: {around(output, *match.span())}"
 
 
-COPIES = re.compile(r"\b(repeat|echo|quot\w+|say|print|copy|recite|type|verbatim|same|again)\b", re.IGNORECASE)
+COPIES = re.compile(r"\b(repeat|echo|quot\w+|copy|recite|verbatim)\b", re.IGNORECASE)
 
 
 def echo(record: dict) -> str | None:
     """The output begins with the whole instruction. To complete a sentence that has no full stop is something else."""
-    asked, output = (" ".join(text.split()) for text in (record["instruction"], record["output"][:2000]))
-    whole = asked.rstrip(".:?!。：？！")
-    if len(whole) < 12 or not output.casefold().startswith(whole.casefold()) or COPIES.search(asked):
+    whole, output = record["instruction"].strip().rstrip(".:?!。：？！"), record["output"].strip()
+    if len(whole) < 12 or not output[: len(whole)].lower() == whole.lower() or COPIES.search(whole):
         return None
-    rest = output[len(whole) :]
-    return f"output: {around(output, 0, 60)}" if not rest or rest[0] in ".:?!。：？！" else None
+    return f"output: {around(output, 0, 60)}" if output[len(whole) :][:1] in ("", *".:?!。：？！\n") else None
 
 
 SENTENCE_ENDS = re.compile(r"[.!?。！？\n]+")
@@ -122,4 +118,5 @@ def repetition(record: dict) -> str | None:
     sentence, times = Counter(parts).most_common(1)[0]
     if times < MOST_OFTEN or 2 * times <= len(parts) or not re.search(r"[^\W\d_]{2}", sentence):
         return None
-    return None if _about(record, REPEATS) or is_code(record["output"]) else f"output: {times} times: {sentence[:60]}"
+    asked = REPEATS.search(record["instruction"])
+    return None if asked or is_code(record["output"]) else f"output: {times} times: {sentence[:60]}"
