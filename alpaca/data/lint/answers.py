@@ -87,7 +87,8 @@ ABOUT_ENCODINGS = re.compile(r"\b(mojibake|encod(ed|ing)|decod(ed|ing)|garbled|u
 
 
 def mojibake(record: dict) -> str | None:
-    evidence = found(MOJIBAKE, record)
+    fields = [field for field in ("instruction", "input", "output") if not record[field].isascii()]  # it never is
+    evidence = found(MOJIBAKE, record, fields)
     return None if evidence and found(ABOUT_ENCODINGS, record) else evidence
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from functools import cache, lru_cache
+from functools import lru_cache
 
 # How a teacher writes "there is no input" into the field that should be empty.
 NO_INPUT = re.compile(
@@ -40,12 +40,8 @@ def input_of(record: dict) -> str:
     return "" if NO_INPUT.fullmatch(text) else text
 
 
-@cache
-def _symbol():
-    import regex  # 30 ms, for what the near-duplicates alone need: \p{…}
-
-    minus = r"(?<=[\d)\]] ?)-(?= ?[\d(\[])|(?<=\b\p{L} ?)-(?= ?\p{L}\b)|(?<![\p{L}\p{N}])-(?=[\d(.]|\p{L}\b)"
-    return regex.compile(rf"(?V1)[[\p{{Sm}}\p{{Sc}}\p{{So}}^&#%*/\\@()\[\]{{}}]--[°©®]]|!(?==)|(?<=\d)!|{minus}")
+MINUS = r"(?<=[\d)\]] ?)-(?= ?[\d(\[])|(?<=\b\p{L} ?)-(?= ?\p{L}\b)|(?<![\p{L}\p{N}])-(?=[\d(.]|\p{L}\b)"
+SYMBOL = rf"(?V1)[[\p{{Sm}}\p{{Sc}}\p{{So}}^&#%*/\\@()\[\]{{}}]--[°©®]]|!(?==)|(?<=\d)!|{MINUS}"
 
 
 def symbols(text: str) -> str:
@@ -53,9 +49,11 @@ def symbols(text: str) -> str:
 
     Sentence punctuation, quotation marks, hyphens and dashes are left out.
     """
+    import regex  # 30 ms, for what only near-duplicates need: \p{…}
+
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text).translate({ord("−"): "-", ord("–"): "-"})
-    return "".join(_symbol().findall(text))
+    return "".join(regex.findall(SYMBOL, text))
 
 
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\u2028\u2029\ufeff\u00ad]")
