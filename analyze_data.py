@@ -39,6 +39,7 @@ from alpaca.common.records import RELEASED_BLOB, write_records
 from alpaca.common.text import first_line, printable
 from alpaca.data.lint.classes import CLASSES, OPT_IN, duplicates, find
 from alpaca.data.released import download
+from alpaca.data.rouge import count_words
 
 RELEASED_URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
 
@@ -115,7 +116,7 @@ def stats(data_path: str, tokenizer: str | None = None, output_path: str | None 
         "share_with_input": round(len(texts["input"]) / len(records), 4),
         "duplicate_instructions": len(records) - len(set(instructions)),
         "duplicate_instructions_and_inputs": len(duplicates(records)),
-        "words": {field: _spread([len(text.split()) for text in values]) for field, values in texts.items()},
+        "words": {field: _spread([count_words(text) for text in values]) for field, values in texts.items()},
     }
     if tokenizer:
         texts["example"] = [utils.format_prompt(r["instruction"], r["input"]) + r["output"] for r in records]
@@ -182,8 +183,8 @@ def lint(
 
     DATA_PATH stays as it is. The exit code is 0 whatever is found; with --strict True, findings make it 1. The class
     no-full-stop is checked only if --only names it. All classes: empty-output, na-output, input-field, link,
-    missing-input, empty-code, needs-media, nonsense, merged, cut-off, no-full-stop, wrong-arithmetic, mojibake,
-    stray-escape, duplicate, near-duplicate.
+    missing-input, empty-code, needs-media, nonsense, merged, chat-token, as-an-ai, error-text, label, chatter, echo,
+    repetition, cut-off, no-full-stop, wrong-arithmetic, mojibake, stray-escape, duplicate, near-duplicate.
 
     Args:
         data_path: records to read, JSON or JSON Lines.

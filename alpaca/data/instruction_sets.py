@@ -13,7 +13,7 @@ from pathlib import Path
 from alpaca import UserError
 from alpaca.common.files import git_blob_id
 from alpaca.common.records import jload
-from alpaca.common.text import check_utf8, shorten
+from alpaca.common.text import check_utf8, counted, shorten
 from alpaca.prompts import INPUT_HEADING
 
 # The 252 user-oriented instructions of Self-Instruct, on which Alpaca was judged.
@@ -116,8 +116,9 @@ def read_set(path: str | os.PathLike) -> list[Item]:
         raise UserError(f"{path} contains no instructions: give a file with at least one")
     if "motivation_app" in records[0] and not is_the_252(path):
         print(
-            f"note: {path} is not the 252 instructions that Self-Instruct published ({len(items)} instructions, git "
-            f"blob {git_blob_id(path)[:12]}, not {THE_252_BLOB[:12]}): its figures do not compare with theirs",
+            f"note: {path} is not the 252 instructions that Self-Instruct published "
+            f"({counted(len(items), 'instruction')}, git blob {git_blob_id(path)[:12]}, not {THE_252_BLOB[:12]}): "
+            "its figures do not compare with theirs",
             file=sys.stderr,
         )
     return list(items.values())

@@ -17,10 +17,10 @@ from tqdm import tqdm
 from alpaca import UserError
 from alpaca.common.files import replace_file
 from alpaca.common.records import load_records
-from alpaca.common.text import shorten
+from alpaca.common.text import counted, shorten
 from alpaca.data.dedup import MAX_SIMILARITY
 from alpaca.data.plots_page import Figure, page
-from alpaca.data.rouge import RougePool
+from alpaca.data.rouge import RougePool, count_words
 from alpaca.data.verbs import TOP_OBJECTS, Verb, first_verb_and_object, most_common_pairs, parse
 
 PAPER, INK, FAINT = "#fcfcfa", "#1f2328", "#8b949e"
@@ -29,6 +29,7 @@ HUES = ("#332288", "#88ccee", "#44aa99", "#117733", "#999933", "#ddcc77", "#cc66
 BAR, WARNING = "#44aa99", "#cc6677"
 HALF, TEXT = 5.0, 12  # the sunburst's half width in inches and its letters in points
 MOST_LETTERS = 20  # of a name in the sunburst
+NO_GLYPH = "Glyph .* missing from"  # the warning for each letter that the font lacks: the picture shows a box instead
 
 
 def plot(data_path: str, output_dir: str) -> None:
@@ -51,11 +52,11 @@ def plot(data_path: str, output_dir: str) -> None:
     instructions = [record["instruction"] for record in records]
     bar = tqdm(parse(instructions), total=len(instructions), desc="verbs and objects", unit="instruction")
     pairs = [pair for sentences in bar if (pair := first_verb_and_object(sentences))]
-    pool = RougePool(instructions)
+    pool = RougePool(instructions, tokenizer="unicode")
     with tqdm(total=len(pool) * (len(pool) - 1) // 2, desc="similarity", unit="pair", unit_scale=True) as bar:
         nearest = pool.nearest(bar.update)
     lengths = {
-        field: [len(record[field].split()) for record in records if field != "input" or record[field].strip()]
+        field: [count_words(record[field]) for record in records if field != "input" or record[field].strip()]
         for field in ("instruction", "input", "output")
     }
     count = len(records)
@@ -82,7 +83,8 @@ def verb_noun_figure(pairs: Sequence[tuple[str, str]], records: int) -> Figure:
     figure.subplots_adjust(0, 0, 1, 1)
     widened = _draw_sunburst(axes, top)
     axes.text(0, 0.02, f"{shown:,}", ha="center", va="bottom", size=2 * TEXT, weight="bold", color=INK)
-    axes.text(0, -0.01, f"of {records:,}\ninstructions", ha="center", va="top", size=TEXT, linespacing=1.4, color=INK)
+    center = f"of {records:,}\ninstruction{'s' * (records != 1)}"
+    axes.text(0, -0.01, center, ha="center", va="top", size=TEXT, linespacing=1.4, color=INK)
     most = Counter({(v.verb, noun): count for v in top for noun, count in v.objects}).most_common(5)
     return Figure(
         name="verb_noun.png",
@@ -90,10 +92,11 @@ def verb_noun_figure(pairs: Sequence[tuple[str, str]], records: int) -> Figure:
         title="What the instructions ask for",
         caption=(
             f"The {len(top)} most common root verbs (inside) and up to {TOP_OBJECTS} of the most common direct objects "
-            f"of each (outside), from the first command in each instruction. {len(pairs):,} of {records:,} "
-            f"instructions ({_percent(len(pairs), records)}) have such a pair, {len(set(pairs)):,} of them different; "
-            f"the others are questions, statements and commands without an object. Shown: {shown:,} instructions "
-            f"({_percent(shown, records)})." + " Slices too thin for their names are widened." * widened
+            f"of each (outside), from the first English command in each instruction. {len(pairs):,} of "
+            f"{counted(records, 'instruction')} ({_percent(len(pairs), records)}) have such a pair, "
+            f"{len(set(pairs)):,} of them different; the others are questions, statements, commands without an object, "
+            f"or in other languages. Shown: {counted(shown, 'instruction')} ({_percent(shown, records)})."
+            f"{' Slices too thin for their names are widened.' * widened}"
         ),
         alt="Sunburst of verbs and their objects. Most common: "
         + (", ".join(f"{verb} {noun} ({count})" for (verb, noun), count in most) or "none")
@@ -110,9 +113,8 @@ def _draw_sunburst(axes, top: list[Verb]) -> bool:
 
     # The radii of the two rings, and where the objects' names begin.
     inner, middle, outer, text = 0.25, 0.49, 0.69, 0.71
-    longest = max((len(shorten(noun, MOST_LETTERS)) for verb in top for noun, _ in verb.objects), default=0)
-    room = 1 - 0.62 * longest * TEXT / 72 / HALF  # a letter is some 0.6 of its height wide
-    limit = text / max(room, 0.5)
+    longest = max((_width(shorten(noun, MOST_LETTERS)) for verb in top for noun, _ in verb.objects), default=0)
+    limit = text / (1 - 1.02 * longest / HALF)
     axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
     # A slice is at least as wide as a line of text: objects at their inner end, verbs at two fifths of their ring.
     line = np.degrees(1.08 * TEXT / 72 / HALF * limit)
@@ -134,6 +136,16 @@ def _draw_sunburst(axes, top: list[Verb]) -> bool:
         color = "white" if dark else INK
         _radial_text(axes, verb.verb, (first + start) / 2, (inner + middle) / 2, "center", color=color, weight="bold")
     return not np.allclose(angles, 360 * np.array(counts) / max(sum(counts), 1))
+
+
+def _width(text: str) -> float:
+    """Return the width of a name in inches."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=NO_GLYPH)
+        return text_to_path.get_text_width_height_descent(text, FontProperties(size=TEXT), ismath=False)[0] / 72
 
 
 def _radial_text(axes, text: str, angle: float, radius: float, align: str, **style) -> None:
@@ -184,8 +196,9 @@ def lengths_figure(lengths: dict[str, list[int]], records: int) -> Figure:
         png=png_bytes(figure),
         title="How long they are",
         caption=(
-            f"Words (between white space) of {records:,} instructions, {len(lengths['input']):,} inputs "
-            f"({_percent(len(lengths['input']), records)} of the records have one) and {records:,} outputs. "
+            f"Words (between white space; each character of Chinese, Japanese, Thai and the like) of "
+            f"{counted(records, 'instruction')}, {counted(len(lengths['input']), 'input')} "
+            f"({_percent(len(lengths['input']), records)} of the records have one) and {counted(records, 'output')}. "
             "The gray bar gathers the longest, at most 1%."
         ),
         alt=f"Three histograms of lengths in words. Medians: {medians}.",
@@ -234,7 +247,7 @@ def similarity_figure(nearest: np.ndarray) -> Figure:
         png=png_bytes(figure),
         title="How alike they are",
         caption=(
-            f"The highest ROUGE-L of each of {len(nearest):,} instructions to any other: median {median:.2f}, "
+            f"The highest ROUGE-L of each of {counted(len(nearest), 'instruction')} to any other: median {median:.2f}, "
             f"highest {nearest.max():.2f}. The generator drops a candidate above {MAX_SIMILARITY}; "
             f"{above:,} ({_percent(above, len(nearest))}) are above it here."
         ),
@@ -284,8 +297,8 @@ def png_bytes(figure) -> bytes:
     from PIL import Image
 
     raw, small = io.BytesIO(), io.BytesIO()
-    with warnings.catch_warnings():  # one for each letter that the font lacks: the picture shows a box instead
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=NO_GLYPH)
         figure.savefig(raw, format="png", facecolor=PAPER)
     Image.open(raw).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
     return small.getvalue()

@@ -38,13 +38,14 @@ def tokenize(text: str) -> list[str]:
 
 
 @cache
-def _unicode_words():
+def _unicode_words(unspaced_only: bool = False):
     # `regex` rather than `re`: it knows scripts and combining marks by name. \w of `re` has no marks: it cuts Hindi at
     # each vowel sign. Imported on first use (30 ms).
     import regex
 
     unspaced = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
-    return regex.compile(rf"(?V1)[[{unspaced}]&&[\p{{L}}\p{{N}}]]\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}]--[{unspaced}]]+")
+    others = "" if unspaced_only else rf"|[[\p{{L}}\p{{M}}\p{{N}}]--[{unspaced}]]+"
+    return regex.compile(rf"(?V1)[[{unspaced}]&&[\p{{L}}\p{{N}}]]\p{{M}}*{others}")
 
 
 def tokenize_unicode(text: str) -> list[str]:
@@ -52,10 +53,18 @@ def tokenize_unicode(text: str) -> list[str]:
 
     In scripts without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan) each character is a token. NFKC
     makes equal what looks equal: full-width and plain letters, é as one code point or two. On ASCII text the tokens are
-    those of ``tokenize``.
+    those of ``tokenize``, which is four times faster.
     """
+    if text.isascii():
+        return tokenize(text)
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return _unicode_words().findall(folded)
+
+
+def count_words(text: str) -> int:
+    """Return the number of words between white space; in scripts without spaces each character counts as one."""
+    pieces = text.split()
+    return len(pieces) if text.isascii() else sum(len(_unicode_words(True).findall(piece)) or 1 for piece in pieces)
 
 
 TOKENIZERS: dict[str, Callable[[str], list[str]]] = {"rouge": tokenize, "unicode": tokenize_unicode}

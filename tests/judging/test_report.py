@@ -261,8 +261,9 @@ def test_one_item_is_named_in_the_singular_and_has_no_interval_and_no_figure_at_
         (tmp_path / f"{name}.jsonl").write_text((files / f"{name}.jsonl").read_text().splitlines(True)[row])
     found = run(tmp_path, tmp_path / "out", judgments=f"{tmp_path}/people.jsonl", data_path=str(files / "train.json"))
     assert report_text.judge_table(found)[1] == ["Ada", "1", "1", "0", "0", "0", "100.0%", "1.0000", "–", "100.0%"]
-    shown = " ".join(capsys.readouterr().out.split())
-    text = (tmp_path / "out" / "report.html").read_text()
+    printed = capsys.readouterr()
+    shown, text = " ".join(printed.out.split()), (tmp_path / "out" / "report.html").read_text()
+    assert "published (1 instruction, git blob" in printed.err
     for said in (shown, text):
         assert "1 instruction of set.jsonl" in said and "1 instructions" not in said and "(2 records)" in said
         assert "A sign test of 1 decided instruction can show nothing: it takes at least 6." in said

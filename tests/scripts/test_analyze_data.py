@@ -43,6 +43,7 @@ FAULTS = {
         record(input="N/A"),
         record(input="none"),
         record(input="  "),
+        record(input="&lt;noinput&gt;"),
     ],
     "link": [
         record("Summarize the given article in 50 words.", "It is about bees.", "https://news.example.com/bees"),
@@ -80,8 +81,39 @@ FAULTS = {
         record(output="Green.\n##\n12. Instruction: Name a fruit.\n12. Input:\n<noinput>\n12. Output:\nApple"),
         record(output="Green.\n\n6. Instruction: Name a fruit."),
         record(output="<noinput> Green is one."),
+        record(output="Green is one. &lt;noinput&gt;"),
         record(output="Green.\n//EOM//"),
         record(output="Green.\n\n### Instruction:\nName a fruit."),
+    ],
+    "chat-token": [
+        *(record(output=f"Green.{mark}") for mark in ("</s>", "<|eot_id|>", "<end_of_turn>", "<|im_end|>", "[/INST]")),
+        record(output="<think>\nWhich one?\n</think>\nGreen."),
+        record(output="<|channel|>final<|message|>Green."),
+        record("[INST] Name a color of the rainbow."),
+    ],
+    "as-an-ai": [
+        record(output="As an AI language model, I cannot see the rainbow."),
+        record(output="I'm just a language model. Green, perhaps."),
+    ],
+    "error-text": [
+        record(output="$ERROR$"),
+        record(output="Error: Rate limit reached for requests"),
+        record(output="502 Bad Gateway"),
+    ],
+    "label": [record(output="Output: Green."), record(output="**Answer:** Green.")],
+    "chatter": [
+        record(output="Green. I hope this helps!"),
+        record(output="Green is one.\n\nLet me know if you need anything else."),
+        record(output="Green.\n\nIf you have any other questions, feel free to ask! 😊"),
+        record(output="Green. Would you like me to name more?"),
+    ],
+    "echo": [
+        record(output="Name a colour of the rainbow.\nGreen."),
+        record("列出彩虹的三种不同颜色和它们的顺序。", "列出彩虹的三种不同颜色和它们的顺序：红、绿、蓝。"),
+    ],
+    "repetition": [
+        record(output="Green is a colour. " * 60),
+        record(output="One is green.\n" + "绿色是彩虹的一种颜色。" * 9),
     ],
     "cut-off": [
         record(output="The war began in 1914. It was ended by a treaty that was signed in 19"),
@@ -164,6 +196,38 @@ SOUND = {
             "Name the parts of a computer.", "1. Input: the keyboard.\n2. Processing: the chip.\n3. Output: the screen."
         ),
     ],
+    "chat-token": [
+        record("Which token ends a Llama 3 turn?", "<|eot_id|>"),
+        record("Cross out a word in HTML.", "<s>green</s>"),
+        record("Compose two F# functions.", "f <| g x |> h"),
+    ],
+    "as-an-ai": [
+        record("Are you a robot?", "I am an AI language model."),
+        record("What is an N-gram?", "An n-gram language model counts words."),
+    ],
+    "error-text": [
+        record("What does HTTP status 502 mean?", "502 Bad Gateway: a proxy had no answer."),
+        record("Name a kind of mistake.", "Error of judgment."),
+    ],
+    "label": [
+        record("What is the output of this machine?", "Output: 40 watts."),
+        record("Pair them.", "A: green\nB: red"),
+    ],
+    "chatter": [
+        record("Write to a customer about a delay.", "It comes on Monday. Please let me know if that is too late."),
+        record("Invite Ann for tea.", "Dear Ann, tea is at four. Let me know if you can come."),
+        record("Translate this.", "It costs more. Let me know if that helps.", "Es kostet mehr. Let me know."),
+        record(output="Green. Let me know was the name of a song. It was long."),
+    ],
+    "echo": [
+        record("The colour of a leaf in spring is", "The colour of a leaf in spring is green."),
+        record("Repeat after me: green is good.", "Repeat after me: green is good."),
+    ],
+    "repetition": [
+        record("Write the lyrics of a song.", "Green, green, green\n" * 9),
+        record("Draw up an empty form.", "| ____ | ____ |\n" * 9),
+        record(output="A leaf is green. Is it? Yes, it is. " * 3 + "Grass is green too. So is moss."),
+    ],
     "cut-off": [
         record("Name the 19 shades of green that I showed you.", numbered(19)),
         record(output=numbered(20)),
@@ -239,6 +303,45 @@ def test_near_duplicates_are_near_an_earlier_kept_record_and_copies_are_no_near_
     ]
     found = lint.near_duplicates(records)
     assert found == {1: "ROUGE-L 0.89 with record 0: Tell me how bees find their way back home"}
+
+
+@pytest.mark.parametrize(
+    "tasks",
+    [
+        ["Calculate 12 + 7.", "Calculate 12 - 7.", "Calculate 12 × 7."],
+        ["Explain what && does in Bash.", "Explain what || does in Bash."],
+        ["Write hello world in C++.", "Write hello world in C#.", "Write hello world in C."],
+        ["Convert −5 °C to Fahrenheit.", "Convert 5 °C to Fahrenheit."],
+        ["Compute (2 + 3) * 4.", "Compute 2 + (3 * 4)."],
+        [("Is it true?", "3 > 2"), ("Is it true?", "3 < 2")],
+        [
+            ("Translate the sentence to English.", "我喜欢猫。"),
+            ("Translate the sentence to English.", "今天天气很好。"),
+        ],
+        [("Put the sentence into the past tense and say why.", text) for text in ("He runs.", "We often sleep.")],
+        ["用Python写一个循环。", "Python适合初学者吗？", "解释Python的列表。", "列出3种水果。", "把3写成罗马数字。"],
+    ],
+)
+def test_different_tasks_in_much_the_same_words_are_no_near_duplicates(tasks):
+    assert (
+        lint.near_duplicates([record(one) if isinstance(one, str) else record(one[0], input=one[1]) for one in tasks])
+        == {}
+    )
+
+
+def test_near_duplicates_are_found_in_any_script_and_whatever_their_punctuation():
+    """The poems share 10 characters of 10 and 12; symbols are equal after NFKC."""
+    tasks = [
+        "请写一首关于春天的诗。",
+        "请你也写一首关于春天的诗！",
+        "Name a well-known (old) poem.",
+        "name a „well known“（old）poem",
+    ]
+    found = lint.near_duplicates([record(task) for task in tasks])
+    assert found == {
+        1: "ROUGE-L 0.91 with record 0: 请写一首关于春天的诗。",
+        3: "ROUGE-L 1.00 with record 2: Name a well-known (old) poem.",
+    }
 
 
 def test_near_duplicates_are_found_among_more_tokens_than_there_are_code_points(monkeypatch):

@@ -59,8 +59,8 @@ def input_field(record: dict) -> str | None:
 NEXT_TASK = re.compile(r"(\d+)\s*\.\s*Instruction:", re.IGNORECASE)
 PROMPT_MARKS = re.compile(
     r"(\d+)\s*\.\s*Input:(?=.*\b\1\s*\.\s*Output:)|###\s*(?:Instruction|Response|Input):|"
-    r"//\s*(?:EOM|end of output)\s*//|Below is an instruction that describes a task|<\|(?:endoftext|im_end|im_start)\|>"
-    r"|[<\[]no ?(?:input|output)[>\]]",
+    r"//\s*(?:EOM|end of output)\s*//|Below is an instruction that describes a task"
+    r"|(?:[<\[]|&lt;)no ?(?:input|output)(?:[>\]]|&gt;)",
     re.IGNORECASE | re.DOTALL,
 )
 
@@ -87,7 +87,9 @@ ABOUT_ENCODINGS = re.compile(r"\b(mojibake|encod(ed|ing)|decod(ed|ing)|garbled|u
 
 
 def mojibake(record: dict) -> str | None:
-    return None if found(ABOUT_ENCODINGS, record) else found(MOJIBAKE, record)
+    fields = [field for field in ("instruction", "input", "output") if not record[field].isascii()]  # it never is
+    evidence = found(MOJIBAKE, record, fields)
+    return None if evidence and found(ABOUT_ENCODINGS, record) else evidence
 
 
 ESCAPE = re.compile(r"\\[nrt](?![a-z])|\\[\"']|\\u[0-9a-fA-F]{4}|\\x[0-9a-fA-F]{2}|\\\\n")

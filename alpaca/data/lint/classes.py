@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-from alpaca.data.dedup import MAX_SIMILARITY, DistinctPool
-from alpaca.data.lint import answers, questions
-from alpaca.data.lint.fields import around, input_of
+from alpaca.data.dedup import MAX_SIMILARITY
+from alpaca.data.lint import answers, marks, questions
+from alpaca.data.lint.fields import around, input_of, symbols
 from alpaca.data.rouge import RougePool
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -35,20 +35,33 @@ def duplicates(records: list[dict]) -> dict[int, str]:
 def near_duplicates(records: list[dict], threshold: float = MAX_SIMILARITY) -> dict[int, str]:
     """Return {index: evidence} of each record whose instruction and input have ROUGE-L F > threshold with a kept one.
 
-    Records are taken in order, as in dedup; those that ``duplicates`` finds are left out.
+    Records are taken in order, as in dedup; those that ``duplicates`` finds are left out. ROUGE-L sees the words of any
+    script, but no symbols: only records with the same symbols are compared. Where both have an input, those must be
+    near too, since one long instruction may be asked of many short inputs.
     """
-    copies = duplicates(records)
+    copies, found = duplicates(records), {}
     texts = {i: f"{r['instruction']} {input_of(r)}" for i, r in enumerate(records) if i not in copies}
-    distinct, kept, found = DistinctPool(threshold=threshold, similarity_stats=False), [], {}
-    distinct.pool.learn(texts.values())
-    for i, (nearest, _) in zip(texts, distinct.take(list(texts.values())), strict=True):
-        if nearest is None:
-            kept.append(i)
-            continue
-        other = kept[nearest]
-        (f,) = RougePool([texts[other]]).scores(texts[i])
-        found[i] = f"ROUGE-L {f:.2f} with record {other}: {around(records[other]['instruction'], 0, 60)}"
+    groups: dict[str, list[int]] = {}
+    for i, text in texts.items():
+        groups.setdefault(symbols(text), []).append(i)
+    for group in groups.values():
+        pool, kept = RougePool(tokenizer="unicode"), []
+        pool.learn(texts[i] for i in group)
+        for i in group:
+            nearest = pool.exceeds(texts[i], threshold)
+            other = None if nearest is None else kept[nearest]
+            inputs = [input_of(records[n]) for n in (i, other) if n is not None]
+            if other is None or (all(inputs) and _rouge_l(*inputs) <= threshold):
+                pool.add(texts[i])
+                kept.append(i)
+            else:
+                start = around(records[other]["instruction"], 0, 60)
+                found[i] = f"ROUGE-L {_rouge_l(texts[i], texts[other]):.2f} with record {other}: {start}"
     return found
+
+
+def _rouge_l(a: str, b: str) -> float:
+    return RougePool([b], "unicode").scores(a)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,6 +77,13 @@ RECORD_CLASSES: dict[str, tuple[str, Callable[[dict], str | None]]] = {
     "needs-media": ("asks to make or to look at a picture", questions.needs_media),
     "nonsense": ("the instruction makes no sense", questions.nonsense),
     "merged": ("contains the next task or the teacher's prompt", answers.merged),
+    "chat-token": ("contains a chat template's token or a model's thoughts", marks.chat_token),
+    "as-an-ai": ("the output talks of itself as a model, unasked", marks.as_an_ai),
+    "error-text": ("a server's error message in place of an answer", marks.error_text),
+    "label": ('the output begins with "Output:" or the like', marks.label),
+    "chatter": ("the output ends in an offer to the user", marks.chatter),
+    "echo": ("the output begins with a copy of the instruction", marks.echo),
+    "repetition": ("the output is one sentence over and over", marks.repetition),
     "cut-off": ("the output is cut off", answers.cut_off),
     "no-full-stop": ("the last sentence has no end", answers.no_full_stop),
     "wrong-arithmetic": ("a calculation is wrong", answers.wrong_arithmetic),
