@@ -20,7 +20,7 @@ from contextlib import closing
 from alpaca import UserError
 from alpaca.common import cli
 from alpaca.common.journal import check_output
-from alpaca.common.text import CONTROL, printable
+from alpaca.common.text import CONTROL, counted, in_brackets, printable
 
 HELP = r'''Type an instruction. Each is answered on its own (with --template chat, turns are remembered).
   \ at the end of a line continues it on the next; put a text of several lines between two """
@@ -274,12 +274,11 @@ def answer_records(
     notes = [
         (counts["earlier"], "of an earlier run"),
         (counts["cut"], "cut off at --max_new_tokens or the end of the context"),
-        (counts["too_long"], 'instructions do not fit the context ("error" in their rows)'),
+        (counts["too_long"], 'too long for the context ("error" in their rows)'),
         (counts["unended"], 'thought without an end: raise --max_new_tokens ("error" in their rows)'),
         (len(faults), "malformed records left out"),
     ]
-    noted = "; ".join(f"{count:,} {what}" for count, what in notes if count)
-    print(f"{counts['answers']:,} answers in {output_path}" + (f" ({noted})" if noted else ""), file=sys.stderr)
+    print(f"{counted(counts['answers'], 'answer')} in {output_path}" + in_brackets(notes), file=sys.stderr)
 
 
 if __name__ == "__main__":

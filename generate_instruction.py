@@ -26,6 +26,7 @@ import math
 import random
 import re
 import string
+import sys
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
@@ -206,7 +207,8 @@ def begin(
     if journal.repaired_bytes:
         print(f"{journal.path}: the last {journal.repaired_bytes} bytes were torn by a crash and are cut off")
     if run["start"] or replies:
-        print(f"continuing {regen_path.parent}: {run['start']} records at its start, {replies} replies since")
+        begun = f"begun with {counted(run['start'], 'record')}"
+        print(f"continuing {regen_path.parent}, {begun}: {counted(replies, 'reply')} since")
     return run, records[: run["start"]]
 
 
@@ -286,6 +288,10 @@ def generate_instruction_following_data(
             save = partial(write_results, output, model_name, earlier, budget, selection)
             try:
                 more = asyncio.run(collect(teacher, request, journal, budget, selection, save))
+            except KeyboardInterrupt:
+                if not requests.batched:  # a batch says where it continues
+                    print(f"\nthe same command continues: the replies are in {journal.path}", file=sys.stderr)
+                raise
             finally:  # after Ctrl-C and errors too
                 counts = save()
                 if counts["requests"]:
@@ -349,7 +355,7 @@ async def collect(teacher, request, journal, budget, selection, save) -> str | N
         return await Batches(*what).run()
     refuse_open_batch(journal)
     counts = (lambda: len(selection.kept)), replies_left
-    async with progress_bar(budget, teacher.pace, "instruction", selection.target, *counts, exact=False):
+    async with progress_bar(budget, teacher.pace, selection.target, *counts, exact=False):
         await Direct(*what, at_intervals=save).run()
 
 
@@ -359,7 +365,7 @@ def conclude(selection: Selection, budget: Budget, regen_path: Path, more: str |
     Raises:
         UserError: too many requests failed, replies cannot be read, or nothing was kept.
     """
-    made = f"{len(selection.kept)} instructions in {regen_path} ({selection.new()} new)"
+    made = f"{counted(len(selection.kept), 'instruction')} in {regen_path} ({selection.new():,} new)"
     if selection.unseen:
         print(selection.unseen_warning())
     if cut := selection.dropped["cut off"]:
@@ -384,10 +390,13 @@ def conclude(selection: Selection, budget: Budget, regen_path: Path, more: str |
 
 
 def print_counts(counts: dict) -> None:
-    """Print a report's counts as a table; the counts in a dict are a row each."""
+    """Print a report's counts as a table; the counts in a dict are a row each. Without prices there is no cost."""
     rows = []
     for name, value in counts.items():
-        rows += [(f"{name}: {kind}", n) for kind, n in value.items()] if isinstance(value, dict) else [(name, value)]
+        if isinstance(value, dict):
+            rows += [(shorten(f"{name}: {kind}"), n) for kind, n in value.items()]
+        elif value or name != "cost_usd":
+            rows.append((name, value))
     width = max(len(name) for name, _ in rows)
     for name, number in rows:
         print(f"{name.replace('_', ' ').ljust(width)}  {number:>12,}")

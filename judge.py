@@ -37,7 +37,7 @@ from alpaca import UserError
 from alpaca.common.cli import run_cli
 from alpaca.common.journal import Journal, check_output
 from alpaca.common.records import write_records
-from alpaca.common.text import in_brackets
+from alpaca.common.text import counted, in_brackets
 from alpaca.data.instruction_sets import is_name, is_the_252, read_answers, read_pair, read_set
 from alpaca.endpoint.budget import Budget, RequestSettings
 from alpaca.endpoint.client import THOUGHT, Answerer, Completion, OpenAIDecodingArguments
@@ -137,7 +137,7 @@ def _answer_there(items, output_path, model_name, generator, api, requests, max_
     run |= {"extra_body": requests.extra} if requests.extra else {}
     with Journal(journal_path) as journal:
         journal.begin(run | asdict(decoding))
-        replies = ask_each(teacher, prompts, seed, journal, budget, "answer")
+        replies = ask_each(teacher, prompts, seed, journal, budget)
     pairs = zip(items, replies, strict=True)
     rows = [item.row(output) | _answered(reply) | {"generator": generator} for item, reply in pairs]
     if output.suffix == ".json":  # alpaca_eval would read a row without an answer as "nan"
@@ -145,8 +145,9 @@ def _answer_there(items, output_path, model_name, generator, api, requests, max_
     write_records(rows, output, lines=output.suffix != ".json")
     notes = [(sum(row.get("finish_reason") == "length" for row in rows), "cut off at --max_new_tokens")]
     notes += [(sum(row.get("output") == "" for row in rows), "empty, and counted as answers")]
-    notes += [(sum(THOUGHT in row.get("error", "") for row in rows), "only thoughts: raise --max_new_tokens")]
-    summarize(f"{sum('output' in row for row in rows):,} answers in {output}", replies, budget, journal, notes)
+    thought = sum(THOUGHT in row.get("error", "") for row in rows)
+    notes += [(thought, "only thoughts: raise --max_new_tokens, with another --output_path")]
+    summarize(f"{counted(sum('output' in row for row in rows), 'answer')} in {output}", replies, budget, journal, notes)
 
 
 def _answered(reply: Completion | None) -> dict:
@@ -187,9 +188,9 @@ def _answer_here(items, output_path, model_path, generator, template, sampling, 
     )
     notes = [(counts["earlier"], "of an earlier run")]
     notes += [(counts["cut"], "cut off at --max_new_tokens or the context's end")]
-    notes += [(counts["too_long"], 'instructions do not fit the context: "error" in their rows')]
+    notes += [(counts["too_long"], 'too long for the context: "error" in their rows')]
     notes += [(counts["unended"], 'thought without an end: raise --max_new_tokens ("error" in their rows)')]
-    print(f"{counts['answers']:,} answers in {output_path}" + in_brackets(notes))
+    print(f"{counted(counts['answers'], 'answer')} in {output_path}" + in_brackets(notes))
 
 
 def _reference_fields(model, tokenizer, items) -> list[dict]:
@@ -250,7 +251,7 @@ def judge(
     run |= {"instructions": _digest([asdict(item) for item in items]), "answers": _digest([a.outputs, b.outputs])}
     with Journal(journal_path) as journal:
         journal.begin(run | {"generators": [a.generator, b.generator]})
-        replies = ask_each(teacher, prompts, seed, journal, budget, "judgment")
+        replies = ask_each(teacher, prompts, seed, journal, budget)
     settings = {name: value for name, value in settings.items() if f"{name} left out" not in budget.changed}
     by = {"kind": "model", "name": model_name, "prompt_sha256": prompt_sha256}
     reply_to = dict(zip(to_ask, replies, strict=True))
@@ -263,8 +264,9 @@ def judge(
         rows.append(judge_prompt.judgment(item, shown, by | {"settings": settings | fewer}, reply))
     write_records(rows, output, lines=True)
     notes = [(sum("note" in row for row in rows), "for equal answers, which are a tie unasked")]
-    notes += [(sum(row["error"] == judge_prompt.CUT_OFF for row in rows), "cut off: raise --max_tokens")]
-    summarize(f"{len(rows):,} judgments in {output}", replies, budget, journal, notes)
+    cut = sum(row["error"] == judge_prompt.CUT_OFF for row in rows)
+    notes += [(cut, "cut off: raise --max_tokens, with another --output_path")]
+    summarize(f"{counted(len(rows), 'judgment')} in {output}", replies, budget, journal, notes)
 
 
 def people(

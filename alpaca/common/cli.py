@@ -16,6 +16,8 @@ import typing
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from tqdm.contrib.logging import logging_redirect_tqdm
+
 from alpaca import UserError
 from alpaca.common.text import printable
 
@@ -45,7 +47,8 @@ def run_cli(commands: Commands) -> None:
             print(help_text(Path(sys.argv[0]).name, commands, sys.argv[1:]))
             sys.exit(0)
         function, arguments = call
-        function(**arguments)
+        with logging_redirect_tqdm():  # warnings go above a progress bar, not behind it
+            function(**arguments)
     except UserError as e:  # it may quote a stranger's file
         sys.exit(f"error: {printable(str(e))}")
     except KeyboardInterrupt:

@@ -34,8 +34,8 @@ def shorten(text: str, most: int = 60) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """Return "1 item" or "2,000 items"."""
-    return f"{number:,} {noun}" + "s" * (number != 1)
+    """Return "1 item" or "2,000 items", "1 reply" or "2 replies"."""
+    return f"{number:,} " + (noun if number == 1 else re.sub("(?<=[^aeiou])y$", "ie", noun) + "s")
 
 
 def in_brackets(notes: Iterable[tuple[int, str]]) -> str:

@@ -28,7 +28,8 @@ from tqdm import tqdm
 from alpaca import UserError
 from alpaca.common.files import replace_file
 from alpaca.common.journal import Journal
-from alpaca.common.text import counted, in_brackets
+from alpaca.common.text import counted, in_brackets, shorten
+from alpaca.endpoint.budget import in_words
 from alpaca.endpoint.client import Completion
 from alpaca.endpoint.run import Run
 from alpaca.endpoint.transport import Lost
@@ -167,13 +168,14 @@ class Batches(Run):
     async def _round(self, lines: dict[int, bytes]) -> str | None:
         """Do what is left of a round; return what became of its batch, or None when the time limit has passed."""
         began, faults, limit = time.monotonic(), 0, self.settings.time_limit
-        with tqdm(unit="request") as bar:
+        total, form = len(lines or self.open["requests"]), "{desc}: {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+        with tqdm(total=total, desc="batch", bar_format=form) as bar:
             while True:
                 try:  # each step begins where the journal says, and so can be repeated
                     if "id" not in self.open:
                         await self._submit(lines)
-                    bar.total, where = len(self.open["requests"]), f"/batches/{self.open['id']}"
-                    bar.set_description(f"batch {self.open['id']}", refresh=False)
+                    where = f"/batches/{self.open['id']}"
+                    bar.set_description_str(f"batch {shorten(self.open['id'], 16)}", refresh=False)  # OpenAI's have 38
                     batch = await self._call("GET", where, "status")
                     state, counts = batch["status"].lower(), batch.get("request_counts") or {}
                     bar.n = (counts.get("completed") or 0) + (counts.get("failed") or 0)
@@ -242,7 +244,7 @@ class Batches(Run):
         found = {(number, self.asked[number]["times"]): (0, b"no result") for number in missing or ()} | found
         due = {n: found[n, times] for n, times in found if n not in self.known and times == self.asked[n]["times"]}
         sent = {number: self._question(number) for number in due}  # before read() learns what the server refuses
-        replies, end = {}, None
+        replies, again, end = {}, Counter(), None
         # Those that succeeded first: where others did, a refusal is of one request, and not of the model.
         for number, (status, text) in sorted(due.items(), key=lambda item: (item[1][0] != 200, item[0])):
             asked, reply, follows = self.asked[number], Completion(None, error=self.teacher.words(text)), "retry"
@@ -259,6 +261,8 @@ class Batches(Run):
                 total = {key: asked.pop(key) for key in ("prompt_tokens", "completion_tokens")}
                 replies[number] = replace(settled or reply, price=self.settings.price, **total)
                 self.asked[number] = Counter(times=asked["times"])
+            else:
+                again[reply.error] += 1
         over = {"done": where, "asked": {n: self.asked[n] for n in due}, "learned": self.teacher.settings.learned}
         self._note(over, replies)
         for reply in replies.values():
@@ -266,8 +270,8 @@ class Batches(Run):
         self.hand_on(replies)
         if end:
             raise end
-        notes = [(len(due) - len(replies), "to ask again"), (len(found) - len(due), "read before")]
-        return counted(len(replies), "result") + in_brackets([*notes, (foreign, "lines not of this run")])
+        notes = [(again.total(), f"to ask again: {in_words(again)}"), (len(found) - len(due), "read before")]
+        return counted(len(replies), "result") + in_brackets([*notes, (foreign, "not of this run")])
 
     def _note(self, batch: dict, replies: dict[int, Completion] | None = None) -> None:
         self.write(replies or {}, {"batch": batch})

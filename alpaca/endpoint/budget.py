@@ -19,18 +19,19 @@ class RequestSettings:
         max_concurrency: requests in flight at once.
         request_timeout: seconds until a request is retried (at most 5 times, with exponential backoff).
         time_limit: stop sending after this many seconds.
-        max_total_tokens: stop sending when prompts and replies, earlier runs included, have used this many tokens.
-        max_cost_usd: stop sending when they have cost this many dollars; needs the two prices.
+        max_total_tokens: stop sending when prompts and replies, earlier runs included, have used this many tokens;
+            requests in flight are still answered.
+        max_cost_usd: the same for their cost in dollars; needs the two prices.
         prompt_price: dollars per million prompt tokens.
         completion_price: dollars per million reply tokens.
         max_failure_rate: end the run when more than this share of its last 100 requests (at least 10) failed for good.
         requests_per_minute: send no more than this (default: the server's refusals and headers set the pace).
         tokens_per_minute: the same for tokens of prompts and replies.
-        give_up_after: end the run when the server has refused everything for this many seconds.
+        give_up_after: end the run when the server has refused everything for this many seconds, or asks to wait longer.
         extra_body: JSON with further fields of each request, for what a provider has besides, such as
             {"reasoning_effort": "low"}.
-        batch: send requests through the server's Batch API: within a day, mostly at half price. After Ctrl-C or a kill
-            the same command finds its batch.
+        batch: send requests through the server's Batch API, which answers within a day, mostly at half price. After
+            Ctrl-C or a kill the same command finds its batch.
         batch_cancel: cancel this run's batch and keep the replies that it already has.
         batch_discount: the share of the price that a batch saves; 0.5 is half price.
         batch_write: write the requests to this file and stop; vllm run-batch and other tools answer them offline.
@@ -181,5 +182,5 @@ def spread(low: float, high: float, form: str = "{:,.0f}") -> str:
 
 
 def in_words(counts: Counter) -> str:
-    """Return counts in words, "malformed 3, too short 1", the most frequent first, or "none"."""
-    return ", ".join(f"{name} {count}" for name, count in counts.most_common()) or "none"
+    """Return the names that were counted, the most frequent first; with their counts if there are several."""
+    return ", ".join(f"{count} × {name}" if len(counts) > 1 else name for name, count in counts.most_common())

@@ -237,7 +237,7 @@ def _fault_of(reply: Reply, tokens: int) -> str | None:
     if reply.text.strip():
         return None
     if reply.finish_reason == "length" and reply.thoughts:
-        return f"no answer: all {tokens:,} tokens {THOUGHT} (allow more)"
+        return f"no answer: all {tokens:,} tokens {THOUGHT}; allow more tokens"
     if reply.thoughts:
         return "no answer: the server put all of the text into its thoughts"
     return f"empty reply (finish_reason {reply.finish_reason})"

@@ -180,7 +180,8 @@ class Settings:
         limit = self._trying.pop(prompt, None)
         if limit and limit < self._longest(len(prompt)):
             self.learned["fitting"].append([len(prompt), limit])
-            self._change("context", f"max_tokens {limit} after prompts of {len(prompt):,} characters or more")
+            prompts = f"prompts of {len(prompt):,} characters or more"
+            self._change("context", f"max_tokens lowered to {limit} after {prompts}")
 
     def _longest(self, characters: int) -> int:
         """Return the most tokens to ask for after a prompt of so many characters: a long one limits no shorter one."""

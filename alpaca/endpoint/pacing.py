@@ -77,7 +77,7 @@ class Pace:
         limit, flying = self._rate, f"{self.in_flight} in flight"
         if limit.patience == Limit.FIRST or limit.at(self.clock()) > 2 * limit.value:  # not yet measured, or long ago
             return flying
-        return f"{float(f'{60 * limit.value:.2g}'):,.6g} requests/min allowed by the server, {flying}"
+        return f"{flying}, limit {float(f'{60 * limit.value:.2g}'):,.6g}/min"
 
     def wait(self, now: float) -> float:
         """Return the seconds until the next request may be sent, or until it is worth asking again."""
@@ -157,8 +157,9 @@ class Pace:
         since, until = min(now, self._failing_since), max(now, self._asked_until)
         if self.in_flight or until - since < self.give_up_after:
             return None
-        why = f"the server asks to wait {until - now:,.0f} s" if until > now else "no request has succeeded"
-        return f"{why}, after {now - since:,.0f} s of refusals (last: {self._last_error})"
+        asked = f"the server asks to wait {until - now:,.0f} s"
+        why = asked if until > now else f"no request has succeeded for {now - since:,.0f} s"
+        return f"{why} (last error: {self._last_error})"
 
     async def turn(self, tokens: float = 0, again: bool = False) -> int:
         """Wait in line until a request may be sent, count it, and return its ticket. Raise UserError if stuck().

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from alpaca import UserError
 from alpaca.common.journal import Journal
-from alpaca.common.text import in_brackets
+from alpaca.common.text import counted, in_brackets
 from alpaca.endpoint.batch_api import Batches, refuse_open_batch
 from alpaca.endpoint.budget import Budget, in_words, spread
 from alpaca.endpoint.client import Completion, Teacher
@@ -124,12 +124,12 @@ class Direct(Run):
 def print_forecast(budget: Budget, requests: tuple[float, float], characters: float, max_tokens: int) -> None:
     """Print an estimate for prompts of so many characters. Few replies are shorter than a tenth of ``max_tokens``."""
     text = budget.forecast(requests, characters / 4, (max_tokens / 10, max_tokens))  # English: 4 characters a token
-    print(f"forecast: about {text}; updated as replies arrive")
+    print(f"forecast: about {text}" + "; updated as replies arrive" * (not budget.settings.batched))
 
 
 @asynccontextmanager
 async def progress_bar(
-    budget: Budget, pace, unit: str, total: int, done: Callable[[], int], left: Callable[[], float], exact: bool
+    budget: Budget, pace, total: int, done: Callable[[], int], left: Callable[[], float], exact: bool
 ) -> AsyncIterator[None]:
     """Show a bar with what a run has used and the server's pace, and a forecast after 8, 16, 32, … replies.
 
@@ -138,7 +138,6 @@ async def progress_bar(
     Args:
         budget: counts the replies.
         pace: the teacher's.
-        unit: the name of what is made.
         total: how many are wanted.
         done: how many there are.
         left: how many more requests that should take, judged by the replies so far.
@@ -147,8 +146,11 @@ async def progress_bar(
 
     def redraw() -> None:
         bar.total = max(bar.total, done())  # a reply may hold more than was asked for
-        failed = f", {budget.failures.total()} failed" if budget.failures else ""
-        bar.set_postfix_str(f"{budget.replies} replies, tokens {budget.used()}{failed}, {pace}", refresh=False)
+        failed = f"{budget.failures.total():,} failed, " if budget.failures else ""
+        cost = f"${budget.cost:,.2f}, " if budget.cost else ""
+        tokens = budget.prompt_tokens + budget.completion_tokens
+        said = f"{failed}{counted(budget.replies, 'reply')}, {tokens:,} tokens, {cost}{pace}"
+        bar.set_postfix_str(said, refresh=False)
         bar.update(done() - bar.n)
 
     def forecast() -> str:
@@ -157,19 +159,21 @@ async def progress_bar(
         prompt, reply = budget.prompt_tokens / budget.replies, budget.completion_tokens / budget.replies
         minutes = [n * budget.seconds() / budget.new_replies / 60 for n in requests]
         rest = budget.forecast(requests, prompt, (reply / sure, reply * sure) if exact else (reply, reply))
-        return f"forecast after {budget.replies} replies: {rest}, {spread(*minutes, '{:,.1f}')} min more"
+        return f"forecast after {budget.replies:,} replies: {rest}, {spread(*minutes, '{:,.1f}')} min more"
 
     async def keep_redrawing() -> None:
         forecast_due = 8  # replies
         while True:
-            if budget.new_replies >= forecast_due and left() >= 1:
-                forecast_due = 2 * budget.new_replies
-                bar.write(forecast())
             redraw()
+            if budget.new_replies >= forecast_due and left() >= 1 and budget.prompt_tokens:
+                forecast_due = 2 * budget.new_replies
+                bar.write(forecast())  # which shows the bar again
             await asyncio.sleep(0.5)
 
-    often = 0.5 if sys.stderr.isatty() else 30  # s
-    with tqdm(total=total, initial=done(), unit=unit, disable=not total, mininterval=often, miniters=0) as bar:
+    # Without the rate: of 80 columns, it leaves too few for what has failed and what it costs.
+    form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+    often = {"mininterval": 0.5 if sys.stderr.isatty() else 30.0, "miniters": 0}
+    with tqdm(total=total, initial=done(), bar_format=form, disable=not total, **often) as bar:
         redrawing = asyncio.create_task(keep_redrawing())
         try:
             yield
@@ -179,7 +183,7 @@ async def progress_bar(
 
 
 def ask_each(
-    teacher: Teacher, prompts: list[str], seed: int | None, journal: Journal, budget: Budget, unit: str
+    teacher: Teacher, prompts: list[str], seed: int | None, journal: Journal, budget: Budget
 ) -> list[Completion | None]:
     """Ask for a reply to each prompt that has none with a text in the journal, within a budget.
 
@@ -189,7 +193,6 @@ def ask_each(
         seed: sent with each request.
         journal: as in Run.
         budget: when it is spent, or too much fails, nothing more is sent.
-        unit: what a reply is called in the bar.
 
     Returns:
         For each prompt the reply, or the failure, or None where the run ended before it was asked.
@@ -210,7 +213,7 @@ def ask_each(
             return await Batches(*what).run()
         refuse_open_batch(journal)
         counts = (lambda: earlier + budget.new_replies), (lambda: missing - budget.new_replies)
-        async with progress_bar(budget, teacher.pace, unit, len(prompts), *counts, exact=True):
+        async with progress_bar(budget, teacher.pace, len(prompts), *counts, exact=True):
             await Direct(*what).run()
 
     try:
@@ -241,13 +244,14 @@ def summarize(
     """
     errors = Counter(reply.error for reply in replies if reply and reply.error)
     unasked = sum(reply is None for reply in replies)
-    notes = [*notes, (errors.total(), f"failed: {in_words(errors)}"), (unasked, "not asked")]
+    why = budget.failing()  # which says why they failed
+    notes = [*notes, (errors.total(), "failed" if why else f"failed: {in_words(errors)}"), (unasked, "not asked")]
     made += f"{in_brackets(notes)}; tokens {budget.used()}"
     if unasked or any(reply.text is None for reply in replies if reply):
         made += "; the same command continues with what is missing"
     else:
         journal.path.unlink()
-    if why := budget.failing():
+    if why:
         raise UserError(f"{why}: the run ended; {made}")
     why = unasked and budget.exhausted()
     if (errors or why) and all(reply is None or reply.error for reply in replies):

@@ -46,13 +46,13 @@ class Server:
         if not (key or base_url or offline):
             own = "base_url (or OPENAI_BASE_URL) for a server of your own"
             raise UserError(f"no server to ask: set OPENAI_API_KEY, or {own}")
-        base_url = base_url or "https://api.openai.com/v1"
+        url = base_url or "https://api.openai.com/v1"
         try:
-            parts = urllib.parse.urlsplit(base_url)
+            parts = urllib.parse.urlsplit(url)
             fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0  # ValueError for a bad port
         except ValueError:
             fits = False
-        if not (fits and base_url.isprintable() and " " not in base_url):
+        if not (fits and url.isprintable() and " " not in url):
             raise UserError("base_url is not a URL: it looks like http://127.0.0.1:8000/v1")
         login, _, netloc = parts.netloc.rpartition("@")
         if login and key:
@@ -65,7 +65,8 @@ class Server:
         in_query = [value for name, value in urllib.parse.parse_qsl(parts.query) if name != "api-version"]
         self.secrets = (secret, coded, login, *in_query)
         self._query = parts.query
-        self.where = parts._replace(netloc=netloc, query="", fragment="").geturl().rstrip("/")  # without secrets
+        where = parts._replace(netloc=netloc, query="", fragment="").geturl().rstrip("/")
+        self.where = where if base_url or not offline else "the server"  # without secrets
         self._proxy, self._proxied = _proxy_for(parts.scheme, parts.hostname)
         self._session, self._timeout = None, timeout
 

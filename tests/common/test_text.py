@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alpaca import UserError
-from alpaca.common.text import check_utf8, first_line, printable, shorten, without_thoughts
+from alpaca.common.text import check_utf8, counted, first_line, printable, shorten, without_thoughts
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,20 @@ def test_the_first_line_of_an_error_is_never_empty(error, line):
 def test_a_text_is_shortened_to_its_limit_and_says_so():
     assert shorten("a  b\nc", 5) == "a b c"
     assert shorten("abcdef", 5) == "abcd…" and len(shorten("x" * 100)) == 60
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "text"),
+    [
+        (1, "item", "1 item"),
+        (0, "item", "0 items"),
+        (2000, "reply", "2,000 replies"),
+        (1, "reply", "1 reply"),
+        (2, "day", "2 days"),
+    ],
+)
+def test_a_number_has_its_noun_in_the_right_form(number, noun, text):
+    assert counted(number, noun) == text
 
 
 def test_control_characters_are_spelled_out_and_tab_and_line_feed_are_left():

@@ -84,7 +84,7 @@ def test_replies_arrive_in_order_from_one_batch_and_a_second_run_asks_nothing(ba
     assert why is None and [reply.text for reply in replies] == expected(6)
     assert (budget.replies, budget.prompt_tokens, budget.completion_tokens) == (6, 42, 30)
     assert server.steps == ["upload", "list", "create", "poll", "poll", "poll", "content"]
-    assert "batch batch-0 completed: 6 results (2 lines not of this run)" in capsys.readouterr().out
+    assert "batch batch-0 completed: 6 results (2 not of this run)" in capsys.readouterr().out
     assert drive(server, tmp_path)[1] == replies and len(server.steps) == 7
     assert [line["custom_id"].split("-")[1:] for line in server.lines[0]] == [[str(i), "0"] for i in range(6)]
     assert server.lines[0][2]["body"] == {
@@ -350,7 +350,7 @@ def test_large_rounds_are_split(batch_server, tmp_path, monkeypatch):
     assert [len(lines) for lines in server.lines] == [4, 2, 2, 2, 2]
 
 
-def test_files_are_written_and_read_without_a_server(batch_server, tmp_path):
+def test_files_are_written_and_read_without_a_server(batch_server, tmp_path, capsys):
     asked, replies = tmp_path / "asked.jsonl", tmp_path / "replies.jsonl"
     server = batch_server(echo)
     server.server.server_close()
@@ -369,6 +369,7 @@ def test_files_are_written_and_read_without_a_server(batch_server, tmp_path):
 
     replies.write_text(row(lines[2], text="two") + row(lines[1], 500) + row(lines[0], text="zero"))
     why, found, _ = drive(server, tmp_path, 3, read)
+    assert f"{replies}: 2 results (1 to ask again: HTTP 500: out of memory)" in capsys.readouterr().out
     assert why == "1 more request to be answered: write them to a file" and [reply.text for reply in found] == ["zero"]
     drive(server, tmp_path, 3, read)  # again: nothing counts twice
     assert drive(server, tmp_path, 3, write)[1] == found
@@ -381,6 +382,13 @@ def test_files_are_written_and_read_without_a_server(batch_server, tmp_path):
     assert drive(server, tmp_path, 4, read)[1][3].error == "HTTP 400: out of memory"
     replies.write_text(row({"custom_id": "0badc0de-1-0"}, text="?"))
     assert_user_error(lambda: drive(server, tmp_path, 4, read), str(replies), "has no result of this run")
+
+
+def test_replies_of_an_unknown_server_are_not_taken_for_openais(monkeypatch):
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    teacher = Teacher("m", OpenAIDecodingArguments(), settings=RequestSettings(batch_read="replies.jsonl"))
+    with pytest.raises(UserError, match="^the server has no model 'm'"):
+        teacher.read("", {}, 404, b'{"error": {"error": {"message": "The model `m` does not exist."}}}')
 
 
 class Killed(BaseException):

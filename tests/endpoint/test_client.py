@@ -423,17 +423,28 @@ def test_the_time_limit_ends_a_run_that_waits_to_send_again_and_keeps_what_it_ha
     settings = RequestSettings(server.base_url, time_limit=1.0, max_concurrency=1)
     with Journal(tmp_path / "j") as journal:
         asked, budget = Teacher("m", OpenAIDecodingArguments(), settings=settings), Budget(settings)
-        replies = ask_each(asked, list("abc"), None, journal, budget, "answer")
+        replies = ask_each(asked, list("abc"), None, journal, budget)
         assert [reply and reply.text for reply in replies] == ["ok", None, None]
         assert budget.exhausted() == "the time limit of 1 s" and not budget.failures
         assert budget.seconds() < 5  # without the limit: 600 s, 60 s and 12 s
+
+
+def test_the_bar_shows_on_80_columns_what_failed_and_what_it_costs(teacher, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    server = teacher(lambda n, body: 400 if prompt_of(body) == "a" else "ok")
+    settings = RequestSettings(server.base_url, prompt_price=1e4, completion_price=1e4)
+    with Journal(tmp_path / "j") as journal:
+        asked, budget = Teacher("m", OpenAIDecodingArguments(), settings=settings), Budget(settings)
+        ask_each(asked, list("abc"), None, journal, budget)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "3/3 [" in last and last.endswith(", 1 failed, 3 replies, 24 tokens, $0.24, 0 in flight]")
 
 
 def test_a_run_without_a_result_is_an_error(teacher, tmp_path):
     settings = RequestSettings(teacher(lambda n, body: 429).base_url, time_limit=0.5)
     with Journal(tmp_path / "j") as journal:
         asked, budget = Teacher("m", OpenAIDecodingArguments(), settings=settings), Budget(settings)
-        replies = ask_each(asked, ["a"], None, journal, budget, "answer")
+        replies = ask_each(asked, ["a"], None, journal, budget)
         assert_user_error(
             lambda: summarize("0 answers in x", replies, budget, journal, []),
             "the time limit of 0.5 s ended the run: 0 answers in x (1 not asked)",

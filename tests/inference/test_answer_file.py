@@ -100,7 +100,7 @@ def test_an_instruction_that_does_not_fit_is_told_and_has_an_error(tiny_llama, t
     rows = json.loads(output.read_text())
     assert "the model reads at most 1024" in rows[0]["error"] and "output" not in rows[0]
     assert rows[1]["generator"] == "me" and rows[1]["finish_reason"] == "length" and "finish_reason" not in rows[0]
-    assert "1 answers in" in (said := capsys.readouterr().out) and "1 instructions do not fit the context" in said
+    assert "1 answer in" in (said := capsys.readouterr().out) and "1 too long for the context" in said
     assert read_answers(output, read_set(instructions)).unanswered == ["1"]
 
 

@@ -239,7 +239,7 @@ def test_a_run_goes_on_from_a_regen_json_of_the_original(teacher, run, tmp_path,
     assert texts(records[2:]) == [fresh(0)]
     assert ORIGINALS[0]["instruction"] in records[2]["most_similar_instructions"]
     printed = capsys.readouterr().out
-    assert "2 records at its start, 0 replies since" in printed and "(1 new)" in printed
+    assert "begun with 2 records: 0 replies since" in printed and "(1 new)" in printed
 
 
 def test_a_run_that_has_enough_asks_nothing_and_writes_nothing(teacher, run, tmp_path, capsys):
@@ -333,7 +333,7 @@ def test_ten_replies_in_a_row_without_a_whole_item_end_the_run_and_one_is_shown(
         run(server, max_total_tokens=10**9)
     message = str(caught.value)
     assert message.startswith("10 replies in a row without one whole item ") and "\n" not in message
-    assert all(word in message for word in [*words, "1 instructions in", "(1 new)"]), message
+    assert all(word in message for word in [*words, "1 instruction in", "(1 new)"]), message
     shown = message.partition("; a reply begins: ")[2]
     assert shown.startswith(("I am \\x1b[2Jsorry. No.", "Compare red0")) and 50 < len(shown) <= 203
     assert texts(json.loads((tmp_path / "out" / "regen.json").read_text())) == [fresh(0)]
@@ -400,7 +400,7 @@ def test_the_time_limit_ends_a_run_with_a_plain_statement(teacher, run, capsys):
         return reply(fresh(0))
 
     assert texts(run(teacher(answer), time_limit=0.5)) == [fresh(0)]
-    assert "the time limit of 0.5 s ended the run before 100 were kept\n1 instructions in" in capsys.readouterr().out
+    assert "the time limit of 0.5 s ended the run before 100 were kept\n1 instruction in" in capsys.readouterr().out
 
 
 def test_the_run_goes_on_through_faults_and_ends_with_enough(teacher, run, tmp_path):
@@ -517,7 +517,7 @@ def test_a_refusal_ends_the_command_at_once_and_the_key_is_nowhere(teacher, tmp_
 
 def test_when_every_request_of_a_batch_fails_the_command_ends_with_the_reasons(teacher, tmp_path):
     result = generate(teacher(lambda n, body: "empty" if n == 2 else "null"), tmp_path, "--max_concurrency", "3")
-    assert_one_line_error(result, "requests failed", "empty reply (finish_reason stop) ", "0 instructions in")
+    assert_one_line_error(result, "requests failed", "(empty reply (finish_reason stop)): ", "0 instructions in")
     assert not (tmp_path / "regen.json").exists()
     assert json.loads((tmp_path / "report.json").read_text())["kept"] == 0
 

@@ -193,7 +193,7 @@ def test_a_reply_without_a_verdict_is_asked_for_again_with_a_reminder_and_then_f
     assert [row["reply"] for row in rows[4:6]] == ["Hard to say."] * 2
     seeds = [(shown(body)[0], body["seed"]) for body in server.requests if shown(body)[0] in ("1", "2")]
     assert sorted(seeds) == [("1", 0), ("1", 1), ("2", 0), ("2", 1), ("2", 2)]
-    assert "8 judgments in" in (said := capsys.readouterr().out) and "(2 failed: no verdict in 3 replies 2)" in said
+    assert "8 judgments in" in (said := capsys.readouterr().out) and "(2 failed: no verdict in 3 replies)" in said
     assert "tokens 98 prompt" in said  # 14 requests of 7: what was asked again counts
     assert not list(tmp_path.glob("*.journal"))  # asking once more would say the same
 
@@ -232,7 +232,7 @@ def test_a_request_that_failed_is_sent_again_by_the_same_command(teacher, files,
     call(judge.judge, **flags, base_url=server.base_url)
     row = read(tmp_path / "j.jsonl")[2]
     assert (row["preferred"], row["error"], row["reply"]) == (None, "HTTP 400: fault 400", None)
-    assert "1 failed: HTTP 400: fault 400 1); tokens" in (said := capsys.readouterr().out)
+    assert "1 failed: HTTP 400: fault 400); tokens" in (said := capsys.readouterr().out)
     assert "the same command continues with what is missing" in said
     broken = False
     call(judge.judge, **flags, base_url=server.base_url)
@@ -485,7 +485,7 @@ def test_what_a_server_does_not_answer_has_an_error_and_is_asked_again(teacher, 
         "generator": "m",
     }
     assert read_answers(output, read_set(instructions)).unanswered == ["2"]
-    assert "1 answers in" in capsys.readouterr().out
+    assert "1 answer in" in capsys.readouterr().out
     broken = False
     call(judge.answer, str(instructions), str(output), **flags)
     assert [row["output"] for row in read(output)] == ["3", "3"] and len(server.requests) == 3
@@ -501,7 +501,7 @@ def test_a_server_that_says_nothing_has_answered_with_nothing_after_the_retries(
     assert cut["error"] == "empty reply (finish_reason length)" and "output" not in cut
     assert (empty["output"], empty["finish_reason"], "error" in empty) == ("", "stop", False)
     assert len(server.requests) == 1 + 3
-    assert "1 answers in" in (said := capsys.readouterr().out) and "1 empty, and counted as answers" in said
+    assert "1 answer in" in (said := capsys.readouterr().out) and "1 empty, and counted as answers" in said
 
 
 def test_answers_do_not_go_on_from_another_models(teacher, tmp_path):
