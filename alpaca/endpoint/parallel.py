@@ -149,8 +149,8 @@ async def progress_bar(
         failed = f"{budget.failures.total():,} failed, " if budget.failures else ""
         cost = f"${budget.cost:,.2f}, " if budget.cost else ""
         tokens = budget.prompt_tokens + budget.completion_tokens
-        said = f"{failed}{counted(budget.replies, 'reply')}, {tokens:,} tokens, {cost}{pace}"
-        bar.set_postfix_str(said, refresh=False)
+        postfix = f"{failed}{counted(budget.replies, 'reply')}, {tokens:,} tokens, {cost}{pace}"
+        bar.set_postfix_str(postfix, refresh=False)
         bar.update(done() - bar.n)
 
     def forecast() -> str:
@@ -170,10 +170,11 @@ async def progress_bar(
                 bar.write(forecast())  # which shows the bar again
             await asyncio.sleep(0.5)
 
+    often = 0.5 if sys.stderr.isatty() else 30  # s
     # Without the rate: of 80 columns, it leaves too few for what has failed and what it costs.
     form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-    often = {"mininterval": 0.5 if sys.stderr.isatty() else 30.0, "miniters": 0}
-    with tqdm(total=total, initial=done(), bar_format=form, disable=not total, **often) as bar:
+    bar = tqdm(total=total, initial=done(), bar_format=form, disable=not total, mininterval=often, miniters=0)
+    with bar:
         redrawing = asyncio.create_task(keep_redrawing())
         try:
             yield

@@ -38,21 +38,21 @@ class Server:
     """
 
     def __init__(self, base_url: str | None, timeout: float, offline: bool = False):
-        base_url = base_url or os.environ.get("OPENAI_BASE_URL")
+        given = base_url or os.environ.get("OPENAI_BASE_URL")
         key = os.environ.get("OPENAI_API_KEY", "").strip()
         if odd := re.search("[^!-~]", key):
             where = f"{odd[0]!a} as character {odd.start() + 1}"
             raise UserError(f"OPENAI_API_KEY has {where}, which no key has: copy it again")
-        if not (key or base_url or offline):
+        if not (key or given or offline):
             own = "base_url (or OPENAI_BASE_URL) for a server of your own"
             raise UserError(f"no server to ask: set OPENAI_API_KEY, or {own}")
-        url = base_url or "https://api.openai.com/v1"
+        base_url = given or "https://api.openai.com/v1"
         try:
-            parts = urllib.parse.urlsplit(url)
+            parts = urllib.parse.urlsplit(base_url)
             fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0  # ValueError for a bad port
         except ValueError:
             fits = False
-        if not (fits and url.isprintable() and " " not in url):
+        if not (fits and base_url.isprintable() and " " not in base_url):
             raise UserError("base_url is not a URL: it looks like http://127.0.0.1:8000/v1")
         login, _, netloc = parts.netloc.rpartition("@")
         if login and key:
@@ -66,7 +66,7 @@ class Server:
         self.secrets = (secret, coded, login, *in_query)
         self._query = parts.query
         where = parts._replace(netloc=netloc, query="", fragment="").geturl().rstrip("/")
-        self.where = where if base_url or not offline else "the server"  # without secrets
+        self.where = where if given or not offline else "the server"  # in messages: without secrets
         self._proxy, self._proxied = _proxy_for(parts.scheme, parts.hostname)
         self._session, self._timeout = None, timeout
 
