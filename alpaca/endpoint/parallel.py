@@ -164,11 +164,10 @@ async def progress_bar(
     async def keep_redrawing() -> None:
         forecast_due = 8  # replies
         while True:
+            redraw()
             if budget.new_replies >= forecast_due and left() >= 1 and budget.prompt_tokens:
                 forecast_due = 2 * budget.new_replies
-                redraw()  # write() shows the bar again
-                bar.write(forecast())
-            redraw()
+                bar.write(forecast())  # which shows the bar again
             await asyncio.sleep(0.5)
 
     often = 0.5 if sys.stderr.isatty() else 30  # s
