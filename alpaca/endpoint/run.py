@@ -12,12 +12,15 @@ from alpaca.common.journal import Journal
 from alpaca.endpoint.budget import Budget
 from alpaca.endpoint.client import Completion, Teacher
 
+FIELDS = [field.name for field in dataclasses.fields(Completion)]
+
 
 def recorded(journal: Journal) -> Iterator[tuple[int, Completion]]:
     """Yield the number and the reply of each request in a journal; one that was retried comes again."""
     for entry in journal.entries:
         if "i" in entry:
-            yield entry["i"], Completion(**{name: value for name, value in entry.items() if name != "i"})
+            # An older version's entries may have other fields, and lack some.
+            yield entry["i"], Completion(**{name: entry[name] for name in FIELDS if name in entry})
 
 
 @dataclasses.dataclass

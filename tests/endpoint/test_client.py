@@ -464,3 +464,10 @@ def test_an_error_that_no_retry_mends_leaves_the_other_replies_in_the_journal(te
         assert {0, 1, 2} <= {entry["i"] for entry in journal.entries} and all(
             entry["text"] == "ok" for entry in journal.entries
         )
+
+
+def test_the_journal_of_an_older_version_is_read(tmp_path):
+    """It named the settings that a server refuses "left_out"."""
+    with Journal(tmp_path / "j") as journal:
+        journal.append([{"i": 0, "text": "a", "finish_reason": "stop", "prompt_tokens": 7, "left_out": ["seed"]}])
+        assert list(recorded(journal)) == [(0, Completion("a", "stop", 7))]
