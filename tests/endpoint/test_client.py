@@ -16,6 +16,7 @@ from alpaca.common.journal import Journal
 from alpaca.endpoint.budget import Budget, RequestSettings
 from alpaca.endpoint.client import Completion, OpenAIDecodingArguments, Teacher
 from alpaca.endpoint.parallel import Direct, ask_each, summarize
+from alpaca.endpoint.run import recorded
 
 
 def ask(teacher, prompts=("p",), api="chat", max_retries=0, timeout=30.0, seed=None, **decoding) -> list[Completion]:
