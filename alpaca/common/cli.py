@@ -16,8 +16,6 @@ import typing
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from tqdm.contrib.logging import logging_redirect_tqdm
-
 from alpaca import UserError
 from alpaca.common.text import printable
 
@@ -41,14 +39,13 @@ def run_cli(commands: Commands) -> None:
     """
     if hasattr(sys.stdout, "reconfigure"):  # one that is not UTF-8 must not end a run at the first emoji
         sys.stdout.reconfigure(errors="replace")
-    logging.basicConfig(format="warning: %(message)s")
+    logging.basicConfig(format="warning: %(message)s", handlers=[_AboveBars()])
     try:
         if (call := parse(commands, sys.argv[1:])) is None:
             print(help_text(Path(sys.argv[0]).name, commands, sys.argv[1:]))
             sys.exit(0)
         function, arguments = call
-        with logging_redirect_tqdm():  # warnings go above a progress bar, not behind it
-            function(**arguments)
+        function(**arguments)
     except UserError as e:  # it may quote a stranger's file
         sys.exit(f"error: {printable(str(e))}")
     except KeyboardInterrupt:
@@ -59,6 +56,15 @@ def run_cli(commands: Commands) -> None:
         sys.exit(141)
     except OSError as e:
         sys.exit(f"error: {os_error_message(e)}")
+
+
+class _AboveBars(logging.Handler):
+    """Prints above a progress bar, not behind it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm  # here: to say that a library is missing needs none
+
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
 def parse(commands: Commands, argv: list[str]) -> tuple[Callable, dict[str, object]] | None:
