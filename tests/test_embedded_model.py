@@ -220,6 +220,6 @@ def test_a_server_that_dies_is_told_with_the_end_of_its_log(tiny_llama, tmp_path
 
 
 def test_a_ctrl_c_cannot_be_lost_in_a_lock_of_logging_at_the_fork():
-    """logging runs Python code at each fork: an exception there, as Ctrl-C is, would be ignored, and the server stay."""
+    """logging runs Python code at each fork. An exception there, such as Ctrl-C, is ignored: the server would stay."""
     loaded = "import alpaca.embedded_model, sys; sys.exit('logging' in sys.modules)"
     assert run_script("-c", loaded).returncode == 0
