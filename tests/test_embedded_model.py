@@ -217,3 +217,9 @@ def test_a_server_that_dies_is_told_with_the_end_of_its_log(tiny_llama, tmp_path
     assert wrapper.returncode == 1
     assert f"error: the teacher died (exit code -9); the end of {tmp_path / 'log'}:" in err
     assert "Uvicorn running" in err
+
+
+def test_a_ctrl_c_cannot_be_lost_in_a_lock_of_logging_at_the_fork():
+    """logging runs Python code at each fork: an exception there, as Ctrl-C is, would be ignored, and the server stay."""
+    loaded = "import alpaca.embedded_model, sys; sys.exit('logging' in sys.modules)"
+    assert run_script("-c", loaded).returncode == 0

@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import errno
 import inspect
-import logging
 import math
 import re
 import socket
@@ -39,7 +38,6 @@ def run_cli(commands: Commands) -> None:
     """
     if hasattr(sys.stdout, "reconfigure"):  # one that is not UTF-8 must not end a run at the first emoji
         sys.stdout.reconfigure(errors="replace")
-    logging.basicConfig(format="warning: %(message)s", handlers=[_AboveBars()])
     try:
         if (call := parse(commands, sys.argv[1:])) is None:
             print(help_text(Path(sys.argv[0]).name, commands, sys.argv[1:]))
@@ -56,15 +54,6 @@ def run_cli(commands: Commands) -> None:
         sys.exit(141)
     except OSError as e:
         sys.exit(f"error: {os_error_message(e)}")
-
-
-class _AboveBars(logging.Handler):
-    """Prints above a progress bar, not behind it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm  # here: to say that a library is missing needs none
-
-        tqdm.write(self.format(record), file=sys.stderr)
 
 
 def parse(commands: Commands, argv: list[str]) -> tuple[Callable, dict[str, object]] | None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
-import logging
 import re
+import sys
 from collections.abc import Iterator
 from http.client import responses
+
+from tqdm import tqdm
 
 from alpaca.common.text import printable, shorten, without_thoughts
 
@@ -189,7 +191,8 @@ class Settings:
 
     def _change(self, key: str, what: str) -> None:
         if self.changed.get(key) != what:
-            logging.warning("%s refused a setting: %s", self.model_name, what)
+            # Above a progress bar, not behind it.
+            tqdm.write(f"warning: {printable(self.model_name)} refused a setting: {what}", file=sys.stderr)
         self.changed[key] = what
 
 

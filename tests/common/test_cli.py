@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,7 +11,6 @@ import pytest
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tqdm import tqdm
 
 from alpaca import UserError
 from alpaca.common.cli import parse, run_cli
@@ -240,17 +237,6 @@ def test_an_error_that_quotes_a_strangers_file_moves_no_cursor(monkeypatch):
     with pytest.raises(SystemExit) as exit:
         run_cli(fail)
     assert exit.value.code == "error: a\\x1b[2J, \\x9b1A\\rb\nc é"
-
-
-def test_a_warning_goes_above_a_progress_bar(monkeypatch, capsys):
-    def work() -> None:
-        with tqdm(total=2):
-            logging.warning("half done")
-
-    monkeypatch.setattr(sys, "argv", ["work.py"])
-    monkeypatch.setattr(logging.getLogger(), "handlers", [])
-    run_cli(work)
-    assert "warning: half done" in re.split("[\\r\\n]", capsys.readouterr().err)
 
 
 def test_an_error_of_ours_keeps_its_traceback(monkeypatch):

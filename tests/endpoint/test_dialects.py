@@ -8,6 +8,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import socket
 import ssl
 import subprocess
@@ -20,6 +21,7 @@ from conftest import assert_user_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_client import ask
+from tqdm import tqdm
 
 from alpaca import UserError
 from alpaca.endpoint import client, transport
@@ -621,3 +623,9 @@ def test_what_was_learned_survives_as_json():
         "max_tokens halved to 500",
         "max_tokens lowered to 250 after prompts of 13 characters or more",
     ]
+
+
+def test_a_warning_goes_above_a_progress_bar(teacher, capsys):
+    with tqdm(total=2):
+        assert ask(teacher(lambda n, body: (422, EXTRA) if "seed" in body else "ok"), seed=1)[0].text == "ok"
+    assert "warning: m refused a setting: seed left out" in re.split("[\\r\\n]", capsys.readouterr().err)
