@@ -35,7 +35,7 @@ import utils
 from alpaca import UserError
 from alpaca.common import cli
 from alpaca.common.files import git_blob_id
-from alpaca.common.records import RELEASED_BLOB, write_records
+from alpaca.common.records import RELEASED_BLOB, files_of, write_records
 from alpaca.common.text import first_line, printable
 from alpaca.data.lint.classes import CLASSES, OPT_IN, duplicates, find
 from alpaca.data.released import download
@@ -97,16 +97,19 @@ def _copy(source: str, part: Path) -> None:
 # stats
 
 
-def stats(data_path: str, tokenizer: str | None = None, output_path: str | None = None) -> None:
+def stats(
+    data_path: str, tokenizer: str | None = None, output_path: str | None = None, fields: str | None = None
+) -> None:
     """Print counts, lengths, duplicates and the most common first verbs of a data set.
 
     Args:
-        data_path: records to read, JSON or JSON Lines.
+        data_path: records to read: a file, a folder, several with commas between, or a name on the hub.
         tokenizer: a folder with a tokenizer (or its name on the hub), to count tokens too.
         output_path: where to write the same figures as JSON.
+        fields: of data in an unknown format: instruction=question,output=answer, with the names of its fields.
     """
     _refuse_same_files(data_path=data_path, output_path=output_path)
-    records = utils.load_records(data_path)
+    records = utils.load_records(data_path, fields)
     instructions = [" ".join(record["instruction"].split()).casefold() for record in records]
     texts = {field: [record[field] for record in records] for field in ("instruction", "input", "output")}
     texts["input"] = list(filter(None, texts["input"]))
@@ -178,6 +181,7 @@ def lint(
     only: str | None = None,
     skip: str | None = None,
     strict: bool = False,
+    fields: str | None = None,
 ) -> None:
     """Find records that should not be trained on, each with a class, a reason and the evidence.
 
@@ -187,18 +191,19 @@ def lint(
     repetition, cut-off, no-full-stop, wrong-arithmetic, mojibake, stray-escape, duplicate, near-duplicate.
 
     Args:
-        data_path: records to read, JSON or JSON Lines.
-        output_path: where to write the records without a finding, unchanged (JSON Lines if it ends in .jsonl).
+        data_path: records to read: a file, a folder, several with commas between, or a name on the hub.
+        output_path: where to write the records without a finding, in Alpaca's fields (JSON Lines if it ends in .jsonl).
         rejects_path: where to write the others, each with its findings in a field "lint".
         report_path: where to write the findings, one JSON object a line.
         only: classes to check, separated by commas.
         skip: classes not to check.
         strict: exit with code 1 if something is found.
+        fields: of data in an unknown format: instruction=question,output=answer, with the names of its fields.
     """
     _refuse_same_files(data_path=data_path, output_path=output_path, rejects_path=rejects_path, report_path=report_path)
     wanted = _classes("only", only) or set(CLASSES) - OPT_IN
     wanted -= _classes("skip", skip)
-    records = utils.load_records(data_path)
+    records = utils.load_records(data_path, fields)
     findings = find(records, wanted)
 
     counts = Counter(finding["class"] for finding in findings)
@@ -237,24 +242,26 @@ def _classes(flag: str, text: str | None) -> set[str]:
 def _refuse_same_files(**paths: str | None) -> None:
     seen: dict[str, str] = {}
     for name, path in paths.items():
-        if path and (other := seen.setdefault(os.path.realpath(path), name)) != name:
-            raise UserError(f"--{name} and --{other} are the same file, {path}: give each its own")
+        for file in files_of(path) if path and name == "data_path" else filter(None, [path]):
+            if (other := seen.setdefault(os.path.realpath(file), name)) != name:
+                raise UserError(f"--{name} and --{other} are the same file, {path}: give each its own")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # plot
 
 
-def plot(data_path: str, output_dir: str) -> None:
+def plot(data_path: str, output_dir: str, fields: str | None = None) -> None:
     """Draw what the instructions ask for, how long the records are and how alike, into OUTPUT_DIR.
 
     Args:
-        data_path: records to read, JSON or JSON Lines.
+        data_path: records to read: a file, a folder, several with commas between, or a name on the hub.
         output_dir: folder for the PNG files and the HTML page.
+        fields: of data in an unknown format: instruction=question,output=answer, with the names of its fields.
     """
     from alpaca.data import plots  # the other tasks need neither matplotlib nor spaCy
 
-    plots.plot(data_path, output_dir)
+    plots.plot(data_path, output_dir, fields)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 
 from alpaca import UserError
 from alpaca.common import cli
@@ -32,7 +33,10 @@ COMMANDS = ("/input", "/reset", "/help", "/?", "/quit", "/exit")
 BATCH_TOKENS = 16384
 FENCE = '"""'
 LISTED = 5  # malformed records that are named one by one
-PAGE_FLAGS, FILE_FLAGS = {"compare_path", "host", "port", "auth"}, {"output_path", "skip_errors", "batch_tokens"}
+PAGE_FLAGS, FILE_FLAGS = (
+    {"compare_path", "host", "port", "auth"},
+    {"output_path", "skip_errors", "batch_tokens", "fields"},
+)
 UNUSED = {  # by a page, by a file of instructions, and by the two others: one instruction, and the terminal
     "web": {"instruction", "batch_path", "input", "template"} | FILE_FLAGS,
     "batch_path": {"instruction", "input"} | PAGE_FLAGS,
@@ -56,6 +60,7 @@ def chat(
     base_path: str | None = None,
     batch_tokens: int = BATCH_TOKENS,
     skip_errors: bool = False,
+    fields: str | None = None,
     web: bool = False,
     compare_path: str | None = None,
     host: str = "127.0.0.1",
@@ -68,7 +73,7 @@ def chat(
         model_path: the folder of the model, or of a LoRA adapter.
         instruction: answer this one and leave; the answer alone is on stdout.
         input: the text that the instruction is about, if there is one.
-        batch_path: answer the records of this file and leave: {"instruction", "input"}, as a JSON list or JSON Lines.
+        batch_path: answer the instructions of this file and leave; any data that train.py reads, answers or not.
         output_path: where their answers go: the same records with "output" and "generator", in the same order; a JSON
             list, which alpaca_eval reads, if the name ends in .json, else JSON Lines. The same command continues a run
             that was killed.
@@ -82,6 +87,7 @@ def chat(
         base_path: the base of a LoRA adapter, if it is not where the adapter says.
         batch_tokens: the most tokens of a batch, prompts and answers together.
         skip_errors: leave out malformed records of the file, and those that do not fit the context.
+        fields: of a file in an unknown format: instruction=question,input=context, with the names of its fields.
         web: serve a page, for this machine alone; max_new_tokens is then the most that a visitor can ask for.
         compare_path: with --web, a second model that answers the same instructions beside the first.
         host: with --web, the address to listen at; any but this machine's own needs --auth.
@@ -106,7 +112,7 @@ def chat(
     settings = Settings(**sampling)
     if batch_path is not None:
         paths = model_path, base_path, batch_path, output_path
-        return answer_records(*paths, template, settings, batch_tokens, skip_errors, device, dtype)
+        return answer_records(*paths, template, settings, batch_tokens, skip_errors, fields, device, dtype)
     conversation = Conversation(*load(model_path, device, dtype, base_path), settings, template)
     if instruction is not None:
         answer(conversation, instruction, input)
@@ -255,13 +261,13 @@ def _prepare_terminal() -> None:
 
 
 def answer_records(
-    model_path, base_path, batch_path, output_path, template, settings, batch_tokens, skip_errors, device, dtype
+    model_path, base_path, batch_path, output_path, template, settings, batch_tokens, skip_errors, fields, device, dtype
 ) -> None:
     """Answer the records of a file, and report on stderr how many."""
     from alpaca.inference.answer_file import answer_file, identity_of, name_of, read_requests
     from alpaca.inference.load import load
 
-    requests, faults = read_requests(batch_path, skip_errors)
+    requests, faults = read_requests(batch_path, skip_errors, fields, partial(print, file=sys.stderr))
     identity = identity_of(model_path, base_path, template)  # of the files as they are loaded
     check_output(output_path)
     model, tokenizer = load(model_path, device, dtype, base_path)

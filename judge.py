@@ -19,7 +19,7 @@ And what that comes to, by more than chance or not:
 
 Answers that others have published do as well: Self-Instruct's *_predictions.jsonl, alpaca_eval's model_outputs.json.
 
-The instructions are Self-Instruct's 252, AlpacaEval's, or any file in Alpaca's format. Each reply is on disk before it
+The instructions are Self-Instruct's 252, AlpacaEval's, or any data that train.py reads. Each reply is on disk before it
 counts (OUT.journal): after Ctrl-C, a crash or kill -9 the same command continues, and requests nothing twice.
 """  # noqa: E501
 
@@ -36,7 +36,7 @@ import utils
 from alpaca import UserError
 from alpaca.common.cli import run_cli
 from alpaca.common.journal import Journal, check_output
-from alpaca.common.records import write_records
+from alpaca.common.records import files_of, title, write_records
 from alpaca.common.text import counted, in_brackets
 from alpaca.data.instruction_sets import is_name, is_the_252, read_answers, read_pair, read_set
 from alpaca.endpoint.budget import Budget, RequestSettings
@@ -67,6 +67,7 @@ def answer(
     dtype: str | None = None,
     batch_tokens: int = 16384,
     api: str = "chat",
+    fields: str | None = None,
     requests: RequestSettings = RequestSettings(),  # noqa: B008  never changed
 ) -> None:
     """Answer an instruction set with a local model (--model_path) or one behind a server (--model_name).
@@ -76,7 +77,7 @@ def answer(
     token each time.
 
     Args:
-        instructions: the set: Self-Instruct's 252, AlpacaEval's, or Alpaca's format; JSON, or JSON Lines.
+        instructions: the set: Self-Instruct's 252, AlpacaEval's, or any that train.py reads.
         output_path: where the answers go: JSON Lines, or, if it ends in .json, a list for alpaca_eval, which has the
             input after the instruction under "### Input:".
         model_path: the folder of a model, or of a LoRA adapter.
@@ -95,6 +96,7 @@ def answer(
         batch_tokens: of a local model: the most tokens of a batch, prompts and answers together.
         api: at a server: chat asks with the instruction, and the input after it under "### Input:"; completions lets
             the model continue Alpaca's prompt.
+        fields: of a set in an unknown format: instruction=question,output=answer, with the names of its fields.
     """
     local = model_path is not None
     for wrong, message in (
@@ -115,7 +117,7 @@ def answer(
     ):
         if wrong:
             raise UserError(message)
-    items = read_set(instructions)
+    items = read_set(instructions, fields)
     check_output(output_path)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     if local:
@@ -212,6 +214,7 @@ def judge(
     prompt: str | None = None,
     max_tokens: int = 1024,
     seed: int = 0,
+    fields: str | None = None,
     requests: RequestSettings = RequestSettings(),  # noqa: B008  never changed
 ) -> None:
     """Have a model compare two files of answers, each pair in both orders, at temperature 0.
@@ -228,6 +231,7 @@ def judge(
         prompt: a file with the judge's prompt (default: configs/judge/pairwise.txt; the README there describes it).
         max_tokens: the longest reply, in tokens; a reasoning model needs more.
         seed: sent with each request.
+        fields: see the task answer.
     """
     for wrong, message in (
         (not model_name, "no judge named: --model_name takes the name that its server knows"),
@@ -237,7 +241,7 @@ def judge(
         if wrong:
             raise UserError(message)
     output, journal_path = check_output(output_path)
-    items, (a, b) = read_pair(instructions, answers)
+    items, (a, b) = read_pair(instructions, answers, fields)
     text, prompt_sha256 = judge_prompt.read_prompt(PROMPT if prompt is None else prompt)
     decoding = OpenAIDecodingArguments(max_tokens, temperature=0.0)
     teacher, budget = judge_prompt.Judge(model_name, decoding, "chat", requests), Budget(requests)
@@ -277,6 +281,7 @@ def people(
     port: int = 7860,
     auth: str | None = None,
     seed: int | None = None,
+    fields: str | None = None,
 ) -> None:
     """Have people compare two files of answers on a page that does not say whose they are.
 
@@ -290,8 +295,9 @@ def people(
         port: 0 takes a free one.
         auth: user:password, which the page then asks for.
         seed: of the order of the pairs and of the sides (default: drawn at random, so that no voter can guess it).
+        fields: see the task answer.
     """
-    items, pair = read_pair(instructions, answers)
+    items, pair = read_pair(instructions, answers, fields)
     from alpaca.judging import page as judge_page
 
     judge_page.serve(items, *pair, output_path, host, port, auth, seed)
@@ -312,6 +318,8 @@ def report(
     judgments: str | None = None,
     data_path: str | None = None,
     seed: int = 0,
+    fields: str | None = None,
+    data_fields: str | None = None,
 ) -> None:
     """Report who is better, and whether by more than chance: report.json, report.png and report.html in OUTPUT_DIR.
 
@@ -323,8 +331,10 @@ def report(
         answers: files of answers to it, separated by commas: A.jsonl,B.jsonl. Wins are A's.
         output_dir: folder for the three files.
         judgments: files that the tasks judge and people wrote about A and B, separated by commas.
-        data_path: training data in Alpaca's format, in which the instructions are looked for.
+        data_path: training data, in which the instructions are looked for.
         seed: of the resamples behind the bootstrap intervals.
+        fields: see the task answer.
+        data_fields: the same for the training data.
     """
     # numpy, scipy and what draws: the other tasks do without
     from alpaca.common.files import check_writable
@@ -333,7 +343,7 @@ def report(
     from alpaca.judging import report as report_page
 
     check_writable(output_dir, "--output_dir")
-    items = read_set(instructions)
+    items = read_set(instructions, fields)
     answerers = [read_answers(path, items) for path in _paths("answers", answers)]
     names = [one.generator for one in answerers]
     if len(set(names)) < len(names):
@@ -345,7 +355,7 @@ def report(
 
     found: dict = {
         "set": {
-            "file": Path(instructions).name,
+            "file": title(instructions),
             "items": len(items),
             "is_the_252": is_the_252(instructions),
             "without_reference": sum(item.reference is None for item in items),
@@ -370,11 +380,10 @@ def report(
         margins = {id: scores[0][id] - scores[1][id] for id in scores[0] if id in scores[1]}
         found["examples"] = comparison.examples(folded, items, *answerers, margins, EXAMPLES)
     if data_path is not None:
-        records = utils.load_records(data_path)
-        found["overlap"] = {"file": Path(data_path).name} | overlap.summary(items, records)
-    files = {"set": [instructions], "answers": _paths("answers", answers), "data": [data_path] if data_path else []}
-    files["judgments"] = _paths("judgments", judgments) if judgments is not None else []
-    found |= report_page.made_from(files)
+        records = utils.load_records(data_path, data_fields)
+        found["overlap"] = {"file": title(data_path)} | overlap.summary(items, records)
+    files = {"set": instructions, "answers": answers, "data": data_path, "judgments": judgments}
+    found |= report_page.made_from({kind: files_of(path) if path else [] for kind, path in files.items()})
     found["notes"] = report_text.notes(found, answerers)
 
     found = report_page.without_nan(found)

@@ -77,8 +77,12 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    data_path: str | None = _flag(None, "Instruction data: a JSON list, or .jsonl.")
-    eval_data_path: str | None = _flag(None, "Held-out data, in the same format.")
+    data_path: str | None = _flag(
+        None,
+        "Instruction data: JSON, JSON Lines, CSV, Parquet, a folder, files with commas between, or a name on the hub.",
+    )
+    eval_data_path: str | None = _flag(None, "Held-out data.")
+    fields: str | None = _flag(None, "For data of an unknown shape: instruction=question,input=context,output=answer.")
     eval_fraction: float = _flag(0.0, "Hold out this share of --data_path instead (drawn with --data_seed or --seed).")
     padding: Literal["free", "longest"] = _flag(
         "free",
@@ -199,9 +203,9 @@ class DataCollatorForSupervisedDataset:
 
 def load_data(data_args: DataArguments, seed: int) -> tuple[list[dict], list[dict]]:
     """Return the records to train on and those held out (maybe none)."""
-    records, share = load_records(data_args.data_path), data_args.eval_fraction
+    records, share = load_records(data_args.data_path, data_args.fields, say), data_args.eval_fraction
     if data_args.eval_data_path:
-        return records, load_records(data_args.eval_data_path)
+        return records, load_records(data_args.eval_data_path, data_args.fields, say)
     count = round(len(records) * share) if 0 <= share < 1 else 0  # NaN is refused too
     if share and not 0 < count < len(records):
         raise UserError(f"--eval_fraction {share} of {len(records)} records must leave some on both sides: try 0.1")

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gzip
 import hashlib
+import io
 import os
+import re
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 from alpaca import UserError
 
@@ -23,24 +27,47 @@ UNFINISHED = ".unfinished"
 
 
 @contextlib.contextmanager
-def open_text(path: str | os.PathLike) -> Iterator[TextIO]:
-    """Open a UTF-8 file, without a byte order mark; UserError if it is missing, unreadable or not UTF-8."""
+def open_bytes(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Open a file, decompressed if it is gzip; UserError if it is missing, unreadable, or plainly not the data."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, "rb") as raw:
+            file = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
+            if fault := _wrong_file(file.peek(512)[:512]):
+                raise UserError(f"{path} is {fault}")
             yield file
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: check the path") from None
+    except (OSError, EOFError, zlib.error) as e:
+        raise UserError(f"{path} cannot be read: {getattr(e, 'strerror', None) or e}") from None
+
+
+def _wrong_file(head: bytes) -> str:
+    """Return what a file is that people take for their data, by its first bytes, or ""."""
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file that it stands for: run git lfs pull"
+    if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|head|\?xml)\b", head, re.IGNORECASE):
+        return "a web page (HTML), not data: download the file itself"
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head[:2]:
+        return "UTF-16, or not text at all: convert it to UTF-8"
+    return ""
+
+
+@contextlib.contextmanager
+def open_text(path: str | os.PathLike, newline: str | None = None) -> Iterator[TextIO]:
+    """Open a UTF-8 file, without a byte order mark; see open_bytes. UserError if it is not UTF-8."""
+    try:
+        with open_bytes(path) as file:
+            yield io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
     except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text ({_bad_line(path)}{e.reason}): convert it to UTF-8") from None
-    except OSError as e:
-        raise UserError(f"{path} cannot be read: {e.strerror}") from None
+        fault = f"{_bad_line(path)}{e.reason}"
+        raise UserError(f"{path} is not UTF-8 text ({fault}), maybe Latin-1: convert it to UTF-8") from None
 
 
 def _bad_line(path: str | os.PathLike) -> str:
     """Return "line 3: " for the first line that is not UTF-8; "" for a pipe, which cannot be read again."""
     if not os.path.isfile(path):
         return ""
-    with open(path, "rb") as file:
+    with open_bytes(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 line.decode()

@@ -6,7 +6,7 @@ instruction kept so far is at most the threshold.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from alpaca import UserError
-from alpaca.common.records import read_entries, write_records
+from alpaca.common.records import LINES, files_of, read_records, sources, write_records
 from alpaca.data.rouge import RougePool, is_mostly_unseen, tokenizer_named
 
 MAX_SIMILARITY = 0.7  # ROUGE-L F; above it two texts are near-duplicates, as in Self-Instruct (Wang et al., 2022)
@@ -123,26 +123,20 @@ def distinct(
 
 
 class Records:
-    """The records of a file, each with a text "instruction". JSON Lines are read again each time they are iterated."""
+    """The records that a path stands for; JSON Lines are read again each time they are iterated."""
 
-    def __init__(self, path: str):
-        self.path = path
-        # Every record is checked before the first is used. A list is read once: it may come from a pipe.
-        self.records = None if Path(path).suffix == ".jsonl" else list(self._read())
-        self.count = len(self.records) if self.records is not None else sum(1 for _ in self._read())
-        if not self.count:
-            raise UserError(f"{path} contains no records: choose a file with at least one")
+    def __init__(self, path: str, fields: str | None = None):
+        self.path, self.fields = path, fields
+        # Every record is checked before the first is used. Others are read once: they may come from a pipe.
+        streamed = all(source.endswith(LINES) for source in sources(path))
+        self.records = None if streamed else list(self._read(print))
+        self.count = sum(1 for _ in self._read(print)) if self.records is None else len(self.records)
 
-    def _read(self) -> Iterator[dict]:
-        for place, record, fault in read_entries(self.path):
-            if fault:
-                raise UserError(f"{self.path}, {place}: {fault}")
-            if not isinstance(record, dict) or not isinstance(record.get("instruction"), str):
-                raise UserError(f'{self.path}, {place}: not a record, which is an object with a text "instruction"')
-            yield record
+    def _read(self, say: Callable[[str], object]) -> Iterator[dict]:
+        return (record for _, record in read_records(self.path, self.fields, say))
 
     def __iter__(self) -> Iterator[dict]:
-        return iter(self.records) if self.records else self._read()
+        return iter(self.records) if self.records else self._read(lambda _: None)
 
     def __len__(self) -> int:
         return self.count
@@ -155,32 +149,34 @@ def dedup(
     threshold: float = MAX_SIMILARITY,
     similarity_stats: bool = True,
     tokenizer: str = "rouge",
+    fields: str | None = None,
 ) -> None:
     """Drop near-duplicates from instruction data, as the generator does, and write the rest in the same order.
 
     A record is kept if the highest ROUGE-L of its instruction to the seeds and to every instruction kept so far is at
-    most the threshold. Records need no field but "instruction" and keep all that they have. Files are JSON lists, or
-    JSON Lines if the name ends in .jsonl; JSON Lines are streamed, so the records take no memory.
+    most the threshold. Records need no field but "instruction" and keep all that they have; those in another format are
+    written in Alpaca's fields. Of JSON Lines, which are streamed, the records take no memory.
 
     Args:
-        input_path: the data.
-        output_path: where the kept records go; an existing file is replaced at the end.
+        input_path: the data: a file, a folder, several with commas between, or a name on the hub.
+        output_path: where the kept records go, as JSON Lines if it ends in .jsonl; an existing file is replaced.
         seed_tasks_path: instructions that count as kept (they are not written); default: none.
         threshold: ROUGE-L F, 0 to 1; above it two instructions are near-duplicates.
         similarity_stats: adds most_similar_instructions (the 10 nearest) and avg_similarity_score. 52,000 records take
             about a minute with it and seconds without; what is kept is the same.
         tokenizer: rouge compares as the original does, by a-z and 0-9 alone; unicode by the words of any script.
+        fields: of records in an unknown format: instruction=question, with the name of the field there.
     """
     if not 0 <= threshold <= 1:
         raise UserError(f"threshold must be from 0 to 1, not {threshold}")
     tokenizer_named(tokenizer)
-    source, target = Path(input_path), Path(output_path)
-    if source.exists() and target.exists() and source.samefile(target):
+    target = Path(output_path)
+    if target.exists() and any(source.exists() and source.samefile(target) for source in files_of(input_path)):
         raise UserError(f"output_path {output_path} is the input: choose another file")
     if target.is_dir():
         raise UserError(f"output_path {output_path} is a folder: name a file")
     seeds = [record["instruction"] for record in Records(seed_tasks_path)] if seed_tasks_path else []
-    records = Records(input_path)
+    records = Records(input_path, fields)
     if tokenizer == "rouge" and (unseen := sum(is_mostly_unseen(record["instruction"]) for record in records)):
         print(
             f"warning: {unseen} of {len(records)} instructions are mostly not ASCII, and the tokenizer rouge sees only "

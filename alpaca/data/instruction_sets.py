@@ -6,13 +6,14 @@ Light: importing this loads neither torch nor an API client.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from alpaca import UserError
 from alpaca.common.files import git_blob_id
-from alpaca.common.records import jload
+from alpaca.common.records import jload, read_records, task_of, text_of
 from alpaca.common.text import check_utf8, counted, shorten
 from alpaca.prompts import INPUT_HEADING
 
@@ -77,16 +78,16 @@ class Answers:
 
 def is_the_252(path: str | os.PathLike) -> bool:
     """Return whether a file is Self-Instruct's 252 instructions, byte for byte."""
-    return git_blob_id(path) == THE_252_BLOB
+    return os.path.isfile(path) and git_blob_id(path) == THE_252_BLOB
 
 
-def read_set(path: str | os.PathLike) -> list[Item]:
-    """Read an instruction set: a JSON list, or JSON Lines if the name ends in ``.jsonl``.
+def read_set(path: str | os.PathLike, fields: str | None = None) -> list[Item]:
+    """Read an instruction set.
 
     - Self-Instruct: {"id", "instruction", "instances": [{"input", "output"}], "motivation_app"}. Each instance is an
       item; the id of the second is "ID#2".
     - AlpacaEval: {"instruction", "output", "dataset"}.
-    - Alpaca: {"instruction", "input", "output"}.
+    - Alpaca: {"instruction", "input", "output"}, and all that read_records turns into it.
 
     The output is the reference, unless it is blank. Records without an id are numbered from 1. A note on stderr says
     when a file looks like the 252 but differs from them.
@@ -101,20 +102,19 @@ def read_set(path: str | os.PathLike) -> list[Item]:
             f"python analyze_data.py fetch --url {THE_252_URL} --blob_id {THE_252_BLOB} --output_path {path}"
         )
     items: dict[str, Item] = {}
-    records = jload(path)
-    for number, record in enumerate(records, 1):
+    from_self_instruct = False
+    for number, (place, record) in enumerate(read_records(path, fields), 1):
         try:
             found = _items(record, number)
         except UserError as e:
-            raise UserError(f"{path}, record {number}: {e}") from None
+            raise UserError(f"{place}: {e}") from None
+        from_self_instruct = from_self_instruct or bool(record.get("motivation_app"))
         for item in found:
-            check_utf8(f"{item.id}{item.category}{item.task}{item.reference}", f"{path}, record {number}")
+            check_utf8(f"{item.id}{item.category}{item.task}{item.reference}", place)
             if item.id in items:
                 raise UserError(f"{path} has the id {item.id!r} twice: give each record its own, or none an id")
             items[item.id] = item
-    if not items:
-        raise UserError(f"{path} contains no instructions: give a file with at least one")
-    if "motivation_app" in records[0] and not is_the_252(path):
+    if from_self_instruct and path.is_file() and not is_the_252(path):
         print(
             f"note: {path} is not the 252 instructions that Self-Instruct published "
             f"({counted(len(items), 'instruction')}, git blob {git_blob_id(path)[:12]}, not {THE_252_BLOB[:12]}): "
@@ -149,8 +149,10 @@ def read_answers(path: str | os.PathLike, items: list[Item]) -> Answers:
     for number, row in enumerate(jload(path), 1):
         place = f"{path}, record {number}"
         try:
-            instruction, input = _texts(row)
-            answer = _text(row, "output" if "output" in row else "response")
+            if not isinstance(row, dict):
+                raise UserError(f"a {type(row).__name__} where an object was expected")
+            instruction, input = task_of(row)
+            answer = text_of(row, "output" if "output" in row else "response")
         except UserError as e:
             raise UserError(f"{place}: {e}") from None
         check_utf8(f"{instruction}{input}{answer}", place)
@@ -179,17 +181,20 @@ def read_answers(path: str | os.PathLike, items: list[Item]) -> Answers:
         raise UserError(f"{path} contains no answers: give a file with at least one")
     if len(names) > 1:
         raise UserError(f"{path} has answers of {len(names)} models ({', '.join(names)}): give each its own file")
-    generator = next(iter(names), None) or path.name.partition(".json")[0].removesuffix("_predictions")
+    name = re.sub(r"\.(json|ndjson|csv|tsv|parquet).*", "", path.name).removesuffix("_predictions")
+    generator = next(iter(names), name)
     return Answers(generator, outputs, [item.id for item in items if item.id not in outputs], rows)
 
 
-def read_pair(instructions: str | os.PathLike, answers: str) -> tuple[list[Item], list[Answers]]:
+def read_pair(
+    instructions: str | os.PathLike, answers: str, fields: str | None = None
+) -> tuple[list[Item], list[Answers]]:
     """Read the set and two models' answers to it; print how many instructions each left unanswered.
 
     Raises:
         UserError: not two files, or both of one model.
     """
-    items, paths = read_set(instructions), [path.strip() for path in answers.split(",")]
+    items, paths = read_set(instructions, fields), [path.strip() for path in answers.split(",")]
     if len(paths) != 2:
         raise UserError(f"answers must be two files with a comma between them, A.jsonl,B.jsonl, not {len(paths)}")
     pair = [read_answers(path, items) for path in paths]
@@ -203,40 +208,21 @@ def read_pair(instructions: str | os.PathLike, answers: str) -> tuple[list[Item]
     return items, pair
 
 
-def _items(record, number: int) -> list[Item]:
-    """Return the items of a record in any of the formats."""
-    category = _text(record, "motivation_app") or _text(record, "dataset") or ""
-    id, instances = record.get("id", number), record.get("instances", [record])
+def _items(record: dict, number: int) -> list[Item]:
+    """Return the item of a record, or one for each of a Self-Instruct task's instances."""
+    category = text_of(record, "motivation_app") or text_of(record, "dataset") or ""
+    id, instances = record.get("id"), record.get("instances")  # null in a table without them
+    id, instances = number if id is None else id, [record] if instances is None else instances
     if not isinstance(id, str | int):
         raise UserError('"id" must be a text or a whole number')
-    if not isinstance(instances, list) or not instances:
+    if not isinstance(instances, list) or not instances or not all(isinstance(one, dict) for one in instances):
         raise UserError('"instances" must be a list with at least one object')
     items = []
     for n, one in enumerate(instances, 1):
-        reference, texts = _text(one, "output") or "", _texts(record | {"input": one.get("input")})
-        name = f"{id}#{n}" if n > 1 else str(id)
+        texts, name = task_of(record | {"input": one.get("input") or ""}), f"{id}#{n}" if n > 1 else str(id)
+        reference = text_of(one, "output") or ""
         items.append(Item(name, *texts, reference if reference.strip() else None, category))
     return items
-
-
-def _texts(record) -> tuple[str, str]:
-    """Return the instruction and the input of a record or an answer."""
-    instruction, input = _text(record, "instruction"), _text(record, "input")
-    if not (instruction or "").strip():
-        raise UserError('needs a text "instruction"')
-    instances = record.get("instances")
-    if input is None and isinstance(instances, list) and len(instances) == 1:
-        input = _text(instances[0], "input")  # chat.py's batch mode copies the records that it answers
-    return instruction, input or ""
-
-
-def _text(record, name: str) -> str | None:
-    if not isinstance(record, dict):
-        raise UserError(f"a {type(record).__name__} where an object was expected")
-    value = record.get(name)
-    if value is not None and not isinstance(value, str):
-        raise UserError(f'"{name}" must be a text')
-    return value
 
 
 def is_name(name) -> bool:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from alpaca import UserError
 from alpaca.common.files import replace_file
-from alpaca.common.records import load_records
+from alpaca.common.records import load_records, title
 from alpaca.common.text import counted, shorten
 from alpaca.data.dedup import MAX_SIMILARITY
 from alpaca.data.plots_page import Figure, page
@@ -32,11 +32,11 @@ MOST_LETTERS = 20  # of a name in the sunburst
 NO_GLYPH = "Glyph .* missing from"  # the warning for each letter that the font lacks: the picture shows a box instead
 
 
-def plot(data_path: str, output_dir: str) -> None:
+def plot(data_path: str, output_dir: str, fields: str | None = None) -> None:
     """Draw verb_noun.png, lengths.png and similarity.png, and write index.html with all three inside.
 
     Args:
-        data_path: Alpaca-format records, .json or .jsonl.
+        data_path, fields: see load_records.
         output_dir: a folder for the four files; created if missing.
 
     Raises:
@@ -48,7 +48,7 @@ def plot(data_path: str, output_dir: str) -> None:
         import spacy  # noqa: F401
     except ImportError as e:
         raise UserError(f"plot needs {e.name}, which is not installed: pip install '.[plots]'") from None
-    records = load_records(data_path)
+    records = load_records(data_path, fields)
     instructions = [record["instruction"] for record in records]
     bar = tqdm(parse(instructions), total=len(instructions), desc="verbs and objects", unit="instruction")
     pairs = [pair for sentences in bar if (pair := first_verb_and_object(sentences))]
@@ -66,7 +66,7 @@ def plot(data_path: str, output_dir: str) -> None:
     for figure in figures:
         (folder / figure.name).write_bytes(figure.png)
     with replace_file(folder / "index.html") as file:
-        file.write(page(Path(data_path).name, count, figures))
+        file.write(page(title(data_path), count, figures))
     print(f"wrote {', '.join(figure.name for figure in figures)} and index.html to {folder}")
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from alpaca import UserError
 from alpaca.common.journal import Journal, check_output
-from alpaca.common.records import LIST_HINT, read_entries, write_records
+from alpaca.common.records import read_records, task_of, write_records
 from alpaca.common.text import check_utf8, without_thoughts
 from alpaca.inference.adapters import base_of, is_adapter
 from alpaca.inference.chat import request_ids
@@ -35,55 +35,37 @@ UNENDED = "no answer: thoughts without an end; allow more tokens"
 class Request:
     """One record of IN."""
 
-    place: str  # "record 3" or "line 3"
+    place: str  # "in.jsonl, line 3"
     record: dict
     instruction: str
     input: str
 
 
-def read_requests(path: str | os.PathLike, skip_errors: bool = False) -> tuple[list[Request], list[str]]:
-    """Return the records of a JSON list, or of JSON Lines if the name ends in ``.jsonl``, and the faults of the others.
-
-    A record has an "instruction" and may have an "input" (Alpaca, alpaca_eval), or has it in its only one of
-    "instances" (self-instruct); other fields are kept.
+def read_requests(
+    path: str | os.PathLike, skip_errors: bool = False, fields: str | None = None, say: Callable[[str], object] = print
+) -> tuple[list[Request], list[str]]:
+    """Return the requests that a path stands for (see read_records), and the faults of those that are left out.
 
     Raises:
-        UserError: the file cannot be read or holds no record, or (without ``skip_errors``) a record is malformed.
+        UserError: a file cannot be read or holds no record, or (without ``skip_errors``) a record is malformed.
     """
     requests, faults = [], []
-    for place, record, fault in read_entries(path):
+
+    def on_fault(fault: str) -> None:
+        if not skip_errors:
+            raise UserError(fault + SKIP)
+        faults.append(fault)
+
+    for place, record in read_records(path, fields, say, on_fault=on_fault):
         try:
-            requests.append(_request(place, record, fault))
+            instruction, input = task_of(record)
+            check_utf8(instruction + input, "the text")
+            requests.append(Request(place, record, instruction, input))
         except UserError as e:
-            if not skip_errors:
-                raise UserError(f"{path}, {place}: {e}" + ("" if str(e).endswith(")") else SKIP)) from None
-            faults.append(f"{path}, {place}: {e}")
-    if not requests:
-        raise UserError(
-            f"all {len(faults):,} records are malformed; {faults[0]}"
-            if faults
-            else f"{path} has no records: choose a file with at least one"
-        )
+            on_fault(f"{place}: {e}")
+    if not requests and faults:
+        raise UserError(f"all {len(faults):,} records are malformed; {faults[0]}")
     return requests, faults
-
-
-def _request(place: str, entry, fault: str) -> Request:
-    if fault:
-        raise UserError(fault)
-    if not isinstance(entry, dict):
-        hint = LIST_HINT if isinstance(entry, list) and place == "line 1" else ""
-        raise UserError(f"a {type(entry).__name__} where an object was expected{hint}")
-    instruction, input = entry.get("instruction"), entry.get("input")
-    if input is None and "instances" in entry:
-        instances = entry["instances"]
-        if not isinstance(instances, list) or len(instances) != 1 or not isinstance(instances[0], dict):
-            raise UserError('"instances" must be a list of one object: make a record of each')
-        input = instances[0].get("input")
-    input = "" if input is None else input
-    if not isinstance(instruction, str) or not instruction.strip() or not isinstance(input, str):
-        raise UserError('"instruction" must be a text that is not empty, and "input", if present, a text')
-    check_utf8(instruction + input, "the text")
-    return Request(place, entry, instruction, input)
 
 
 def answer_file(
@@ -136,7 +118,8 @@ def answer_file(
     fitting = [row for row in range(len(requests)) if row not in errors]
     places = batches([len(prompts[row]) for row in fitting], settings.max_new_tokens, max_tokens)
     planned = [[fitting[place] for place in batch] for batch in places]
-    content = hashlib.sha256(json.dumps([asdict(request) for request in requests], sort_keys=True).encode()).hexdigest()
+    asked = [(request.record, request.instruction, request.input) for request in requests]
+    content = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     identity |= {"requests": content, "batch_tokens": max_tokens, "dtype": str(model.dtype).removeprefix("torch.")}
     with Journal(journal_path) as journal:
         settings = _with_seed(journal, settings)

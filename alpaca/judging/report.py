@@ -22,7 +22,7 @@ from alpaca.judging import plot, report_text
 COUNTED_WITH = ("numpy", "scipy", "rapidfuzz", "rouge-score", "nltk")  # the last: rouge-score's stemmer
 
 
-def made_from(files: Mapping[str, Iterable[str]]) -> dict:
+def made_from(files: Mapping[str, Iterable[Path]]) -> dict:
     """Return what a report's figures depend on besides its seed.
 
     Args:
@@ -35,7 +35,7 @@ def made_from(files: Mapping[str, Iterable[str]]) -> dict:
     def named(path: Path) -> dict[str, str]:
         return {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
-    found = {kind: [named(Path(path)) for path in of_kind] for kind, of_kind in files.items()}
+    found = {kind: [named(path) for path in of_kind] for kind, of_kind in files.items()}
     versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in COUNTED_WITH}
     return {"files": found, "versions": versions}
 

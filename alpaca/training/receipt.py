@@ -24,7 +24,7 @@ import torch
 from markupsafe import Markup
 
 from alpaca.common.files import git_blob_id, replace_file
-from alpaca.common.records import RELEASED_BLOB, json_text
+from alpaca.common.records import RELEASED_BLOB, files_of, json_text, title
 from alpaca.common.text import printable
 from alpaca.training.meter import clock
 
@@ -40,13 +40,19 @@ SECRET = re.compile(r"(_token|secret|password|api_?key)$", re.I)
 
 
 def data_facts(path: str | os.PathLike) -> dict:
-    """Return hash, size and license of a data file. ``licence`` is None for data that this project does not know."""
-    content = Path(path).read_bytes()
-    sha256 = hashlib.sha256(content).hexdigest()
+    """Return hash, size and license of data; of several files, the hash of all in order; of the hub's, neither.
+
+    ``licence`` is None for data that this project does not know.
+    """
+    files, digest = files_of(path), hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    sha256 = digest.hexdigest() if files else None
     shipped = SHIPPED.exists() and hashlib.sha256(SHIPPED.read_bytes()).hexdigest() == sha256
-    licence = "CC BY-NC 4.0" if shipped or git_blob_id(path) == RELEASED_BLOB else None
+    licence = "CC BY-NC 4.0" if shipped or [git_blob_id(file) for file in files] == [RELEASED_BLOB] else None
     what = "shipped with this project" if shipped else "released by Stanford Alpaca" if licence else "the user's"
-    return {"path": str(path), "sha256": sha256, "bytes": len(content), "source": what, "licence": licence}
+    size = sum(file.stat().st_size for file in files)
+    return {"path": str(path), "sha256": sha256, "bytes": size, "source": what, "licence": licence}
 
 
 def git_state(root: Path = ROOT) -> dict | None:
@@ -233,7 +239,7 @@ def model_card(receipt: dict) -> str:
     return environment.get_template("model_card.md").render(
         receipt,
         base=_public_name(receipt["model"]["started_from"]),
-        data_name=Path(data["path"]).name,
+        data_name=title(data["path"]),
         licence=data["licence"],
         warmup=receipt["arguments"].get("warmup_steps") or 0,  # below 1 a share of all steps
         schedule=str(receipt["arguments"]["lr_scheduler_type"]).rpartition(".")[2].lower(),
@@ -292,7 +298,7 @@ def loss_plot(receipt: dict) -> bytes | None:
         axes.plot(x, y, color=eval_color, linewidth=1, linestyle=":", marker="o", markersize=6, label=label)
     axes.set_xlabel(f"optimizer step ({receipt['examples_per_step']:g} examples each)", color=ink)
     axes.set_ylabel("cross entropy (nats per supervised token)", color=ink)
-    base, data = _public_name(receipt["model"]["started_from"]), Path(receipt["data"]["train"]["path"]).name
+    base, data = _public_name(receipt["model"]["started_from"]), title(receipt["data"]["train"]["path"])
     axes.set_title(f"{base} on {data}", loc="left", color=ink)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color="#e5e7eb")

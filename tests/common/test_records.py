@@ -1,15 +1,26 @@
-"""Prompts, and JSON in and out."""
+"""Prompts, and records: each format and shape that people have, as one reader gives it to every script."""
 
 from __future__ import annotations
 
+import datetime
+import gzip
+import io
 import json
 import os
 import stat
 
+import pyarrow
+import pyarrow.parquet
 import pytest
-from conftest import assert_user_error, run_script
+from conftest import assert_one_line_error, assert_user_error, make_records, run_script
 
+import analyze_data
+import generate_instruction
+import train
 import utils
+from alpaca.common import records as reader
+from alpaca.data.instruction_sets import read_set
+from alpaca.inference.answer_file import read_requests
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompts.
@@ -46,12 +57,13 @@ def test_braces_in_a_record_are_text():
     [
         ("data.json", b'[\n  {"a": 1},\n  {"a": }\n]', ["data.json, line 3: malformed JSON", "column 9"]),
         ("data.json", b"", ["data.json, line 1: malformed JSON"]),
-        ("data.json", b'{"a": 1}\n{"a": 2}\n', ["line 2", "let its name end in .jsonl"]),
+        ("data.json", b'{"a": 1}\n{"a": \n', ["data.json, line 2: malformed JSON"]),
+        ("data.jsonl", b'{"a": \n{"a": 2}\n', ["data.jsonl, line 1: malformed JSON"]),
+        ("data.jsonl", b'[{"a": 1}]\n{"a": 2}\n{', ["data.jsonl, line 3: malformed JSON"]),
         ("data.jsonl", b'{"a": 1}\n\n{"a": 2}\n{"a": \n', ["data.jsonl, line 4: malformed JSON"]),
-        ("data.jsonl", b'[\n  {"a": 1}\n]', ["data.jsonl, line 1", "let its name end in .json"]),
         ("data.jsonl", b"{}\n" + b"[" * 200_000, ["data.jsonl, line 2: malformed JSON, nested too deeply"]),
         ("data.json", b"[" + b"1" * 5_000 + b"]", ["data.json: malformed JSON, a number with too many digits"]),
-        ("data.json", b'{"a": 1}', ["a JSON dict, not a list", "[ ]"]),
+        ("data.json", b'{\n"a": 1}', ["a JSON dict, not a list", "[ ]"]),
         ("data.json", b'"text"', ["a JSON str, not a list"]),
         ("data.json", '["é"]'.encode("latin-1"), ["not UTF-8", "is not UTF-8 text (line 1: "]),
         ("data.jsonl", '{}\n"é"\n'.encode("latin-1"), ["is not UTF-8 text (line 2: "]),
@@ -64,7 +76,8 @@ def test_a_file_that_is_no_json_list_is_refused_with_the_place(tmp_path, name, c
 
 def test_a_file_that_cannot_be_read_is_refused_with_its_path(tmp_path):
     assert_user_error(lambda: utils.jload(tmp_path / "no.json"), str(tmp_path / "no.json"), "does not exist")
-    assert_user_error(lambda: utils.jload(tmp_path), str(tmp_path), "cannot be read")
+    assert_user_error(lambda: utils.jload(tmp_path), str(tmp_path), "is a folder without data files")
+    assert_user_error(lambda: utils.read_text(tmp_path), str(tmp_path), "cannot be read")
 
 
 def test_json_and_json_lines_are_read_with_or_without_a_byte_order_mark(tmp_path):
@@ -82,9 +95,13 @@ RECORD = {"instruction": "Name a tree.", "input": "", "output": "Oak."}
     ("records", "words"),
     [
         ([], ["holds no records"]),
-        ([RECORD, {"instruction": "x", "output": "y"}], ["record 2", 'no "input" field']),
-        ([RECORD, RECORD, RECORD | {"output": 3}], ["record 3", 'a non-text "output" field']),
-        ([RECORD | {"instruction": None}], ["record 1", 'a non-text "instruction" field']),
+        ([RECORD, RECORD | {"input": 4}], ["record 2", '"input" must be a text']),
+        ([RECORD, RECORD, RECORD | {"output": 3}], ["record 3", '"output" must be a text']),
+        ([RECORD | {"instruction": None}], ["record 1", 'no text "instruction"']),
+        ([RECORD, {"instruction": "x"}], ["record 2", 'no "output" field']),
+        ([RECORD | {"output": None}], ["record 1", 'no "output" field']),
+        ([{"instruction": "x", "context": "y"}] * 2, ["2 records in Dolly's", "2 without an answer dropped: 1, 2"]),
+        ([RECORD, {"question": "x", "answer": "y"}], ["record 2", "(question, answer)", "instruction=question"]),
         ([RECORD, "text"], ["record 2", "a str where an object was expected"]),
     ],
 )
@@ -96,6 +113,296 @@ def test_records_without_the_three_texts_are_refused_with_their_number(tmp_path,
 def test_other_fields_of_a_record_are_kept(tmp_path):
     (tmp_path / "data.json").write_text(json.dumps([RECORD | {"avg_similarity_score": 0.1}]))
     assert utils.load_records(tmp_path / "data.json") == [RECORD | {"avg_similarity_score": 0.1}]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Formats.
+
+RECORDS = [RECORD, {"instruction": "Add, please.", "input": "40\n2", "output": "42"}]
+
+
+def lines(rows) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def parquet(rows) -> bytes:
+    rows = [dict.fromkeys(key for one in rows for key in one) | row for row in rows]  # a table has the first row's
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file := io.BytesIO())
+    return file.getvalue()
+
+
+TABLE = 'instruction,input,output\r\nName a tree.,,Oak.\r\n"Add, please.","40\n2",42\r\n'
+FORMATS = [
+    ("a.json", json.dumps(RECORDS).encode()),
+    ("a.json", json.dumps(RECORDS, indent=2).replace("\n", "\r").encode()),
+    ("a.json", json.dumps({"version": "1.0", "data": RECORDS, "tags": ["x"]}).encode()),
+    ("a.jsonl", json.dumps({"train": RECORDS}, indent=1).encode()),
+    ("a.jsonl", json.dumps(RECORDS).encode()),
+    ("a.json", lines(RECORDS)),
+    ("a", lines(RECORDS)),
+    ("a.jsonl", b"\n" + lines(RECORDS).replace(b"\n", b"\r\n\r\n")),
+    ("a.ndjson", lines(RECORDS).replace(b"\n", b"\r")),
+    ("a.jsonl.gz", gzip.compress(lines(RECORDS))),
+    ("a.json.gz", gzip.compress(json.dumps(RECORDS).encode())),
+    ("a.csv", b"\xef\xbb\xbf" + TABLE.encode()),
+    ("a.csv", TABLE.replace("\r\n", "\r").encode()),
+    ("a.tsv.gz", gzip.compress(TABLE.replace("Add, please.", "Add\tplease.").replace(",", "\t").encode())),
+    ("a.parquet", parquet(RECORDS)),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), FORMATS, ids=range(len(FORMATS)))
+def test_each_format_is_read_and_nothing_is_said_of_alpacas_records(tmp_path, capsys, name, content):
+    (tmp_path / name).write_bytes(content)
+    expected = json.loads(json.dumps(RECORDS).replace("Add, please", r"Add\tplease")) if ".tsv" in name else RECORDS
+    assert utils.load_records(tmp_path / name) == expected
+    assert capsys.readouterr().out == ""
+
+
+def test_a_table_holds_texts_whatever_they_look_like(tmp_path):
+    (tmp_path / "a.csv").write_text("instruction,input,output\nx,007,NA\ny,1e5,null\n" + "z,," + "w" * 200_000)
+    found = [(record["input"], record["output"]) for record in utils.load_records(tmp_path / "a.csv")]
+    assert found == [("007", "NA"), ("1e5", "null"), ("", "w" * 200_000)]
+
+
+def test_a_column_that_json_has_no_type_for_becomes_a_text(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(parquet([RECORD | {"day": datetime.date(2023, 3, 13), "more": None}]))
+    assert utils.load_records(tmp_path / "a.parquet") == [RECORD | {"day": "2023-03-13", "more": None}]
+
+
+def test_several_files_and_folders_are_read_in_order(tmp_path, capsys):
+    for name in ("b/2.jsonl", "b/deep/1.json", "b/.hidden/0.json", "b/.x.json", "c/test-0.jsonl", "c/train-0.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(lines([RECORD | {"output": name}]))
+    (tmp_path / "b" / "README.md").write_text("no data")
+    (tmp_path / "a,b.json").write_bytes(lines([RECORD, {"prompt": "x"}]))
+    assert [record["output"] for record in utils.load_records(tmp_path / "b")] == ["b/2.jsonl", "b/deep/1.json"]
+    assert [record["output"] for record in utils.load_records(tmp_path / "c")] == ["c/train-0.jsonl"]
+    assert utils.load_records(tmp_path / "a,b.json") == [RECORD]  # not two files
+    said = (
+        "a,b.json: 1 record in Alpaca's format, 1 record in prompt/completion format; 1 without an answer dropped: 2\n"
+    )
+    assert capsys.readouterr().out.endswith(said)
+    both = f"{tmp_path / 'c'}, {tmp_path / 'b' / '2.jsonl'}"
+    assert [record["output"] for record in utils.load_records(both)] == ["c/train-0.jsonl", "b/2.jsonl"]
+    assert reader.files_of(both) == [tmp_path / "c" / "train-0.jsonl", tmp_path / "b" / "2.jsonl"]
+
+
+def test_dropped_records_of_several_files_are_named_with_their_file(tmp_path):
+    said = []
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_bytes(lines([RECORD] + [{"prompt": "x"}] * 6))
+    utils.load_records(tmp_path, say=said.append)
+    numbers = ", ".join([f"a.jsonl {n}" for n in range(2, 8)] + [f"b.jsonl {n}" for n in range(2, 6)])
+    shapes = "2 records in Alpaca's format, 12 records in prompt/completion format"
+    assert said == [f"{tmp_path}: {shapes}; 12 without an answer dropped: {numbers}, …"]
+
+
+def test_a_name_on_the_hub_is_tried_only_if_it_looks_like_one(monkeypatch):
+    """No test reaches the hub: what the library would give stands in for it."""
+    assert_user_error(lambda: utils.load_records("nobody/nothing"), "nobody/nothing is not a file", "Hugging Face hub")
+    for name in ("./nobody/nothing", "nobody/nothing.json", "nothing", "a/b/c"):
+        assert_user_error(lambda name=name: utils.load_records(name), f"{name} does not exist")
+    monkeypatch.setattr(
+        "datasets.load_dataset", lambda name, split: {("nobody/nothing", "train"): RECORDS}[name, split]
+    )
+    assert utils.load_records("nobody/nothing") == RECORDS and reader.files_of("nobody/nothing") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (
+            "a.parquet",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n",
+            ["LFS pointer", "git lfs"],
+        ),
+        ("a.json", b"\n<!DOCTYPE html>\n<html lang=en>", ["a web page (HTML)"]),
+        ("a.json", json.dumps(RECORDS).encode("utf-16"), ["UTF-16", "convert it to UTF-8"]),
+        ("a.csv", TABLE.encode("utf-16-le"), ["UTF-16", "convert it to UTF-8"]),
+        ("a.jsonl", lines(RECORDS) + '"é"\n'.encode("latin-1"), ["line 3: ", "Latin-1"]),
+        ("a.jsonl.gz", gzip.compress(lines(RECORDS * 99) + '"é"\n'.encode("latin-1")), ["line 199: ", "Latin-1"]),
+        ("a.jsonl.gz", gzip.compress(lines(RECORDS * 99))[:-9], ["cannot be read", "ended before"]),
+        ("a.parquet", parquet(RECORDS)[:-9], ["not a whole Parquet file"]),
+        ("a.csv", b"instruction,output\na,b,c\n", ["record 1: more columns than the first line"]),
+        ("a.csv", b'instruction,output\na,b\n"a,b\n', ["malformed table"]),
+        ("a.csv", b"instruction;output\na;b\n", ["record 1", "(instruction;output)"]),
+        ("a.json", json.dumps({"train": RECORDS, "test": RECORDS}, indent=1).encode(), ["one such list"]),
+        ("a.csv", b"instruction,input,output\n", ["holds no records"]),
+        ("a.json", b"[]", ["holds no records"]),
+    ],
+)
+def test_a_file_that_is_not_what_it_seems_is_named_in_one_line(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    assert_user_error(lambda: utils.load_records(tmp_path / name), name, *words)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shapes.
+
+
+def chat(*turns, names=("role", "content")) -> list[dict]:
+    return [dict(zip(names, turn, strict=True)) for turn in turns]
+
+
+DOLLY = [
+    {"instruction": "Who?", "context": "Ada wrote it.", "response": "Ada.", "category": "closed_qa"},
+    {"instruction": "Why?", "context": None, "response": None, "category": "open_qa"},
+    {"instruction": "When?", "context": "", "response": " ", "category": "open_qa"},
+    {"instruction": "Where?", "response": "Here."},
+]
+SHAPES = [
+    (
+        DOLLY,
+        "4 records in Dolly's format; 2 without an answer dropped: 2, 3",
+        [
+            {"instruction": "Who?", "input": "Ada wrote it.", "output": "Ada.", "category": "closed_qa"},
+            {"instruction": "Where?", "input": "", "output": "Here."},
+        ],
+    ),
+    (
+        [{"prompt": "Hi", "completion": "Hello", "id": 4}],
+        "1 record in prompt/completion format",
+        [{"instruction": "Hi", "input": "", "output": "Hello", "id": 4}],
+    ),
+    (
+        [
+            {"id": "x", "conversations": chat(("human", "Hi"), ("gpt", "Hello"), names=("from", "value"))},
+            {"system": "Be brief.", "conversations": chat(("human", "Hi"), ("gpt", "Ho"), names=("from", "value"))},
+            {"conversations": chat(("gpt", "Hi"), ("human", "Hello"), names=("from", "value"))},
+            {"conversations": chat(("human", "a"), ("gpt", "b"), ("human", "c"), names=("from", "value"))},
+            {"conversations": chat(("human", "a"), ("function_call", "b"), names=("from", "value"))},
+            {"conversations": chat(("robot", "a"), names=("from", "value"))},
+            {"conversations": []},
+        ],
+        "7 records in ShareGPT's format; 1 that begin with the assistant dropped: 3; 1 of several turns dropped: 4; "
+        "1 with tool calls dropped: 5; 1 with the unknown role 'robot' dropped: 6; 1 without a question dropped: 7",
+        [
+            {"instruction": "Hi", "input": "", "output": "Hello", "id": "x"},
+            {"instruction": "Be brief.\n\nHi", "input": "", "output": "Ho"},
+        ],
+    ),
+    (
+        [
+            {"messages": chat(("system", "Be brief."), ("user", "Hi"), ("assistant", "Ho")), "prompt": "Hi"},
+            {
+                "messages": chat(
+                    ("user", [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]), ("assistant", "c")
+                )
+            },
+            {"messages": chat(("user", [{"type": "image_url", "image_url": "x"}]), ("assistant", "c"))},
+            {"messages": chat(("user", "a"))},
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": None, "tool_calls": [{}]},
+                ]
+            },
+            {"messages": ["a"]},
+            {"messages": chat(("user", "a"), ("system", "b"), ("assistant", "c"))},
+        ],
+        "7 records in OpenAI's messages; 1 with images or other parts that are not text dropped: 3; "
+        "1 without an answer dropped: 4; 1 with tool calls dropped: 5; 1 with a malformed turn dropped: 6; "
+        "1 of several turns dropped: 7",
+        [
+            {"instruction": "Be brief.\n\nHi", "input": "", "output": "Ho", "prompt": "Hi"},
+            {"instruction": "ab", "input": "", "output": "c"},
+        ],
+    ),
+    (
+        [{"instruction": "a", "output": "b"}, RECORD | {"input": None}, RECORD | {"output": ""}, *DOLLY[:1]],
+        "3 records in Alpaca's format, 1 record in Dolly's format",
+        [
+            {"instruction": "a", "output": "b", "input": ""},
+            RECORD,
+            RECORD | {"output": ""},
+            {"instruction": "Who?", "input": "Ada wrote it.", "output": "Ada.", "category": "closed_qa"},
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("rows", "said", "expected"), SHAPES, ids=range(len(SHAPES)))
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl.gz"])
+def test_each_shape_becomes_alpacas_and_is_said_in_one_line(tmp_path, capsys, rows, said, expected, name):
+    (tmp_path / name).write_bytes(gzip.compress(lines(rows)) if ".gz" in name else json.dumps(rows).encode())
+    assert utils.load_records(tmp_path / name) == expected
+    assert capsys.readouterr().out == f"{tmp_path / name}: {said}\n"
+
+
+@pytest.mark.parametrize(("rows", "said", "expected"), SHAPES[:3], ids=range(3))
+def test_a_shape_is_the_same_in_parquet_where_absent_fields_are_null(tmp_path, capsys, rows, said, expected):
+    (tmp_path / "a.parquet").write_bytes(parquet(rows))
+    found = utils.load_records(tmp_path / "a.parquet")
+    assert [{key: value for key, value in record.items() if value is not None} for record in found] == expected
+    assert capsys.readouterr().out == f"{tmp_path / 'a.parquet'}: {said}\n"
+
+
+def test_one_conversation_in_a_file_is_not_taken_for_a_list_of_records(tmp_path):
+    for name in ("a.json", "a.jsonl"):
+        (tmp_path / name).write_bytes(lines([{"messages": chat(("user", "a"), ("assistant", "b"))}]))
+        assert utils.load_records(tmp_path / name) == [{"instruction": "a", "input": "", "output": "b"}]
+
+
+def test_fields_of_any_name_can_be_given(tmp_path, capsys):
+    rows = [{"question": "a", "answer": "b", "text": "c", "level": 3}, {"question": "d", "answer": None}]
+    (path := tmp_path / "a.jsonl").write_bytes(lines(rows))
+    given = "instruction=question, input=text,output=answer"
+    assert utils.load_records(path, given) == [{"instruction": "a", "input": "c", "output": "b", "level": 3}]
+    assert capsys.readouterr().out == f"{path}: 2 records in the given fields; 1 without an answer dropped: 2\n"
+    for fields, words in (
+        ("instruction=question,output=anser", ["has no field anser", "question, answer, text, level"]),
+        ("instruction=qestion", ['line 1: no text "qestion"', "(question, answer, text, level)"]),
+        ("instruction=level,output=answer", ['line 1: no text "level"']),
+        ("instruct=question", ["instruction=question,input=context,output=answer, not 'instruct=question'"]),
+        ("question", ["not 'question'"]),
+    ):
+        assert_user_error(lambda fields=fields: utils.load_records(path, fields), *words)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.parquet"])
+def test_every_script_reads_the_same_records(tmp_path, capsys, name):
+    rows = [
+        {"instruction": record["instruction"], "context": record["input"] or None, "response": record["output"]}
+        for record in make_records(6)
+    ]
+    (path := tmp_path / name).write_bytes(gzip.compress(lines(rows)) if ".gz" in name else parquet(rows))
+    line, expected = f"{path}: 6 records in Dolly's format\n", make_records(6)
+    assert train.load_data(train.DataArguments(str(path), eval_data_path=str(path)), 0) == (expected, expected)
+    assert capsys.readouterr().out == line * 2
+    items = read_set(path)
+    assert [(item.instruction, item.input, item.reference) for item in items] == [(*r.values(),) for r in expected]
+    requests, faults = read_requests(path)
+    assert [(request.instruction, request.input) for request in requests] == [(i.instruction, i.input) for i in items]
+    assert faults == [] and capsys.readouterr().out == line * 2
+    generate_instruction.dedup(str(path), str(tmp_path / "out.json"), threshold=1.0, similarity_stats=False)
+    assert utils.jload(tmp_path / "out.json") == expected and capsys.readouterr().out.startswith(line)
+    analyze_data.stats(str(path))
+    analyze_data.lint(str(path), str(tmp_path / "clean.json"), only="duplicate")
+    assert utils.jload(tmp_path / "clean.json") == expected and capsys.readouterr().out.count(line) == 2
+
+
+@pytest.mark.parametrize(
+    ("script", "task", "flag"),
+    [
+        ("analyze_data.py", "stats", "--data_path"),
+        ("analyze_data.py", "lint", "--data_path"),
+        ("analyze_data.py", "plot", "--data_path"),
+        ("generate_instruction.py", "dedup", "--input_path"),
+        ("judge.py", "answer", "--instructions"),
+        ("judge.py", "judge", "--instructions"),
+        ("judge.py", "people", "--instructions"),
+        ("judge.py", "report", "--instructions"),
+    ],
+)
+def test_every_task_takes_fields_and_says_which_there_are(tmp_path, script, task, flag):
+    (path := tmp_path / "a.jsonl").write_bytes(lines([{"question": "a", "answer": "b"}]))
+    more = {"lint": (), "stats": (), "plot": ("--output_dir", tmp_path), "report": ("--output_dir", tmp_path)}
+    more = more.get(task, ("--output_path", tmp_path / "out.jsonl"))
+    more += ("--answers", "a,b") if task in ("judge", "people", "report") else ()
+    more += ("--model_name", "m", "--base_url", "http://127.0.0.1:9") if task in ("answer", "judge") else ()
+    result = run_script(script, task, flag, path, "--fields", "instruction=quest", *more)
+    assert_one_line_error(result, f'{path}, line 1: no text "quest" among its fields (question, answer)')
 
 
 def test_what_is_written_is_indented_utf_8_that_reads_back(tmp_path):

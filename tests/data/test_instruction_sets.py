@@ -77,7 +77,7 @@ def test_where_the_252_come_from_is_said_when_they_are_missing(tmp_path):
 @pytest.mark.parametrize(
     "rows, said",
     [
-        ([], "contains no instructions"),
+        ([], "holds no records"),
         (["text"], "record 1: a str where an object"),
         ([{"instruction": "x"}, {"instruction": " "}], 'record 2: needs a text "instruction"'),
         ([{"instruction": "x", "input": 3}], 'record 1: "input" must be a text'),

@@ -166,7 +166,7 @@ def test_a_malformed_row_is_named(change, message, tmp_path):
 
 def test_rows_that_are_no_objects_or_no_judgments_are_named(tmp_path):
     path = tmp_path / "judged.jsonl"
-    for text in ("[]", '{"id": "1", "first": "a", "second": "b"}'):
+    for text in ("[[]]", '{"id": "1", "first": "a", "second": "b"}'):
         path.write_text(text + "\n")
         with pytest.raises(UserError, match="row 1"):
             verdicts.read_judgments([path])

@@ -358,9 +358,9 @@ def test_answers_are_not_written_over(tiny_llama, tmp_path, monkeypatch):
 BAD_LINES = {
     "{broken": "malformed JSON, Expecting property name enclosed in double quotes at column 2",
     "[1]": "a list where an object was expected",
-    '{"input": "x"}': '"instruction" must be a text that is not empty',
-    '{"instruction": "  "}': '"instruction" must be a text that is not empty',
-    '{"instruction": "x", "input": 3}': '"instruction" must be a text that is not empty, and "input"',
+    '{"input": "x"}': 'no text "instruction" among its fields (input)',
+    '{"instruction": "  "}': 'needs a text "instruction"',
+    '{"instruction": "x", "input": 3}': '"input" must be a text',
     '{"instruction": "x", "instances": []}': '"instances" must be a list of one object',
     '{"instruction": "a\\ud800"}': "the text contains '\\ud800', half of a surrogate pair",
     '{"instruction": "x", "more": ' + "[" * 100_000: "malformed JSON, nested too deeply",
@@ -383,34 +383,34 @@ def test_a_bad_line_is_named_by_its_number_or_left_out_and_counted(tiny_llama, t
     assert f"left out: {tmp_path / 'in.jsonl'}, line 3: " in err and "1 malformed records left out" in err
 
 
-def test_a_json_list_in_one_line_named_jsonl_is_told_its_name(tiny_llama, tmp_path, monkeypatch):
-    with pytest.raises(SystemExit) as exit:
-        run_file(monkeypatch, tiny_llama, json.dumps(RECORDS[:2]), tmp_path / "out.jsonl")
-    assert exit.value.code.endswith(
-        "line 1: a list where an object was expected (a JSON list? let its name end in .json)"
-    )
-
-
 def test_an_instruction_longer_than_the_context_is_told_by_its_number_and_never_cut(tiny_llama, tmp_path, monkeypatch):
     records = [RECORDS[0], {"instruction": "Q" * 2000, "output": "the reference"}, RECORDS[1]]
     with pytest.raises(SystemExit) as exit:
         run_file(monkeypatch, tiny_llama, records, tmp_path / "out.jsonl")
-    assert "error: line 2: the prompt has " in exit.value.code and "reads at most 1024" in exit.value.code
+    assert "in.jsonl, line 2: the prompt has " in exit.value.code and "reads at most 1024" in exit.value.code
     assert os.listdir(tmp_path) == ["in.jsonl"]
     rows = run_file(monkeypatch, tiny_llama, records, tmp_path / "out.jsonl", "--skip_errors")
     assert "output" not in rows[1] and "reads at most 1024" in rows[1]["error"] and rows[1]["instruction"] == "Q" * 2000
     assert rows[0]["output"] and rows[2]["output"] and "error" not in rows[0]
 
 
-@pytest.mark.parametrize("text", ['[{"instruction": "x"}]', '[\n    {"instruction": "x"}\n]\n'])
-def test_a_json_list_that_is_named_as_json_lines_is_told_its_name(tmp_path, text):
-    (tmp_path / "in.jsonl").write_text(text)
-    assert_user_error(lambda: answer_file.read_requests(tmp_path / "in.jsonl"), "line 1: ", "let its name end in .json")
+def test_any_data_is_answered_and_what_was_recognized_is_said(tiny_llama, tmp_path, monkeypatch, capsys):
+    rows = [{"instruction": "Name a colour.", "context": "Dark.", "response": "Navy", "category": "open_qa"}]
+    asked = run_file(monkeypatch, tiny_llama, json.dumps(rows), tmp_path / "out.jsonl")[0]
+    assert asked["output"] != "Navy" and capsys.readouterr().err.startswith(
+        f"{tmp_path / 'in.jsonl'}: 1 record in Dolly's format\n"
+    )
+    expected = {"instruction": "Name a colour.", "input": "Dark.", "category": "open_qa", "generator": "tiny-llama"}
+    assert asked == expected | {"output": asked["output"]}
+    (asked,) = run_file(
+        monkeypatch, tiny_llama, '{"question": "Hi"}', tmp_path / "o.jsonl", "--fields=instruction=question"
+    )
+    assert (asked["instruction"], asked["input"]) == ("Hi", "")
 
 
 def test_where_all_records_are_malformed_the_first_fault_is_told(tmp_path):
     (tmp_path / "in.jsonl").write_text('{"input": "x"}\n{}\n')
-    said = ("all 2 records are malformed", 'in.jsonl, line 1: "instruction" must be a text')
+    said = ("all 2 records are malformed", 'in.jsonl, line 1: no text "instruction"')
     assert_user_error(lambda: answer_file.read_requests(tmp_path / "in.jsonl", skip_errors=True), *said)
 
 
@@ -469,7 +469,7 @@ def test_a_terminal_gets_no_control_characters_and_a_file_gets_every_byte(monkey
 def test_no_instruction_at_all_is_told(tiny_llama, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as exit:
         run_file(monkeypatch, tiny_llama, "\n", tmp_path / "out.jsonl")
-    assert "has no records" in exit.value.code
+    assert "holds no records" in exit.value.code
 
 
 MANY = [{"instruction": f"Count to {i}.", "input": "x" * (i % 7)} for i in range(24)]

@@ -128,6 +128,18 @@ def test_the_shipped_data_makes_the_card_non_commercial(finished):
     assert "It is under CC BY-NC 4.0: not for commercial use" in card and "none held out" in card
 
 
+def test_several_files_have_one_hash_and_a_data_set_of_the_hub_has_none(finished, tmp_path):
+    for name, text in (("1.json", "ab"), ("2.json", "c")):
+        (tmp_path / name).write_text(text)
+    facts = receipt.data_facts(tmp_path)
+    assert facts == receipt.data_facts(f"{tmp_path / '1.json'},{tmp_path / '2.json'}") | {"path": str(tmp_path)}
+    assert (facts["sha256"], facts["bytes"]) == (hashlib.sha256(b"abc").hexdigest(), 3)
+    hub = receipt.data_facts("nobody/nothing")
+    assert (hub["sha256"], hub["bytes"], hub["licence"]) == (None, 0, None)
+    card = receipt.model_card(finished[1] | {"data": {"train": hub | {"examples": 3}, "eval": None}})
+    assert "fine-tuned on nothing" in card and "SHA-256" not in card
+
+
 def test_the_card_of_a_gpu_run_has_its_price_and_mfu(finished):
     machine = {"gpus": 8, "gpu": "NVIDIA H200", "cpu": "x", "cpu_cores": 64}
     cost = {"gpu_hours": 8.0, "gpu_hour_price_usd": 2.5, "usd": 20.0}
