@@ -33,10 +33,8 @@ COMMANDS = ("/input", "/reset", "/help", "/?", "/quit", "/exit")
 BATCH_TOKENS = 16384
 FENCE = '"""'
 LISTED = 5  # malformed records that are named one by one
-PAGE_FLAGS, FILE_FLAGS = (
-    {"compare_path", "host", "port", "auth"},
-    {"output_path", "skip_errors", "batch_tokens", "fields"},
-)
+PAGE_FLAGS = {"compare_path", "host", "port", "auth"}
+FILE_FLAGS = {"output_path", "skip_errors", "batch_tokens", "fields"}
 UNUSED = {  # by a page, by a file of instructions, and by the two others: one instruction, and the terminal
     "web": {"instruction", "batch_path", "input", "template"} | FILE_FLAGS,
     "batch_path": {"instruction", "input"} | PAGE_FLAGS,

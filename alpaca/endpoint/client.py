@@ -97,9 +97,8 @@ class Teacher(Server):
 
     def settle(self, reply: Completion, tries: int) -> Completion | None:
         """Return the reply to keep after ``tries`` earlier ones, or None to ask again."""
-        if reply.text is None and reply.error.startswith(ANOTHER_TRY) and reply.finish_reason != "length":
-            return reply if tries >= self._empty_retries else None
-        return reply
+        empty = reply.text is None and reply.error.startswith(ANOTHER_TRY) and reply.finish_reason != "length"
+        return None if empty and tries < self._empty_retries else reply
 
     def body(self, prompt: str, seed: int | None) -> dict:
         """Return the JSON of one request."""
@@ -126,7 +125,8 @@ class Teacher(Server):
         fault = read_fault(data)
         said, status = masked(fault.words, *self.secrets), (fault.status or 200) if status == 200 else status
         failure = Completion(None, error=named(status, said))
-        if NO_CREDIT.search(f"{fault.code} {fault.words}") or status == 402:
+        no_credit = NO_CREDIT.search(f"{fault.code} {fault.words}")
+        if status == 402 or no_credit and no_credit[0] not in prompt:  # a refusal may quote the prompt
             raise UserError(f"the account at {self.where} has no credit left ({failure.error})")
         if status == 401:
             raise UserError(f"{self.where} refused the key: check OPENAI_API_KEY ({failure.error})")

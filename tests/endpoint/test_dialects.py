@@ -629,3 +629,9 @@ def test_a_warning_goes_above_a_progress_bar(teacher, capsys):
     with tqdm(total=2):
         assert ask(teacher(lambda n, body: (422, EXTRA) if "seed" in body else "ok"), seed=1)[0].text == "ok"
     assert "warning: m refused a setting: seed left out" in re.split("[\\r\\n]", capsys.readouterr().err)
+
+
+def test_a_refusal_that_quotes_a_prompt_about_money_does_not_end_the_run(teacher):
+    prompt = "Explain insufficient funds to a child."
+    server = teacher(lambda n, body: (400, {"error": f"blocked: {prompt}"}))
+    assert ask(server, [prompt])[0].error == f"HTTP 400: blocked: {prompt}"
