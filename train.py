@@ -37,13 +37,13 @@ import transformers
 from transformers.integrations import get_reporting_integration_callbacks
 
 from alpaca import RankError, UserError
+from alpaca.chat_template import chat_template
 from alpaca.common import cli
 from alpaca.common.files import check_writable
 from alpaca.common.records import load_records
 from alpaca.common.text import printable
 from alpaca.inference.adapters import add_mean_rows, embedding_rows
 from alpaca.inference.load import load_model, load_tokenizer
-from alpaca.prompts import chat_template
 from alpaca.training import distributed, legacy_flags, lora, packing, receipt
 from alpaca.training.checkpoints import check_fits, choose_checkpoint
 from alpaca.training.distributed import say

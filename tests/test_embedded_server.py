@@ -14,9 +14,10 @@ from transformers import AutoTokenizer
 
 import utils
 from alpaca import embedded_model
+from alpaca.chat_template import chat_template
 from alpaca.common import cli
 from alpaca.inference.load import load
-from alpaca.prompts import chat_template, prompt_ids
+from alpaca.prompts import prompt_ids
 
 
 def with_template(folder: Path) -> Path:

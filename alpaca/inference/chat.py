@@ -7,9 +7,10 @@ from contextlib import closing
 
 import torch
 
+from alpaca.chat_template import chat_ids
 from alpaca.inference import generate
 from alpaca.inference.generate import STOP, Memory, Settings, longest_answer
-from alpaca.prompts import INPUT_HEADING, chat_ids, format_prompt, prompt_ids
+from alpaca.prompts import INPUT_HEADING, format_prompt, prompt_ids
 
 
 def request_ids(tokenizer, template: str, requests: Sequence[tuple[str, str]]) -> list[list[int]]:

@@ -8,10 +8,11 @@ from made_models import count_fed, stream_text
 
 import utils
 from alpaca import UserError
+from alpaca.chat_template import chat_ids
 from alpaca.inference.chat import Conversation, stream, stripped
 from alpaca.inference.generate import Memory, Settings, decode
 from alpaca.inference.load import load
-from alpaca.prompts import chat_ids, prompt_ids
+from alpaca.prompts import prompt_ids
 
 TURNS = (
     "{% for m in messages %}{{ '<s>' + m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"

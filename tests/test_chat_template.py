@@ -11,9 +11,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import utils
 from alpaca import UserError
-from alpaca import prompts as template
+from alpaca import chat_template as template
+from alpaca.chat_template import chat_ids, chat_template
 from alpaca.inference.chat import request_ids
-from alpaca.prompts import chat_ids, chat_template, prompt_ids
+from alpaca.prompts import prompt_ids
 
 HOSTILE = "Say 'x' or \"y\"\\n {{ bos }} {% raw %} – ### Input: ünïcode\n  `code`\ttab "
 
