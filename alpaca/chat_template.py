@@ -12,6 +12,35 @@ from alpaca import UserError
 from alpaca.common.text import first_line
 from alpaca.prompts import INPUT_HEADING, PROMPT_DICT, format_prompt
 
+# The beginning of a template with which its model was trained: chat and judging then use it without being told. As a
+# comment it changes nothing for servers, and it goes wherever the tokenizer's files go.
+TRAINED = "{# its model was trained with this template #}"
+
+
+def mark_trained(template: str) -> str:
+    """Return a chat template that says that its model was trained with it. What it renders stays the same."""
+    if template.startswith(TRAINED):
+        return template
+    return TRAINED + "\n" * template.startswith("\n") + template  # Jinja drops a line end after a comment
+
+
+def saved_template(tokenizer) -> str:
+    """Return "chat" for a model that was trained with its own chat template, "alpaca" for every other."""
+    return "chat" if str(tokenizer.chat_template).startswith(TRAINED) else "alpaca"
+
+
+def user_message(instruction: str, input: str = "") -> dict[str, str]:
+    """Return a task as a user's message: an input follows the instruction under Alpaca's heading."""
+    return {"role": "user", "content": instruction + (INPUT_HEADING + input if input else "")}
+
+
+def messages_of(record: dict) -> list[dict]:
+    """Return a record's conversation: its "messages", or one turn made of Alpaca's fields (without an answer: half)."""
+    if record.get("messages"):
+        return record["messages"]
+    answer = [{"role": "assistant", "content": record["output"]}] if record.get("output") is not None else []
+    return [user_message(record["instruction"], record.get("input") or ""), *answer]
+
 
 def chat_template(tokenizer) -> str:
     """Return a Jinja chat template that writes format_prompt's text for one user message, as training's tokens.

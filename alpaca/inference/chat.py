@@ -7,10 +7,10 @@ from contextlib import closing
 
 import torch
 
-from alpaca.chat_template import chat_ids
+from alpaca.chat_template import chat_ids, user_message
 from alpaca.inference import generate
 from alpaca.inference.generate import STOP, Memory, Settings, longest_answer
-from alpaca.prompts import INPUT_HEADING, format_prompt, prompt_ids
+from alpaca.prompts import format_prompt, prompt_ids
 
 
 def request_ids(tokenizer, template: str, requests: Sequence[tuple[str, str]]) -> list[list[int]]:
@@ -20,11 +20,7 @@ def request_ids(tokenizer, template: str, requests: Sequence[tuple[str, str]]) -
     """
     if template == "alpaca":
         return prompt_ids(tokenizer, [format_prompt(*request) for request in requests])
-    return [chat_ids(tokenizer, [_user(*request)]) for request in requests]
-
-
-def _user(instruction: str, input: str) -> dict[str, str]:
-    return {"role": "user", "content": instruction + (INPUT_HEADING + input if input else "")}
+    return [chat_ids(tokenizer, [user_message(*request)]) for request in requests]
 
 
 def stream(
@@ -89,7 +85,7 @@ class Conversation:
 
         An answer that the reader stops becomes a turn as far as it got; one that fails does not.
         """
-        turns, said = [*self.turns, _user(instruction, input)], []
+        turns, said = [*self.turns, user_message(instruction, input)], []
         if self.template == "chat":
             ids = chat_ids(self.tokenizer, turns)
         else:
