@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import alpaca.common.environment  # noqa: F401  # isort: skip
 import importlib.util
+import json
 import math
 import os
 import sys
@@ -37,18 +38,19 @@ import transformers
 from transformers.integrations import get_reporting_integration_callbacks
 
 from alpaca import RankError, UserError
-from alpaca.chat_template import chat_template
+from alpaca.chat_template import before_template, chat_template, end_token, mark_trained, without_system
 from alpaca.common import cli
 from alpaca.common.files import check_writable
 from alpaca.common.records import load_records
-from alpaca.common.text import printable
+from alpaca.common.shapes import has_several_turns
+from alpaca.common.text import counted, printable
 from alpaca.inference.adapters import add_mean_rows, embedding_rows
 from alpaca.inference.load import load_model, load_tokenizer
 from alpaca.training import distributed, legacy_flags, lora, packing, receipt
 from alpaca.training.checkpoints import check_fits, choose_checkpoint
 from alpaca.training.distributed import say
 from alpaca.training.evaluate import TokenMeanLoss
-from alpaca.training.examples import IGNORE_INDEX, SupervisedDataset, hold_out, preprocess  # noqa: F401  (for importers)
+from alpaca.training.examples import IGNORE_INDEX, SupervisedDataset, check_template, hold_out, preprocess  # noqa: F401
 from alpaca.training.meter import Metered
 from alpaca.training.preflight import examples_and_tokenizer, merges
 from alpaca.training.preflight import packing as packing_check
@@ -83,6 +85,11 @@ class DataArguments:
     )
     eval_data_path: str | None = _flag(None, "Held-out data.")
     fields: str | None = _flag(None, "For data of an unknown shape: instruction=question,input=context,output=answer.")
+    template: Literal["alpaca", "chat"] | None = _flag(
+        None,
+        "alpaca: Alpaca's prompt. chat: the base model's own chat template. Default: alpaca, but chat for data with "
+        "several turns if the base model has a chat template. Chatting and judging then use the same.",
+    )
     eval_fraction: float = _flag(0.0, "Hold out this share of --data_path instead (drawn with --data_seed or --seed).")
     padding: Literal["free", "longest"] = _flag(
         "free",
@@ -190,6 +197,41 @@ def add_special_tokens(tokenizer, model) -> int:
     return len(tokenizer) - before
 
 
+def choose_template(wanted: str | None, tokenizer, records: list[dict]) -> tuple[str, bool]:
+    """Return "alpaca" or "chat" for --template, and whether any of the records (also held-out ones) has several turns.
+
+    If Alpaca's prompt is to be used over several turns, it has no place for a system text: that is then put before the
+    first instruction, in ``records``.
+
+    Raises:
+        UserError: the base model has no chat template to use.
+    """
+    several = sum(map(has_several_turns, records))
+    if isinstance(tokenizer.chat_template, dict):  # by name, as for tools
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
+    if wanted == "chat" and not tokenizer.chat_template:
+        raise UserError("--template chat: this base model has no chat template, leave it out or choose a chat model")
+    template = wanted or ("chat" if several and tokenizer.chat_template else "alpaca")
+    if several and not wanted:
+        which = "the base model's own chat template" if template == "chat" else "Alpaca's, the base model has none"
+        say(f"template: {which}, as {counted(several, 'record')} of {len(records):,} have several turns")
+    for record in records if several and template == "alpaca" else ():
+        if record.get("messages"):
+            record["messages"] = without_system(record["messages"])
+    return template, bool(several)
+
+
+def use_end_token(tokenizer) -> None:
+    """Make the token with which the chat template ends answers the tokenizer's EOS. What it writes does not change."""
+    end, eos = end_token(tokenizer), tokenizer.eos_token
+    if not end or end == eos:
+        return
+    say(f"note: answers end with {end!r}, as in the chat template; the tokenizer's EOS was {eos!r}")
+    if eos and "eos_token" in tokenizer.chat_template:
+        tokenizer.chat_template = before_template(f"{{% set eos_token = {json.dumps(eos)} %}}", tokenizer.chat_template)
+    tokenizer.add_special_tokens({"eos_token": end})
+
+
 @dataclass
 class DataCollatorForSupervisedDataset:
     """Examples → a batch: padded to the longest of them, or one after the other in one row."""
@@ -247,15 +289,21 @@ class Trainer(Metered, ResumableTrainer, TokenMeanLoss):
     """The library's Trainer: counts tokens, saves so that it can resume, and weighs each supervised token the same."""
 
 
-def load_base(model_args, args, tokenizer, findings: list[Finding], dtype=torch.float32, **options):
+def load_base(
+    model_args, args, tokenizer, findings: list[Finding], template: tuple[str, bool], dtype=torch.float32, **options
+):
     """Load the model to fine-tune, add what it or the tokenizer lacks, and extend ``findings``."""
     model = load_model(model_args.model_name_or_path, dtype, cache_dir=args.cache_dir, **options)
     findings += examples_and_tokenizer.check_tokenizer(tokenizer, embedding_rows(model), model.config)
     raise_errors(findings)  # before rows are added that would hide them
+    name, several = template
+    if name == "chat":
+        use_end_token(tokenizer)
     if args.lora_r:
         lora.check_eos(tokenizer)
     add_special_tokens(tokenizer, model)
-    tokenizer.chat_template = chat_template(tokenizer)  # in place of the base model's
+    made = tokenizer.chat_template if name == "chat" else chat_template(tokenizer)  # in place of the base model's
+    tokenizer.chat_template = mark_trained(made) if name == "chat" or several else made
     return model
 
 
@@ -271,7 +319,11 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     tokenizer = load_tokenizer(base, cache_dir=cache, model_max_length=max_length, padding_side="right")
     texts = [record["instruction"] + "\n" + record["output"] for record in train_records[:500]]
     findings = merges.mend_merges(tokenizer, texts)
-    load = partial(load_base, model_args, training_args, tokenizer, findings)
+    template = choose_template(data_args.template, tokenizer, [*train_records, *eval_records])
+    data_args.template = template[0]  # for the receipt
+    for records, name in ((train_records, "training"), (eval_records, "held-out")) if template[0] == "chat" else ():
+        check_template(records, tokenizer, name)
+    load = partial(load_base, model_args, training_args, tokenizer, findings, template)
     # float32 whatever the checkpoint's type: at a learning rate of 2e-5 most updates are lost in bf16's 8 bits.
     # --bf16 computes in bf16 over float32 weights. LoRA leaves these weights as they are.
     options = lora.base_options(training_args) if training_args.lora_r else {"dtype": torch.float32}

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property, lru_cache
 
-import jinja2
 from tokenizers import AddedToken, Tokenizer
 
 from alpaca import UserError
-from alpaca.common.text import first_line
-from alpaca.prompts import INPUT_HEADING, PROMPT_DICT, format_prompt
+from alpaca.common.shapes import INPUT_HEADING, user_message
+from alpaca.common.text import check_utf8, first_line
+from alpaca.prompts import BEFORE_ANSWER, PROMPT_DICT, continued, format_prompt
 
+PRIVATE = "\U000f0000"  # a private-use character
 # The beginning of a template with which its model was trained: chat and judging then use it without being told. As a
 # comment it changes nothing for servers, and it goes wherever the tokenizer's files go.
 TRAINED = "{# its model was trained with this template #}"
@@ -19,19 +23,17 @@ TRAINED = "{# its model was trained with this template #}"
 
 def mark_trained(template: str) -> str:
     """Return a chat template that says that its model was trained with it. What it renders stays the same."""
-    if template.startswith(TRAINED):
-        return template
-    return TRAINED + "\n" * template.startswith("\n") + template  # Jinja drops a line end after a comment
+    return template if template.startswith(TRAINED) else before_template(TRAINED, template)
+
+
+def before_template(block: str, template: str) -> str:
+    """Return a template behind a block or comment, after which Jinja drops a line end."""
+    return block + "\n" * template.startswith("\n") + template
 
 
 def saved_template(tokenizer) -> str:
     """Return "chat" for a model that was trained with its own chat template, "alpaca" for every other."""
     return "chat" if str(tokenizer.chat_template).startswith(TRAINED) else "alpaca"
-
-
-def user_message(instruction: str, input: str = "") -> dict[str, str]:
-    """Return a task as a user's message: an input follows the instruction under Alpaca's heading."""
-    return {"role": "user", "content": instruction + (INPUT_HEADING + input if input else "")}
 
 
 def messages_of(record: dict) -> list[dict]:
@@ -40,6 +42,14 @@ def messages_of(record: dict) -> list[dict]:
         return record["messages"]
     answer = [{"role": "assistant", "content": record["output"]}] if record.get("output") is not None else []
     return [user_message(record["instruction"], record.get("input") or ""), *answer]
+
+
+def without_system(messages: Sequence[dict]) -> list[dict]:
+    """Return messages with a system text, if there is one, before the first question: Alpaca's prompt has no other."""
+    if messages[0]["role"] != "system":
+        return list(messages)
+    system, first, *others = messages
+    return [first | {"content": f"{system['content']}\n\n{first['content']}"}, *others]
 
 
 def chat_template(tokenizer) -> str:
@@ -88,7 +98,19 @@ def _start(tokenizer) -> str:
     return bos
 
 
-def chat_ids(tokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
+def end_token(tokenizer) -> str | None:
+    """Return the token with which the tokenizer's chat template ends an answer, None if that is no token of its own.
+
+    Raises:
+        UserError: the template fails, or leaves the answer out.
+    """
+    [text] = _rendered(tokenizer, [[user_message("x"), {"role": "assistant", "content": PRIVATE}]], False)
+    names = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+    found = _any_of(name for name in names if name.strip()).search(_tail(text))
+    return found and found[0]
+
+
+def chat_ids(tokenizer, messages: Sequence[dict]) -> list[int]:
     """Return the tokens of a conversation by the tokenizer's own chat template, up to where the answer begins.
 
     A special token that somebody types stays text, as in training, unless the tokenizer is a slow one.
@@ -102,45 +124,160 @@ def chat_ids(tokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
     """
     if not tokenizer.chat_template:
         raise UserError("this tokenizer has no chat template: use the alpaca template")
-    special = {id_: token for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
-    typed = any(token.content in message["content"] for token in special.values() for message in messages)
-    core = getattr(tokenizer, "backend_tokenizer", None)
-    try:
-        if typed and isinstance(core, Tokenizer):
-            return _typed_as_text(tokenizer, core, special, messages)
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    except (jinja2.TemplateError, TypeError, UnicodeEncodeError) as e:
-        raise UserError(f"this tokenizer's chat template fails: {first_line(e)}") from None
+    check_utf8("".join(message["content"] for message in messages), "the prompt")
+    if not isinstance(getattr(tokenizer, "backend_tokenizer", None), Tokenizer):
+        [text] = _rendered(tokenizer, [messages], True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    chats = _chats(tokenizer, [messages])
+    [(ids, _)] = chats.encode(chats.render([messages], True))
+    return ids
 
 
-def _typed_as_text(
-    tokenizer, core: Tokenizer, special: dict[int, AddedToken], messages: Sequence[dict[str, str]]
-) -> list[int]:
-    """Do chat_ids() for messages that contain the names of special tokens.
+def chat_turns(tokenizer, conversations: Sequence[Sequence[dict]]) -> list[tuple[list[int], list[int]]]:
+    """Return, for the last answer of each conversation, the tokens of its prompt and those that must be generated.
 
-    Private-use characters keep the two kinds apart: one for each typed name while the template is rendered, and one for
-    each of the template's own tokens in a copy of the tokenizer, where they are added tokens and the names are text.
+    The prompt is chat_ids() of the messages before it. What must be generated is what the template writes after that,
+    as in answer_ids(), up to its first special token behind the answer. If there is none, EOS ends the answer.
+
+    Raises:
+        Unanswerable: the template fails, or begins answers in another way than it asks for them.
     """
-    order = sorted(special, key=lambda id_: len(special[id_].content), reverse=True)  # one may contain another
-    said = "".join(message["content"] for message in messages)
-    count = 2 * len(order)
-    first = next(n for n in range(0xF0000, 0xFFF00, count) if not any(chr(n + i) in said for i in range(count)))
-    marks, stand_ins = ({id_: chr(first + 2 * i + k) for i, id_ in enumerate(order)} for k in (0, 1))
+    chats = _chats(tokenizer, conversations)
+    prompts = chats.render([messages[:-1] for messages in conversations], True)
+    answers, ends = [], []
+    for i, (prompt, whole) in enumerate(zip(prompts, chats.render(conversations, False), strict=True)):
+        if not whole.startswith(prompt):
+            same = len(os.path.commonprefix([prompt, whole]))
+            raise Unanswerable(i, f"this chat template asks with {prompt[same:]!r}, and does not begin answers with it")
+        answer, end = chats.split(whole[len(prompt) :], conversations[i])
+        answers.append(answer)
+        ends.append(tokenizer.eos_token_id if end is None else end)
+    befores = [[chats.since_mark(prompt) for prompt in prompts]]
+    befores += [[text] * len(prompts) for text in BEFORE_ANSWER[1:]]
+    answers = [[*ids, end] for ids, end in zip(continued(chats.encode, befores, answers), ends, strict=True)]
+    return list(zip((ids for ids, _ in chats.encode(prompts)), answers, strict=True))
 
-    def put(text: str, names: dict[int, str], instead_of: dict[int, str]) -> str:
-        for id_ in order:
-            text = text.replace(instead_of[id_], names[id_])
-        return text
 
-    contents = {id_: token.content for id_, token in special.items()}
-    hidden = [message | {"content": put(message["content"], stand_ins, contents)} for message in messages]
-    text = tokenizer.apply_chat_template(hidden, add_generation_prompt=True, tokenize=False)
-    text = put(put(text, marks, contents), contents, stand_ins)
-    core = Tokenizer.from_str(core.to_str())
-    core.encode_special_tokens = True  # as text
-    core.no_truncation()
-    core.no_padding()
-    kept = ("single_word", "lstrip", "rstrip", "normalized")
-    core.add_tokens([AddedToken(marks[i], **{name: getattr(special[i], name) for name in kept}) for i in order])
-    ids = {core.token_to_id(marks[id_]): id_ for id_ in order}
-    return [ids.get(id_, id_) for id_ in core.encode(text, add_special_tokens=False).ids]
+class Unanswerable(UserError):
+    """A conversation that a chat template cannot write; ``place`` is its index among those that were given."""
+
+    def __init__(self, place: int, message: str):
+        super().__init__(message)
+        self.place = place
+
+
+def _rendered(tokenizer, conversations: Sequence[Sequence[dict]], asks: bool) -> list[str]:
+    """Return the texts that the template writes; ``asks``: up to where the next answer begins."""
+    plain = [[{name: message[name] for name in ("role", "content")} for message in one] for one in conversations]
+    try:
+        return tokenizer.apply_chat_template(plain, add_generation_prompt=asks, tokenize=False)
+    except Exception as e:  # of a stranger's template
+        if len(plain) > 1:  # whose?
+            for place, messages in enumerate(plain):
+                try:
+                    _rendered(tokenizer, [messages], asks)
+                except Unanswerable as one:
+                    raise Unanswerable(place, str(one)) from None
+        raise Unanswerable(0, f"this tokenizer's chat template fails: {first_line(e)}") from None
+
+
+def _tail(text: str) -> str:
+    """Return what a template writes after an answer that ends in PRIVATE."""
+    if PRIVATE not in text:
+        raise UserError("this tokenizer's chat template leaves answers out")
+    return text.rpartition(PRIVATE)[2]
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern:
+    return re.compile("|".join(map(re.escape, texts)) or "(?!)")  # which matches nothing
+
+
+def _chats(tokenizer, conversations: Sequence[Sequence[dict]]) -> _Chats:
+    """Return what writes these conversations; it is made once for each tokenizer and template."""
+    used = set().union(*(message["content"] for messages in conversations for message in messages))
+    count = 2 * sum(token.special for token in tokenizer.added_tokens_decoder.values()) or 1
+    start = ord(PRIVATE) + 1
+    first = next(n for n in range(start, 0xFFF00, count) if not any(chr(n + i) in used for i in range(count)))
+    return _made(tokenizer, first, len(tokenizer), str(tokenizer.chat_template), tokenizer.eos_token)
+
+
+@lru_cache(maxsize=2)
+def _made(tokenizer, first: int, *state) -> _Chats:
+    return _Chats(tokenizer, first)
+
+
+class _Chats:
+    """Conversations as texts and tokens in which special tokens of the template are kept apart from typed ones.
+
+    A private-use character stands for each typed name while the template is rendered. Then another one, a mark, takes
+    the place of each of the template's own tokens. In a copy of the tokenizer the marks are added tokens, and the names
+    are text. Nothing changes after it is made: threads may share it.
+
+    Args:
+        tokenizer: a fast one, with a chat template.
+        first: the code of the first private-use character, of two for each special token.
+    """
+
+    def __init__(self, tokenizer, first: int):
+        special = {
+            token.content: (id_, token) for id_, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+        names = sorted(special, key=len, reverse=True)  # one may begin with another
+        self.tokenizer = tokenizer
+        self.names = _any_of(names)
+        self.stand_ins = {name: chr(first + 2 * i) for i, name in enumerate(names)}
+        self.marks = {name: chr(first + 2 * i + 1) for i, name in enumerate(names)}
+        self.typed = {sign: name for name, sign in self.stand_ins.items()}
+        self.any_typed, self.any_mark = _any_of(self.typed), _any_of(self.marks.values())
+        self.core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self.core.encode_special_tokens = True  # as text
+        self.core.no_truncation()
+        self.core.no_padding()
+        kept = ("single_word", "lstrip", "rstrip", "normalized")
+        flags = {name: {flag: getattr(token, flag) for flag in kept} for name, (_, token) in special.items()}
+        self.core.add_tokens([AddedToken(self.marks[name], **flags[name]) for name in names])
+        self.special = {self.marks[name]: special[name][0] for name in names}
+        self.ids = {self.core.token_to_id(mark): id_ for mark, id_ in self.special.items()}
+
+    @cached_property
+    def tail(self) -> str:
+        """What the template writes after an answer."""
+        return self._tail_of([user_message("x")], "")
+
+    def render(self, conversations: Sequence[Sequence[dict]], asks: bool) -> list[str]:
+        """Return the template's texts, with marks in place of its special tokens."""
+        hidden = [
+            [message | {"content": self._put(self.stand_ins, message["content"])} for message in messages]
+            for messages in conversations
+        ]
+        texts = _rendered(self.tokenizer, hidden, asks)
+        marked = (self._put(self.marks, text) for text in texts)
+        return [self.any_typed.sub(lambda sign: self.typed[sign[0]], text) for text in marked]
+
+    def _put(self, signs: dict[str, str], text: str) -> str:
+        return self.names.sub(lambda name: signs[name[0]], text)
+
+    def _tail_of(self, before: Sequence[dict], answer: str) -> str:
+        [text] = self.render([[*before, {"role": "assistant", "content": answer + PRIVATE}]], False)
+        return _tail(text)
+
+    def split(self, rest: str, messages: Sequence[dict]) -> tuple[str, int | None]:
+        """Return the text to generate, and the special token that ends it (None: the template writes none).
+
+        Args:
+            rest: what the template writes after the prompt for the last one of ``messages``.
+        """
+        tail = self.tail
+        if not rest.endswith(tail):
+            tail = self._tail_of(messages[:-1], messages[-1]["content"])
+        answer, end = rest.removesuffix(tail), self.any_mark.search(tail)
+        return (answer + tail[: end.start()], self.special[end[0]]) if end else (answer, None)
+
+    def since_mark(self, text: str) -> str:
+        """Return the end of a text, from its last mark on: what is before does not change its tokens."""
+        return text[max((mark.start() for mark in self.any_mark.finditer(text)), default=0) :]
+
+    def encode(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+        """Yield the tokens of each text, and where each begins and ends."""
+        for encoding in self.core.encode_batch(list(texts), add_special_tokens=False):
+            yield [self.ids.get(id_, id_) for id_ in encoding.ids], encoding.offsets

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from alpaca.common.text import check_utf8
 
@@ -19,7 +19,6 @@ PROMPT_DICT = {
         "### Instruction:\n{instruction}\n\n### Response:"
     ),
 }
-INPUT_HEADING = "\n\n### Input:\n"
 # Texts to put before an answer while it is tokenized. The first is the prompt's own last line.
 BEFORE_ANSWER = (PROMPT_DICT["prompt_no_input"].rpartition("\n")[2], "\n", "a")
 
@@ -53,15 +52,35 @@ def answer_ids(tokenizer, answers: Sequence[str]) -> list[list[int]]:
     training. Tokenizing the answer alone puts a space before it with LLaMA's tokenizers. So it is tokenized after the
     first of BEFORE_ANSWER with which it shares no token. Without specials, BOS or EOS; special tokens stay text.
     """
-    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-    found: list = [None] * len(answers)
-    for before in BEFORE_ANSWER:
+
+    def encode(texts: list[str]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        encoded = tokenizer(texts, return_offsets_mapping=True, **options)
+        return zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+
+    return continued(encode, [[before] * len(answers) for before in BEFORE_ANSWER], answers)
+
+
+def continued(
+    encode: Callable[[list[str]], Iterable[tuple[list[int], list[tuple[int, int]]]]],
+    befores: Sequence[Sequence[str]],
+    texts: Sequence[str],
+) -> list[list[int]]:
+    """Return the tokens of each text behind another one with which it shares no token, or else alone.
+
+    Args:
+        encode: texts → the tokens of each, and where each token begins and ends, in characters.
+        befores: lists of texts to try in this order, each with one for each text.
+        texts: to tokenize.
+    """
+    found: list = [None] * len(texts)
+    for before in befores:
         left = [i for i, ids in enumerate(found) if ids is None]
         if not left:
             break
-        encoded = tokenizer([before + answers[i] for i in left], return_offsets_mapping=True, **options)
-        for i, ids, offsets in zip(left, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            first = sum(start < len(before) for start, _ in offsets)
-            if all(end <= len(before) for _, end in offsets[:first]):
+        for i, (ids, offsets) in zip(left, encode([before[i] + texts[i] for i in left]), strict=True):
+            border = len(before[i])
+            first = sum(start < border for start, _ in offsets)
+            if all(end <= border for _, end in offsets[:first]):
                 found[i] = ids[first:]
-    return [tokenizer(answers[i], **options)["input_ids"] if ids is None else ids for i, ids in enumerate(found)]
+    return [next(iter(encode([texts[i]])))[0] if ids is None else ids for i, ids in enumerate(found)]

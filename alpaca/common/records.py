@@ -2,8 +2,7 @@
 
 A path is a file, a folder of files, several of these with commas between, or a data set's name on the hub. JSON (a
 list, or an object with one list of objects) and JSON Lines are known by their content; CSV, TSV and Parquet by name.
-Text may be compressed (.gz). Records may have Alpaca's fields, Dolly's, or prompt and completion, or be conversations
-of one turn, as ShareGPT or OpenAI writes them; the names of other fields can be given.
+Text may be compressed (.gz). The shapes of records are in shapes.py; the names of other fields can be given.
 """
 
 from __future__ import annotations
@@ -20,21 +19,13 @@ from typing import Any, TextIO
 
 from alpaca import UserError
 from alpaca.common.files import open_bytes, open_text, replace_file
+from alpaca.common.shapes import ALPACA, CONVERSATIONS, FIELDS, has_several_turns, in_our_fields
 from alpaca.common.text import counted, first_line, shorten
 
 RELEASED_BLOB = "3779ddbc040543ab1834ef216c983d6fcc06cc9a"  # git hash-object of the 52,002 records of Stanford Alpaca
 
 LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 SUFFIXES = (*LINES, ".json", ".json.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
-FIELDS = ("instruction", "input", "output")
-ALPACA, DOLLY, PROMPTS = "Alpaca's format", "Dolly's format", "prompt/completion format"
-THEIRS = {  # names of our fields
-    DOLLY: {"instruction": "instruction", "input": "context", "output": "response"},
-    PROMPTS: {"instruction": "prompt", "output": "completion"},
-}
-CONVERSATIONS = {"messages": "OpenAI's messages", "conversations": "ShareGPT's format"}
-ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant"}
-ROLES |= {"gpt": "assistant"} | dict.fromkeys(("tool", "function", "function_call", "observation"), "tool")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,7 +192,7 @@ def jload(path: str | os.PathLike) -> list:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Shapes: entries → records in Alpaca's fields.
+# Entries → records (shapes.py).
 
 
 def _refuse(fault: str) -> None:
@@ -217,28 +208,27 @@ def read_records(
 ) -> Iterator[tuple[str, dict]]:
     """Yield (file and number, record) in Alpaca's fields; other fields are kept, and Alpaca's own records unchanged.
 
-    A conversation of one turn is a record, with its system text before the instruction. Other conversations, and those
-    with tools or images, are dropped and counted.
+    A conversation of several turns, or with a system text, has "messages" too (shapes.py). One that cannot be asked
+    turn by turn, or has tools or images, is dropped and counted.
 
     Args:
         path: see sources().
         fields: our fields by their names there, for records of no known shape: "instruction=question,output=answer".
         say: gets one line at the end, unless all were in Alpaca's format: what was recognized, and what was dropped.
         answers: whether records need the texts "input" (a null or missing one becomes "") and "output". One without an
-            answer is dropped, but in Alpaca's format an empty text is an answer, and none at all is a fault.
+            answer is dropped, but in Alpaca's format an empty text is an answer, and none at all is a fault. So is a
+            conversation's last question, if nothing answers it.
         on_fault: gets the file, number and fault of a malformed record; by default it raises.
 
     Raises:
         UserError: see read_entries; also no record at all, a name in ``fields`` that no record has, and faults.
     """
-    names, shapes, dropped, there, seen = _field_map(fields), Counter(), {}, {}, False
+    names, shapes, dropped, there, seen, several = _field_map(fields), Counter(), {}, {}, False, 0
     for file, place, entry, fault in read_entries(path):
         try:
             if fault:
                 raise UserError(fault)
-            shape, record = _in_our_fields(entry, names)
-            if answers and isinstance(record, dict):
-                record = _with_answer(record, shape == ALPACA)
+            shape, record = in_our_fields(entry, names, answers)
         except UserError as e:
             seen = True
             on_fault(f"{file}, {place}: {e}")
@@ -247,6 +237,7 @@ def read_records(
         there |= entry if names else {}
         if isinstance(record, dict):
             seen = True
+            several += has_several_turns(record)
             yield f"{file}, {place}", record
         else:
             where = "" if file == str(path) else f"{Path(file).name} "
@@ -254,22 +245,13 @@ def read_records(
     if unknown := ", ".join(sorted(set(names.values()) - there.keys() - set(FIELDS))) if there else "":
         raise UserError(f"{path} has no field {unknown}: its fields are {shorten(', '.join(there), 200)}")
     found = ", ".join(f"{counted(count, 'record')} in {shape}" for shape, count in shapes.items())
+    found += f", {several:,} of several turns" if several else ""
     for why, numbers in dropped.items():
         found += f"; {len(numbers):,} {why} dropped: {', '.join(numbers[:10])}" + ", …" * (len(numbers) > 10)
     if not seen:
         raise UserError(f"{path}: {found}" if found else f"{path} holds no records: choose a file with at least one")
-    if dropped or shapes.keys() - {ALPACA}:
+    if dropped or several or shapes.keys() - {ALPACA}:
         say(f"{path}: {found}")
-
-
-def _with_answer(record: dict, is_alpaca: bool) -> dict | str:
-    """Return a record with a text as input, or why it is dropped."""
-    input, output = text_of(record, "input"), text_of(record, "output")
-    if is_alpaca and output is None:
-        raise UserError('no "output" field with a text')
-    if not (is_alpaca or (output or "").strip()):
-        return "without an answer"
-    return record | {"input": ""} if input is None else record
 
 
 def _field_map(text: str | None) -> dict[str, str]:
@@ -278,90 +260,6 @@ def _field_map(text: str | None) -> dict[str, str]:
     if not all(ours in FIELDS and theirs for ours, theirs in given.items()):
         raise UserError(f"fields are given as in instruction=question,input=context,output=answer, not {text!r}")
     return {field: field for field in FIELDS} | given if given else {}
-
-
-def _in_our_fields(entry, names: dict[str, str]) -> tuple[str, dict | str]:
-    """Return an entry's shape, and the entry in Alpaca's fields, or why it is dropped."""
-    if not isinstance(entry, dict):
-        raise UserError(f"a {type(entry).__name__} where an object was expected")
-    shape, theirs = "the given fields", names
-    if not names:
-        is_dolly = "output" not in entry and ("response" in entry or "context" in entry)
-        shape = (DOLLY if is_dolly else ALPACA) if entry.get("instruction") is not None else PROMPTS
-        theirs = THEIRS.get(shape, {})
-    for field in CONVERSATIONS if shape == PROMPTS else ():
-        if isinstance(turns := entry.get(field), list):
-            if isinstance(system := entry.get("system"), str):
-                turns = [{"role": "system", "content": system}, *turns]
-            made = _single_turn(turns)
-            if isinstance(made, dict):
-                made |= {name: value for name, value in entry.items() if name not in (*FIELDS, field, "system")}
-            return CONVERSATIONS[field], made
-    record = _renamed(entry, theirs) if theirs else entry
-    if not isinstance(record.get("instruction"), str):
-        name, others = names.get("instruction", "instruction"), shorten(", ".join(entry), 200)
-        hint = "name them as in instruction=question,output=answer"
-        raise UserError(f'no text "{name}" among its fields ({others}): {hint}')
-    return shape, record
-
-
-def _renamed(entry: dict, names: dict[str, str]) -> dict:
-    """Return an entry with Alpaca's names for its fields, and "input", then its other fields."""
-    ours = {field: entry.get(names.get(field, field), entry.get(field)) for field in FIELDS}
-    ours = {field: value for field, value in (ours | {"input": ours["input"] or ""}).items() if value is not None}
-    return ours | {name: value for name, value in entry.items() if name not in (*FIELDS, *names.values())}
-
-
-def _single_turn(turns: list) -> dict | str:
-    """Return a conversation of one turn in Alpaca's fields, or why it is none."""
-    texts: dict[str, str] = {}
-    for turn in turns:
-        if not isinstance(turn, dict):
-            return "with a malformed turn"
-        said, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if turn.get("tool_calls") or (role := ROLES.get(str(said))) == "tool":
-            return "with tool calls"
-        if isinstance(content, list):  # OpenAI's parts
-            parts = [part.get("text") if isinstance(part, dict) else None for part in content]
-            content = "".join(parts) if all(isinstance(part, str) for part in parts) else content
-        if not isinstance(content, str | None):
-            return "with images or other parts that are not text"
-        if role is None:
-            return f"with the unknown role {shorten(repr(said), 20)}"
-        if role == "assistant" and "user" not in texts:
-            return "that begin with the assistant"
-        if texts and (role in texts or role == "system" or "assistant" in texts):
-            return "of several turns"
-        texts[role] = content or ""
-    if not texts.get("user", "").strip():
-        return "without a question"
-    instruction = "\n\n".join(filter(None, (texts.get("system"), texts["user"])))
-    return {"instruction": instruction, "input": ""} | ({"output": texts["assistant"]} if "assistant" in texts else {})
-
-
-def text_of(record: dict, field: str) -> str | None:
-    """Return a field's text, or None if it is null or missing; UserError if it is something else."""
-    value = record.get(field)
-    if not isinstance(value, str | None):
-        raise UserError(f'"{field}" must be a text')
-    return value
-
-
-def task_of(record: dict) -> tuple[str, str]:
-    """Return a record's instruction and input ("" for none); Self-Instruct's tasks have theirs in "instances".
-
-    Raises:
-        UserError: something else than a text, an instruction that is blank, or several instances.
-    """
-    instruction, input = text_of(record, "instruction"), text_of(record, "input")
-    if not (instruction or "").strip():
-        raise UserError('needs a text "instruction"')
-    if input is None and record.get("instances") is not None:
-        instances = record["instances"]
-        if not isinstance(instances, list) or len(instances) != 1 or not isinstance(instances[0], dict):
-            raise UserError('"instances" must be a list of one object: make a record of each')
-        input = text_of(instances[0], "input")
-    return instruction, input or ""
 
 
 def load_records(

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from alpaca import UserError
 from alpaca.common.files import git_blob_id
-from alpaca.common.records import jload, read_records, task_of, text_of
+from alpaca.common.records import jload, read_records
+from alpaca.common.shapes import INPUT_HEADING, task_of, text_of
 from alpaca.common.text import check_utf8, counted, shorten
-from alpaca.prompts import INPUT_HEADING
 
 # The 252 user-oriented instructions of Self-Instruct, on which Alpaca was judged.
 THE_252 = "user_oriented_instructions.jsonl"

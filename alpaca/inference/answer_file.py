@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from alpaca import UserError
 from alpaca.common.journal import Journal, check_output
-from alpaca.common.records import read_records, task_of, write_records
+from alpaca.common.records import read_records, write_records
+from alpaca.common.shapes import task_of
 from alpaca.common.text import check_utf8, without_thoughts
 from alpaca.inference.adapters import base_of, is_adapter
 from alpaca.inference.chat import request_ids

@@ -7,7 +7,7 @@ import transformers
 from torch.nn import functional
 
 from alpaca.inference.generate import batches, context_length
-from alpaca.training.examples import IGNORE_INDEX, preprocess
+from alpaca.training.examples import IGNORE_INDEX, tokenize
 from alpaca.training.packing import pad
 
 BATCH_TOKENS = 2048  # padding included: their logits over 128,256 tokens are 1 GB in float32
@@ -67,7 +67,7 @@ def sums_by_example(logits: torch.Tensor, batch: dict) -> torch.Tensor:
 
 @torch.no_grad()
 def reference_losses(model, tokenizer, records: list[dict]) -> list[tuple[float, int] | None]:
-    """Return the loss of each record's output after its prompt, with EOS, as training counts it (examples.preprocess).
+    """Return the loss of each record's output after its prompt, with EOS, as training counts it (examples.tokenize).
 
     Args:
         model: a causal model, which computes in its own type.
@@ -77,7 +77,8 @@ def reference_losses(model, tokenizer, records: list[dict]) -> list[tuple[float,
     Returns:
         Mean negative log-likelihood in nats a token, and the number of tokens; None where no token of the output fits.
     """
-    examples = preprocess(records, tokenizer, context_length(model) or 10**9)
+    rows = tokenize(records, tokenizer, context_length(model) or 10**9)
+    examples = [its_rows[0] if its_rows else {"input_ids": [], "labels": []} for its_rows in rows]  # of one turn each
     losses: list[tuple[float, int] | None] = [None] * len(examples)
     scored = [i for i, example in enumerate(examples) if any(label != IGNORE_INDEX for label in example["labels"][1:])]
     for batch in batches([len(examples[i]["input_ids"]) for i in scored], 0, BATCH_TOKENS):

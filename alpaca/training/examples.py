@@ -14,6 +14,7 @@ import numpy as np
 import tokenizers
 
 from alpaca import UserError
+from alpaca.chat_template import Unanswerable, chat_turns, messages_of, saved_template
 from alpaca.common.files import new_folder
 from alpaca.common.text import check_utf8
 from alpaca.prompts import answer_ids, format_prompt, prompt_ids
@@ -45,6 +46,68 @@ def preprocess(records: list[dict], tokenizer, max_length: int) -> list[dict]:
     return examples
 
 
+def tokenize(records: Sequence[dict], tokenizer, max_length: int) -> list[list[dict]]:
+    """Return the rows of each record, and of each row whether it was "cut".
+
+    A tokenizer whose chat template is marked as trained writes conversations (preprocess_chat). With any other, the
+    fields of a record are one row in Alpaca's prompt (preprocess).
+    """
+    if saved_template(tokenizer) == "chat":
+        return preprocess_chat(records, tokenizer, max_length)
+    examples, eos = preprocess(records, tokenizer, max_length), tokenizer.eos_token_id
+    return [[row | {"cut": row["input_ids"][-1] != eos}] for row in examples]
+
+
+def preprocess_chat(records: Sequence[dict], tokenizer, max_length: int) -> list[list[dict]]:
+    """Return the rows of each record by the tokenizer's own chat template: as preprocess's, and whether each was "cut".
+
+    Each answer follows the tokens with which chat asks for it. Those of the second answer begin with the first one's
+    row in most templates: then both are learned in that row. Where a template writes earlier turns differently (Qwen3's
+    leaves out thoughts), or a token joins an answer's end and what follows, the second answer has a row of its own.
+    Answers of weight 0 are not learned. Answers whose prompt alone fills max_length are left out.
+
+    Raises:
+        Unanswerable: the template cannot write a record; ``place`` is its index.
+        UserError: the tokenizer is of the slow kind, which has no offsets.
+    """
+    _check_fast(tokenizer)
+    conversations = [messages_of(record) for record in records]
+    rows: list[list[dict]] = [[] for _ in records]
+    left = {i: _learned(messages) for i, messages in enumerate(conversations)}
+    while left := {i: ends for i, ends in left.items() if ends}:  # the next answer of each, all in one batch
+        try:
+            turns = chat_turns(tokenizer, [conversations[i][: ends[0]] for i, ends in left.items()])
+        except Unanswerable as e:
+            raise Unanswerable(list(left)[e.place], str(e)) from None
+        for (i, ends), (prompt, answer) in zip(left.items(), turns, strict=True):
+            if len(prompt) < max_length:
+                _add_turn(rows[i], prompt, answer)
+                left[i] = ends[1:]
+            else:
+                left[i] = []
+                rows[i][-1:] = [row | {"cut": True} for row in rows[i][-1:]]
+    return [[_cut(row, max_length) for row in its_rows] for its_rows in rows]
+
+
+def _learned(messages: Sequence[dict]) -> list[int]:
+    """Return the number of messages up to and including each answer that is learned."""
+    return [n for n, one in enumerate(messages, 1) if one["role"] == "assistant" and one.get("weight") != 0]
+
+
+def _add_turn(rows: list[dict], prompt: list[int], answer: list[int]) -> None:
+    """Add a turn to the last row if its prompt begins with that row, and as a new row otherwise."""
+    if not rows or prompt[: len(rows[-1]["input_ids"])] != rows[-1]["input_ids"]:
+        rows.append({"input_ids": [], "labels": [], "cut": False})
+    row = rows[-1]
+    row["labels"] += [IGNORE_INDEX] * (len(prompt) - len(row["labels"])) + answer
+    row["input_ids"] = prompt + answer
+
+
+def _cut(row: dict, max_length: int) -> dict:
+    ids, labels = row["input_ids"], row["labels"]
+    return {"input_ids": ids[:max_length], "labels": labels[:max_length], "cut": row["cut"] or len(ids) > max_length}
+
+
 def _check_fast(tokenizer) -> None:
     if not tokenizer.is_fast:
         raise UserError("this tokenizer has no offsets: convert it to a tokenizer.json with AutoTokenizer")
@@ -68,31 +131,38 @@ def hold_out(records: list[dict], count: int, seed: int) -> tuple[Records, Recor
 class SupervisedDataset:
     """Tokenized records, memory-mapped. Those whose prompt alone fills max_length teach nothing and are left out.
 
+    The tokenizer's chat template decides how: see tokenize.
+
     Attributes:
         examples: the rows, a ``datasets.Dataset`` of ``input_ids`` and ``labels`` (int32 lists of one length).
         lengths: tokens of each example.
-        numbers: the number of each example's record, from 1, in its file (for ``Records``) or in ``records``.
+        numbers: the number of each example's record, from 1, in its file (for ``Records``) or in ``records``. Several
+            examples may come from one conversation.
         cut: numbers of the records that were cut to their first max_length tokens.
         left_out: numbers of the records that were left out.
         summary: one line about all of this.
 
     Raises:
-        UserError: no example is left, a record is not text, or the cache cannot be written.
+        UserError: no example is left, a record is not text or the template fails on it, the cache cannot be written.
     """
 
     def __init__(self, records: list[dict], tokenizer, max_length: int, name: str):
-        for number, record in enumerate(records, 1):
-            check_utf8(f"{record['instruction']}{record['input']}{record['output']}", f"{name} record {number}")
-        table = load_tokens(records, tokenizer, max_length)
         every = getattr(records, "numbers", range(1, len(records) + 1))
+        for number, record in zip(every, records, strict=True):
+            texts = [record["instruction"], record["input"], record["output"]]
+            texts += [message["content"] for message in record.get("messages") or ()]
+            check_utf8("".join(texts), f"{name} record {number}")
+        with _naming(name, every):
+            table = load_tokens(records, tokenizer, max_length)
         self.numbers = [every[place - 1] for place in table["record"][:]]
-        self.cut = [number for number, cut in zip(self.numbers, table["cut"][:], strict=True) if cut]
+        self.cut = sorted({number for number, cut in zip(self.numbers, table["cut"][:], strict=True) if cut})
         self.left_out = sorted(set(every).difference(self.numbers))
         self.lengths: list[int] = table["length"][:]
         self.examples = table.select_columns(["input_ids", "labels"])
+        several = "" if (count := len(set(self.numbers))) == len(self) else f" of {count} records"
         self.summary = (
-            f"{name}: {len(self)} examples, {sum(self.lengths)} tokens; {len(self.cut)} cut to {max_length} tokens, "
-            f"{len(self.left_out)} left out (the prompt alone is longer)"
+            f"{name}: {len(self)} examples{several}, {sum(self.lengths)} tokens; {len(self.cut)} cut to "
+            f"{max_length} tokens, {len(self.left_out)} left out (the prompt alone is longer)"
         )
         if not len(self):
             raise UserError(f"no example of the {name} data fits in {max_length} tokens: raise model_max_length")
@@ -102,6 +172,25 @@ class SupervisedDataset:
 
     def __getitem__(self, i: int) -> dict:
         return self.examples[i]
+
+
+def check_template(records: Sequence[dict], tokenizer, name: str) -> None:
+    """Raise UserError if the chat template fails on these records: the first with each sequence of roles is tried."""
+    firsts: dict[tuple[str, ...], int] = {}
+    for place, record in enumerate(records):
+        firsts.setdefault(tuple(message["role"] for message in messages_of(record)), place)
+    every = getattr(records, "numbers", range(1, len(records) + 1))
+    with _naming(name, [every[place] for place in firsts.values()]):
+        preprocess_chat([records[place] for place in firsts.values()], tokenizer, 10**9)
+
+
+@contextmanager
+def _naming(name: str, numbers: Sequence[int]):
+    """Name the record, among those with these numbers, that a chat template cannot write."""
+    try:
+        yield
+    except Unanswerable as e:
+        raise UserError(f"{name} record {numbers[e.place]}: {e}") from None
 
 
 def columns(examples: Sequence[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -160,9 +249,13 @@ def content_key(records: list[dict], tokenizer, max_length: int) -> str:
     core = json.loads(tokenizer.backend_tokenizer.to_str())
     core["truncation"] = core["padding"] = None  # what its last call asked for
     rule = [RULE_VERSION, tokenizers.__version__, tokenizer.eos_token_id, max_length, core]
+    by_chat = saved_template(tokenizer) == "chat"
+    if by_chat:
+        rule += [tokenizer.chat_template, tokenizer.special_tokens_map]
     digest = hashlib.sha256(json.dumps(rule, sort_keys=True).encode())
     for record in records:
-        text = json.dumps([format_prompt(record["instruction"], record["input"]), record["output"]])
+        prompt = not by_chat and format_prompt(record["instruction"], record["input"])
+        text = json.dumps([prompt, record["output"]] if prompt else messages_of(record))
         digest.update(text.encode() + b"\n")
     return digest.hexdigest()[:32]
 
@@ -177,11 +270,14 @@ def _write(path: Path, records: list[dict], tokenizer, max_length: int) -> None:
     features = datasets.Features({"input_ids": int32s, "labels": int32s, **numbers, "cut": datasets.Value("bool")})
     with ArrowWriter(path=str(path), features=features) as writer:
         for start in range(0, len(records), 1000):  # so that few Python lists are held at a time
-            examples = preprocess(records[start : start + 1000], tokenizer, max_length)
-            for number, example in enumerate(examples, start + 1):
-                if any(label != IGNORE_INDEX for label in example["labels"]):
-                    cut = example["input_ids"][-1] != tokenizer.eos_token_id
-                    writer.write({**example, "record": number, "length": len(example["input_ids"]), "cut": cut})
+            try:
+                examples = tokenize(records[start : start + 1000], tokenizer, max_length)
+            except Unanswerable as e:
+                raise Unanswerable(start + e.place, str(e)) from None
+            for number, rows in enumerate(examples, start + 1):
+                for row in rows:
+                    if any(label != IGNORE_INDEX for label in row["labels"]):
+                        writer.write({**row, "record": number, "length": len(row["input_ids"])})
         writer.finalize()
 
 

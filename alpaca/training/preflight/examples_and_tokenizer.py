@@ -191,35 +191,44 @@ def _measured(ids, lengths, labels, eos_id: int, rows: int, max_length: int) -> 
     """Return which examples have each defect in CHECKS, as bool arrays; every example has at least two tokens."""
     starts, last = np.cumsum(lengths) - lengths, np.cumsum(lengths) - 1
     supervised = labels != IGNORE_INDEX
-    run_begins = supervised.copy()  # a supervised token after a masked one, or at the start of an example
-    run_begins[1:] &= ~supervised[:-1]
-    run_begins[starts] = supervised[starts]
-    early_eos = supervised & (labels == eos_id)
-    early_eos[last] = False
-    count, runs = np.add.reduceat(supervised, starts), np.add.reduceat(run_begins, starts)
-    ends = labels[last] == eos_id
-    cut = ~ends & (lengths >= max_length)
+    begins, ends = supervised.copy(), supervised.copy()  # of each answer
+    begins[1:] &= ~supervised[:-1]
+    begins[starts] = supervised[starts]
+    ends[:-1] &= ~supervised[1:]
+    ends[last] = supervised[last]
+    is_eos, unended = labels == eos_id, ends & (labels != eos_id)
+    unended[last] = False  # see "no eos"
+    cut = ~is_eos[last] & (lengths >= max_length)
     return {
         "outside": np.logical_or.reduceat((ids < 0) | (ids >= rows), starts),
-        "no label": count == 0,
+        "no label": ~np.logical_or.reduceat(supervised, starts),
         "no mask": supervised[starts],
-        "wrong": (runs > 1) | np.logical_or.reduceat(supervised & (labels != ids), starts),
-        "no eos": (count > 0) & ~ends & ~cut,
-        "early eos": np.logical_or.reduceat(early_eos, starts),
-        "empty": (count == 1) & ends,
+        "wrong": np.logical_or.reduceat(unended | (supervised & (labels != ids)), starts),
+        "no eos": np.logical_or.reduceat(supervised, starts) & ~is_eos[last] & ~cut,
+        "early eos": np.logical_or.reduceat(supervised & is_eos & ~ends, starts),
+        "empty": np.logical_or.reduceat(begins & ends & is_eos, starts),
         "cut": cut,
     }
 
 
 def _listed(numbers: Sequence[int]) -> str:
+    numbers = np.unique(numbers)  # several examples may come from one record
     return f"record {', '.join(map(str, numbers[:LISTED]))}" + (", …" if len(numbers) > LISTED else "")
 
 
 def show_example(example: dict, tokenizer, colour: bool) -> str:
     """Return the text of an example: masked text dim, supervised text green; without colour between «…»."""
     ids, labels = list(example["input_ids"]), list(example["labels"])
-    first = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
-    whole, prompt = tokenizer.decode(ids), tokenizer.decode(ids[:first])
-    # Decoded alone, the answer of a LLaMA tokenizer would lose its first space.
-    answer = whole[len(prompt) :] if whole.startswith(prompt) else tokenizer.decode(ids[first:])
-    return paint(prompt, "2", True) + paint(answer, "32", True) if colour else f"{prompt}«{answer}»"
+    learned = [label != IGNORE_INDEX for label in labels]
+    borders = [i for i in range(1, len(ids)) if learned[i] != learned[i - 1]]
+    parts, before = [], ""
+    for begin, end in itertools.pairwise([0, *borders, len(ids)]):
+        # Decoded alone, the answer of a LLaMA tokenizer would lose its first space.
+        text = tokenizer.decode(ids[:end])
+        part = text[len(before) :] if text.startswith(before) else tokenizer.decode(ids[begin:end])
+        before = text
+        if colour:
+            parts.append(paint(part, "32" if learned[begin] else "2", True))
+        else:
+            parts.append(f"«{part}»" if learned[begin] else part)
+    return "".join(parts)

@@ -1,0 +1,186 @@
+"""Shapes: an entry as people write it → a record in Alpaca's fields, with messages where these cannot hold it all.
+
+Known are Alpaca's fields (also with LLaMA-Factory's "history" and "system"), Dolly's, prompt and completion, and
+conversations as OpenAI and ShareGPT write them. A conversation of several turns, or with a system text or answers that
+must not be learned, has normalized "messages" too; Alpaca's fields then hold its first exchange.
+"""
+
+from __future__ import annotations
+
+from alpaca import UserError
+from alpaca.common.text import shorten
+
+FIELDS = ("instruction", "input", "output")
+INPUT_HEADING = "\n\n### Input:\n"  # between instruction and input, in Alpaca's prompt and in a user's message
+ALPACA, DOLLY, PROMPTS = "Alpaca's format", "Dolly's format", "prompt/completion format"
+THEIRS = {  # names of our fields
+    DOLLY: {"instruction": "instruction", "input": "context", "output": "response"},
+    PROMPTS: {"instruction": "prompt", "output": "completion"},
+}
+CONVERSATIONS = {"messages": "OpenAI's messages", "conversations": "ShareGPT's format"}
+TAKEN = (*FIELDS, *CONVERSATIONS, "system", "history")  # the fields that a conversation is made of
+NOT_TEXT = "with images or other parts that are not text"
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant"}
+ROLES |= {"gpt": "assistant"} | dict.fromkeys(("tool", "function", "function_call", "observation"), "tool")
+
+
+def in_our_fields(entry, names: dict[str, str], answers: bool) -> tuple[str, dict | str]:
+    """Return an entry's shape, and the entry in Alpaca's fields, or why it is dropped.
+
+    Args:
+        entry: any JSON value.
+        names: our fields' names there; {} to recognize them.
+        answers: see records.read_records.
+
+    Raises:
+        UserError: no shape is recognized, or a field is not a text.
+    """
+    if not isinstance(entry, dict):
+        raise UserError(f"a {type(entry).__name__} where an object was expected")
+    shape, theirs = "the given fields", names
+    if not names:
+        is_dolly = "output" not in entry and ("response" in entry or "context" in entry)
+        shape = (DOLLY if is_dolly else ALPACA) if entry.get("instruction") is not None else PROMPTS
+        theirs = THEIRS.get(shape, {})
+        if conversation := _conversation_in(entry, shape):
+            return conversation[0], _recorded(conversation[1], entry, shape, answers)
+    record = _renamed(entry, theirs) if theirs else entry
+    if not isinstance(record.get("instruction"), str):
+        name, others = names.get("instruction", "instruction"), shorten(", ".join(entry), 200)
+        hint = "name them as in instruction=question,output=answer"
+        raise UserError(f'no text "{name}" among its fields ({others}): {hint}')
+    if record.get("messages"):
+        record = {name: value for name, value in record.items() if name != "messages"}  # they are not conversations
+    return shape, _with_answer(record, shape == ALPACA) if answers else record
+
+
+def _renamed(entry: dict, names: dict[str, str]) -> dict:
+    """Return an entry with Alpaca's names for its fields, and "input", then its other fields."""
+    ours = {field: entry.get(names.get(field, field), entry.get(field)) for field in FIELDS}
+    ours = {field: value for field, value in (ours | {"input": ours["input"] or ""}).items() if value is not None}
+    return ours | {name: value for name, value in entry.items() if name not in (*FIELDS, *names.values())}
+
+
+def _with_answer(record: dict, is_alpaca: bool) -> dict | str:
+    """Return a record with a text as input, or why it is dropped."""
+    input, output = text_of(record, "input"), text_of(record, "output")
+    if is_alpaca and output is None:
+        raise UserError('no "output" field with a text')
+    if not (is_alpaca or (output or "").strip()):
+        return "without an answer"
+    return record | {"input": ""} if input is None else record
+
+
+def _conversation_in(entry: dict, shape: str) -> tuple[str, list] | None:
+    """Return the shape and the turns of an entry that is a conversation, its system text first; else None."""
+    system = entry.get("system")
+    turns: list = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
+    for field in CONVERSATIONS if shape == PROMPTS else ["messages"] if shape == ALPACA else ():
+        if isinstance(said := entry.get(field), list) and (said or shape == PROMPTS):
+            return (CONVERSATIONS[field] if shape == PROMPTS else shape), turns + said
+    history = entry.get("history")
+    if shape != ALPACA or not (turns or history) or not isinstance(entry["instruction"], str):
+        return None
+    task = user_message(entry["instruction"], text_of(entry, "input") or "")["content"]
+    for pair in [*(history if isinstance(history, list) else ()), (task, text_of(entry, "output"))]:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            return shape, [None]  # a malformed turn
+        roles = ("user", "assistant") if pair[1] is not None else ("user",)
+        turns += [{"role": role, "content": text} for role, text in zip(roles, pair, strict=False)]
+    return shape, turns
+
+
+def _recorded(turns: list, entry: dict, shape: str, answers: bool) -> dict | str:
+    """Return a conversation as a record, or why it is dropped. Single turns without a system text have no messages."""
+    messages = _messages(turns)
+    if any(entry.get(name) for name in ("images", "videos", "audios")):
+        messages = NOT_TEXT
+    if isinstance(messages, str):
+        return messages
+    if answers and messages[-1]["role"] == "user":
+        messages.pop()  # nothing answers it
+    if answers and not any(_is_learned(message) for message in messages):
+        return "without an answer"
+    system = [message["content"] for message in messages if message["role"] == "system"]
+    question, *answer = (message["content"] for message in messages[len(system) : len(system) + 2])
+    first = "\n\n".join([*system, question])
+    record = {"instruction": first, "input": ""} | ({"output": answer[0]} if answer else {})
+    if shape == ALPACA:
+        own = {"instruction": text_of(entry, "instruction"), "input": text_of(entry, "input") or ""}
+        asked = user_message(**own)["content"]
+        if asked == question:
+            record |= own | {"instruction": "\n\n".join([*system, own["instruction"]])}
+        elif asked == first:
+            record |= own
+        elif len(messages) > 2 and isinstance(entry.get("output"), str):  # LLaMA-Factory's: they are the last turn
+            record = own | {"output": entry["output"]}
+    record |= {name: value for name, value in entry.items() if name not in TAKEN}
+    is_plain = not system and len(messages) <= 2 and not any("weight" in message for message in messages)
+    return record if is_plain else record | {"messages": messages}
+
+
+def _messages(turns: list) -> list[dict] | str:
+    """Return turns as {"role", "content"} with a "weight" of 0 where it must not be learned, or why that cannot be."""
+    messages: list[dict] = []
+    for turn in turns:
+        if not isinstance(turn, dict):
+            return "with a malformed turn"
+        said, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if turn.get("tool_calls") or turn.get("function_call") or (role := ROLES.get(str(said))) == "tool":
+            return "with tool calls"
+        if isinstance(content, list):  # OpenAI's parts
+            parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+            content = "".join(parts) if all(isinstance(part, str) for part in parts) else content
+        if not isinstance(content, str | None):
+            return NOT_TEXT
+        if role is None:
+            return f"with the unknown role {shorten(repr(said), 20)}"
+        before = messages[-1]["role"] if messages else "system"
+        if role == "assistant" and before == "system":
+            return "that begin with the assistant"
+        if messages and role in (before, "system"):
+            return "with turns out of order"
+        unlearned = {"weight": 0} if role == "assistant" and turn.get("weight") == 0 else {}
+        if role != "system" or (content or "").strip():
+            messages.append({"role": role, "content": content or ""} | unlearned)
+    questions = [message["content"] for message in messages if message["role"] == "user"]
+    return messages if questions and questions[0].strip() else "without a question"
+
+
+def _is_learned(message: dict) -> bool:
+    return message["role"] == "assistant" and message["content"].strip() != "" and message.get("weight") != 0
+
+
+def has_several_turns(record: dict) -> bool:
+    """Return whether a record, as the reader gives it, is a conversation of more than one question."""
+    return sum(message["role"] == "user" for message in record.get("messages") or ()) > 1
+
+
+def user_message(instruction: str, input: str = "") -> dict[str, str]:
+    """Return a task as a user's message: an input follows the instruction under Alpaca's heading."""
+    return {"role": "user", "content": instruction + (INPUT_HEADING + input if input else "")}
+
+
+def text_of(record: dict, field: str) -> str | None:
+    """Return a field's text, or None if it is null or missing; UserError if it is something else."""
+    value = record.get(field)
+    if not isinstance(value, str | None):
+        raise UserError(f'"{field}" must be a text')
+    return value
+
+
+def task_of(record: dict) -> tuple[str, str]:
+    """Return a record's instruction and input ("" for none); Self-Instruct's tasks have theirs in "instances".
+
+    Raises:
+        UserError: something else than a text, an instruction that is blank, or several instances.
+    """
+    instruction, input = text_of(record, "instruction"), text_of(record, "input")
+    if not (instruction or "").strip():
+        raise UserError('needs a text "instruction"')
+    if input is None and record.get("instances") is not None:
+        instances = record["instances"]
+        if not isinstance(instances, list) or len(instances) != 1 or not isinstance(instances[0], dict):
+            raise UserError('"instances" must be a list of one object: make a record of each')
+        input = text_of(instances[0], "input")
+    return instruction, input or ""
