@@ -8,13 +8,17 @@ import multiprocessing
 import os
 import signal
 import time
+from copy import deepcopy
 
 import pytest
 from conftest import ROOT, make_records
-from oracles_train import tokenize_one_by_one
+from made_templates import FAMILIES, Family, same
+from oracles_train import rows_one_by_one, tokenize_one_by_one
 
+import train
 import utils
 from alpaca import UserError
+from alpaca.chat_template import chat_ids, mark_trained
 from alpaca.embedded_model import gguf_path
 from alpaca.training import examples
 
@@ -305,3 +309,80 @@ def test_a_cache_that_cannot_be_written_is_one_line_with_the_cure(tokenizer, tmp
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(UserError, match="XDG_CACHE_HOME moves them"):
         examples.load_tokens(make_records(2), tokenizer, 512)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conversations, by chat templates.
+
+CHATTED = ("gpt4_tokenizer", "llama_tokenizer", "smollm2_tokenizer")
+
+
+def on(family: str, which: str, request):
+    """A fixture's tokenizer with a family's template, as train.py prepares it; "own" is SmolLM2's."""
+    tokenizer = request.getfixturevalue(which)
+    if family == "own":
+        made, template = deepcopy(tokenizer), request.getfixturevalue("smollm2_tokenizer").chat_template
+        made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+        made.chat_template, kind = template, Family(template, same, "<|im_end|>")
+    else:
+        kind = FAMILIES[family]
+        made = kind.on(tokenizer)
+    train.use_end_token(made)
+    made.chat_template = mark_trained(made.chat_template)
+    return made, kind
+
+
+def conversations(system: bool) -> list[dict]:
+    """Of one to four turns; answers and questions with awkward ends and beginnings, thoughts, and weights of 0."""
+    records, found = shipped()[:120], []
+    for i in range(24):
+        messages = [{"role": "system", "content": f"Be brief. {i}"}] if system and i % 3 == 0 else []
+        for turn in range(1 + i % 4):
+            record, text = records[3 * i + turn % 3], AWKWARD[(i + 5 * turn) % len(AWKWARD)]
+            answer = record["output"][:80] if i % 2 else text + record["output"][:60] + text
+            answer = "<think>\nHm.\n</think>\n\n" + answer if i % 5 == 4 else answer
+            messages.append({"role": "user", "content": record["instruction"] + text * (i % 2)})
+            messages.append({"role": "assistant", "content": answer} | ({"weight": 0} if i % 7 == turn + 2 else {}))
+        if any(message.get("weight", 1) for message in messages if message["role"] == "assistant"):
+            found.append({"messages": messages})
+    return found
+
+
+@pytest.mark.parametrize("which", CHATTED)
+@pytest.mark.parametrize("family", [*FAMILIES, "own"])
+def test_each_answer_follows_what_chat_asks_and_is_what_the_template_makes_a_model_write(family, which, request):
+    tokenizer, kind = on(family, which, request)
+    end_id = tokenizer.convert_tokens_to_ids(kind.end) if kind.end else request.getfixturevalue(which).eos_token_id
+    assert tokenizer.eos_token_id == end_id
+    records = conversations(kind.system)
+    for max_length in (10**6, 150):
+        found = examples.preprocess_chat(records, tokenizer, max_length)
+        for record, rows in zip(records, found, strict=True):
+            expected = rows_one_by_one(record["messages"], tokenizer, kind.generated, end_id, max_length)
+            assert rows == expected, record
+            asked = [
+                chat_ids(tokenizer, record["messages"][:k])
+                for k, message in enumerate(record["messages"])
+                if message["role"] == "assistant" and message.get("weight") != 0
+            ]
+            borders = [(row, begin) for row in rows for begin, _ in runs(row["labels"])]
+            assert all(row["input_ids"][:n] == ids for (row, n), ids in zip(borders, asked, strict=False))
+            assert len(borders) == len(asked) or max_length == 150
+    several = sum(len(rows) > 1 for rows in examples.preprocess_chat(records, tokenizer, 10**6))
+    if family in ("qwen 3", "gpt-oss", "plain"):  # which write earlier answers differently
+        assert several == sum(len(record["messages"]) > 3 for record in records)
+    elif (family, which) != (
+        "llama 3",
+        "smollm2_tokenizer",
+    ):  # its prompt's two line ends are one token at the end alone
+        assert several < len(records) / 2
+
+
+def runs(labels: list[int]) -> list[tuple[int, int]]:
+    """Where each run of supervised tokens begins and ends."""
+    ends = [
+        i
+        for i in range(len(labels) + 1)
+        if (i < len(labels) and labels[i] != -100) != (i > 0 and labels[i - 1] != -100)
+    ]
+    return list(zip(ends[::2], ends[1::2], strict=True))
