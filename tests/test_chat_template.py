@@ -11,7 +11,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import utils
 from alpaca import UserError
-from alpaca import chat_template as template
 from alpaca.chat_template import chat_ids, chat_template
 from alpaca.inference.chat import request_ids
 from alpaca.prompts import prompt_ids
@@ -98,11 +97,6 @@ def chatty(request, tokenizer):
     return made
 
 
-def as_text(tokenizer, messages) -> list[int]:
-    special = {id_: token for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return template._typed_as_text(tokenizer, tokenizer.backend_tokenizer, special, messages)
-
-
 def test_a_special_token_that_is_typed_is_the_text_that_training_made_of_it(templated):
     """By Alpaca's own template; </s> of an earlier turn is the template's, and stays EOS."""
     content = "Explain </s>.\n\n### Input:\n<s>x</s><unk> \U000f0000"
@@ -129,10 +123,10 @@ def ids_of(tokenizer, content: str) -> list[int]:
 
 
 @pytest.mark.parametrize("content", ["Sing.", "  Two\n\n words  ", HOSTILE, "", "x <|turn", "</ s>", "ünï 好 😀"])
-def test_the_way_around_a_typed_token_gives_the_librarys_tokens_where_none_is(chatty, content):
+def test_where_no_special_token_is_typed_the_tokens_are_the_librarys(chatty, content):
     messages = [{"role": role, "content": content} for role in ("user", "assistant", "user")]
     wanted = chatty.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert as_text(chatty, messages) == chat_ids(chatty, messages) == wanted
+    assert chat_ids(chatty, messages) == wanted
 
 
 def test_the_tokenizer_is_left_as_it_was(chatty):

@@ -18,8 +18,9 @@ from oracles_train import rows_one_by_one, tokenize_one_by_one
 import train
 import utils
 from alpaca import UserError
-from alpaca.chat_template import chat_ids, mark_trained
+from alpaca.chat_template import chat_ids, chat_template, mark_trained
 from alpaca.embedded_model import gguf_path
+from alpaca.prompts import answer_ids
 from alpaca.training import examples
 
 # What may merge with the colon, or the text, that ends a prompt.
@@ -370,12 +371,17 @@ def test_each_answer_follows_what_chat_asks_and_is_what_the_template_makes_a_mod
             assert len(borders) == len(asked) or max_length == 150
     several = sum(len(rows) > 1 for rows in examples.preprocess_chat(records, tokenizer, 10**6))
     if family in ("qwen 3", "gpt-oss", "plain"):  # which write earlier answers differently
-        assert several == sum(len(record["messages"]) > 3 for record in records)
+        assert several == sum(learned(record) > 1 for record in records)
     elif (family, which) != (
         "llama 3",
         "smollm2_tokenizer",
     ):  # its prompt's two line ends are one token at the end alone
         assert several < len(records) / 2
+
+
+def learned(record: dict) -> int:
+    """How many answers of a conversation are learned."""
+    return sum(one["role"] == "assistant" and one.get("weight", 1) for one in record["messages"])
 
 
 def runs(labels: list[int]) -> list[tuple[int, int]]:
@@ -386,3 +392,127 @@ def runs(labels: list[int]) -> list[tuple[int, int]]:
         if (i < len(labels) and labels[i] != -100) != (i > 0 and labels[i - 1] != -100)
     ]
     return list(zip(ends[::2], ends[1::2], strict=True))
+
+
+def chat(*texts: str, weights=()) -> dict:
+    """A conversation of question, answer, question, …"""
+    roles = ("user", "assistant") * len(texts)
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+    for turn in weights:
+        messages[2 * turn + 1]["weight"] = 0
+    return {"messages": messages}
+
+
+def texts(tokenizer, rows: list[dict]) -> list[list[str]]:
+    """The supervised runs of each row, as text."""
+    return [[tokenizer.decode(row["input_ids"][a:b]) for a, b in runs(row["labels"])] for row in rows]
+
+
+def test_two_turns_are_one_row_where_the_template_repeats_the_first_and_two_where_it_rewrites_it(request):
+    record = chat("Hi", "<think>\nA.\n</think>\n\nHo", "And?", "No more.")
+    tokenizer, _ = on("qwen 2.5", "gpt4_tokenizer", request)
+    [rows] = examples.preprocess_chat([record], tokenizer, 512)
+    assert texts(tokenizer, rows) == [["<think>\nA.\n</think>\n\nHo<|im_end|>", "No more.<|im_end|>"]]
+    tokenizer, _ = on("qwen 3", "gpt4_tokenizer", request)
+    [rows] = examples.preprocess_chat([record], tokenizer, 512)
+    assert texts(tokenizer, rows) == [
+        ["<think>\nA.\n</think>\n\nHo<|im_end|>"],
+        ["<think>\n\n</think>\n\nNo more.<|im_end|>"],
+    ]
+    assert "A." not in tokenizer.decode(rows[1]["input_ids"]) and "Ho<|im_end|>" in tokenizer.decode(
+        rows[1]["input_ids"]
+    )
+
+
+def test_answers_of_weight_0_are_asked_about_and_not_learned(request):
+    tokenizer, _ = on("qwen 2.5", "gpt4_tokenizer", request)
+    record = chat("a", "One.", "b", "Two.", "c", "Three.", weights=(0, 2))
+    [[row]] = examples.preprocess_chat([record], tokenizer, 512)
+    assert texts(tokenizer, [row]) == [["Two.<|im_end|>"]]
+    whole = tokenizer.decode(row["input_ids"])
+    assert "One.<|im_end|>" in whole and whole.endswith("Two.<|im_end|>")
+
+
+def test_an_empty_answer_is_the_end_token_alone(request):
+    for family in ("llama 3", "qwen 2.5", "phi 3", "gemma"):
+        tokenizer, kind = on(family, "gpt4_tokenizer", request)
+        [[row]] = examples.preprocess_chat([chat("Say nothing.", "")], tokenizer, 512)
+        assert texts(tokenizer, [row]) == [[kind.end]]
+
+
+@pytest.mark.parametrize("which", CHATTED)
+@pytest.mark.parametrize("family", ["llama 3", "phi 3", "mistral", "gpt-oss"])
+def test_special_tokens_that_are_typed_stay_text_in_questions_and_answers(family, which, request):
+    tokenizer, kind = on(family, which, request)
+    names = [*kind.special, tokenizer.eos_token]
+    typed = " and ".join(names)
+    [rows] = examples.preprocess_chat([chat(f"What is {typed}?", f"{typed}."), chat("x", "y")][:1], tokenizer, 10**6)
+    [plain] = examples.preprocess_chat([chat("What is it?", "it.")], tokenizer, 10**6)
+    special = set(tokenizer.all_special_ids) | {tokenizer.convert_tokens_to_ids(name) for name in names}
+    for row, same_row in zip(rows, plain, strict=True):  # as many as without them
+        assert sum(i in special for i in row["input_ids"]) == sum(i in special for i in same_row["input_ids"])
+    [[answer]] = texts(tokenizer, rows)
+    assert answer.endswith(f"{typed}.{tokenizer.eos_token}") or which == "llama_tokenizer"
+
+
+def test_a_conversation_is_cut_left_out_and_counted_once_however_many_rows_it_has(request):
+    tokenizer, _ = on("qwen 3", "gpt4_tokenizer", request)
+    records = [
+        chat("Hi", "Ho", "Hi again", "Ho again"),
+        chat("word " * 300, "x"),
+        chat("Hi", "Ho", "Count.", "one two three " * 100),
+        chat("Hi", "Ho", "word " * 300, "x"),
+    ]
+    records = [{"instruction": "", "input": "", "output": ""} | record for record in records]
+    dataset = examples.SupervisedDataset(records, tokenizer, 200, "training")
+    assert (dataset.numbers, dataset.cut, dataset.left_out) == ([1, 1, 3, 3, 4], [3, 4], [2])
+    assert dataset.summary.startswith(f"training: 5 examples of 3 records, {sum(dataset.lengths)} tokens; 2 cut to 200")
+    assert max(dataset.lengths) == 200
+
+
+def test_the_cache_knows_the_template_and_every_message(request):
+    tokenizer, _ = on("qwen 2.5", "gpt4_tokenizer", request)
+    other, _ = on("qwen 2.5", "gpt4_tokenizer", request)
+    other.chat_template = other.chat_template.replace("You help", "You are helpful")
+    unmarked = deepcopy(other)
+    unmarked.chat_template = None
+    fields = {"instruction": "a", "input": "", "output": "b"}
+    records = [fields | one for one in ({}, chat("a", "b", "c", "d"), chat("a", "b", "c", "e"))]
+    records += [fields | chat("a", "b", "c", "d", weights=(0,))]
+    keys = [examples.content_key([record], tokenizer, 512) for record in records]
+    keys += [examples.content_key([records[1]], one, 512) for one in (other, unmarked)]
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_record_on_which_the_template_fails_is_named(request):
+    tokenizer, _ = on("gemma", "gpt4_tokenizer", request)
+    fields = {"instruction": "a", "input": "", "output": "b"}
+    system = {"messages": [{"role": "system", "content": "Be brief."}, *chat("a", "b")["messages"]]}
+    records = examples.Records([fields, fields | chat("a", "b"), fields | system], [4, 7, 9])
+    for task in (examples.check_template, lambda *rest: examples.SupervisedDataset(rest[0], rest[1], 512, rest[2])):
+        with pytest.raises(UserError, match="^held-out record 9: .*chat template fails: System role not supported$"):
+            task(records, tokenizer, "held-out")
+
+
+def test_a_template_that_asks_with_thoughts_and_answers_without_is_refused(request):
+    tokenizer, _ = on("qwen 2.5", "gpt4_tokenizer", request)
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif"
+    )
+    with pytest.raises(UserError, match=r"training record 1: .* asks with '<think>\\n', and does not begin answers"):
+        examples.check_template([chat("a", "b")], tokenizer, "training")
+
+
+@pytest.mark.parametrize("which", TOKENIZERS)
+def test_one_turn_in_alpacas_template_has_the_tokens_of_preprocess_and_two_are_asked_in_turn(which, request):
+    tokenizer = deepcopy(request.getfixturevalue(which))
+    tokenizer.chat_template = mark_trained(chat_template(tokenizer))
+    records = two_thousand_rows()[::20]
+    one = [[row] for row in examples.preprocess(records, tokenizer, 10**6)]
+    assert [[{**row, "cut": False} for row in rows] for rows in one] == examples.preprocess_chat(
+        records, tokenizer, 10**6
+    )
+    [rows] = examples.preprocess_chat([chat("Sing.", "- La", "Louder.", "LA")], tokenizer, 10**6)
+    second = chat_ids(tokenizer, chat("Sing.", "- La", "Louder.")["messages"])
+    assert rows[-1]["input_ids"][: len(second)] == second
+    assert rows[-1]["labels"][len(second) :] == [*answer_ids(tokenizer, ["LA"])[0], tokenizer.eos_token_id]
