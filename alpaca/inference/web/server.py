@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 import urllib.parse
+from collections.abc import Sequence
 
 from alpaca import UserError
 
@@ -47,7 +48,7 @@ footer { display: none !important; }
 .notice, .status { font-size: .9em; opacity: .8; margin: 0; }
 .status { min-height: 1.5em; padding-top: .4em; }
 .copy { align-self: flex-end; width: auto; padding: .3em .9em !important; }
-.answer, .answer :is(pre, th, td) { border: 1px solid var(--border-color-primary) !important; }
+.answer, .answer :is(pre, th, td, .asked) { border: 1px solid var(--border-color-primary) !important; }
 .answer { border-radius: var(--radius-lg); padding: .8em 1em;
           background: var(--background-fill-primary); min-height: 7em; overflow-wrap: anywhere; line-height: 1.55; }
 .answer h2 { font-size: .85em !important; opacity: .7; margin: 0 0 .5em !important; }
@@ -60,6 +61,10 @@ footer { display: none !important; }
 .answer table { border: 0 !important; width: auto; border-collapse: collapse; }
 .answer :is(th, td) { padding: .2em .6em; }
 .answer blockquote { border-left: 3px solid var(--border-color-primary); padding-left: .8em; }
+.answer .asked { background: var(--background-fill-secondary); border-radius: var(--radius-lg); white-space: pre-wrap;
+                 padding: .5em .9em; margin: 0 0 .7em auto; width: fit-content; max-width: 85%; }
+.prose.talk { display: flex; flex-direction: column-reverse; max-height: 60vh; overflow-y: auto; }  /* end in view */
+.talk .answer { flex-shrink: 0; }
 .answer a { color: var(--link-text-color); text-decoration: underline; padding: 0 !important; margin: 0 !important; }
 """
 
@@ -80,10 +85,14 @@ def _markdown() -> MarkdownIt:
 _MARKDOWN = _markdown()
 
 
-def render_answer(name: str, text: str) -> str:
-    """Return the HTML of an answer under its model's name."""
-    name = html.escape(name)
-    body = _MARKDOWN.render(text.strip("\n"))
+def render_answer(name: str, text: str, before: Sequence[dict] = ()) -> str:
+    """Return the HTML of an answer, behind the messages that a page shows before it, under its model's name."""
+    name, body = html.escape(name), ""
+    for role, said in [*((message["role"], message["content"]) for message in before), ("assistant", text)]:
+        if role == "user":
+            body += f'<div class="asked" role="note" aria-label="You">{html.escape(said)}</div>'
+        else:
+            body += _MARKDOWN.render(said.strip("\n"))
     return f'<section class="answer" aria-label="{name}" dir="auto"><h2>{name}</h2>{body}</section>'
 
 
