@@ -411,6 +411,19 @@ def test_what_is_written_is_indented_utf_8_that_reads_back(tmp_path):
     assert utils.jload(tmp_path / "new" / "a.json") == [{"a": "é"}]
 
 
+def test_records_that_ask_the_same_have_one_key():
+    def asks(*contents):
+        turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+        return reader.task_key({"instruction": "Hi", "input": "", "output": "Hello", "messages": turns})
+
+    first = reader.task_key({"instruction": "Add  the\nNUMBERS.", "input": " 2, 3", "output": "5"})
+    assert first == reader.task_key({"instruction": "add the numbers.", "input": "2, 3", "output": "It is 5."})
+    assert first != reader.task_key({"instruction": "add the numbers. 2, 3", "input": "", "output": "5"})
+    assert asks("Hi", "Hello", "And  now?", "Good") == asks("hi", "hello", "and now?", "Bad")
+    assert asks("Hi", "Hello", "And now?", "Good") != asks("Hi", "Hello", "And then?", "Good")
+    assert asks("Hi", "Hello", "And now?", "Good") != asks("Hi", "Hey", "And now?", "Good")
+
+
 def test_half_of_a_surrogate_pair_is_written_as_ascii_and_reads_back(tmp_path):
     utils.jdump(["\ud800 é"], tmp_path / "a.json")
     assert (tmp_path / "a.json").read_bytes() == b'[\n    "\\ud800 \\u00e9"\n]\n'

@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import os
+import random
 import signal
 import time
 
@@ -152,6 +153,47 @@ def test_a_record_is_the_prompt_as_chat_asks_it_then_the_answer_and_eos(which, r
         else:
             spans += 1
     assert spans > 100 or which == "tokenizer"  # else the rows do not show the fault that the rule is for
+
+
+@pytest.mark.parametrize(("count", "seed"), [(0, 1), (1, 0), (7, 42), (107, 42), (1074, 3), (1075, 4)])
+def test_without_copies_the_records_held_out_are_those_of_old_runs(count, seed):
+    """… whose checkpoints would else go on with other data."""
+    records = shipped()
+    chosen = sorted(random.Random(seed).sample(range(1, len(records) + 1), count))
+    kept, held_out = examples.hold_out(records, count, seed)
+    assert held_out.numbers == chosen and kept.numbers == sorted(set(range(1, 1076)) - set(chosen))
+    assert held_out == [records[number - 1] for number in chosen]
+
+
+@pytest.mark.parametrize(
+    ("copies", "count", "expected"),
+    [
+        ([4] * 25, 20, 20),  # each record four times
+        ([4] * 25, 21, 20),
+        ([4] * 25, 23, 24),
+        ([4] * 25, 1, 4),  # some must be held out
+        ([4] * 25, 99, 96),  # some must be kept
+        ([30, *[1] * 70], 20, 20),
+        ([30, *[1] * 70], 60, 60),
+    ],
+)
+def test_copies_of_one_record_go_to_the_same_side(copies, count, expected):
+    records = []
+    for task, times in enumerate(copies):
+        spellings = [f"Say {task}, please.", f"say  {task}, PLEASE.\n"]
+        records += [{"instruction": spellings[i % 2], "input": "", "output": f"{i}"} for i in range(times)]
+    random.Random(0).shuffle(records)
+
+    def tasks(side):
+        return {record["instruction"].split(",")[0].lower().split()[1] for record in side}
+
+    drawn = []
+    for seed in (*range(20), 0):
+        kept, held_out = examples.hold_out(records, count, seed)
+        assert sorted(kept.numbers + held_out.numbers) == list(range(1, 101))
+        assert len(held_out) == expected and tasks(kept).isdisjoint(tasks(held_out))
+        drawn.append(tasks(held_out))
+    assert drawn[0] == drawn[-1] and len(set(map(frozenset, drawn))) > 5
 
 
 def test_a_long_example_is_cut_where_the_original_cuts_it(tokenizer):
