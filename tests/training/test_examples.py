@@ -63,7 +63,7 @@ def test_half_a_character_is_refused_with_its_records_number(tokenizer):
         examples.SupervisedDataset(records, tokenizer, 512, "training")
 
 
-def sentencepiece_in(folder: Path, texts: list[str]) -> Path:
+def sentencepiece_in(folder: Path, texts: list[str], **options) -> Path:
     """Put a sentencepiece model as LLaMA's (BPE, bytes for what is rare, digits alone), 800 tokens, into a folder."""
     import sentencepiece
 
@@ -78,8 +78,8 @@ def sentencepiece_in(folder: Path, texts: list[str]) -> Path:
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True,
-        split_by_unicode_script=False,
         minloglevel=2,
+        **options,
     )
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     return folder
@@ -234,7 +234,7 @@ def test_a_special_token_that_the_merges_can_build_stays_text(tmp_path):
     from transformers import AutoTokenizer
 
     texts = [f"{a}s> {b}</{a}" for a in "abcdefghijklmnopqrtuvwxyz" for b in "abcdefghi"]
-    folder = sentencepiece_in(tmp_path, texts)
+    folder = sentencepiece_in(tmp_path, texts, split_by_unicode_script=False)
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true}')
     (folder / "config.json").write_text('{"model_type": "llama"}')
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))

@@ -330,13 +330,11 @@ def _show(example: dict, tokenizer) -> None:
     colour = colour_wanted()
     how = "dim: masked, green: learned" if colour else "learned: what is between « and »"
     say(f"{paint('example ', '36', colour)} the first one ({how}):\n{show_example(example, tokenizer, colour)}")
-    say(
-        f"{paint('border  ', '36', colour)} its tokens where the answer begins: {show_border(example, tokenizer, colour)}"
-    )
+    say(f"{paint('border  ', '36', colour)} where its answer begins: {show_border(example, tokenizer, colour)}")
 
 
 def show_border(example: dict, tokenizer, colour: bool) -> str:
-    """Return an example's last two tokens of the prompt and first three of the answer, as 'text'; marked as the text."""
+    """Return the last two tokens of an example's prompt and the first three of its answer, marked as in its text."""
     ids, labels = list(example["input_ids"]), list(example["labels"])
     first = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
     begin = max(0, first - 3)  # one more: some decoders remove the space in front of their first token
