@@ -2,8 +2,8 @@
 
     python benchmarks/border.py released.json,alpaca_data.json FOLDER,qwen.tiktoken,tokenizer.model
 
-The original masks as many tokens as the prompt alone has: such a token is not learned, and stands in training where chat
-sends another. alpaca/training/examples.py tokenizes prompt and answer one by one. A tokenizer is a model's folder, Qwen's
+The original masks as many tokens as the prompt alone has: such a token is not learned, and chat sends another in its
+place. alpaca/training/examples.py tokenizes prompt and answer one by one. A tokenizer is a model's folder, Qwen's
 tiktoken file (in the wheel dashscope), or a sentencepiece file of LLaMA's kind (one is in the wheel mistral_common).
 """
 
