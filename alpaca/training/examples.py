@@ -16,6 +16,7 @@ import tokenizers
 from alpaca import UserError
 from alpaca.chat_template import Unanswerable, chat_turns, messages_of, saved_template
 from alpaca.common.files import new_folder
+from alpaca.common.shapes import task_key
 from alpaca.common.text import check_utf8
 from alpaca.prompts import answer_ids, format_prompt, prompt_ids
 
@@ -122,10 +123,32 @@ class Records(list):
 
 
 def hold_out(records: list[dict], count: int, seed: int) -> tuple[Records, Records]:
-    """Return the records without ``count`` of them, drawn at random, and those."""
-    chosen = set(random.Random(seed).sample(range(len(records)), count))
+    """Return the records without ``count`` of them, drawn at random, and those.
+
+    Records that ask the same (task_key) go to the same side. Where there are any, the number may differ a little from
+    ``count``; it is 0 only if ``count`` is, or if all records ask the same.
+    """
+    groups: dict[tuple, list[int]] = {}
+    for i, record in enumerate(records if count else ()):
+        groups.setdefault(task_key(record), []).append(i)
+    every, draw, chosen = list(groups.values()), random.Random(seed), set()
+    first = draw.sample(every, min(count, len(every)))  # all of these, where no record has a copy
+    every = draw.sample(every, len(every))
+    for group in [*first, *every]:
+        if len(chosen) + len(group) <= count and chosen.isdisjoint(group):
+            chosen.update(group)
+    left, larger = count - len(chosen), [group for group in every if chosen.isdisjoint(group)]
+    smallest = min(larger, key=len, default=[])
+    if len(chosen) + len(smallest) < len(records) and (not chosen or len(smallest) - left < left):
+        chosen.update(smallest)
     parts = [[i for i in range(len(records)) if (i in chosen) == out] for out in (False, True)]
     return tuple(Records([records[i] for i in part], [i + 1 for i in part]) for part in parts)
+
+
+def asked_in_both(records: list[dict], held_out: list[dict]) -> list[int]:
+    """Return the numbers, from 1, of the held-out records that ask what one of ``records`` asks."""
+    asked = set(map(task_key, records))
+    return [number for number, record in enumerate(held_out, 1) if task_key(record) in asked]
 
 
 class SupervisedDataset:

@@ -19,6 +19,7 @@ import generate_instruction
 import train
 import utils
 from alpaca.common import records as reader
+from alpaca.common.shapes import task_key
 from alpaca.data.instruction_sets import read_set
 from alpaca.inference.answer_file import read_requests
 
@@ -409,6 +410,19 @@ def test_what_is_written_is_indented_utf_8_that_reads_back(tmp_path):
     utils.jdump([{"a": "é"}], tmp_path / "new" / "a.json")
     assert (tmp_path / "new" / "a.json").read_bytes() == '[\n    {\n        "a": "é"\n    }\n]\n'.encode()
     assert utils.jload(tmp_path / "new" / "a.json") == [{"a": "é"}]
+
+
+def test_records_that_ask_the_same_have_one_key():
+    def asks(*contents):
+        turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+        return task_key({"instruction": "Hi", "input": "", "output": "Hello", "messages": turns})
+
+    first = task_key({"instruction": "Add  the\nNUMBERS.", "input": " 2, 3", "output": "5"})
+    assert first == task_key({"instruction": "add the numbers.", "input": "2, 3", "output": "It is 5."})
+    assert first != task_key({"instruction": "add the numbers. 2, 3", "input": "", "output": "5"})
+    assert asks("Hi", "Hello", "And  now?", "Good") == asks("hi", "hello", "and now?", "Bad")
+    assert asks("Hi", "Hello", "And now?", "Good") != asks("Hi", "Hello", "And then?", "Good")
+    assert asks("Hi", "Hello", "And now?", "Good") != asks("Hi", "Hey", "And now?", "Good")
 
 
 def test_half_of_a_surrogate_pair_is_written_as_ascii_and_reads_back(tmp_path):

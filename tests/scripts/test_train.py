@@ -105,6 +105,35 @@ def test_a_split_that_leaves_nothing_is_refused(tmp_path, fraction):
         train.load_data(data, seed=1)
 
 
+def test_held_out_records_that_are_trained_on_are_reported_in_one_line(tmp_path, capsys):
+    """The task counts, not its answer, its case or its white space."""
+    asked = {"instruction": " count from 4 to 7\nIN words.", "input": "", "output": "another answer"}
+    held_out = [{"instruction": f"Add {i}.", "input": "", "output": "x"} for i in range(8)]
+    held_out[2:2], held_out[7:7] = [asked], [make_records(7)[6]]
+    held_out.append(make_records(4)[3] | {"input": "Start at 9."})  # the same instruction about something else
+    paths = [str(write_data(tmp_path / "data.json", 20)), str(tmp_path / "held-out.json")]
+    (tmp_path / "held-out.json").write_text(json.dumps(held_out))
+    arguments_ = train.DataArguments(paths[0], eval_data_path=paths[1])
+    assert [len(part) for part in train.load_data(arguments_, 0)] == [20, 11]
+    assert capsys.readouterr().out.splitlines() == [
+        "warning: 2 of 11 held-out records are in the training data as well (the first: record 3): the eval loss will "
+        "look better than it is; remove them from --eval_data_path"
+    ]
+    (tmp_path / "held-out.json").write_text(json.dumps(held_out[:7]))
+    train.load_data(arguments_, 0)
+    assert "warning: 1 of 7 held-out records is in the training data" in capsys.readouterr().out
+    (tmp_path / "held-out.json").write_text(json.dumps(held_out[:2]))
+    train.load_data(arguments_, 0)
+    assert capsys.readouterr().out == ""
+
+
+def test_data_that_is_one_record_many_times_cannot_be_split(tmp_path):
+    (tmp_path / "data.json").write_text(json.dumps(make_records(1) * 10))
+    data = train.DataArguments(str(tmp_path / "data.json"), eval_fraction=0.5)
+    with pytest.raises(UserError, match="must leave some on both sides"):
+        train.load_data(data, seed=1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Special tokens.
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import json
 import multiprocessing
 import os
+import random
 import signal
+import sys
 import time
+import unicodedata
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, make_records
@@ -16,10 +21,14 @@ from made_templates import FAMILIES, Family, same
 from oracles_train import rows_one_by_one, tokenize_one_by_one
 
 import train
+
+sys.path.append(str(ROOT / "benchmarks"))
+
 import utils
 from alpaca import UserError
 from alpaca.chat_template import chat_ids, chat_template, mark_trained
 from alpaca.embedded_model import gguf_path
+from alpaca.inference.load import load_tokenizer
 from alpaca.prompts import answer_ids
 from alpaca.training import examples
 
@@ -60,16 +69,13 @@ def test_half_a_character_is_refused_with_its_records_number(tokenizer):
         examples.SupervisedDataset(records, tokenizer, 512, "training")
 
 
-@pytest.fixture(scope="session")
-def llama_tokenizer(tmp_path_factory):
-    """A sentencepiece model as LLaMA's (BPE, bytes for what is rare, a space in front, digits alone), 800 tokens."""
+def sentencepiece_in(folder: Path, texts: list[str], **options) -> Path:
+    """Put a sentencepiece model as LLaMA's (BPE, bytes for what is rare, digits alone), 800 tokens, into a folder."""
     import sentencepiece
-    from transformers import LlamaTokenizerFast
 
-    texts = [record["output"] for record in shipped()[:400]] + [(ROOT / "prompt.txt").read_text()]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
+        sentence_iterator=iter([record["output"] for record in shipped()[:400]] + texts),
         model_writer=model,
         model_type="bpe",
         vocab_size=800,
@@ -79,35 +85,90 @@ def llama_tokenizer(tmp_path_factory):
         remove_extra_whitespaces=False,
         allow_whitespace_only_pieces=True,
         minloglevel=2,
+        **options,
     )
-    folder = tmp_path_factory.mktemp("sentencepiece")
     (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizer(tmp_path_factory):
+    """LLaMA's kind as transformers builds it from a tokenizer.model: a space in front of a text's first word."""
+    from transformers import LlamaTokenizerFast
+
+    folder = sentencepiece_in(tmp_path_factory.mktemp("sentencepiece"), [(ROOT / "prompt.txt").read_text()])
     return LlamaTokenizerFast.from_pretrained(folder)
 
 
 @pytest.fixture(scope="session")
-def gpt4_tokenizer():
-    """A byte-level BPE that splits text as GPT-4 and Llama 3 do: a colon and the word after it can be one token."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+def mistral_tokenizer(llama_tokenizer):
+    """The same as the tokenizer.json of Mistral 7B and of LLaMA's first conversions: a normalizer puts the space."""
+    from tokenizers import Tokenizer, normalizers
     from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer.from_str(llama_tokenizer.backend_tokenizer.to_str())
+    core.pre_tokenizer = None
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def byte_level(words, special: list[str], **more):
+    """A byte-level BPE of 4,000 tokens; ``words`` splits a text before it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    core = Tokenizer(models.BPE(**more))
+    core.pre_tokenizer = words
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=4000, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator([":" + record["output"] for record in shipped()], trainer)
+    return core
+
+
+def words_of_gpt4():
+    """GPT-4's and Llama 3's way to split a text: a colon and the word after it can be one token."""
+    from tokenizers import Regex, pre_tokenizers
 
     words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     rest = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(f"{words}|{rest}"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    core.decoder = decoders.ByteLevel()
-    texts = [":" + record["output"] for record in shipped()]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=4000, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    core.train_from_iterator(texts, trainer)
+    split = pre_tokenizers.Split(Regex(f"{words}|{rest}"), "isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+@pytest.fixture(scope="session")
+def gpt4_tokenizer():
+    from transformers import PreTrainedTokenizerFast
+
+    core = byte_level(words_of_gpt4(), ["<|endoftext|>"])
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>")
+
+
+@pytest.fixture(scope="session")
+def llama3_tokenizer():
+    """BOS in front, whole words without merges, and offsets that leave out a token's white space."""
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    core = byte_level(words_of_gpt4(), ["<|begin_of_text|>", "<|end_of_text|>"], ignore_merges=True)
+    bos = processors.TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)])
+    core.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), bos])
+    specials = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **specials)
+
+
+@pytest.fixture(scope="session")
+def opt_tokenizer():
+    """GPT-2's way to split a text, and </s>, which is EOS as well, in front."""
+    from tokenizers import pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    core = byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False), ["<s>", "<pad>", "</s>", "<unk>"])
+    bos = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
+    core.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), bos])
+    specials = {"bos_token": "</s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **specials)
 
 
 @pytest.fixture(scope="session")
@@ -115,6 +176,15 @@ def smollm2_tokenizer():
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(gguf_path().parent, gguf_file=gguf_path().name)
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer():
+    """Qwen's own 151,643 tokens: a tiktoken file in the wheel dashscope, of which no code is run."""
+    from border import qwen_tokenizer
+
+    files = importlib.metadata.distribution("dashscope").files or []
+    return qwen_tokenizer(next(Path(file.locate()) for file in files if file.suffix == ".tiktoken"))
 
 
 def shipped() -> list[dict]:
@@ -135,28 +205,99 @@ def two_thousand_rows() -> list[dict]:
     return records + [{"instruction": f"Say {text}", "input": "", "output": text} for text in [*AWKWARD, ""]]
 
 
-TOKENIZERS = ("tokenizer", "llama_tokenizer", "gpt4_tokenizer", "smollm2_tokenizer")
+KINDS = ("", "llama_", "mistral_", "opt_", "smollm2_", "gpt4_", "llama3_", "qwen_")
 
 
-@pytest.mark.parametrize("which", TOKENIZERS)
-def test_a_record_is_the_prompt_as_chat_asks_it_then_the_answer_and_eos(which, request):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_record_is_the_prompt_as_chat_asks_it_then_the_answer_and_eos(kind, request):
     """… and equals the original's two-pass rule wherever no token spans prompt and answer."""
-    tokenizer = request.getfixturevalue(which)
+    tokenizer = request.getfixturevalue(f"{kind}tokenizer")
     records, spans = two_thousand_rows(), 0
     assert len(records) >= 2000
-    for record, example in zip(records, examples.preprocess(records, tokenizer, 10**6), strict=True):
-        prompt = tokenizer(utils.format_prompt(record["instruction"], record["input"]))["input_ids"]
+    prompts = [utils.format_prompt(record["instruction"], record["input"]) for record in records]
+    wholes = [prompt + record["output"] + tokenizer.eos_token for prompt, record in zip(prompts, records, strict=True)]
+    rows = [
+        *(tokenizer(texts)["input_ids"] for texts in (prompts, wholes)),
+        examples.preprocess(records, tokenizer, 10**6),
+    ]
+    for record, prompt, whole, example in zip(records, *rows, strict=True):
         ids, labels, n = example["input_ids"], example["labels"], len(prompt)
         assert ids[:n] == prompt and labels == [-100] * n + ids[n:], record
         assert ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[n:-1]
-        if which != "llama_tokenizer":  # whose decoder removes a space in front
-            assert tokenizer.decode(ids[n:-1]) == record["output"]
-        original = tokenize_one_by_one(record, tokenizer, 10**6)
-        if original["input_ids"][:n] == prompt:
-            assert example == original, record
+        if kind not in ("llama_", "mistral_"):  # whose decoders remove a space in front
+            answer = record["output"] if kind != "qwen_" else unicodedata.normalize("NFC", record["output"])
+            assert tokenizer.decode(ids[n:-1]) == answer
+        if whole[:n] == prompt:
+            assert ids == whole, record
         else:
             spans += 1
-    assert spans > 100 or which == "tokenizer"  # else the rows do not show the fault that the rule is for
+    assert spans > 100 or not kind  # else the rows do not show the fault that the rule is for
+
+
+def test_a_special_token_that_the_merges_can_build_stays_text(tmp_path):
+    """With "</" and "s>" in a vocabulary, transformers' merges make </s> of them, sentencepiece does not."""
+    import sentencepiece
+    from transformers import AutoTokenizer
+
+    texts = [f"{a}s> {b}</{a}" for a in "abcdefghijklmnopqrtuvwxyz" for b in "abcdefghi"]
+    folder = sentencepiece_in(tmp_path, texts, split_by_unicode_script=False)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true}')
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    built = AutoTokenizer.from_pretrained(folder)("a</s>", add_special_tokens=False, split_special_tokens=True)
+    assert 2 in built["input_ids"]  # else there is nothing to show
+
+    tokenizer = load_tokenizer(folder)
+    record = {"instruction": "Strike <s>this</s> out.", "input": "</s>", "output": "x</s> ends </s>"}
+    prompt = [1, *processor.encode(utils.format_prompt(record["instruction"], record["input"]))]
+    answer = processor.encode(f"### Response:{record['output']}")[len(processor.encode("### Response:")) :]
+    [example] = examples.preprocess([record], tokenizer, 512)
+    assert example == {"input_ids": [*prompt, *answer, 2], "labels": [-100] * len(prompt) + [*answer, 2]}
+
+    tokenizer.save_pretrained(tmp_path / "trained")
+    served = AutoTokenizer.from_pretrained(tmp_path / "trained")  # by whatever serves it
+    assert examples.preprocess([record], served, 512) == [example]
+
+
+@pytest.mark.parametrize(("count", "seed"), [(0, 1), (1, 0), (7, 42), (107, 42), (1074, 3), (1075, 4)])
+def test_without_copies_the_records_held_out_are_those_of_old_runs(count, seed):
+    """… whose checkpoints would else go on with other data."""
+    records = shipped()
+    chosen = sorted(random.Random(seed).sample(range(1, len(records) + 1), count))
+    kept, held_out = examples.hold_out(records, count, seed)
+    assert held_out.numbers == chosen and kept.numbers == sorted(set(range(1, 1076)) - set(chosen))
+    assert held_out == [records[number - 1] for number in chosen]
+
+
+@pytest.mark.parametrize(
+    ("copies", "count", "expected"),
+    [
+        ([4] * 25, 20, 20),  # each record four times
+        ([4] * 25, 21, 20),
+        ([4] * 25, 23, 24),
+        ([4] * 25, 1, 4),  # some must be held out
+        ([4] * 25, 99, 96),  # some must be kept
+        ([30, *[1] * 70], 20, 20),
+        ([30, *[1] * 70], 60, 60),
+    ],
+)
+def test_copies_of_one_record_go_to_the_same_side(copies, count, expected):
+    records = []
+    for task, times in enumerate(copies):
+        spellings = [f"Say {task}, please.", f"say  {task}, PLEASE.\n"]
+        records += [{"instruction": spellings[i % 2], "input": "", "output": f"{i}"} for i in range(times)]
+    random.Random(0).shuffle(records)
+
+    def tasks(side):
+        return {record["instruction"].split(",")[0].lower().split()[1] for record in side}
+
+    drawn = []
+    for seed in (*range(20), 0):
+        kept, held_out = examples.hold_out(records, count, seed)
+        assert sorted(kept.numbers + held_out.numbers) == list(range(1, 101))
+        assert len(held_out) == expected and tasks(kept).isdisjoint(tasks(held_out))
+        drawn.append(tasks(held_out))
+    assert drawn[0] == drawn[-1] and len(set(map(frozenset, drawn))) > 5
 
 
 def test_a_long_example_is_cut_where_the_original_cuts_it(tokenizer):

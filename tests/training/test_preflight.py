@@ -271,6 +271,17 @@ def test_an_example_is_shown_with_its_mask(tokenizer):
     assert "\033[2m### Response:\033[0m\033[32mYes</s>\033[0m" in coloured
 
 
+def test_the_tokens_at_the_border_are_shown_one_by_one(tokenizer):
+    """A token that spans prompt and answer would stand there as ':Y'."""
+    [example] = train.preprocess([{"instruction": "Go.", "input": "", "output": "Q\x1b\n"}], tokenizer, 512)
+    prompt, answer = preflight.show_border(example, tokenizer, colour=False).split(" «")
+    assert answer == r"'Q' '\x1b' '\n'»"
+    texts = re.fullmatch("'(.+)' '(.+)'", prompt).groups()
+    assert [tokenizer.decode([i]) for i in example["input_ids"] if i][-6:-4] == list(texts) and texts[1].endswith(":")
+    coloured = preflight.show_border(example, tokenizer, colour=True)
+    assert coloured == f"\033[2m{prompt}\033[0m \033[32m{answer[:-1]}\033[0m"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The trainer.
 

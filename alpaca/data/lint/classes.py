@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
+from alpaca.common.shapes import task_key
 from alpaca.data.dedup import MAX_SIMILARITY
 from alpaca.data.lint import answers, marks, questions
 from alpaca.data.lint.fields import around, input_of, symbols
@@ -24,12 +25,8 @@ from alpaca.data.rouge import RougePool
 def duplicates(records: list[dict]) -> dict[int, str]:
     """Return {index of a later copy: evidence}: same instruction and input, ignoring case and white space."""
     first: dict[tuple, int] = {}
-    found = {}
-    for i, record in enumerate(records):
-        key = tuple(" ".join(record[field].split()).casefold() for field in ("instruction", "input"))
-        if first.setdefault(key, i) != i:
-            found[i] = f"same instruction and input as record {first[key]}"
-    return found
+    copies = {i: n for i, record in enumerate(records) if (n := first.setdefault(task_key(record), i)) != i}
+    return {i: f"same instruction and input as record {n}" for i, n in copies.items()}
 
 
 def near_duplicates(records: list[dict], threshold: float = MAX_SIMILARITY) -> dict[int, str]:

@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers.models import BPE
 from transformers.convert_slow_tokenizer import generate_merges
 
+from alpaca.inference.load import set_merges
 from alpaca.training.preflight.findings import Finding
 
 # Where merges in another order show: runs of spaces, as in code, and rare characters.
@@ -37,8 +37,7 @@ def mend_merges(tokenizer, texts: Iterable[str] = ()) -> list[Finding]:
     path = Path(getattr(tokenizer, "vocab_file", None) or Path(tokenizer.name_or_path) / "tokenizer.model")
     if path.name != "tokenizer.model" or not path.is_file() or not tokenizer.is_fast:
         return []
-    backend = tokenizer.backend_tokenizer
-    model = json.loads(backend.to_str())["model"]
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     if model["type"] != "BPE":
         return []
     import sentencepiece
@@ -58,23 +57,18 @@ def mend_merges(tokenizer, texts: Iterable[str] = ()) -> list[Finding]:
     if not before:
         return []
 
-    old = backend.model
     special = (spm.is_control, spm.is_unknown, spm.is_byte, spm.is_unused)
     scores = {
         piece: spm.get_score(i)
         for i, piece in enumerate(pieces)
         if piece in vocabulary and not any(kind(i) for kind in special)
     }
-    merges = generate_merges({piece: vocabulary[piece] for piece in scores}, scores)
-    options = {name: model[name] for name in ("unk_token", "fuse_unk", "byte_fallback") if model.get(name) is not None}
-    backend.model = BPE(vocab=model["vocab"], merges=merges, **options)
+    set_merges(tokenizer, generate_merges({piece: vocabulary[piece] for piece in scores}, scores))
     after = _different(tokenizer, spm, texts)
     what = f"{before} of {len(texts)} sample texts are tokenized differently from {path.name}"
     if after >= before:
-        backend.model = old
+        set_merges(tokenizer, [tuple(pair) for pair in model["merges"]])
         return [Finding("warning", what, WHY, "use a tokenizer.json from the model's maker")]
-    if hasattr(tokenizer, "_merges"):  # transformers' LlamaTokenizer keeps a copy (5.17 to 5.23): keep it the same
-        tokenizer._merges = merges
     what = f"merges put in sentencepiece's order: {what.replace(' are ', ' were ')}, now {after}"
     return [Finding("warning" if after else "note", what, WHY, "done; the trained model is saved with these merges")]
 

@@ -6,6 +6,7 @@ the run, warnings do not.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -329,3 +330,15 @@ def _show(example: dict, tokenizer) -> None:
     colour = colour_wanted()
     how = "dim: masked, green: learned" if colour else "learned: what is between « and »"
     say(f"{paint('example ', '36', colour)} the first one ({how}):\n{show_example(example, tokenizer, colour)}")
+    say(f"{paint('border  ', '36', colour)} where its answer begins: {show_border(example, tokenizer, colour)}")
+
+
+def show_border(example: dict, tokenizer, colour: bool) -> str:
+    """Return the last two tokens of an example's prompt and the first three of its answer, marked as in its text."""
+    ids, labels = list(example["input_ids"]), list(example["labels"])
+    first = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+    begin = max(0, first - 3)  # one more: some decoders remove the space in front of their first token
+    texts = [tokenizer.decode(ids[begin:end]) for end in range(begin, min(first + 3, len(ids)) + 1)]
+    tokens = [repr(after[len(before) :]) for before, after in itertools.pairwise(texts)]  # no control character is left
+    prompt, answer = " ".join(tokens[1 : first - begin]), " ".join(tokens[first - begin :])
+    return f"{paint(prompt, '2', True)} {paint(answer, '32', True)}" if colour else f"{prompt} «{answer}»"
