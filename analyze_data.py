@@ -15,6 +15,10 @@ Faults, each with a reason and evidence; clean and rejected records can be writt
 Pictures of the diversity, as PNG files and one HTML page:
 
     python analyze_data.py plot --data_path alpaca_data.json --output_dir pictures
+
+A folder for others: Parquet, JSON Lines and a dataset card; with --push OWNER/NAME also on the Hugging Face hub:
+
+    python analyze_data.py publish --data_path alpaca_data.json --output_dir published --license cc-by-nc-4.0
 """
 
 from __future__ import annotations
@@ -34,13 +38,15 @@ import numpy as np
 import utils
 from alpaca import UserError
 from alpaca.common import cli
-from alpaca.common.files import git_blob_id
-from alpaca.common.records import RELEASED_BLOB, files_of, write_records
-from alpaca.common.text import first_line, printable
-from alpaca.data.lint.classes import CLASSES, OPT_IN, duplicates, find
+from alpaca.common.files import git_blob_id, new_folder
+from alpaca.common.records import FIELDS, RELEASED_BLOB, files_of, write_records
+from alpaca.common.text import counted, first_line, printable, utc_now
+from alpaca.data.lint.classes import CLASSES, OPT_IN, duplicates, find, task_key
 from alpaca.data.released import download
 from alpaca.data.rouge import count_words
 
+SHIPPED = Path(__file__).with_name("alpaca_data.json")
+SHIPPED_LICENSE = "cc-by-nc-4.0"  # also of the released data
 RELEASED_URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
 
 
@@ -110,23 +116,11 @@ def stats(
     """
     _refuse_same_files(data_path=data_path, output_path=output_path)
     records = utils.load_records(data_path, fields)
-    instructions = [" ".join(record["instruction"].split()).casefold() for record in records]
-    texts = {field: [record[field] for record in records] for field in ("instruction", "input", "output")}
-    texts["input"] = list(filter(None, texts["input"]))
-    report = {
-        "records": len(records),
-        "with_input": len(texts["input"]),
-        "share_with_input": round(len(texts["input"]) / len(records), 4),
-        "duplicate_instructions": len(records) - len(set(instructions)),
-        "duplicate_instructions_and_inputs": len(duplicates(records)),
-        "words": {field: _spread([count_words(text) for text in values]) for field, values in texts.items()},
-    }
+    report = figures(records)
     if tokenizer:
+        count, texts = _token_counter(tokenizer), _texts(records)
         texts["example"] = [utils.format_prompt(r["instruction"], r["input"]) + r["output"] for r in records]
-        count = _token_counter(tokenizer)
         report["tokens"] = {field: _spread(count(values)) for field, values in texts.items()}
-    first = (re.match(r"[^\W\d_]+(?:['’-][^\W\d_]+)*", record["instruction"].strip()) for record in records)
-    report["first_verbs"] = dict(Counter(match[0].lower() for match in first if match).most_common(20))
 
     print(f"records                          {report['records']:>8,}")
     print(f"with an input                    {report['with_input']:>8,}   {report['share_with_input']:.1%}")
@@ -142,6 +136,25 @@ def stats(
         print(f"  {verb:<16}{number:>8,}   {number / len(records):.1%}")
     if output_path:
         utils.jdump(report, output_path, indent=2)
+
+
+def figures(records: list[dict]) -> dict:
+    """Return counts, lengths in words, and the most common first words of an instruction."""
+    texts = _texts(records)
+    first = (re.match(r"[^\W\d_]+(?:['’-][^\W\d_]+)*", text.strip()) for text in texts["instruction"])
+    return {
+        "records": len(records),
+        "with_input": len(texts["input"]),
+        "share_with_input": round(len(texts["input"]) / len(records), 4),
+        "duplicate_instructions": len(records) - len({task_key(record, "instruction") for record in records}),
+        "duplicate_instructions_and_inputs": len(duplicates(records)),
+        "words": {field: _spread([count_words(text) for text in values]) for field, values in texts.items()},
+        "first_verbs": dict(Counter(match[0].lower() for match in first if match).most_common(20)),
+    }
+
+
+def _texts(records: list[dict]) -> dict[str, list[str]]:
+    return {field: [r[field] for r in records if r[field] or field != "input"] for field in FIELDS}
 
 
 def _spread(lengths: list[int]) -> dict[str, float]:
@@ -264,5 +277,112 @@ def plot(data_path: str, output_dir: str, fields: str | None = None) -> None:
     plots.plot(data_path, output_dir, fields)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# publish
+
+
+def publish(
+    data_path: str,
+    output_dir: str,
+    license: str | None = None,
+    name: str | None = None,
+    language: str | None = None,
+    eval_fraction: float = 0.0,
+    eval_data_path: str | None = None,
+    report_path: str | None = None,
+    fields: str | None = None,
+    push: str | None = None,
+    private: bool = False,
+) -> None:
+    """Make a folder that others can load: Parquet, JSON Lines, and a dataset card (README.md) to complete.
+
+    The card has the counts and lengths of stats, the findings of lint, and the questions of a datasheet. What the
+    figures do not answer is marked "To be answered by the publisher". Nothing is sent anywhere without --push.
+
+    Args:
+        data_path: records to publish: a file, a folder, several with commas between, or a name on the hub.
+        output_dir: the folder to make; it may not exist yet, or be empty.
+        license: under which others may use the data, as the hub names it: cc-by-nc-4.0, cc-by-4.0, apache-2.0, …
+        name: the title of the card (default: that of --push, or the folder's).
+        language: of the records, as codes: en, or en,zh.
+        eval_fraction: about this share becomes the split "test"; copies of a task stay together.
+        eval_data_path: records for the split "test".
+        report_path: the report.json that generate_instruction.py wrote beside the data, for the card.
+        fields: of data in an unknown format: instruction=question,output=answer, with the names of its fields.
+        push: OWNER/NAME of a data set on the hub to upload the folder to; it is made if it does not exist.
+        private: whether a data set that is made there is private.
+    """
+    from alpaca.data import publish as folders  # the other tasks need neither pyarrow nor a client of the hub
+
+    if push:
+        folders.check_hub(push)
+    if eval_data_path and eval_fraction:
+        raise UserError("--eval_data_path and --eval_fraction both make the split test: drop one of them")
+    report = folders.read_report(report_path) if report_path else None
+    output, inputs = Path(output_dir), [data_path, *filter(None, [eval_data_path])]
+    splits = {split: folders.read(path, fields) for split, path in zip(("train", "test"), inputs, strict=False)}
+    records = [record for split in splits.values() for record in split]
+    restricted = _restricted(records, inputs)
+    _check_license(license, restricted)
+    own_ids = folders.give_ids(records)
+    if eval_fraction:
+        splits = dict(zip(("train", "test"), folders.split(records, eval_fraction), strict=True))
+        if not all(splits.values()):
+            raise UserError(f"--eval_fraction {eval_fraction} of {len(records)} records leaves a split empty: try 0.1")
+    with new_folder(output, "--output_dir") as folder:
+        schema = folders.columns(records)
+        folders.write(folder, splits, schema)
+        card = folders.card(
+            splits,
+            schema,
+            license,
+            languages=[code.strip() for code in (language or "").split(",") if code.strip()],
+            findings=find(records, set(CLASSES) - OPT_IN),
+            figures=figures(records),
+            name=name or (push or output.absolute().name).rpartition("/")[2],
+            address=push or output.absolute().name,
+            restricted=restricted,
+            own_ids=own_ids,
+            drawn=bool(eval_fraction),
+            sources=[source for path in inputs for source in folders.facts_of_files(path)],
+            generator=report,
+            date=utc_now()[:10],
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    for path in sorted(output.rglob("*.*")):
+        print(f"{path.stat().st_size:>12,} bytes   {path.relative_to(output)}")
+    print(f"{counted(len(records), 'record')} in {output}")
+    print(f"README.md leaves {counted(card.count(folders.OPEN), 'question')} to you: search for {folders.OPEN!r}")
+    if push:
+        print(f"uploading these files to {push}")
+        print(f"published: {folders.upload(output, push, private)}")
+
+
+def _restricted(records: list[dict], paths: list[str]) -> str:
+    """Return which records may only be published as they were: those of Alpaca and of this project; "" for none."""
+    for file in [file for path in paths for file in files_of(path)]:
+        if file.is_file() and git_blob_id(file) == RELEASED_BLOB:
+            return f"{file.name} is the data that Stanford Alpaca released under CC BY-NC 4.0."
+    known = {task_key(record, *FIELDS) for record in utils.load_records(SHIPPED)} if SHIPPED.exists() else set()
+    if count := sum(task_key(record, *FIELDS) in known for record in records):
+        are = "is" if count == 1 else "are"
+        return (
+            f"{counted(count, 'record')} {are} of {SHIPPED.name}, which this project has published under CC BY-NC 4.0."
+        )
+    return ""
+
+
+def _check_license(license: str | None, restricted: str) -> None:
+    names = SHIPPED_LICENSE if restricted else "cc-by-4.0, cc-by-nc-4.0, apache-2.0, …"
+    if not license:
+        question = "under which license others may use the data, as the hub names it"
+        raise UserError(f"{restricted} --license is missing: say {question} ({names})".strip())
+    if restricted and license != SHIPPED_LICENSE:
+        cure = f"give --license {SHIPPED_LICENSE}, or leave those records out"
+        raise UserError(f"--license {license} is not possible: {restricted} Nobody else may change that: {cure}")
+    if not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", license):
+        raise UserError(f"--license {license!r} is not as the hub writes it, in lower case without spaces: {names}")
+
+
 if __name__ == "__main__":
-    cli.run_cli({"fetch": fetch, "stats": stats, "lint": lint, "plot": plot})
+    cli.run_cli({"fetch": fetch, "stats": stats, "lint": lint, "plot": plot, "publish": publish})

@@ -21,13 +21,17 @@ from alpaca.data.rouge import RougePool
 # Rules for the set as a whole.
 
 
+def task_key(record: dict, *fields: str) -> tuple[str, ...]:
+    """Return what two records with the same task share: instruction and input, ignoring case and white space."""
+    return tuple(" ".join(record[field].split()).casefold() for field in fields or ("instruction", "input"))
+
+
 def duplicates(records: list[dict]) -> dict[int, str]:
-    """Return {index of a later copy: evidence}: same instruction and input, ignoring case and white space."""
+    """Return {index of a later copy: evidence}: a record with the same task as an earlier one."""
     first: dict[tuple, int] = {}
     found = {}
     for i, record in enumerate(records):
-        key = tuple(" ".join(record[field].split()).casefold() for field in ("instruction", "input"))
-        if first.setdefault(key, i) != i:
+        if first.setdefault(key := task_key(record), i) != i:
             found[i] = f"same instruction and input as record {first[key]}"
     return found
 
