@@ -285,7 +285,6 @@ def publish(
     data_path: str,
     output_dir: str,
     license: str | None = None,
-    name: str | None = None,
     language: str | None = None,
     eval_fraction: float = 0.0,
     eval_data_path: str | None = None,
@@ -303,7 +302,6 @@ def publish(
         data_path: records to publish: a file, a folder, several with commas between, or a name on the hub.
         output_dir: the folder to make; it may not exist yet, or be empty.
         license: under which others may use the data, as the hub names it: cc-by-nc-4.0, cc-by-4.0, apache-2.0, …
-        name: the title of the card (default: that of --push, or the folder's).
         language: of the records, as codes: en, or en,zh.
         eval_fraction: about this share becomes the split "test"; copies of a task stay together.
         eval_data_path: records for the split "test".
@@ -314,48 +312,38 @@ def publish(
     """
     from alpaca.data import publish as folders  # the other tasks need neither pyarrow nor a client of the hub
 
-    if push:
-        folders.check_hub(push)
     if eval_data_path and eval_fraction:
         raise UserError("--eval_data_path and --eval_fraction both make the split test: drop one of them")
     report = folders.read_report(report_path) if report_path else None
-    output, inputs = Path(output_dir), [data_path, *filter(None, [eval_data_path])]
-    splits = {split: folders.read(path, fields) for split, path in zip(("train", "test"), inputs, strict=False)}
+    output, paths = Path(output_dir).absolute(), [data_path, *filter(None, [eval_data_path])]
+    splits = {name: folders.read(path, fields) for name, path in zip(("train", "test"), paths, strict=False)}
     records = [record for split in splits.values() for record in split]
-    restricted = _restricted(records, inputs)
+    restricted = _restricted(records, paths)
     _check_license(license, restricted)
-    own_ids = folders.give_ids(records)
+    folders.give_ids(records)
     if eval_fraction:
         splits = dict(zip(("train", "test"), folders.split(records, eval_fraction), strict=True))
         if not all(splits.values()):
             raise UserError(f"--eval_fraction {eval_fraction} of {len(records)} records leaves a split empty: try 0.1")
+    facts = {"license": license, "restricted": restricted, "generator": report, "drawn": bool(eval_fraction)}
+    facts |= {
+        "languages": re.findall(r"[\w-]+", language or ""),
+        "address": push or output.name,
+        "date": utc_now()[:10],
+    }
     with new_folder(output, "--output_dir") as folder:
         schema = folders.columns(records)
         folders.write(folder, splits, schema)
-        card = folders.card(
-            splits,
-            schema,
-            license,
-            languages=[code.strip() for code in (language or "").split(",") if code.strip()],
-            findings=find(records, set(CLASSES) - OPT_IN),
-            figures=figures(records),
-            name=name or (push or output.absolute().name).rpartition("/")[2],
-            address=push or output.absolute().name,
-            restricted=restricted,
-            own_ids=own_ids,
-            drawn=bool(eval_fraction),
-            sources=[source for path in inputs for source in folders.facts_of_files(path)],
-            generator=report,
-            date=utc_now()[:10],
-        )
+        findings = find(records, set(CLASSES) - OPT_IN)
+        card = folders.card(splits, schema, paths, findings, figures=figures(records), **facts)
         (folder / "README.md").write_text(card, encoding="utf-8")
     for path in sorted(output.rglob("*.*")):
         print(f"{path.stat().st_size:>12,} bytes   {path.relative_to(output)}")
-    print(f"{counted(len(records), 'record')} in {output}")
-    print(f"README.md leaves {counted(card.count(folders.OPEN), 'question')} to you: search for {folders.OPEN!r}")
+    left = counted(card.count(folders.OPEN), "question")
+    print(f"{counted(len(records), 'record')} in {output_dir}; README.md leaves {left} to you: {folders.OPEN!r}")
     if push:
         print(f"uploading these files to {push}")
-        print(f"published: {folders.upload(output, push, private)}")
+        print(f"published: {folders.upload(Path(output_dir), push, private)}")
 
 
 def _restricted(records: list[dict], paths: list[str]) -> str:
@@ -367,7 +355,7 @@ def _restricted(records: list[dict], paths: list[str]) -> str:
     if count := sum(task_key(record, *FIELDS) in known for record in records):
         are = "is" if count == 1 else "are"
         return (
-            f"{counted(count, 'record')} {are} of {SHIPPED.name}, which this project has published under CC BY-NC 4.0."
+            f"{counted(count, 'record')} {are} of {SHIPPED.name}, which alpaca-reproduced publishes under CC BY-NC 4.0."
         )
     return ""
 
