@@ -26,9 +26,7 @@ from __future__ import annotations
 import alpaca.common.environment  # noqa: F401  # isort: skip
 import os
 import re
-import shutil
 import sys
-import urllib.request
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -77,10 +75,7 @@ def fetch(output_path: str, url: str = RELEASED_URL, blob_id: str = RELEASED_BLO
         print(f"{output} exists and is right (blob id {blob_id}); nothing to do")
         return
     output.parent.mkdir(parents=True, exist_ok=True)
-    if "://" in url and not url.startswith("file://"):
-        download(url, part, blob_id)
-    else:
-        _copy(url, part)
+    download(url if "://" in url else Path(url).absolute().as_uri(), part, blob_id)
     if (found := git_blob_id(part)) != blob_id:
         os.replace(part, wrong)
         raise UserError(
@@ -89,14 +84,6 @@ def fetch(output_path: str, url: str = RELEASED_URL, blob_id: str = RELEASED_BLO
         )
     os.replace(part, output)
     print(f"{output}: {output.stat().st_size:,} bytes, with the right blob id {blob_id}")
-
-
-def _copy(source: str, part: Path) -> None:
-    path = urllib.request.url2pathname(source.removeprefix("file://")) if source.startswith("file://") else source
-    try:
-        shutil.copyfile(path, part)
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"--url {source} is not a file: give a web address (https://…) or the path of a copy") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

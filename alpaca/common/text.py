@@ -66,18 +66,14 @@ def plain_markdown(value):
     return re.sub(r"[\\`*<>\[\]|]", r"\\\g<0>", " ".join(printable(value).split()))
 
 
-def markdown_templates(folder: Path):
-    """Return a jinja2 environment for a folder's templates, in which every value but Markup is plain_markdown."""
+def templates(*folders: Path, html: bool = False):
+    """Return a jinja2 environment for folders of templates. Values are escaped for HTML, or else are plain_markdown."""
     import jinja2
 
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder),
-        undefined=jinja2.StrictUndefined,
-        finalize=plain_markdown,  # autoescape is for HTML
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    way = {"autoescape": True} if html else {"finalize": plain_markdown, "lstrip_blocks": True}
+    loader = jinja2.FileSystemLoader(folders)
+    way |= {"loader": loader, "undefined": jinja2.StrictUndefined, "trim_blocks": True}
+    return jinja2.Environment(keep_trailing_newline=not html, **way)
 
 
 def public_name(path: str) -> str:

@@ -21,9 +21,8 @@ from alpaca import UserError
 from alpaca.chat_template import messages_of
 from alpaca.common.files import read_text
 from alpaca.common.records import FIELDS, is_on_hub, json_text, read_records, sources
-from alpaca.common.text import check_utf8, first_line, markdown_templates, public_name
+from alpaca.common.text import check_utf8, first_line, public_name, templates
 from alpaca.data.lint.classes import task_key
-from alpaca.data.plots_page import TEMPLATES
 
 FILES = {"train": ("data/train.parquet", "jsonl/records.jsonl"), "test": ("data/test.parquet", "jsonl/test.jsonl")}
 ROWS_AT_ONCE = 5000  # also a row group, which the hub's viewer reads whole
@@ -31,10 +30,6 @@ TEXT = pyarrow.string()
 KINDS = {bool: pyarrow.bool_(), int: pyarrow.int64(), float: pyarrow.float64()}
 SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B")  # of the hub's size categories
 OPEN = "To be answered by the publisher."
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Records.
 
 
 def names(path: str) -> dict[str, str]:
@@ -83,10 +78,6 @@ def split(records: list[dict], fraction: float) -> tuple[list[dict], list[dict]]
     return sides
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files.
-
-
 def columns(records: list[dict]) -> pyarrow.Schema:
     """Return the columns' types. A field of several types, or of lists and objects, becomes a column of JSON text."""
     kinds: dict[str, set] = {name: {str} for name in ("id", *FIELDS, "messages")}
@@ -131,10 +122,6 @@ def write(folder: Path, splits: dict[str, list[dict]], schema: pyarrow.Schema) -
                 bar.update(len(rows))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The card.
-
-
 def read_report(path: str) -> dict:
     """Return what the generator has written about its run, with a name for its teacher that may be published."""
     try:
@@ -142,9 +129,8 @@ def read_report(path: str) -> dict:
         report["parsed"] + report["kept"] + sum(report["dropped"].values())
         return report | {"model_name": public_name(report["model_name"])}
     except (ValueError, LookupError, TypeError, AttributeError):
-        raise UserError(
-            f"{path} is not a report.json of generate_instruction.py: give the one beside regen.json"
-        ) from None
+        wanted = "a report.json of generate_instruction.py: give the one beside regen.json"
+        raise UserError(f"{path} is not {wanted}") from None
 
 
 def card(splits: dict[str, list[dict]], schema: pyarrow.Schema, paths: list[str], findings: list[dict], **facts) -> str:
@@ -162,7 +148,7 @@ def card(splits: dict[str, list[dict]], schema: pyarrow.Schema, paths: list[str]
         files.append({"name": name, "sha256": sha256})
     count = sum(map(len, splits.values()))
     return (
-        markdown_templates(TEMPLATES)
+        templates(Path(__file__).with_name("templates"))
         .get_template("dataset_card.md")
         .render(
             facts,
@@ -178,10 +164,6 @@ def card(splits: dict[str, list[dict]], schema: pyarrow.Schema, paths: list[str]
             open=OPEN,
         )
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The hub.
 
 
 def upload(folder: Path, repo: str, private: bool) -> str:

@@ -23,7 +23,7 @@ import torch
 
 from alpaca.common.files import git_blob_id, replace_file
 from alpaca.common.records import RELEASED_BLOB, files_of, json_text, title
-from alpaca.common.text import markdown_templates, public_name, utc_now
+from alpaca.common.text import public_name, templates, utc_now
 from alpaca.training.meter import clock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -220,7 +220,7 @@ def model_card(receipt: dict) -> str:
 
     A model or data file of this machine is called by its last name: a card is published, and a path is private.
     """
-    environment = markdown_templates(Path(__file__).with_name("templates"))
+    environment = templates(Path(__file__).with_name("templates"))
     environment.filters |= {"clock": clock, "human_count": human_count, "number": format}
     tokens, data = receipt["tokens"], receipt["data"]["train"]
     return environment.get_template("model_card.md").render(

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from tqdm import tqdm
 
 from alpaca.data.dedup import MAX_SIMILARITY
-from alpaca.data.lint import answers, marks, questions
+from alpaca.data.lint import answers, arithmetic, marks, questions
 from alpaca.data.lint.fields import around, input_of, symbols
 from alpaca.data.rouge import RougePool
 
@@ -90,7 +90,7 @@ RECORD_CLASSES: dict[str, tuple[str, Callable[[dict], str | None]]] = {
     "repetition": ("the output is one sentence over and over", marks.repetition),
     "cut-off": ("the output is cut off", answers.cut_off),
     "no-full-stop": ("the last sentence has no end", answers.no_full_stop),
-    "wrong-arithmetic": ("a calculation is wrong", answers.wrong_arithmetic),
+    "wrong-arithmetic": ("a calculation is wrong", arithmetic.wrong_arithmetic),
     "mojibake": ("text that was decoded with the wrong encoding", answers.mojibake),
     "stray-escape": ("escape sequences or control characters outside code", answers.stray_escape),
 }
