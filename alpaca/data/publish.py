@@ -34,7 +34,7 @@ OPEN = "To be answered by the publisher."
 
 def names(path: str) -> dict[str, str]:
     """Return each source with its name to publish: of a file as much of its path as sets it apart from the others."""
-    local = {file: os.path.realpath(file) for file in sources(path) if not is_on_hub(file)}
+    local = {file: os.path.abspath(file) for file in sources(path) if not is_on_hub(file)}
     shared = os.path.commonpath([os.path.dirname(place) for place in local.values()]) if local else ""
     return {file: file for file in sources(path)} | {
         file: Path(os.path.relpath(place, shared)).as_posix() for file, place in local.items()
