@@ -150,9 +150,7 @@ def test_the_page_is_self_contained_and_escapes_what_it_shows():
     text = plots.page("<script src=x>.json", 3, [figure])
     references = References(text)
     assert references.outside == []
-    assert references.images == [
-        {"alt": 'the "alt"', "src": references.images[0]["src"]}
-    ]
+    assert references.images == [{"alt": 'the "alt"', "src": references.images[0]["src"]}]
     assert "<script" not in text and "<b>" not in text
     assert "&lt;b&gt;cell&lt;/b&gt;" in text and "1 &lt; 2" in text
     assert not re.search(r"https?:|@import|url\(", text)
