@@ -15,6 +15,10 @@ Faults, each with a reason and evidence; clean and rejected records can be writt
 Pictures of the diversity, as PNG files and one HTML page:
 
     python analyze_data.py plot --data_path alpaca_data.json --output_dir pictures
+
+A folder for others: Parquet, JSON Lines and a dataset card; with --push OWNER/NAME also on the Hugging Face hub:
+
+    python analyze_data.py publish --data_path alpaca_data.json --output_dir published --license cc-by-nc-4.0
 """
 
 from __future__ import annotations
@@ -22,9 +26,7 @@ from __future__ import annotations
 import alpaca.common.environment  # noqa: F401  # isort: skip
 import os
 import re
-import shutil
 import sys
-import urllib.request
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -34,13 +36,16 @@ import numpy as np
 import utils
 from alpaca import UserError
 from alpaca.common import cli
-from alpaca.common.files import git_blob_id
-from alpaca.common.records import RELEASED_BLOB, files_of, write_records
-from alpaca.common.text import first_line, printable
+from alpaca.common.files import git_blob_id, new_folder
+from alpaca.common.records import FIELDS, RELEASED_BLOB, files_of, write_records
+from alpaca.common.shapes import task_key
+from alpaca.common.text import counted, first_line, printable, utc_now
 from alpaca.data.lint.classes import CLASSES, OPT_IN, duplicates, find
 from alpaca.data.released import download
 from alpaca.data.rouge import count_words
 
+SHIPPED = Path(__file__).with_name("alpaca_data.json")
+SHIPPED_LICENSE = "cc-by-nc-4.0"  # also of the released data
 RELEASED_URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
 
 
@@ -71,10 +76,7 @@ def fetch(output_path: str, url: str = RELEASED_URL, blob_id: str = RELEASED_BLO
         print(f"{output} exists and is right (blob id {blob_id}); nothing to do")
         return
     output.parent.mkdir(parents=True, exist_ok=True)
-    if "://" in url and not url.startswith("file://"):
-        download(url, part, blob_id)
-    else:
-        _copy(url, part)
+    download(url if "://" in url else Path(url).absolute().as_uri(), part, blob_id)
     if (found := git_blob_id(part)) != blob_id:
         os.replace(part, wrong)
         raise UserError(
@@ -83,14 +85,6 @@ def fetch(output_path: str, url: str = RELEASED_URL, blob_id: str = RELEASED_BLO
         )
     os.replace(part, output)
     print(f"{output}: {output.stat().st_size:,} bytes, with the right blob id {blob_id}")
-
-
-def _copy(source: str, part: Path) -> None:
-    path = urllib.request.url2pathname(source.removeprefix("file://")) if source.startswith("file://") else source
-    try:
-        shutil.copyfile(path, part)
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"--url {source} is not a file: give a web address (https://…) or the path of a copy") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,23 +104,11 @@ def stats(
     """
     _refuse_same_files(data_path=data_path, output_path=output_path)
     records = utils.load_records(data_path, fields)
-    instructions = [" ".join(record["instruction"].split()).casefold() for record in records]
-    texts = {field: [record[field] for record in records] for field in ("instruction", "input", "output")}
-    texts["input"] = list(filter(None, texts["input"]))
-    report = {
-        "records": len(records),
-        "with_input": len(texts["input"]),
-        "share_with_input": round(len(texts["input"]) / len(records), 4),
-        "duplicate_instructions": len(records) - len(set(instructions)),
-        "duplicate_instructions_and_inputs": len(duplicates(records)),
-        "words": {field: _spread([count_words(text) for text in values]) for field, values in texts.items()},
-    }
+    report = figures(records)
     if tokenizer:
+        count, texts = _token_counter(tokenizer), _texts(records)
         texts["example"] = [utils.format_prompt(r["instruction"], r["input"]) + r["output"] for r in records]
-        count = _token_counter(tokenizer)
         report["tokens"] = {field: _spread(count(values)) for field, values in texts.items()}
-    first = (re.match(r"[^\W\d_]+(?:['’-][^\W\d_]+)*", record["instruction"].strip()) for record in records)
-    report["first_verbs"] = dict(Counter(match[0].lower() for match in first if match).most_common(20))
 
     print(f"records                          {report['records']:>8,}")
     print(f"with an input                    {report['with_input']:>8,}   {report['share_with_input']:.1%}")
@@ -142,6 +124,25 @@ def stats(
         print(f"  {verb:<16}{number:>8,}   {number / len(records):.1%}")
     if output_path:
         utils.jdump(report, output_path, indent=2)
+
+
+def figures(records: list[dict]) -> dict:
+    """Return counts, lengths in words, and the most common first words of an instruction."""
+    texts = _texts(records)
+    first = (re.match(r"[^\W\d_]+(?:['’-][^\W\d_]+)*", text.strip()) for text in texts["instruction"])
+    return {
+        "records": len(records),
+        "with_input": len(texts["input"]),
+        "share_with_input": round(len(texts["input"]) / len(records), 4),
+        "duplicate_instructions": len(records) - len({task_key(record, "instruction") for record in records}),
+        "duplicate_instructions_and_inputs": len(duplicates(records)),
+        "words": {field: _spread([count_words(text) for text in values]) for field, values in texts.items()},
+        "first_verbs": dict(Counter(match[0].lower() for match in first if match).most_common(20)),
+    }
+
+
+def _texts(records: list[dict]) -> dict[str, list[str]]:
+    return {field: [r[field] for r in records if r[field] or field != "input"] for field in FIELDS}
 
 
 def _spread(lengths: list[int]) -> dict[str, float]:
@@ -264,5 +265,100 @@ def plot(data_path: str, output_dir: str, fields: str | None = None) -> None:
     plots.plot(data_path, output_dir, fields)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# publish
+
+
+def publish(
+    data_path: str,
+    output_dir: str,
+    license: str | None = None,
+    language: str | None = None,
+    eval_fraction: float = 0.0,
+    eval_data_path: str | None = None,
+    report_path: str | None = None,
+    fields: str | None = None,
+    push: str | None = None,
+    private: bool = False,
+) -> None:
+    """Make a folder that others can load: Parquet, JSON Lines, and a dataset card (README.md) to complete.
+
+    The card has the counts and lengths of stats, the findings of lint, and the questions of a datasheet. What the
+    figures do not answer is marked "To be answered by the publisher". Nothing is sent anywhere without --push.
+
+    Args:
+        data_path: records to publish: a file, a folder, several with commas between, or a name on the hub.
+        output_dir: the folder to make; it may not exist yet, or be empty.
+        license: under which others may use the data, as the hub names it: cc-by-nc-4.0, cc-by-4.0, apache-2.0, …
+        language: of the records, as codes: en, or en,zh.
+        eval_fraction: about this share becomes the split "test"; copies of a task stay together.
+        eval_data_path: records for the split "test".
+        report_path: the report.json that generate_instruction.py wrote beside the data, for the card.
+        fields: of data in an unknown format: instruction=question,output=answer, with the names of its fields.
+        push: OWNER/NAME of a data set on the hub to upload the folder to; it is made if it does not exist.
+        private: whether a data set that is made there is private.
+    """
+    from alpaca.data import publish as folders  # the other tasks need neither pyarrow nor a client of the hub
+
+    if eval_data_path and eval_fraction:
+        raise UserError("--eval_data_path and --eval_fraction both make the split test: drop one of them")
+    report = folders.read_report(report_path) if report_path else None
+    output, paths = Path(output_dir).absolute(), [data_path, *filter(None, [eval_data_path])]
+    splits = {name: folders.read(path, fields) for name, path in zip(("train", "test"), paths, strict=False)}
+    records = [record for split in splits.values() for record in split]
+    restricted = _restricted(records, paths)
+    _check_license(license, restricted)
+    folders.give_ids(records)
+    if eval_fraction:
+        splits = dict(zip(("train", "test"), folders.split(records, eval_fraction), strict=True))
+        if not all(splits.values()):
+            raise UserError(f"--eval_fraction {eval_fraction} of {len(records)} records leaves a split empty: try 0.1")
+    facts = {"license": license, "restricted": restricted, "generator": report, "drawn": bool(eval_fraction)}
+    facts |= {
+        "languages": re.findall(r"[\w-]+", language or ""),
+        "address": push or output.name,
+        "date": utc_now()[:10],
+    }
+    with new_folder(output, "--output_dir") as folder:
+        schema = folders.columns(records)
+        folders.write(folder, splits, schema)
+        findings = find(records, set(CLASSES) - OPT_IN)
+        card = folders.card(splits, schema, paths, findings, figures=figures(records), **facts)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    for path in sorted(output.rglob("*.*")):
+        print(f"{path.stat().st_size:>12,} bytes   {path.relative_to(output)}")
+    left = counted(card.count(folders.OPEN), "question")
+    print(f"{counted(len(records), 'record')} in {output_dir}; README.md leaves {left} to you: {folders.OPEN!r}")
+    if push:
+        print(f"uploading these files to {push}")
+        print(f"published: {folders.upload(Path(output_dir), push, private)}")
+
+
+def _restricted(records: list[dict], paths: list[str]) -> str:
+    """Return which records may only be published as they were: those of Alpaca and of this project; "" for none."""
+    for file in [file for path in paths for file in files_of(path)]:
+        if file.is_file() and git_blob_id(file) == RELEASED_BLOB:
+            return f"{file.name} is the data that Stanford Alpaca released under CC BY-NC 4.0."
+    known = {task_key(record, *FIELDS) for record in utils.load_records(SHIPPED)} if SHIPPED.exists() else set()
+    if count := sum(task_key(record, *FIELDS) in known for record in records):
+        are = "is" if count == 1 else "are"
+        return (
+            f"{counted(count, 'record')} {are} of {SHIPPED.name}, which alpaca-reproduced publishes under CC BY-NC 4.0."
+        )
+    return ""
+
+
+def _check_license(license: str | None, restricted: str) -> None:
+    names = SHIPPED_LICENSE if restricted else "cc-by-4.0, cc-by-nc-4.0, apache-2.0, …"
+    if not license:
+        question = "under which license others may use the data, as the hub names it"
+        raise UserError(f"{restricted} --license is missing: say {question} ({names})".strip())
+    if restricted and license != SHIPPED_LICENSE:
+        cure = f"give --license {SHIPPED_LICENSE}, or leave those records out"
+        raise UserError(f"--license {license} is not possible: {restricted} Nobody else may change that: {cure}")
+    if not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", license):
+        raise UserError(f"--license {license!r} is not as the hub writes it, in lower case without spaces: {names}")
+
+
 if __name__ == "__main__":
-    cli.run_cli({"fetch": fetch, "stats": stats, "lint": lint, "plot": plot})
+    cli.run_cli({"fetch": fetch, "stats": stats, "lint": lint, "plot": plot, "publish": publish})

@@ -40,7 +40,7 @@ import utils
 from alpaca import UserError
 from alpaca.common.cli import run_cli
 from alpaca.common.journal import Journal
-from alpaca.common.text import counted, printable, shorten
+from alpaca.common.text import counted, printable, shorten, utc_now
 from alpaca.data.dedup import MAX_SIMILARITY, DistinctPool, dedup
 from alpaca.data.replies import JSON_SCHEMA, CutOff, encode_json_prompt, encode_prompt, parse_json, parse_response
 from alpaca.data.rouge import is_mostly_unseen, tokenize_unicode, tokenizer_named
@@ -194,6 +194,7 @@ def begin(
     if not journal.entries:
         run = {"seed": random.randrange(2**31) if seed is None else seed, "seeded": seed is not None}
         run |= {"start": len(records), "num_prompt_instructions": num_prompt_instructions, "format": format}
+        run["started"] = utc_now()
         journal.append([run])
     run, replies = {"format": "text"} | journal.entries[0], sum("i" in entry for entry in journal.entries)
     for name, given in (("num_prompt_instructions", num_prompt_instructions), ("seed", seed), ("format", format)):
@@ -285,7 +286,10 @@ def generate_instruction_following_data(
             numbers = num_instructions_to_generate, num_prompt_instructions
             selection = Selection(seed_tasks, start, *numbers, filters, similarity_stats, rejected, format)
             earlier = sum("i" in entry for entry in journal.entries)
-            save = partial(write_results, output, model_name, earlier, budget, selection)
+            about = {"model_name": model_name, "api": api, "temperature": temperature, "top_p": top_p}
+            about |= {"prompt": Path(prompt_path).name, "seed_tasks": Path(seed_tasks_path).name}
+            about |= {name: run.get(name) for name in ("num_prompt_instructions", "format", "seed", "started")}
+            save = partial(write_results, output, about, earlier, budget, selection)
             try:
                 more = asyncio.run(collect(teacher, request, journal, budget, selection, save))
             except KeyboardInterrupt:
@@ -299,16 +303,16 @@ def generate_instruction_following_data(
     conclude(selection, budget, output / "regen.json", more)
 
 
-def write_results(output: Path, model_name: str, earlier: int, budget: Budget, selection: Selection) -> dict:
+def write_results(output: Path, about: dict, earlier: int, budget: Budget, selection: Selection) -> dict:
     """Write regen.json, once it would not hold less than after the ``earlier`` replies, and report.json.
 
-    Return the counts.
+    Return the counts; the report also says what the run was (``about``).
     """
     if selection.new() and (selection.fed >= earlier or selection.is_over()):
         utils.jdump(selection.kept, output / "regen.json")
     counts = budget.counts() | selection.counts()
     changed = {"changed_settings": sorted(budget.changed)} if budget.changed else {}
-    utils.jdump(counts | {"model_name": model_name} | changed, output / "report.json")
+    utils.jdump(counts | about | {"ended": utc_now()} | changed, output / "report.json")
     return counts
 
 

@@ -186,12 +186,13 @@ def task_of(record: dict) -> tuple[str, str]:
     return instruction, input or ""
 
 
-def task_key(record: dict) -> tuple[str, ...]:
+def task_key(record: dict, *fields: str) -> tuple[str, ...]:
     """Return a key that is equal for records that ask the same, ignoring case and white space.
 
-    A conversation asks with all that precedes its last answer.
+    A conversation asks with all that precedes its last answer. With ``fields``, those alone are compared.
     """
-    texts, messages = [record["instruction"], record["input"]], record.get("messages") or []
+    texts = [record[field] for field in fields or ("instruction", "input")]
+    messages = () if fields else record.get("messages") or ()
     if answers := [i for i, message in enumerate(messages) if message["role"] == "assistant"]:
         texts = [message["content"] for message in messages[: answers[-1]]]
     return tuple(" ".join(text.split()).casefold() for text in texts)

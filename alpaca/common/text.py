@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import time
 from collections.abc import Iterable
+from pathlib import Path
+
+from markupsafe import Markup
 
 from alpaca import UserError
 
@@ -33,6 +38,11 @@ def shorten(text: str, most: int = 60) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
+def utc_now() -> str:
+    """Return the time in UTC, as in 2026-11-22T09:30:00Z."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
 def counted(number: int, noun: str) -> str:
     """Return "1 item" or "2,000 items", "1 reply" or "2 replies"."""
     return f"{number:,} " + (noun if number == 1 else re.sub("(?<=[^aeiou])y$", "ie", noun) + "s")
@@ -47,6 +57,29 @@ def in_brackets(notes: Iterable[tuple[int, str]]) -> str:
 def printable(text: str) -> str:
     """Return text with its control characters spelled out (ESC as \\x1b), so that a terminal does not obey them."""
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def plain_markdown(value):
+    """Turn text into one line that Markdown shows as it is: names come from strangers. Markup and numbers stay."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return re.sub(r"[\\`*<>\[\]|]", r"\\\g<0>", " ".join(printable(value).split()))
+
+
+def templates(*folders: Path, html: bool = False):
+    """Return a jinja2 environment for folders of templates. Values are escaped for HTML, or else are plain_markdown."""
+    import jinja2
+
+    way = {"autoescape": True} if html else {"finalize": plain_markdown, "lstrip_blocks": True}
+    loader = jinja2.FileSystemLoader(folders)
+    way |= {"loader": loader, "undefined": jinja2.StrictUndefined, "trim_blocks": True}
+    return jinja2.Environment(keep_trailing_newline=not html, **way)
+
+
+def public_name(path: str) -> str:
+    """Return the name of a model to publish: of a folder of this machine its last part, since a path is private."""
+    local = os.path.exists(path) or path.startswith((".", "/", "~"))
+    return Path(path).resolve().name if local else path
 
 
 def check_utf8(text: str, what: str) -> None:

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -17,9 +19,8 @@ from tqdm import tqdm
 from alpaca import UserError
 from alpaca.common.files import replace_file
 from alpaca.common.records import load_records, title
-from alpaca.common.text import counted, shorten
+from alpaca.common.text import counted, shorten, templates
 from alpaca.data.dedup import MAX_SIMILARITY
-from alpaca.data.plots_page import Figure, page
 from alpaca.data.rouge import RougePool, count_words
 from alpaca.data.verbs import TOP_OBJECTS, Verb, first_verb_and_object, most_common_pairs, parse
 
@@ -30,6 +31,21 @@ BAR, WARNING = "#44aa99", "#cc6677"
 HALF, TEXT = 5.0, 12  # the sunburst's half width in inches and its letters in points
 MOST_LETTERS = 20  # of a name in the sunburst
 NO_GLYPH = "Glyph .* missing from"  # the warning for each letter that the font lacks: the picture shows a box instead
+
+
+class Figure(NamedTuple):
+    """A picture and what the page says about it."""
+
+    name: str
+    png: bytes
+    title: str
+    caption: str
+    alt: str
+    table: list[tuple[str, ...]]  # the numbers behind it; the first row is the head
+
+    @property
+    def src(self) -> str:
+        return "data:image/png;base64," + base64.b64encode(self.png).decode()
 
 
 def plot(data_path: str, output_dir: str, fields: str | None = None) -> None:
@@ -68,6 +84,12 @@ def plot(data_path: str, output_dir: str, fields: str | None = None) -> None:
     with replace_file(folder / "index.html") as file:
         file.write(page(title(data_path), count, figures))
     print(f"wrote {', '.join(figure.name for figure in figures)} and index.html to {folder}")
+
+
+def page(name: str, records: int, figures: Sequence[Figure]) -> str:
+    """Return one HTML page with the pictures inside: it can be mailed, or opened from a disk without a network."""
+    template = templates(Path(__file__).with_name("templates"), html=True).get_template("plots.html")
+    return template.render(name=name, records=records, figures=figures)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,11 +12,9 @@ from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from alpaca.common.files import replace_file
 from alpaca.common.records import jdump
-from alpaca.data.plots_page import STYLE
+from alpaca.common.text import templates
 from alpaca.judging import plot, report_text
 
 COUNTED_WITH = ("numpy", "scipy", "rapidfuzz", "rouge-score", "nltk")  # the last: rouge-score's stemmer
@@ -74,14 +72,14 @@ def write(report: dict, output_dir: str | os.PathLike) -> list[str]:
 
 def page(report: dict, png: bytes | None) -> str:
     """Return one HTML page with everything inside: no script, no request; what models and people wrote is text."""
-    folder = FileSystemLoader(Path(__file__).parent / "templates")
-    templates = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    templates.filters["unbroken"] = _unbroken
+    environment = templates(
+        *(Path(__file__).parents[1] / room / "templates" for room in ("judging", "data")), html=True
+    )
+    environment.filters["unbroken"] = _unbroken
     names = [each["name"] for each in report["answerers"]]
-    return templates.get_template("report.html").render(
+    return environment.get_template("report.html").render(
         report=report,
         say=report_text,
-        style=STYLE,
         title=(" against " if report["judges"] else ", ").join(names),
         picture=base64.b64encode(png).decode() if png else None,
         size=[int.from_bytes(png[at : at + 4], "big") for at in (16, 20)] if png else None,  # in the PNG's header

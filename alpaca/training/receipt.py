@@ -18,14 +18,12 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-import jinja2
 import psutil
 import torch
-from markupsafe import Markup
 
 from alpaca.common.files import git_blob_id, replace_file
 from alpaca.common.records import RELEASED_BLOB, files_of, json_text, title
-from alpaca.common.text import printable
+from alpaca.common.text import public_name, templates, utc_now
 from alpaca.training.meter import clock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,7 +126,7 @@ def begin(data_path: str, eval_data_path: str | None) -> dict:
     """Return facts that may have changed by the time a run ends: the data files, the commit, the time."""
     return {
         "clock": time.monotonic(),
-        "started": _now(),
+        "started": utc_now(),
         "data": {"train": data_facts(data_path), "eval": data_facts(eval_data_path) if eval_data_path else None},
         "git": git_state(),
     }
@@ -187,7 +185,7 @@ def collect(begun: dict, trainer, arguments: dict, examples: tuple[int, int]) ->
         "mfu": None if mfu is None else round(mfu, 4),
         "peak_memory_gib": round(totals.peak_memory / 2**30, 2),
         "started": begun["started"],
-        "ended": _now(),
+        "ended": utc_now(),
         "train_seconds": round(totals.train_seconds, 1),
         "wall_seconds": round(wall, 1),
         "cost": {
@@ -198,10 +196,6 @@ def collect(begun: dict, trainer, arguments: dict, examples: tuple[int, int]) ->
         "hardware": machine,
         "versions": versions(),
     }
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def write(receipt: dict, output_dir: str | os.PathLike) -> list[str]:
@@ -226,37 +220,18 @@ def model_card(receipt: dict) -> str:
 
     A model or data file of this machine is called by its last name: a card is published, and a path is private.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
-        undefined=jinja2.StrictUndefined,
-        finalize=_plain_markdown,  # autoescape is for HTML
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = templates(Path(__file__).with_name("templates"))
     environment.filters |= {"clock": clock, "human_count": human_count, "number": format}
     tokens, data = receipt["tokens"], receipt["data"]["train"]
     return environment.get_template("model_card.md").render(
         receipt,
-        base=_public_name(receipt["model"]["started_from"]),
+        base=public_name(receipt["model"]["started_from"]),
         data_name=title(data["path"]),
         licence=data["licence"],
         warmup=receipt["arguments"].get("warmup_steps") or 0,  # below 1 a share of all steps
         schedule=str(receipt["arguments"]["lr_scheduler_type"]).rpartition(".")[2].lower(),
         padded=tokens["padding"] / max(tokens["real"] + tokens["padding"], 1),
     )
-
-
-def _plain_markdown(value):
-    """Turn text into one line that Markdown shows as it is: names come from strangers. Markup and numbers stay."""
-    if not isinstance(value, str) or isinstance(value, Markup):
-        return value
-    return re.sub(r"[\\`*<>\[\]|]", r"\\\g<0>", " ".join(printable(value).split()))
-
-
-def _public_name(path: str) -> str:
-    local = os.path.exists(path) or path.startswith((".", "/", "~"))
-    return Path(path).resolve().name if local else path
 
 
 def human_count(count: int) -> str:
@@ -298,7 +273,7 @@ def loss_plot(receipt: dict) -> bytes | None:
         axes.plot(x, y, color=eval_color, linewidth=1, linestyle=":", marker="o", markersize=6, label=label)
     axes.set_xlabel(f"optimizer step ({receipt['examples_per_step']:g} examples each)", color=ink)
     axes.set_ylabel("cross entropy (nats per supervised token)", color=ink)
-    base, data = _public_name(receipt["model"]["started_from"]), title(receipt["data"]["train"]["path"])
+    base, data = public_name(receipt["model"]["started_from"]), title(receipt["data"]["train"]["path"])
     axes.set_title(f"{base} on {data}", loc="left", color=ink)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color="#e5e7eb")

@@ -12,8 +12,8 @@ from browser import References
 from conftest import ROOT
 
 from alpaca import UserError
-from alpaca.data import plots, plots_page, verbs
-from alpaca.data.plots_page import Figure
+from alpaca.data import plots, verbs
+from alpaca.data.plots import Figure
 from alpaca.data.rouge import RougePool
 from alpaca.data.verbs import Verb, Word
 
@@ -147,12 +147,10 @@ def test_nearest_crosses_blocks_and_reports_every_pair():
 def test_the_page_is_self_contained_and_escapes_what_it_shows():
     png = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (1500).to_bytes(4, "big") + (900).to_bytes(4, "big")
     figure = Figure("a.png", png, "A <title>", "1 < 2", 'the "alt"', [("head",), ("<b>cell</b>",)])
-    text = plots_page.page("<script src=x>.json", 3, [figure])
+    text = plots.page("<script src=x>.json", 3, [figure])
     references = References(text)
     assert references.outside == []
-    assert references.images == [
-        {"alt": 'the "alt"', "width": "1500", "height": "900", "src": references.images[0]["src"]}
-    ]
+    assert references.images == [{"alt": 'the "alt"', "src": references.images[0]["src"]}]
     assert "<script" not in text and "<b>" not in text
     assert "&lt;b&gt;cell&lt;/b&gt;" in text and "1 &lt; 2" in text
     assert not re.search(r"https?:|@import|url\(", text)

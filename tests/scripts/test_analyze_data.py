@@ -3,6 +3,7 @@ real server that misbehaves; stats and the partition by literal values."""
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -680,13 +681,11 @@ def test_fetch_gives_up_in_the_end_keeps_the_part_and_the_same_command_resumes(m
     assert "data.json.part after 1,024 bytes" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("lie", [1000, -1000])
-def test_fetch_believes_the_content_and_not_the_length(mirror, blob, tmp_path, lie):
-    """Too long a length looks like a break; too short a one hides the rest, which the next request asks for."""
-    server, out = mirror(("length", lie), None), tmp_path / "data.json"
+def test_fetch_believes_the_content_and_not_the_length(mirror, blob, tmp_path):
+    """Too long a length looks like a break, but the content is right."""
+    server, out = mirror(("length", 1000)), tmp_path / "data.json"
     analyze_data.fetch(str(out), server.url, blob)
-    assert out.read_bytes() == CONTENT
-    assert server.ranges == ([None] if lie > 0 else [None, "bytes=1048-"])
+    assert out.read_bytes() == CONTENT and server.ranges == [None]
 
 
 def test_fetch_starts_again_when_the_server_ignores_range(mirror, blob, tmp_path):
@@ -751,9 +750,157 @@ def test_fetch_says_in_one_line_that_it_was_refused(mirror, tmp_path):
     assert_one_line_error(run, "blob id ce013625", f"not {analyze_data.RELEASED_BLOB}", "data.json.wrong")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# publish: the licenses, the folder, and a hub on 127.0.0.1. What the folder holds: tests/data/test_publish.py.
+
+OWN = [record("Name a color.", "Green."), record("Name a fruit.", "Apple."), record("Name a bird.", "Wren.")]
+TOKEN = "hf_notatokenbutsecret"
+
+
+@pytest.fixture
+def own(tmp_path):
+    utils.jdump(OWN, tmp_path / "own.json")
+    return tmp_path / "own.json"
+
+
+def test_publish_asks_for_a_license_that_the_hub_knows(own, tmp_path):
+    with pytest.raises(UserError, match="^--license is missing: say under which license .*cc-by-4.0"):
+        analyze_data.publish(str(own), str(tmp_path / "out"))
+    with pytest.raises(UserError, match="--license 'CC BY 4.0' is not as the hub writes it"):
+        analyze_data.publish(str(own), str(tmp_path / "out"), "CC BY 4.0")
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_shipped_record_among_others_keeps_its_license(own, tmp_path):
+    """Recognized by its texts, whatever the file, the case and the white space."""
+    shipped = utils.load_records(analyze_data.SHIPPED)[7]
+    utils.jdump([*OWN, shipped | {"instruction": shipped["instruction"].upper() + " "}], own)
+    with pytest.raises(UserError, match="^1 record is of alpaca_data.json, .* CC BY-NC 4.0. --license is missing"):
+        analyze_data.publish(str(own), str(tmp_path / "out"))
+    with pytest.raises(
+        UserError, match="--license apache-2.0 is not possible: 1 record is of .*cc-by-nc-4.0, or leave"
+    ):
+        analyze_data.publish(str(own), str(tmp_path / "out"), "apache-2.0")
+    analyze_data.publish(str(own), str(tmp_path / "out"), "cc-by-nc-4.0")
+    assert "1 record is of alpaca_data.json" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_released_file_keeps_its_license(own, tmp_path, monkeypatch):
+    monkeypatch.setattr(analyze_data, "RELEASED_BLOB", released.git_blob_id(own))
+    with pytest.raises(UserError, match="own.json is the data that Stanford Alpaca released under CC BY-NC 4.0"):
+        analyze_data.publish(str(own), str(tmp_path / "out"), "mit")
+
+
+def test_publish_adds_to_no_folder_and_leaves_nothing_when_it_is_interrupted(own, tmp_path, monkeypatch):
+    (out := tmp_path / "out").mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="out already exists"):
+        analyze_data.publish(str(own), str(out), "mit")
+    (out / "notes.txt").unlink()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(analyze_data, "find", interrupt)  # after the files, before the card
+    with pytest.raises(KeyboardInterrupt):
+        analyze_data.publish(str(own), str(out), "mit")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "own.json"] and not any(out.iterdir())
+
+
+def test_publish_draws_a_test_or_is_given_one_but_not_both(own, tmp_path):
+    both = {"eval_fraction": 0.5, "eval_data_path": str(own)}
+    with pytest.raises(UserError, match="drop one of them"):
+        analyze_data.publish(str(own), str(tmp_path / "out"), "mit", **both)
+    with pytest.raises(UserError, match="--eval_fraction 1e-09 of 3 records leaves a split empty"):
+        analyze_data.publish(str(own), str(tmp_path / "out"), "mit", eval_fraction=1e-9)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What an upload asks of the hub: make the data set, check the card, how to send each file, one commit."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self.reply({"sha": "0" * 40, "id": "me/birds", "siblings": []})
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.seen.append((self.path, self.headers.get("Authorization"), body))
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self.reply({"error": "You don't have the rights to create a dataset under me"}, 403)
+        if self.path == "/api/repos/create":
+            return self.reply({"url": f"{self.server.url}/datasets/me/birds"})
+        if "/preupload/" in self.path:
+            asked = json.loads(body)["files"]
+            return self.reply(
+                {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked]}
+            )
+        if "/commit/" in self.path:
+            url = f"{self.server.url}/datasets/me/birds/commit/{'1' * 40}"
+            return self.reply({"commitUrl": url, "commitOid": "1" * 40, "success": True})
+        self.reply({"errors": [], "warnings": []})
+
+    def reply(self, value, status=200):
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def hub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.seen, server.url = [], f"http://127.0.0.1:{server.server_address[1]}"
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def push(own, tmp_path, **env):
+    argv = ("publish", "--data_path", own, "--output_dir", tmp_path / "out", "--license", "mit", "--push", "me/birds")
+    env = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"} | env
+    return run_script("analyze_data.py", *argv, env=env)
+
+
+def test_push_lists_the_files_and_uploads_the_folder_as_it_is(own, tmp_path, hub):
+    run = push(own, tmp_path, HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN)
+    assert run.returncode == 0, run.stderr
+    listed = run.stdout.partition("uploading these files to me/birds")[0]
+    assert all(name in listed for name in ("README.md", "data/train.parquet", "jsonl/records.jsonl"))
+    assert run.stdout.endswith(f"published: {hub.url}/datasets/me/birds\n")
+    assert TOKEN not in run.stdout + run.stderr
+    made = json.loads(next(body for path, _, body in hub.seen if path == "/api/repos/create"))
+    assert (made["type"], made["name"]) == ("dataset", "birds")
+    commit = next(body for path, _, body in hub.seen if "/commit/" in path)
+    sent = [json.loads(line)["value"] for line in commit.splitlines() if b'"file"' in line]
+    files = {one["path"]: base64.b64decode(one["content"]) for one in sent}
+    on_disk = {p.relative_to(tmp_path / "out").as_posix(): p.read_bytes() for p in (tmp_path / "out").rglob("*.*")}
+    assert files == on_disk and len(files) == 3
+
+
+@pytest.mark.parametrize(
+    ("env", "word"),
+    [
+        ({"HF_TOKEN": "hf_other"}, "You don't have the rights"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": TOKEN}, "refused"),
+        ({"HF_HUB_OFFLINE": "1", "HF_TOKEN": TOKEN}, "offline mode"),
+        ({}, "run hf auth login, then hf upload me/birds"),
+    ],
+)
+def test_a_push_that_fails_says_why_in_a_line_and_the_folder_is_whole(own, tmp_path, hub, env, word):
+    run = push(own, tmp_path, **{"HF_ENDPOINT": hub.url} | env)
+    assert_one_line_error(run, "is complete, but not on the hub: ", word, "hf upload me/birds")
+    assert TOKEN not in run.stdout + run.stderr and "hf_other" not in run.stdout + run.stderr
+    assert [r["instruction"] for r in utils.load_records(tmp_path / "out")] == [r["instruction"] for r in OWN]
+
+
 def test_the_documented_commands_are_accepted(monkeypatch):
     """Each command of the docstring passes the check that comes before anything runs."""
     lines = [line.split()[2:] for line in analyze_data.__doc__.splitlines() if line.startswith("    python ")]
-    assert [line[0] for line in lines] == ["fetch", "stats", "lint", "plot"]
+    assert [line[0] for line in lines] == ["fetch", "stats", "lint", "plot", "publish"]
     for line in lines:
         assert cli.parse({line[0]: getattr(analyze_data, line[0])}, line)

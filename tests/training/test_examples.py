@@ -644,9 +644,9 @@ def test_a_template_that_asks_with_thoughts_and_answers_without_is_refused(reque
         examples.check_template([chat("a", "b")], tokenizer, "training")
 
 
-@pytest.mark.parametrize("which", TOKENIZERS)
-def test_one_turn_in_alpacas_template_has_the_tokens_of_preprocess_and_two_are_asked_in_turn(which, request):
-    tokenizer = deepcopy(request.getfixturevalue(which))
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_turn_in_alpacas_template_has_the_tokens_of_preprocess_and_two_are_asked_in_turn(kind, request):
+    tokenizer = deepcopy(request.getfixturevalue(f"{kind}tokenizer"))
     tokenizer.chat_template = mark_trained(chat_template(tokenizer))
     records = two_thousand_rows()[::20]
     one = [[row] for row in examples.preprocess(records, tokenizer, 10**6)]

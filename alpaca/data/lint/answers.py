@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 
-from alpaca.data.lint import arithmetic
-from alpaca.data.lint.fields import CODE_TASK, CONTROL, NO_INPUT, around, found, input_of, is_code
+from alpaca.data.lint.fields import CODE_TASK, CONTROL, NO_INPUT, around, found, is_code
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Fields that are empty, or say so.
@@ -171,17 +170,3 @@ def no_full_stop(record: dict) -> str | None:
     if len(fragment.split()) < 4 or re.search(r"[#@]|https?:|www\.|\.com", fragment):
         return None
     return f"output: …{lines[-1][-60:]}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Arithmetic.
-
-
-def wrong_arithmetic(record: dict) -> str | None:
-    """An equation in the output whose sides differ, or a plain calculation in the instruction with a wrong answer."""
-    output, text = record["output"], input_of(record)
-    if is_code(output):
-        return None
-    if evidence := arithmetic.wrong_equation(output, asked=f"{record['instruction']}\n{text}"):
-        return f"output: {evidence}"
-    return arithmetic.wrong_answer(record["instruction"], text, output)

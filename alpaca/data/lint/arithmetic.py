@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
+from alpaca.data.lint.fields import input_of, is_code
+
 NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
 EXPRESSION = r"[\d.,%$€£()+\-*/^×÷·−–x\s]"
 OPERATORS = {
@@ -26,6 +28,17 @@ OPERATORS = {
 TO_PYTHON = str.maketrans(
     {"×": "*", "÷": "/", "·": "*", "^": "**", "−": "-", "–": "-", "$": None, "€": None, "£": None}
 )
+
+
+def wrong_arithmetic(record: dict) -> str | None:
+    """An equation in the output whose sides differ, or a plain calculation in the instruction with a wrong answer."""
+    output, text = record["output"], input_of(record)
+    if is_code(output):
+        return None
+    if evidence := wrong_equation(output, asked=f"{record['instruction']}\n{text}"):
+        return f"output: {evidence}"
+    return wrong_answer(record["instruction"], text, output)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One side of an equation, and the comparison of two.

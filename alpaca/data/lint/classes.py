@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from alpaca.common.shapes import task_key
 from alpaca.data.dedup import MAX_SIMILARITY
-from alpaca.data.lint import answers, marks, questions
+from alpaca.data.lint import answers, arithmetic, marks, questions
 from alpaca.data.lint.fields import around, input_of, symbols
 from alpaca.data.rouge import RougePool
 
@@ -23,7 +23,7 @@ from alpaca.data.rouge import RougePool
 
 
 def duplicates(records: list[dict]) -> dict[int, str]:
-    """Return {index of a later copy: evidence}: same instruction and input, ignoring case and white space."""
+    """Return {index of a later copy: evidence}: a record with the same task as an earlier one."""
     first: dict[tuple, int] = {}
     copies = {i: n for i, record in enumerate(records) if (n := first.setdefault(task_key(record), i)) != i}
     return {i: f"same instruction and input as record {n}" for i, n in copies.items()}
@@ -83,7 +83,7 @@ RECORD_CLASSES: dict[str, tuple[str, Callable[[dict], str | None]]] = {
     "repetition": ("the output is one sentence over and over", marks.repetition),
     "cut-off": ("the output is cut off", answers.cut_off),
     "no-full-stop": ("the last sentence has no end", answers.no_full_stop),
-    "wrong-arithmetic": ("a calculation is wrong", answers.wrong_arithmetic),
+    "wrong-arithmetic": ("a calculation is wrong", arithmetic.wrong_arithmetic),
     "mojibake": ("text that was decoded with the wrong encoding", answers.mojibake),
     "stray-escape": ("escape sequences or control characters outside code", answers.stray_escape),
 }
