@@ -36,9 +36,8 @@ def names(path: str) -> dict[str, str]:
     """Return each source with its name to publish: of a file as much of its path as sets it apart from the others."""
     local = {file: os.path.abspath(file) for file in sources(path) if not is_on_hub(file)}
     shared = os.path.commonpath([os.path.dirname(place) for place in local.values()]) if local else ""
-    return {file: file for file in sources(path)} | {
-        file: Path(os.path.relpath(place, shared)).as_posix() for file, place in local.items()
-    }
+    named = {file: Path(os.path.relpath(place, shared)).as_posix() for file, place in local.items()}
+    return {file: named.get(file, file) for file in sources(path)}
 
 
 def read(path: str, fields: str | None) -> list[dict]:
@@ -113,13 +112,11 @@ def write(folder: Path, splits: dict[str, list[dict]], schema: pyarrow.Schema) -
         with (
             pyarrow.parquet.ParquetWriter(table_path, schema) as table,
             open(lines_path, "w", encoding="utf-8", newline="\n") as lines,
-            tqdm(total=len(records), desc=name, unit="record", disable=None) as bar,
         ):
-            for start in range(0, len(records), ROWS_AT_ONCE):
+            for start in tqdm(range(0, len(records), ROWS_AT_ONCE), desc=name, unit="block", disable=None):
                 rows = [_row(record, schema) for record in records[start : start + ROWS_AT_ONCE]]
                 table.write_table(pyarrow.Table.from_pylist(rows, schema))
                 lines.writelines(json_text(row) + "\n" for row in rows)
-                bar.update(len(rows))
 
 
 def read_report(path: str) -> dict:
@@ -129,18 +126,13 @@ def read_report(path: str) -> dict:
         report["parsed"] + report["kept"] + sum(report["dropped"].values())
         return report | {"model_name": public_name(report["model_name"])}
     except (ValueError, LookupError, TypeError, AttributeError):
-        wanted = "a report.json of generate_instruction.py: give the one beside regen.json"
-        raise UserError(f"{path} is not {wanted}") from None
+        raise UserError(f"{path} is not a report.json of generate_instruction.py: give such a file") from None
 
 
 def card(splits: dict[str, list[dict]], schema: pyarrow.Schema, paths: list[str], findings: list[dict], **facts) -> str:
     """Return the card in Markdown, with the header that the hub and ``datasets`` read.
 
-    Args:
-        splits, schema: what ``write`` writes.
-        paths: where the records were read.
-        findings: lint's, of all records.
-        facts: what templates/dataset_card.md needs besides.
+    ``findings`` are lint's of all records from ``paths``; ``facts`` is what else templates/dataset_card.md needs.
     """
     files = []
     for file, name in [named for path in paths for named in names(path).items()]:
@@ -174,7 +166,7 @@ def upload(folder: Path, repo: str, private: bool) -> str:
         api.upload_folder(repo_id=repo, repo_type="dataset", folder_path=folder, commit_message="Publish the data")
     except Exception as e:  # of the network, and of the hub's client
         why = getattr(e, "server_message", None) or first_line(e)
-        hint = "" if huggingface_hub.get_token() else "run hf auth login, then "
-        again = f"{hint}hf upload {repo} {folder} --repo-type dataset"
+        again = "" if huggingface_hub.get_token() else "run hf auth login, then "
+        again += f"hf upload {repo} {folder} --repo-type dataset"
         raise UserError(f"{folder} is complete, but not on the hub: {why}. To upload it, {again}") from None
     return str(address)
