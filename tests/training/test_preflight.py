@@ -269,6 +269,10 @@ def test_an_example_is_shown_with_its_mask(tokenizer):
     assert plain.startswith("<s>Below is an instruction") and plain.endswith("### Response:«Yes</s>»")
     coloured = show_example(example, tokenizer, colour=True)
     assert "\033[2m### Response:\033[0m\033[32mYes</s>\033[0m" in coloured
+    record = {"instruction": "Clear \x1b[2J", "input": "", "output": "\x1b]0;title\x07"}
+    [example] = train.preprocess([record], tokenizer, 512)
+    plain = show_example(example, tokenizer, colour=False)
+    assert "Clear \\x1b[2J" in plain and plain.endswith("«\\x1b]0;title\\x07</s>»")  # the terminal obeys neither
 
 
 def test_the_tokens_at_the_border_are_shown_one_by_one(tokenizer):

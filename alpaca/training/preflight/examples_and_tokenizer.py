@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from alpaca.common.text import printable
 from alpaca.training.examples import IGNORE_INDEX, columns
 from alpaca.training.preflight.findings import Finding, paint
 
@@ -224,8 +225,8 @@ def show_example(example: dict, tokenizer, colour: bool) -> str:
     parts, before = [], ""
     for begin, end in itertools.pairwise([0, *borders, len(ids)]):
         # Decoded alone, the answer of a LLaMA tokenizer would lose its first space.
-        text = tokenizer.decode(ids[:end])
-        part = text[len(before) :] if text.startswith(before) else tokenizer.decode(ids[begin:end])
+        text = printable(tokenizer.decode(ids[:end]))
+        part = text[len(before) :] if text.startswith(before) else printable(tokenizer.decode(ids[begin:end]))
         before = text
         if colour:
             parts.append(paint(part, "32" if learned[begin] else "2", True))
