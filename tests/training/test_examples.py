@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import multiprocessing
 import os
@@ -11,7 +10,7 @@ import time
 from copy import deepcopy
 
 import pytest
-from conftest import ROOT, make_records
+from conftest import ROOT, make_records, shipped
 from made_templates import FAMILIES, Family, same
 from oracles_train import rows_one_by_one, tokenize_one_by_one
 
@@ -19,7 +18,6 @@ import train
 import utils
 from alpaca import UserError
 from alpaca.chat_template import chat_ids, chat_template, mark_trained
-from alpaca.embedded_model import gguf_path
 from alpaca.prompts import answer_ids
 from alpaca.training import examples
 
@@ -58,67 +56,6 @@ def test_half_a_character_is_refused_with_its_records_number(tokenizer):
         UserError, match=r"training record 3 contains '\\ud83d', half of a surrogate pair, which is not text: remove it"
     ):
         examples.SupervisedDataset(records, tokenizer, 512, "training")
-
-
-@pytest.fixture(scope="session")
-def llama_tokenizer(tmp_path_factory):
-    """A sentencepiece model as LLaMA's (BPE, bytes for what is rare, a space in front, digits alone), 800 tokens."""
-    import sentencepiece
-    from transformers import LlamaTokenizerFast
-
-    texts = [record["output"] for record in shipped()[:400]] + [(ROOT / "prompt.txt").read_text()]
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=800,
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        minloglevel=2,
-    )
-    folder = tmp_path_factory.mktemp("sentencepiece")
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
-    return LlamaTokenizerFast.from_pretrained(folder)
-
-
-@pytest.fixture(scope="session")
-def gpt4_tokenizer():
-    """A byte-level BPE that splits text as GPT-4 and Llama 3 do: a colon and the word after it can be one token."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    rest = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(f"{words}|{rest}"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    core.decoder = decoders.ByteLevel()
-    texts = [":" + record["output"] for record in shipped()]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=4000, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    core.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>")
-
-
-@pytest.fixture(scope="session")
-def smollm2_tokenizer():
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(gguf_path().parent, gguf_file=gguf_path().name)
-
-
-def shipped() -> list[dict]:
-    return json.loads((ROOT / "alpaca_data.json").read_text())
 
 
 def two_thousand_rows() -> list[dict]:
