@@ -21,6 +21,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from made_tokenizers import (  # noqa: E402, F401
+    gpt4_tokenizer,
+    llama3_tokenizer,
+    llama_tokenizer,
+    mistral_tokenizer,
+    opt_tokenizer,
+    qwen_tokenizer,
+    smollm2_tokenizer,
+)
+
 from alpaca import UserError  # noqa: E402
 
 # Nothing here may reach a hub, and two cores are shared by up to two processes.

@@ -276,11 +276,13 @@ SHAPES = [
             {"conversations": chat(("robot", "a"), names=("from", "value"))},
             {"conversations": []},
         ],
-        "7 records in ShareGPT's format; 1 that begin with the assistant dropped: 3; 1 of several turns dropped: 4; "
+        "7 records in ShareGPT's format; 1 that begin with the assistant dropped: 3; "
         "1 with tool calls dropped: 5; 1 with the unknown role 'robot' dropped: 6; 1 without a question dropped: 7",
         [
             {"instruction": "Hi", "input": "", "output": "Hello", "id": "x"},
-            {"instruction": "Be brief.\n\nHi", "input": "", "output": "Ho"},
+            {"instruction": "Be brief.\n\nHi", "input": "", "output": "Ho"}
+            | {"messages": chat(("system", "Be brief."), ("user", "Hi"), ("assistant", "Ho"))},
+            {"instruction": "a", "input": "", "output": "b"},  # nothing answers the second question
         ],
     ),
     (
@@ -304,9 +306,10 @@ SHAPES = [
         ],
         "7 records in OpenAI's messages; 1 with images or other parts that are not text dropped: 3; "
         "1 without an answer dropped: 4; 1 with tool calls dropped: 5; 1 with a malformed turn dropped: 6; "
-        "1 of several turns dropped: 7",
+        "1 with turns out of order dropped: 7",
         [
-            {"instruction": "Be brief.\n\nHi", "input": "", "output": "Ho", "prompt": "Hi"},
+            {"instruction": "Be brief.\n\nHi", "input": "", "output": "Ho", "prompt": "Hi"}
+            | {"messages": chat(("system", "Be brief."), ("user", "Hi"), ("assistant", "Ho"))},
             {"instruction": "ab", "input": "", "output": "c"},
         ],
     ),
@@ -318,6 +321,67 @@ SHAPES = [
             RECORD,
             RECORD | {"output": ""},
             {"instruction": "Who?", "input": "Ada wrote it.", "output": "Ada.", "category": "closed_qa"},
+        ],
+    ),
+]
+
+
+TWO = chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+SHAPES += [
+    (  # OpenAI's, with more than Alpaca's fields can hold
+        [
+            {"messages": chat(("developer", "S"), *(m.values() for m in TWO), ("user", "e")), "id": 1},
+            {"messages": [*TWO[:1], TWO[1] | {"weight": 0}, TWO[2], TWO[3] | {"weight": 1, "name": "x"}]},
+            {"messages": [TWO[0], TWO[1] | {"weight": 0}]},
+            {"messages": [TWO[0], TWO[0], TWO[1]]},
+            {"messages": [*TWO[:2], TWO[1]]},
+            {"messages": chat(("system", " "), ("user", "a"), ("assistant", "b"))},
+            {"messages": TWO[:2], "images": ["x.png"]},
+        ],
+        "7 records in OpenAI's messages, 2 of several turns; 1 without an answer dropped: 3; "
+        "2 with turns out of order dropped: 4, 5; 1 with images or other parts that are not text dropped: 7",
+        [
+            {"instruction": "S\n\na", "input": "", "output": "b", "id": 1} | {"messages": chat(("system", "S")) + TWO},
+            {"instruction": "a", "input": "", "output": "b"} | {"messages": [TWO[0], TWO[1] | {"weight": 0}, *TWO[2:]]},
+            {"instruction": "a", "input": "", "output": "b"},
+        ],
+    ),
+    (  # LLaMA-Factory's, whose fields are the last turn
+        [
+            {"instruction": "c", "input": "x", "output": "d", "system": "S", "history": [["a", "b"]], "id": 2},
+            {"instruction": "c", "input": "x", "output": "d", "system": "S", "history": []},
+            {"instruction": "c", "input": "x", "output": "d", "system": "", "history": []},
+            {"instruction": "c", "input": "", "output": "d", "history": [["a"]]},
+        ],
+        "4 records in Alpaca's format, 1 of several turns; 1 with a malformed turn dropped: 4",
+        [
+            {"instruction": "c", "input": "x", "output": "d", "id": 2}
+            | {
+                "messages": chat(("system", "S"), ("user", "a"), ("assistant", "b"))
+                + chat(("user", "c\n\n### Input:\nx"), ("assistant", "d"))
+            },
+            {"instruction": "S\n\nc", "input": "x", "output": "d"}
+            | {"messages": chat(("system", "S"), ("user", "c\n\n### Input:\nx"), ("assistant", "d"))},
+            {"instruction": "c", "input": "x", "output": "d", "system": "", "history": []},
+        ],
+    ),
+    (  # as we write them ourselves
+        [
+            RECORD | {"messages": chat(("user", "Name a tree."), ("assistant", "Oak."))},
+            {"instruction": "c", "input": "x", "output": "d"}
+            | {"messages": chat(("user", "c\n\n### Input:\nx"), ("assistant", "d"))},
+            {"instruction": "a", "input": "", "output": "b", "messages": TWO},
+            {"instruction": "S\n\na", "input": "x", "output": "b"}
+            | {"messages": chat(("system", "S"), ("user", "a\n\n### Input:\nx"), ("assistant", "b"))},
+            RECORD | {"messages": [TWO[1]]},
+        ],
+        "5 records in Alpaca's format, 1 of several turns; 1 that begin with the assistant dropped: 5",
+        [
+            RECORD,
+            {"instruction": "c", "input": "x", "output": "d"},
+            {"instruction": "a", "input": "", "output": "b", "messages": TWO},
+            {"instruction": "S\n\na", "input": "x", "output": "b"}
+            | {"messages": chat(("system", "S"), ("user", "a\n\n### Input:\nx"), ("assistant", "b"))},
         ],
     ),
 ]
@@ -343,6 +407,32 @@ def test_one_conversation_in_a_file_is_not_taken_for_a_list_of_records(tmp_path)
     for name in ("a.json", "a.jsonl"):
         (tmp_path / name).write_bytes(lines([{"messages": chat(("user", "a"), ("assistant", "b"))}]))
         assert utils.load_records(tmp_path / name) == [{"instruction": "a", "input": "", "output": "b"}]
+
+
+def test_what_is_read_reads_back_as_itself(tmp_path):
+    for rows, _, expected in SHAPES:
+        (tmp_path / "a.jsonl").write_bytes(lines(rows))
+        utils.jdump(found := utils.load_records(tmp_path / "a.jsonl"), tmp_path / "b.json")
+        assert utils.load_records(tmp_path / "b.json") == found == expected
+
+
+def test_questions_alone_are_read_where_no_answers_are_needed(tmp_path):
+    conversations = [TWO[:1], TWO[:3], TWO[1:]]
+    (path := tmp_path / "a.jsonl").write_bytes(lines([{"messages": messages} for messages in conversations]))
+    said: list[str] = []
+    found = [record for _, record in reader.read_records(path, say=said.append)]
+    assert found == [
+        {"instruction": "a", "input": ""},
+        {"instruction": "a", "input": "", "output": "b", "messages": TWO[:3]},
+    ]
+    assert said[0].endswith(
+        "3 records in OpenAI's messages, 1 of several turns; 1 that begin with the assistant dropped: 3"
+    )
+
+
+def test_messages_that_no_shape_explains_are_not_taken_for_a_conversation(tmp_path):
+    (path := tmp_path / "a.jsonl").write_bytes(lines([{"q": "a", "a": "b", "messages": TWO}, {"q": "a", "a": "b"}]))
+    assert utils.load_records(path, "instruction=q,output=a") == [{"instruction": "a", "input": "", "output": "b"}] * 2
 
 
 def test_fields_of_any_name_can_be_given(tmp_path, capsys):

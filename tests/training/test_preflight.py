@@ -169,8 +169,11 @@ def examined(*examples, **options):
     return check_examples(list(examples), eos_id=2, rows=10, max_length=6, **options)
 
 
+TWO = {"input_ids": [1, 6, 2, 5, 7, 2], "labels": [-100, 6, 2, -100, 7, 2]}
+
+
 def test_sound_examples_get_no_finding():
-    assert examined(GOOD, GOOD) == []
+    assert examined(GOOD, GOOD, TWO) == []
 
 
 @pytest.mark.parametrize(
@@ -182,6 +185,11 @@ def test_sound_examples_get_no_finding():
         ([1, 5, 6, 2], [1, 5, 6, 2], "error", "are not masked at the start"),
         ([1, 5, 6, 2], [-100, 5, -100, 2], "error", "labels that are not their answer"),
         ([1, 5, 6, 2], [-100, -100, 7, 2], "error", "labels that are not their answer"),
+        ([1, 6, 7, 5, 2], [-100, 6, 7, -100, 2], "error", "labels that are not their answer"),  # no EOS after 7
+        ([1, 6, 2, 5, 7], [-100, 6, 2, -100, 7], "error", "do not end with a supervised EOS"),
+        ([1, 6, 2, 5, 7, 8], [-100, 6, 2, -100, 7, 8], "warning", "do not fit in 6 tokens and were cut"),
+        ([1, 2, 5, 7, 2], [-100, 2, -100, 7, 2], "warning", "have an empty answer"),
+        ([1, 6, 2, 7, 2], [-100, 6, 2, 7, 2], "warning", "have EOS inside the answer"),
         ([1, 5, 10, 2], [-100, -100, 10, 2], "error", "token ids outside the model's 10 rows"),
         ([1, 5, -1, 2], [-100, -100, -1, 2], "error", "token ids outside the model's 10 rows"),
         ([1, 5, 6, 2], [-100, 6, 2], "error", "another number of labels than tokens"),
@@ -203,6 +211,11 @@ def test_record_numbers_count_those_that_were_left_out_and_at_most_ten_are_liste
     assert "2 records were left out" in whats(findings, "warning") and "(record 1, 3)" in whats(findings)
     assert whats(examined(*[CUT] * 12)).endswith("(record 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, …)")
     assert "(record 9)" in whats(examined(GOOD, CUT, record_numbers=[7, 9]))
+
+
+def test_a_record_with_several_defective_examples_is_listed_once():
+    assert whats(examined(CUT, CUT, GOOD, record_numbers=[4, 4, 5])).startswith("2 of 3 examples")
+    assert whats(examined(CUT, CUT, GOOD, record_numbers=[4, 4, 5])).endswith("(record 4)")
 
 
 def test_an_example_beyond_the_learnt_positions_is_an_error_and_beyond_rotary_ones_a_warning():
@@ -269,6 +282,10 @@ def test_an_example_is_shown_with_its_mask(tokenizer):
     assert plain.startswith("<s>Below is an instruction") and plain.endswith("### Response:«Yes</s>»")
     coloured = show_example(example, tokenizer, colour=True)
     assert "\033[2m### Response:\033[0m\033[32mYes</s>\033[0m" in coloured
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (" a", " b</s>", " c", " d</s>")]
+    labels = [part if i % 2 else [-100] * len(part) for i, part in enumerate(ids)]
+    two = {"input_ids": sum(ids, []), "labels": sum(labels, [])}
+    assert show_example(two, tokenizer, colour=False) == " a« b</s>» c« d</s>»"
     record = {"instruction": "Clear \x1b[2J", "input": "", "output": "\x1b]0;title\x07"}
     [example] = train.preprocess([record], tokenizer, 512)
     plain = show_example(example, tokenizer, colour=False)
