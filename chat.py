@@ -23,12 +23,14 @@ from alpaca.common import cli
 from alpaca.common.journal import check_output
 from alpaca.common.text import CONTROL, counted, in_brackets, printable
 
-HELP = r'''Type an instruction. Each is answered on its own (with --template chat, turns are remembered).
+HELP = r'''Type an instruction. {}
   \ at the end of a line continues it on the next; put a text of several lines between two """
   /input TEXT   what the next instruction is about, in one line or several
-  /reset        forgets the input and the turns so far
+  /reset        forgets the input{}
   /help         prints this
   /quit         leaves, like Ctrl-D; Ctrl-C stops an answer, and leaves if pressed twice'''
+ALONE = HELP.format("Each is answered on its own, without those before it.", "")
+TURNS = HELP.format("The turns so far are remembered.", " and the turns so far")
 COMMANDS = ("/input", "/reset", "/help", "/?", "/quit", "/exit")
 BATCH_TOKENS = 16384
 FENCE = '"""'
@@ -48,7 +50,7 @@ def chat(
     input: str = "",
     batch_path: str | None = None,
     output_path: str | None = None,
-    template: str = "alpaca",
+    template: str | None = None,
     max_new_tokens: int = 512,
     temperature: float = 0.7,
     top_p: float = 0.9,
@@ -75,7 +77,8 @@ def chat(
         output_path: where their answers go: the same records with "output" and "generator", in the same order; a JSON
             list, which alpaca_eval reads, if the name ends in .json, else JSON Lines. The same command continues a run
             that was killed.
-        template: alpaca, the prompt of training, or chat, the model's own chat template, in which turns are remembered.
+        template: alpaca, the prompt of the original, or chat, the model's own chat template, in which turns are
+            remembered (default: the one that the model was trained with).
         max_new_tokens: the longest answer, in tokens.
         temperature: 0 always takes the likeliest token.
         top_p: sample from the fewest tokens whose probabilities add up to this.
@@ -130,7 +133,7 @@ def check_flags(flags: dict) -> None:
         raise UserError("--batch_path needs --output_path, for the answers")
     if "instruction" in given and not flags["instruction"].strip():
         raise UserError("--instruction is empty")
-    if flags["template"] not in ("alpaca", "chat"):
+    if flags["template"] not in (None, "alpaca", "chat"):
         raise UserError("--template must be alpaca or chat")
     if flags["batch_tokens"] < 1:
         raise UserError("--batch_tokens must be at least 1")
@@ -143,9 +146,10 @@ def check_flags(flags: dict) -> None:
 def talk(conversation, input: str = "") -> bool:
     """Ask and answer until /quit, the end of stdin, or Ctrl-C twice; return False if an answer failed."""
     interactive, good, interrupted = sys.stdin.isatty(), True, False
+    help = TURNS if conversation.template == "chat" else ALONE
     if interactive:
         _prepare_terminal()
-        say(HELP)
+        say(help)
     elif hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
     while True:
@@ -168,7 +172,7 @@ def talk(conversation, input: str = "") -> bool:
             input = ""
             conversation.reset()
         elif command in ("/help", "/?"):
-            say(HELP)
+            say(help)
         elif text:
             try:
                 answer(conversation, text, input)
@@ -266,7 +270,7 @@ def answer_records(
     from alpaca.inference.load import load
 
     requests, faults = read_requests(batch_path, skip_errors, fields, partial(print, file=sys.stderr))
-    identity = identity_of(model_path, base_path, template)  # of the files as they are loaded
+    identity = identity_of(model_path, base_path)  # of the files as they are loaded
     check_output(output_path)
     model, tokenizer = load(model_path, device, dtype, base_path)
     output = output_path, template, settings, batch_tokens, name_of(model_path), identity, skip_errors
@@ -280,6 +284,7 @@ def answer_records(
         (counts["cut"], "cut off at --max_new_tokens or the end of the context"),
         (counts["too_long"], 'too long for the context ("error" in their rows)'),
         (counts["unended"], 'thought without an end: raise --max_new_tokens ("error" in their rows)'),
+        (counts["examples"], "of several turns: in Alpaca's template the earlier ones are examples"),
         (len(faults), "malformed records left out"),
     ]
     print(f"{counted(counts['answers'], 'answer')} in {output_path}" + in_brackets(notes), file=sys.stderr)

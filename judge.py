@@ -34,13 +34,14 @@ from pathlib import Path
 
 import utils
 from alpaca import UserError
+from alpaca.common.shapes import has_several_turns
 from alpaca.common.cli import run_cli
 from alpaca.common.journal import Journal, check_output
 from alpaca.common.records import files_of, title, write_records
 from alpaca.common.text import counted, in_brackets
 from alpaca.data.instruction_sets import is_name, is_the_252, read_answers, read_pair, read_set
 from alpaca.endpoint.budget import Budget, RequestSettings
-from alpaca.endpoint.client import THOUGHT, Answerer, Completion, OpenAIDecodingArguments
+from alpaca.endpoint.client import THOUGHT, Answerer, Completion, OpenAIDecodingArguments, Talk
 from alpaca.endpoint.parallel import ask_each, summarize
 from alpaca.judging import prompt as judge_prompt
 
@@ -60,7 +61,7 @@ def answer(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int | None = None,
-    template: str = "alpaca",
+    template: str | None = None,
     reference_loss: bool = False,
     base_path: str | None = None,
     device: str | None = None,
@@ -87,7 +88,8 @@ def answer(
         temperature: 0 always takes the likeliest token.
         top_p: sample from the fewest tokens whose probabilities add up to this.
         seed: the same seed gives the same answers, at a server as far as it can.
-        template: of a local model's prompt: alpaca, as in training, or chat, the model's own chat template.
+        template: of a local model: alpaca, or chat, the model's own chat template (default: the one that it was
+            trained with).
         reference_loss: of a local model: each row also gets its loss on the set's reference, in nats a token, and the
             number of tokens.
         base_path: the base of a LoRA adapter, if it is not where the adapter says.
@@ -103,11 +105,11 @@ def answer(
         (local == (model_name is not None), "give --model_path, a folder, or --model_name, at a server"),
         (not local and not is_name(model_name), "--model_name must be a name in one line"),
         (generator is not None and not is_name(generator), "--generator must be a name in one line"),
-        (template not in ("alpaca", "chat"), f"--template takes alpaca or chat, not {template!r}"),
+        (template not in (None, "alpaca", "chat"), f"--template takes alpaca or chat, not {template!r}"),
         (max_new_tokens < 1, "--max_new_tokens must be at least 1"),
         (batch_tokens < 1, "--batch_tokens must be at least 1"),
         (
-            not local and (reference_loss or base_path or device or dtype or template != "alpaca"),
+            not local and (reference_loss or base_path or device or dtype or template),
             "--reference_loss, --base_path, --device, --dtype and --template are for --model_path, not a server",
         ),
         (
@@ -134,7 +136,13 @@ def _answer_there(items, output_path, model_name, generator, api, requests, max_
     output, journal_path = check_output(output_path)
     decoding = OpenAIDecodingArguments(max_new_tokens, temperature, top_p, STOP if api == "completions" else None)
     teacher, budget = Answerer(model_name, decoding, api, requests), Budget(requests)
-    prompts = [item.task if api == "chat" else utils.format_prompt(item.instruction, item.input) for item in items]
+    if api == "chat":
+        prompts = [Talk(item.task, item.messages) if item.messages else item.task for item in items]
+    elif talks := sum(map(has_several_turns, map(vars, items))):
+        what = f"{counted(talks, 'conversation')} of several turns"
+        raise UserError(f"the set has {what}, which --api completions cannot send: use --api chat")
+    else:
+        prompts = [utils.format_prompt(item.instruction, item.input) for item in items]
     run = {"task": "answer", "model_name": model_name, "api": api, "seed": seed, "prompts": _digest(prompts)}
     run |= {"extra_body": requests.extra} if requests.extra else {}
     with Journal(journal_path) as journal:
@@ -172,12 +180,12 @@ def _answer_here(items, output_path, model_path, generator, template, sampling, 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     settings = Settings(**sampling)
-    identity = answers.identity_of(model_path, loading["base_path"], template)
+    identity = answers.identity_of(model_path, loading["base_path"])
     model, tokenizer = load(model_path, **loading)
     counts = answers.answer_file(
         model,
         tokenizer,
-        [answers.Request(f"id {i.id}", i.row(output_path), i.instruction, i.input) for i in items],
+        [answers.Request(f"id {i.id}", i.row(output_path), i.instruction, i.input, i.messages) for i in items],
         output_path,
         template,
         settings,
@@ -185,23 +193,27 @@ def _answer_here(items, output_path, model_path, generator, template, sampling, 
         generator or answers.name_of(model_path),
         identity,
         skip_errors=True,
-        more=(lambda: _reference_fields(model, tokenizer, items)) if reference_loss else None,
+        more=(lambda: _reference_fields(model, tokenizer, template, items)) if reference_loss else None,
         finish_reason=True,
     )
     notes = [(counts["earlier"], "of an earlier run")]
     notes += [(counts["cut"], "cut off at --max_new_tokens or the context's end")]
     notes += [(counts["too_long"], 'too long for the context: "error" in their rows')]
     notes += [(counts["unended"], 'thought without an end: raise --max_new_tokens ("error" in their rows)')]
+    notes += [(counts["examples"], "of several turns: in Alpaca's template the earlier ones are examples")]
     print(f"{counted(counts['answers'], 'answer')} in {output_path}" + in_brackets(notes))
 
 
-def _reference_fields(model, tokenizer, items) -> list[dict]:
+def _reference_fields(model, tokenizer, template, items) -> list[dict]:
     """Return {"reference_loss", "reference_tokens"} of each item, or {} if it has no reference that could be scored."""
     from alpaca.training.evaluate import reference_losses
 
     known = [item for item in items if item.reference]
-    records = [{"instruction": item.instruction, "input": item.input, "output": item.reference} for item in known]
-    scores = zip(known, reference_losses(model, tokenizer, records), strict=True)
+    records = [vars(item) | {"output": item.reference} for item in known]
+    for record in records:
+        if record["messages"]:
+            record["messages"] = [*record["messages"], {"role": "assistant", "content": record["output"]}]
+    scores = zip(known, reference_losses(model, tokenizer, records, template), strict=True)
     found = {item.id: {"reference_loss": score[0], "reference_tokens": score[1]} for item, score in scores if score}
     return [found.get(item.id, {}) for item in items]
 
@@ -252,7 +264,8 @@ def judge(
     settings = {name: value for name, value in asdict(decoding).items() if value is not None} | {"seed": seed}
     run = {"task": "judge", "model_name": model_name, "prompt": prompt_sha256, "settings": settings}
     run |= {"extra_body": requests.extra} if requests.extra else {}
-    run |= {"instructions": _digest([asdict(item) for item in items]), "answers": _digest([a.outputs, b.outputs])}
+    shown = [{key: value for key, value in vars(item).items() if key != "messages"} for item in items]  # as texts
+    run |= {"instructions": _digest(shown), "answers": _digest([a.outputs, b.outputs])}
     with Journal(journal_path) as journal:
         journal.begin(run | {"generators": [a.generator, b.generator]})
         replies = ask_each(teacher, prompts, seed, journal, budget)

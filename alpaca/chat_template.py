@@ -52,6 +52,12 @@ def without_system(messages: Sequence[dict]) -> list[dict]:
     return [first | {"content": f"{system['content']}\n\n{first['content']}"}, *others]
 
 
+def asked_of(record: dict) -> list[dict]:
+    """Return the messages with which a model is asked: a record's conversation without the answer at its end."""
+    messages = messages_of(record)
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+
+
 def chat_template(tokenizer) -> str:
     """Return a Jinja chat template that writes format_prompt's text for one user message, as training's tokens.
 

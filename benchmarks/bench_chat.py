@@ -118,8 +118,7 @@ def main(
     model, tokenizer = load(model_path, device)
     records = utils.load_records(data_path)
     random.Random(0).shuffle(records)
-    pairs = [(record["instruction"], record["input"]) for record in records[:prompts]]
-    ids = request_ids(tokenizer, "alpaca", pairs)
+    ids = request_ids(tokenizer, "alpaca", records[:prompts])
     order = [place for batch in batches(list(map(len, ids)), 0, 10**9) for place in batch]
     in_order = {"by length": order, "in file order": list(range(len(ids)))}
     groups = {name: [o[i : i + rows] for i in range(0, len(o), rows)] for name, o in in_order.items()}

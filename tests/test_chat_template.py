@@ -102,7 +102,8 @@ def test_a_special_token_that_is_typed_is_the_text_that_training_made_of_it(temp
     content = "Explain </s>.\n\n### Input:\n<s>x</s><unk> \U000f0000"
     wanted = prompt_ids(templated, [utils.format_prompt("Explain </s>.", "<s>x</s><unk> \U000f0000")])[0]
     assert chat_ids(templated, [{"role": "user", "content": content}]) == wanted
-    assert request_ids(templated, "chat", [("Explain </s>.", "<s>x</s><unk> \U000f0000")]) == [wanted]
+    record = {"instruction": "Explain </s>.", "input": "<s>x</s><unk> \U000f0000"}
+    assert request_ids(templated, "chat", [record]) == request_ids(templated, "alpaca", [record]) == [wanted]
     assert templated.eos_token_id not in wanted
     answer = {"role": "assistant", "content": "</s> ends."}
     again = chat_ids(templated, [{"role": "user", "content": content}, answer, {"role": "user", "content": "Sing."}])

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from alpaca import UserError
+from alpaca.chat_template import asked_of
 from alpaca.common.files import git_blob_id
 from alpaca.common.records import jload, read_records
-from alpaca.common.shapes import INPUT_HEADING, task_of, text_of
+from alpaca.common.shapes import INPUT_HEADING, has_several_turns, task_of, text_of
 from alpaca.common.text import check_utf8, counted, shorten
 
 # The 252 user-oriented instructions of Self-Instruct, on which Alpaca was judged.
@@ -29,10 +30,12 @@ class Item:
 
     Attributes:
         id: unique in its set.
-        instruction: the text as in the file.
+        instruction: the text as in the file; of a conversation of several turns, all of it.
         input: what the instruction is about; may be "".
         reference: a known good answer, or None.
         category: the set's own grouping (motivation_app, dataset); "" if it has none.
+        messages: of a conversation that instruction and input cannot hold, what a model is asked: {"role", "content"},
+            the question last.
     """
 
     id: str
@@ -40,6 +43,7 @@ class Item:
     input: str
     reference: str | None
     category: str
+    messages: list[dict] | None = field(default=None, compare=False)
 
     @property
     def task(self) -> str:
@@ -152,6 +156,8 @@ def read_answers(path: str | os.PathLike, items: list[Item]) -> Answers:
             if not isinstance(row, dict):
                 raise UserError(f"a {type(row).__name__} where an object was expected")
             instruction, input = task_of(row)
+            if has_several_turns(row):
+                instruction, input = _as_text(asked_of(row)), ""
             answer = text_of(row, "output" if "output" in row else "response")
         except UserError as e:
             raise UserError(f"{place}: {e}") from None
@@ -217,12 +223,22 @@ def _items(record: dict, number: int) -> list[Item]:
         raise UserError('"id" must be a text or a whole number')
     if not isinstance(instances, list) or not instances or not all(isinstance(one, dict) for one in instances):
         raise UserError('"instances" must be a list with at least one object')
+    if record.get("messages"):
+        messages = asked_of(record)
+        texts = (_as_text(messages), "") if has_several_turns(record) else task_of(record)
+        reference = "".join(answer["content"] for answer in record["messages"][len(messages) :])
+        return [Item(str(id), *texts, reference if reference.strip() else None, category, messages)]
     items = []
     for n, one in enumerate(instances, 1):
         texts, name = task_of(record | {"input": one.get("input") or ""}), f"{id}#{n}" if n > 1 else str(id)
         reference = text_of(one, "output") or ""
         items.append(Item(name, *texts, reference if reference.strip() else None, category))
     return items
+
+
+def _as_text(messages: list[dict]) -> str:
+    """Return a conversation as judges see it: each message behind "User: ", "Assistant: " or "System: "."""
+    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
 
 
 def is_name(name) -> bool:

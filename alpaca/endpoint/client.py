@@ -48,6 +48,15 @@ class Completion:
     price: float = dataclasses.field(default=1.0, compare=False)  # relative to a direct request's: batches cost less
 
 
+class Talk(str):
+    """A conversation as a prompt: its text, by which limits and estimates go, and the messages that are sent."""
+
+    def __new__(cls, text: str, messages: list[dict]):
+        made = super().__new__(cls, text)
+        made.messages = messages
+        return made
+
+
 class Teacher(Server):
     """A model behind an OpenAI-compatible server.
 
@@ -102,7 +111,8 @@ class Teacher(Server):
 
     def body(self, prompt: str, seed: int | None) -> dict:
         """Return the JSON of one request."""
-        asked = {"messages": [{"role": "user", "content": prompt}]} if self.api == "chat" else {"prompt": prompt}
+        messages = prompt.messages if isinstance(prompt, Talk) else [{"role": "user", "content": prompt}]
+        asked = {"messages": messages} if self.api == "chat" else {"prompt": prompt}
         return {"model": self.model_name, **self.settings.of(prompt, seed), **asked}
 
     def read(self, prompt: str, body: dict, status: int, data: bytes) -> tuple[Completion, str]:

@@ -20,9 +20,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from alpaca import UserError
+from alpaca.chat_template import asked_of, saved_template
 from alpaca.common.journal import Journal, check_output
 from alpaca.common.records import read_records, write_records
-from alpaca.common.shapes import task_of
+from alpaca.common.shapes import has_several_turns, task_of
 from alpaca.common.text import check_utf8, without_thoughts
 from alpaca.inference.adapters import base_of, is_adapter
 from alpaca.inference.chat import request_ids
@@ -40,6 +41,7 @@ class Request:
     record: dict
     instruction: str
     input: str
+    messages: list[dict] | None = None  # of a conversation that these cannot hold, its question last
 
 
 def read_requests(
@@ -60,8 +62,9 @@ def read_requests(
     for place, record in read_records(path, fields, say, on_fault=on_fault):
         try:
             instruction, input = task_of(record)
-            check_utf8(instruction + input, "the text")
-            requests.append(Request(place, record, instruction, input))
+            messages = asked_of(record)
+            check_utf8("".join([instruction, input, *(message["content"] for message in messages)]), "the text")
+            requests.append(Request(place, record, instruction, input, messages if len(messages) > 1 else None))
         except UserError as e:
             on_fault(f"{place}: {e}")
     if not requests and faults:
@@ -74,7 +77,7 @@ def answer_file(
     tokenizer,
     requests: list[Request],
     output_path: str | os.PathLike,
-    template: str,
+    template: str | None,
     settings: Settings,
     max_tokens: int,
     generator: str,
@@ -87,11 +90,11 @@ def answer_file(
 
     It is JSON Lines, or a JSON list if the name ends in ``.json``: alpaca_eval reads that. An instruction that does not
     fit the context gets "error" and no "output", and so does a reply whose thoughts do not end; thoughts before an
-    answer are left out.
+    answer are left out. A record with "messages" gets the answer at their end as well.
 
     Args:
         requests: from read_requests().
-        template, max_tokens: see request_ids() and batches().
+        template, max_tokens: see request_ids() and batches(); by default the template that the model was trained with.
         settings: how to sample; without a seed one is drawn, and kept for a resumed run.
         generator: the model's name in the rows.
         identity: what else the answers depend on (see identity_of); a journal that differs in it is refused.
@@ -101,13 +104,15 @@ def answer_file(
 
     Returns:
         Counts: "answers", "earlier" (replies found in the journal), "tokens" (of this run's replies), "cut" (answers
-        that reached max_new_tokens or the end of the context), "too_long" (instructions), "unended" (thoughts).
+        that reached max_new_tokens or the end of the context), "too_long" (instructions), "unended" (thoughts),
+        "examples" (conversations of several turns in Alpaca's template).
 
     Raises:
         UserError: the file exists, the journal is of another run, or an instruction does not fit the context.
     """
     output_path, journal_path = check_output(output_path)
-    prompts = request_ids(tokenizer, template, [(request.instruction, request.input) for request in requests])
+    template = template or saved_template(tokenizer)
+    prompts = request_ids(tokenizer, template, [vars(request) for request in requests])
     errors = {}
     for row, (request, ids) in enumerate(zip(requests, prompts, strict=True)):
         try:
@@ -121,7 +126,8 @@ def answer_file(
     planned = [[fitting[place] for place in batch] for batch in places]
     asked = [(request.record, request.instruction, request.input) for request in requests]
     content = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-    identity |= {"requests": content, "batch_tokens": max_tokens, "dtype": str(model.dtype).removeprefix("torch.")}
+    identity |= {"template": template, "requests": content, "batch_tokens": max_tokens}
+    identity |= {"dtype": str(model.dtype).removeprefix("torch.")}
     with Journal(journal_path) as journal:
         settings = _with_seed(journal, settings)
         journal.begin(identity | asdict(settings))
@@ -133,6 +139,7 @@ def answer_file(
         errors |= dict.fromkeys(replies.keys() - answers.keys(), UNENDED)
         counts |= {"answers": len(answers), "unended": len(replies) - len(answers)}
         counts["cut"] = sum(answered[row]["cut"] for row in answers)
+        counts["examples"] = (template == "alpaca") * sum(has_several_turns(vars(request)) for request in requests)
         fields = more() if more else [{} for _ in requests]
         if finish_reason:
             for row in answers:
@@ -186,14 +193,17 @@ def _write(path: Path, requests: list[Request], answers: dict, errors: dict, gen
     rows = []
     for row, (request, fields) in enumerate(zip(requests, more, strict=True)):
         said = {"error": errors[row]} if row in errors else {"output": answers[row], "generator": generator}
+        if request.record.get("messages"):
+            answer = [{"role": "assistant", "content": answers[row]}] if row in answers else []
+            said["messages"] = [*asked_of(request.record), *answer]
         stale = "output" if row in errors else "error"  # of an earlier run
         rows.append({key: value for key, value in request.record.items() if key != stale} | said | fields)
     write_records(rows, path, lines=path.suffix != ".json")
 
 
-def identity_of(model_path: str, base_path: str | None, template: str) -> dict:
-    """Return what answers depend on besides the settings: the model, its base if it is an adapter, the template."""
-    identity = {"model_path": model_path, "model": weights_state(model_path), "template": template}
+def identity_of(model_path: str, base_path: str | None) -> dict:
+    """Return what answers depend on besides settings and template: the model, and its base if it is an adapter."""
+    identity = {"model_path": model_path, "model": weights_state(model_path)}
     if is_adapter(model_path):
         base = base_of(Path(model_path), base_path)
         identity |= {"base_path": base, "base": weights_state(base)}

@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 
 import torch
 
-from alpaca.chat_template import chat_ids, user_message
+from alpaca.chat_template import asked_of, chat_ids, chat_template, saved_template, without_system
+from alpaca.common.shapes import has_several_turns, user_message
 from alpaca.inference import generate
 from alpaca.inference.generate import STOP, Memory, Settings, longest_answer
 from alpaca.prompts import format_prompt, prompt_ids
 
 
-def request_ids(tokenizer, template: str, requests: Sequence[tuple[str, str]]) -> list[list[int]]:
-    """Return the tokens of the prompt for each (instruction, input).
+def request_ids(tokenizer, template: str, records: Sequence[dict]) -> list[list[int]]:
+    """Return the tokens with which a model is asked each record: those before the answer in training.
 
-    The template is "alpaca", as in training, or "chat", the tokenizer's own. An input may be empty.
+    Args:
+        tokenizer: the model's.
+        template: "alpaca", or "chat" for the tokenizer's own.
+        records: with "instruction", "input" and, where these cannot hold the conversation, "messages". In Alpaca's
+            template, earlier turns become examples before the question.
+
+    Raises:
+        UserError: see prompt_ids() and chat_ids().
     """
-    if template == "alpaca":
-        return prompt_ids(tokenizer, [format_prompt(*request) for request in requests])
-    return [chat_ids(tokenizer, [user_message(*request)]) for request in requests]
+    if template == "chat":
+        return [chat_ids(tokenizer, asked_of(record)) for record in records]
+    ids = prompt_ids(tokenizer, [format_prompt(record["instruction"], record["input"]) for record in records])
+    for place, record in enumerate(records):
+        if has_several_turns(record):
+            templated = copy.copy(tokenizer)
+            templated.chat_template = chat_template(tokenizer)
+            ids[place] = chat_ids(templated, without_system(asked_of(record)))
+    return ids
 
 
 def stream(
@@ -67,11 +82,13 @@ def stream(
 class Conversation:
     """Turns with a model. Where the prompts of two turns begin alike, the second reuses what the first computed.
 
-    Alpaca's template asks each instruction alone, as in training; a chat template repeats the turns so far.
+    Alpaca's template asks each instruction alone, as in training; a chat template repeats the turns so far. By default
+    it is the one with which the model was trained.
     """
 
-    def __init__(self, model, tokenizer, settings: Settings, template: str = "alpaca"):
-        self.model, self.tokenizer, self.settings, self.template = model, tokenizer, settings, template
+    def __init__(self, model, tokenizer, settings: Settings, template: str | None = None):
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.template = template or saved_template(tokenizer)
         self.memory = Memory()
         self.cut = ""  # "max_new_tokens" or "context" if the last answer reached that limit
         self.turns: list[dict[str, str]] = []
@@ -85,28 +102,27 @@ class Conversation:
 
         An answer that the reader stops becomes a turn as far as it got; one that fails does not.
         """
-        turns, said = [*self.turns, user_message(instruction, input)], []
-        if self.template == "chat":
-            ids = chat_ids(self.tokenizer, turns)
-        else:
-            (ids,) = request_ids(self.tokenizer, "alpaca", [(instruction, input)])
-
-        def noted(pieces: Iterator[str]) -> Iterator[str]:
-            for piece in pieces:
-                said.append(piece)
-                yield piece
-
+        said, (ids,) = [], request_ids(self.tokenizer, self.template, [next_turn(self.turns, instruction, input)])
         self.cut = ""
         options = {"memory": self.memory, "stopped": stopped, "on_cut": lambda limit: setattr(self, "cut", limit)}
         try:
             with closing(stream(self.model, self.tokenizer, ids, self.settings, **options)) as pieces:
-                yield from stripped(noted(pieces))
+                for piece in stripped(pieces):
+                    said.append(piece)
+                    yield piece
         except Exception:  # not Ctrl-C, nor the end of an iterator that is closed
             said.clear()
             raise
         finally:
             if self.template == "chat" and said:
-                self.turns = [*turns, {"role": "assistant", "content": "".join(said)}]
+                answer = {"role": "assistant", "content": "".join(said)}
+                self.turns = [*self.turns, user_message(instruction, input), answer]
+
+
+def next_turn(turns: list[dict], instruction: str, input: str) -> dict:
+    """Return a question that follows ``turns`` as a record for request_ids()."""
+    asked = {"instruction": instruction, "input": input}
+    return asked | {"messages": [*turns, user_message(instruction, input)]} if turns else asked
 
 
 def stripped(pieces: Iterable[str]) -> Iterator[str]:

@@ -6,8 +6,11 @@ import torch
 import transformers
 from torch.nn import functional
 
+from alpaca.chat_template import chat_turns, messages_of, saved_template
+from alpaca.inference.chat import request_ids
 from alpaca.inference.generate import batches, context_length
-from alpaca.training.examples import IGNORE_INDEX, tokenize
+from alpaca.prompts import answer_ids
+from alpaca.training.examples import IGNORE_INDEX
 from alpaca.training.packing import pad
 
 BATCH_TOKENS = 2048  # padding included: their logits over 128,256 tokens are 1 GB in float32
@@ -66,19 +69,32 @@ def sums_by_example(logits: torch.Tensor, batch: dict) -> torch.Tensor:
 
 
 @torch.no_grad()
-def reference_losses(model, tokenizer, records: list[dict]) -> list[tuple[float, int] | None]:
-    """Return the loss of each record's output after its prompt, with EOS, as training counts it (examples.tokenize).
+def reference_losses(
+    model, tokenizer, records: list[dict], template: str | None = None
+) -> list[tuple[float, int] | None]:
+    """Return the loss of each record's last answer after the tokens with which a model is asked it, as in training.
 
     Args:
         model: a causal model, which computes in its own type.
         tokenizer: the model's.
-        records: {"instruction", "input", "output"}; what does not fit the model's context is cut off, as in training.
+        records: as load_records() returns them; what does not fit the model's context is cut off, as in training.
+        template: as for inference.chat.request_ids(); by default the one that the model was trained with.
 
     Returns:
         Mean negative log-likelihood in nats a token, and the number of tokens; None where no token of the output fits.
     """
-    rows = tokenize(records, tokenizer, context_length(model) or 10**9)
-    examples = [its_rows[0] if its_rows else {"input_ids": [], "labels": []} for its_rows in rows]  # of one turn each
+    if not records:
+        return []
+    template, talks, examples = template or saved_template(tokenizer), [messages_of(record) for record in records], []
+    if template == "chat":
+        pairs = chat_turns(tokenizer, talks)
+    else:
+        answers = answer_ids(tokenizer, [messages[-1]["content"] for messages in talks])
+        answers = [[*ids, tokenizer.eos_token_id] for ids in answers]
+        pairs = zip(request_ids(tokenizer, template, records), answers, strict=True)
+    for prompt, answer in pairs:
+        ids, labels = prompt + answer, [IGNORE_INDEX] * len(prompt) + answer
+        examples.append({"input_ids": ids[: context_length(model)], "labels": labels[: context_length(model)]})
     losses: list[tuple[float, int] | None] = [None] * len(examples)
     scored = [i for i, example in enumerate(examples) if any(label != IGNORE_INDEX for label in example["labels"][1:])]
     for batch in batches([len(examples[i]["input_ids"]) for i in scored], 0, BATCH_TOKENS):

@@ -131,7 +131,7 @@ def test_thoughts_are_left_out_of_answers_and_without_an_end_they_are_an_error(t
         ("", None, "stop"),
         ("It goes", None, "length"),
     ]
-    assert counts == {"answers": 3, "unended": 1, "cut": 1, "earlier": 0, "too_long": 0, "tokens": 0}
+    assert counts == {"answers": 3, "unended": 1, "cut": 1, "earlier": 0, "too_long": 0, "tokens": 0, "examples": 0}
     assert [json.dumps(text.strip()) in removed[-1] for text in raw] == [True] * 4  # the journal has what was said
 
 

@@ -31,7 +31,7 @@ from conftest import ROOT
 
 import utils
 from alpaca import UserError
-from alpaca.inference.chat import request_ids
+from alpaca.inference.chat import Conversation, request_ids
 from alpaca.inference.generate import answer_batch
 from alpaca.inference.load import load
 from alpaca.inference.web import page as web_page
@@ -89,7 +89,7 @@ class Model:
 class Words:
     """A tokenizer of words, each with the white space behind it."""
 
-    eos_token_id = None
+    eos_token_id = chat_template = None
 
     def __call__(self, texts, split_special_tokens, verbose):
         return {"input_ids": [re.findall(r"\S+\s*", text) for text in texts]}
@@ -511,7 +511,7 @@ def test_an_adapter_answers_on_two_pages_at_once_and_ctrl_c_ends_it(visit, tiny_
 
     def said(path, *given):
         model, tokenizer = load(path, "cpu", None, *given)
-        ids = request_ids(tokenizer, "alpaca", TASKS)
+        ids = request_ids(tokenizer, "alpaca", [{"instruction": task, "input": input} for task, input in TASKS])
         beginnings = answer_batch(model, tokenizer, ids, web_page.Settings(40, 0))
         return [text.strip().rstrip("\ufffd") for text, *_ in beginnings]  # the last may be half a character
 
@@ -701,7 +701,8 @@ def drive(models, word, use):
     """Runs ``use(stream of answers)`` in a loop of its own."""
 
     async def run():
-        stream = web_page.answers(models, word, "", web_page.Settings(seed=0), {})
+        asked = [Conversation(model.model, model.tokenizer, web_page.Settings(seed=0)) for model in models]
+        stream = web_page.answers(models, asked, word, "")
         try:
             return await use(stream)
         finally:
@@ -753,6 +754,7 @@ def test_a_report_needs_an_answer_and_a_short_reason(tmp_path, monkeypatch):
         "instruction": "i",
         "input": "",
         "answers": ["a", ""],
+        "asked": [[], []],
         "models": ["m", "m"],
         "paths": ["a/m", "b/m"],
         "running": False,

@@ -60,7 +60,7 @@ def test_a_conversation_can_be_piped(paris):
     lines = "What is it?\n/input France\n\n  And this?  \n/help\n/quit\nnever asked\n"
     result = run_script("chat.py", "--model_path", paris, input=lines)
     assert (result.returncode, result.stdout) == (0, "Paris is.\nParis is.\n"), result.stderr
-    assert result.stderr == chat.HELP + "\n"
+    assert result.stderr == chat.ALONE + "\n"
 
 
 def test_every_documented_command_runs(tiny_llama, tmp_path, monkeypatch, capsys):
@@ -290,7 +290,7 @@ def test_in_a_terminal_pasted_lines_are_one_message_and_ctrl_c_stops_an_answer_a
         ("> ", "\x03"),
     )
     assert code == 0
-    assert chat.HELP.splitlines()[0] in shown and "Traceback" not in shown
+    assert chat.ALONE.splitlines()[0] in shown and "Traceback" not in shown
 
 
 # ---------------------------------------------------------------------------------------------------------------------

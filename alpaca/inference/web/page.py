@@ -14,14 +14,15 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 
 from alpaca import UserError
+from alpaca.chat_template import saved_template, user_message
 from alpaca.common.cli import free_port
 from alpaca.inference.adapters import is_adapter
 from alpaca.inference.answer_file import name_of
-from alpaca.inference.chat import Conversation, request_ids
+from alpaca.inference.chat import Conversation, next_turn, request_ids
 from alpaca.inference.generate import Settings, context_length
 from alpaca.inference.load import load
 from alpaca.inference.web.reports import FLAGGED, MAX_REASON_CHARS, NOTE, flag
@@ -42,8 +43,9 @@ EXAMPLES = [
 ]
 HEADING = """<h1>{}</h1><p class="notice">A small language model that was fine-tuned to follow instructions. It has had
 no safety training and may be wrong, biased or harmful: check what it says before you use it. If it was trained on
-Alpaca data (CC BY-NC 4.0) or on LLaMA, their licenses allow research only, no commercial use. It answers each
-instruction on its own and remembers nothing.</p>"""
+Alpaca data (CC BY-NC 4.0) or on LLaMA, their licenses allow research only, no commercial use. {}</p>"""
+REMEMBERS = "remembers the conversation until you start a new one"
+ALONE = "answers each instruction on its own and remembers nothing"
 
 
 @dataclasses.dataclass
@@ -59,17 +61,25 @@ class Model:
     slots: threading.Semaphore = dataclasses.field(default_factory=lambda: threading.Semaphore(STREAMS))
 
     @property
+    def remembers(self) -> bool:
+        """Whether it was trained with a chat template, and so is asked with the earlier turns as well."""
+        return saved_template(self.tokenizer) == "chat"
+
+    @property
     def max_prompt_tokens(self) -> int:
         return min(MAX_PROMPT_TOKENS, (context_length(self.model) or 2 * MAX_PROMPT_TOKENS) // 2)
 
 
-def check(models: list[Model], most: int, instruction, input, max_new_tokens, temperature, top_p, seed) -> Settings:
+def check(
+    models: list[Model], most: int, instruction, input, max_new_tokens, temperature, top_p, seed, turns: Sequence = ()
+) -> Settings:
     """Check a request from a page or a program, and return its settings; without a seed they get one.
 
     Args:
         models: all of them must be able to read it.
         most: tokens that an answer may have.
         instruction, input, max_new_tokens, temperature, top_p, seed: of any type, as they came.
+        turns: before, with each of the models (default: none).
 
     Raises:
         gr.Error: a text or a setting is out of bounds; the message names the bounds.
@@ -91,27 +101,27 @@ def check(models: list[Model], most: int, instruction, input, max_new_tokens, te
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:  # NaN fails too
             raise page_error(f"{name} must be a number from {low} to {high}.")
     settings = Settings(int(max_new_tokens), float(temperature), float(top_p), int(seed))
-    for model in models:
+    for model, before in zip(models, turns or [[]] * len(models), strict=True):
         try:
-            (ids,) = request_ids(model.tokenizer, "alpaca", [(instruction, input)])
+            record = next_turn(before, instruction, input)
+            (ids,) = request_ids(model.tokenizer, saved_template(model.tokenizer), [record])
         except UserError as e:
             raise page_error(str(e)) from None
         if len(ids) > model.max_prompt_tokens:
+            what = "The conversation and this instruction" if before else "Instruction and input"
             raise page_error(
-                f"Instruction and input have {len(ids):,} tokens; {model.name} reads at most "
-                f"{model.max_prompt_tokens:,} here: shorten them."
+                f"{what} have {len(ids):,} tokens; {model.name} reads at most {model.max_prompt_tokens:,} here: "
+                + ("start a new conversation." if before else "shorten them.")
             )
     return settings
 
 
 async def answers(
-    models: list[Model], instruction: str, input: str, settings: Settings, cut: dict[int, str]
+    models: list[Model], conversations: list[Conversation], instruction: str, input: str
 ) -> AsyncIterator[list[str]]:
     """Yield what each model has said so far, at most some 20 times a second. Closing the iterator stops the models.
 
-    Each model has its own thread, so that neither a long prompt nor the end of an answer holds up other pages.
-    ``cut`` gets Conversation.cut under the place of each model that has ended.
-    """
+    Each model has its own thread, so that neither a long prompt nor the end of an answer holds up other pages."""
     loop, news, left = asyncio.get_running_loop(), asyncio.Queue(), threading.Event()
 
     def tell(*item) -> None:
@@ -122,7 +132,8 @@ async def answers(
 
     def work(index: int) -> None:
         try:
-            cut[index] = _write(models[index], instruction, input, settings, left, lambda piece: tell(index, piece))
+            asked = conversations[index].ask(instruction, input, left.is_set)
+            _write(models[index].slots, asked, left, lambda piece: tell(index, piece))
             tell(index, None)
         except Exception as e:
             tell(index, e)
@@ -152,28 +163,25 @@ async def answers(
         left.set()
 
 
-def _write(
-    model: Model, instruction: str, input: str, settings: Settings, left: threading.Event, tell: Callable[[str], None]
-) -> str:
-    """Pass an answer to ``tell`` piece by piece until ``left`` is set, and return Conversation.cut."""
-    while not model.slots.acquire(timeout=0.1):
+def _write(slots: threading.Semaphore, answer: Iterator[str], left: threading.Event, tell: Callable) -> None:
+    """Pass an answer to ``tell`` piece by piece until ``left`` is set."""
+    while not slots.acquire(timeout=0.1):
         if left.is_set():
-            return ""
+            return
     try:
-        conversation = Conversation(model.model, model.tokenizer, settings)
         if not left.is_set():
-            with contextlib.closing(conversation.ask(instruction, input, left.is_set)) as pieces:
-                for piece in pieces:
+            with contextlib.closing(answer):
+                for piece in answer:
                     tell(piece)
-        return conversation.cut
     finally:
-        model.slots.release()
+        slots.release()
 
 
 class Demo:
     """The page for one model, or for two side by side; an answer has at most ``defaults.max_new_tokens``.
 
-    What the models were asked and have said is an exchange: a dict that the page holds for flag().
+    What the models were asked and have said is an exchange: a dict that the page holds for flag() and for the next
+    question. Its "asked" has for each model the conversation up to the question, empty for one that remembers nothing.
     """
 
     def __init__(self, models: list[Model], defaults: Settings):
@@ -181,6 +189,7 @@ class Demo:
         self.names = [model.name for model in models]
         if len(models) == 2:
             self.names = [f"{letter}: {name}" for letter, name in zip("AB", self.names, strict=True)]
+        self.remembers = any(model.remembers for model in models)
         self.latest: dict[str | None, dict] = {}  # login → its last exchange
         with gr.Blocks(title=f"{self.names[0]} · Alpaca", analytics_enabled=False) as self.page:
             self._lay_out()
@@ -188,28 +197,14 @@ class Demo:
         self.page.queue(max_size=MAX_WAITING, api_open=False, default_concurrency_limit=8)
 
     def _lay_out(self) -> None:
-        gr.HTML(HEADING.format(html.escape(" and ".join(model.name for model in self.models))), js_on_load=None)
-        keys = "Enter asks, Shift+Enter makes a new line."
-        limits = {"max_length": MAX_CHARS, "max_lines": 10}
-        self.instruction = gr.Textbox(label="Instruction", placeholder=f"What should be done? {keys}", **limits)
-        self.input = gr.Textbox(label="Input (optional)", placeholder=f"The text it is about. {keys}", **limits)
-        with gr.Row():
-            self.ask = gr.Button("Answer", variant="primary", size="md", min_width=80)
-            self.stop = gr.Button("Stop", variant="stop", interactive=False, size="md", min_width=80)
-            self.again = gr.Button("Try again", size="md", min_width=80)
-        self.status = gr.HTML(render_status(""), js_on_load=None)
-        self.shown, self.texts = [], []
-        with gr.Row():
-            for name in self.names:
-                with gr.Column(min_width=280):
-                    self.shown.append(gr.HTML(render_answer(name, ""), js_on_load=None))
-                    self.texts.append(gr.Textbox(visible=False))
-                    label = "Copy" if len(self.names) == 1 else f"Copy {name[0]}"
-                    copy = gr.Button(label, size="sm", elem_classes="copy")
-                    copy.click(None, self.texts[-1], None, js=COPY, api_visibility="private")
+        names = html.escape(" and ".join(model.name for model in self.models))
+        said = [REMEMBERS if model.remembers else ALONE for model in self.models]
+        memory = f"It {said[0]}." if len(set(said)) == 1 else f"A {said[0]}; B {said[1]}."
+        gr.HTML(HEADING.format(names, memory), js_on_load=None)
+        for lay_out in [self._lay_out_answers, self._lay_out_fields][:: 1 if self.remembers else -1]:
+            lay_out()
         labels = [" ".join(pair).strip() for pair in EXAMPLES]
-        fields = [self.instruction, self.input]
-        gr.Examples(EXAMPLES, fields, example_labels=labels, cache_examples=False, api_visibility="private")
+        gr.Examples(EXAMPLES, self.fields, example_labels=labels, cache_examples=False, api_visibility="private")
         with gr.Accordion("Sampling", open=False):
             self._lay_out_sampling()
         with gr.Accordion("Report a harmful answer", open=False):
@@ -221,6 +216,31 @@ class Demo:
             self.report = gr.Button("Report", size="sm")
             self.reported = gr.HTML(render_status(NOTE), js_on_load=None)
         self.exchange = gr.State(None)
+
+    def _lay_out_fields(self) -> None:
+        keys = "Enter asks, Shift+Enter makes a new line."
+        limits = {"max_length": MAX_CHARS, "max_lines": 10}
+        self.instruction = gr.Textbox(label="Instruction", placeholder=f"What should be done? {keys}", **limits)
+        self.input = gr.Textbox(label="Input (optional)", placeholder=f"The text it is about. {keys}", **limits)
+        self.fields = [self.instruction, self.input]
+        with gr.Row():
+            self.ask = gr.Button("Answer", variant="primary", size="md", min_width=80)
+            self.stop = gr.Button("Stop", variant="stop", interactive=False, size="md", min_width=80)
+            self.again = gr.Button("Try again", size="md", min_width=80)
+            self.new = gr.Button("New conversation", size="md", min_width=80, visible=self.remembers)
+        self.status = gr.HTML(render_status(""), js_on_load=None)
+
+    def _lay_out_answers(self) -> None:
+        self.shown, self.texts = [], []
+        with gr.Row():
+            for name, model in zip(self.names, self.models, strict=True):
+                with gr.Column(min_width=280):
+                    kind = "talk" if model.remembers else None
+                    self.shown.append(gr.HTML(render_answer(name, ""), elem_classes=kind, js_on_load=None))
+                    self.texts.append(gr.Textbox(visible=False))
+                    label = "Copy" if len(self.names) == 1 else f"Copy {name[0]}"
+                    copy = gr.Button(label, size="sm", elem_classes="copy")
+                    copy.click(None, self.texts[-1], None, js=COPY, api_visibility="private")
 
     def _lay_out_sampling(self) -> None:
         longest, seed = self.defaults.max_new_tokens, self.defaults.seed
@@ -241,8 +261,9 @@ class Demo:
         )
 
     def _connect(self) -> None:
-        """Say what happens on a click: ask, ask again, stop, report."""
+        """Say what happens on a click: ask, ask again, stop, start a new conversation, report."""
         outputs = [*self.shown, *self.texts, self.exchange, self.status, self.stop, self.reported]
+        outputs += self.fields if self.remembers else []
         options = {"outputs": outputs, "show_progress_on": self.status}
         options |= {"concurrency_limit": STREAMS, "concurrency_id": "answer"}
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
@@ -251,7 +272,8 @@ class Demo:
         # The page runs the listeners of a click one after another, but does not wait for what is in a then().
         # Stop is also for what waits in the queue.
         pressed = gr.on(triggers, lambda: active, None, self.stop, queue=False, **quiet)
-        asked = pressed.then(self.answer, [self.instruction, self.input, *self.settings], api_name="answer", **options)
+        inputs = [self.exchange, *self.fields, *self.settings]
+        asked = pressed.then(self.answer, inputs, api_name="answer", **options)
         pressed = self.again.click(lambda: active, None, self.stop, queue=False, **quiet)
         asked_again = pressed.then(
             self.answer_again, [self.exchange, *self.settings], api_visibility="private", **options
@@ -264,6 +286,10 @@ class Demo:
         self.stop.click(None, cancels=[asked, asked_again])
         stopped = render_status("Stopped."), inactive
         self.stop.click(lambda: stopped, None, [self.status, self.stop], queue=False, **quiet)
+        names, texts = [render_answer(name, "") for name in self.names], [""] * len(self.names)
+        empty = *names, *texts, None, render_status(""), gr.Button(interactive=False, render=False), render_status(NOTE)
+        self.new.click(None, cancels=[asked, asked_again])
+        self.new.click(lambda: empty, None, outputs[: len(empty)], queue=False, **quiet)
         self.report.click(flag, [self.exchange, self.which, self.reason], self.reported, **quiet)
 
     def _login_of(self, request: gr.Request) -> str | None:
@@ -271,24 +297,46 @@ class Demo:
         names = (f"access-token{kind}-{self.page.app.cookie_id}" for kind in ("", "-unsecure"))
         return next(filter(None, map(request.cookies.get, names)), None) if self.page.auth else None
 
-    def _show(self, exchange: dict, status: str):
+    def _show(self, exchange: dict, status: str, empty_fields: bool = False):
         """Return what all outputs of answer() become."""
-        running, pairs = exchange["running"], zip(self.names, exchange["answers"], strict=True)
-        shown = [render_answer(name, text or "…" * running) for name, text in pairs]
-        stop = gr.Button(interactive=running)
-        return *shown, *exchange["answers"], exchange, render_status(status), stop, render_status(NOTE)
+        running, said = exchange["running"], zip(self.names, exchange["answers"], exchange["asked"], strict=True)
+        shown = [render_answer(name, text or "…" * running, asked) for name, text, asked in said]
+        stop, fields = gr.Button(interactive=running), ["" if empty_fields else gr.skip() for _ in self.fields]
+        shown += [*exchange["answers"], exchange, render_status(status), stop, render_status(NOTE)]
+        return *shown, *fields * self.remembers
 
-    async def answer(self, request: gr.Request, instruction, input, *given):
-        """Ask all models, and yield what the page shows meanwhile."""
-        settings = check(self.models, self.defaults.max_new_tokens, instruction, input, *given)
+    async def answer(self, request: gr.Request, exchange, instruction, input, *given):
+        """Ask all models, after the turns that the page shows, and yield what it shows meanwhile."""
+        turns = []
+        for asked, text in zip(exchange["asked"], exchange["answers"], strict=True) if exchange else ():
+            turns.append([*asked, {"role": "assistant", "content": text}] if asked and text else asked[:-1])
+        async for shown in self._answer(request, turns, instruction, input, given, True):
+            yield shown
+
+    async def answer_again(self, request: gr.Request, exchange, *given):
+        """Ask the last instruction again, with a new seed."""
+        if not exchange:
+            raise page_error("There is no answer yet.")
+        turns, texts = [asked[:-1] for asked in exchange["asked"]], (exchange["instruction"], exchange["input"])
+        async for shown in self._answer(request, turns, *texts, [*given[:-1], None]):
+            yield shown
+
+    async def _answer(self, request: gr.Request, turns, instruction, input, given, empty_fields=False):
+        settings = check(self.models, self.defaults.max_new_tokens, instruction, input, *given, turns)
         exchange = {"instruction": instruction, "input": input or "", "models": [model.name for model in self.models]}
         exchange |= {"paths": [model.path for model in self.models], "settings": dataclasses.asdict(settings)}
+        turns = turns or [[] for _ in self.models]
+        question, pairs = user_message(instruction, exchange["input"]), zip(self.models, turns, strict=True)
+        exchange["asked"] = [[*before, question] if model.remembers else [] for model, before in pairs]
         exchange |= {"answers": [""] * len(self.models), "running": True, "flagged": []}
-        login, cut, started = self._login_of(request), {}, time.monotonic()
+        conversations = [Conversation(model.model, model.tokenizer, settings) for model in self.models]
+        for conversation, before in zip(conversations, turns, strict=True):
+            conversation.turns = before
+        login, started = self._login_of(request), time.monotonic()
         self.latest[login] = exchange
-        yield self._show(exchange, "Answering …")
+        yield self._show(exchange, "Answering …", empty_fields)
         try:
-            async for texts in answers(self.models, instruction, input or "", settings, cut):
+            async for texts in answers(self.models, conversations, instruction, exchange["input"]):
                 exchange["answers"] = texts
                 if login and self.latest.get(login) is not exchange:
                     raise page_error("You have asked something else in another window: one at a time.")
@@ -302,18 +350,11 @@ class Demo:
             if self.latest.get(login) is exchange:
                 del self.latest[login]
         notes = [f"Answered in {time.monotonic() - started:.1f} s, seed {settings.seed}."]
-        for index, limit in sorted(cut.items()):
-            if limit:
-                cut_off = "Cut" if len(self.models) == 1 else f"{self.names[index][0]} is cut"
-                notes.append(f"{cut_off} off at {LIMITS[limit]}.")
+        for name, conversation in zip(self.names, conversations, strict=True):
+            if conversation.cut:
+                cut_off = "Cut" if len(self.models) == 1 else f"{name[0]} is cut"
+                notes.append(f"{cut_off} off at {LIMITS[conversation.cut]}.")
         yield self._show(exchange, " ".join(notes))
-
-    async def answer_again(self, request: gr.Request, exchange, *given):
-        """Ask the last instruction again, with a new seed."""
-        if not exchange:
-            raise page_error("There is no answer yet.")
-        async for shown in self.answer(request, exchange["instruction"], exchange["input"], *given[:-1], None):
-            yield shown
 
 
 def serve(

@@ -12,7 +12,7 @@ from alpaca.inference.web.server import page_error, render_status
 
 FLAGGED = "flagged.jsonl"
 MAX_REASON_CHARS = 500
-NOTE = f"A report adds instruction, input, answer and settings to {FLAGGED} on the server; nothing is sent elsewhere."
+NOTE = f"A report adds question, answer and settings to {FLAGGED} on the server; nothing is sent elsewhere."
 _flagging = threading.Lock()
 
 
@@ -40,6 +40,7 @@ def flag(exchange: dict | None, which: int | None, reason: str | None) -> str:
     if which in exchange["flagged"]:
         return render_status(f"This answer is already reported, in {FLAGGED}.")
     record = {name: exchange[name] for name in ("instruction", "input")}
+    record |= {"turns": turns} if (turns := exchange["asked"][which][:-1]) else {}
     record |= {"answer": exchange["answers"][which], "model": exchange["models"][which]}
     record["model_path"] = exchange["paths"][which]  # two checkpoints may have the same name
     record |= {"settings": exchange["settings"], "reason": reason}

@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 import urllib.parse
+from collections.abc import Sequence
 
 from alpaca import UserError
 
@@ -60,6 +61,9 @@ footer { display: none !important; }
 .answer table { border: 0 !important; width: auto; border-collapse: collapse; }
 .answer :is(th, td) { padding: .2em .6em; }
 .answer blockquote { border-left: 3px solid var(--border-color-primary); padding-left: .8em; }
+.answer .asked { background: var(--background-fill-secondary); border-radius: var(--radius-lg); white-space: pre-wrap;
+                 padding: .5em .9em; margin: 0 0 .7em auto; width: fit-content; max-width: 85%; }
+.talk { display: flex; flex-direction: column-reverse; max-height: 60vh; overflow-y: auto; }  /* its end in view */
 .answer a { color: var(--link-text-color); text-decoration: underline; padding: 0 !important; margin: 0 !important; }
 """
 
@@ -80,10 +84,14 @@ def _markdown() -> MarkdownIt:
 _MARKDOWN = _markdown()
 
 
-def render_answer(name: str, text: str) -> str:
-    """Return the HTML of an answer under its model's name."""
-    name = html.escape(name)
-    body = _MARKDOWN.render(text.strip("\n"))
+def render_answer(name: str, text: str, before: Sequence[dict] = ()) -> str:
+    """Return the HTML of an answer, behind the messages that a page shows before it, under its model's name."""
+    name, body = html.escape(name), ""
+    for role, said in [*((message["role"], message["content"]) for message in before), ("assistant", text)]:
+        if role == "user":
+            body += f'<div class="asked" role="note" aria-label="You">{html.escape(said)}</div>'
+        else:
+            body += _MARKDOWN.render(said.strip("\n"))
     return f'<section class="answer" aria-label="{name}" dir="auto"><h2>{name}</h2>{body}</section>'
 
 
