@@ -31,6 +31,7 @@ from conftest import ROOT
 
 import utils
 from alpaca import UserError
+from alpaca.chat_template import mark_trained
 from alpaca.inference.chat import Conversation, request_ids
 from alpaca.inference.generate import answer_batch
 from alpaca.inference.load import load
@@ -77,6 +78,8 @@ class Model:
                 self.may_go_on.wait(20)
             elif "\nfail" in prompt:
                 raise RuntimeError("secret of the server")
+            elif prompt.startswith("user: "):
+                yield f"heard {prompt.count('user: ')}"
             else:
                 yield from re.findall(r"\S+\s*|\s+", re.search(r"### Input:\n(.*)\n\n### Resp", prompt, re.S)[1])
         finally:
@@ -95,13 +98,23 @@ class Words:
         return {"input_ids": [re.findall(r"\S+\s*", text) for text in texts]}
 
 
+class ChatWords(Words):
+    """The same of a model that was trained with its own template: "user: … assistant: …"."""
+
+    chat_template, added_tokens_decoder, backend_tokenizer = mark_trained("roles"), {}, None
+
+    def apply_chat_template(self, messages, add_generation_prompt, return_dict):
+        text = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+        return {"input_ids": re.findall(r"\S+\s*", text + "assistant:")}
+
+
 class Site:
     """A running page with a scripted model, and what it takes to ask it by HTTP."""
 
-    def __init__(self, models=1, auth=None):
+    def __init__(self, models=1, auth=None, tokenizers=(Words, Words)):
         self.model = Model()
         names = ["tiny <i>&</i> co", "other"][:models]
-        models = [web_page.Model(name, self.model, Words()) for name in names]
+        models = [web_page.Model(name, self.model, kind()) for name, kind in zip(names, tokenizers, strict=False)]
         self.page = web_page.Demo(models, web_page.Settings()).page
         self.url = web_server.launch(self.page, "127.0.0.1", web_page.free_port(0), auth)
 
@@ -145,9 +158,9 @@ def sites():
     """``sites(models, auth)`` is a running page; made once for each."""
     made = {}
 
-    def site(models=1, auth=None, fresh=False) -> Site:
-        key = (models, auth, len(made) if fresh else None)
-        made[key] = made.get(key) or Site(models, auth)
+    def site(models=1, auth=None, fresh=False, tokenizers=(Words, Words)) -> Site:
+        key = (models, auth, len(made) if fresh else None, tokenizers)
+        made[key] = made.get(key) or Site(models, auth, tokenizers)
         return made[key]
 
     yield site
@@ -416,6 +429,108 @@ def test_text_stands_out_from_its_ground_light_and_dark(visit, scheme):
     page.stands_out(scheme, "h1", ".notice", "textarea", "button.primary", ".status", ".answer :is(h2, code, a)", "pre")
 
 
+def asked(site) -> list[str]:
+    """What the model was asked last, a line for each message, without the answer that is to come."""
+    return site.model.calls[-1][0].removesuffix("assistant:").splitlines()
+
+
+@needs_browser
+def test_a_model_that_was_trained_with_turns_is_asked_with_those_that_the_page_shows(visit, sites):
+    site = sites(tokenizers=(ChatWords,))
+    page = visit(site.url)
+    assert "It remembers the conversation until you start a new one." in page.page.locator(".notice").first.inner_text()
+    page.ask("First?", "about <b>it</b>")
+    page.see("heard 1")
+    first = ["user: First?", "", "### Input:", "about <b>it</b>"]
+    assert asked(site) == first
+    page.see("Answered in", ".status")
+    fields = [page.page.get_by_label("Instruction", exact=True), page.page.get_by_label("Input (optional)")]
+    assert [field.input_value() for field in fields] == ["", ""]
+    page.ask("And?")
+    page.see("heard 2")
+    second = [*first, "assistant: heard 1", "user: And?"]
+    assert asked(site) == second
+    shown = page.text()
+    places = [shown.index(text) for text in ("First?", "about <b>it</b>", "heard 1", "And?", "heard 2")]
+    assert places == sorted(places)
+    page.button("Try again").click()
+    wait_until(lambda: len(site.model.calls) == 3)
+    assert asked(site) == second and site.model.calls[-1][1]["seed"] != site.model.calls[-2][1]["seed"]
+    page.see("Answered in", ".status")
+    page.button("New conversation").click()
+    page.page.wait_for_function("!document.querySelector('.answer').innerText.includes('heard')")
+    page.button("Try again").click()
+    page.page.get_by_text("There is no answer yet.").wait_for()
+    page.ask("Anew.")
+    page.see("heard 1")
+    assert asked(site) == ["user: Anew."] and "First?" not in page.text()
+
+
+@needs_browser
+def test_a_stopped_answer_and_a_refused_question_leave_the_conversation_as_the_page_shows_it(visit, sites):
+    site = sites(tokenizers=(ChatWords,))
+    page = visit(site.url)
+    page.ask("all numbers,\ncount")
+    page.see(re.compile(r" 5 "))
+    page.button("Stop").click()
+    page.see("Stopped.", ".status")
+    assert site.model.all_stopped.wait(10)
+    said = page.page.locator(".answer p").inner_text()
+    page.ask("w " * 1_000)
+    page.page.get_by_text("reads at most 1,000 here: start a new conversation.").wait_for()
+    field = page.page.get_by_label("Instruction", exact=True)
+    assert field.input_value() == "w " * 1_000  # it can be shortened
+    page.ask("Why did you stop?")
+    wait_until(lambda: "Why" in site.model.calls[-1][0])
+    assert asked(site) == ["user: all numbers,", "count", f"assistant: {said}", "user: Why did you stop?"]
+    page.button("Stop").click()
+    assert site.model.all_stopped.wait(10)
+
+
+@needs_browser
+def test_of_two_models_each_is_asked_in_its_own_way(visit, sites, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    site = sites(models=2, tokenizers=(ChatWords, Words))
+    page = visit(site.url)
+    notice = page.page.locator(".notice").first.inner_text()
+    assert notice.endswith(
+        "A remembers the conversation until you start a new one; B answers each instruction on its "
+        "own and remembers nothing."
+    )
+    for text in ("one", "two"):
+        page.ask(text, "said")
+        page.see(f"heard {1 + (text == 'two')}")
+        page.see("Answered in", ".status")
+    prompts = {prompt for prompt, _ in site.model.calls[-2:]}
+    assert utils.format_prompt("two", "said") in prompts
+    assert any(prompt.startswith("user: one") and "assistant: heard 1\nuser: two" in prompt for prompt in prompts)
+    assert "one" in page.text(0) and "one" not in page.text(1) and "heard" not in page.text(1)
+    page.page.get_by_role("button", name="Report a harmful answer").click()
+    page.button("Report").click()
+    page.page.get_by_text("Saved in flagged.jsonl").wait_for()
+    (record,) = utils.jload(tmp_path / "flagged.jsonl")
+    assert (record["instruction"], record["answer"]) == ("two", "heard 2")
+    assert [turn["content"] for turn in record["turns"]] == ["one\n\n### Input:\nsaid", "heard 1"]
+
+
+@needs_browser
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
+def test_a_long_conversation_stays_in_its_place_with_its_end_in_view(visit, sites, width, scheme):
+    page = visit(sites(tokenizers=(ChatWords,)).url, width=width)
+    page.page.emulate_media(color_scheme=scheme)
+    page.page.reload()
+    for number in range(1, 4):
+        page.ask(f"Question {number}. " + "It has many words. " * 60)
+        page.see(f"heard {number}")
+        page.see("Answered in", ".status")
+    box, last = page.page.locator(".prose.talk"), page.page.locator(".answer p").last
+    assert box.evaluate("e => e.scrollHeight > e.clientHeight && e.clientHeight <= 0.6 * innerHeight + 1")
+    inside = "([p, e]) => p.getBoundingClientRect().bottom <= e.getBoundingClientRect().bottom + 1"
+    assert page.page.evaluate(inside, [last.element_handle(), box.element_handle()])
+    assert page.is_as_wide_as_its_window()
+    page.stands_out(scheme, ".asked", ".answer p")
+
+
 @needs_browser
 def test_every_field_and_button_has_a_name(visit):
     page = visit()
@@ -555,6 +670,13 @@ def test_an_adapter_answers_on_two_pages_at_once_and_ctrl_c_ends_it(visit, tiny_
 # Past the browser.
 
 GOOD = ["say", "hello", 16, 0.5, 0.9, 3]
+
+
+def test_a_program_that_asks_a_model_with_turns_begins_a_conversation_each_time(sites):
+    site = sites(tokenizers=(ChatWords,))
+    for _ in range(2):
+        event, data = site.call(*GOOD)
+        assert event == "complete" and "heard 1" in json.loads(data)[0]
 
 
 def test_a_program_that_asks_gets_the_answer(sites):

@@ -48,7 +48,7 @@ footer { display: none !important; }
 .notice, .status { font-size: .9em; opacity: .8; margin: 0; }
 .status { min-height: 1.5em; padding-top: .4em; }
 .copy { align-self: flex-end; width: auto; padding: .3em .9em !important; }
-.answer, .answer :is(pre, th, td) { border: 1px solid var(--border-color-primary) !important; }
+.answer, .answer :is(pre, th, td, .asked) { border: 1px solid var(--border-color-primary) !important; }
 .answer { border-radius: var(--radius-lg); padding: .8em 1em;
           background: var(--background-fill-primary); min-height: 7em; overflow-wrap: anywhere; line-height: 1.55; }
 .answer h2 { font-size: .85em !important; opacity: .7; margin: 0 0 .5em !important; }
@@ -63,7 +63,8 @@ footer { display: none !important; }
 .answer blockquote { border-left: 3px solid var(--border-color-primary); padding-left: .8em; }
 .answer .asked { background: var(--background-fill-secondary); border-radius: var(--radius-lg); white-space: pre-wrap;
                  padding: .5em .9em; margin: 0 0 .7em auto; width: fit-content; max-width: 85%; }
-.talk { display: flex; flex-direction: column-reverse; max-height: 60vh; overflow-y: auto; }  /* its end in view */
+.prose.talk { display: flex; flex-direction: column-reverse; max-height: 60vh; overflow-y: auto; }  /* end in view */
+.talk .answer { flex-shrink: 0; }
 .answer a { color: var(--link-text-color); text-decoration: underline; padding: 0 !important; margin: 0 !important; }
 """
 
