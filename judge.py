@@ -34,10 +34,10 @@ from pathlib import Path
 
 import utils
 from alpaca import UserError
-from alpaca.common.shapes import has_several_turns
 from alpaca.common.cli import run_cli
 from alpaca.common.journal import Journal, check_output
 from alpaca.common.records import files_of, title, write_records
+from alpaca.common.shapes import has_several_turns
 from alpaca.common.text import counted, in_brackets
 from alpaca.data.instruction_sets import is_name, is_the_252, read_answers, read_pair, read_set
 from alpaca.endpoint.budget import Budget, RequestSettings

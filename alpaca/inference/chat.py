@@ -30,11 +30,11 @@ def request_ids(tokenizer, template: str, records: Sequence[dict]) -> list[list[
     if template == "chat":
         return [chat_ids(tokenizer, asked_of(record)) for record in records]
     ids = prompt_ids(tokenizer, [format_prompt(record["instruction"], record["input"]) for record in records])
-    for place, record in enumerate(records):
-        if has_several_turns(record):
-            templated = copy.copy(tokenizer)
-            templated.chat_template = chat_template(tokenizer)
-            ids[place] = chat_ids(templated, without_system(asked_of(record)))
+    if several := [place for place, record in enumerate(records) if has_several_turns(record)]:
+        templated = copy.copy(tokenizer)
+        templated.chat_template = chat_template(tokenizer)
+        for place in several:
+            ids[place] = chat_ids(templated, without_system(asked_of(records[place])))
     return ids
 
 

@@ -18,8 +18,9 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 
 from alpaca import UserError
-from alpaca.chat_template import saved_template, user_message
+from alpaca.chat_template import saved_template
 from alpaca.common.cli import free_port
+from alpaca.common.shapes import user_message
 from alpaca.inference.adapters import is_adapter
 from alpaca.inference.answer_file import name_of
 from alpaca.inference.chat import Conversation, next_turn, request_ids
