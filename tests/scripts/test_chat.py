@@ -25,6 +25,7 @@ import chat
 import train
 import utils
 from alpaca import UserError
+from alpaca.chat_template import mark_trained
 from alpaca.common import cli
 from alpaca.inference import answer_file
 from alpaca.inference.chat import stream
@@ -165,6 +166,20 @@ def test_with_the_models_chat_template_turns_are_remembered(tiny_llama, tmp_path
     first = asked[1].removeprefix("user: one\nassistant: ").removesuffix("\nuser: two\n\n### Input:\nx\n")
     assert asked[0] == "user: one\n" and asked[2] == "user: three\n"
     assert capsys.readouterr().out.split("\n")[0] == first.strip() != ""
+
+
+def test_a_model_that_was_trained_with_its_template_remembers_turns_unless_told_otherwise(
+    tiny_llama, tmp_path, monkeypatch, asked, capsys
+):
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(mark_trained(TURNS))
+    run_chat(monkeypatch, "--model_path", model, *QUICK, stdin="one\n/help\ntwo\n/reset\nthree\n")
+    assert asked[0] == "user: one\n" and asked[1].startswith("user: one\nassistant: ") and asked[2] == "user: three\n"
+    assert "The turns so far are remembered." in capsys.readouterr().err
+    asked.clear()
+    run_chat(monkeypatch, "--model_path", model, *QUICK, "--template", "alpaca", stdin="one\n/help\ntwo\n")
+    assert asked == [utils.format_prompt("one"), utils.format_prompt("two")]
+    assert "Each is answered on its own" in capsys.readouterr().err
 
 
 def test_an_instruction_that_is_too_long_does_not_end_a_conversation(tiny_llama, monkeypatch, capsys):
@@ -561,6 +576,19 @@ def test_another_model_in_the_same_folder_does_not_finish_a_run(tiny_llama, tmp_
     with pytest.raises(SystemExit) as exit:
         run_file(monkeypatch, model, RECORDS[:3], out)
     assert "differs in model, requests: give the same again, or choose another output path" in exit.value.code
+
+
+def test_a_run_goes_on_in_the_template_that_it_began_with_named_or_not(tiny_llama, tmp_path, monkeypatch):
+    model, out = shutil.copytree(tiny_llama, tmp_path / "model"), tmp_path / "out.jsonl"
+    (model / "chat_template.jinja").write_text(TURNS)
+    with monkeypatch.context() as patch:
+        patch.setattr(answer_file, "_write", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_file(monkeypatch, model, RECORDS, out)
+    with pytest.raises(SystemExit) as exit:
+        run_file(monkeypatch, model, RECORDS, out, "--template", "chat")
+    assert "differs in template: give the same again" in exit.value.code
+    assert len(run_file(monkeypatch, model, RECORDS, out, "--template", "alpaca")) == len(RECORDS)
 
 
 def test_another_base_or_dtype_does_not_finish_a_run(tiny_llama, tmp_path, monkeypatch):

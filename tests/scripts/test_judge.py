@@ -447,6 +447,49 @@ def test_a_server_answers_the_set_in_its_order(teacher, tmp_path):
     assert read_answers(output, read_set(instructions)).unanswered == []
 
 
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Name a river."},
+    {"role": "assistant", "content": "The Nile."},
+    {"role": "user", "content": "And a longer one?"},
+    {"role": "assistant", "content": "There is none."},
+]
+
+
+def test_a_server_and_a_judge_get_the_whole_conversation(teacher, tmp_path):
+    """The server as messages, the judge as text; answers by other programs are known by either."""
+    records = [{"messages": TALK}, {"messages": [*TALK[:3], {"role": "user", "content": "Where?"}]}]
+    records += [{"messages": TALK[:2]}, {"instruction": "Rest.", "output": ""}]
+    instructions, paths = str(write(tmp_path / "set.jsonl", records)), [tmp_path / "a.jsonl", tmp_path / "b.json"]
+    server = teacher(lambda number, body: f"It has {len(body['messages'])}.")
+    flags = {"model_name": "m", "base_url": server.base_url, "max_concurrency": 1}
+    for path in paths:
+        call(judge.answer, instructions, str(path), generator=path.name, **flags)
+    assert [body["messages"] for body in server.requests[:2]] == [TALK[:4], records[1]["messages"]]
+    assert server.requests[2]["messages"] == [{"role": "system", "content": "Be brief."}, TALK[1]]
+    items = read_set(instructions)
+    text = "System: Be brief.\n\nUser: Name a river.\n\nAssistant: The Nile.\n\nUser: "
+    asked = [text + "And a longer one?", text + "Where?", "Be brief.\n\nName a river.", "Rest."]
+    assert [item.task for item in items] == asked
+    assert [item.reference for item in items] == ["There is none.", None, None, None]
+    for path in paths:
+        assert list(read_answers(path, items).outputs.values()) == ["It has 4.", "It has 4.", "It has 2.", "It has 1."]
+    chats = write(tmp_path / "chat.jsonl", [{"instruction": "Be brief.\n\nName a river.", "output": "x"} | records[0]])
+    assert read_answers(chats, items).outputs == {"1": "x"}  # as chat.py --batch_path writes it
+    judging = teacher(lambda number, body: "Verdict: A")
+    flags = {"model_name": "j", "base_url": judging.base_url}
+    call(judge.judge, instructions, f"{paths[0]},{chats}", str(tmp_path / "j.jsonl"), **flags)
+    assert all(asked[0] in body["messages"][0]["content"] for body in judging.requests)
+
+
+def test_several_turns_cannot_be_sent_to_be_continued(teacher, tmp_path):
+    server, instructions = teacher(lambda number, body: "3"), str(write(tmp_path / "set.jsonl", [{"messages": TALK}]))
+    with pytest.raises(UserError, match="1 conversation of several turns, .* cannot send: use --api chat"):
+        flags = {"model_name": "m", "base_url": server.base_url, "api": "completions"}
+        call(judge.answer, instructions, str(tmp_path / "out.jsonl"), **flags)
+    assert not server.requests
+
+
 def test_rows_are_json_lines_unless_the_name_ends_in_json(teacher, files, tmp_path):
     instructions = str(write(tmp_path / "set.jsonl", SET))
     server = teacher(lambda number, body: "ok")
