@@ -460,7 +460,7 @@ def test_every_script_reads_the_same_records(tmp_path, capsys, name):
     (path := tmp_path / name).write_bytes(gzip.compress(lines(rows)) if ".gz" in name else parquet(rows))
     line, expected = f"{path}: 6 records in Dolly's format\n", make_records(6)
     assert train.load_data(train.DataArguments(str(path), eval_data_path=str(path)), 0) == (expected, expected)
-    assert capsys.readouterr().out == line * 2
+    assert capsys.readouterr().out.startswith(line * 2)  # then it warns: these are the same records
     items = read_set(path)
     assert [(item.instruction, item.input, item.reference) for item in items] == [(*r.values(),) for r in expected]
     requests, faults = read_requests(path)
