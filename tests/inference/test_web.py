@@ -101,11 +101,14 @@ class Words:
 class ChatWords(Words):
     """The same of a model that was trained with its own template: "user: … assistant: …"."""
 
-    chat_template, added_tokens_decoder, backend_tokenizer = mark_trained("roles"), {}, None
+    chat_template = mark_trained("roles")
 
-    def apply_chat_template(self, messages, add_generation_prompt, return_dict):
-        text = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
-        return {"input_ids": re.findall(r"\S+\s*", text + "assistant:")}
+    def apply_chat_template(self, conversations, add_generation_prompt, tokenize):
+        lines = ((f"{message['role']}: {message['content']}\n" for message in one) for one in conversations)
+        return ["".join(one) + "assistant:" for one in lines]
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": re.findall(r"\S+\s*", text)}
 
 
 class Site:
