@@ -267,6 +267,8 @@ def main() -> None:
     contenders = [name for name in a.contenders if find_spec("trl") or not name.startswith("trl")]
     if len(contenders) < len(a.contenders):
         print("trl is not installed (pip install '.[bench]'): left out")
+    if not contenders:
+        sys.exit(1)
     embedded_model.prepare(a.model_path)
     with tempfile.TemporaryDirectory(prefix="bench_train.") as folder:
         data = Path(folder) / "data.json"

@@ -25,7 +25,7 @@ while (($#)); do
     --budget) budget=$2 && shift ;;
     --output_dir) output=$2 && shift ;;
     --only) only=$2 && shift ;;
-    *) echo "error: unknown flag $1: use --dry_run, --budget SECONDS, --output_dir DIR, --only \"STEP…\"" >&2 && exit 2 ;;
+    *) echo "error: unknown flag $1: use --dry_run, --budget SECONDS, --output_dir DIR, --only \"STEP…\"" >&2; exit 2 ;;
   esac
   shift
 done
@@ -51,11 +51,10 @@ bench() { # NAME SECONDS CONTENDER FLAGS…: steps of 128 examples
   needs=$model step "$1" "$2" benchmarks/bench_train.py --model_path "$model" --rounds 1 "${bench[@]}" --output RESULT \
     --contenders "${@:3}"
 }
-train() { # NAME SECONDS CONFIG: train.py as a user runs it, with its rehearsal, checkpoints and the final save
-  needs=$small step "$1" "$2" -m torch.distributed.run --standalone --nproc_per_node=1 train.py \
-    --model_name_or_path "$small" --data_path alpaca_data.json --output_dir "$work/$1-$$" --max_steps 6 \
-    --per_device_train_batch_size 8 --save_strategy steps --save_steps 4 --logging_steps 1 --fsdp --fsdp_config "$3" \
-    "${precision[@]}"
+train() { # NAME SECONDS FLAGS…: train.py as a user runs it, with its rehearsal, checkpoints and the final save
+  needs=$small step "$1" "$2" train.py --model_name_or_path "$small" --data_path alpaca_data.json \
+    --output_dir "$work/$1-$$" --max_steps 6 --per_device_train_batch_size 8 --save_strategy steps --save_steps 4 \
+    --logging_steps 1 "${precision[@]}" "${@:3}"
 }
 
 "$python" benchmarks/gpu_step.py missing
@@ -67,9 +66,10 @@ bench checkpointed 100 ours --our_micro_batch $large --our_flags '--gradient_che
 bench packed 100 ours_packed --our_micro_batch $micro
 bench liger 100 ours --our_micro_batch $micro --our_flags '--use_liger_kernel True'
 needs=$model step chat 100 benchmarks/bench_chat.py --model_path "$model" "${chat[@]}" --output_path RESULT
-train fsdp 90 configs/fsdp.json
+train whole 100
 bench compiled 200 ours --our_micro_batch $micro --our_flags "--torch_compile_backend $compiler"
-train offload 90 configs/fsdp_offload.json
+bench trl 100 trl_flat
+train lora 90 --lora_r 16
 step all_tests 300 -m pytest -rf --tb=short "${all_tests[@]}"
 "$python" benchmarks/gpu_step.py table "$output"
 ((failed)) || [[ $only ]] || rm -r "$work"

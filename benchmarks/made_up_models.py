@@ -170,6 +170,7 @@ def main(size: str, model_path: str) -> None:
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "[PAD]"}
     transformers.PreTrainedTokenizerFast(tokenizer_object=core, **names).save_pretrained(part)
     config = transformers.LlamaConfig.from_dict(shape.config(shape.rows, "bfloat16"))
+    transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(part)
