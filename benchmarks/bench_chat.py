@@ -163,6 +163,7 @@ def main(
     lengths = sorted(map(len, ids))
     result = provenance("torch", "transformers") | {
         "device": str(model.device),
+        "dtype": str(model.dtype),
         "prompts": {"count": len(ids), "tokens_min_median_max": [lengths[0], statistics.median(lengths), lengths[-1]]},
         "answers": {
             "tokens_each": sorted(map(len, said["by length", "greedy", DECODE])),

@@ -1,7 +1,7 @@
 """How fast train.py trains, beside the original's recipe and TRL, on one device. One command, everyone in the same run.
 
     python benchmarks/bench_train.py                    # a CPU: SmolLM2-135M, about 20 minutes on 2 cores
-    python benchmarks/bench_train.py --rounds 3         # a GPU of 120 GB or more: random weights of LLaMA-7B's shape
+    bash benchmarks/gpu.sh                              # a GPU: random weights of LLaMA-7B's shape, and other steps
 
 Contenders, each run in a process of its own, in turn, --rounds times; the median counts:
 
@@ -41,50 +41,25 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+# One device, whatever is there; LLaMA-7B leaves no room for fragments.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from provenance import provenance  # noqa: E402
 from released_mix import EPOCH_TOKENS, MAX_LENGTH, MEAN_TOKENS, encode, make_data  # noqa: E402
 
 import utils  # noqa: E402
-from alpaca.training.meter import IGNORE_INDEX, Metered, Totals  # noqa: E402
+from alpaca import embedded_model  # noqa: E402
+from alpaca.training.examples import IGNORE_INDEX  # noqa: E402
+from alpaca.training.meter import Meter, Totals, peak_flops  # noqa: E402
 from alpaca.training.receipt import hardware  # noqa: E402
 
 CONTENDERS = ("original", "ours", "ours_packed", "trl", "trl_flat")
 EPOCHS = 3
 SMOLLM2 = Path.home() / ".cache" / "alpaca" / "smollm2-135m-instruct"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The model of a large GPU, and the original's batches.
-
-
-def random_llama_7b(folder: Path, records: list[dict]) -> Path:
-    """LLaMA-7B's shape with random bf16 weights, and a byte-level BPE of up to 32,000 tokens made from ``records``."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    core = Tokenizer(models.BPE(unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<unk>", "<s>", "</s>", "[PAD]"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=32_000, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    texts = (utils.format_prompt(r["instruction"], r["input"]) + r["output"] for r in records)
-    core.train_from_iterator(texts, trainer)
-    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "[PAD]"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=core, **names).save_pretrained(folder)
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig())  # its defaults are the 7B model
-    model.save_pretrained(folder)
-    torch.set_default_dtype(torch.float32)
-    del model
-    torch.cuda.empty_cache()
-    return folder
 
 
 def pad(examples: list[dict]) -> dict[str, torch.Tensor]:
@@ -108,22 +83,38 @@ class Finished(BaseException):
 
 
 class Stopwatch(transformers.TrainerCallback):
-    """Notes a trainer's totals and losses at each step."""
+    """Notes totals and losses at each step. DEFAULT_CALLBACKS gives it to every Trainer of the process."""
 
-    newest: Stopwatch
-
-    def __init__(self, trainer):
-        self.trainer, self.noted, self.losses = trainer, [], []
-        trainer.add_callback(self)
-        Stopwatch.newest = self
+    totals: list[Totals] = []
+    losses: list[float] = []
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
-            self.noted.append(dataclasses.replace(self.trainer.meter.totals))
+            self.totals.append(Totals(**state.stateful_callbacks[Meter.KEY]["attributes"]))
             self.losses.append(round(logs["loss"], 5))
 
     def on_train_end(self, args, state, control, **kwargs):
         raise Finished
+
+
+class Counted:
+    """A first base class for the others' Trainers: counts as train.py does."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.meter = Meter(self.model, self.args.device, 1)
+        self.add_callback(self.meter)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.meter.count(inputs)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def store_flos(self):
+        self.meter.gather(self.accelerator.gather, self.state)
+        super().store_flos()
+
+    def log(self, logs, *args, **kwargs):
+        super().log(logs | (self.meter.figures(self.state) if "loss" in logs else {}), *args, **kwargs)
 
 
 def run_once(contender: str, s: dict) -> dict:
@@ -147,31 +138,26 @@ def run_once(contender: str, s: dict) -> dict:
         "seed": 0,
     }
     shared |= {"bf16": True, "tf32": True} if s["gpu"] else {"use_cpu": True}
-    if contender.startswith("ours"):
-        start = ours(contender, s, shared)
-    else:
-        micro = s["micro_batch"]
-        shared |= {"per_device_train_batch_size": micro, "gradient_accumulation_steps": s["batch"] // micro}
-        start = (original if contender == "original" else trl)(contender, s, shared)
+    micro = s["our_micro_batch"] if contender.startswith("ours") else s["micro_batch"]
+    shared |= {"per_device_train_batch_size": micro, "gradient_accumulation_steps": s["batch"] // micro}
+    transformers.trainer.DEFAULT_CALLBACKS.append(Stopwatch)
     try:
-        start()
+        {"original": original, "trl": trl}.get(contender.partition("_")[0], ours)(contender, s, shared)
     except Finished:
         pass
-    watch = Stopwatch.newest
-    first, last = watch.noted[s["warmup"] - 1] if s["warmup"] else Totals(), watch.noted[-1]
-    meter = watch.trainer.meter
+    first, last = [Totals(), *Stopwatch.totals][s["warmup"]], Stopwatch.totals[-1]
     since = Totals(*(b - a for a, b in zip(dataclasses.astuple(first), dataclasses.astuple(last), strict=True)))
-    mfu = meter.mfu(since)
+    peak = peak_flops(torch.cuda.get_device_name()) if s["gpu"] else None
     return {
         "tokens_per_second": round(since.tokens / since.train_seconds, 2),
         "supervised_tokens_per_second": round(since.supervised / since.train_seconds, 2),
         "padding_share": round(since.padding / (since.padding + since.tokens), 4),
-        "mfu": None if mfu is None else round(mfu, 4),
+        "mfu": round(since.flops / (since.train_seconds * peak), 4) if peak else None,
         "peak_memory_gib": round(last.peak_memory / 2**30, 2),
         "seconds": round(since.train_seconds, 3),
         "tokens": since.tokens,
         "examples": since.examples,
-        "losses": watch.losses,
+        "losses": Stopwatch.losses,
     }
 
 
@@ -180,23 +166,21 @@ def load(s: dict):
     return tokenizer, transformers.AutoModelForCausalLM.from_pretrained(s["model"], dtype=torch.float32)
 
 
-def original(contender: str, s: dict, shared: dict):
-    class Original(Metered, transformers.Trainer):
+def original(contender: str, s: dict, shared: dict) -> None:
+    class Original(Counted, transformers.Trainer):
         pass
 
     tokenizer, model = load(s)
     args = transformers.TrainingArguments(optim="adamw_torch", remove_unused_columns=False, **shared)
     dataset = encode(utils.load_records(s["data"]), tokenizer)
-    trainer = Original(model=model, args=args, train_dataset=dataset, data_collator=pad)
-    Stopwatch(trainer)
-    return trainer.train
+    Original(model=model, args=args, train_dataset=dataset, data_collator=pad).train()
 
 
-def trl(contender: str, s: dict, shared: dict):
+def trl(contender: str, s: dict, shared: dict) -> None:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    class TRL(Metered, SFTTrainer):
+    class TRL(Counted, SFTTrainer):
         pass
 
     tokenizer, model = load(s)
@@ -213,38 +197,21 @@ def trl(contender: str, s: dict, shared: dict):
         gradient_checkpointing=False,
         **{"bf16": False} | shared,
     )
-    trainer = TRL(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-    Stopwatch(trainer)
-    return trainer.train
+    TRL(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer).train()
 
 
-def ours(contender: str, s: dict, shared: dict):
+def ours(contender: str, s: dict, shared: dict) -> None:
     import train
 
-    micro, batch = s["our_micro_batch"], s["batch"]
-    flags = ["--model_name_or_path", s["model"], "--data_path", s["data"], "--model_max_length", MAX_LENGTH]
+    shared |= {"model_name_or_path": s["model"], "data_path": s["data"], "model_max_length": MAX_LENGTH}
+    shared["skip_save_rehearsal"] = True
     if contender == "ours_packed":
         # A row of MAX_LENGTH tokens holds about 4 examples: as many rows as have the tokens of a step.
-        per_row = MAX_LENGTH / MEAN_TOKENS
-        micro, batch = max(round(micro / per_row), 1), max(round(batch / per_row), 1)
-        flags += ["--packing", "True"]
-    shared |= {"per_device_train_batch_size": micro, "gradient_accumulation_steps": max(batch // micro, 1)}
-    known = {
-        field.name for group in (train.DataArguments, train.TrainingArguments) for field in dataclasses.fields(group)
-    }
-    if "skip_save_rehearsal" in known:
-        shared["skip_save_rehearsal"] = True
-    for name, value in shared.items():
-        flags += [f"--{name}", value]
-
-    class Timed(train.Trainer):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            Stopwatch(self)
-
-    train.Trainer = Timed
-    arguments = train.parse_args([str(flag) for flag in [*flags, *s["our_flags"].split()]])
-    return lambda: train.train(*arguments)
+        micro, batch = (max(round(n * MEAN_TOKENS / MAX_LENGTH), 1) for n in (s["our_micro_batch"], s["batch"]))
+        shared |= {"packing": True, "per_device_train_batch_size": micro}
+        shared["gradient_accumulation_steps"] = max(batch // micro, 1)
+    flags = [word for name, value in shared.items() for word in (f"--{name}", str(value))]
+    train.train(*train.parse_args([*flags, *s["our_flags"].split()]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,9 +221,7 @@ def ours(contender: str, s: dict, shared: dict):
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=str(ROOT / "alpaca_data.json"), help="texts that the data is made from")
-    parser.add_argument(
-        "--model_path", help=f"default: {SMOLLM2} (made if need be), or LLaMA-7B's shape on a large GPU"
-    )
+    parser.add_argument("--model_path", default=str(SMOLLM2), help="default: SmolLM2-135M, made if need be")
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each contender")
     parser.add_argument("--batch", type=int, help="examples a step: 8 on a CPU, 128 on a GPU")
@@ -271,85 +236,82 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def make_mix(a: argparse.Namespace, batch: int, path: Path) -> dict:
+    """Writes the data of a run, and returns what is in it."""
+    records, tokenizer = utils.load_records(a.data), transformers.AutoTokenizer.from_pretrained(a.model_path)
+    made = make_data(records, tokenizer, batch * (a.warmup + a.steps))
+    utils.jdump(made, path)
+    examples = encode(made, tokenizer)
+    lengths = sorted(len(example["input_ids"]) for example in examples)
+    learnt = sum(label != IGNORE_INDEX for example in examples for label in example["labels"])
+    return {
+        "texts": os.path.relpath(a.data, ROOT),
+        "examples": len(made),
+        "tokens_mean": round(statistics.mean(lengths), 1),
+        "tokens_median": statistics.median(lengths),
+        "tokens_p98": lengths[math.ceil(0.98 * len(lengths)) - 1],
+        "tokens_longest": lengths[-1],
+        "supervised_share": round(learnt / sum(lengths), 3),
+    }
+
+
 def main() -> None:
     a = parse()
     if a.once:
         settings = json.loads(a.settings)
         utils.jdump(run_once(a.once, settings), settings["result"])
         return
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda:0" if gpu else "cpu")
+    packages = ["torch", "transformers", "accelerate", *(["trl"] if find_spec("trl") else [])]
+    report, gpu = provenance(*packages), torch.cuda.is_available()
     batch = a.batch or (128 if gpu else 8)
-    records = utils.load_records(a.data)
     contenders = [name for name in a.contenders if find_spec("trl") or not name.startswith("trl")]
     if len(contenders) < len(a.contenders):
         print("trl is not installed (pip install '.[bench]'): left out")
+    if not contenders:
+        sys.exit(1)
+    embedded_model.prepare(a.model_path)
     with tempfile.TemporaryDirectory(prefix="bench_train.") as folder:
-        if a.model_path:
-            model = a.model_path
-        elif gpu and torch.cuda.get_device_properties(0).total_memory >= 120e9:
-            print("making random weights of LLaMA-7B's shape", flush=True)
-            model = str(random_llama_7b(Path(folder) / "llama-7b-random", records))
-        else:
-            model = str(SMOLLM2)
-            if not SMOLLM2.exists():
-                command = [sys.executable, "-m", "alpaca.embedded_model", "prepare", "--model_path", model]
-                subprocess.run(command, check=True, cwd=ROOT)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-        made = make_data(records, tokenizer, batch * (a.warmup + a.steps))
         data = Path(folder) / "data.json"
-        utils.jdump(made, data)
-        examples = encode(made, tokenizer)
-        lengths = sorted(len(example["input_ids"]) for example in examples)
-        learnt = sum(label != IGNORE_INDEX for example in examples for label in example["labels"])
-        mix = {
-            "texts": os.path.relpath(a.data, ROOT),
-            "examples": len(made),
-            "tokens_mean": round(statistics.mean(lengths), 1),
-            "tokens_median": statistics.median(lengths),
-            "tokens_p98": lengths[math.ceil(0.98 * len(lengths)) - 1],
-            "tokens_longest": lengths[-1],
-            "supervised_share": round(learnt / sum(lengths), 3),
-        }
-        print(f"{Path(model).name}; data: {mix}", flush=True)
-        settings = {"gpu": gpu, "model": model, "data": str(data), "batch": batch, "micro_batch": a.micro_batch}
+        mix = make_mix(a, batch, data)
+        print(f"{Path(a.model_path).name}; data: {mix}", flush=True)
+        settings = {"gpu": gpu, "model": a.model_path, "data": str(data), "batch": batch, "micro_batch": a.micro_batch}
         settings |= {"our_micro_batch": a.our_micro_batch or a.micro_batch, "our_flags": a.our_flags}
-        settings |= {"warmup": a.warmup, "steps": a.steps}
+        settings |= {"warmup": a.warmup, "steps": a.steps, "output_dir": str(Path(folder) / "out")}
+        run = run_once if len(contenders) * a.rounds == 1 else measure
         runs: dict[str, list[dict]] = {name: [] for name in contenders}
         for round_ in range(a.rounds):
             for name in contenders:
-                result = measure(name, settings, Path(folder))
-                runs[name].append(result)
-                print(f"round {round_ + 1}  {name:<12}{result['tokens_per_second']:>10,.1f} tokens/s", flush=True)
-        rows = summary(runs)
-        for name, row in rows.items():
-            mfu = "" if row["mfu"] is None else f"MFU {row['mfu']:.1%}  "
-            print(
-                f"{name:<12}{row['tokens_per_second']:>10,.1f} tokens/s  ×{row.get('times_original', 1):<5}  "
-                f"padding {row['padding_share']:.1%}  {mfu}{row['peak_memory_gib']:.1f} GiB  "
-                f"52 K × 3 epochs: {row['projected_hours']:.2f} h"
-            )
-        packages = ["torch", "transformers", "accelerate", *(["trl"] if find_spec("trl") else [])]
-        report = provenance(*packages) | {"hardware": hardware(device, 1 if gpu else 0), "model": Path(model).name}
-        report |= {"data": mix, "examples_per_step": batch, "warmup_steps": a.warmup, "measured_steps": a.steps}
-        report |= {"micro_batch": a.micro_batch, "our_micro_batch": settings["our_micro_batch"]}
-        report |= {"our_flags": a.our_flags, "contenders": rows}
-        target = a.output or ROOT / "benchmarks" / "results" / f"train_{'gpu' if gpu else 'cpu'}.json"
-        utils.jdump(report, target, indent=2)
-        print(f"wrote {target}")
+                runs[name].append(run(name, settings))
+                print(f"round {round_ + 1}  {line(name, runs[name][-1])}", flush=True)
+    rows = summary(runs)
+    for name, row in rows.items():
+        print(f"{line(name, row)}  ×{row.get('times_original', 1):<5}  52 K × 3 epochs: {row['projected_hours']:.2f} h")
+    report |= {"hardware": hardware(torch.device("cuda:0" if gpu else "cpu"), int(gpu))}
+    report |= {"model": Path(a.model_path).name, "data": mix}
+    report |= {"examples_per_step": batch, "warmup_steps": a.warmup, "measured_steps": a.steps}
+    report |= {"micro_batch": a.micro_batch, "our_micro_batch": settings["our_micro_batch"]}
+    report |= {"our_flags": a.our_flags, "contenders": rows}
+    target = a.output or ROOT / "benchmarks" / "results" / f"train_{'gpu' if gpu else 'cpu'}.json"
+    utils.jdump(report, target, indent=2)
+    print(f"wrote {target}")
 
 
-def measure(name: str, settings: dict, folder: Path) -> dict:
+def line(name: str, figures: dict) -> str:
+    mfu = "" if figures["mfu"] is None else f"MFU {figures['mfu']:.1%}  "
+    return (
+        f"{name:<12}{figures['tokens_per_second']:>10,.1f} tokens/s  padding {figures['padding_share']:.1%}  {mfu}"
+        f"{figures['peak_memory_gib']:.1f} GiB"
+    )
+
+
+def measure(name: str, settings: dict) -> dict:
     """One run in a process of its own."""
-    settings = settings | {"result": str(folder / "result.json"), "output_dir": str(folder / "out")}
+    settings = settings | {"result": settings["output_dir"] + ".json"}
     command = [sys.executable, __file__, "--once", name, "--settings", json.dumps(settings)]
-    env = {"CUDA_VISIBLE_DEVICES": "0"} | os.environ | {"HF_HUB_OFFLINE": "1"}  # one device, whatever is there
-    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if child.returncode:
         raise SystemExit(f"error: {name} failed:\n{child.stdout[-2000:]}\n{child.stderr[-4000:]}")
-    result = json.loads((folder / "result.json").read_text())
-    (folder / "result.json").unlink()
-    return result
+    return json.loads(Path(settings["result"]).read_text())
 
 
 def summary(runs: dict[str, list[dict]]) -> dict[str, dict]:

@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from made_up_models import Shape, make_pair  # noqa: E402
+from made_up_models import SHAPES, make_pair  # noqa: E402
 from provenance import provenance  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
@@ -45,13 +45,7 @@ from alpaca import UserError  # noqa: E402
 from alpaca.common.cli import run_cli  # noqa: E402
 from alpaca.training.receipt import hardware  # noqa: E402
 
-# --sizes names them by billions of parameters; with each, how many rounds by default.
-SIZES = {
-    "0.001": (Shape(hidden=64, intermediate=176, layers=4, heads=4, key_value_heads=2, rows=8_000), 1),
-    "0.13": (Shape(hidden=768, intermediate=2048, layers=12, heads=12, key_value_heads=12), 5),
-    "1.1": (Shape(hidden=2048, intermediate=5632, layers=22, heads=32, key_value_heads=4), 3),  # TinyLlama
-    "7": (Shape(hidden=4096, intermediate=11008, layers=32, heads=32, key_value_heads=32), 2),  # LLaMA-7B
-}
+ROUNDS = {"0.001": 1, "0.13": 5, "1.1": 3, "7": 2}  # by default, for each of SHAPES
 BLOCK = 8 * 2**20
 # Bytes a parameter: on the disk raw, tuned or recovered, diff; the original's result beside ours; two models in memory
 # and what loading takes on top (10.8 GB were seen at 1.26 B).
@@ -230,7 +224,7 @@ def summary(runs: dict[str, list[dict]]) -> dict:
 
 def bench_size(name: str, rounds: int | None, folder: Path) -> dict:
     """Makes the models of one size in ``folder``, lets all compete, and removes what it made."""
-    shape, default_rounds = SIZES[name]
+    shape, default_rounds = SHAPES[name], ROUNDS[name]
     rounds = rounds or default_rounds
     parameters, free, memory = shape.parameters(), shutil.disk_usage(folder).free, available_memory()
     spare = 10**9
@@ -302,8 +296,8 @@ def main(
         output_path: the JSON file to write.
     """
     names = sizes.split(",")
-    if unknown := [name for name in names if name not in SIZES]:
-        raise UserError(f"--sizes {unknown[0]!r} is not there: choose from {', '.join(SIZES)}")
+    if unknown := [name for name in names if name not in SHAPES]:
+        raise UserError(f"--sizes {unknown[0]!r} is not there: choose from {', '.join(SHAPES)}")
     report = provenance("torch", "transformers", "safetensors") | {"hardware": hardware(torch.device("cpu"), 0)}
     with tempfile.TemporaryDirectory(prefix="bench_weight_diff.", dir=work_dir) as folder:
         report["file_system"] = filesystem(Path(folder).resolve())

@@ -1,14 +1,26 @@
-"""Models of random values in LLaMA's shapes, for the benchmarks of weight_diff.py; and what lies in a folder."""
+"""Models of random values in LLaMA's shapes, for benchmarks of things that depend on the shape alone.
+
+python benchmarks/made_up_models.py --size 7 --model_path DIR    # 13 GB, to train and chat with
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, models
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
+
+from alpaca import UserError  # noqa: E402
+from alpaca.common.cli import run_cli  # noqa: E402
+from alpaca.common.records import load_records  # noqa: E402
+from alpaca.prompts import format_prompt  # noqa: E402
 
 SHARD_BYTES = 2**30  # a shard of the tuned model is in memory at once, and the same of the raw one at half the size
 
@@ -65,6 +77,14 @@ class Shape:
         }
 
 
+SHAPES = {  # by billions of parameters
+    "0.001": Shape(hidden=64, intermediate=176, layers=4, heads=4, key_value_heads=2, rows=8_000),
+    "0.13": Shape(hidden=768, intermediate=2048, layers=12, heads=12, key_value_heads=12),
+    "1.1": Shape(hidden=2048, intermediate=5632, layers=22, heads=32, key_value_heads=4),  # TinyLlama
+    "7": Shape(hidden=4096, intermediate=11008, layers=32, heads=32, key_value_heads=32),  # LLaMA-7B
+}
+
+
 def write_tokenizer(folder: Path, rows: int, pad: bool) -> None:
     """A tokenizer of exactly ``rows`` words, the last of them [PAD] if ``pad``."""
     # By hand: transformers would take seconds to load.
@@ -119,3 +139,43 @@ def make_pair(folder: Path, shape: Shape, shard_bytes: int = SHARD_BYTES) -> Non
         (folder / model / indices[model]).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
         (folder / model / "config.json").write_text(json.dumps(shape.config(rows[model], dtypes[model])))
         write_tokenizer(folder / model, rows[model], pad=model == "tuned")
+
+
+def main(size: str, model_path: str) -> None:
+    """Make a random model to train and chat with: bf16, and a byte-level BPE of the words of alpaca_data.json.
+
+    Args:
+        size: billions of parameters, one of SHAPES.
+        model_path: the folder to make. One that exists is whole, and kept.
+    """
+    import transformers  # 7 s that the other functions do not need
+
+    if size not in SHAPES:
+        raise UserError(f"size {size} is unknown: choose from {', '.join(SHAPES)}")
+    if Path(model_path).exists():
+        return
+    shape, part = SHAPES[size], f"{model_path}.part"
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=shape.rows,
+        special_tokens=["<unk>", "<s>", "</s>", "[PAD]"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    records = load_records(ROOT / "alpaca_data.json")
+    core.train_from_iterator((format_prompt(r["instruction"], r["input"]) + r["output"] for r in records), trainer)
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "[PAD]"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=core, **names).save_pretrained(part)
+    config = transformers.LlamaConfig.from_dict(shape.config(shape.rows, "bfloat16"))
+    transformers.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(part)
+    Path(part).rename(model_path)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -16,11 +16,16 @@ ROOT = Path(__file__).resolve().parent.parent
 def provenance(*packages: str) -> dict:
     """Date, commit, whether the tree differs from it, command, processor, load, Python, and versions of packages.
 
-    "changed_since_commit" leaves out benchmarks/results, which a benchmark itself writes.
+    "changed_since_commit" leaves out benchmarks/results, which a benchmark itself writes. On a machine that has
+    the files without git, the commit is what COMMIT says.
     """
 
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    def git(*words: str) -> str | None:
+        try:
+            run = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+        except FileNotFoundError:
+            return None
+        return None if run.returncode else run.stdout.strip()
 
     names = []
     if os.path.exists("/proc/cpuinfo"):
@@ -29,8 +34,8 @@ def provenance(*packages: str) -> dict:
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
     return {
         "date": time.strftime("%Y-%m-%d %H:%M"),
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "changed_since_commit": bool(changed),
+        "commit": git("rev-parse", "--short", "HEAD") or os.environ.get("COMMIT"),
+        "changed_since_commit": None if changed is None else bool(changed),
         "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
         "cpu": names[0] if names else platform.machine(),
         "cores": os.cpu_count(),

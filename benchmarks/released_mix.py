@@ -45,10 +45,11 @@ def make_data(records: list[dict], tokenizer, count: int, seed: int = 0) -> list
         sizes.append((prompt + len(output) + 1, prompt, number, output))
     sizes.sort(key=lambda size: size[0])
     unused, made = list(sizes), []
-    for length in sorted(length_mix(count), reverse=True):
+    shortest = min(size[1] for size in sizes) + 2  # with a token of output, and EOS
+    for length in sorted((max(length, shortest) for length in length_mix(count)), reverse=True):
 
         def fits(size, length=length):
-            return size[0] >= length and size[1] <= length - 2  # a token of output, and EOS
+            return size[0] >= length and size[1] <= length - 2
 
         chosen = next(filter(fits, unused), None)
         if chosen is None:

@@ -370,6 +370,32 @@ def test_a_batch_that_is_too_large_for_the_memory_is_halved(loaded, monkeypatch)
     assert sizes == [5, 2, 3, 1, 2]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's memory is limited here, a CPU's cannot be")
+def test_on_cuda_a_batch_that_runs_out_of_memory_is_halved(tiny_llama, monkeypatch):
+    """With three quarters of the memory that it took."""
+    model, tokenizer = load(tiny_llama, "cuda", "float32")
+    prompts, sizes = [[1, 5 + row % 200] * 200 for row in range(256)], []
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    expected = answer_batch(model, tokenizer, prompts, Settings(5, 0))
+    took = torch.cuda.max_memory_reserved() - before
+    torch.cuda.empty_cache()
+
+    def counted(model, prompts, *args):
+        sizes.append(len(prompts))
+        return decode(model, prompts, *args)
+
+    monkeypatch.setattr(generate, "decode", counted)
+    limit = before + 0.75 * took
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        assert answer_batch(model, tokenizer, prompts, Settings(5, 0)) == expected
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert sizes[:2] == [256, 128]
+
+
 def test_a_single_prompt_that_is_too_large_for_the_memory_is_told(loaded, monkeypatch):
     def none(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -8,7 +8,9 @@ import transformers
 from conftest import ROOT
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from alpaca.common.records import load_records
 from alpaca.training import meter
+from alpaca.training.examples import IGNORE_INDEX
 from alpaca.training.meter import Metered, count_tokens, log_line, model_flops, peak_flops
 
 PAD = 0
@@ -271,3 +273,15 @@ def test_the_benchmarks_lengths_have_the_released_datas_mean_and_percentile(monk
     assert sum(lengths) / 52_002 == pytest.approx(127, abs=0.5)
     assert sum(length <= 256 for length in lengths) / 52_002 == pytest.approx(0.98, abs=0.001)
     assert 20 < min(lengths) < 40 and max(lengths) == 512
+
+
+def test_the_benchmarks_data_have_lengths_that_records_can_have(tokenizer, monkeypatch):
+    """The mix goes below the shortest prompt: those lengths become that prompt, a token of an answer, and EOS."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from released_mix import MAX_LENGTH, encode, make_data
+
+    examples = encode(make_data(load_records(ROOT / "alpaca_data.json"), tokenizer, 300), tokenizer)
+    lengths = [len(example["input_ids"]) for example in examples]
+    learned = [sum(label != IGNORE_INDEX for label in example["labels"]) for example in examples]
+    assert len(examples) == 300 and min(learned) == 2 and max(lengths) <= MAX_LENGTH
+    assert {learned[i] for i, length in enumerate(lengths) if length == min(lengths)} == {2}
