@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from alpaca import UserError
-from alpaca.training.distributed import read_config, say
+from alpaca.common.cli import say
 
 # What transformers 4.28 to 4.46 accepted and today's refuses.
 RENAMED = {
@@ -47,6 +47,7 @@ REMOVED |= dict.fromkeys(
     + ("include_inputs_for_metrics", "mp_parameters", "ray_scope"),
     "transformers has dropped it",
 )
+ALL = {*RENAMED, *SWITCHES, *REMOVED}
 
 
 def translate_flags(argv: list[str], known: set[str]) -> list[str]:
@@ -65,7 +66,7 @@ def translate_flags(argv: list[str], known: set[str]) -> list[str]:
         word = words.pop(0)
         flag, has_value, value = word.partition("=")
         name = flag[2:]
-        if flag in known or name not in RENAMED | SWITCHES | REMOVED:
+        if flag in known or name not in ALL:
             out.append(word)
             continue
         if not has_value and words and not words[0].startswith("--"):
@@ -92,25 +93,3 @@ def _ratio(text: str) -> str:
     except ValueError:
         pass
     raise UserError(f"--warmup_ratio {text} is not a share of the steps: use 0 to 0.99, or --warmup_steps")
-
-
-def translate_fsdp(args) -> None:
-    """Put what the words of ``args.fsdp`` mean, such as "full_shard auto_wrap", into ``args.fsdp_config``.
-
-    ``args.fsdp`` becomes True, or None where it is off.
-
-    Raises:
-        UserError: a word that FSDP2 does not know.
-    """
-    if args.fsdp in (None, False, "", "False", "false"):
-        args.fsdp = None
-    words = set() if args.fsdp in (None, True, "True", "true") else set(args.fsdp.split())
-    if unknown := words - {"full_shard", "shard_grad_op", "auto_wrap", "offload"}:
-        raise UserError(f"--fsdp {' '.join(sorted(unknown))} is not known: use --fsdp with configs/fsdp.json")
-    if words:
-        file = "fsdp_offload.json" if "offload" in words else "fsdp.json"
-        say(f'warning: --fsdp "{args.fsdp}" is now --fsdp --fsdp_config configs/{file}')
-        meant = {"reshard_after_forward": False} if "shard_grad_op" in words else {}
-        meant |= {"cpu_offload": True} if "offload" in words else {}
-        args.fsdp_config = meant | read_config(args.fsdp_config)
-    args.fsdp = args.fsdp and True
