@@ -16,8 +16,8 @@ Two processes on a CPU, as in `make demo`:
     torchrun --nproc_per_node=2 train.py --model_name_or_path MODEL --data_path ./alpaca_data.json --output_dir OUT \\
         --eval_fraction 0.1 --fsdp --fsdp_config configs/fsdp.json
 
-Flags can come from a file as well, YAML or JSON: --config FILE; those of the command line win. A finished run's
-training_receipt.json is such a file, and repeats that run into another --output_dir.
+--help_all shows the flags of transformers.TrainingArguments too. --config FILE reads flags from YAML or JSON (those of
+the command line win), or from a finished run's training_receipt.json, which repeats it into another --output_dir.
 To resume a run that was killed, add --resume_from_checkpoint auto to its command; the number of GPUs may differ.
 SIGTERM and SIGUSR1 make it save (not with --save_strategy no) and exit with 75, "try again", Ctrl-C with 130.
 """
@@ -59,7 +59,7 @@ from alpaca.common.shapes import has_several_turns
 from alpaca.common.text import counted, first_line
 from alpaca.inference.adapters import add_mean_rows, embedding_rows
 from alpaca.inference.load import load_model, load_tokenizer
-from alpaca.training import checkpoints, distributed, legacy_flags, lora, packing, receipt
+from alpaca.training import checkpoints, distributed, lora, packing, receipt
 from alpaca.training.checkpoints import check_fits, choose_checkpoint
 from alpaca.training.distributed import say
 from alpaca.training.evaluate import TokenMeanLoss
@@ -84,10 +84,10 @@ from alpaca.weights.checkpoint import check_model_folder
 DEFAULT_PAD_TOKEN, DEFAULT_EOS_TOKEN, DEFAULT_BOS_TOKEN, DEFAULT_UNK_TOKEN = "[PAD]", "</s>", "<s>", "<unk>"
 
 
-# Flags of the library that nothing reads in this script: it evaluates the loss alone, whenever there is held-out data.
+# Flags of the library without effect: the loss alone is evaluated, and the finished model is uploaded once.
 NO_EFFECT = {"do_train", "do_predict", "eval_on_start", "prediction_loss_only", "label_names", "include_for_metrics"}
 NO_EFFECT |= {"batch_eval_metrics", "eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"}
-NO_EFFECT |= {"remove_unused_columns", "length_column_name"}
+NO_EFFECT |= {"remove_unused_columns", "length_column_name", "hub_strategy", "hub_always_push"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -472,7 +472,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArgum
     known = {name for action in parser._actions for name in action.option_strings}  # argparse has no public list
     argv = flags.read(sys.argv[1:] if argv is None else argv, __file__, __doc__)
     try:
-        return parser.parse_args_into_dataclasses(legacy_flags.translate_flags(argv, known), look_for_args_file=False)
+        return parser.parse_args_into_dataclasses(flags.translate_flags(argv, known), look_for_args_file=False)
     except (ValueError, ImportError) as e:  # TrainingArguments' own checks
         raise UserError(" ".join(str(e).split())) from None
 

@@ -210,7 +210,7 @@ def only_process(folder: str | os.PathLike) -> Iterator[None]:
     Raises:
         UserError: another process is in its block; the message has its id.
     """
-    path = Path(folder) / ".lock"
+    path, made = Path(folder) / ".lock", not os.path.exists(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with open(path, "a+", encoding="utf-8") as file:
@@ -229,6 +229,8 @@ def only_process(folder: str | os.PathLike) -> Iterator[None]:
             finally:
                 with contextlib.suppress(OSError):
                     path.unlink()
+                    if made:
+                        path.parent.rmdir()  # if nothing was written there
 
 
 def _locked_folder(unfinished: Path, path: Path) -> int:

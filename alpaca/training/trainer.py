@@ -66,8 +66,6 @@ class ResumableTrainer(LoadingTrainer):
         if self.is_world_process_zero():
             checkpoints.set_aside_newer(Path(self.args.output_dir), checkpoint)
         self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub and self.is_world_process_zero():
-            say("note: push_to_hub uploads the finished model once, at the end, whatever hub_strategy says")
         self._stop = stop = StopOnSignal()
         if self.args.save_strategy == "no":  # then a signal ends the process, as usual
             return super().train(**kwargs)

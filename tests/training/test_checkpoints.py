@@ -124,7 +124,7 @@ def test_a_run_killed_in_a_save_equals_an_uninterrupted_one(model, data, whole, 
     out = tmp_path / "out"
     argv = [sys.executable, "-c", KILL_IN_SAVE, *map(str, arguments(model, data, out, "--save_total_limit", 1))]
     assert subprocess.run(argv, cwd=ROOT, stdout=subprocess.DEVNULL).returncode == -signal.SIGKILL
-    assert sorted(path.name for path in out.iterdir()) == [".saving", "checkpoint-2"]
+    assert sorted(path.name for path in out.iterdir()) == [".lock", ".saving", "checkpoint-2"]
     assert (out / ".saving" / "checkpoint-3" / "optimizer.pt").exists()
     run(model, data, out, "--resume_from_checkpoint", "auto")
     assert f"resuming from {out}/checkpoint-2" in capsys.readouterr().out

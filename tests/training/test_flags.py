@@ -42,8 +42,8 @@ def test_the_names_read_from_sources_are_those_of_the_classes():
     for each in classes:
         names = set(each.__annotations__) if each is train.TrainingArguments else set(each.__dataclass_fields__)
         assert own[each.__name__].keys() == names
-    assert own["DataArguments"]["eval_fraction"].default == "0.0"
-    assert own["ModelArguments"]["model_name_or_path"].about == "Folder or hub name of the base model."
+    assert own["DataArguments"]["eval_fraction"][:2] == ("float", "0.0")
+    assert own["ModelArguments"]["model_name_or_path"][2] == "Folder or hub name of the base model."
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_help_shows_the_own_flags_alone_and_examples_that_can_be_pasted():
     own = {name for group in flags.own_flags(TRAIN).values() for name in group}
     assert shown == own
     every = run_script("train.py", "--help_all").stdout
-    assert every.startswith(result.stdout.removesuffix("[]\n").rpartition("\n\n--help_all")[0])
+    assert every.startswith(result.stdout.removesuffix("[]\n"))
     shown = [line.split()[0][2:] for line in every.splitlines() if line.startswith("    --")]
     assert len(shown) == len(set(shown)) and set(shown) == own | flags.library_flags().keys()
 
