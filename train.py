@@ -16,6 +16,8 @@ Two processes on a CPU, as in `make demo`:
     torchrun --nproc_per_node=2 train.py --model_name_or_path MODEL --data_path ./alpaca_data.json --output_dir OUT \\
         --eval_fraction 0.1 --fsdp --fsdp_config configs/fsdp.json
 
+--help_all shows the flags of transformers.TrainingArguments too. --config FILE reads flags from YAML or JSON (those of
+the command line win), or from a finished run's training_receipt.json, which repeats it into another --output_dir.
 To resume a run that was killed, add --resume_from_checkpoint auto to its command; the number of GPUs may differ.
 SIGTERM and SIGUSR1 make it save (not with --save_strategy no) and exit with 75, "try again", Ctrl-C with 130.
 """
@@ -28,25 +30,36 @@ import json
 import math
 import os
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Sized
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from alpaca import UserError
+from alpaca.common import cli
+from alpaca.training import flags
+
+if __name__ == "__main__":  # --help and mistakes are answered before torch is imported, which takes seconds
+    try:
+        flags.read(sys.argv[1:], __file__, __doc__, ("model_name_or_path", "data_path", "output_dir"))
+    except UserError as e:
+        cli.fail(e)
+
 import torch
 import transformers
+from huggingface_hub import HfApi
 from transformers.integrations import get_reporting_integration_callbacks
 
-from alpaca import RankError, UserError
 from alpaca.chat_template import before_template, chat_template, end_token, mark_trained, without_system
-from alpaca.common import cli
-from alpaca.common.files import check_writable
+from alpaca.common.files import check_writable, only_process
 from alpaca.common.records import load_records
 from alpaca.common.shapes import has_several_turns
-from alpaca.common.text import counted, printable
+from alpaca.common.text import counted, first_line
 from alpaca.inference.adapters import add_mean_rows, embedding_rows
 from alpaca.inference.load import load_model, load_tokenizer
-from alpaca.training import distributed, legacy_flags, lora, packing, receipt
+from alpaca.training import checkpoints, distributed, lora, packing, receipt
 from alpaca.training.checkpoints import check_fits, choose_checkpoint
 from alpaca.training.distributed import say
 from alpaca.training.evaluate import TokenMeanLoss
@@ -69,6 +82,12 @@ from alpaca.weights.checkpoint import check_model_folder
 
 # What a LLaMA tokenizer calls them. A missing one may be None or "" (some conversions of LLaMA have "").
 DEFAULT_PAD_TOKEN, DEFAULT_EOS_TOKEN, DEFAULT_BOS_TOKEN, DEFAULT_UNK_TOKEN = "[PAD]", "</s>", "<s>", "<unk>"
+
+
+# Flags of the library without effect: the loss alone is evaluated, and the finished model is uploaded once.
+NO_EFFECT = {"do_train", "do_predict", "eval_on_start", "prediction_loss_only", "label_names", "include_for_metrics"}
+NO_EFFECT |= {"batch_eval_metrics", "eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"}
+NO_EFFECT |= {"remove_unused_columns", "length_column_name", "hub_strategy", "hub_always_push"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,12 +147,13 @@ class TrainingArguments(transformers.TrainingArguments):
     skip_save_rehearsal: bool = _flag(False, "Do not save, reload and resume a step before the first one.")
 
     def __post_init__(self):
+        # As given: what follows, here and in the library, depends on the machine.
+        self.given = receipt.without_secrets({field.name: getattr(self, field.name) for field in fields(self)})
         if not 0 <= self.gpu_hour_price < math.inf:  # NaN fails too
             raise UserError(f"--gpu_hour_price {self.gpu_hour_price} is not a price: use dollars, as in 2.5")
         if self.report_to is None:
             self.report_to = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
         self.remove_unused_columns = False  # a batch without padding has columns that no model names
-        legacy_flags.translate_fsdp(self)
         distributed.before_init(self)
         super().__post_init__()
         distributed.after_init(self)
@@ -141,8 +161,6 @@ class TrainingArguments(transformers.TrainingArguments):
 
 def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
     """Raise UserError for arguments that cannot work, before anything is read or loaded."""
-    if not (model_args.model_name_or_path and data_args.data_path and args.output_dir):
-        raise UserError("--model_name_or_path, --data_path and --output_dir are needed (--help shows an example)")
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")
@@ -150,10 +168,16 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
         raise UserError("--model_max_length must leave room for a prompt and an answer: 512 is the recipe's")
     if not 0 <= args.learning_rate < math.inf:  # NaN fails too
         raise UserError(f"--learning_rate {args.learning_rate} is not a rate: 2e-5 is the recipe's for 7B")
+    if not (args.max_steps > 0 or (args.max_steps == -1 and args.num_train_epochs > 0)):  # NaN fails too
+        raise UserError("--max_steps or --num_train_epochs must be above 0: --preflight_only checks without training")
     if data_args.eval_data_path and data_args.eval_fraction:
         raise UserError("--eval_data_path and --eval_fraction both set held-out data: drop one of them")
     if args.eval_strategy != "no" and not (data_args.eval_data_path or data_args.eval_fraction):
         raise UserError("--eval_strategy needs held-out data: --eval_data_path or --eval_fraction")
+    if args.metric_for_best_model not in (None, "loss", "eval_loss"):
+        raise UserError(f"--metric_for_best_model {args.metric_for_best_model} is not measured: use loss")
+    if args.save_strategy == "best" and (args.eval_strategy == "no" or not args.metric_for_best_model):
+        raise UserError("--save_strategy best needs --metric_for_best_model loss and an --eval_strategy")
     if data_args.packing and data_args.padding == "longest":
         raise UserError("--packing puts examples into one row, and --padding longest does not: drop one of them")
     if data_args.packing and args.train_sampling_strategy == "group_by_length":
@@ -175,11 +199,46 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
             reporter()
         if not any(name in str(args.optim) for name in ("galore", "apollo", "lomo")):  # those need the model
             transformers.Trainer.get_optimizer_cls_and_kwargs(args)
-    except (ImportError, RuntimeError, ValueError, AssertionError) as e:
+        anything = torch.optim.SGD([torch.zeros(1, requires_grad=True)], args.learning_rate)
+        warmup, schedule = args.get_warmup_steps(1000), args.lr_scheduler_type
+        transformers.get_scheduler(schedule, anything, warmup, 1000, args.lr_scheduler_kwargs)
+    except (ImportError, RuntimeError, ValueError, TypeError, AssertionError, ArithmeticError) as e:
         raise UserError(" ".join(str(e).split())) from None
     check_writable(args.output_dir, "--output_dir")
     if os.path.exists(model_args.model_name_or_path) or model_args.model_name_or_path.startswith((".", "/")):
         check_model_folder(model_args.model_name_or_path, "--model_name_or_path")
+    check_not_quantized(model_args.model_name_or_path, args.cache_dir)
+    if args.push_to_hub and args.process_index == 0:
+        try:
+            HfApi(token=args.hub_token).whoami()
+        except Exception as e:  # whatever the network does
+            raise UserError(
+                f"--push_to_hub needs the hub ({first_line(e)}): check the network, hf auth login"
+            ) from None
+    for entry in fields(args):
+        if entry.name in NO_EFFECT and args.given[entry.name] not in (entry.default, []):
+            say(f"warning: --{entry.name} has no effect here")
+
+
+def check_not_quantized(model: str, cache_dir: str | None) -> None:
+    """Raise UserError if the config of a folder or a hub's model says that its weights are quantized."""
+    try:
+        config, _ = transformers.PretrainedConfig.get_config_dict(model, cache_dir=cache_dir)
+    except Exception:  # whatever is wrong with it: what loads it says so
+        return
+    if quantization := config.get("quantization_config"):
+        method = str(dict(quantization).get("quant_method", "an unknown method"))
+        cure = "give the unquantized one (--load_in_4bit with --lora_r quantizes it while it is loaded)"
+        raise UserError(f"--model_name_or_path {model} is quantized ({method}): {cure}")
+
+
+def check_batch_count(rows: Sized, args: TrainingArguments) -> None:
+    """Raise UserError if --dataloader_drop_last leaves no batch."""
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and len(rows) < batch:
+        raise UserError(
+            f"--dataloader_drop_last leaves nothing: {len(rows)} examples, {batch} in a batch: drop the flag"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -321,11 +380,20 @@ def load_base(
 
 
 def train(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
-    """Fine-tune: arguments → records → model → examples → checks and rehearsal → fit → finish."""
+    """Check the arguments, and fine-tune if no other run is at work in the output folder."""
     check_arguments(model_args, data_args, training_args)
+    with only_process(training_args.output_dir) if training_args.process_index == 0 else nullcontext():
+        fine_tune(model_args, data_args, training_args)
+
+
+def fine_tune(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
+    """Records → model → examples → checks and rehearsal → fit → finish."""
     checkpoint = choose_checkpoint(training_args.resume_from_checkpoint, Path(training_args.output_dir))
+    if checkpoint:
+        checkpoints.check_arguments(checkpoint, training_args.given)
     seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
     train_records, eval_records = load_data(data_args, seed)
+    check_batch_count(train_records, training_args)
     begun = receipt.begin(data_args.data_path, data_args.eval_data_path)
 
     base, max_length, cache = model_args.model_name_or_path, training_args.model_max_length, training_args.cache_dir
@@ -353,6 +421,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     held_out = SupervisedDataset(eval_records, tokenizer, max_length, "held-out") if eval_records else None
     say("\n".join(dataset.summary for dataset in (examples, held_out) if dataset))
     rows, collator, self_check = make_batches(model, examples, tokenizer.pad_token_id, data_args, training_args)
+    check_batch_count(rows, training_args)
     trainer = Trainer(
         model=model,
         args=training_args,
@@ -369,7 +438,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
 
     training_args.eval_on_start = held_out is not None  # "before", to compare with
     trainer.train(resume_from_checkpoint=checkpoint)
-    finish(trainer, load, begun, {**vars(model_args), **vars(data_args), **training_args.to_dict()})
+    finish(trainer, load, begun, {**vars(model_args), **vars(data_args), **training_args.given})
 
 
 def finish(trainer: Trainer, load, begun: dict, arguments: dict) -> None:
@@ -392,22 +461,18 @@ def finish(trainer: Trainer, load, begun: dict, arguments: dict) -> None:
 
 
 class ArgumentParser(transformers.HfArgumentParser):
-    """HfArgumentParser with errors of one line: without this, an unknown flag prints all 300 known ones."""
+    """HfArgumentParser with errors of one line."""
 
     def error(self, message: str):
         raise UserError(f"{message} (--help lists the flags)")
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
-    parser = ArgumentParser((ModelArguments, DataArguments, TrainingArguments), description=__doc__, allow_abbrev=False)
+    parser = ArgumentParser((ModelArguments, DataArguments, TrainingArguments), allow_abbrev=False)
     known = {name for action in parser._actions for name in action.option_strings}  # argparse has no public list
-    argv = legacy_flags.translate_flags(sys.argv[1:] if argv is None else argv, known)
-    for token in argv:
-        flag = token.split("=")[0]
-        if flag.startswith("--") and flag not in known:
-            raise cli.unknown_flag(flag[2:], sorted(name[2:] for name in known))
+    argv = flags.read(sys.argv[1:] if argv is None else argv, __file__, __doc__)
     try:
-        return parser.parse_args_into_dataclasses(args=argv)
+        return parser.parse_args_into_dataclasses(flags.translate_flags(argv, known), look_for_args_file=False)
     except (ValueError, ImportError) as e:  # TrainingArguments' own checks
         raise UserError(" ".join(str(e).split())) from None
 
@@ -420,9 +485,7 @@ def main() -> None:
         code = e.code
         say(str(e))
     except UserError as e:
-        # Under torchrun each process finds the same error, and one on each node reports it, unless only one may know.
-        here = int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(e, RankError)
-        sys.exit("error: " + printable(str(e)) if here else 1)  # it may quote a stranger's file
+        cli.fail(e)
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as e:

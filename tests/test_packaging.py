@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import logging
 import re
 import shutil
 import subprocess
@@ -140,3 +142,15 @@ def test_a_script_without_the_environment_says_what_to_activate_or_install(scrip
     argv = ["--model_path", "m"] if script == "chat.py" else ["--help"]  # its help needs no library
     result = run_script("-S", script, *argv)  # -S: no site-packages
     assert_one_line_error(result, " has no ", "source .venv/bin/activate", "pip install -r requirements.txt")
+
+
+def test_one_harmless_warning_of_bitsandbytes_is_silenced_and_no_other():
+    """It has that warning as it is imported, on a CPU with avx512_bf16."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+
+    def shown(message: str) -> bool:
+        return bool(logger.filter(logger.makeRecord(logger.name, logging.WARNING, "", 0, message, (), None)))
+
+    importlib.import_module("alpaca.common.environment")
+    assert not shown("Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please make sure …")
+    assert shown("Failed to load the CPU library")

@@ -7,6 +7,7 @@ import difflib
 import errno
 import inspect
 import math
+import os
 import re
 import socket
 import sys
@@ -14,8 +15,9 @@ import textwrap
 import typing
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NoReturn
 
-from alpaca import UserError
+from alpaca import RankError, UserError
 from alpaca.common.text import printable
 
 Commands = Callable | dict[str, Callable]  # a function, or several by the names of their tasks
@@ -44,8 +46,8 @@ def run_cli(commands: Commands) -> None:
             sys.exit(0)
         function, arguments = call
         function(**arguments)
-    except UserError as e:  # it may quote a stranger's file
-        sys.exit(f"error: {printable(str(e))}")
+    except UserError as e:
+        fail(e)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
@@ -152,6 +154,21 @@ def _documented(function: Callable) -> tuple[str, str, dict[str, str]]:
     first, _, rest = re.split(r"\n(?=(?:Returns|Raises|Yields):\n)", about)[0].strip().partition("\n")
     arguments = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", re.split(r"\n(?=\S)", sections)[0], re.M)
     return first, rest.strip(), {name: " ".join(text.split()) for name, text in arguments}
+
+
+def say(message: str) -> None:
+    """Print on the first process of a run alone."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(message, flush=True)
+
+
+def fail(e: UserError) -> NoReturn:
+    """Exit with ``error: …``. All processes of a run meet the same error, and the first of a node reports it.
+
+    A RankError may be of this process alone, and so reports it whichever it is.
+    """
+    here = int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(e, RankError)
+    sys.exit(f"error: {printable(str(e))}" if here else 1)  # it may quote a stranger's file
 
 
 def unknown_flag(name: str, known: Iterable[str]) -> UserError:

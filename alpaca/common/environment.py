@@ -1,7 +1,11 @@
 """Imported by each script before any library: if one is missing, a line says what to activate or install."""
 
+import logging
 import sys
 from pathlib import Path
+
+# bitsandbytes, which peft imports, warns on any CPU that it has not downloaded a faster kernel for 4-bit weights.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 
 
 def _explain(kind, error, trace) -> None:

@@ -10,6 +10,7 @@ import io
 import os
 import re
 import shutil
+import socket
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -200,6 +201,36 @@ def try_lock(descriptor: int) -> bool:
     except OSError as e:
         return e.errno not in (errno.EWOULDBLOCK, errno.EACCES)
     return True
+
+
+@contextlib.contextmanager
+def only_process(folder: str | os.PathLike) -> Iterator[None]:
+    """Make a folder, and keep other processes that call this away from it until the block, or the process, ends.
+
+    Raises:
+        UserError: another process is in its block; the message has its id.
+    """
+    path, made = Path(folder) / ".lock", not os.path.exists(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with open(path, "a+", encoding="utf-8") as file:
+            if not try_lock(file.fileno()):
+                file.seek(0)
+                raise UserError(
+                    f"another run writes to {folder} ({file.read()}): wait for it, or choose another folder"
+                )
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                continue  # the file of a process that has just ended and removed it
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            try:
+                return (yield)
+            finally:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                    if made:
+                        path.parent.rmdir()  # if nothing was written there
 
 
 def _locked_folder(unfinished: Path, path: Path) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import os
 import re
 import traceback
@@ -29,6 +30,10 @@ STAGING = ".saving"  # in the output folder: what is not complete yet
 REHEARSAL = ".save-rehearsal"  # in the output folder: what the rehearsal saves, on the file system of the run
 MANIFEST = "checkpoint.json"  # each file of a checkpoint with its size, and what wrote it
 ABANDONED = "abandoned-"  # prefix of checkpoints of a branch that was left
+# Arguments that the states of optimizer and schedule in a checkpoint override (torch 2.13), and some that may differ.
+RESTORED = {"learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args"}
+RESTORED |= {"optim_target_modules", "lr_scheduler_type", "lr_scheduler_kwargs"}
+OF_A_SESSION = {"output_dir", "resume_from_checkpoint", "preflight_only", "skip_save_rehearsal", "gpu_hour_price"}
 # Folders of torch.distributed.checkpoint under FSDP, as accelerate names them: each rank writes its own shard.
 SHARDED_MODEL, SHARDED_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
 
@@ -162,6 +167,27 @@ def choose_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
         cure = f"resume from {newest}, which is complete" if newest else "the folder beside it has no complete one"
         raise UserError(f"{resume} is not a complete checkpoint ({missing}): {cure}")
     return Path(resume)
+
+
+def check_arguments(checkpoint: Path, arguments: dict) -> None:
+    """Compare a run's arguments with those that a checkpoint was trained with; print those that change.
+
+    Raises:
+        UserError: the states of optimizer and schedule, which the checkpoint brings back, would override some.
+    """
+    there = read_json(checkpoint / MANIFEST).get("arguments") if (checkpoint / MANIFEST).exists() else None
+    if there is None:  # written by a plain Trainer, or an earlier version
+        return
+    here = json.loads(json.dumps(arguments))
+    names = [name for name in there.keys() & here.keys() - OF_A_SESSION if there[name] != here[name]]
+    changes = {name: f"{name} {there[name]} (now {here[name]})" for name in sorted(names)}
+    if kept := [what for name, what in changes.items() if name in RESTORED]:
+        raise UserError(
+            f"{checkpoint} was trained with {', '.join(kept)}, which its optimizer and schedule keep: give the same "
+            "again, or start a new run in another folder"
+        )
+    if changes:
+        say(f"note: {checkpoint.name} was trained with {', '.join(changes.values())}: obeyed from here on")
 
 
 def data_facts(dataset: Sequence, seed: int) -> dict:

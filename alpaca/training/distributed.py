@@ -15,21 +15,18 @@ import torch
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
 
 from alpaca import UserError
+from alpaca.common.cli import say
 from alpaca.weights.checkpoint import read_json
-
-
-def say(message: str) -> None:
-    """Print on the first process alone."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(message, flush=True)
 
 
 def before_init(args) -> None:
     """Settle on ``args`` what the library would refuse, ignore, or do by halves.
 
     Raises:
-        UserError: bf16 on a GPU without it; FSDP with one process; DeepSpeed without torchrun or the package.
+        UserError: bf16 on a GPU without it; FSDP with one process, or in words that FSDP2 does not know; DeepSpeed
+            without torchrun or the package.
     """
+    _translate_fsdp(args)
     gpu = torch.accelerator.is_available() and not args.use_cpu
     if args.tf32 and not (gpu and is_torch_tf32_available()):
         say("warning: tf32 is ignored: it needs an NVIDIA GPU, Ampere or newer")
@@ -62,6 +59,28 @@ def after_init(args) -> None:
         args.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
         )
+
+
+def _translate_fsdp(args) -> None:
+    """Put what the words of ``args.fsdp`` mean, such as "full_shard auto_wrap", into ``args.fsdp_config``.
+
+    ``args.fsdp`` becomes True, or None where it is off.
+
+    Raises:
+        UserError: a word that FSDP2 does not know.
+    """
+    if args.fsdp in (None, False, "", "False", "false"):
+        args.fsdp = None
+    words = set() if args.fsdp in (None, True, "True", "true") else set(args.fsdp.split())
+    if unknown := words - {"full_shard", "shard_grad_op", "auto_wrap", "offload"}:
+        raise UserError(f"--fsdp {' '.join(sorted(unknown))} is not known: use --fsdp with configs/fsdp.json")
+    if words:
+        file = "fsdp_offload.json" if "offload" in words else "fsdp.json"
+        say(f'warning: --fsdp "{args.fsdp}" is now --fsdp --fsdp_config configs/{file}')
+        meant = {"reshard_after_forward": False} if "shard_grad_op" in words else {}
+        meant |= {"cpu_offload": True} if "offload" in words else {}
+        args.fsdp_config = meant | read_config(args.fsdp_config)
+    args.fsdp = args.fsdp and True
 
 
 def _set_up_fsdp(args, gpu: bool) -> None:

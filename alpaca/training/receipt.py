@@ -13,7 +13,6 @@ import platform
 import re
 import statistics
 import subprocess
-import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -107,17 +106,6 @@ def without_secrets(value):
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
-def command_without_secrets(argv: list[str]) -> str:
-    """Return the command line with the value of each secret flag as ``…``."""
-    shown, hide = [], False
-    for word in argv:
-        flag, has_value, _ = word.partition("=")
-        secret = flag.startswith("--") and bool(SECRET.search(flag))
-        shown.append("…" if hide else f"{flag}=…" if secret and has_value else word)
-        hide = secret and not has_value
-    return " ".join(shown)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The receipt.
 
@@ -165,7 +153,6 @@ def collect(begun: dict, trainer, arguments: dict, examples: tuple[int, int]) ->
             "eval": held_out | {"examples": examples[1]} if examples[1] else None,
         },
         "git": begun["git"],
-        "command": command_without_secrets(sys.argv),
         "arguments": without_secrets(arguments),
         "seed": args.seed,
         "world_size": args.world_size,

@@ -46,6 +46,10 @@ class ResumableTrainer(LoadingTrainer):
 
     def __init__(self, model, *args, **kwargs):
         self._use_cache = getattr(model.config, "use_cache", True)  # the library turns it off for training
+        if tied := getattr(model, "all_tied_weights_keys", None):
+            # Private (5.17 to 5.23): what need not be in a checkpoint. Without this, FSDP, which gathers a tied output
+            # embedding as a tensor of its own, stores it twice, and a resumed run warns that it is missing.
+            model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *tied}
         super().__init__(model, *args, **kwargs)
         self._staging: Path | None = None
         self._saved_step = -1
@@ -62,8 +66,6 @@ class ResumableTrainer(LoadingTrainer):
         if self.is_world_process_zero():
             checkpoints.set_aside_newer(Path(self.args.output_dir), checkpoint)
         self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub and self.is_world_process_zero():
-            say("note: push_to_hub uploads the finished model once, at the end, whatever hub_strategy says")
         self._stop = stop = StopOnSignal()
         if self.args.save_strategy == "no":  # then a signal ends the process, as usual
             return super().train(**kwargs)
@@ -226,6 +228,7 @@ class ResumableTrainer(LoadingTrainer):
             "world_size": ranks,
             "examples_per_step": self._examples_per_step(),
             "data": self._data,
+            "arguments": getattr(self.args, "given", None),  # train.py's
             "files": {str(path.relative_to(unfinished)): path.stat().st_size for path in files},
         }
         (unfinished / checkpoints.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -244,12 +247,6 @@ class ResumableTrainer(LoadingTrainer):
                 shutil.rmtree(path, ignore_errors=True)
 
     # The result.
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Under FSDP a tied output embedding is gathered as a tensor of its own, and would be stored twice."""
-        for name in getattr(self.model, "all_tied_weights_keys", {}) if state_dict else ():
-            state_dict.pop(name, None)
-        super()._save(output_dir, state_dict)
 
     def save_whole_model(self, output_dir: Path, write: Callable[[Path], None] | None = None) -> None:
         """Write a folder that ``from_pretrained`` reads, gathered tensor by tensor in CPU memory on rank 0.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import sys
 
 import pytest
@@ -231,7 +232,6 @@ def test_bad_input_is_one_line(tiny_llama, tmp_path, monkeypatch):
     for argv, words in (
         (["train.py", "--learning_rat", "1"], ["--learning_rat", "did you mean --learning_rate"]),
         (["train.py", "--learning_rate", "fast"], ["--learning_rate"]),
-        (["train.py"], ["--model_name_or_path, --data_path and --output_dir are needed"]),
         (arguments(tmp_path / "none", data, tmp_path / "o"), ["does not exist"]),
         (arguments(tiny_llama, data, tmp_path / "o", "--fsdp"), ["torchrun"]),
     ):
@@ -255,14 +255,42 @@ def test_bad_input_is_one_line(tiny_llama, tmp_path, monkeypatch):
         (("--eval_fraction", "0.1", "--eval_data_path", "d.json"), "drop one of them"),
         (("--packing", "True", "--train_sampling_strategy", "group_by_length"), "--packing makes rows of one length"),
         (("--packing", "True", "--padding", "longest"), "drop one of them"),
+        (("--max_steps", "-1", "--num_train_epochs", "0"), "--num_train_epochs must be above 0"),
+        (("--max_steps", "0"), "--max_steps or"),  # to the library 0 steps are as many as the epochs have
+        (("--lr_scheduler_type", "cosine_with_min_lr"), "min_lr"),
+        (("--lr_scheduler_type", "cosine", "--lr_scheduler_kwargs", '{"min_lr": 1e-6}'), "min_lr"),
+        (("--metric_for_best_model", "accuracy"), "accuracy is not measured: use loss"),
+        (("--save_strategy", "best", "--metric_for_best_model", "loss"), "--save_strategy best needs"),
+        (("--dataloader_drop_last", "True", "--per_device_train_batch_size", "25"), "24 examples, 25 in a batch"),
+        (("--push_to_hub", "True"), "--push_to_hub needs the hub"),  # conftest.py: offline
     ],
 )
-def test_flags_that_cannot_be_had_are_refused_in_one_line(flags, words, tiny_llama, tmp_path):
+def test_flags_that_cannot_be_had_are_refused_in_one_line(flags, words, tiny_llama, tmp_path, monkeypatch):
+    """Before the model is loaded."""
+    monkeypatch.delattr(train, "load_model")
     data = write_data(tmp_path / "data.json")
     argv = [*map(str, arguments(tiny_llama, data, tmp_path / "o")[1:]), *flags]
     with pytest.raises(UserError, match=re.escape(words)) as error:
         train.train(*train.parse_args(argv))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq"])
+def test_a_quantized_model_is_refused_by_its_method(method, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.delattr(train, "load_model")
+    shutil.copytree(tiny_llama, tmp_path / "quantized")
+    config = json.loads((tiny_llama / "config.json").read_text()) | {"quantization_config": {"quant_method": method}}
+    (tmp_path / "quantized" / "config.json").write_text(json.dumps(config))
+    argv = [*map(str, arguments(tmp_path / "quantized", write_data(tmp_path / "data.json"), tmp_path / "o")[1:])]
+    with pytest.raises(UserError, match=rf"is quantized \({method}\): give the unquantized one"):
+        train.train(*train.parse_args(argv))
+
+
+def test_a_flag_of_the_library_that_does_nothing_here_is_reported(tiny_llama, tmp_path, capsys):
+    argv = arguments(tiny_llama, write_data(tmp_path / "data.json"), tmp_path / "o", "--do_train", "--do_predict")[1:]
+    train.check_arguments(*train.parse_args([*map(str, argv)]))
+    warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert sorted(warned) == [f"warning: --{name} has no effect here" for name in ("do_predict", "do_train")]
 
 
 def test_a_broken_record_is_named_by_its_number(tiny_llama, tmp_path):

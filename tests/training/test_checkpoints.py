@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import re
@@ -12,12 +13,13 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
-from conftest import ROOT, make_records, torchrun
+from conftest import ROOT, assert_user_error, make_records, torchrun
 from safetensors.torch import load_file
 
 import train
@@ -122,7 +124,7 @@ def test_a_run_killed_in_a_save_equals_an_uninterrupted_one(model, data, whole, 
     out = tmp_path / "out"
     argv = [sys.executable, "-c", KILL_IN_SAVE, *map(str, arguments(model, data, out, "--save_total_limit", 1))]
     assert subprocess.run(argv, cwd=ROOT, stdout=subprocess.DEVNULL).returncode == -signal.SIGKILL
-    assert sorted(path.name for path in out.iterdir()) == [".saving", "checkpoint-2"]
+    assert sorted(path.name for path in out.iterdir()) == [".lock", ".saving", "checkpoint-2"]
     assert (out / ".saving" / "checkpoint-3" / "optimizer.pt").exists()
     run(model, data, out, "--resume_from_checkpoint", "auto")
     assert f"resuming from {out}/checkpoint-2" in capsys.readouterr().out
@@ -270,6 +272,7 @@ def hub(monkeypatch):
         commits.append({"folder": str(folder_path)})
 
     monkeypatch.setattr(train.Trainer, "init_hf_repo", lambda self, **kwargs: setattr(self, "hub_model_id", "me/model"))
+    monkeypatch.setattr(huggingface_hub.HfApi, "whoami", lambda self: {"name": "me"})
     monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", create_commit)
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
     return commits
@@ -304,6 +307,87 @@ def test_an_upload_that_fails_says_that_the_model_is_whole(model, data, tmp_path
     with pytest.raises(UserError, match="no route to host.*is complete: hf upload me/model .* --exclude '[*]/[*]'"):
         run(model, data, tmp_path, "--push_to_hub", "True", "--max_steps", 1, "--save_strategy", "no")
     assert (tmp_path / "model.safetensors").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resumed with other arguments.
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--learning_rate", "1e-3"), "learning_rate 0.01 (now 0.001)"),
+        (("--weight_decay", "0.1", "--adam_beta2", "0.9"), "adam_beta2 0.999 (now 0.9), weight_decay 0.0 (now 0.1)"),
+        (("--adam_epsilon", "1e-6"), "adam_epsilon 1e-08 (now 1e-06)"),
+        (("--optim", "sgd"), "optim adamw_torch_fused (now sgd)"),
+        (("--lr_scheduler_type", "cosine"), "lr_scheduler_type linear (now cosine)"),
+    ],
+)
+def test_arguments_that_a_checkpoint_overrides_are_refused_with_both_values(
+    model, data, interrupted, monkeypatch, flags, words
+):
+    monkeypatch.delattr(train, "load_model")  # before it is needed
+    resume = ("--resume_from_checkpoint", "auto", *flags)
+    assert_user_error(lambda: run(model, data, interrupted, *resume), "checkpoint-2 was trained with", words)
+    assert [path.name for path in checkpoints.newest_first(interrupted)] == ["checkpoint-2", "checkpoint-1"]
+
+
+def test_a_longer_run_is_reported_and_follows_the_new_schedule(model, data, whole, interrupted, capsys):
+    run(model, data, interrupted, "--resume_from_checkpoint", "auto", "--max_steps", 10)
+    out = capsys.readouterr().out
+    assert "note: checkpoint-2 was trained with max_steps 5 (now 10): obeyed from here on" in out
+    log = json.loads((interrupted / "trainer_state.json").read_text())["log_history"]
+    rates = {entry["step"]: entry["learning_rate"] for entry in log if "learning_rate" in entry}
+    assert [rates[step] for step in (1, 4, 10)] == pytest.approx([1e-2, 7e-3, 1e-3])  # 4: 1e-2 * (10 - 3) / 10
+
+
+def test_a_checkpoint_of_the_same_arguments_or_of_none_is_resumed_without_a_word(whole, interrupted, capsys):
+    manifest = json.loads((interrupted / "checkpoint-2" / "checkpoint.json").read_text())
+    given = manifest["arguments"]
+    assert given["learning_rate"] == 1e-2 and not any(name.endswith("token") for name in given)
+    checkpoints.check_arguments(interrupted / "checkpoint-2", given | {"resume_from_checkpoint": "auto"})
+    del manifest["arguments"]
+    (interrupted / "checkpoint-2" / "checkpoint.json").write_text(json.dumps(manifest))
+    checkpoints.check_arguments(interrupted / "checkpoint-2", given | {"learning_rate": 1.0})
+    assert capsys.readouterr().out == ""
+
+
+def test_a_tied_model_is_resumed_without_a_warning(tiny_opt, data, tmp_path, caplog, monkeypatch):
+    run(tiny_opt, data, tmp_path / "a", "--max_steps", 2)
+    shutil.copytree(tmp_path / "a" / "checkpoint-1", tmp_path / "b" / "checkpoint-1")
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level("WARNING", logger="transformers")
+    run(tiny_opt, data, tmp_path / "b", "--max_steps", 2, "--resume_from_checkpoint", "auto")
+    assert "missing keys" not in caplog.text
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert "lm_head.weight" not in a and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two runs, one folder.
+
+
+def test_a_second_run_ends_at_once_until_the_first_is_killed(model, data, interrupted):
+    code = f"""
+from alpaca.common.files import only_process
+with only_process({str(interrupted)!r}):
+    print("locked", flush=True)
+    input()
+"""
+    resume = (model, data, interrupted, "--resume_from_checkpoint", "auto")
+    first = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert first.stdout.readline() == b"locked\n"
+        before = sorted(interrupted.rglob("*"))
+        for second in (partial(run, *resume), partial(run, *resume, "--preflight_only", "True")):
+            assert_user_error(second, "another run writes to", f"process {first.pid} on ")
+        assert sorted(interrupted.rglob("*")) == before
+    finally:
+        first.kill()
+        first.communicate()
+    run(*resume, "--preflight_only", "True")
+    run(*resume)
+    assert not (interrupted / ".lock").exists() and (interrupted / "model.safetensors").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

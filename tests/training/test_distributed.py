@@ -1,4 +1,4 @@
-"""distributed, legacy_flags, configs/, runs/: the original's commands run, families train, bad input is refused."""
+"""distributed, flags of 2023, configs/, runs/: the original's commands run, families train, bad input is refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from conftest import ROOT, make_records, torchrun
 
 import train
 from alpaca import UserError
-from alpaca.training import distributed, legacy_flags
+from alpaca.training import distributed, flags
 
 COMMON = (
     "--model_name_or_path {model} --data_path {data} --bf16 True --output_dir {out} --num_train_epochs 3 "
@@ -106,30 +106,26 @@ def test_the_originals_commands_parse_and_say_each_change_once(command, two_proc
     ],
 )
 def test_a_flag_of_2023_becomes_todays_with_one_warning(old, new, capsys):
-    assert legacy_flags.translate_flags(shlex.split(old), set()) == new
+    assert flags.translate_flags(shlex.split(old), set()) == new
     said = capsys.readouterr().out.splitlines()
-    changed = [
-        word
-        for word in re.findall(r"--(\w+)", old)
-        if word in legacy_flags.RENAMED | legacy_flags.SWITCHES | legacy_flags.REMOVED
-    ]
+    changed = [word for word in re.findall(r"--(\w+)", old) if word in flags.RENAMED | flags.SWITCHES | flags.REMOVED]
     assert len(said) == len(changed)
     for flag, line in zip(changed, said, strict=True):
         assert line.startswith(f"warning: --{flag} is ")
 
 
 def test_a_flag_that_the_library_still_has_is_left_alone(capsys):
-    assert legacy_flags.translate_flags(["--no_cuda", "True"], {"--no_cuda"}) == ["--no_cuda", "True"]
+    assert flags.translate_flags(["--no_cuda", "True"], {"--no_cuda"}) == ["--no_cuda", "True"]
     assert capsys.readouterr().out == ""
 
 
 def test_the_translated_flags_are_ones_that_the_library_refuses_and_their_successors_are_not():
     fields = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
-    assert not fields & (legacy_flags.RENAMED | legacy_flags.SWITCHES | legacy_flags.REMOVED).keys()
+    assert not fields & (flags.RENAMED | flags.SWITCHES | flags.REMOVED).keys()
     successors = {
-        *legacy_flags.RENAMED.values(),
-        *legacy_flags.INSTEAD.values(),
-        *(new for new, _ in legacy_flags.SWITCHES.values()),
+        *flags.RENAMED.values(),
+        *flags.INSTEAD.values(),
+        *(new for new, _ in flags.SWITCHES.values()),
     }
     assert successors <= fields
 
@@ -137,7 +133,7 @@ def test_the_translated_flags_are_ones_that_the_library_refuses_and_their_succes
 @pytest.mark.parametrize("ratio", ["3", "-0.1", "nan", "much"])
 def test_a_warm_up_ratio_that_is_not_a_ratio_is_refused(ratio):
     with pytest.raises(UserError, match="--warmup_ratio .* use 0 to 0.99, or --warmup_steps"):
-        legacy_flags.translate_flags(["--warmup_ratio", ratio], set())
+        flags.translate_flags(["--warmup_ratio", ratio], set())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
