@@ -257,7 +257,7 @@ def add_special_tokens(tokenizer, model) -> int:
         tokenizer.add_special_tokens(missing)
         say(f"note: the tokenizer lacked {', '.join(missing)}; added {', '.join(missing.values())}")
     add_mean_rows(model, len(tokenizer))
-    for config in (model.config, model.generation_config):
+    for config in (model.config, model.config.get_text_config(), model.generation_config):
         for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
             setattr(config, name, getattr(tokenizer, name))
     return len(tokenizer) - before
@@ -341,8 +341,9 @@ def make_batches(model, dataset, pad_token_id: int, data_args: DataArguments, tr
         collator.padding_free = False
         packing.set_attention(model, packing.library_attention(model))
 
-    smoothed = "--label_smoothing_factor needs the logits of prompts" if training_args.label_smoothing_factor else ""
-    if reason := smoothed or packing.use_segments(model):
+    needs = {"label_smoothing_factor": "needs the logits of prompts", "neftune_noise_alpha": "goes by a row's length"}
+    reasons = [f"--{name} {need}" for name, need in needs.items() if getattr(training_args, name)]
+    if reason := reasons[0] if reasons else packing.use_segments(model):
         say(f"warning: examples are padded, as with --padding longest: {reason}")
         fall_back(reason)
         return dataset, collator, None
@@ -365,7 +366,12 @@ def load_base(
     model_args, args, tokenizer, findings: list[Finding], template: tuple[str, bool], dtype=torch.float32, **options
 ):
     """Load the model to fine-tune, add what it or the tokenizer lacks, and extend ``findings``."""
-    model = load_model(model_args.model_name_or_path, dtype, cache_dir=args.cache_dir, **options)
+    dropped: list[str] = []
+    model = load_model(model_args.model_name_or_path, dtype, dropped, cache_dir=args.cache_dir, **options)
+    packing.weigh_router_loss(model)
+    if share := lora.freeze_other_senses(model):
+        dropped.append(f"what reads images or sound stays as it is ({share:.1%} of the parameters): the data is text")
+    findings += [Finding("note", what) for what in dropped]
     findings += examples_and_tokenizer.check_tokenizer(tokenizer, embedding_rows(model), model.config)
     raise_errors(findings)  # before rows are added that would hide them
     name, several = template
@@ -413,6 +419,7 @@ def fine_tune(model_args: ModelArguments, data_args: DataArguments, training_arg
         raise_errors(findings)
     model = load(**options)
     if training_args.lora_r:
+        findings += lora.check_coverage(model, training_args)
         model = lora.add_adapter(model, training_args)
     if checkpoint:
         check_fits(checkpoint, model)

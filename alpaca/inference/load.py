@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer
+from transformers.utils import cached_file
 
 from alpaca import UserError
 from alpaca.common.memory import as_text, available_bytes
@@ -20,13 +23,17 @@ from alpaca.common.text import first_line
 from alpaca.inference.adapters import base_of, is_adapter, merge_adapter
 from alpaca.inference.checks import check_model, odd_special_tokens
 from alpaca.prompts import prompt_ids
-from alpaca.weights.checkpoint import FLOATS, TOKENIZER, check_model_folder, read_json
+from alpaca.weights.checkpoint import FLOATS, TOKENIZER, CheckpointReader, check_model_folder, read_json
 
 
 def load_tokenizer(path: str | os.PathLike, **kwargs):
     """Return AutoTokenizer's tokenizer, which takes "</s>" in a text as text; raise UserError if it cannot be read."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **kwargs)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **kwargs)
+        except RecursionError:  # a LLaMA of the first days: its class has an old name, its special tokens are all ""
+            names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+            tokenizer = LlamaTokenizer.from_pretrained(path, **names, add_bos_token=True, **kwargs)
     except Exception as e:
         hub = "" if os.path.exists(path) else "this folder does not exist, and from the hub "
         raise UserError(f"{path}: {hub}the tokenizer cannot be loaded: {first_line(e)}") from None
@@ -49,11 +56,12 @@ def set_merges(tokenizer, merges: list[tuple[str, str]]) -> None:
         tokenizer._merges = merges
 
 
-def load_model(path: str | os.PathLike, dtype: torch.dtype | str, **kwargs):
+def load_model(path: str | os.PathLike, dtype: torch.dtype | str, dropped: list[str] | None = None, **kwargs):
     """Return AutoModelForCausalLM's model, with every weight read from the folder.
 
     Left to itself, from_pretrained fills missing tensors with random numbers, drops layers that config.json does not
-    count, and loads a BERT as a causal model.
+    count, and loads a BERT as a causal model. What a text model leaves out of the checkpoint is added to ``dropped``,
+    in a line.
 
     Raises:
         UserError: the model cannot be read, or its weights and config.json do not belong together.
@@ -85,7 +93,23 @@ def load_model(path: str | os.PathLike, dtype: torch.dtype | str, **kwargs):
         raise UserError(
             f"{path} is a {model.config.architectures[0]}, which reads the words to come: choose a causal model"
         )
+    if dropped is not None:
+        dropped += _left_out(model, Path(cached_file(path, "config.json", cache_dir=kwargs.get("cache_dir"))).parent)
     return model
+
+
+def _left_out(model, folder: Path) -> list[str]:
+    """Say which parts of the checkpoint are no part of the model, such as one that reads images, and their share."""
+    ours = {part for name, _ in model.named_modules() for part in name.split(".")}
+    silent = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()  # private: no report has them (5.23)
+    reader, left, total = CheckpointReader(folder), Counter(), 0
+    for name, (_, shape) in reader.specs().items():
+        total += math.prod(shape)
+        parts = name.split(".")[:-1]
+        if any(re.search(pattern, name) for pattern in silent) and (other := [p for p in parts if p not in ours]):
+            left[name[: name.index(other[0]) + len(other[0])]] += math.prod(shape)
+    parts = [f"{name} ({size / total:.1%})" for name, size in left.items()]
+    return [f"not in the result, of the checkpoint's values: {', '.join(parts)}"] if parts else []
 
 
 def load(

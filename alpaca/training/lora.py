@@ -6,14 +6,21 @@ arXiv:2106.09685). The result is two folders: the adapter alone, and the model w
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
+from transformers.pytorch_utils import Conv1D
 
 from alpaca import UserError
 from alpaca.inference.adapters import merge_adapter, need_peft
+from alpaca.training.meter import elements
+from alpaca.training.preflight.findings import Finding
+
+# Leaf names by which peft finds the experts of a mixture in old checkpoints (0.21).
+EXPERTS = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
 
 
 def base_options(args) -> dict:
@@ -40,16 +47,52 @@ def base_options(args) -> dict:
     return {"dtype": half, "quantization_config": quantization, "device_map": {"": args.device}}
 
 
+def freeze_other_senses(model) -> float:
+    """Freeze what a model of text and images has beside its text decoder. Return its share of the parameters, or 0."""
+    if model.config.get_text_config() is model.config:
+        return 0.0
+    used = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
+    others = [parameter.requires_grad_(False) for parameter in model.parameters() if parameter not in used]
+    return sum(map(elements, others)) / sum(map(elements, model.parameters()))
+
+
+def matrices(model) -> tuple[list[str], list[str]]:
+    """Return the names of the decoder's linear layers, and of its parameters that LoRA can be put beside.
+
+    These parameters hold a matrix for each expert of a mixture. Left out are the output embedding, and the layers of a
+    Mamba block whose weights its code reads without calling them: an adapter there would learn nothing.
+    """
+    decoder = model.get_decoder()
+    read = [layer for block in decoder.modules() if hasattr(block, "D") for layer in block.named_children()]
+    beside = {layer for name, layer in read if name != "in_proj"} | {model.get_output_embeddings()}
+    own = {module for module in decoder.modules() if module not in beside}
+    layers, parameters = [], []
+    for name, module in model.named_modules():
+        if module in own and isinstance(module, (torch.nn.Linear, Conv1D)):
+            layers.append(name)
+        elif module in own and not isinstance(module, torch.nn.Conv1d):
+            parameters += [
+                f"{name}.{key}" for key, weight in module.named_parameters(recurse=False) if weight.ndim == 3
+            ]
+    if parameters:  # peft would not find layers of these names
+        dense = [name for name in layers if name.rpartition(".")[2] in EXPERTS]
+        layers = [name for name in layers if name not in dense]
+        parameters += [f"{name}.weight" for name in dense]
+    return layers, parameters
+
+
 def add_adapter(model, args):
-    """Return a PeftModel that trains only LoRA matrices (float32), on every linear layer but the output embedding."""
+    """Return a PeftModel that trains only LoRA matrices (float32), beside all that ``matrices`` names."""
     peft = need_peft("LoRA")
+    layers, parameters = matrices(model)
     if args.load_in_4bit:
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     config = peft.LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules="all-linear",  # found by their class; peft leaves the output embedding out
+        lora_dropout=0.0 if parameters else args.lora_dropout,  # it cannot be put in front of an expert's matrix
+        target_modules=layers,
+        target_parameters=parameters or None,
         task_type="CAUSAL_LM",
     )
     transformers.set_seed(args.seed)  # A is random: the same on each rank, and in each run with this seed
@@ -60,6 +103,31 @@ def add_adapter(model, args):
     if args.gradient_checkpointing or getattr(args, "activation_checkpointing", False):
         model.enable_input_require_grads()  # otherwise it cuts the graph at the frozen embedding
     return model
+
+
+def check_coverage(model, args) -> list[Finding]:
+    """Report which of a model's parameters LoRA will leave as they are, and a dropout that it cannot have."""
+    layers, parameters = matrices(model)
+    adapted, left = {*(f"{name}.weight" for name in layers), *parameters}, Counter()
+    decoder = set(model.get_decoder().modules())
+    for name, module in model.named_modules():
+        for key, weight in module.named_parameters(recurse=False):
+            embedding = isinstance(module, torch.nn.Embedding)
+            if weight.ndim > 1 and module in decoder and not embedding and f"{name}.{key}" not in adapted:
+                parts = [part for part in f"{name}.{key}".removesuffix(".weight").split(".") if not part.isdigit()]
+                left[".".join(parts[-2:])] += elements(weight)
+    found = []
+    if left:
+        share = left.total() / sum(map(elements, model.parameters()))
+        names = ", ".join(name for name, _ in left.most_common())
+        found.append(
+            Finding(
+                "note", f"LoRA leaves {share:.1%} of the parameters as they are, beside embeddings and vectors: {names}"
+            )
+        )
+    if parameters and args.lora_dropout:
+        found.append(Finding("note", "lora_dropout is 0 here: dropout cannot be put in front of an expert's matrix"))
+    return found
 
 
 def check_eos(tokenizer) -> None:

@@ -219,6 +219,23 @@ def library_attention(model) -> str:
     return "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"  # private, what the library asks (5.23)
 
 
+def weigh_router_loss(model) -> None:
+    """Count a mixture's load-balancing loss (config's output_router_logits) once a step, however the step is split.
+
+    A model adds it whole to the loss of each batch, which is already divided by the labels of all batches and ranks:
+    in 12 batches it would count 12 times. So it gets the batch's share of these labels as its weight.
+    """
+    coefficient = getattr(model, "router_aux_loss_coef", None)
+
+    def weigh(module, args, kwargs) -> None:
+        labels, count = kwargs.get("shift_labels", kwargs.get("labels")), kwargs.get("num_items_in_batch")
+        share = 1.0 if labels is None or count is None else (labels != IGNORE_INDEX).sum() / count
+        module.router_aux_loss_coef = coefficient * share
+
+    if coefficient:
+        model.register_forward_pre_hook(weigh, with_kwargs=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Bins of fixed length.
 

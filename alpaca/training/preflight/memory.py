@@ -50,7 +50,7 @@ class Shape:
     @classmethod
     def of(cls, model) -> Shape:
         """Measure a model before FSDP shards it; ZeRO-3 may have partitioned it and bitsandbytes packed it already."""
-        config, parameters = model.config, list(model.parameters())
+        config, parameters = model.config.get_text_config(), list(model.parameters())
         heads = getattr(config, "num_attention_heads", None) or 0  # none: Mamba
         return cls(
             parameters=sum(elements(p) for p in parameters),

@@ -50,7 +50,7 @@ def check_positions(model, longest: int) -> list[Finding]:
     Learned positions (OPT, GPT-2) are rows of an embedding: beyond the last one the lookup fails. Rotary ones are
     computed; beyond the known ones they are only unlike what the model has seen.
     """
-    known = getattr(model.config, "max_position_embeddings", None)
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not known or longest <= known:
         return []
     words = model.get_input_embeddings()
