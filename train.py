@@ -31,7 +31,6 @@ import math
 import os
 import sys
 from collections.abc import Sized
-from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -53,7 +52,7 @@ from huggingface_hub import HfApi
 from transformers.integrations import get_reporting_integration_callbacks
 
 from alpaca.chat_template import before_template, chat_template, end_token, mark_trained, without_system
-from alpaca.common.files import check_writable, only_process
+from alpaca.common.files import check_writable
 from alpaca.common.records import load_records
 from alpaca.common.shapes import has_several_turns
 from alpaca.common.text import counted, first_line
@@ -388,7 +387,7 @@ def load_base(
 def train(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
     """Check the arguments, and fine-tune if no other run is at work in the output folder."""
     check_arguments(model_args, data_args, training_args)
-    with only_process(training_args.output_dir) if training_args.process_index == 0 else nullcontext():
+    with checkpoints.only_run(training_args.output_dir):
         fine_tune(model_args, data_args, training_args)
 
 

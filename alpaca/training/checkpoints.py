@@ -6,13 +6,14 @@ copy that lost a file), and those that a plain Trainer left half-written when it
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 import os
 import re
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from alpaca import UserError
+from alpaca.common.files import only_process
 from alpaca.inference.adapters import ADAPTER
 from alpaca.training.distributed import say
 from alpaca.training.examples import columns
@@ -91,6 +93,23 @@ def rename_back(output_dir: Path) -> None:
                 os.rename(path, place)
                 say(f"note: {place} is complete: the interrupted save lacked only its rename")
     barrier()
+
+
+@contextlib.contextmanager
+def only_run(output_dir: str | os.PathLike) -> Iterator[None]:
+    """Keep other runs away from a folder. Every rank must call it; UserError on each if another run is there."""
+    refused = [""]
+    with contextlib.ExitStack() as held:
+        if int(os.environ.get("RANK", 0)) == 0:
+            try:
+                held.enter_context(only_process(output_dir))
+            except UserError as e:
+                refused = [str(e)]
+        if torch.distributed.is_initialized():
+            torch.distributed.broadcast_object_list(refused)
+        if refused[0]:
+            raise UserError(refused[0])
+        yield
 
 
 def barrier() -> None:
