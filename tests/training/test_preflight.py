@@ -582,7 +582,7 @@ def test_a_failing_write_is_one_line_and_leaves_nothing(tiny_llama, tmp_path, mo
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(UserError, match="could not be saved in .*: free some|failed: .*PytorchStreamWriter.*disk full"):
         run(tiny_llama, tmp_path)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not list(tmp_path.glob("out/*"))
 
 
 @pytest.mark.parametrize(
@@ -691,7 +691,7 @@ def test_preflight_only_trains_nothing_and_a_clean_run_gets_notes_alone(tiny_lla
     out = capsys.readouterr().out
     assert "saved, reloaded and resumed: weights and optimizer equal, the next step equal bit for bit" in out
     assert "«number 0 number 1</s>»" in out and "warning" not in out and "error" not in out
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not list(tmp_path.glob("out/*"))
 
 
 def test_a_model_with_fewer_learnt_positions_than_tokens_stops_a_training(tiny_opt, tmp_path, tokenizer):
