@@ -59,9 +59,8 @@ from alpaca.common.text import counted, first_line
 from alpaca.inference.adapters import add_mean_rows, embedding_rows
 from alpaca.inference.load import load_model, load_tokenizer
 from alpaca.training import checkpoints, distributed, lora, packing, receipt
-from alpaca.training.checkpoints import check_fits, choose_checkpoint
+from alpaca.training.checkpoints import check_fits, check_resumed, choose_checkpoint
 from alpaca.training.distributed import say
-from alpaca.training.evaluate import TokenMeanLoss
 from alpaca.training.examples import (  # noqa: F401  (some for importers)
     IGNORE_INDEX,
     SupervisedDataset,
@@ -70,13 +69,13 @@ from alpaca.training.examples import (  # noqa: F401  (some for importers)
     hold_out,
     preprocess,
 )
-from alpaca.training.meter import Metered
-from alpaca.training.preflight import examples_and_tokenizer, merges
+from alpaca.training.preflight import examples_and_tokenizer, memory, merges
 from alpaca.training.preflight import packing as packing_check
 from alpaca.training.preflight.findings import Finding, raise_errors
-from alpaca.training.preflight.run import check_loading, preflight
-from alpaca.training.stop import Stopped
-from alpaca.training.trainer import ResumableTrainer
+from alpaca.training.preflight.run import check_loading, disk, preflight, rehearsal
+from alpaca.training.stop import Stopped, train_until_stopped
+from alpaca.training.trainer import Trainer, Trainers
+from alpaca.training.upload import open_repository, upload
 from alpaca.weights.checkpoint import check_model_folder
 
 # What a LLaMA tokenizer calls them. A missing one may be None or "" (some conversions of LLaMA have "").
@@ -334,7 +333,7 @@ def make_batches(model, dataset, pad_token_id: int, data_args: DataArguments, tr
     if not collator.padding_free:
         return dataset, collator, None
 
-    def fall_back(reason: str) -> None:
+    def fall_back(model, reason: str) -> None:
         if data_args.packing:
             raise UserError(f"--packing is not possible here ({reason}): leave it out")
         collator.padding_free = False
@@ -344,7 +343,7 @@ def make_batches(model, dataset, pad_token_id: int, data_args: DataArguments, tr
     reasons = [f"--{name} {need}" for name, need in needs.items() if getattr(training_args, name)]
     if reason := reasons[0] if reasons else packing.use_segments(model):
         say(f"warning: examples are padded, as with --padding longest: {reason}")
-        fall_back(reason)
+        fall_back(model, reason)
         return dataset, collator, None
     self_check = packing_check.SelfCheck(packing_check.examples_to_check(dataset), fall_back)
     if data_args.packing:
@@ -357,19 +356,33 @@ def make_batches(model, dataset, pad_token_id: int, data_args: DataArguments, tr
 # The run.
 
 
-class Trainer(Metered, ResumableTrainer, TokenMeanLoss):
-    """The library's Trainer: counts tokens, saves so that it can resume, and weighs each supervised token the same."""
+def make_tokenizer(base: str, data_args, args, records: list[dict], held_out: list[dict]):
+    """Return (tokenizer, (template, whether there are several turns), findings) for a run on these records."""
+    options = {"model_max_length": args.model_max_length, "padding_side": "right"}
+    tokenizer = load_tokenizer(base, cache_dir=args.cache_dir, **options)
+    findings = merges.mend_merges(
+        tokenizer, [f"{record['instruction']}\n{record['output']}" for record in records[:500]]
+    )
+    template = choose_template(data_args.template, tokenizer, [*records, *held_out])
+    data_args.template = template[0]  # for the receipt
+    for part, name in ((records, "training"), (held_out, "held-out")) if template[0] == "chat" else ():
+        check_template(part, tokenizer, name)
+    return tokenizer, template, findings
 
 
 def load_base(
-    model_args, args, tokenizer, findings: list[Finding], template: tuple[str, bool], dtype=torch.float32, **options
+    model_args, args, tokenizer, template: tuple[str, bool], findings: list[Finding] | None = None, **options
 ):
-    """Load the model to fine-tune, add what it or the tokenizer lacks, and extend ``findings``."""
+    """Load the model to fine-tune, and add what it lacks; the first time, with ``findings``, mend the tokenizer too."""
     dropped: list[str] = []
-    model = load_model(model_args.model_name_or_path, dtype, dropped, cache_dir=args.cache_dir, **options)
+    options = {"dtype": torch.float32, "cache_dir": args.cache_dir, **options}
+    model = load_model(model_args.model_name_or_path, dropped=dropped, **options)
     packing.weigh_router_loss(model)
     if share := lora.freeze_other_senses(model):
         dropped.append(f"what reads images or sound stays as it is ({share:.1%} of the parameters): the data is text")
+    if findings is None:
+        add_special_tokens(tokenizer, model)
+        return model
     findings += [Finding("note", what) for what in dropped]
     findings += examples_and_tokenizer.check_tokenizer(tokenizer, embedding_rows(model), model.config)
     raise_errors(findings)  # before rows are added that would hide them
@@ -384,6 +397,29 @@ def load_base(
     return model
 
 
+def load_trained(load, args, findings: list[Finding] | None = None):
+    """Load the model as it is trained: with its adapter, and in the type that it is kept in.
+
+    float32 whatever the checkpoint's type: at a learning rate of 2e-5 most updates are lost in bf16's 8 bits. --bf16
+    computes in bf16 over float32 weights. LoRA leaves these weights as they are.
+    """
+    if not args.lora_r:
+        return load(findings=findings)
+    model = load(findings=findings, **lora.base_options(args))
+    if findings is not None:
+        findings += lora.check_coverage(model, args)
+    return lora.add_adapter(model, args)
+
+
+def check_before_loading(base: str, args) -> tuple[memory.Sizes | None, memory.Plan, list[Finding]]:
+    """Return the model's sizes, how it will be trained, and what to say of both; raise UserError if it cannot fit."""
+    plan = memory.Plan.of(args, lora.base_options(args)["dtype"] if args.lora_r else torch.float32)
+    sizes = memory.sizes_of(base, args.cache_dir)
+    findings = check_loading(sizes, plan, args.device) if sizes and not args.deepspeed else []
+    raise_errors(findings)
+    return sizes, plan, findings
+
+
 def train(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
     """Check the arguments, and fine-tune if no other run is at work in the output folder."""
     check_arguments(model_args, data_args, training_args)
@@ -391,76 +427,66 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         fine_tune(model_args, data_args, training_args)
 
 
-def fine_tune(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
-    """Records → model → examples → checks and rehearsal → fit → finish."""
-    checkpoint = choose_checkpoint(training_args.resume_from_checkpoint, Path(training_args.output_dir))
+def fine_tune(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
+    """Records → model → checks → rehearsal → fit → finish."""
+    base, output_dir = model_args.model_name_or_path, Path(args.output_dir)
+    checkpoint = choose_checkpoint(args.resume_from_checkpoint, output_dir)
     if checkpoint:
-        checkpoints.check_arguments(checkpoint, training_args.given)
-    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
-    train_records, eval_records = load_data(data_args, seed)
-    check_batch_count(train_records, training_args)
+        checkpoints.check_arguments(checkpoint, args.given)
+    train_records, eval_records = load_data(data_args, args.seed if args.data_seed is None else args.data_seed)
+    check_batch_count(train_records, args)
     begun = receipt.begin(data_args.data_path, data_args.eval_data_path)
 
-    base, max_length, cache = model_args.model_name_or_path, training_args.model_max_length, training_args.cache_dir
-    tokenizer = load_tokenizer(base, cache_dir=cache, model_max_length=max_length, padding_side="right")
-    texts = [record["instruction"] + "\n" + record["output"] for record in train_records[:500]]
-    findings = merges.mend_merges(tokenizer, texts)
-    template = choose_template(data_args.template, tokenizer, [*train_records, *eval_records])
-    data_args.template = template[0]  # for the receipt
-    for records, name in ((train_records, "training"), (eval_records, "held-out")) if template[0] == "chat" else ():
-        check_template(records, tokenizer, name)
-    load = partial(load_base, model_args, training_args, tokenizer, findings, template)
-    # float32 whatever the checkpoint's type: at a learning rate of 2e-5 most updates are lost in bf16's 8 bits.
-    # --bf16 computes in bf16 over float32 weights. LoRA leaves these weights as they are.
-    options = lora.base_options(training_args) if training_args.lora_r else {"dtype": torch.float32}
-    if "quantization_config" not in options and not training_args.deepspeed:  # those load a layer at a time
-        findings += check_loading(Path(base), options["dtype"])
-        raise_errors(findings)
-    model = load(**options)
-    if training_args.lora_r:
-        findings += lora.check_coverage(model, training_args)
-        model = lora.add_adapter(model, training_args)
+    tokenizer, template, findings = make_tokenizer(base, data_args, args, train_records, eval_records)
+    sizes, plan, more = check_before_loading(base, args)
+    repository = open_repository(args)
+    load = partial(load_base, model_args, args, tokenizer, template)
+    model = load_trained(load, args, findings)
     if checkpoint:
         check_fits(checkpoint, model)
 
-    examples = SupervisedDataset(train_records, tokenizer, max_length, "training")
-    held_out = SupervisedDataset(eval_records, tokenizer, max_length, "held-out") if eval_records else None
+    examples = SupervisedDataset(train_records, tokenizer, args.model_max_length, "training")
+    held_out = SupervisedDataset(eval_records, tokenizer, args.model_max_length, "held-out") if eval_records else None
     say("\n".join(dataset.summary for dataset in (examples, held_out) if dataset))
-    rows, collator, self_check = make_batches(model, examples, tokenizer.pad_token_id, data_args, training_args)
-    check_batch_count(rows, training_args)
-    trainer = Trainer(
-        model=model,
-        args=training_args,
-        train_dataset=rows,
-        eval_dataset=held_out,
-        data_collator=collator,
-        processing_class=tokenizer,
-        callbacks=[self_check] if self_check else None,
-    )
-    trainer.check_resumed(checkpoint)
-    preflight(trainer, findings, self_check, with_rehearsal=not training_args.skip_save_rehearsal)
-    if training_args.preflight_only:
+    rows, collator, self_check = make_batches(model, examples, tokenizer.pad_token_id, data_args, args)
+
+    check_batch_count(rows, args)
+    check_resumed(checkpoint, rows, args)
+    findings += more + (disk(args, rows, sizes, plan) if sizes else [])
+    preflight(model, tokenizer, rows, args, findings)
+    trainers = Trainers(partial(load_trained, load, args), model, tokenizer, collator, self_check)
+    del model  # so that the rehearsal can free it
+    save = partial(save_result, load_base=load)
+    if not args.skip_save_rehearsal:
+        rehearsal(trainers.new, args, rows, held_out, save, self_check)
+    if args.preflight_only:
         return
 
-    training_args.eval_on_start = held_out is not None  # "before", to compare with
-    trainer.train(resume_from_checkpoint=checkpoint)
-    finish(trainer, load, begun, {**vars(model_args), **vars(data_args), **training_args.given})
+    args.eval_on_start = held_out is not None  # "before", to compare with
+    trainer = trainers.new(args, rows, held_out)
+    train_until_stopped(trainer, checkpoint)
+    finish(trainer, save, begun, {**vars(model_args), **vars(data_args), **args.given})
+    upload(repository, output_dir, args)
 
 
-def finish(trainer: Trainer, load, begun: dict, arguments: dict) -> None:
-    """Save the whole model with its receipt, card and plot; upload it; print how the run went."""
+def save_result(trainer: Trainer, folder: Path, load_base) -> None:
+    """Write the trained model into a folder, merged if it is an adapter (and the adapter too); every rank calls it."""
+    packing.set_attention(trainer.model, packing.library_attention(trainer.model))  # for any batch
+    trainer.save_whole_model(folder, partial(lora.save, trainer, load_base=load_base) if trainer.args.lora_r else None)
+
+
+def finish(trainer: Trainer, save, begun: dict, arguments: dict) -> None:
+    """Save the whole model with its receipt, card and plot; print how the run went."""
     output_dir, held_out = Path(trainer.args.output_dir), trainer.eval_dataset
     examples = getattr(trainer.train_dataset, "dataset", trainer.train_dataset)  # of --packing: not the bins
     if held_out:
         trainer.evaluate()
-    packing.set_attention(trainer.model, packing.library_attention(trainer.model))  # for any batch
-    trainer.save_whole_model(output_dir, partial(lora.save, trainer, load_base=load) if trainer.args.lora_r else None)
+    save(trainer, output_dir)
     trainer.save_state()
     if trainer.is_world_process_zero():
         facts = receipt.collect(begun, trainer, arguments, (len(examples), len(held_out or ())))
         say(f"{', '.join(receipt.write(facts, output_dir))} in {output_dir}")
     say(f"{trainer.state.global_step} steps on {len(examples)} examples; model in {output_dir}")
-    trainer.upload(output_dir)
     if held_out:
         losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
         say(f"eval loss on {len(held_out)} held-out examples: {losses[0]:.4f} before, {losses[-1]:.4f} after")

@@ -1,4 +1,4 @@
-"""A trainer as train.py makes it, on a tiny model, and short forms of what preflight finds."""
+"""Trainers as train.py makes them, on a tiny model, and short forms of what preflight finds."""
 
 from __future__ import annotations
 
@@ -6,26 +6,59 @@ import torch
 from conftest import make_records
 
 import train
+from alpaca.training.preflight.rehearsal import rehearse
 
 
-def make_trainer(folder, out, trainer_class=train.Trainer, records=24, dropout=0.0, **arguments):
-    """Return a trainer of three steps on the model in ``folder``; ``arguments`` are TrainingArguments."""
+def make_run(folder, out, trainer_class=train.Trainer, records=24, dropout=0.0, **arguments):
+    """Return (make, args, rows): make(args, rows, held_out) gives a trainer with the model freshly loaded.
+
+    The run has three steps on the model in ``folder``; ``arguments`` are TrainingArguments.
+    """
     tokenizer = train.load_tokenizer(folder, model_max_length=512, padding_side="right")
-    model = train.load_model(folder, torch.float32)
-    model.config.dropout = dropout
-    for module in model.modules():
-        if dropout and isinstance(getattr(module, "dropout", None), float):
-            module.dropout = dropout
-    train.add_special_tokens(tokenizer, model)
-    dataset = train.SupervisedDataset(make_records(records), tokenizer, 512, "training")
+
+    def load():
+        model = train.load_model(folder, torch.float32)
+        model.config.dropout = dropout
+        for module in model.modules():
+            if dropout and isinstance(getattr(module, "dropout", None), float):
+                module.dropout = dropout
+        train.add_special_tokens(tokenizer, model)
+        return model
+
+    def make(args, rows, held_out=None):
+        collator = train.DataCollatorForSupervisedDataset(tokenizer.pad_token_id)
+        return trainer_class(
+            model=load(),
+            args=args,
+            train_dataset=rows,
+            eval_dataset=held_out,
+            data_collator=collator,
+            processing_class=tokenizer,
+        )
+
+    load()  # which adds what the tokenizer lacks
+    rows = train.SupervisedDataset(make_records(records), tokenizer, 512, "training")
     defaults = {"max_steps": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "logging_steps": 1}
     defaults |= {"save_strategy": "steps", "report_to": [], "disable_tqdm": True, "use_cpu": True}
     args = train.TrainingArguments(output_dir=str(out), **(defaults | arguments))
     args.remove_unused_columns = False
-    collator = train.DataCollatorForSupervisedDataset(tokenizer.pad_token_id)
-    return trainer_class(
-        model=model, args=args, train_dataset=dataset, data_collator=collator, processing_class=tokenizer
-    )
+    return make, args, rows
+
+
+def make_trainer(*made, **options):
+    """Return the trainer of make_run."""
+    make, args, rows = make_run(*made, **options)
+    return make(args, rows)
+
+
+def save_whole(trainer, folder) -> None:
+    trainer.save_whole_model(folder)
+
+
+def rehearsed(*made, save=save_whole, steps=3, **options):
+    """Rehearse the run that make_run makes, and return the outcome."""
+    make, args, rows = make_run(*made, **options)
+    return rehearse(make, args, rows, None, save, steps)
 
 
 def whats(findings, level=None) -> str:

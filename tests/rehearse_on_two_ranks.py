@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate.state import AcceleratorState
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-from made_trainer import make_trainer  # noqa: E402
+from made_trainer import make_run, save_whole  # noqa: E402
 
 import train  # noqa: E402
 from alpaca.training.preflight.rehearsal import fingerprint, rehearse  # noqa: E402
@@ -19,29 +18,28 @@ from alpaca.training.preflight.rehearsal import fingerprint, rehearse  # noqa: E
 model, out = sys.argv[1], Path(sys.argv[2])
 config = json.loads((Path(train.__file__).parent / "configs" / "fsdp.json").read_text())
 config |= {"state_dict_type": "SHARDED_STATE_DICT", "activation_checkpointing": True}
+make, args, rows = make_run(model, out, max_steps=1, per_device_train_batch_size=2, fsdp=True, fsdp_config=config)
 
 
-def trainer():
-    return make_trainer(model, out, max_steps=1, per_device_train_batch_size=2, fsdp=True, fsdp_config=dict(config))
+def trained() -> tuple[list[int], list[float], bool]:
+    """Fingerprints of this rank's shards, losses, and whether all of it was sharded."""
+    trainer = make(args, rows)
+    trainer.train()
+    parameters = list(trainer.model.parameters())
+    sharded = trainer.is_fsdp_enabled and all(isinstance(p, torch.distributed.tensor.DTensor) for p in parameters)
+    return [fingerprint(p) for p in parameters], [entry.get("loss") for entry in trainer.state.log_history], sharded
 
 
-plain = trainer()
-plain.train()
-plain_bits = [fingerprint(parameter) for parameter in plain.model.parameters()]
-plain_losses = [entry.get("loss") for entry in plain.state.log_history]
-AcceleratorState._reset_state()  # else it would take the second model for one that is not to be sharded
-rehearsed = trainer()
-result = rehearse(rehearsed, out)
-rehearsed.train()
-equal = plain_bits == [fingerprint(parameter) for parameter in rehearsed.model.parameters()]
-everywhere = torch.tensor(int(equal))
+bits, losses, sharded = trained()
+result = rehearse(make, args, rows, None, save_whole, 1)
+bits_after, losses_after, sharded_after = trained()
+everywhere = torch.tensor(int(bits == bits_after and sharded and sharded_after))
 torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN)
 if int(os.environ["RANK"]) == 0:
     report = {
-        "fsdp": rehearsed.is_fsdp_enabled,
-        "sharded": str(rehearsed.accelerator.state.fsdp_plugin.state_dict_type.name) == "SHARDED_STATE_DICT",
         "faults": [fault.what for fault in result.faults],
-        "losses": [plain_losses, [entry.get("loss") for entry in rehearsed.state.log_history]],
+        "resumed": [result.loss, result.resumed_loss, result.exact],
+        "losses": [losses, losses_after],
         "equal": bool(everywhere),
     }
     (out / "report.json").write_text(json.dumps(report))

@@ -228,6 +228,42 @@ def data_facts(dataset: Sequence, seed: int) -> dict:
     return {"sha256": digest.hexdigest(), "examples": len(dataset), "packing": packing, "seed": seed}
 
 
+def run_facts(dataset: Sequence, args) -> dict:
+    """Describe a run for checkpoint.json: its processes, the examples of a step, and data_facts."""
+    seed = args.seed if args.data_seed is None else args.data_seed
+    examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return {"world_size": args.world_size, "examples_per_step": examples, "data": data_facts(dataset, seed)}
+
+
+def check_resumed(checkpoint: Path | None, dataset: Sequence, args) -> None:
+    """Raise UserError unless a run on this data, with these arguments, may resume from the checkpoint.
+
+    Every rank must call it, before a rehearsal, which takes minutes.
+    """
+    if args.world_size > 1:
+        match = checkpoint and numbered(checkpoint)
+        step = int(match[1]) if match else -1
+        seen = torch.tensor([step, -step], device=args.device)
+        torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
+        if seen[0] != -seen[1]:
+            raise UserError(f"the nodes see different checkpoints: all must share {args.output_dir}")
+    if not checkpoint or not (checkpoint / MANIFEST).exists():
+        return
+    manifest, facts = read_json(checkpoint / MANIFEST), run_facts(dataset, args)
+    here, there = facts["examples_per_step"], manifest["examples_per_step"]
+    if here != there:
+        steps, left = divmod(there, here // args.gradient_accumulation_steps)
+        cure = "change the batch size or the number of ranks" if left else f"set gradient_accumulation_steps to {steps}"
+        raise UserError(f"{checkpoint} was trained with {there} examples a step, this run has {here}: {cure}")
+    if "data" in manifest:
+        check_data(checkpoint, manifest["data"], facts["data"])
+    if manifest["world_size"] != args.world_size:
+        say(
+            f"note: {checkpoint.name} was written by {manifest['world_size']} processes, this run has "
+            f"{args.world_size}: the data continues in order, random states (dropout) start afresh"
+        )
+
+
 def check_data(checkpoint: Path, there: dict, here: dict) -> None:
     """Compare the data of a checkpoint with this run's; both are from data_facts. Another order is only a warning.
 

@@ -1,9 +1,8 @@
-"""Losses as means over supervised tokens, however they are batched; and the loss of each record."""
+"""Losses summed over the supervised tokens of each example, however they are batched; and the loss of each record."""
 
 from __future__ import annotations
 
 import torch
-import transformers
 from torch.nn import functional
 
 from alpaca.chat_template import chat_turns, messages_of, saved_template
@@ -14,35 +13,6 @@ from alpaca.training.examples import IGNORE_INDEX
 from alpaca.training.packing import pad
 
 BATCH_TOKENS = 2048  # padding included: their logits over 128,256 tokens are 1 GB in float32
-
-
-class TokenMeanLoss(transformers.Trainer):
-    """A Trainer whose losses are means over supervised tokens, in nats a token.
-
-    The library's eval_loss is a mean of batch means, in which a token of a batch with few labels counts for more: 5.06
-    in one batch of 10 unequal examples is 5.50 in batches of 8, and 4.74 on two ranks of 4. Its training loss is
-    divided by a count in floating point, which FSDP rounds to the type that it computes in: 267 becomes 268 in bf16,
-    and every loss and gradient was off by up to 0.4%.
-    """
-
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
-        """Return the number of supervised tokens as an integer. Private: no public method counts them (5.23)."""
-        count = super()._get_num_items_in_batch(batch_samples, device)
-        return count.long() if torch.is_tensor(count) else count
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
-        loss, logits, _ = super().prediction_step(model, inputs, False, ignore_keys)
-        # In the last batch of several ranks examples are repeated to make it whole: gathering leaves them out.
-        self._held_out.append(self.accelerator.gather_for_metrics(sums_by_example(logits, inputs)))
-        return loss, None, None
-
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        self._held_out: list[torch.Tensor] = []
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        total, count = torch.cat(self._held_out).sum(dim=0).tolist()
-        output.metrics[f"{metric_key_prefix}_loss"] = total / count
-        return output
 
 
 def sums_by_example(logits: torch.Tensor, batch: dict) -> torch.Tensor:

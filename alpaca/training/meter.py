@@ -1,6 +1,7 @@
 """What a run shows while it trains: real tokens a second, padding, MFU, peak memory, ETA; log lines and a bar.
 
-``class Trainer(Metered, transformers.Trainer)`` is all that a script needs. A real token is one that is not padding.
+A Trainer calls ``count`` with each batch, ``gather`` before it logs or saves, and logs ``figures`` beside the loss. A
+real token is one that is not padding.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from alpaca.training.examples import IGNORE_INDEX
 
@@ -318,28 +318,3 @@ def clock(seconds: float) -> str:
     """Return seconds as ``h:mm:ss``."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
-
-
-class Metered:
-    """A first base class for a transformers.Trainer: counts, logs and shows through ``self.meter``."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.meter = Meter(self.model, self.args.device, self.args.world_size * max(self.args.n_gpu, 1))
-        self.remove_callback(ProgressCallback)
-        self.remove_callback(PrinterCallback)
-        self.add_callback(self.meter)
-
-    def training_step(self, model, inputs, *args, **kwargs):
-        self.meter.count(inputs)
-        return super().training_step(model, inputs, *args, **kwargs)
-
-    def store_flos(self) -> None:
-        """Gather: the trainer calls this on every rank before it logs and before it writes a checkpoint's state."""
-        self.meter.gather(self.accelerator.gather, self.state)
-        super().store_flos()
-
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        if "loss" in logs:
-            logs.update(self.meter.figures(self.state))
-        super().log(logs, *args, **kwargs)

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 import torch
 import transformers
 
+from alpaca.training.checkpoints import RESUME
+
 # EX_TEMPFAIL of sysexits.h: a scheduler should start the run again. 1 is an error, 130 a Ctrl-C.
 EXIT_REQUEUE = 75
 EXIT_INTERRUPTED = 130
@@ -76,3 +78,27 @@ class StopOnSignal(transformers.TrainerCallback):
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.ends_early(state):
             control.should_evaluate = False
+            # The library would load the best checkpoint and, with a limit of 1, delete the newest.
+            args.load_best_model_at_end, args.save_total_limit = False, None
+
+
+def train_until_stopped(trainer, checkpoint: str | os.PathLike | None) -> None:
+    """Train from a checkpoint, or from the beginning; with save_strategy=no a signal ends the process, as usual.
+
+    Raises:
+        Stopped: a signal ended it early, with a checkpoint saved.
+    """
+    stop = StopOnSignal()
+    if trainer.args.save_strategy == "no":
+        trainer.train(checkpoint)
+        return
+    trainer.add_callback(stop)
+    with stop.listening():
+        trainer.train(checkpoint)
+    state = trainer.state
+    if stop.ends_early(state):
+        raise Stopped(
+            f"stopped by {signal.Signals(stop.received).name} with checkpoint-{state.global_step} of "
+            f"{state.max_steps} steps saved; to resume, run the same command with {RESUME}",
+            EXIT_INTERRUPTED if stop.received == signal.SIGINT else EXIT_REQUEUE,
+        )

@@ -1,4 +1,5 @@
-"""Checkpoints and models that a kill or a full disk cannot spoil.
+"""The one Trainer: it counts tokens, weighs each of them the same, and saves so that neither a kill nor a full disk
+can spoil a checkpoint or a model.
 
 A checkpoint is written into ``OUT/.saving`` and becomes ``OUT/checkpoint-N`` by one rename once every process has
 written its part and all of it is on the disk; only then are older ones deleted. So every checkpoint-N is complete, at
@@ -7,195 +8,136 @@ any moment. The final model is moved into place file by file, the weights (or th
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
-import signal
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from alpaca import RankError, UserError
 from alpaca.common.files import fsync, fsync_tree
 from alpaca.common.text import first_line
-from alpaca.training import checkpoints
+from alpaca.training import checkpoints, packing, sharding
 from alpaca.training.distributed import say
-from alpaca.training.sharding import LoadingTrainer
-from alpaca.training.stop import EXIT_INTERRUPTED, EXIT_REQUEUE, StopOnSignal, Stopped
-from alpaca.weights.checkpoint import CHAT_TEMPLATES, SIDE_FILES, WEIGHTS, read_json
-
-# Files of an output folder that are uploaded to the hub: the model, what it needs to be used, and the run's record.
-PUBLISHED = ("*.safetensors", "*.safetensors.index.json", "config.json", *SIDE_FILES, f"{CHAT_TEMPLATES}/*.jinja")
-PUBLISHED += ("model_card.md", "training_receipt.json", "loss.png")
+from alpaca.training.evaluate import sums_by_example
+from alpaca.training.meter import Meter
+from alpaca.weights.checkpoint import WEIGHTS, read_json
 
 
 class SaveFailed(RankError):
     """This rank, perhaps alone, could not write a checkpoint or the model; earlier ones are complete."""
 
 
-class ResumableTrainer(LoadingTrainer):
-    """Trainer whose checkpoints are complete or absent, and resume on another number of ranks.
+class Trainer(transformers.Trainer):
+    """The library's Trainer, with losses as means over supervised tokens, a meter, and checkpoints that are complete.
 
-    The methods that it overrides exist in transformers 5.17 to 5.23.
+    What it overrides, with the same signatures in transformers 5.17 and 5.23. Three methods are private:
+
+    - ``_save_checkpoint``: the library writes a checkpoint in place, file by file; a kill leaves half of one. Not
+      needed once it writes into another folder and renames that.
+    - ``_load_from_checkpoint`` and ``_load_optimizer_and_scheduler``: the library (since FSDP2, 4.5x) reads a
+      checkpoint only with the kind of sharding that wrote it. Not needed once it reads any of them by name.
+
+    The others are public: ``train``, ``get_batch_samples``, ``store_flos``, ``log``, ``prediction_step`` and
+    ``evaluation_loop``.
     """
 
-    def __init__(self, model, *args, **kwargs):
+    def __init__(self, model, args, *rest, **kwargs):
         self._use_cache = getattr(model.config, "use_cache", True)  # the library turns it off for training
         if tied := getattr(model, "all_tied_weights_keys", None):
             # Private (5.17 to 5.23): what need not be in a checkpoint. Without this, FSDP, which gathers a tied output
             # embedding as a tensor of its own, stores it twice, and a resumed run warns that it is missing.
             model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *tied}
-        super().__init__(model, *args, **kwargs)
-        self._staging: Path | None = None
-        self._saved_step = -1
-        self._data: dict = {}
-        self._checked: Path | None = None
+        args = copy.copy(args)
+        # The library would copy each checkpoint's model into the output folder, which marks a run as finished;
+        # upload.py uploads the result once, at the end.
+        args.push_to_hub = False
+        super().__init__(model, args, *rest, **kwargs)
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            raise UserError("fsdp was asked for, but the library did not enable it: start with torchrun, or drop fsdp")
+        self.meter = Meter(self.model, self.args.device, self.args.world_size * max(self.args.n_gpu, 1))
+        self.checkpoint: Path | None = None  # that training resumes from
+        self._saved_step, self._facts = -1, {}
+        for callback in (ProgressCallback, PrinterCallback):
+            self.remove_callback(callback)
+        self.add_callback(self.meter)
+        self.add_callback(_Resumed(self))
 
     def train(self, resume_from_checkpoint: str | os.PathLike | None = None, **kwargs):
-        """Train as the library does; raise Stopped if a signal ended it early."""
-        checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        kwargs["resume_from_checkpoint"] = str(checkpoint) if checkpoint else None
+        """Train as the library does, in a folder without what killed or other runs left there."""
+        self.checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         self._saved_step = -1
-        self.check_resumed(checkpoint)
+        self._facts = checkpoints.run_facts(self.train_dataset, self.args)
         remove_leftovers(Path(self.args.output_dir))
         if self.is_world_process_zero():
-            checkpoints.set_aside_newer(Path(self.args.output_dir), checkpoint)
+            checkpoints.set_aside_newer(Path(self.args.output_dir), self.checkpoint)
         self.accelerator.wait_for_everyone()
-        self._stop = stop = StopOnSignal()
-        if self.args.save_strategy == "no":  # then a signal ends the process, as usual
-            return super().train(**kwargs)
-        self.add_callback(stop)
-        try:
-            with stop.listening():
-                result = super().train(**kwargs)
-        finally:
-            self.remove_callback(stop)
-        if stop.ends_early(self.state):
-            raise Stopped(
-                f"stopped by {signal.Signals(stop.received).name} with checkpoint-{self.state.global_step} of "
-                f"{self.state.max_steps} steps saved; to resume, run the same command with {checkpoints.RESUME}",
-                EXIT_INTERRUPTED if stop.received == signal.SIGINT else EXIT_REQUEUE,
-            )
-        return result
+        return super().train(str(self.checkpoint) if self.checkpoint else None, **kwargs)
 
-    def _init_training_state(self, *args, **kwargs):
-        """The library knows the best checkpoint by its path only: if the folder has moved since, find it there."""
-        started = super()._init_training_state(*args, **kwargs)
-        if self._checked and (best := read_json(self._checked / TRAINER_STATE_NAME).get("best_model_checkpoint")):
-            if (here := self._checked.parent / Path(best).name).is_dir():
-                self.state.best_model_checkpoint = str(here)
-        return started
+    # Losses and counts.
 
-    def _finalize_training(self, *args, **kwargs):
-        """After a stopped run the library would load the best checkpoint and, with a limit of 1, delete the newest."""
-        best, limit = self.args.load_best_model_at_end, self.args.save_total_limit
-        if self._stop.ends_early(self.state):
-            self.args.load_best_model_at_end, self.args.save_total_limit = False, None
-        try:
-            return super()._finalize_training(*args, **kwargs)
-        finally:
-            self.args.load_best_model_at_end, self.args.save_total_limit = best, limit
+    def get_batch_samples(self, *args, **kwargs) -> tuple[list, torch.Tensor | int | None]:
+        """Return the batches of a step and their number of supervised tokens, as an integer.
 
-    def _run_epoch(self, **kwargs):
-        """Resumed after its last step, the library would train one more if that was not the last of its epoch."""
-        if self.state.global_step >= self.state.max_steps:
-            say(f"all {self.state.max_steps} steps were done already: nothing is trained")
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(**kwargs)
-
-    def _examples_per_step(self) -> int:
-        return self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-
-    def check_resumed(self, checkpoint: Path | None) -> None:
-        """Raise UserError unless this run may resume from the checkpoint. Every rank must call it.
-
-        train() calls it; call it before a rehearsal, which takes minutes.
+        The library's is in floating point, which FSDP rounds to the type that it computes in: 267 becomes 268 in bf16,
+        and every loss and gradient was off by up to 0.4%.
         """
-        if self._data and checkpoint == self._checked:
-            return  # checked and reported already
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._data = checkpoints.data_facts(self.train_dataset, seed)
-        self._compare(checkpoint)
-        self._checked = checkpoint
+        if self.control.should_training_stop:  # _Resumed says so if all steps were done
+            return [], None
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        for batch in batches:
+            self.meter.count(batch)
+        return batches, count.long() if torch.is_tensor(count) else count
 
-    def _compare(self, checkpoint: Path | None) -> None:
-        if self.args.world_size > 1:
-            match = checkpoint and checkpoints.numbered(checkpoint)
-            step = int(match[1]) if match else -1
-            seen = torch.tensor([step, -step], device=self.args.device)
-            torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
-            if seen[0] != -seen[1]:
-                raise UserError(f"the nodes see different checkpoints: all must share {self.args.output_dir}")
-        if not checkpoint or not (checkpoint / checkpoints.MANIFEST).exists():
-            return
-        manifest = read_json(checkpoint / checkpoints.MANIFEST)
-        here, there = self._examples_per_step(), manifest["examples_per_step"]
-        if here != there:
-            steps, left = divmod(there, here // self.args.gradient_accumulation_steps)
-            cure = f"set gradient_accumulation_steps to {steps}"
-            if left:
-                cure = "change the batch size or the number of ranks"
-            raise UserError(f"{checkpoint} was trained with {there} examples a step, this run has {here}: {cure}")
-        if "data" in manifest:
-            checkpoints.check_data(checkpoint, manifest["data"], self._data)
-        if manifest["world_size"] != self.args.world_size:
-            say(
-                f"note: {checkpoint.name} was written by {manifest['world_size']} processes, this run has "
-                f"{self.args.world_size}: the data continues in order, random states (dropout) start afresh"
-            )
+    def store_flos(self) -> None:
+        """Gather: the library calls this on every rank before it logs and before it writes a checkpoint's state."""
+        self.meter.gather(self.accelerator.gather, self.state)
+        super().store_flos()
 
-    # Uploads to the hub.
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs:
+            logs.update(self.meter.figures(self.state))
+        super().log(logs, *args, **kwargs)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Do nothing: the library would copy a model into the output folder, which marks a run as finished."""
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        loss, logits, _ = super().prediction_step(model, inputs, False, ignore_keys)
+        # In the last batch of several ranks examples are repeated to make it whole: gathering leaves them out.
+        self._held_out.append(self.accelerator.gather_for_metrics(sums_by_example(logits, inputs)))
+        return loss, None, None
 
-    def upload(self, output_dir: Path) -> None:
-        """With push_to_hub, upload what PUBLISHED names in one commit; every rank may call it, after the last save.
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """Make the loss a mean over all supervised tokens.
 
-        Args:
-            output_dir: with the finished model, its tokenizer, card and receipt.
-
-        Raises:
-            UserError: the upload failed; the model in the folder is still complete.
+        The library's is a mean of batch means, in which a token of a batch with few labels counts for more: 5.06 in one
+        batch of 10 unequal examples is 5.50 in batches of 8, and 4.74 on two ranks of 4.
         """
-        if not self.args.push_to_hub or not self.is_world_process_zero():
-            return
-        from huggingface_hub import CommitOperationAdd, HfApi
-
-        files = sorted(path for pattern in PUBLISHED for path in output_dir.glob(pattern))
-        names = {"model_card.md": "README.md"}  # what the hub shows
-        commit = [CommitOperationAdd(names.get(path.name, str(path.relative_to(output_dir))), path) for path in files]
-        where = {"token": self.args.hub_token, "revision": getattr(self.args, "hub_revision", None)}
-        try:
-            HfApi().create_commit(self.hub_model_id, commit, commit_message="The trained model", **where)
-        except Exception as e:  # whatever the network does, the run is done
-            raise UserError(
-                f"the upload to {self.hub_model_id} failed ({first_line(e)}); the model in {output_dir} is complete: "
-                f"hf upload {self.hub_model_id} {output_dir} . --exclude '*/*' --exclude trainer_state.json"
-            ) from e
-        say(f"uploaded {len(files)} files to {self.hub_model_id}")
+        self._held_out: list[torch.Tensor] = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, count = torch.cat(self._held_out).sum(dim=0).tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = total / count
+        return output
 
     # A checkpoint, complete or absent.
 
-    def _get_output_dir(self, trial) -> str:
-        """The library saves a checkpoint in place, file by file: within a save, make that the staging folder."""
-        return str(self._staging) if self._staging else super()._get_output_dir(trial)
-
     def _save_checkpoint(self, model, trial) -> None:
         """Let the library save into the staging folder, and rename the checkpoint once all of it is on the disk."""
-        step, output_dir = self.state.global_step, Path(super()._get_output_dir(trial))
+        step, output_dir = self.state.global_step, Path(self.args.output_dir)
         if step == self._saved_step:  # a stop at the end of an epoch asks twice
             return
         if hasattr(self.model, "peft_config"):  # each save puts it back; lora.add_adapter says why it goes
             self.model.active_peft_config.base_model_name_or_path = None
-        self._staging = output_dir / checkpoints.STAGING
-        unfinished = self._staging / f"checkpoint-{step}"
+        unfinished = output_dir / checkpoints.STAGING / f"checkpoint-{step}"
+        self.args.output_dir = str(unfinished.parent)
         try:
             with _failed_write(f"checkpoint-{step}", output_dir):
                 if self.is_world_process_zero():
@@ -213,7 +155,7 @@ class ResumableTrainer(LoadingTrainer):
                 if self.is_world_process_zero():
                     self._publish(unfinished, output_dir / unfinished.name)
         finally:
-            self._staging = None
+            self.args.output_dir = str(output_dir)
         self._saved_step = step
 
     def _publish(self, unfinished: Path, target: Path) -> None:
@@ -223,14 +165,9 @@ class ResumableTrainer(LoadingTrainer):
         if several and (missing := [name for name in states if not (unfinished / name).exists()]):
             raise SaveFailed(f"{missing[0]} is missing in {unfinished}: all nodes must share output_dir")
         files = [path for path in sorted(unfinished.rglob("*")) if path.is_file()]
-        manifest = {
-            "step": self.state.global_step,
-            "world_size": ranks,
-            "examples_per_step": self._examples_per_step(),
-            "data": self._data,
-            "arguments": getattr(self.args, "given", None),  # train.py's
-            "files": {str(path.relative_to(unfinished)): path.stat().st_size for path in files},
-        }
+        sizes = {str(path.relative_to(unfinished)): path.stat().st_size for path in files}
+        given = getattr(self.args, "given", None)  # train.py's
+        manifest = {"step": self.state.global_step, **self._facts, "arguments": given, "files": sizes}
         (unfinished / checkpoints.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         fsync_tree(unfinished / checkpoints.MANIFEST)
         if target.exists():
@@ -245,6 +182,12 @@ class ResumableTrainer(LoadingTrainer):
             left = target.parent.glob(f"{checkpoints.ABANDONED}*")  # until now they were the run's newest
             for path in [*others[max(0, limit - len(keep - {""})) :], *left]:
                 shutil.rmtree(path, ignore_errors=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        sharding.load_weights(self, Path(resume_from_checkpoint), super()._load_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        sharding.load_optimizer(self, checkpoint, super()._load_optimizer_and_scheduler)
 
     # The result.
 
@@ -263,14 +206,11 @@ class ResumableTrainer(LoadingTrainer):
             if self.is_world_process_zero():
                 shutil.rmtree(staging, ignore_errors=True)
             self.accelerator.wait_for_everyone()
-            # With SHARDED_STATE_DICT save_model silently writes nothing.
             config.use_cache = self._use_cache
             try:
-                with self.state_dict_type("FULL_STATE_DICT"):
-                    if write:
-                        write(staging)
-                    else:
-                        self.save_model(str(staging), _internal_call=True)  # else push_to_hub uploads the folder
+                # With SHARDED_STATE_DICT save_model silently writes nothing.
+                with sharding.state_dict_format(self, "FULL_STATE_DICT"):
+                    write(staging) if write else self.save_model(str(staging))
             finally:
                 config.use_cache = in_training
             if self.is_world_process_zero():
@@ -280,6 +220,54 @@ class ResumableTrainer(LoadingTrainer):
                 (staging / "training_args.bin").unlink(missing_ok=True)
                 _move_files(staging, output_dir)
         self.accelerator.wait_for_everyone()
+
+
+class Trainers:
+    """Makes the trainers of one run, each with a freshly loaded model; the first takes the one that was checked."""
+
+    def __init__(self, load: Callable, model, tokenizer, collator, self_check):
+        self.load, self.model, self.tokenizer = load, model, tokenizer
+        self.collator, self.self_check = collator, self_check
+
+    def new(self, args, rows, held_out) -> Trainer:
+        """Return a trainer with these arguments, on these rows."""
+        model, self.model = self.model or self.load(), None
+        if self.collator.padding_free:
+            packing.use_segments(model)
+        return Trainer(
+            model=model,
+            args=args,
+            train_dataset=rows,
+            eval_dataset=held_out,
+            data_collator=self.collator,
+            processing_class=self.tokenizer,
+            callbacks=[self.self_check] if self.self_check else None,
+        )
+
+
+class _Resumed(transformers.TrainerCallback):
+    """What the library gets wrong in a resumed run."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.all_done = trainer, False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """It knows the best checkpoint by its path only: if the folder has moved since, find it there."""
+        checkpoint = self.trainer.checkpoint
+        if checkpoint and (best := read_json(checkpoint / TRAINER_STATE_NAME).get("best_model_checkpoint")):
+            if (here := checkpoint.parent / Path(best).name).is_dir():
+                state.best_model_checkpoint = str(here)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        """Resumed after its last step, it would train one more if that was not the last of its epoch."""
+        self.all_done = state.global_step >= state.max_steps
+        if self.all_done:
+            say(f"all {state.max_steps} steps were done already: nothing is trained")
+            control.should_training_stop = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.all_done:
+            control.should_save = control.should_evaluate = control.should_log = False
 
 
 def remove_leftovers(output_dir: Path) -> None:

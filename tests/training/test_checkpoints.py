@@ -15,6 +15,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -135,7 +136,7 @@ def test_a_run_killed_in_a_save_equals_an_uninterrupted_one(model, data, whole, 
 @pytest.mark.parametrize(
     "owner, name, newest",
     [
-        (trainer.ResumableTrainer, "_save_optimizer_and_scheduler", 2),  # the weights are there
+        (trainer.Trainer, "_save_optimizer_and_scheduler", 2),  # the weights are there
         (trainer, "fsync_tree", 2),  # all is written, nothing is on the disk for sure
         (trainer.os, "rename", 2),  # … and checkpoint.json too
         (trainer, "fsync", 3),  # renamed, the older one not yet deleted
@@ -271,8 +272,9 @@ def hub(monkeypatch):
     def upload_folder(self, *, folder_path, **kwargs):
         commits.append({"folder": str(folder_path)})
 
-    monkeypatch.setattr(train.Trainer, "init_hf_repo", lambda self, **kwargs: setattr(self, "hub_model_id", "me/model"))
     monkeypatch.setattr(huggingface_hub.HfApi, "whoami", lambda self: {"name": "me"})
+    made = SimpleNamespace(repo_id="me/model")
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, name, **kwargs: made)
     monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", create_commit)
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
     return commits

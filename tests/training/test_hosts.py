@@ -126,6 +126,7 @@ KILLED_ONCE = """
 import os, signal, sys
 from pathlib import Path
 import transformers, train
+from alpaca.training import trainer
 
 marker = Path(os.environ["KILLED_ONCE"])
 
@@ -135,12 +136,12 @@ class Kill(transformers.TrainerCallback):
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
-class Trainer(train.Trainer):
+class Trainer(trainer.Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.add_callback(Kill())
 
-train.Trainer = Trainer
+trainer.Trainer = Trainer
 train.main()
 """
 

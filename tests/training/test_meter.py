@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from alpaca.common.records import load_records
 from alpaca.training import meter
 from alpaca.training.examples import IGNORE_INDEX
-from alpaca.training.meter import Metered, count_tokens, log_line, model_flops, peak_flops
+from alpaca.training.meter import count_tokens, log_line, model_flops, peak_flops
+from alpaca.training.trainer import Trainer
 
 PAD = 0
 # 12 examples of 4 to 9 tokens; the first two of each are prompt
@@ -41,10 +42,6 @@ def flat(examples):
         "labels": torch.tensor([[label for e in examples for label in e["labels"]]]),
         "position_ids": torch.tensor([[i for e in examples for i in range(len(e["input_ids"]))]]),
     }
-
-
-class Trainer(Metered, transformers.Trainer):
-    pass
 
 
 def trainer(model, out, collate=padded, **kwargs):

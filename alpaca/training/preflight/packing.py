@@ -113,7 +113,7 @@ class SelfCheck(transformers.TrainerCallback):
 
     Args:
         examples: see deviation_from_solo.
-        fall_back: called on each process if packing is not right, with the reason as part of a sentence.
+        fall_back: called on each process if packing is not right, with the model and the reason as part of a sentence.
 
     Attributes:
         deviation: the largest deviation_from_solo of all processes; None until it was measured.
@@ -126,7 +126,7 @@ class SelfCheck(transformers.TrainerCallback):
         self.reason = ""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if self.deviation is None:  # else the preflight has called it, and reported
+        if self.deviation is None:  # else the rehearsal has measured it
             self(model, args)
             if self.reason:
                 say(f"warning: examples are padded, as with padding=longest: {self.reason}")
@@ -151,7 +151,7 @@ class SelfCheck(transformers.TrainerCallback):
         elif moved > MAX_DEPENDENCE:
             self.reason = f"an example moves by {moved:.2g} when another of its row changes"
         if self.reason:
-            self.fall_back(self.reason)
+            self.fall_back(model, self.reason)
 
 
 def examples_to_check(dataset, count: int = 3) -> list[dict]:

@@ -1,14 +1,9 @@
-"""Save → reload → one resumed step, and the final save, with the real Trainer, before step 1.
+"""Two short runs before the real one: a step, a save, another step; then load, resume and repeat that step.
 
-Two optimizer steps are taken at learning rate 0, with a checkpoint between them by the Trainer's own code. Then the
-weights are set to zero, the optimizer is discarded, and the second step is repeated from the checkpoint. The weights
-and the optimizer's states must come back bit for bit, and the repeated step must have the same loss: that holds only
-if weights, random state and position in the data were restored. If the run saves no checkpoints, the two steps and the
-final save are rehearsed.
-
-At learning rate 0 no copy of the weights is needed to leave them as they were: the steps do not move them, and the
-reload must restore them exactly. Fingerprints verify both, so a rehearsal that returns without faults has left the
-model as it found it; after one with faults the run must end.
+Both are made as the run itself is made, with its optimizer, schedule, learning rate, metric, types and mesh, and of the
+longest examples, which need the most memory. The second begins with a freshly loaded model: whatever a checkpoint does
+not restore shows in its weights, its loss or its second step. At its end the model is saved as the run will save it,
+and read back. Nothing of the two is used by the run, which loads the model again.
 """
 
 from __future__ import annotations
@@ -16,9 +11,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import gc
 import math
 import os
-import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,20 +21,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.utils.data import Subset
-from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
-from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+from tqdm import tqdm
+from transformers import TrainerCallback
 
 from alpaca import UserError
 from alpaca.inference.adapters import ADAPTER
-from alpaca.training.checkpoints import REHEARSAL, barrier, saved_names
+from alpaca.inference.load import load_model
+from alpaca.training.checkpoints import REHEARSAL, barrier
 from alpaca.training.examples import columns
+from alpaca.training.meter import peak_memory
 from alpaca.training.preflight.findings import Finding, gather
-from alpaca.weights.checkpoint import CheckpointReader
 
 CHUNK = 2**22  # elements hashed at a time: 64 MB of int64
-REPORT = "report it with this output; until then use skip_save_rehearsal=True"
+SAMPLE = 2**12  # elements of each tensor that are kept, to measure how far two steps are apart
+CURE = "report it with this output; until then use skip_save_rehearsal=True, and train in one go with save_strategy=no"
 
 
 @dataclasses.dataclass
@@ -52,214 +49,207 @@ class Rehearsal:
     faults: list[Finding] = dataclasses.field(default_factory=list)
     loss: float = math.nan  # of step 2, uninterrupted
     resumed_loss: float = math.nan  # of step 2, from the checkpoint
+    exact: bool = True  # whether the repeated step gave the same weights bit for bit
     seconds: float = 0.0
     step_seconds: float = 0.0  # of step 2, of at most two accumulated batches
     save_seconds: float = 0.0  # of the checkpoint
     checkpoint_bytes: int = 0
     final_bytes: int = 0
-    peak_bytes: int = 0  # on this rank's CUDA device; 0 without one
+    peak_bytes: int = 0  # of this rank
 
-    def fault(self, what: str, why: str, cure: str = REPORT) -> None:
+    def fault(self, what: str, why: str, cure: str = CURE) -> None:
         self.faults.append(Finding("error", what, why, cure))
 
 
 class _Observer(TrainerCallback):
-    """Take fingerprints before step 1 and after each step, ask for the save, and note each step's loss."""
+    """End the run after step 2, with a save and an evaluation after step 1, and note what each step leaves."""
 
-    def __init__(self, trainer, before: Callable[[], None] | None):
-        self.trainer, self.before, self.losses = trainer, before, {}
-        self.at_start: tuple[dict, dict] = ({}, {})
-        self.after_step: dict[int, tuple[dict, dict]] = {}
-        self.save_at = 0
+    def __init__(self, bar, saves: bool, evaluates: bool):
+        self.bar, self.saves, self.evaluates, self.losses = bar, saves, evaluates, {}
+        self.states: dict[int, tuple[dict, dict]] = {}  # fingerprints of weights and optimizer, by step
+        self.samples: dict[int, torch.Tensor] = {}
         self.step_seconds = self.save_seconds = self._since = 0.0
 
-    def _fingerprints(self) -> tuple[dict, dict]:
-        return _weights(self.trainer.model), _states(self.trainer.optimizer)
+    def _note(self, step: int, model, optimizer) -> None:
+        self.states[step] = _weights(model), _states(optimizer)
+        self.samples[step] = _sample(model)
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        if self.before is not None:
-            self.before()
-            self.before = None
-        self.at_start = self._fingerprints()
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if state.global_step:
+            self._note(state.global_step, model, optimizer)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._since = time.perf_counter()
 
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.step_seconds = time.perf_counter() - self._since
+        self._note(state.global_step, model, optimizer)
+        first = state.global_step == 1
+        control.should_log, control.should_training_stop = True, not first
+        control.should_save, control.should_evaluate = first and self.saves, first and self.evaluates
+        self._since = time.perf_counter()
+        self.bar.update()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._since = time.perf_counter()
+
     def on_save(self, args, state, control, **kwargs):
         self.save_seconds = time.perf_counter() - self._since
+        self.bar.update()
 
-    def on_step_end(self, args, state, control, **kwargs):
-        self.step_seconds = time.perf_counter() - self._since
-        self.after_step[state.global_step] = self._fingerprints()
-        control.should_log = True
-        control.should_save = state.global_step == self.save_at
-        self._since = time.perf_counter()
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_save = control.should_evaluate = False
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs:
             self.losses[state.global_step] = logs["loss"]
 
 
-def rehearse(trainer, output_dir: str | os.PathLike, at_start: Callable[[], None] | None = None) -> Rehearsal:
-    """Rehearse saving and resuming; the trainer is left as it was, except that its model is on its device and mesh.
-
-    It takes three optimizer steps (of at most two accumulated batches), and writes and reloads a checkpoint and then a
-    whole model. The steps are on the longest examples, to show the most memory that a step needs; from the second one
-    on that includes the optimizer's states.
+def rehearse(
+    make: Callable,
+    args,
+    rows: Sequence,
+    held_out: Sequence | None,
+    save: Callable,
+    steps: int,
+) -> Rehearsal:
+    """Rehearse saving and resuming: three optimizer steps (of at most two accumulated batches each), and every save.
 
     Args:
-        trainer: a ResumableTrainer before its train(). Of an adapter only the library's save is rehearsed: merged into
-            its base it would still equal the base, which lora.save refuses.
-        output_dir: where the run will write; the rehearsal makes and removes a folder ``.save-rehearsal`` in it.
-        at_start: called on every rank before step 1, with the model on its device and mesh.
-
-    Returns:
-        A Rehearsal; if it has ``faults`` the weights may be lost, and the run must end.
+        make: (arguments, rows, held-out rows) → a Trainer with a freshly loaded model, as the run will be made.
+        args: of the run. Its output folder gets a folder ``.save-rehearsal``, which is removed again.
+        rows: what the run trains on; the rehearsal takes the fewest that make its steps, the longest.
+        held_out: what it is evaluated on, or None.
+        save: (trainer, folder) → None, writes the trained model as the run will at its end; every rank calls it.
+        steps: that the run will take, which its schedule depends on.
     """
-    begin = time.perf_counter()
-    folder = Path(output_dir) / REHEARSAL
-    checkpoint, result = folder / "checkpoint-1", Rehearsal()
-    saves = trainer.args.save_strategy != "no"
+    begin, folder = time.perf_counter(), Path(args.output_dir) / REHEARSAL
     _remove(folder)
     barrier()
     try:
-        with _undisturbed(trainer, folder), _quiet():
-            observer = _first_steps(trainer, result, at_start, saves)
-            if saves and not result.faults:
-                _resume(trainer, checkpoint, observer, result)
-            result.checkpoint_bytes = folder_bytes(checkpoint)
-            barrier()
-            _remove(checkpoint)  # so that the rehearsal never needs more disk than a checkpoint or a whole model
-            if not result.faults:
-                _save_whole(trainer, folder / "whole", result)
-                result.faults = gather(result.faults)
-            if trainer.accelerator.device.type == "cuda":
-                result.peak_bytes = torch.cuda.max_memory_reserved()
+        first_rank = int(os.environ.get("RANK", 0)) == 0
+        hidden = True if args.disable_tqdm or not first_rank else None  # None: no bar unless stderr is a terminal
+        saves = args.save_strategy != "no"
+        form = "{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} to go"
+        with _quiet(), tqdm(total=7 if saves else 4, desc="rehearsal", disable=hidden, bar_format=form) as bar:
+            short, subset, evaluated = _short(args, folder, rows, held_out, steps)
+            result = _runs(lambda: make(short, subset, evaluated), save, folder, saves, bool(evaluated), bar)
     finally:
         _remove(folder)
     barrier()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     result.seconds = time.perf_counter() - begin
     return result
 
 
-def _first_steps(trainer, result: Rehearsal, at_start: Callable[[], None] | None, saves: bool) -> _Observer:
-    """Take two steps, with a checkpoint after the first if the run saves any."""
-    observer, handler = _Observer(trainer, at_start), trainer.callback_handler
-    callbacks = [DefaultFlowCallback, observer]
-    trainer.callback_handler = CallbackHandler(callbacks, handler.model, handler.processing_class, None, None)
-    observer.save_at = 1 if saves else 0
-    set_seed(trainer.args.seed)  # as in a new process
-    trainer.train()
-    if trainer.is_fsdp_enabled:
-        # The layers are wrapped for recomputing by now, if they are to be. accelerate would wrap them again each time
-        # it prepares the model, and not find them under their new names.
-        trainer.accelerator.state.fsdp_plugin.activation_checkpointing = False
-    result.loss = observer.losses[2]
-    result.step_seconds, result.save_seconds = observer.step_seconds, observer.save_seconds
-    if not all(math.isfinite(loss) for loss in observer.losses.values()):
+def _short(args, folder: Path, rows: Sequence, held_out: Sequence | None, steps: int) -> tuple:
+    """Return arguments for a short run, its rows and its held-out rows; all that shapes a step stays as it is."""
+    short = copy.copy(args)
+    short.output_dir, short.max_steps = str(folder), max(2, steps)
+    short.gradient_accumulation_steps = min(2, args.gradient_accumulation_steps)
+    short.report_to, short.disable_tqdm = [], True
+    short.logging_nan_inf_filter = short.save_only_model = short.ignore_data_skip = False
+    short.eval_on_start = short.load_best_model_at_end = False
+    short.save_total_limit = None
+    count = 2 * short.gradient_accumulation_steps * args.train_batch_size * args.world_size
+    evaluated = longest(held_out, args.eval_batch_size * args.world_size) if held_out else None
+    return short, longest(rows, count), evaluated
+
+
+def _runs(new_trainer: Callable, save: Callable, folder: Path, saves: bool, evaluates: bool, bar) -> Rehearsal:
+    result, checkpoint = Rehearsal(), folder / "checkpoint-1"
+
+    def run(observer: _Observer, resume: Path | None):
+        trainer = new_trainer()
+        bar.update()
+        trainer.remove_callback(trainer.meter)  # which shows a run
+        trainer.add_callback(observer)
+        trainer.train(resume)
+        return trainer
+
+    first, expected = _Observer(bar, saves, evaluates), {}
+    trainer = run(first, None)
+    result.loss = first.losses.get(2, math.nan)
+    result.step_seconds, result.save_seconds = first.step_seconds, first.save_seconds
+    if not all(math.isfinite(loss) for loss in first.losses.values()):
         result.fault(
-            f"the loss of the first steps is not finite: {list(observer.losses.values())}",
+            f"the loss of the first steps is not finite: {list(first.losses.values())}",
             "training would continue with it and end in a model of NaN",
             "check the base model (does chat.py answer?) and use bf16 or float32 instead of fp16",
         )
-    if names := _differences(observer.at_start[0], observer.after_step[1 if saves else 2][0]):
-        result.fault(
-            f"optim={trainer.args.optim} moves weights at learning rate 0 ({names})",
-            "saving and resuming cannot be rehearsed without changing the model",
-            "skip_save_rehearsal=True, or optim=adamw_torch",
-        )
     result.faults = gather(result.faults)  # a rank that stopped alone would leave the others waiting
-    return observer
+    if saves and not result.faults:
+        result.peak_bytes = peak_memory(trainer.args.device)
+        trainer = _freed(trainer)
+        second = _Observer(bar, False, False)
+        trainer = run(second, checkpoint)
+        _compare(first, second, trainer.args.device.type == "cpu", result)
+    result.checkpoint_bytes = folder_bytes(checkpoint)
+    barrier()
+    _remove(checkpoint)  # so that the rehearsal never needs more disk than a checkpoint or a whole model
+    if not result.faults:
+        adapter, whole = hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config"), folder / "whole"
+        whole.mkdir(parents=True, exist_ok=True)
+        save(trainer, whole)
+        expected = _weights(trainer.model, whole=True)  # a collective
+        result.final_bytes = folder_bytes(whole)
+    result.peak_bytes = max(result.peak_bytes, peak_memory(trainer.args.device))
+    trainer = _freed(trainer)
+    if expected:
+        _read_back(whole, adapter, expected, result)
+        bar.update()
+    return result
 
 
-def _resume(trainer, checkpoint: Path, observer: _Observer, result: Rehearsal) -> None:
-    """Discard weights and optimizer, repeat step 2 from the checkpoint, and compare."""
-    weights, states = observer.at_start[0], observer.after_step[1][1]
-    trainer.optimizer = trainer.lr_scheduler = None
-    with torch.no_grad():  # so that whatever the reload does not restore shows
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad:
-                parameter.zero_()
-    observer.save_at, observer.losses = 0, {}
-    set_seed(trainer.args.seed)
-    trainer.train(resume_from_checkpoint=str(checkpoint))
-    result.resumed_loss = observer.losses.get(2, math.nan)
-    cure = f"{REPORT}, and train in one go with save_strategy=no"
+def _freed(trainer) -> None:
+    """Free the memory of a trainer of which the caller keeps no other name."""
+    trainer.accelerator.free_memory()
+    trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = trainer.callback_handler = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _compare(first: _Observer, second: _Observer, deterministic: bool, result: Rehearsal) -> None:
+    """Compare the resumed run with the uninterrupted one: what was loaded, the loss and weights of the second step."""
+    result.resumed_loss = second.losses.get(2, math.nan)
     parts = ("the weights", "the optimizer's states")
-    for what, saved, loaded in zip(parts, (weights, states), observer.at_start, strict=True):
+    for what, saved, loaded in zip(parts, first.states[1], second.states.get(1, ({}, {})), strict=True):
         if names := _differences(saved, loaded):
             what = f"{what} do not come back from a checkpoint as they were saved ({names})"
-            result.fault(what, "an interrupted run could not be resumed", cure)
+            result.fault(what, "an interrupted run could not be resumed")
+    why = "a resumed run would not continue the interrupted one: other data, random state or schedule"
     if not math.isclose(result.loss, result.resumed_loss, rel_tol=1e-4):
         what = f"the resumed step has loss {result.resumed_loss:.6f}, the uninterrupted one {result.loss:.6f}"
-        why = "a resumed run would not continue the interrupted one: other data, random state or weights"
-        result.fault(what, why, cure)
-    if not result.faults and (names := _differences(weights, observer.after_step[2][0])):
-        result.fault(f"the rehearsal changed the weights ({names})", "another model would be trained", cure)
+        result.fault(what, why)
+    elif names := _differences(first.states[2][0], second.states[2][0]):
+        # Where kernels add in any order, Adam divides rounding by its size where a gradient is near zero: few weights.
+        moved = (first.samples[2] - first.samples[1]).abs().mean()
+        apart = (first.samples[2] - second.samples[2]).abs().mean()
+        result.exact = False
+        if deterministic or not apart <= 0.05 * moved:
+            what = f"the resumed step gives other weights than the uninterrupted one ({names})"
+            result.fault(what, why)
     result.faults = gather(result.faults)
 
 
-def _save_whole(trainer, folder: Path, result: Rehearsal) -> None:
-    """Save as at the end of training and read it back: every name and shape, some tensors through from_pretrained."""
-    if trainer.is_world_process_zero():
-        folder.mkdir(parents=True)
-    barrier()
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    trained = {_plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
-    adapter, gathered = hasattr(model, "peft_config"), {}
-    if adapter:
-        with trainer.state_dict_type("FULL_STATE_DICT"):
-            trainer.save_model(str(folder))
-    else:
-        trainer.save_whole_model(folder)
-        gathered = {name: _whole(trained[name]) for name in _some(trained)}  # a collective
-    barrier()
-    result.final_bytes = folder_bytes(folder)
-    if not trainer.is_world_process_zero():
-        return
-    try:
-        what = _wrong_adapter(folder, trained) if adapter else _wrong_model(folder, model, gathered)
-    except UserError as e:
-        what = f"the final save cannot be read: {e}"
-    if what:
-        result.fault(what, "the trained model would be lost at the end", f"{REPORT}: the checkpoints are whole")
-
-
-def _wrong_adapter(folder: Path, trained: dict) -> str | None:
-    if not (folder / ADAPTER).exists():
-        return "the final save wrote no adapter"
-    with safe_open(folder / ADAPTER, framework="pt") as file:
-        count = sum(".lora_" in name for name in file.keys())  # peft may add embeddings that are not trained
-    return f"the saved adapter has {count} tensors, the model trains {len(trained)}" if count != len(trained) else None
-
-
-def _wrong_model(folder: Path, model, gathered: dict[str, torch.Tensor]) -> str | None:
-    saved = CheckpointReader(folder).specs()
-    tied = set(model.all_tied_weights_keys or ())
-    # Under other names than in memory: a mixture's experts are one tensor there, and one each in the file.
-    expected = {name: tuple(tensor.shape) for name, tensor in saved_names(model).items() if name not in tied}
-    if wrong := sorted(name for name in expected if name not in saved or saved[name][1] != expected[name]):
-        return f"the final save lacks {len(wrong)} tensors of the model, or has other shapes ({wrong[0]}, …)"
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers = 1  # the embeddings and the first layer stand for the rest
-    if isinstance(getattr(config, "layer_types", None), list):
-        config.layer_types = config.layer_types[:1]
-    loaded = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype="auto").state_dict()
-    for name, tensor in gathered.items():
-        if not torch.equal(loaded[name].to(tensor.dtype), tensor):
-            return f"from_pretrained gives other values than were trained ({name})"
-    return None
-
-
-def _some(parameters: dict) -> list[str]:
-    """Return a few names that a model of one layer has: the first and last outside the layers, and of layer 0."""
-    layer = {name: next((part for part in name.split(".") if part.isdigit()), "") for name in parameters}
-    inside = [name for name in parameters if layer[name] == "0"]
-    outside = [name for name in parameters if not layer[name]]
-    return list(dict.fromkeys(outside[:1] + outside[-1:] + inside[:1] + inside[-1:]))
+def _read_back(folder: Path, adapter: bool, expected: dict[str, int], result: Rehearsal) -> None:
+    """Read the final save on rank 0, as whoever uses it will, and compare all that was trained with what was saved."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        try:
+            model = load_model(folder, "auto")
+            found = _weights(model)
+            if adapter:
+                found = {name: fingerprint(tensor) for name, tensor in load_file(folder / "adapter" / ADAPTER).items()}
+                expected = {name.replace(".default.", "."): value for name, value in expected.items()}
+            if names := _differences(expected, {name: found.get(name) for name in expected}):
+                what = f"the final save, read back, holds other values than were trained ({names})"
+                result.fault(what, "the trained model would be lost at the end", f"{CURE}: the checkpoints are whole")
+        except UserError as e:
+            result.fault(f"the final save cannot be read: {e}", "the trained model would be lost at the end")
+    result.faults = gather(result.faults)
 
 
 def longest(dataset: Sequence, count: int) -> Subset:
@@ -276,55 +266,6 @@ def longest(dataset: Sequence, count: int) -> Subset:
     return Subset(dataset, np.argsort(-sizes, kind="stable")[:count].tolist())
 
 
-@contextlib.contextmanager
-def _undisturbed(trainer, folder: Path) -> Iterator[None]:
-    """Give the trainer arguments for a rehearsal, and undo all that train() changes, except to the weights."""
-    kept = {name: value for name, value in vars(trainer).items() if name not in ("model", "model_wrapped")}
-    args = trainer.args = copy.copy(trainer.args)
-    changes = {
-        "output_dir": str(folder),
-        "max_steps": 2,
-        "learning_rate": 0.0,
-        "lr_scheduler_type": type(args.lr_scheduler_type)("constant"),
-        "lr_scheduler_kwargs": None,
-        "gradient_accumulation_steps": min(2, args.gradient_accumulation_steps),
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
-        "save_total_limit": None,
-        "save_only_model": False,
-        "ignore_data_skip": False,
-        "eval_on_start": False,
-        "eval_strategy": type(args.eval_strategy)("no"),
-        "save_strategy": type(args.save_strategy)("no"),  # the observer asks for the one save
-        "load_best_model_at_end": False,
-        "push_to_hub": False,
-        "restore_callback_states_from_checkpoint": False,
-    }
-    vars(args).update(changes)
-    loaders = trainer.accelerator.gradient_state.dataloader_references
-    references = list(loaders)
-    numbers = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    steps = args.gradient_accumulation_steps * changes["max_steps"]
-    trainer.train_dataset = longest(trainer.train_dataset, args.train_batch_size * args.world_size * steps)
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(numbers[0])
-        np.random.set_state(numbers[1])
-        loaders[:] = references
-        for name in set(vars(trainer)) - set(kept) - {"model", "model_wrapped"}:
-            delattr(trainer, name)
-        vars(trainer).update(kept)
-        trainer.accelerator.free_memory()
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return full.detach().cpu()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Fingerprints: whether weights and optimizer states came back bit for bit, without a copy of them.
 
@@ -334,9 +275,9 @@ def fingerprint(tensor: torch.Tensor) -> int:
 
     Any single changed bit changes it. It takes 64 MB, where a copy of the weights would take as much as they do.
     """
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    local = _local(tensor)
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
-    bits = local.detach().contiguous().reshape(-1).view(integer)
+    bits = local.contiguous().reshape(-1).view(integer)
     places = torch.arange(1, min(CHUNK, max(1, bits.numel())) + 1, device=bits.device)
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for chunk in bits.split(CHUNK) if bits.numel() else ():
@@ -344,14 +285,29 @@ def fingerprint(tensor: torch.Tensor) -> int:
     return int(total)
 
 
-def _weights(model) -> dict[str, int]:
-    return {_plain_name(name): fingerprint(p) for name, p in model.named_parameters() if p.requires_grad}
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()
+
+
+def _weights(model, whole: bool = False) -> dict[str, int]:
+    """Return the fingerprint of each trained tensor; ``whole``: gathered, one after the other, on every rank."""
+    return {
+        _plain_name(name): fingerprint(p.full_tensor() if whole and hasattr(p, "full_tensor") else p)
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
 
 
 def _states(optimizer) -> dict[str, int]:
     states = (optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"])
     tensors = [(key, value) for state in states for key, value in sorted(state.items()) if torch.is_tensor(value)]
     return {f"{i} {key}": fingerprint(value) for i, (key, value) in enumerate(tensors)}
+
+
+def _sample(model) -> torch.Tensor:
+    """Return the first elements of each trained tensor, in float32 on the CPU."""
+    heads = [_local(p).reshape(-1)[:SAMPLE].float().cpu() for p in model.parameters() if p.requires_grad]
+    return torch.cat(heads)
 
 
 def _differences(a: dict, b: dict) -> str:
@@ -376,7 +332,7 @@ def _remove(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide the library's progress bars, and its table of the layers that a model of one layer leaves out."""
+    """Hide the library's progress bars and notes: they are of the rehearsal, not of the run."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
