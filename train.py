@@ -370,7 +370,8 @@ def load_base(
     model = load_model(model_args.model_name_or_path, dtype, dropped, cache_dir=args.cache_dir, **options)
     packing.weigh_router_loss(model)
     if share := lora.freeze_other_senses(model):
-        dropped.append(f"what reads images or sound stays as it is ({share:.1%} of the parameters): the data is text")
+        what = f"what reads images or sound stays as it is ({share:.1%} of the parameters): the data is text"
+        dropped.append(f"{what}. Its processor's files are not in the result; copy them from the base to use it")
     findings += [Finding("note", what) for what in dropped]
     findings += examples_and_tokenizer.check_tokenizer(tokenizer, embedding_rows(model), model.config)
     raise_errors(findings)  # before rows are added that would hide them
