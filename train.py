@@ -379,7 +379,8 @@ def load_base(
     model = load_model(model_args.model_name_or_path, dropped=dropped, **options)
     packing.weigh_router_loss(model)
     if share := lora.freeze_other_senses(model):
-        dropped.append(f"what reads images or sound stays as it is ({share:.1%} of the parameters): the data is text")
+        what = f"what reads images or sound stays as it is ({share:.1%} of the parameters): the data is text"
+        dropped.append(f"{what}. Its processor's files are not in the result; copy them from the base to use it")
     if findings is None:
         add_special_tokens(tokenizer, model)
         return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import resource
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -218,3 +220,60 @@ def count_fed(model) -> list[int]:
     fed = []
     model.register_forward_pre_hook(lambda _, args, kwargs: fed.append(kwargs["input_ids"].numel()), with_kwargs=True)
     return fed
+
+
+SIZES = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 1024}
+SIZES |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+HEADS = SIZES | {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+WIDE = HEADS | {"head_dim": 8}
+LLAMA_3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
+LLAMA_3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 512}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+EYES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+IMAGES = {"mm_tokens_per_image": 4, "boi_token_index": 3, "eoi_token_index": 4, "image_token_index": 5}
+STATE = {"mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+# Architectures: a config's class and what its tiny model has beside the class's defaults.
+FAMILIES = {
+    "Llama 3": ("LlamaConfig", HEADS | {"rope_parameters": LLAMA_3}),
+    "Mistral": ("MistralConfig", HEADS | {"sliding_window": 64}),
+    "Qwen3": ("Qwen3Config", WIDE),
+    "SmolLM3": ("SmolLM3Config", HEADS),
+    "Phi": ("PhiConfig", HEADS),
+    "GPT-NeoX": ("GPTNeoXConfig", SIZES | {"num_attention_heads": 4, "intermediate_size": 48}),
+    "OPT": ("OPTConfig", SIZES | {"num_attention_heads": 4, "ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "Gemma 3, text": ("Gemma3TextConfig", WIDE | {"sliding_window": 64, "query_pre_attn_scalar": 8}),
+    "Gemma 3, text and images": (
+        "Gemma3Config",
+        {"text_config": WIDE, "vision_config": EYES | {"image_size": 16, "patch_size": 8}} | IMAGES,
+    ),
+    "Qwen3.5, text and images": (
+        "Qwen3_5Config",
+        {"text_config": WIDE | LINEAR | {"layer_types": ["linear_attention", "full_attention"]}}
+        | {"vision_config": {"hidden_size": 16, "depth": 1, "num_heads": 2, "intermediate_size": 16}
+        | {"out_hidden_size": 32, "patch_size": 4, "num_position_embeddings": 16}},
+    ),
+    "Qwen3-MoE": ("Qwen3MoeConfig", WIDE | EXPERTS | {"moe_intermediate_size": 16}),
+    "Mixtral": ("MixtralConfig", HEADS | LOCAL_EXPERTS),
+    "OLMoE": ("OlmoeConfig", HEADS | EXPERTS),
+    "GPT-OSS": ("GptOssConfig", WIDE | LOCAL_EXPERTS | {"sliding_window": 64}),
+    "Granite hybrid": (
+        "GraniteMoeHybridConfig",
+        HEADS | LOCAL_EXPERTS | STATE | {"layer_types": ["mamba", "attention"], "position_embedding_type": "rope"}
+        | {"shared_intermediate_size": 16, "mamba_n_heads": 8, "mamba_d_head": 8},
+    ),
+    "Falcon-H1": ("FalconH1Config", WIDE | STATE | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}),
+    "Mamba": ("MambaConfig", {key: SIZES[key] for key in SIZES if "position" not in key} | {"state_size": 8}),
+}  # fmt: skip
+
+
+def family(folder: Path, name: str, tokenizer, **config) -> Path:
+    """Save a random model of one of FAMILIES, with a tokenizer of 300 tokens and more of its config in ``config``."""
+    kind, values = FAMILIES[name]
+    made = getattr(transformers, kind)(**copy.deepcopy(values) | config)
+    torch.manual_seed(0)
+    auto = "AutoModelForImageTextToText" if "vision_config" in values else "AutoModelForCausalLM"
+    getattr(transformers, auto).from_config(made).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

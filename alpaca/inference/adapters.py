@@ -76,9 +76,8 @@ def add_mean_rows(model, count: int) -> None:
     if new <= 0:
         return
     model.resize_token_embeddings(count, mean_resizing=False)
-    weights = [model.get_input_embeddings().weight]
-    if not model.config.tie_word_embeddings and model.get_output_embeddings() is not None:
-        weights.append(model.get_output_embeddings().weight)
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = list({layer.weight: None for layer in layers if layer is not None})  # one, if they are tied
     with torch.no_grad(), _whole(weights):
         for weight in weights:
             weight[-new:] = weight[:-new].mean(dim=0, keepdim=True, dtype=torch.float32)
