@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from alpaca.common.text import check_utf8
@@ -80,7 +81,7 @@ def continued(
             break
         for i, (ids, offsets) in zip(left, encode([before[i] + texts[i] for i in left]), strict=True):
             border = len(before[i])
-            first = sum(start < border for start, _ in offsets)
+            first = bisect_left(offsets, (border,))
             if all(end <= border for _, end in offsets[:first]):
                 found[i] = ids[first:]
     return [next(iter(encode([texts[i]])))[0] if ids is None else ids for i, ids in enumerate(found)]
