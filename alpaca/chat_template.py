@@ -154,9 +154,8 @@ def chat_turns(tokenizer, conversations: Sequence[Sequence[dict]]) -> list[tuple
     for i, (prompt, whole) in enumerate(zip(prompts, chats.render(conversations, False), strict=True)):
         if not whole.startswith(prompt):
             same = len(os.path.commonprefix([prompt, whole]))
-            raise Unanswerable(
-                i, f"this chat template asks with {prompt[same:]!r}, and does not begin answers with it: use alpaca's"
-            )
+            why = f"this chat template asks with {prompt[same:]!r}, and does not begin answers with it"
+            raise Unanswerable(i, f"{why}: use the alpaca template")
         answer, end = chats.split(whole[len(prompt) :], conversations[i])
         answers.append(answer)
         ends.append(tokenizer.eos_token_id if end is None else end)
