@@ -47,33 +47,35 @@ def base_options(args) -> dict:
     return {"dtype": half, "quantization_config": quantization, "device_map": {"": args.device}}
 
 
+def _text(model) -> torch.nn.Module:
+    """Return what reads text: the decoder of a model that reads images or sound as well, or the whole model."""
+    return model if model.config.get_text_config() is model.config else model.get_decoder()
+
+
 def freeze_other_senses(model) -> float:
-    """Freeze what a model of text and images has beside its text decoder. Return its share of the parameters, or 0."""
-    if model.config.get_text_config() is model.config:
+    """Freeze what a model has beside what reads text and its output embedding. Return its share of the parameters."""
+    if _text(model) is model:
         return 0.0
-    used = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
+    used = {*_text(model).parameters(), *model.get_output_embeddings().parameters()}
     others = [parameter.requires_grad_(False) for parameter in model.parameters() if parameter not in used]
     return sum(map(elements, others)) / sum(map(elements, model.parameters()))
 
 
 def matrices(model) -> tuple[list[str], list[str]]:
-    """Return the names of the decoder's linear layers, and of its parameters that LoRA can be put beside.
+    """Return the names of the linear layers, and of the parameters, that LoRA can be put beside.
 
     These parameters hold a matrix for each expert of a mixture. Left out are the output embedding, and the layers of a
     Mamba block whose weights its code reads without calling them: an adapter there would learn nothing.
     """
-    decoder = model.get_decoder()
-    read = [layer for block in decoder.modules() if hasattr(block, "D") for layer in block.named_children()]
+    read = [layer for block in model.modules() if hasattr(block, "D") for layer in block.named_children()]
     beside = {layer for name, layer in read if name != "in_proj"} | {model.get_output_embeddings()}
-    own = {module for module in decoder.modules() if module not in beside}
-    layers, parameters = [], []
+    own, layers, parameters = set(_text(model).modules()) - beside, [], []
     for name, module in model.named_modules():
         if module in own and isinstance(module, (torch.nn.Linear, Conv1D)):
             layers.append(name)
         elif module in own and not isinstance(module, torch.nn.Conv1d):
-            parameters += [
-                f"{name}.{key}" for key, weight in module.named_parameters(recurse=False) if weight.ndim == 3
-            ]
+            here = module.named_parameters(recurse=False)
+            parameters += [f"{name}.{key}" for key, weight in here if weight.ndim == 3]
     if parameters:  # peft would not find layers of these names
         dense = [name for name in layers if name.rpartition(".")[2] in EXPERTS]
         layers = [name for name in layers if name not in dense]
@@ -109,25 +111,18 @@ def check_coverage(model, args) -> list[Finding]:
     """Report which of a model's parameters LoRA will leave as they are, and a dropout that it cannot have."""
     layers, parameters = matrices(model)
     adapted, left = {*(f"{name}.weight" for name in layers), *parameters}, Counter()
-    decoder = set(model.get_decoder().modules())
+    own, output = set(_text(model).modules()), model.get_output_embeddings()
     for name, module in model.named_modules():
-        for key, weight in module.named_parameters(recurse=False):
-            embedding = isinstance(module, torch.nn.Embedding)
-            if weight.ndim > 1 and module in decoder and not embedding and f"{name}.{key}" not in adapted:
-                parts = [part for part in f"{name}.{key}".removesuffix(".weight").split(".") if not part.isdigit()]
-                left[".".join(parts[-2:])] += elements(weight)
-    found = []
-    if left:
-        share = left.total() / sum(map(elements, model.parameters()))
-        names = ", ".join(name for name, _ in left.most_common())
-        found.append(
-            Finding(
-                "note", f"LoRA leaves {share:.1%} of the parameters as they are, beside embeddings and vectors: {names}"
-            )
-        )
-    if parameters and args.lora_dropout:
-        found.append(Finding("note", "lora_dropout is 0 here: dropout cannot be put in front of an expert's matrix"))
-    return found
+        if module in own and module is not output and not isinstance(module, torch.nn.Embedding):
+            for key, weight in module.named_parameters(name, recurse=False):
+                if weight.ndim > 1 and key not in adapted:
+                    kind = [part for part in key.removesuffix(".weight").split(".") if not part.isdigit()]
+                    left[".".join(kind[-2:])] += elements(weight)
+    share, names = left.total() / sum(map(elements, model.parameters())), ", ".join(dict(left.most_common()))
+    rest = f"LoRA leaves {share:.1%} of the parameters as they are, beside embeddings and vectors: {names}"
+    dropout = "lora_dropout is 0 here: dropout cannot be put in front of an expert's matrix"
+    found = {rest: left, dropout: parameters and args.lora_dropout}
+    return [Finding("note", what) for what, is_so in found.items() if is_so]
 
 
 def check_eos(tokenizer) -> None:
