@@ -75,7 +75,6 @@ from alpaca.training.preflight.findings import Finding, raise_errors
 from alpaca.training.preflight.run import check_loading, disk, preflight, rehearsal
 from alpaca.training.stop import Stopped, train_until_stopped
 from alpaca.training.trainer import Trainer, Trainers
-from alpaca.training.upload import open_repository, upload
 from alpaca.weights.checkpoint import check_model_folder
 
 # What a LLaMA tokenizer calls them. A missing one may be None or "" (some conversions of LLaMA have "").
@@ -440,7 +439,7 @@ def fine_tune(model_args: ModelArguments, data_args: DataArguments, args: Traini
 
     tokenizer, template, findings = make_tokenizer(base, data_args, args, train_records, eval_records)
     sizes, plan, more = check_before_loading(base, args)
-    repository = open_repository(args)
+    repository = receipt.open_repository(args)
     load = partial(load_base, model_args, args, tokenizer, template)
     model = load_trained(load, args, findings)
     if checkpoint:
@@ -467,7 +466,7 @@ def fine_tune(model_args: ModelArguments, data_args: DataArguments, args: Traini
     trainer = trainers.new(args, rows, held_out)
     train_until_stopped(trainer, checkpoint)
     finish(trainer, save, begun, {**vars(model_args), **vars(data_args), **args.given})
-    upload(repository, output_dir, args)
+    receipt.upload(repository, output_dir, args)
 
 
 def save_result(trainer: Trainer, folder: Path, load_base) -> None:

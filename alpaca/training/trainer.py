@@ -59,7 +59,7 @@ class Trainer(transformers.Trainer):
             model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *tied}
         args = copy.copy(args)
         # The library would copy each checkpoint's model into the output folder, which marks a run as finished;
-        # upload.py uploads the result once, at the end.
+        # receipt.upload uploads the result once, at the end.
         args.push_to_hub = False
         super().__init__(model, args, *rest, **kwargs)
         if self.args.fsdp and not self.is_fsdp_enabled:
