@@ -464,7 +464,9 @@ def saves_other_values(trainer, folder):
         ({"save": saves_other_values}, "other values than were trained .1 tensors: model.decoder.layers.1.fc1.bias"),
         ({"save": saves_half, "save_strategy": "no"}, "the final save cannot be read: .*lacks"),
     ],
-    ids=str,
+    ids=lambda value: (
+        "-".join(getattr(one, "__name__", one) for one in value.values()) if isinstance(value, dict) else ""
+    ),
 )
 def test_a_fault_in_saving_or_loading_is_found_before_step_one(tiny_opt, tmp_path, options, what):
     result = rehearsed(tiny_opt, tmp_path, dropout=0.5, **options)
