@@ -249,7 +249,10 @@ def read_records(
     for why, numbers in dropped.items():
         found += f"; {len(numbers):,} {why} dropped: {', '.join(numbers[:10])}" + ", …" * (len(numbers) > 10)
     if not seen:
-        raise UserError(f"{path}: {found}" if found else f"{path} holds no records: choose a file with at least one")
+        if not found:
+            raise UserError(f"{path} holds no records: choose a file with at least one")
+        cure = "name other fields, as in instruction=question,output=answer, or choose other data"
+        raise UserError(f"{path}: {found}, so none is left: {cure}")
     if dropped or several or shapes.keys() - {ALPACA}:
         say(f"{path}: {found}")
 

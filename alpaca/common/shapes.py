@@ -1,8 +1,9 @@
 """Shapes: an entry as people write it → a record in Alpaca's fields, with messages where these cannot hold it all.
 
-Known are Alpaca's fields (also with LLaMA-Factory's "history" and "system"), Dolly's, prompt and completion, and
-conversations as OpenAI and ShareGPT write them. A conversation of several turns, or with a system text or answers that
-must not be learned, has normalized "messages" too; Alpaca's fields then hold its first exchange.
+Known are Alpaca's fields (also with LLaMA-Factory's "history" and "system"), Dolly's, prompt and completion (texts, or
+TRL's lists of messages), and conversations as OpenAI and ShareGPT write them. A conversation of several turns, or with
+a system text or answers that must not be learned, has normalized "messages" too; Alpaca's fields then hold its first
+exchange.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from alpaca.common.text import shorten
 FIELDS = ("instruction", "input", "output")
 INPUT_HEADING = "\n\n### Input:\n"  # between instruction and input, in Alpaca's prompt and in a user's message
 ALPACA, DOLLY, PROMPTS = "Alpaca's format", "Dolly's format", "prompt/completion format"
+OTHER = "Alpaca's format beside other messages, which are used"
 THEIRS = {  # names of our fields
     DOLLY: {"instruction": "instruction", "input": "context", "output": "response"},
     PROMPTS: {"instruction": "prompt", "output": "completion"},
@@ -43,7 +45,8 @@ def in_our_fields(entry, names: dict[str, str], answers: bool) -> tuple[str, dic
         shape = (DOLLY if is_dolly else ALPACA) if entry.get("instruction") is not None else PROMPTS
         theirs = THEIRS.get(shape, {})
         if conversation := _conversation_in(entry, shape):
-            return conversation[0], _recorded(conversation[1], entry, shape, answers)
+            record = _recorded(conversation[1], entry, shape, answers)
+            return (OTHER if shape == ALPACA and _differs(record, entry) else conversation[0]), record
     record = _renamed(entry, theirs) if theirs else entry
     if not isinstance(record.get("instruction"), str):
         name, others = names.get("instruction", "instruction"), shorten(", ".join(entry), 200)
@@ -52,6 +55,13 @@ def in_our_fields(entry, names: dict[str, str], answers: bool) -> tuple[str, dic
     if record.get("messages"):
         record = {name: value for name, value in record.items() if name != "messages"}  # they are not conversations
     return shape, _with_answer(record, shape == ALPACA) if answers else record
+
+
+def _differs(record: dict | str, entry: dict) -> bool:
+    """Return whether an entry's messages say something else than its own fields, such as an output that was edited."""
+    if isinstance(record, str) or not entry.get("messages"):
+        return False
+    return any(not record.get(field, "").endswith(text_of(entry, field) or "") for field in FIELDS)
 
 
 def _renamed(entry: dict, names: dict[str, str]) -> dict:
@@ -78,6 +88,13 @@ def _conversation_in(entry: dict, shape: str) -> tuple[str, list] | None:
     for field in CONVERSATIONS if shape == PROMPTS else ["messages"] if shape == ALPACA else ():
         if isinstance(said := entry.get(field), list) and (said or shape == PROMPTS):
             return (CONVERSATIONS[field] if shape == PROMPTS else shape), turns + said
+    said = [entry.get(name) for name in THEIRS[PROMPTS].values()]
+    if shape == PROMPTS and _is_of_lists(entry):  # as in TRL, the completion alone is learned
+        asked, answer = (
+            part if isinstance(part, list) else [{"role": role, "content": part}] * (part is not None)
+            for role, part in zip(("user", "assistant"), said, strict=True)
+        )
+        return shape, turns + [turn | {"weight": 0} if isinstance(turn, dict) else turn for turn in asked] + answer
     history = entry.get("history")
     if shape != ALPACA or not (turns or history) or not isinstance(entry["instruction"], str):
         return None
@@ -90,11 +107,18 @@ def _conversation_in(entry: dict, shape: str) -> tuple[str, list] | None:
     return shape, turns
 
 
+def _is_of_lists(entry: dict) -> bool:
+    """Return whether a prompt or a completion is a list of messages, as TRL has them."""
+    return any(isinstance(entry.get(name), list) for name in THEIRS[PROMPTS].values())
+
+
 def _recorded(turns: list, entry: dict, shape: str, answers: bool) -> dict | str:
     """Return a conversation as a record, or why it is dropped. Single turns without a system text have no messages."""
     messages = _messages(turns)
     if any(entry.get(name) for name in ("images", "videos", "audios")):
         messages = NOT_TEXT
+    if any(entry.get(name) not in (None, "", [], "[]") for name in ("tools", "functions")):
+        messages = "with tools"
     if isinstance(messages, str):
         return messages
     if answers and messages[-1]["role"] == "user":
@@ -112,9 +136,10 @@ def _recorded(turns: list, entry: dict, shape: str, answers: bool) -> dict | str
             record |= own | {"instruction": "\n\n".join([*system, own["instruction"]])}
         elif asked == first:
             record |= own
-        elif len(messages) > 2 and isinstance(entry.get("output"), str):  # LLaMA-Factory's: they are the last turn
-            record = own | {"output": entry["output"]}
-    record |= {name: value for name, value in entry.items() if name not in TAKEN}
+        elif messages[-2:] == [user_message(**own), {"role": "assistant", "content": entry.get("output")}]:
+            record = own | {"output": entry["output"]}  # LLaMA-Factory's: they are the last turn
+    taken = (*TAKEN, *THEIRS[PROMPTS].values()) if _is_of_lists(entry) else TAKEN
+    record |= {name: value for name, value in entry.items() if name not in taken}
     is_plain = not system and len(messages) <= 2 and not any("weight" in message for message in messages)
     return record if is_plain else record | {"messages": messages}
 

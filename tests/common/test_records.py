@@ -365,6 +365,29 @@ SHAPES += [
             {"instruction": "c", "input": "x", "output": "d", "system": "", "history": []},
         ],
     ),
+    (  # TRL's, which learns the completion alone
+        [
+            {"prompt": TWO[:1], "completion": TWO[1:2], "id": 3},
+            {"prompt": [*chat(("system", "S")), *TWO[:3]], "completion": TWO[3:]},
+            {"prompt": TWO[:1], "completion": "b"},
+            {"prompt": TWO[:1], "completion": []},
+            {"prompt": [], "completion": TWO[1:2]},
+            {"prompt": TWO[:1], "chosen": TWO[1:2]},
+        ],
+        "6 records in prompt/completion format, 1 of several turns; 2 without an answer dropped: 4, 6; "
+        "1 that begin with the assistant dropped: 5",
+        [
+            {"instruction": "a", "input": "", "output": "b", "id": 3},
+            {"instruction": "S\n\na", "input": "", "output": "b"}
+            | {"messages": [*chat(("system", "S")), TWO[0], TWO[1] | {"weight": 0}, *TWO[2:]]},
+            {"instruction": "a", "input": "", "output": "b"},
+        ],
+    ),
+    (  # with tools, which answers may have been chosen by
+        [{"messages": TWO[:2], "tools": [{"type": "function"}]}, {"messages": TWO[:2], "tools": "[]"}],
+        "2 records in OpenAI's messages; 1 with tools dropped: 1",
+        [{"instruction": "a", "input": "", "output": "b", "tools": "[]"}],
+    ),
     (  # as we write them ourselves
         [
             RECORD | {"messages": chat(("user", "Name a tree."), ("assistant", "Oak."))},
@@ -401,6 +424,24 @@ def test_a_shape_is_the_same_in_parquet_where_absent_fields_are_null(tmp_path, c
     found = utils.load_records(tmp_path / "a.parquet")
     assert [{key: value for key, value in record.items() if value is not None} for record in found] == expected
     assert capsys.readouterr().out == f"{tmp_path / 'a.parquet'}: {said}\n"
+
+
+@pytest.mark.parametrize("field", ["instruction", "input", "output"])
+def test_messages_that_say_something_else_than_the_other_fields_are_not_used_in_silence(tmp_path, field):
+    messages = chat(("system", "S"), ("user", "a"), ("assistant", "b"))
+    record = {"instruction": "a", "input": "", "output": "b", "messages": messages}
+    said: list[str] = []
+    for rows in ([record], [record | {field: "edited"}]):
+        (path := tmp_path / "a.json").write_text(json.dumps(rows))
+        assert reader.load_records(path, say=said.append)[0]["messages"] == messages
+    assert said == [f"{path}: 1 record in Alpaca's format beside other messages, which are used"]
+
+
+def test_where_no_record_is_left_the_cure_is_to_name_fields(tmp_path):
+    (path := tmp_path / "a.json").write_text('[{"prompt": "Hi", "response": "Hello"}]')
+    words = "1 record in prompt/completion format; 1 without an answer dropped: 1, so none is left: name other fields"
+    assert_user_error(lambda: utils.load_records(path), words)
+    assert utils.load_records(path, "instruction=prompt,output=response")[0]["output"] == "Hello"
 
 
 def test_one_conversation_in_a_file_is_not_taken_for_a_list_of_records(tmp_path):
