@@ -319,7 +319,8 @@ def publish(
         "address": push or output.name,
         "date": utc_now()[:10],
     }
-    with new_folder(output, "--output_dir") as folder:
+    inputs = [Path(part.strip()) for path in paths for part in path.split(",")]
+    with new_folder(output, "--output_dir", [part for part in inputs if part.is_dir()]) as folder:
         schema = folders.columns(records)
         folders.write(folder, splits, schema)
         findings = find(records, set(CLASSES) - OPT_IN)

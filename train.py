@@ -51,7 +51,7 @@ import transformers
 from huggingface_hub import HfApi
 from transformers.integrations import get_reporting_integration_callbacks
 
-from alpaca.chat_template import before_template, chat_template, end_token, mark_trained, without_system
+from alpaca.chat_template import Unanswerable, before_template, chat_template, end_token, mark_trained, without_system
 from alpaca.common.files import check_writable
 from alpaca.common.records import load_records
 from alpaca.common.shapes import has_several_turns
@@ -365,7 +365,10 @@ def make_tokenizer(base: str, data_args, args, records: list[dict], held_out: li
     template = choose_template(data_args.template, tokenizer, [*records, *held_out])
     data_args.template = template[0]  # for the receipt
     for part, name in ((records, "training"), (held_out, "held-out")) if template[0] == "chat" else ():
-        check_template(part, tokenizer, name)
+        try:
+            check_template(part, tokenizer, name)
+        except Unanswerable as e:
+            raise UserError(f"{e}: leave such records out, or use --template alpaca") from None
     return tokenizer, template, findings
 
 

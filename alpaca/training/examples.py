@@ -198,7 +198,7 @@ class SupervisedDataset:
 
 
 def check_template(records: Sequence[dict], tokenizer, name: str) -> None:
-    """Raise UserError if the chat template fails on these records: the first with each sequence of roles is tried."""
+    """Raise Unanswerable if the chat template fails on a record: the first with each sequence of roles is tried."""
     firsts: dict[tuple[str, ...], int] = {}
     for place, record in enumerate(records):
         firsts.setdefault(tuple(message["role"] for message in messages_of(record)), place)
@@ -213,7 +213,7 @@ def _naming(name: str, numbers: Sequence[int]):
     try:
         yield
     except Unanswerable as e:
-        raise UserError(f"{name} record {numbers[e.place]}: {e}") from None
+        raise Unanswerable(e.place, f"{name} record {numbers[e.place]}: {e}") from None
 
 
 def columns(examples: Sequence[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

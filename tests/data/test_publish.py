@@ -89,6 +89,15 @@ def test_published_again_a_folder_is_the_same(shipped, tmp_path):
     assert again == first
 
 
+def test_a_folder_is_not_made_inside_the_data_which_it_would_be_read_with(tmp_path):
+    (data := tmp_path / "data").mkdir()
+    utils.jdump([record("a"), record("b")], data / "a.json")
+    for output in (data / "out", data):
+        with pytest.raises(UserError, match="choose another folder$"):
+            analyze_data.publish(f"{data}, {data / 'a.json'}", str(output), "mit")
+    assert [path.name for path in data.iterdir()] == ["a.json"]
+
+
 def test_files_keep_their_names_and_fields_but_no_path_of_the_machine(tmp_path):
     (tmp_path / "secret" / "b").mkdir(parents=True)
     near = {"most_similar_instructions": {"Name a fruit.": 0.5}, "avg_similarity_score": 0.25}
