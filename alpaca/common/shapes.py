@@ -61,7 +61,9 @@ def _differs(record: dict | str, entry: dict) -> bool:
     """Return whether an entry's messages say something else than its own fields, such as an output that was edited."""
     if isinstance(record, str) or not entry.get("messages"):
         return False
-    return any(not record.get(field, "").endswith(text_of(entry, field) or "") for field in FIELDS)
+    instruction, input, output = (text_of(entry, field) or "" for field in FIELDS)
+    answers = {"", record.get("output"), *(message["content"] for message in record.get("messages") or ())}
+    return not (record["instruction"].endswith(instruction) and input in ("", record["input"]) and output in answers)
 
 
 def _renamed(entry: dict, names: dict[str, str]) -> dict:

@@ -21,7 +21,7 @@ from alpaca import UserError
 from alpaca.chat_template import messages_of
 from alpaca.common.files import read_text
 from alpaca.common.records import FIELDS, is_on_hub, json_text, read_records, sources
-from alpaca.common.shapes import task_key
+from alpaca.common.shapes import has_several_turns, task_key
 from alpaca.common.text import check_utf8, first_line, public_name, templates
 
 FILES = {"train": ("data/train.parquet", "jsonl/records.jsonl"), "test": ("data/test.parquet", "jsonl/test.jsonl")}
@@ -149,7 +149,7 @@ def card(splits: dict[str, list[dict]], schema: pyarrow.Schema, paths: list[str]
             size="{}<n<{}".format(*SIZES[len(str(count)) - 4 :]) if count >= 1000 else "n<1K",
             fields=schema,
             files=files,
-            several_turns=sum(len(messages_of(record)) > 2 for records in splits.values() for record in records),
+            several_turns=sum(has_several_turns(record) for records in splits.values() for record in records),
             shared=len({*map(task_key, splits["train"])} & {*map(task_key, splits.get("test", []))}),
             findings=Counter((finding["class"], finding["reason"]) for finding in findings).most_common(),
             faulty=len({finding["record"] for finding in findings}),

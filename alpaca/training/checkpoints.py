@@ -277,7 +277,7 @@ def check_data(checkpoint: Path, there: dict, here: dict) -> None:
     if there["sha256"] != here["sha256"]:
         raise UserError(
             f"{checkpoint} was trained on other data ({there['examples']} examples, {here['examples']} here): use the "
-            f"same data_path, eval_fraction, seed, model_max_length and tokenizer, {cure}"
+            f"same data_path, eval_fraction, seed, model_max_length, template and tokenizer, {cure}"
         )
     if there["seed"] != here["seed"]:
         say(

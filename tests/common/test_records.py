@@ -435,6 +435,9 @@ def test_messages_that_say_something_else_than_the_other_fields_are_not_used_in_
         (path := tmp_path / "a.json").write_text(json.dumps(rows))
         assert reader.load_records(path, say=said.append)[0]["messages"] == messages
     assert said == [f"{path}: 1 record in Alpaca's format beside other messages, which are used"]
+    path.write_text(json.dumps([record | {"output": "d", "messages": TWO}]))  # as chat.py writes its last answer
+    assert reader.load_records(path, say=said.append)[0]["messages"] == TWO
+    assert said[1:] == [f"{path}: 1 record in Alpaca's format, 1 of several turns"]
 
 
 def test_where_no_record_is_left_the_cure_is_to_name_fields(tmp_path):

@@ -91,7 +91,7 @@ def test_published_again_a_folder_is_the_same(shipped, tmp_path):
 
 def test_a_folder_is_not_made_inside_the_data_which_it_would_be_read_with(tmp_path):
     (data := tmp_path / "data").mkdir()
-    utils.jdump([record("a"), record("b")], data / "a.json")
+    jdump([record("a"), record("b")], data / "a.json")
     for output in (data / "out", data):
         with pytest.raises(UserError, match="choose another folder$"):
             analyze_data.publish(f"{data}, {data / 'a.json'}", str(output), "mit")
@@ -119,7 +119,9 @@ def test_files_keep_their_names_and_fields_but_no_path_of_the_machine(tmp_path):
 def test_a_conversation_is_published_with_all_its_turns(tmp_path):
     turns = ["Name a color.", "Green.", "Another?", "Blue."]
     messages = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, turns, strict=True)]
+    brief = [{"role": "system", "content": "Be brief."}, *messages[:2]]  # three messages, one turn
     records = [record("Name a color.", messages=messages), record("Name a bird.", "Wren.")]
+    records.append(record("Be brief.\n\nName a color.", messages=brief))
     publish.give_ids(records)
     publish.write(tmp_path, {"train": records}, schema := publish.columns(records))
     rows = lines(tmp_path / "jsonl" / "records.jsonl")

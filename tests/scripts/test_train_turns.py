@@ -141,8 +141,8 @@ def test_what_cannot_be_trained_is_one_line_and_nothing_is_written(tokenizer, tm
             gemma,
             [*TALKS, system],
             (),
-            "training record 4: this tokenizer's chat template fails: System role not supported: leave such records out, "
-            "or use --template alpaca$",
+            "training record 4: this tokenizer's chat template fails: System role not supported: "
+            "leave such records out, or use --template alpaca$",
         ),
     ):
         with pytest.raises(UserError, match=words):
