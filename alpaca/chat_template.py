@@ -135,7 +135,11 @@ def chat_ids(tokenizer, messages: Sequence[dict]) -> list[int]:
         [text] = _rendered(tokenizer, [messages], True)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     chats = _chats(tokenizer, [messages])
-    [(ids, _)] = chats.encode(chats.render([messages], True))
+    try:
+        [text] = chats.render([messages], True)
+    except Unanswerable as e:
+        raise UserError(f"{e}: leave such messages out, or use the alpaca template") from None
+    [(ids, _)] = chats.encode([text])
     return ids
 
 
