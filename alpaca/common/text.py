@@ -8,8 +8,6 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from markupsafe import Markup
-
 from alpaca import UserError
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a terminal obeys; tab and line feed are left
@@ -61,7 +59,7 @@ def printable(text: str) -> str:
 
 def plain_markdown(value):
     """Turn text into one line that Markdown shows as it is: names come from strangers. Markup and numbers stay."""
-    if not isinstance(value, str) or isinstance(value, Markup):
+    if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
     return re.sub(r"[\\`*<>\[\]|]", r"\\\g<0>", " ".join(printable(value).split()))
 
