@@ -62,7 +62,7 @@ stage "self-instruct" "$OUT/regen.json" \
   python generate_instruction.py generate_instruction_following_data --output_dir "$OUT" \
   --seed_tasks_path "$OUT/short_seed_tasks.jsonl" --model_name "$(cd "$BASE" && pwd -P)" --api completions \
   --num_instructions_to_generate 8 --max_concurrency 8 --max_tokens 128 --temperature 0.7 --top_p 0.9 --seed 0 \
-  --time_limit 600 --request_timeout 120
+  --time_limit 600 --request_timeout 300
 
 # 3. Fine-tuning on the shipped data (a subset) and what was generated; a fifth is held out.
 python - alpaca_data.json "$OUT/regen.json" "$RECORDS" "$OUT/train_data.json" <<'PYTHON'
