@@ -105,7 +105,7 @@ def _start(tokenizer) -> str:
 
 
 def end_token(tokenizer) -> str | None:
-    """Return the token with which the tokenizer's chat template ends an answer, None if that is no token of its own.
+    """Return the token with which the tokenizer's chat template ends an answer, None if it writes none.
 
     Raises:
         UserError: the template fails, or leaves the answer out.
@@ -159,7 +159,7 @@ def chat_turns(tokenizer, conversations: Sequence[Sequence[dict]]) -> list[tuple
         if not whole.startswith(prompt):
             same = len(os.path.commonprefix([prompt, whole]))
             why = f"this chat template asks with {prompt[same:]!r}, and does not begin answers with it"
-            raise Unanswerable(i, f"{why}: use the alpaca template")
+            raise Unanswerable(i, why)
         answer, end = chats.split(whole[len(prompt) :], conversations[i])
         answers.append(answer)
         ends.append(tokenizer.eos_token_id if end is None else end)

@@ -44,8 +44,8 @@ class Trainer(transformers.Trainer):
 
     - ``_save_checkpoint``: the library writes a checkpoint in place, file by file; a kill leaves half of one. Not
       needed once it writes into another folder and renames that.
-    - ``_load_from_checkpoint`` and ``_load_optimizer_and_scheduler``: the library (since FSDP2, 4.5x) reads a
-      checkpoint only with the kind of sharding that wrote it. Not needed once it reads any of them by name.
+    - ``_load_from_checkpoint`` and ``_load_optimizer_and_scheduler``: the library reads a checkpoint
+      only with the kind of sharding that wrote it. Not needed once it reads any of them by name.
 
     The others are public: ``train``, ``get_batch_samples``, ``store_flos``, ``log``, ``prediction_step`` and
     ``evaluation_loop``.

@@ -203,7 +203,7 @@ def _runs(new_trainer: Callable, save: Callable, folder: Path, saves: bool, eval
 
 
 def _freed(trainer) -> None:
-    """Free the memory of a trainer of which the caller keeps no other name."""
+    """Free the memory of a trainer; the caller must drop its own reference."""
     trainer.accelerator.free_memory()
     trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = trainer.callback_handler = None
     gc.collect()
@@ -236,7 +236,7 @@ def _compare(first: _Observer, second: _Observer, deterministic: bool, result: R
 
 
 def _read_back(folder: Path, adapter: bool, expected: dict[str, int], result: Rehearsal) -> None:
-    """Read the final save on rank 0, as whoever uses it will, and compare all that was trained with what was saved."""
+    """Read the final save on rank 0, as its users will, and compare all that was trained with what was saved."""
     if int(os.environ.get("RANK", 0)) == 0:
         try:
             model = load_model(folder, "auto")
