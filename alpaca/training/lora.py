@@ -89,6 +89,11 @@ def add_adapter(model, args):
     layers, parameters = matrices(model)
     if args.load_in_4bit:
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        for module in model.modules():
+            # On a CPU with AVX-512 BF16, the first evaluation would pack the weights for a kernel that has no gradient
+            # and rounds scales to bf16; training would go on with it (bitsandbytes 0.50).
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     config = peft.LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
