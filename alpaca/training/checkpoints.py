@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -115,6 +116,17 @@ def only_run(output_dir: str | os.PathLike) -> Iterator[None]:
 def barrier() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Remove what a killed run left half-written in a folder; complete checkpoints stay. Every rank must call it."""
+    rename_back(output_dir)
+    if int(os.environ.get("RANK", 0)) == 0:
+        for name, what in ((STAGING, "a save"), (REHEARSAL, "a rehearsal")):
+            if (folder := output_dir / name).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                say(f"note: removed {folder}, left by {what} that was interrupted")
+    barrier()
 
 
 def set_aside(paths: Iterable[Path]) -> None:

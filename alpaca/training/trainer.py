@@ -77,7 +77,7 @@ class Trainer(transformers.Trainer):
         self.checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         self._saved_step = -1
         self._facts = checkpoints.run_facts(self.train_dataset, self.args)
-        remove_leftovers(Path(self.args.output_dir))
+        checkpoints.remove_leftovers(Path(self.args.output_dir))
         if self.is_world_process_zero():
             checkpoints.set_aside_newer(Path(self.args.output_dir), self.checkpoint)
         self.accelerator.wait_for_everyone()
@@ -268,17 +268,6 @@ class _Resumed(transformers.TrainerCallback):
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.all_done:
             control.should_save = control.should_evaluate = control.should_log = False
-
-
-def remove_leftovers(output_dir: Path) -> None:
-    """Remove what a killed run left half-written in a folder; complete checkpoints stay. Every rank must call it."""
-    checkpoints.rename_back(output_dir)
-    if int(os.environ.get("RANK", 0)) == 0:
-        for name, what in ((checkpoints.STAGING, "a save"), (checkpoints.REHEARSAL, "a rehearsal")):
-            if (folder := output_dir / name).exists():
-                shutil.rmtree(folder, ignore_errors=True)
-                say(f"note: removed {folder}, left by {what} that was interrupted")
-    checkpoints.barrier()
 
 
 @contextmanager

@@ -197,11 +197,11 @@ def test_leftovers_of_a_save_and_of_a_rehearsal_are_removed_and_what_is_whole_is
     shutil.copytree(interrupted / "checkpoint-2", interrupted / ".save-rehearsal" / "checkpoint-1")
     (interrupted / ".saving" / "model").mkdir(parents=True)
     (interrupted / "checkpoint-2").rename(interrupted / ".saving" / "checkpoint-2")
-    trainer.remove_leftovers(interrupted)
+    checkpoints.remove_leftovers(interrupted)
     assert sorted(path.name for path in interrupted.iterdir()) == ["checkpoint-1", "checkpoint-2"]
     printed = capsys.readouterr().out
     assert "removed" in printed and "a save that was interrupted" in printed and "a rehearsal that was" in printed
-    trainer.remove_leftovers(interrupted)
+    checkpoints.remove_leftovers(interrupted)
     assert capsys.readouterr().out == ""
 
 

@@ -23,7 +23,7 @@ from alpaca.common.memory import as_text
 from alpaca.common.text import first_line
 from alpaca.inference.adapters import embedding_rows
 from alpaca.inference.checks import near_zero
-from alpaca.training.checkpoints import is_failed_write
+from alpaca.training.checkpoints import is_failed_write, remove_leftovers
 from alpaca.training.distributed import read_config, say
 from alpaca.training.examples import IGNORE_INDEX, columns
 from alpaca.training.preflight import memory
@@ -32,7 +32,6 @@ from alpaca.training.preflight.findings import Finding, colour_wanted, finish, g
 from alpaca.training.preflight.memory import Plan, Sizes
 from alpaca.training.preflight.packing import SelfCheck
 from alpaca.training.preflight.rehearsal import Rehearsal, folder_bytes, rehearse
-from alpaca.training.trainer import remove_leftovers
 
 
 def check_difference(model) -> list[Finding]:
