@@ -174,8 +174,8 @@ def compare(checkpoint: Path, here: dict) -> None:
         cure = "give the same again, or start a new run in another folder"
         raise UserError(f"{checkpoint} was trained with {', '.join(kept)}, which cannot change midway: {cure}")
     for name in [name for name in MUST_STAY if name in changes]:
-        cure = f'give the same {MUST_STAY[name]}, or, to continue anyway, remove "{name}" from {file}'
-        raise UserError(f"{checkpoint} was trained with {changes[name]}: {cure}")
+        anyway = "" if name == "model" else f', or, to continue anyway, remove "{name}" from {file}'
+        raise UserError(f"{checkpoint} was trained with {changes[name]}: give the same {MUST_STAY[name]}{anyway}")
     if changes:
         say(f"note: {checkpoint.name} was trained with {', '.join(changes.values())}: obeyed from here on")
 

@@ -607,6 +607,18 @@ def test_a_signal_that_arrives_while_the_ranks_agree_counts_at_the_next_step(mon
         assert (listener.stopped_by, control.should_training_stop) == (stopped_by, bool(stopped_by))
 
 
+def test_a_rank_that_stops_for_another_ones_signal_is_not_killed_by_torchruns_own(monkeypatch):
+    """torchrun ends the other processes when the first one has left."""
+    killed = []
+    monkeypatch.setattr(stop.os, "kill", lambda *args: killed.append(args))
+    monkeypatch.setattr(stop.torch.distributed, "all_reduce", lambda tensor, op: tensor.fill_(signal.SIGINT))
+    listener, state = stop.StopOnSignal(), SimpleNamespace(global_step=1, max_steps=9)
+    listener.on_step_end(SimpleNamespace(world_size=2, device="cpu"), state, SimpleNamespace())
+    assert listener.stopped_by == signal.SIGINT
+    listener._handle(signal.SIGTERM, None)
+    assert not killed
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Out of disk. A limit on the size of a file stands for it: writes fail in the same places, in the kernel.
 
