@@ -59,7 +59,7 @@ from alpaca.common.text import counted, first_line
 from alpaca.inference.adapters import add_mean_rows, embedding_rows
 from alpaca.inference.load import load_model, load_tokenizer
 from alpaca.training import checkpoints, distributed, lora, packing, receipt
-from alpaca.training.checkpoints import check_fits, check_resumed, choose_checkpoint
+from alpaca.training.checkpoints import check_resumed, choose_checkpoint, run_facts
 from alpaca.training.distributed import say
 from alpaca.training.examples import (  # noqa: F401  (some for importers)
     IGNORE_INDEX,
@@ -435,7 +435,7 @@ def fine_tune(model_args: ModelArguments, data_args: DataArguments, args: Traini
     base, output_dir = model_args.model_name_or_path, Path(args.output_dir)
     checkpoint = choose_checkpoint(args.resume_from_checkpoint, output_dir)
     if checkpoint:
-        checkpoints.check_arguments(checkpoint, args.given)
+        checkpoints.compare(checkpoint, args.given)
     train_records, eval_records = load_data(data_args, args.seed if args.data_seed is None else args.data_seed)
     check_batch_count(train_records, args)
     begun = receipt.begin(data_args.data_path, data_args.eval_data_path)
@@ -445,8 +445,6 @@ def fine_tune(model_args: ModelArguments, data_args: DataArguments, args: Traini
     repository = receipt.open_repository(args)
     load = partial(load_base, model_args, args, tokenizer, template)
     model = load_trained(load, args, findings)
-    if checkpoint:
-        check_fits(checkpoint, model)
 
     examples = SupervisedDataset(train_records, tokenizer, args.model_max_length, "training")
     held_out = SupervisedDataset(eval_records, tokenizer, args.model_max_length, "held-out") if eval_records else None
@@ -454,7 +452,7 @@ def fine_tune(model_args: ModelArguments, data_args: DataArguments, args: Traini
     rows, collator, self_check = make_batches(model, examples, tokenizer.pad_token_id, data_args, args)
 
     check_batch_count(rows, args)
-    check_resumed(checkpoint, rows, args)
+    check_resumed(checkpoint, run_facts(model, rows, args), args)
     findings += more + (disk(args, rows, sizes, plan) if sizes else [])
     preflight(model, tokenizer, rows, args, findings)
     trainers = Trainers(partial(load_trained, load, args), model, tokenizer, collator, self_check)

@@ -628,14 +628,16 @@ def test_what_goes_to_the_hub_is_the_model_and_what_tells_of_it(tiny_llama, tmp_
     argv += ["--max_steps", 2, "--save_strategy", "steps", "--save_steps", 1, "--lora_r", 2, "--report_to", "none"]
     argv += ["--skip_save_rehearsal"]
     train.train(*train.parse_args([str(word) for word in argv]))
-    shutil.copytree(out / "checkpoint-1", out / "abandoned-checkpoint-1")  # what a run from an earlier checkpoint left
+    shutil.copytree(
+        out / "checkpoint-1", out / "abandoned-1" / "checkpoint-1"
+    )  # what a run from an earlier checkpoint left
     (out / "training_args.bin").touch()  # what the library leaves, and TensorBoard where it is installed
     (out / "runs").mkdir()
     (out / "runs" / "events.out.tfevents.1").touch()
     (command,) = [shlex.split(line) for line in published().splitlines() if line.startswith("hf upload REPO OUT .")]
     patterns = [word for flag, word in zip(command, command[1:], strict=False) if flag == "--exclude"]
     there = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
-    assert {"checkpoint-2/optimizer.pt", "abandoned-checkpoint-1/training_args.bin"} <= set(there)
+    assert {"checkpoint-2/optimizer.pt", "abandoned-1/checkpoint-1/training_args.bin"} <= set(there)
     tokenizer = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
     expected = ["config.json", "generation_config.json", "loss.png", "model.safetensors", "model_card.md"]
     expected += ["training_receipt.json", *tokenizer, "adapter/README.md", "adapter/adapter_config.json"]

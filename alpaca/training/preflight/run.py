@@ -11,7 +11,6 @@ import math
 import os
 import re
 import shutil
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from alpaca.common.memory import as_text
 from alpaca.common.text import first_line
 from alpaca.inference.adapters import embedding_rows
 from alpaca.inference.checks import near_zero
-from alpaca.training.checkpoints import is_failed_write
+from alpaca.training.checkpoints import remove_leftovers
 from alpaca.training.distributed import read_config, say
 from alpaca.training.examples import IGNORE_INDEX, columns
 from alpaca.training.preflight import memory
@@ -32,7 +31,6 @@ from alpaca.training.preflight.findings import Finding, colour_wanted, finish, g
 from alpaca.training.preflight.memory import Plan, Sizes
 from alpaca.training.preflight.packing import SelfCheck
 from alpaca.training.preflight.rehearsal import Rehearsal, folder_bytes, rehearse
-from alpaca.training.trainer import remove_leftovers
 
 
 def check_difference(model) -> list[Finding]:
@@ -244,9 +242,7 @@ def rehearsal(
     except (UserError, OSError):
         raise
     except Exception as e:  # a check must not end in a traceback, whatever a model's code does
-        if is_failed_write(e, traceback.extract_tb(e.__traceback__)):
-            hint = f"is the disk full? {hint}"
-        elif re.search(r"connection (closed|reset)|remote process", str(e), re.IGNORECASE):
+        if re.search(r"connection (closed|reset)|remote process", str(e), re.IGNORECASE):
             hint = "another process of the run has ended: its own message says why"
         raise RankError(f"preflight: saving and resuming failed: {first_line(e)} ({hint})") from e
     batches = args.gradient_accumulation_steps / min(2, args.gradient_accumulation_steps)
