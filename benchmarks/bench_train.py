@@ -9,6 +9,7 @@ Contenders, each run in a process of its own, in turn, --rounds times; the media
                   SDPA with a mask, AdamW not fused, logits of all tokens
     ours          train.py as it is by default: no padding
     ours_packed   train.py --packing: rows of the maximal length, filled; as many as hold a step's examples
+    ours_bf16     train.py --bf16 True; only if named, as a GPU's contenders all are in bf16
     trl           TRL's SFTTrainer, padded as by default
     trl_flat      the same with padding_free=True
 
@@ -57,7 +58,7 @@ from alpaca.training.examples import IGNORE_INDEX  # noqa: E402
 from alpaca.training.meter import Meter, Totals, peak_flops  # noqa: E402
 from alpaca.training.receipt import hardware  # noqa: E402
 
-CONTENDERS = ("original", "ours", "ours_packed", "trl", "trl_flat")
+CONTENDERS = ("original", "ours", "ours_packed", "trl", "trl_flat", "ours_bf16")
 EPOCHS = 3
 SMOLLM2 = Path.home() / ".cache" / "alpaca" / "smollm2-135m-instruct"
 
@@ -205,6 +206,7 @@ def ours(contender: str, s: dict, shared: dict) -> None:
 
     shared |= {"model_name_or_path": s["model"], "data_path": s["data"], "model_max_length": MAX_LENGTH}
     shared["skip_save_rehearsal"] = True
+    shared["bf16"] = s["gpu"] or contender == "ours_bf16"
     if contender == "ours_packed":
         # A row of MAX_LENGTH tokens holds about 4 examples: as many rows as have the tokens of a step.
         micro, batch = (max(round(n * MEAN_TOKENS / MAX_LENGTH), 1) for n in (s["our_micro_batch"], s["batch"]))
@@ -222,7 +224,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=str(ROOT / "alpaca_data.json"), help="texts that the data is made from")
     parser.add_argument("--model_path", default=str(SMOLLM2), help="default: SmolLM2-135M, made if need be")
-    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS[:-1]), choices=CONTENDERS)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each contender")
     parser.add_argument("--batch", type=int, help="examples a step: 8 on a CPU, 128 on a GPU")
     parser.add_argument("--micro_batch", type=int, default=4, help="examples that are computed at once")
