@@ -21,7 +21,7 @@ from alpaca.common import memory as host_memory
 from alpaca.training.checkpoints import REHEARSAL
 from alpaca.training.preflight import packing as packing_check
 from alpaca.training.preflight import run as preflight
-from alpaca.training.preflight.examples_and_tokenizer import check_examples, check_tokenizer, show_example
+from alpaca.training.preflight.examples_and_tokenizer import check_examples, check_tokenizer, show_border, show_example
 from alpaca.training.preflight.findings import Finding, colour_wanted, format_report, raise_errors
 from alpaca.training.preflight.merges import mend_merges
 from alpaca.training.preflight.rehearsal import Rehearsal, fingerprint, rehearse
@@ -300,11 +300,11 @@ def test_an_example_is_shown_with_its_mask(tokenizer):
 def test_the_tokens_at_the_border_are_shown_one_by_one(tokenizer):
     """A token that spans prompt and answer would stand there as ':Y'."""
     [example] = train.preprocess([{"instruction": "Go.", "input": "", "output": "Q\x1b\n"}], tokenizer, 512)
-    prompt, answer = preflight.show_border(example, tokenizer, colour=False).split(" «")
+    prompt, answer = show_border(example, tokenizer, colour=False).split(" «")
     assert answer == r"'Q' '\x1b' '\n'»"
     texts = re.fullmatch("'(.+)' '(.+)'", prompt).groups()
     assert [tokenizer.decode([i]) for i in example["input_ids"] if i][-6:-4] == list(texts) and texts[1].endswith(":")
-    coloured = preflight.show_border(example, tokenizer, colour=True)
+    coloured = show_border(example, tokenizer, colour=True)
     assert coloured == f"\033[2m{prompt}\033[0m \033[32m{answer[:-1]}\033[0m"
 
 

@@ -6,7 +6,6 @@ the run, warnings do not.
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import re
@@ -25,9 +24,9 @@ from alpaca.inference.adapters import embedding_rows
 from alpaca.inference.checks import near_zero
 from alpaca.training.checkpoints import is_failed_write
 from alpaca.training.distributed import read_config, say
-from alpaca.training.examples import IGNORE_INDEX, columns
+from alpaca.training.examples import columns
 from alpaca.training.preflight import memory
-from alpaca.training.preflight.examples_and_tokenizer import check_examples, show_example
+from alpaca.training.preflight.examples_and_tokenizer import check_examples, show_border, show_example
 from alpaca.training.preflight.findings import Finding, colour_wanted, finish, gather, lowest, paint
 from alpaca.training.preflight.memory import Plan, Sizes
 from alpaca.training.preflight.packing import SelfCheck
@@ -279,14 +278,3 @@ def _show(example: dict, tokenizer) -> None:
     how = "dim: masked, green: learned" if colour else "learned: what is between « and »"
     say(f"{paint('example ', '36', colour)} the first one ({how}):\n{show_example(example, tokenizer, colour)}")
     say(f"{paint('border  ', '36', colour)} where its answer begins: {show_border(example, tokenizer, colour)}")
-
-
-def show_border(example: dict, tokenizer, colour: bool) -> str:
-    """Return the last two tokens of an example's prompt and the first three of its answer, marked as in its text."""
-    ids, labels = list(example["input_ids"]), list(example["labels"])
-    first = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
-    begin = max(0, first - 3)  # one more: some decoders remove the space in front of their first token
-    texts = [tokenizer.decode(ids[begin:end]) for end in range(begin, min(first + 3, len(ids)) + 1)]
-    tokens = [repr(after[len(before) :]) for before, after in itertools.pairwise(texts)]  # no control character is left
-    prompt, answer = " ".join(tokens[1 : first - begin]), " ".join(tokens[first - begin :])
-    return f"{paint(prompt, '2', True)} {paint(answer, '32', True)}" if colour else f"{prompt} «{answer}»"
