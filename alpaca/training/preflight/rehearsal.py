@@ -8,29 +8,28 @@ and read back. Nothing of the two is used by the run, which loads the model agai
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import dataclasses
 import gc
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch.utils.data import Subset
 from tqdm import tqdm
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from alpaca import UserError
 from alpaca.inference.adapters import ADAPTER
 from alpaca.inference.load import load_model
 from alpaca.training.checkpoints import REHEARSAL, barrier
-from alpaca.training.examples import columns
+from alpaca.training.distributed import say
 from alpaca.training.meter import peak_memory
 from alpaca.training.preflight.findings import Finding, gather
 
@@ -39,14 +38,14 @@ SAMPLE = 2**12  # elements of each tensor that are kept, to measure how far two 
 CURE = "report it with this output; until then use skip_save_rehearsal=True, and train in one go with save_strategy=no"
 
 
-@dataclasses.dataclass
+@dataclass
 class Rehearsal:
     """The outcome: ``faults`` are errors, the figures are for the report.
 
     Without a checkpoint ``resumed_loss`` is NaN and ``checkpoint_bytes`` 0.
     """
 
-    faults: list[Finding] = dataclasses.field(default_factory=list)
+    faults: list[Finding] = field(default_factory=list)
     loss: float = math.nan  # of step 2, uninterrupted
     resumed_loss: float = math.nan  # of step 2, from the checkpoint
     exact: bool = True  # whether the repeated step gave the same weights bit for bit
@@ -57,22 +56,21 @@ class Rehearsal:
     final_bytes: int = 0
     peak_bytes: int = 0  # of this rank
 
-    def fault(self, what: str, why: str, cure: str = CURE) -> None:
-        self.faults.append(Finding("error", what, why, cure))
 
-
-class _Observer(TrainerCallback):
-    """End the run after step 2, with a save and an evaluation after step 1, and note what each step leaves."""
+class Observer(TrainerCallback):
+    """End a run after step 2, save and evaluate after step 1 if asked to, and note what each step leaves."""
 
     def __init__(self, bar, saves: bool, evaluates: bool):
-        self.bar, self.saves, self.evaluates, self.losses = bar, saves, evaluates, {}
-        self.states: dict[int, tuple[dict, dict]] = {}  # fingerprints of weights and optimizer, by step
+        self.bar, self.saves, self.evaluates = bar, saves, evaluates
+        self.losses: dict[int, float] = {}  # by step, as the rest
+        self.states: dict[int, tuple[dict, dict]] = {}  # fingerprints of weights and optimizer
         self.samples: dict[int, torch.Tensor] = {}
         self.step_seconds = self.save_seconds = self._since = 0.0
 
     def _note(self, step: int, model, optimizer) -> None:
         self.states[step] = _weights(model), _states(optimizer)
-        self.samples[step] = _sample(model)
+        heads = [_local(p).reshape(-1)[:SAMPLE].float().cpu() for p in model.parameters() if p.requires_grad]
+        self.samples[step] = torch.cat(heads)
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         if state.global_step:
@@ -103,18 +101,11 @@ class _Observer(TrainerCallback):
         control.should_save = control.should_evaluate = False
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs and "loss" in logs:
+        if "loss" in logs:
             self.losses[state.global_step] = logs["loss"]
 
 
-def rehearse(
-    make: Callable,
-    args,
-    rows: Sequence,
-    held_out: Sequence | None,
-    save: Callable,
-    steps: int,
-) -> Rehearsal:
+def rehearse(make: Callable, args, rows: Sequence, held_out: Sequence | None, save: Callable, steps: int) -> Rehearsal:
     """Rehearse saving and resuming: three optimizer steps (of at most two accumulated batches each), and every save.
 
     Args:
@@ -125,27 +116,8 @@ def rehearse(
         save: (trainer, folder) → None, writes the trained model as the run will at its end; every rank calls it.
         steps: that the run will take, which its schedule depends on.
     """
-    begin, folder = time.perf_counter(), Path(args.output_dir) / REHEARSAL
-    _remove(folder)
-    barrier()
-    try:
-        first_rank = int(os.environ.get("RANK", 0)) == 0
-        hidden = True if args.disable_tqdm or not first_rank else None  # None: no bar unless stderr is a terminal
-        saves = args.save_strategy != "no"
-        form = "{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} to go"
-        with _quiet(), tqdm(total=7 if saves else 4, desc="rehearsal", disable=hidden, bar_format=form) as bar:
-            short, subset, evaluated = _short(args, folder, rows, held_out, steps)
-            result = _runs(lambda: make(short, subset, evaluated), save, folder, saves, bool(evaluated), bar)
-    finally:
-        _remove(folder)
-    barrier()
-    result.seconds = time.perf_counter() - begin
-    return result
-
-
-def _short(args, folder: Path, rows: Sequence, held_out: Sequence | None, steps: int) -> tuple:
-    """Return arguments for a short run, its rows and its held-out rows; all that shapes a step stays as it is."""
-    short = copy.copy(args)
+    begin, folder, saves = time.perf_counter(), Path(args.output_dir) / REHEARSAL, args.save_strategy != "no"
+    short = copy.copy(args)  # all that shapes a step stays as it is
     short.output_dir, short.max_steps = str(folder), max(2, steps)
     short.gradient_accumulation_steps = min(2, args.gradient_accumulation_steps)
     short.report_to, short.disable_tqdm = [], True
@@ -153,43 +125,59 @@ def _short(args, folder: Path, rows: Sequence, held_out: Sequence | None, steps:
     short.eval_on_start = short.load_best_model_at_end = False
     short.save_total_limit = None
     count = 2 * short.gradient_accumulation_steps * args.train_batch_size * args.world_size
+    subset = longest(rows, count)
     evaluated = longest(held_out, args.eval_batch_size * args.world_size) if held_out else None
-    return short, longest(rows, count), evaluated
+    hidden = True if args.disable_tqdm or int(os.environ.get("RANK", 0)) else None  # None: unless it is a terminal
+    form = "{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} to go"
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # the library's notes and bars are of the rehearsal, not of the run
+    logging.disable_progress_bar()
+    _remove(folder)
+    barrier()
+    try:
+        with tqdm(total=7 if saves else 4, desc="rehearsal", disable=hidden, bar_format=form) as bar:
+            result = _runs(lambda: make(short, subset, evaluated), save, folder, saves, bool(evaluated), bar)
+    finally:
+        _remove(folder)
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+    barrier()
+    result.seconds = time.perf_counter() - begin
+    return result
 
 
 def _runs(new_trainer: Callable, save: Callable, folder: Path, saves: bool, evaluates: bool, bar) -> Rehearsal:
-    result, checkpoint = Rehearsal(), folder / "checkpoint-1"
+    result, checkpoint, whole, begin = Rehearsal(), folder / "checkpoint-1", folder / "whole", time.perf_counter()
 
-    def run(observer: _Observer, resume: Path | None):
-        trainer = new_trainer()
+    def run(resume: Path | None):
+        trainer, observer = new_trainer(), Observer(bar, saves and not resume, evaluates and not resume)
         bar.update()
         trainer.remove_callback(trainer.meter)  # which shows a run
         trainer.add_callback(observer)
         trainer.train(resume)
-        return trainer
+        return trainer, observer
 
-    first, expected = _Observer(bar, saves, evaluates), {}
-    trainer = run(first, None)
-    result.loss = first.losses.get(2, math.nan)
+    trainer, first = run(None)
+    result.loss, losses = first.losses.get(2, math.nan), list(first.losses.values())
     result.step_seconds, result.save_seconds = first.step_seconds, first.save_seconds
-    if not all(math.isfinite(loss) for loss in first.losses.values()):
-        result.fault(
-            f"the loss of the first steps is not finite: {list(first.losses.values())}",
-            "training would continue with it and end in a model of NaN",
-            "check the base model (does chat.py answer?) and use bf16 or float32 instead of fp16",
-        )
+    if not all(map(math.isfinite, losses)):
+        what, why = f"the loss of the first steps is not finite: {losses}", "training would end in a model of NaN"
+        cure = "check the base model (does chat.py answer?) and use bf16 or float32 instead of fp16"
+        result.faults.append(Finding("error", what, why, cure))
     result.faults = gather(result.faults)  # a rank that stopped alone would leave the others waiting
     if saves and not result.faults:
+        if bar.disable:
+            say(f"rehearsal: the first run took {time.perf_counter() - begin:.0f} s; the second takes about as long")
         result.peak_bytes = peak_memory(trainer.args.device)
         trainer = _freed(trainer)
-        second = _Observer(bar, False, False)
-        trainer = run(second, checkpoint)
+        trainer, second = run(checkpoint)
         _compare(first, second, trainer.args.device.type == "cpu", result)
     result.checkpoint_bytes = folder_bytes(checkpoint)
     barrier()
     _remove(checkpoint)  # so that the rehearsal never needs more disk than a checkpoint or a whole model
+    expected, adapter = {}, hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
     if not result.faults:
-        adapter, whole = hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config"), folder / "whole"
         whole.mkdir(parents=True, exist_ok=True)
         save(trainer, whole)
         expected = _weights(trainer.model, whole=True)  # a collective
@@ -212,58 +200,56 @@ def _freed(trainer) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def _compare(first: _Observer, second: _Observer, deterministic: bool, result: Rehearsal) -> None:
-    """Compare the resumed run with the uninterrupted one: what was loaded, the loss and weights of the second step."""
+def _compare(first: Observer, second: Observer, deterministic: bool, result: Rehearsal) -> None:
+    """Compare the resumed run with the uninterrupted one: what was loaded, the loss and weights of the second step.
+
+    What was loaded is equal bit for bit on every device. Where kernels add in any order, the second step is not, and
+    could not show that one tensor of many was lost.
+    """
     result.resumed_loss = second.losses.get(2, math.nan)
     parts = ("the weights", "the optimizer's states")
     for what, saved, loaded in zip(parts, first.states[1], second.states.get(1, ({}, {})), strict=True):
         if names := _differences(saved, loaded):
             what = f"{what} do not come back from a checkpoint as they were saved ({names})"
-            result.fault(what, "an interrupted run could not be resumed")
-    why = "a resumed run would not continue the interrupted one: other data, random state or schedule"
+            result.faults.append(Finding("error", what, "an interrupted run could not be resumed", CURE))
+    what, names = "", _differences(first.states[2][0], second.states[2][0])
     if not math.isclose(result.loss, result.resumed_loss, rel_tol=1e-4):
         what = f"the resumed step has loss {result.resumed_loss:.6f}, the uninterrupted one {result.loss:.6f}"
-        result.fault(what, why)
-    elif names := _differences(first.states[2][0], second.states[2][0]):
-        # Where kernels add in any order, Adam divides rounding by its size where a gradient is near zero: few weights.
+    elif names:
+        # Adam divides rounding by its size where a gradient is near zero: few weights.
         moved = (first.samples[2] - first.samples[1]).abs().mean()
         apart = (first.samples[2] - second.samples[2]).abs().mean()
         result.exact = False
         if deterministic or not apart <= 0.05 * moved:
             what = f"the resumed step gives other weights than the uninterrupted one ({names})"
-            result.fault(what, why)
+    if what:
+        why = "a resumed run would not continue the interrupted one: other data, random state or schedule"
+        result.faults.append(Finding("error", what, why, CURE))
     result.faults = gather(result.faults)
 
 
 def _read_back(folder: Path, adapter: bool, expected: dict[str, int], result: Rehearsal) -> None:
     """Read the final save on rank 0, as its users will, and compare all that was trained with what was saved."""
+    what = ""
     if int(os.environ.get("RANK", 0)) == 0:
         try:
-            model = load_model(folder, "auto")
-            found = _weights(model)
+            found = _weights(load_model(folder, "auto"))
             if adapter:
                 found = {name: fingerprint(tensor) for name, tensor in load_file(folder / "adapter" / ADAPTER).items()}
                 expected = {name.replace(".default.", "."): value for name, value in expected.items()}
             if names := _differences(expected, {name: found.get(name) for name in expected}):
                 what = f"the final save, read back, holds other values than were trained ({names})"
-                result.fault(what, "the trained model would be lost at the end", f"{CURE}: the checkpoints are whole")
         except UserError as e:
-            result.fault(f"the final save cannot be read: {e}", "the trained model would be lost at the end")
-    result.faults = gather(result.faults)
+            what = f"the final save cannot be read: {e}"
+    found = [Finding("error", what, "the trained model would be lost at the end", CURE)] if what else []
+    result.faults = gather([*result.faults, *found])
 
 
 def longest(dataset: Sequence, count: int) -> Subset:
-    """Return the items of a dataset that have the most tokens; all of them if there are fewer than ``count``.
-
-    Args:
-        dataset: of {"input_ids", "labels"}, or alpaca.training.packing's bins of them.
-        count: how many.
-    """
-    if hasattr(dataset, "bins"):
-        sizes = np.array([sum(dataset.dataset.lengths[i] for i in numbers) for numbers in dataset.bins])
-    else:
-        sizes = columns(dataset)[1]
-    return Subset(dataset, np.argsort(-sizes, kind="stable")[:count].tolist())
+    """Return the ``count`` items that have the most tokens of a SupervisedDataset or its PackedDataset, or all."""
+    sizes = getattr(dataset, "dataset", dataset).lengths
+    sizes = [sum(sizes[i] for i in numbers) for numbers in dataset.bins] if hasattr(dataset, "bins") else sizes
+    return Subset(dataset, sorted(range(len(sizes)), key=lambda i: -sizes[i])[:count])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,16 +259,17 @@ def longest(dataset: Sequence, count: int) -> Subset:
 def fingerprint(tensor: torch.Tensor) -> int:
     """Return a hash of a tensor's local bits: Σ bits·(position in its chunk), chunks joined by a factor, mod 2^64.
 
-    Any single changed bit changes it. It takes 64 MB, where a copy of the weights would take as much as they do.
+    Any single changed bit changes it (of elements of up to 4 bytes), and so does their order. torch.hash_tensor (2.13)
+    is not enough: it is the XOR of all elements, so it is 0 for an even number of ones as well as of zeros, and equal
+    for a transposed matrix. This one takes 64 MB, where a copy of the weights would take as much as they do.
     """
     local = _local(tensor)
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
-    bits = local.contiguous().reshape(-1).view(integer)
-    places = torch.arange(1, min(CHUNK, max(1, bits.numel())) + 1, device=bits.device)
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for chunk in bits.split(CHUNK) if bits.numel() else ():
-        total = total * 1_000_003 + (chunk.long() * places[: chunk.numel()]).sum()
-    return int(total)
+    total = 0
+    for chunk in local.contiguous().reshape(-1).view(integer).split(CHUNK):
+        places = torch.arange(1, chunk.numel() + 1, device=chunk.device)
+        total = (total * 1_000_003 + int((chunk.long() * places).sum())) % 2**64
+    return total
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
@@ -304,12 +291,6 @@ def _states(optimizer) -> dict[str, int]:
     return {f"{i} {key}": fingerprint(value) for i, (key, value) in enumerate(tensors)}
 
 
-def _sample(model) -> torch.Tensor:
-    """Return the first elements of each trained tensor, in float32 on the CPU."""
-    heads = [_local(p).reshape(-1)[:SAMPLE].float().cpu() for p in model.parameters() if p.requires_grad]
-    return torch.cat(heads)
-
-
 def _differences(a: dict, b: dict) -> str:
     """Return how many values differ and the first one's name; empty if none does."""
     names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
@@ -328,19 +309,3 @@ def folder_bytes(folder: Path) -> int:
 def _remove(folder: Path) -> None:
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one on each node, in case they do not share the file system
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the library's progress bars and notes: they are of the rehearsal, not of the run."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
