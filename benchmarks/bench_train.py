@@ -36,6 +36,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -84,15 +85,17 @@ class Finished(BaseException):
 
 
 class Stopwatch(transformers.TrainerCallback):
-    """Notes totals and losses at each step. DEFAULT_CALLBACKS gives it to every Trainer of the process."""
+    """Notes totals, losses and CPU seconds at each step. DEFAULT_CALLBACKS gives it to every Trainer of the process."""
 
     totals: list[Totals] = []
     losses: list[float] = []
+    cpu_seconds: list[float] = [0.0]
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
             self.totals.append(Totals(**state.stateful_callbacks[Meter.KEY]["attributes"]))
             self.losses.append(round(logs["loss"], 5))
+            self.cpu_seconds.append(time.process_time())
 
     def on_train_end(self, args, state, control, **kwargs):
         raise Finished
@@ -156,6 +159,7 @@ def run_once(contender: str, s: dict) -> dict:
         "mfu": round(since.flops / (since.train_seconds * peak), 4) if peak else None,
         "peak_memory_gib": round(last.peak_memory / 2**30, 2),
         "seconds": round(since.train_seconds, 3),
+        "cpu_seconds": round(Stopwatch.cpu_seconds[-1] - Stopwatch.cpu_seconds[s["warmup"]], 3),  # of all cores
         "tokens": since.tokens,
         "examples": since.examples,
         "losses": Stopwatch.losses,
