@@ -131,7 +131,7 @@ def test_the_published_recipe_fits_four_80_gb_gpus_and_not_one_of_24_gb():
     [finding] = check(LLAMA_7B, replace(recipe, ranks=1, sharded=False), 24 * GIB)
     assert finding.level == "error" and "exact" in finding.why
     assert "lora_r=16 load_in_4bit=True (4.7 GiB)" in finding.cure and "lora_r=16 bf16=True (13.1 GiB)" in finding.cure
-    assert f"fsdp over 8 devices {memory.SYNC} (12.6 GiB)" in finding.cure
+    assert f"fsdp over 5 devices {memory.SYNC} (20.1 GiB)" in finding.cure
 
 
 ADVISED = {
@@ -141,7 +141,7 @@ ADVISED = {
     "optim=adamw_8bit": {"optimizer_bytes": 2},
     "without fsdp": {"sharded": False},
     memory.SYNC: {"accumulates": False},
-    **{f"fsdp over {n} devices": {"sharded": True, "ranks": n, "dtype_bytes": 4} for n in (2, 4, 8, 16, 32, 64)},
+    **{f"fsdp over {n} devices": {"sharded": True, "ranks": n, "dtype_bytes": 4} for n in range(2, 200)},
 }
 
 
@@ -236,9 +236,9 @@ def test_a_disk_that_is_too_small_is_an_error_with_the_limit_that_fits(tmp_path)
     check = preflight.check_disk
     assert levels(check(tmp_path, 30, 10, checkpoints=3, free=100)) == ["note"]
     [finding] = check(tmp_path, 30, 10, checkpoints=4, free=100)
-    assert finding.level == "error" and finding.cure.startswith("save_total_limit=2, or free some")
+    assert finding.level == "error" and finding.cure.startswith("save_total_limit=2, a larger disk")
     [finding] = check(tmp_path, 30, 10, checkpoints=1, free=39)
-    assert finding.cure.startswith("save_strategy=no")
+    assert finding.cure.startswith("a larger disk") and "save_strategy=no" in finding.cure
     assert memory.checkpoint_bytes(LLAMA_7B, Plan()) == (12 * 6738415616, 4 * 6738415616)
 
 

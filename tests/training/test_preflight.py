@@ -22,10 +22,10 @@ from alpaca.common import memory as host_memory
 from alpaca.training.checkpoints import REHEARSAL
 from alpaca.training.preflight import packing as packing_check
 from alpaca.training.preflight import run as preflight
-from alpaca.training.preflight.examples_and_tokenizer import check_examples, check_tokenizer, show_border, show_example
+from alpaca.training.preflight.examples_and_tokenizer import check_examples, check_tokenizer, show_example
 from alpaca.training.preflight.findings import Finding, colour_wanted, format_report, raise_errors
 from alpaca.training.preflight.merges import mend_merges
-from alpaca.training.preflight.rehearsal import Observer, Rehearsal, fingerprint, rehearse
+from alpaca.training.preflight.rehearsal import Rehearsal, fingerprint, rehearse
 from alpaca.training.preflight.rehearsal import _compare as compare
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,17 +274,6 @@ def test_an_example_is_shown_with_its_mask(tokenizer):
     assert "Clear \\x1b[2J" in plain and plain.endswith("«\\x1b]0;title\\x07</s>»")  # the terminal obeys neither
 
 
-def test_the_tokens_at_the_border_are_shown_one_by_one(tokenizer):
-    """A token that spans prompt and answer would stand there as ':Y'."""
-    [example] = train.preprocess([{"instruction": "Go.", "input": "", "output": "Q\x1b\n"}], tokenizer, 512)
-    prompt, answer = show_border(example, tokenizer, colour=False).split(" «")
-    assert answer == r"'Q' '\x1b' '\n'»"
-    texts = re.fullmatch("'(.+)' '(.+)'", prompt).groups()
-    assert [tokenizer.decode([i]) for i in example["input_ids"] if i][-6:-4] == list(texts) and texts[1].endswith(":")
-    coloured = show_border(example, tokenizer, colour=True)
-    assert coloured == f"\033[2m{prompt}\033[0m \033[32m{answer[:-1]}\033[0m"
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Model, arguments, report.
 
@@ -299,21 +288,14 @@ def check(run, findings=()) -> None:
 def test_errors_of_model_and_examples_stand_in_one_report(tiny_llama, tmp_path, capsys):
     make, args, rows = make_run(tiny_llama, tmp_path)
     trainer = make(args, rows)
-    trainer.model.model.norm.weight.data = trainer.model.model.norm.weight.data.bfloat16()
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter *= 1e-3
     few = trainer.model.get_input_embeddings()
     few.weight = torch.nn.Parameter(few.weight[:250])
-    with pytest.raises(UserError, match=r"1 trained parameters are not float32.*\(and 1 more, above\)"):
+    with pytest.raises(UserError, match=r"all weights are near 0.*\(and 1 more, above\)"):
         preflight.preflight(trainer.model, trainer.processing_class, rows, args)
-    out = capsys.readouterr().out
-    assert "model.norm.weight (bfloat16)" in out and "have token ids outside the model's 250 rows" in out
-
-
-def test_weights_in_bf16_are_no_error_under_deepspeed_whose_optimizer_has_them_in_float32(tiny_llama, tmp_path):
-    trainer = make_trainer(tiny_llama, tmp_path)
-    trainer.model.to(torch.bfloat16)
-    assert "are not float32" in whats(preflight.check_training(trainer.model, trainer.args), "error")
-    trainer.args.deepspeed = "a.json"
-    assert preflight.check_training(trainer.model, trainer.args) == []
+    assert "have token ids outside the model's 250 rows" in capsys.readouterr().out
 
 
 def test_what_was_found_earlier_stops_too(tiny_llama, tmp_path):
@@ -326,6 +308,26 @@ def test_an_optimizer_without_its_package_is_an_error(tiny_llama, tmp_path, monk
     monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: False)
     with pytest.raises(UserError, match="need to install `bitsandbytes`"):  # the library's own words
         train.check_arguments(train.ModelArguments(str(tiny_llama)), train.DataArguments("data.json"), args)
+
+
+@pytest.mark.parametrize("count", range(1, 20))
+@pytest.mark.parametrize("batch, ranks", [(8, 2), (4, 2), (3, 3), (1, 4)])
+def test_the_repeats_of_an_epoch_are_those_of_the_library(count, batch, ranks, tmp_path):
+    from accelerate.data_loader import BatchSamplerShard
+    from torch.utils.data import BatchSampler
+
+    batches = BatchSampler(range(count), batch, drop_last=False)
+    trained = [i for rank in range(ranks) for part in BatchSamplerShard(batches, ranks, rank) for i in part]
+    args = SimpleNamespace(
+        train_batch_size=batch, world_size=ranks, gradient_accumulation_steps=1, max_steps=-1, num_train_epochs=1
+    )
+    args.accelerator_config, args.dataloader_drop_last = SimpleNamespace(split_batches=False, even_batches=True), False
+    again = len(trained) - count
+    found = whats(preflight.check_repeats(range(count), args), "note")
+    if again > count:
+        assert found.startswith(f"each epoch trains {count + again} examples")
+    else:
+        assert found.startswith(f"{again} of {count} examples are trained twice") if again else not found
 
 
 @pytest.mark.parametrize("deviation, fell_back", [(1e-6, False), (0.7, True), (float("nan"), True)])
@@ -421,11 +423,11 @@ def saves_other_values(trainer, folder):
         ({"trainer_class": LosesWeights}, "the weights do not come back from a checkpoint"),
         ({"trainer_class": LosesOptimizer}, "the optimizer's states do not come back"),
         ({"trainer_class": LosesRandomState}, "the resumed step has loss"),
-        ({"trainer_class": LosesSchedule}, "the resumed step gives other weights"),
+        ({"trainer_class": LosesSchedule}, "the optimizer's states do not come back .*: group 0 lr"),
         ({"save": saves_no_weights}, "the final save cannot be read"),
         ({"save": saves_half}, "the final save cannot be read: .*lacks"),
         ({"save": saves_rounded}, "read back, holds other values than were trained"),
-        ({"save": saves_other_values}, "other values than were trained .1 tensors: model.decoder.layers.1.fc1.bias"),
+        ({"save": saves_other_values}, "other values than were trained .1 values: model.decoder.layers.1.fc1.bias"),
         ({"save": saves_half, "save_strategy": "no"}, "the final save cannot be read: .*lacks"),
     ],
     ids=lambda value: (
@@ -438,20 +440,12 @@ def test_a_fault_in_saving_or_loading_is_found_before_step_one(tiny_opt, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_where_a_device_adds_in_any_order_the_repeated_step_may_differ_by_rounding_alone():
-    """Step 2 moves four weights by 1 each; again, it moves them by 1.01, or by 2."""
-
-    def observed(moved):
-        observer = Observer(None, True, False)
-        observer.losses = {2: 1.0}
-        observer.states = {1: ({"w": 1}, {}), 2: ({"w": moved}, {})}
-        observer.samples = {1: torch.zeros(4), 2: torch.full((4,), float(moved))}
-        return observer
-
-    for moved, deterministic, faults in [(1.0, True, 0), (1.01, False, 0), (1.01, True, 1), (2.0, False, 1)]:
-        result = Rehearsal(loss=1.0)
-        compare(observed(1.0), observed(moved), deterministic, result)
-        assert len(result.faults) == faults and result.exact == (moved == 1)
+@pytest.mark.parametrize("deterministic, resumed_loss, faults", [(True, 1.0, 1), (False, 1.0, 0), (False, 1.001, 1)])
+def test_where_a_device_adds_in_any_order_the_repeated_step_may_differ_by_rounding_alone(
+    deterministic, resumed_loss, faults
+):
+    states = [{1: ({"w": 1}, {"lr": 0.1}), 2: ({"w": after}, {"lr": 0.1})} for after in (2, 3)]
+    assert len(compare(*states, Rehearsal(loss=1.0, resumed_loss=resumed_loss), deterministic)) == faults
 
 
 def recurrent(**sizes):
@@ -625,20 +619,26 @@ def test_under_fsdp_on_two_processes_the_run_after_a_rehearsal_is_the_run_withou
 
 
 def test_under_fsdp_a_model_that_cannot_do_without_padding_falls_back_and_trains(tokenizer, tmp_path):
-    """The self-check breaks off in the middle of a forward pass, where FSDP's layers are half gathered."""
+    """The self-check breaks off in the middle of a forward pass, where FSDP's layers are half gathered.
+
+    Two processes of 4 examples each train 2 of the 6 twice: what is said before is what is counted then.
+    """
     from transformers import AutoModelForCausalLM, Gemma2Config
 
     common = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
     config = Gemma2Config(**common, num_key_value_heads=2, intermediate_size=128, eos_token_id=2, bos_token_id=1)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gemma")
     tokenizer.save_pretrained(tmp_path / "gemma")
-    (tmp_path / "data.json").write_text(json.dumps(make_records(8)))
+    (tmp_path / "data.json").write_text(json.dumps(make_records(6)))
     argv = ["--model_name_or_path", tmp_path / "gemma", "--data_path", tmp_path / "data.json", "--output_dir"]
     argv += [tmp_path / "out", "--max_steps", 1, "--per_device_train_batch_size", 4, "--logging_steps", 1]
     result = torchrun(2, "train.py", *argv, "--fsdp", "--fsdp_config", "configs/fsdp.json")
     assert result.returncode == 0, result.stderr
     assert "examples are padded, as with padding=longest: padding-free attention has no softcap" in result.stdout
     assert "saved, reloaded and resumed: weights and optimizer equal" in result.stdout
+    assert "2 of 6 examples are trained twice in each epoch" in result.stdout
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["meter_totals"]["attributes"]["examples"] == 8
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -143,14 +143,3 @@ def show_example(example: dict, tokenizer, colour: bool) -> str:
         else:
             parts.append(f"«{part}»" if learned[begin] else part)
     return "".join(parts)
-
-
-def show_border(example: dict, tokenizer, colour: bool) -> str:
-    """Return the last two tokens of an example's prompt and the first three of its answer, marked as in its text."""
-    ids, labels = list(example["input_ids"]), list(example["labels"])
-    first = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
-    begin = max(0, first - 3)  # one more: some decoders remove the space in front of their first token
-    texts = [tokenizer.decode(ids[begin:end]) for end in range(begin, min(first + 3, len(ids)) + 1)]
-    tokens = [repr(after[len(before) :]) for before, after in itertools.pairwise(texts)]  # no control character is left
-    prompt, answer = " ".join(tokens[1 : first - begin]), " ".join(tokens[first - begin :])
-    return f"{paint(prompt, '2', True)} {paint(answer, '32', True)}" if colour else f"{prompt} «{answer}»"

@@ -143,41 +143,37 @@ def advise(sizes: Sizes, plan: Plan, available: int) -> list[str]:
     def needed(plan: Plan) -> int:
         return sum(parts(sizes, plan).values())
 
-    def wider(plan: Plan, text: str) -> list[tuple[str, Plan]]:
-        """FSDP over the fewest devices that are enough. It loads float32, and shards nothing of bitsandbytes'."""
-        more = (n for n in (2, 4, 8, 16, 32, 64) if n > plan.ranks or (n == plan.ranks and not plan.sharded))
-        plans = [replace(plan, ranks=n, sharded=True, accumulates=False, dtype_bytes=4) for n in more]
-        possible = not plan.four_bit and plan.optimizer_bytes >= 4
-        text += f" {SYNC}" if plan.accumulates else ""
-        return [(f"fsdp over {new.ranks} devices{text}", new) for new in plans if possible and needed(new) <= available]
-
-    alone, where = replace(plan, sharded=False), " without fsdp" if plan.sharded else ""
     adapter, new = ("", {}) if plan.lora_r else ("lora_r=16 ", {"lora_r": 16})
-    half = (f"{adapter}bf16=True", replace(plan, dtype_bytes=2, **new))
+    small = plan.lora_r or plan.optimizer_bytes < 4  # its optimizer
+    # FSDP loads float32, divides all of it, and can shard neither weights nor optimizer of bitsandbytes.
+    whole = replace(plan, ranks=1, sharded=False, accumulates=False, offloaded=False, dtype_bytes=4)
+    devices = max(2, math.ceil(needed(whole) / available))
+    shardable = not plan.four_bit and plan.optimizer_bytes >= 4 and (devices > plan.ranks or not plan.sharded)
+    fsdp = f"fsdp over {devices} devices{f' {SYNC}' if plan.accumulates else ''}"
+    half = {} if plan.sharded else {"dtype_bytes": 2}
     ladder = [
         (SYNC, replace(plan, accumulates=plan.accumulates and not plan.sharded)),
-        ("optim=adamw_8bit", plan if plan.sharded or plan.lora_r else replace(plan, optimizer_bytes=2)),
-        *wider(plan, "")[:1],
-        (adapter.strip(), replace(plan, **new)) if plan.sharded else half,
-        (f"{adapter}load_in_4bit=True{where}", replace(alone, four_bit=True, **new)),
-        *(wider(replace(plan, **new), " lora_r=16")[:1] if new else []),
+        ("optim=adamw_8bit", plan if plan.sharded or small else replace(plan, optimizer_bytes=2)),
+        (fsdp, replace(whole, ranks=devices, sharded=True) if shardable else plan),
+        (f"{adapter}{'bf16=True' if half else ''}", replace(plan, **half, **new)),
+        (
+            f"{adapter}load_in_4bit=True{'' if half else ' without fsdp'}",
+            replace(plan, sharded=False, four_bit=True, **new),
+        ),
     ]
-    fitting = [(text, needed(new)) for text, new in ladder if new != plan and needed(new) <= available]
+    fitting = [(text.strip(), needed(new)) for text, new in ladder if new != plan and needed(new) <= available]
     return [f"{text} ({as_text(total)})" for text, total in fitting[:3]]
 
 
 def smaller_step(args) -> str:
-    """Return the arguments that make the activations of a step smaller, for a run whose step ran out of memory."""
-    fsdp = read_config(args.fsdp_config) if args.fsdp else {}
-    found, batch = [], args.per_device_train_batch_size
-    if not (getattr(args, CHECKPOINTING) or fsdp.get("activation_checkpointing")):
+    """Return the arguments that make a step's activations smaller, for a run whose step ran out of memory."""
+    batch, found = args.per_device_train_batch_size, []
+    if not (getattr(args, CHECKPOINTING) or read_config(args.fsdp_config).get("activation_checkpointing")):
         found.append(f"{CHECKPOINTING}=True")
     if batch > 1:
-        steps = batch * args.gradient_accumulation_steps
-        found.append(f"per_device_train_batch_size=1 gradient_accumulation_steps={steps}")
-    if not args.lora_r:
-        found.append("lora_r=16")
-    return "; ".join([*found, "a smaller model_max_length"])
+        same = batch * args.gradient_accumulation_steps
+        found.append(f"per_device_train_batch_size=1 gradient_accumulation_steps={same}")
+    return "; ".join([*found, *([] if args.lora_r else ["lora_r=16"]), "a smaller model_max_length"])
 
 
 def checkpoint_bytes(sizes: Sizes, plan: Plan, full_fsdp: bool = False) -> tuple[int, int]:

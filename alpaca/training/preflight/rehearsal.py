@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import Subset
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import IntervalStrategy, TrainerCallback
 from transformers.utils import logging
 
 from alpaca import UserError
@@ -34,7 +34,6 @@ from alpaca.training.meter import peak_memory
 from alpaca.training.preflight.findings import Finding, gather
 
 CHUNK = 2**22  # elements hashed at a time: 64 MB of int64
-SAMPLE = 2**12  # elements of each tensor that are kept, to measure how far two steps are apart
 CURE = "report it with this output; until then use skip_save_rehearsal=True, and train in one go with save_strategy=no"
 
 
@@ -57,24 +56,16 @@ class Rehearsal:
     peak_bytes: int = 0  # of this rank
 
 
-class Observer(TrainerCallback):
+class _Observer(TrainerCallback):
     """End a run after step 2, save and evaluate after step 1 if asked to, and note what each step leaves."""
 
     def __init__(self, bar, saves: bool, evaluates: bool):
         self.bar, self.saves, self.evaluates = bar, saves, evaluates
-        self.losses: dict[int, float] = {}  # by step, as the rest
-        self.states: dict[int, tuple[dict, dict]] = {}  # fingerprints of weights and optimizer
-        self.samples: dict[int, torch.Tensor] = {}
+        self.states: dict[int, tuple[dict, dict]] = {}  # fingerprints of weights and optimizer, by step
         self.step_seconds = self.save_seconds = self._since = 0.0
 
-    def _note(self, step: int, model, optimizer) -> None:
-        self.states[step] = _weights(model), _states(optimizer)
-        heads = [_local(p).reshape(-1)[:SAMPLE].float().cpu() for p in model.parameters() if p.requires_grad]
-        self.samples[step] = torch.cat(heads)
-
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if state.global_step:
-            self._note(state.global_step, model, optimizer)
+        self.states[state.global_step] = _weights(model), _states(optimizer)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._since = time.perf_counter()
@@ -83,26 +74,16 @@ class Observer(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.step_seconds = time.perf_counter() - self._since
-        self._note(state.global_step, model, optimizer)
+        self.states[state.global_step] = _weights(model), _states(optimizer)
         first = state.global_step == 1
         control.should_log, control.should_training_stop = True, not first
         control.should_save, control.should_evaluate = first and self.saves, first and self.evaluates
         self._since = time.perf_counter()
         self.bar.update()
 
-    def on_evaluate(self, args, state, control, **kwargs):
-        self._since = time.perf_counter()
-
     def on_save(self, args, state, control, **kwargs):
         self.save_seconds = time.perf_counter() - self._since
         self.bar.update()
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        control.should_save = control.should_evaluate = False
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
-            self.losses[state.global_step] = logs["loss"]
 
 
 def rehearse(make: Callable, args, rows: Sequence, held_out: Sequence | None, save: Callable, steps: int) -> Rehearsal:
@@ -123,6 +104,7 @@ def rehearse(make: Callable, args, rows: Sequence, held_out: Sequence | None, sa
     short.report_to, short.disable_tqdm = [], True
     short.logging_nan_inf_filter = short.save_only_model = short.ignore_data_skip = False
     short.eval_on_start = short.load_best_model_at_end = False
+    short.save_strategy = short.eval_strategy = IntervalStrategy.NO  # _Observer asks for what is rehearsed
     short.save_total_limit = None
     count = 2 * short.gradient_accumulation_steps * args.train_batch_size * args.world_size
     subset = longest(rows, count)
@@ -151,16 +133,16 @@ def _runs(new_trainer: Callable, save: Callable, folder: Path, saves: bool, eval
     result, checkpoint, whole, begin = Rehearsal(), folder / "checkpoint-1", folder / "whole", time.perf_counter()
 
     def run(resume: Path | None):
-        trainer, observer = new_trainer(), Observer(bar, saves and not resume, evaluates and not resume)
+        """Return a trainer after step 2, its observer, and the losses of its steps."""
+        trainer, observer = new_trainer(), _Observer(bar, saves and not resume, evaluates and not resume)
         bar.update()
         trainer.remove_callback(trainer.meter)  # which shows a run
         trainer.add_callback(observer)
         trainer.train(resume)
-        return trainer, observer
+        return trainer, observer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
-    trainer, first = run(None)
-    result.loss, losses = first.losses.get(2, math.nan), list(first.losses.values())
-    result.step_seconds, result.save_seconds = first.step_seconds, first.save_seconds
+    trainer, first, losses = run(None)
+    result.loss, result.step_seconds, result.save_seconds = losses[-1], first.step_seconds, first.save_seconds
     if not all(map(math.isfinite, losses)):
         what, why = f"the loss of the first steps is not finite: {losses}", "training would end in a model of NaN"
         cure = "check the base model (does chat.py answer?) and use bf16 or float32 instead of fp16"
@@ -171,8 +153,9 @@ def _runs(new_trainer: Callable, save: Callable, folder: Path, saves: bool, eval
             say(f"rehearsal: the first run took {time.perf_counter() - begin:.0f} s; the second takes about as long")
         result.peak_bytes = peak_memory(trainer.args.device)
         trainer = _freed(trainer)
-        trainer, second = run(checkpoint)
-        _compare(first, second, trainer.args.device.type == "cpu", result)
+        trainer, second, losses = run(checkpoint)
+        result.resumed_loss, result.exact = losses[-1], first.states[2] == second.states[2]
+        result.faults = gather(_compare(first.states, second.states, result, trainer.args.device.type == "cpu"))
     result.checkpoint_bytes = folder_bytes(checkpoint)
     barrier()
     _remove(checkpoint)  # so that the rehearsal never needs more disk than a checkpoint or a whole model
@@ -185,7 +168,7 @@ def _runs(new_trainer: Callable, save: Callable, folder: Path, saves: bool, eval
     result.peak_bytes = max(result.peak_bytes, peak_memory(trainer.args.device))
     trainer = _freed(trainer)
     if expected:
-        _read_back(whole, adapter, expected, result)
+        result.faults = gather(_read_back(whole, adapter, expected))
         bar.update()
     return result
 
@@ -200,49 +183,38 @@ def _freed(trainer) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def _compare(first: Observer, second: Observer, deterministic: bool, result: Rehearsal) -> None:
-    """Compare the resumed run with the uninterrupted one: what was loaded, the loss and weights of the second step.
+def _compare(first: dict, second: dict, result: Rehearsal, deterministic: bool) -> list[Finding]:
+    """Compare what two runs left after step 1 (the second: what it loaded) and after step 2, as _Observer's states.
 
-    What was loaded is equal bit for bit on every device. Where kernels add in any order, the second step is not, and
-    could not show that one tensor of many was lost.
+    What was loaded must be equal bit for bit on every device. The second step's weights are not where kernels add in
+    any order; there the loss shows whether data and random state came back as well.
     """
-    result.resumed_loss = second.losses.get(2, math.nan)
-    parts = ("the weights", "the optimizer's states")
-    for what, saved, loaded in zip(parts, first.states[1], second.states.get(1, ({}, {})), strict=True):
+    what = []
+    for kind, saved, loaded in zip(("weights", "optimizer's states"), first[1], second.get(1, ({}, {})), strict=True):
         if names := _differences(saved, loaded):
-            what = f"{what} do not come back from a checkpoint as they were saved ({names})"
-            result.faults.append(Finding("error", what, "an interrupted run could not be resumed", CURE))
-    what, names = "", _differences(first.states[2][0], second.states[2][0])
+            what.append(f"the {kind} do not come back from a checkpoint as they were saved ({names})")
     if not math.isclose(result.loss, result.resumed_loss, rel_tol=1e-4):
-        what = f"the resumed step has loss {result.resumed_loss:.6f}, the uninterrupted one {result.loss:.6f}"
-    elif names:
-        # Adam divides rounding by its size where a gradient is near zero: few weights.
-        moved = (first.samples[2] - first.samples[1]).abs().mean()
-        apart = (first.samples[2] - second.samples[2]).abs().mean()
-        result.exact = False
-        if deterministic or not apart <= 0.05 * moved:
-            what = f"the resumed step gives other weights than the uninterrupted one ({names})"
-    if what:
-        why = "a resumed run would not continue the interrupted one: other data, random state or schedule"
-        result.faults.append(Finding("error", what, why, CURE))
-    result.faults = gather(result.faults)
+        what.append(f"the resumed step has loss {result.resumed_loss:.6f}, the uninterrupted one {result.loss:.6f}")
+    elif deterministic and (names := _differences(first[2][0], second[2][0])):
+        what.append(f"the resumed step gives other weights than the uninterrupted one ({names})")
+    return [Finding("error", one, "a resumed run would not continue the interrupted one", CURE) for one in what]
 
 
-def _read_back(folder: Path, adapter: bool, expected: dict[str, int], result: Rehearsal) -> None:
+def _read_back(folder: Path, adapter: bool, expected: dict[str, int]) -> list[Finding]:
     """Read the final save on rank 0, as its users will, and compare all that was trained with what was saved."""
-    what = ""
-    if int(os.environ.get("RANK", 0)) == 0:
-        try:
-            found = _weights(load_model(folder, "auto"))
-            if adapter:
-                found = {name: fingerprint(tensor) for name, tensor in load_file(folder / "adapter" / ADAPTER).items()}
-                expected = {name.replace(".default.", "."): value for name, value in expected.items()}
-            if names := _differences(expected, {name: found.get(name) for name in expected}):
-                what = f"the final save, read back, holds other values than were trained ({names})"
-        except UserError as e:
-            what = f"the final save cannot be read: {e}"
-    found = [Finding("error", what, "the trained model would be lost at the end", CURE)] if what else []
-    result.faults = gather([*result.faults, *found])
+    if int(os.environ.get("RANK", 0)) != 0:
+        return []
+    try:
+        found = _weights(load_model(folder, "auto"))
+        if adapter:
+            found = {name: fingerprint(tensor) for name, tensor in load_file(folder / "adapter" / ADAPTER).items()}
+            expected = {name.replace(".default.", "."): value for name, value in expected.items()}
+        if not (names := _differences(expected, {name: found.get(name) for name in expected})):
+            return []
+        what = f"the final save, read back, holds other values than were trained ({names})"
+    except UserError as e:
+        what = f"the final save cannot be read: {e}"
+    return [Finding("error", what, "the trained model would be lost at the end", CURE)]
 
 
 def longest(dataset: Sequence, count: int) -> Subset:
@@ -285,16 +257,21 @@ def _weights(model, whole: bool = False) -> dict[str, int]:
     }
 
 
-def _states(optimizer) -> dict[str, int]:
-    states = (optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"])
-    tensors = [(key, value) for state in states for key, value in sorted(state.items()) if torch.is_tensor(value)]
-    return {f"{i} {key}": fingerprint(value) for i, (key, value) in enumerate(tensors)}
+def _states(optimizer) -> dict[str, int | float | tuple]:
+    """Return the fingerprints of an optimizer's tensors, and its numbers: learning rate, betas, …"""
+    found = {}
+    for g, group in enumerate(optimizer.param_groups):
+        found |= {f"group {g} {key}": value for key, value in group.items() if isinstance(value, (int, float, tuple))}
+        for n, parameter in enumerate(group["params"]):
+            state = {key: value for key, value in optimizer.state.get(parameter, {}).items() if torch.is_tensor(value)}
+            found |= {f"group {g} tensor {n} {key}": fingerprint(value) for key, value in state.items()}
+    return found
 
 
 def _differences(a: dict, b: dict) -> str:
     """Return how many values differ and the first one's name; empty if none does."""
     names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
-    return f"{len(names)} tensors: {names[0]}" + (", …" if len(names) > 1 else "") if names else ""
+    return f"{len(names)} values: {names[0]}" + (", …" if len(names) > 1 else "") if names else ""
 
 
 def _plain_name(name: str) -> str:

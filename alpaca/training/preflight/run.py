@@ -26,7 +26,7 @@ from alpaca.training.checkpoints import is_failed_write
 from alpaca.training.distributed import read_config, say
 from alpaca.training.examples import SupervisedDataset
 from alpaca.training.preflight import memory
-from alpaca.training.preflight.examples_and_tokenizer import check_examples, show_border, show_example
+from alpaca.training.preflight.examples_and_tokenizer import check_examples, show_example
 from alpaca.training.preflight.findings import Finding, colour_wanted, finish, gather, lowest, paint
 from alpaca.training.preflight.memory import Plan, Sizes
 from alpaca.training.preflight.packing import SelfCheck
@@ -73,31 +73,23 @@ def check_repeats(rows: Sequence, args) -> list[Finding]:
     noun = "bins" if hasattr(rows, "bins") else "examples"
     what = f"{again} of {len(rows)} {noun} are trained twice in each epoch"
     if again > len(rows):
-        what = f"each epoch trains {len(rows) + again} {noun}, as these {len(rows)} come round again and again"
+        what = f"each epoch trains {len(rows) + again} {noun}: these {len(rows)}, several times each"
     why = f"{args.world_size} processes of {args.train_batch_size} each fill up the last batch with the first {noun}"
     return [Finding("note", f"{what}: {why}")]
 
 
 def check_loading(sizes: Sizes, plan: Plan, device: torch.device) -> list[Finding]:
-    """Check, before the model is loaded, whether machine and device hold it. Every rank must call it.
-
-    Args:
-        sizes: of the model.
-        plan: how it is to be trained.
-        device: of this rank.
-    """
+    """Check, before the model is loaded, whether machine and device hold it. Every rank must call it."""
     one, processes = sizes.parameters * plan.dtype_bytes, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     free = lowest(host_memory.host_free(swap=True))  # of all ranks before any of them loads
-    if one * processes > free and not plan.four_bit:  # which is loaded a layer at a time
-        loaded = f"{processes} processes each load the whole model" if processes > 1 else "the model is loaded"
-        left = as_text(max(0, free))
-        what = f"{loaded} into the machine's memory: {as_text(one * processes)}, but only {left} is free"
-        fitting = int(free // one)
-        fewer = f"torchrun --nproc_per_node={fitting}, or " if fitting else ""
-        cure = f"{fewer}a machine (or a memory limit of the scheduler's job) with more memory"
-        return [Finding("error", what, "the kernel kills a process that takes more, without a message", cure)]
-    available = lowest(host_memory.available_bytes(device))
-    return check_memory(sizes, plan, available)
+    if plan.four_bit or one * processes <= free:  # 4 bits are loaded a layer at a time
+        return check_memory(sizes, plan, lowest(host_memory.available_bytes(device)))
+    loaded = f"{processes} processes each load the whole model" if processes > 1 else "the model is loaded"
+    left, fitting = as_text(max(0, free)), int(free // one)
+    what = f"{loaded} into the machine's memory: {as_text(one * processes)}, but only {left} is free"
+    fewer = f"torchrun --nproc_per_node={fitting}, or " if fitting > 0 else ""
+    cure = f"{fewer}a machine (or a memory limit of the scheduler's job) with more memory"
+    return [Finding("error", what, "the kernel kills a process that takes more, without a message", cure)]
 
 
 def check_memory(sizes: Sizes, plan: Plan, available: int) -> list[Finding]:
@@ -110,18 +102,6 @@ def check_memory(sizes: Sizes, plan: Plan, available: int) -> list[Finding]:
     advice = memory.advise(sizes, plan, available)
     cure = f"one of: {'; '.join(advice)}" if advice else "a larger device or a smaller model: no argument is enough"
     return [Finding("error", what, "this is exact, and more than there is", cure)]
-
-
-def check_training(model, args) -> list[Finding]:
-    """Check that what is trained is in float32. DeepSpeed's optimizer holds such weights itself."""
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    low = [f"{name} ({str(parameter.dtype)[6:]})" for name, parameter in trained if parameter.dtype != torch.float32]
-    if not low or args.deepspeed:
-        return []
-    what = f"{len(low)} trained parameters are not float32: {', '.join(low[:3])}{', …' if low[3:] else ''}"
-    why = "at a learning rate of 2e-5 most updates are lost in 8 bits of mantissa: 3% of the weights move"
-    cure = "load the model with dtype=torch.float32; bf16=True computes in bf16 over float32 weights"
-    return [Finding("error", what, why, cure)]
 
 
 def check_stop(step: float, save: float) -> list[Finding]:
@@ -155,11 +135,14 @@ def preflight(model, tokenizer, rows: Sequence, args, findings: Sequence[Finding
         UserError: there are errors, which the report lists.
     """
     dataset: SupervisedDataset = getattr(rows, "dataset", rows)
-    found = [*findings, *check_difference(model), *check_training(model, args), *check_repeats(rows, args)]
+    found = [*findings, *check_difference(model), *check_repeats(rows, args)]
     found += check_examples(dataset, tokenizer.eos_token_id, embedding_rows(model), tokenizer.model_max_length)
     found += check_positions(model, max(dataset.lengths))
     finish(gather(found))
-    _show(dataset[0], tokenizer)
+    colour = colour_wanted()
+    how = "dim: masked, green: learned" if colour else "learned: what is between « and »"
+    text = show_example(dataset[0], tokenizer, colour)
+    say(f"{paint('example ', '36', colour)} the first one ({how}):\n{text}")
 
 
 def planned_steps(args, rows: Sequence) -> tuple[int, int]:
@@ -186,18 +169,16 @@ def disk(args, rows: Sequence, sizes: Sizes, plan: Plan) -> list[Finding]:
 
 def check_disk(output_dir: Path, checkpoint: int, final: int, checkpoints: int, free: int) -> list[Finding]:
     """Check whether so many checkpoints at a time, and the model at the end, fit into ``free`` bytes."""
-    needed, fitting = checkpoints * checkpoint + final, int((free - final) // max(1, checkpoint))
+    needed = checkpoints * checkpoint + final
     what = (
         f"disk in {output_dir}: {checkpoints} checkpoints of {as_text(checkpoint)} at a time, the model "
         f"{as_text(final)}; {as_text(needed)} of {as_text(free)} free"
     )
     if needed <= free:
         return [Finding("note", what)]
-    cure = "free some, or choose an output_dir on a larger disk"
-    if fitting >= 2:
-        cure = f"save_total_limit={fitting - 1}, or {cure}"
-    elif fitting >= 0:
-        cure = f"save_strategy=no (then the run cannot be resumed), or {cure}"
+    fitting = int((free - final) // max(1, checkpoint)) - 1  # one more is being written
+    fewer = f"save_total_limit={fitting}, " if fitting > 0 else ""
+    cure = f"{fewer}a larger disk for output_dir, or save_strategy=no (then the run cannot be resumed)"
     return [Finding("error", what, "a save would fail in the middle of the run", cure)]
 
 
@@ -254,10 +235,3 @@ def _outcome(result: Rehearsal) -> list[Finding]:
         )
     step = f"{result.step_seconds:.1f} s a step of the longest examples, peak memory {as_text(result.peak_bytes)}"
     return [Finding("note", f"{what}; {step}; {result.seconds:.0f} s in all")]
-
-
-def _show(example: dict, tokenizer) -> None:
-    colour = colour_wanted()
-    how = "dim: masked, green: learned" if colour else "learned: what is between « and »"
-    say(f"{paint('example ', '36', colour)} the first one ({how}):\n{show_example(example, tokenizer, colour)}")
-    say(f"{paint('border  ', '36', colour)} where its answer begins: {show_border(example, tokenizer, colour)}")
