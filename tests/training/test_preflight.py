@@ -549,8 +549,8 @@ def test_a_failing_write_is_one_line_and_leaves_nothing(tiny_llama, tmp_path, mo
     "failure, hint",
     [
         (RuntimeError("[x.cc:123] Connection closed by peer [127.0.0.1]:1"), "another process of the run has ended"),
-        (RuntimeError("shape mismatch"), "skip_save_rehearsal=True trains without it"),
-        (AttributeError("no such layer"), "skip_save_rehearsal=True trains without it"),
+        (RuntimeError("shape mismatch"), "skip_save_rehearsal=True leaves the rehearsal out"),
+        (AttributeError("no such layer"), "skip_save_rehearsal=True leaves the rehearsal out"),
     ],
 )
 def test_an_exception_in_the_rehearsal_is_one_line_that_names_the_flag(

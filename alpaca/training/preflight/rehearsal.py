@@ -47,10 +47,10 @@ class Rehearsal:
     faults: list[Finding] = field(default_factory=list)
     loss: float = math.nan  # of step 2, uninterrupted
     resumed_loss: float = math.nan  # of step 2, from the checkpoint
-    exact: bool = True  # whether the repeated step gave the same weights bit for bit
+    exact: bool = True  # whether the repeated step gave the same weights and optimizer states bit for bit
     seconds: float = 0.0
     step_seconds: float = 0.0  # of step 2, of at most two accumulated batches
-    save_seconds: float = 0.0  # of the checkpoint
+    save_seconds: float = 0.0  # of the checkpoint, and of an evaluation before it
     checkpoint_bytes: int = 0
     final_bytes: int = 0
     peak_bytes: int = 0  # of this rank
@@ -65,7 +65,8 @@ class _Observer(TrainerCallback):
         self.step_seconds = self.save_seconds = self._since = 0.0
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        self.states[state.global_step] = _weights(model), _states(optimizer)
+        if state.global_step:  # resumed: as it was loaded
+            self.states[state.global_step] = _weights(model), _states(optimizer)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._since = time.perf_counter()

@@ -19,7 +19,7 @@ import torch
 from alpaca import RankError, UserError
 from alpaca.common import memory as host_memory
 from alpaca.common.memory import as_text
-from alpaca.common.text import first_line
+from alpaca.common.text import counted, first_line
 from alpaca.inference.adapters import embedding_rows
 from alpaca.inference.checks import near_zero
 from alpaca.training.checkpoints import is_failed_write
@@ -171,7 +171,7 @@ def check_disk(output_dir: Path, checkpoint: int, final: int, checkpoints: int, 
     """Check whether so many checkpoints at a time, and the model at the end, fit into ``free`` bytes."""
     needed = checkpoints * checkpoint + final
     what = (
-        f"disk in {output_dir}: {checkpoints} checkpoints of {as_text(checkpoint)} at a time, the model "
+        f"disk in {output_dir}: {counted(checkpoints, 'checkpoint')} of {as_text(checkpoint)} at a time, the model "
         f"{as_text(final)}; {as_text(needed)} of {as_text(free)} free"
     )
     if needed <= free:
@@ -198,7 +198,7 @@ def rehearsal(
         cure = "a short run with max_steps=2 and save_steps=1, resumed once, shows the same"
         return finish([Finding("warning", what, "a failing save would show late", cure)])
     say("rehearsal: two steps on the longest examples, a save, a resume and the final save; it loads the model twice")
-    hint = "skip_save_rehearsal=True trains without it"
+    hint = "skip_save_rehearsal=True leaves the rehearsal out, if the run itself would work"
     try:
         result = rehearse(make, args, rows, held_out, save, planned_steps(args, rows)[0])
     except torch.OutOfMemoryError as e:
