@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import weakref
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ from alpaca.training.checkpoints import REHEARSAL
 from alpaca.training.preflight import packing as packing_check
 from alpaca.training.preflight import run as preflight
 from alpaca.training.preflight.examples_and_tokenizer import check_examples, check_tokenizer, show_example
-from alpaca.training.preflight.findings import Finding, colour_wanted, format_report, raise_errors
+from alpaca.training.preflight.findings import Finding, format_report, raise_errors
 from alpaca.training.preflight.merges import mend_merges
 from alpaca.training.preflight.rehearsal import Rehearsal, fingerprint, rehearse
 from alpaca.training.preflight.rehearsal import _compare as compare
@@ -53,16 +54,19 @@ def test_errors_before_the_report_bring_it_and_without_one_nothing_is_said(capsy
     assert "error    second\n           cure: b" in capsys.readouterr().out
 
 
-def test_there_is_colour_on_a_terminal_alone_and_none_with_no_color(monkeypatch):
-    class Terminal:
-        def isatty(self):
-            return True
-
+def use_terminal(monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert colour_wanted(Terminal()) and not colour_wanted(open(os.devnull))
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda: True))
+
+
+def test_there_is_colour_on_a_terminal_alone_and_none_with_no_color(monkeypatch):
+    use_terminal(monkeypatch)
+    assert format_report([Finding("error", "e")]) == "\033[31merror   \033[0m e"
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not colour_wanted(Terminal())
-    assert format_report([Finding("error", "e")], colour=True) == "\033[31merror   \033[0m e"
+    assert format_report([Finding("error", "e")]) == "error    e"
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setattr(sys, "stdout", open(os.devnull))
+    assert format_report([Finding("error", "e")]) == "error    e"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,18 +264,22 @@ def test_the_shipped_data_is_sound(tokenizer):
 
 def test_an_example_is_shown_with_its_mask(tokenizer):
     [example] = train.preprocess([{"instruction": "Say yes.", "input": "", "output": "Yes"}], tokenizer, 512)
-    plain = show_example(example, tokenizer, colour=False)
+    plain = show_example(example, tokenizer)
     assert plain.startswith("<s>Below is an instruction") and plain.endswith("### Response:«Yes</s>»")
-    coloured = show_example(example, tokenizer, colour=True)
-    assert "\033[2m### Response:\033[0m\033[32mYes</s>\033[0m" in coloured
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (" a", " b</s>", " c", " d</s>")]
     labels = [part if i % 2 else [-100] * len(part) for i, part in enumerate(ids)]
     two = {"input_ids": sum(ids, []), "labels": sum(labels, [])}
-    assert show_example(two, tokenizer, colour=False) == " a« b</s>» c« d</s>»"
+    assert show_example(two, tokenizer) == " a« b</s>» c« d</s>»"
     record = {"instruction": "Clear \x1b[2J", "input": "", "output": "\x1b]0;title\x07"}
     [example] = train.preprocess([record], tokenizer, 512)
-    plain = show_example(example, tokenizer, colour=False)
+    plain = show_example(example, tokenizer)
     assert "Clear \\x1b[2J" in plain and plain.endswith("«\\x1b]0;title\\x07</s>»")  # the terminal obeys neither
+
+
+def test_on_a_terminal_an_example_is_shown_in_colour(tokenizer, monkeypatch):
+    use_terminal(monkeypatch)
+    [example] = train.preprocess([{"instruction": "Say yes.", "input": "", "output": "Yes"}], tokenizer, 512)
+    assert "\033[2m### Response:\033[0m\033[32mYes</s>\033[0m" in show_example(example, tokenizer)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -328,6 +336,22 @@ def test_the_repeats_of_an_epoch_are_those_of_the_library(count, batch, ranks, t
         assert found.startswith(f"each epoch trains {count + again} examples")
     else:
         assert found.startswith(f"{again} of {count} examples are trained twice") if again else not found
+
+
+@pytest.mark.parametrize(
+    "device, can, bf16, suggested",
+    [
+        ("cpu", {"avx512_bf16": True, "amx_bf16": False}, False, True),
+        ("cpu", {"amx_bf16": True}, False, True),
+        ("cpu", {"avx512_f": True}, False, False),
+        ("cpu", {"avx512_bf16": True}, True, False),
+        ("cuda", {"avx512_bf16": True}, False, False),
+    ],
+)
+def test_bf16_is_suggested_on_a_cpu_that_computes_in_it(device, can, bf16, suggested, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can, raising=False)
+    args = SimpleNamespace(bf16=bf16, fp16=False, device=torch.device(device))
+    assert ("bf16=True may train faster" in whats(preflight.check_bf16(args), "note")) == suggested
 
 
 @pytest.mark.parametrize("deviation, fell_back", [(1e-6, False), (0.7, True), (float("nan"), True)])

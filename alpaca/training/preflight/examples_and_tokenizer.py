@@ -9,7 +9,7 @@ import numpy as np
 
 from alpaca.common.text import printable
 from alpaca.training.examples import IGNORE_INDEX, SupervisedDataset, columns
-from alpaca.training.preflight.findings import Finding, paint
+from alpaca.training.preflight.findings import Finding, colour_wanted, paint
 
 LISTED = 10  # record numbers that a finding names
 
@@ -127,19 +127,16 @@ def check_examples(dataset: SupervisedDataset, eos_id: int, rows: int, max_lengt
     return findings
 
 
-def show_example(example: dict, tokenizer, colour: bool) -> str:
-    """Return the text of an example: masked text dim, supervised text green; without colour between «…»."""
+def show_example(example: dict, tokenizer) -> str:
+    """Return the text of an example: what is learned green, the rest dim; without colour, the former between «…»."""
     ids, labels = list(example["input_ids"]), list(example["labels"])
     learned = [label != IGNORE_INDEX for label in labels]
     borders = [i for i in range(1, len(ids)) if learned[i] != learned[i - 1]]
-    parts, before = [], ""
+    parts, before, plain = [], "", not colour_wanted()
     for begin, end in itertools.pairwise([0, *borders, len(ids)]):
         # Decoded alone, the answer of a LLaMA tokenizer would lose its first space.
         text = printable(tokenizer.decode(ids[:end]))
         part = text[len(before) :] if text.startswith(before) else printable(tokenizer.decode(ids[begin:end]))
         before = text
-        if colour:
-            parts.append(paint(part, "32" if learned[begin] else "2", True))
-        else:
-            parts.append(f"«{part}»" if learned[begin] else part)
+        parts.append(f"«{part}»" if learned[begin] and plain else paint(part, "32" if learned[begin] else "2"))
     return "".join(parts)

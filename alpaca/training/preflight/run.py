@@ -78,6 +78,14 @@ def check_repeats(rows: Sequence, args) -> list[Finding]:
     return [Finding("note", f"{what}: {why}")]
 
 
+def check_bf16(args) -> list[Finding]:
+    """Suggest bf16 on a CPU that computes in it: 1.5 times faster (benchmarks/results/train_cpu_bf16.json)."""
+    can = getattr(torch.cpu, "get_capabilities", dict)()  # not in every release of torch
+    if args.bf16 or args.fp16 or args.device.type != "cpu" or not (can.get("avx512_bf16") or can.get("amx_bf16")):
+        return []
+    return [Finding("note", "this CPU computes in bf16: bf16=True may train faster (1.5 times in our measurements)")]
+
+
 def check_loading(sizes: Sizes, plan: Plan, device: torch.device) -> list[Finding]:
     """Check, before the model is loaded, whether machine and device hold it. Every rank must call it."""
     one, processes = sizes.parameters * plan.dtype_bytes, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -135,14 +143,12 @@ def preflight(model, tokenizer, rows: Sequence, args, findings: Sequence[Finding
         UserError: there are errors, which the report lists.
     """
     dataset: SupervisedDataset = getattr(rows, "dataset", rows)
-    found = [*findings, *check_difference(model), *check_repeats(rows, args)]
+    found = [*findings, *check_difference(model), *check_repeats(rows, args), *check_bf16(args)]
     found += check_examples(dataset, tokenizer.eos_token_id, embedding_rows(model), tokenizer.model_max_length)
     found += check_positions(model, max(dataset.lengths))
     finish(gather(found))
-    colour = colour_wanted()
-    how = "dim: masked, green: learned" if colour else "learned: what is between « and »"
-    text = show_example(dataset[0], tokenizer, colour)
-    say(f"{paint('example ', '36', colour)} the first one ({how}):\n{text}")
+    how = "dim: masked, green: learned" if colour_wanted() else "learned: what is between « and »"
+    say(f"{paint('example ', '36')} the first one ({how}):\n{show_example(dataset[0], tokenizer)}")
 
 
 def planned_steps(args, rows: Sequence) -> tuple[int, int]:
