@@ -143,25 +143,22 @@ def advise(sizes: Sizes, plan: Plan, available: int) -> list[str]:
     def needed(plan: Plan) -> int:
         return sum(parts(sizes, plan).values())
 
-    adapter, new = ("", {}) if plan.lora_r else ("lora_r=16 ", {"lora_r": 16})
-    small = plan.lora_r or plan.optimizer_bytes < 4  # its optimizer
-    # FSDP loads float32, divides all of it, and can shard neither weights nor optimizer of bitsandbytes.
-    whole = replace(plan, ranks=1, sharded=False, accumulates=False, offloaded=False, dtype_bytes=4)
-    devices = max(2, math.ceil(needed(whole) / available))
-    shardable = not plan.four_bit and plan.optimizer_bytes >= 4 and (devices > plan.ranks or not plan.sharded)
-    fsdp = f"fsdp over {devices} devices{f' {SYNC}' if plan.accumulates else ''}"
-    half = {} if plan.sharded else {"dtype_bytes": 2}
+    sync, alone = f" {SYNC}" if plan.accumulates else "", " without fsdp" if plan.sharded else ""
+    lora, adapter = ("", {}) if plan.lora_r else ("lora_r=16 ", {"lora_r": 16})
+    half, half_bytes = ("", 4) if plan.sharded else ("bf16=True", 2)  # of a frozen base: FSDP loads float32
+    # FSDP divides all of it, but can shard neither weights nor optimizer of bitsandbytes.
+    whole = {"ranks": 1, "sharded": False, "accumulates": False, "offloaded": False, "dtype_bytes": 4}
+    devices, large = max(2, math.ceil(needed(replace(plan, **whole)) / available)), plan.optimizer_bytes >= 4
+    shardable = large and not plan.four_bit and (devices > plan.ranks or not plan.sharded)
     ladder = [
-        (SYNC, replace(plan, accumulates=plan.accumulates and not plan.sharded)),
-        ("optim=adamw_8bit", plan if plan.sharded or small else replace(plan, optimizer_bytes=2)),
-        (fsdp, replace(whole, ranks=devices, sharded=True) if shardable else plan),
-        (f"{adapter}{'bf16=True' if half else ''}", replace(plan, **half, **new)),
-        (
-            f"{adapter}load_in_4bit=True{'' if half else ' without fsdp'}",
-            replace(plan, sharded=False, four_bit=True, **new),
-        ),
+        (SYNC, plan.sharded, {"accumulates": False}),
+        ("optim=adamw_8bit", large and not plan.sharded and not plan.lora_r, {"optimizer_bytes": 2}),
+        (f"fsdp over {devices} devices{sync}", shardable, {**whole, "ranks": devices, "sharded": True}),
+        (f"{lora}{half}", True, {"dtype_bytes": half_bytes, **adapter}),
+        (f"{lora}load_in_4bit=True{alone}", True, {"sharded": False, "four_bit": True, **adapter}),
     ]
-    fitting = [(text.strip(), needed(new)) for text, new in ladder if new != plan and needed(new) <= available]
+    plans = [(text.strip(), replace(plan, **changes)) for text, possible, changes in ladder if possible]
+    fitting = [(text, needed(new)) for text, new in plans if new != plan and needed(new) <= available]
     return [f"{text} ({as_text(total)})" for text, total in fitting[:3]]
 
 
@@ -179,9 +176,11 @@ def smaller_step(args) -> str:
 def checkpoint_bytes(sizes: Sizes, plan: Plan, full_fsdp: bool = False) -> tuple[int, int]:
     """Return the bytes on disk of (one checkpoint, the final model).
 
-    A checkpoint holds what is trained (4 bytes), its optimizer states, and under FSDP's FULL_STATE_DICT a second copy
-    of the weights (pytorch_model_fsdp.bin).
+    A checkpoint holds the model or its adapter (4 bytes a weight), its optimizer states, and under FSDP's
+    FULL_STATE_DICT a second copy of the weights (pytorch_model_fsdp.bin). With an adapter both it and the merged model
+    are the result.
     """
-    weights = 4 * plan.trainable(sizes)
-    checkpoint = weights * (2 if full_fsdp else 1) + int(plan.optimizer_bytes * plan.trainable(sizes))
-    return checkpoint, weights + 4 * sizes.parameters if plan.lora_r else weights  # adapter and merged, or the model
+    trainable, model = plan.trainable(sizes), 4 * sizes.parameters
+    weights = 4 * trainable if plan.lora_r else model
+    checkpoint = weights * (2 if full_fsdp else 1) + int(plan.optimizer_bytes * trainable)
+    return checkpoint, weights + model if plan.lora_r else model
