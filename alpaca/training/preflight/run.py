@@ -79,11 +79,11 @@ def check_repeats(rows: Sequence, args) -> list[Finding]:
 
 
 def check_bf16(args) -> list[Finding]:
-    """Suggest bf16 on a CPU that computes in it: 1.5 times faster (benchmarks/results/train_cpu_bf16.json)."""
+    """Suggest bf16 on a CPU that computes in it (python benchmarks/bench_train.py --contenders ours ours_bf16)."""
     can = getattr(torch.cpu, "get_capabilities", dict)()  # not in every release of torch
     if args.bf16 or args.fp16 or args.device.type != "cpu" or not (can.get("avx512_bf16") or can.get("amx_bf16")):
         return []
-    return [Finding("note", "this CPU computes in bf16: bf16=True may train faster (1.5 times in our measurements)")]
+    return [Finding("note", "this CPU computes in bf16: bf16=True may train faster")]
 
 
 def check_loading(sizes: Sizes, plan: Plan, device: torch.device) -> list[Finding]:
