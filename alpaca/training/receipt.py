@@ -11,7 +11,6 @@ import io
 import os
 import platform
 import re
-import statistics
 import subprocess
 import time
 from importlib import metadata
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from huggingface_hub import CommitOperationAdd, HfApi
 
 from alpaca import UserError
 from alpaca.common.files import git_blob_id, replace_file
@@ -30,8 +30,8 @@ from alpaca.weights.checkpoint import CHAT_TEMPLATES, SIDE_FILES
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "alpaca_data.json"
-PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "datasets", "peft", "bitsandbytes")
-PACKAGES += ("deepspeed", "liger-kernel")
+PACKAGES = ("python", "cuda", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "datasets", "peft")
+PACKAGES += ("bitsandbytes", "deepspeed", "liger-kernel")
 SECRET = re.compile(r"(_token|secret|password|api_?key)$", re.I)
 
 
@@ -61,43 +61,30 @@ def git_state(root: Path = ROOT) -> dict | None:
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, check=True).stdout.strip()
 
+    if not (Path(root) / ".git").exists():  # installed, maybe somewhere inside another project's checkout
+        return None
     try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != Path(root).resolve():
-            return None  # installed somewhere inside another project's checkout
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python, CUDA and those of ``PACKAGES`` that are installed."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
+    """Return the versions of what is installed of ``PACKAGES``."""
+    installed = {package.name: package.version for package in metadata.distributions()}
+    found = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    return {name: version for name, version in (found | installed).items() if version and name in PACKAGES}
 
 
 def hardware(device: torch.device, devices: int) -> dict:
     """Describe the first rank's machine; ``gpus`` is the number over all machines (``devices``), 0 on a CPU."""
-    facts = {"gpus": 0, "gpu": None, "gpu_memory_gib": None}
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-        facts = {"gpus": devices, "gpu": torch.cuda.get_device_name(device), "gpu_memory_gib": round(memory / 2**30, 1)}
-    elif device.type != "cpu":
-        facts |= {"gpus": devices, "gpu": device.type}
-    facts |= {"cpu": _cpu_name(), "cpu_cores": os.cpu_count(), "platform": platform.platform(terse=True)}
-    return facts | {"memory_gib": round(psutil.virtual_memory().total / 2**30, 1)}
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    cpu = re.search(r"^model name\s*: (.*)", info.read_text() if info.exists() else "", re.M)
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    facts = {"gpus": 0, "gpu": None} if gpu == "cpu" else {"gpus": devices, "gpu": gpu}
+    facts |= {"cpu": cpu[1] if cpu else platform.machine(), "cpu_cores": os.cpu_count()}
+    memory = psutil.virtual_memory().total
+    return facts | {"memory_gib": round(memory / 2**30, 1), "platform": platform.platform(terse=True)}
 
 
 def without_secrets(value):
@@ -135,19 +122,18 @@ def collect(begun: dict, trainer, arguments: dict, examples: tuple[int, int]) ->
             the run began with, ``gpu_hour_price`` dollars for an hour of one GPU (0: not known).
         examples: number of examples to train on and held out.
     """
-    meter, state, args = trainer.meter, trainer.state, trainer.args
-    totals = meter.totals
-    wall = meter.earlier_seconds + time.monotonic() - begun["clock"]
-    machine = hardware(meter.device, meter.devices)
-    gpu_hours, price = machine["gpus"] * wall / 3600, arguments.get("gpu_hour_price")
+    meter, state, config = trainer.meter, trainer.state, trainer.model.config
+    totals, machine = meter.totals, hardware(meter.device, meter.devices)
     mfu = meter.mfu(totals)
+    wall = meter.earlier_seconds + time.monotonic() - begun["clock"]
+    gpu_hours, price = machine["gpus"] * wall / 3600, arguments.get("gpu_hour_price")
     trained, held_out = begun["data"]["train"], begun["data"]["eval"] or {"path": None}
-    logged = state.log_history
+    losses = [{key: e[key] for key in ("step", "loss", "learning_rate")} for e in state.log_history if "loss" in e]
     return {
         "model": {
             "started_from": str(arguments["model_name_or_path"]),
-            "commit": getattr(trainer.model.config, "_commit_hash", None),  # of a hub's repository; private in 5.23
-            "type": trainer.model.config.model_type,
+            "commit": getattr(config, "_commit_hash", None),  # of a hub's repository; private in 5.23
+            "type": config.model_type,
             "parameters": meter.parameters,
             "trainable_parameters": meter.trainable,
         },
@@ -157,20 +143,18 @@ def collect(begun: dict, trainer, arguments: dict, examples: tuple[int, int]) ->
         },
         "git": begun["git"],
         "arguments": without_secrets(arguments),
-        "seed": args.seed,
-        "world_size": args.world_size,
+        "seed": trainer.args.seed,
+        "world_size": trainer.args.world_size,
         "steps": state.global_step,
         "epochs": round(state.epoch or 0, 4),
         "examples_per_step": round(totals.examples / max(state.global_step, 1), 2),
-        "losses": [
-            {key: entry[key] for key in ("step", "loss", "learning_rate")} for entry in logged if "loss" in entry
-        ],
-        "eval_losses": [{"step": e["step"], "loss": e["eval_loss"]} for e in logged if "eval_loss" in e],
+        "losses": losses,
+        "eval_losses": [{"step": e["step"], "loss": e["eval_loss"]} for e in state.log_history if "eval_loss" in e],
         "tokens": {
             "real": totals.tokens,
             "supervised": totals.supervised,
             "padding": totals.padding,
-            "real_per_second": round(totals.tokens / max(totals.train_seconds, 1e-9), 1),
+            "real_per_second": totals.rates()["tokens_per_second"],
         },
         "mfu": None if mfu is None else round(mfu, 4),
         "peak_memory_gib": round(totals.peak_memory / 2**30, 2),
@@ -181,7 +165,7 @@ def collect(begun: dict, trainer, arguments: dict, examples: tuple[int, int]) ->
         "cost": {
             "gpu_hours": round(gpu_hours, 3),
             "gpu_hour_price_usd": price or None,
-            "usd": round(gpu_hours * price, 2) if price and machine["gpus"] else None,
+            "usd": round(gpu_hours * price, 2) if price and gpu_hours else None,
         },
         "hardware": machine,
         "versions": versions(),
@@ -233,39 +217,28 @@ def human_count(count: int) -> str:
 # The plot.
 
 
-def running_mean(values: list[float], window: int) -> list[float]:
-    """Return the mean of ``window`` values (odd) around each; near an end, of as many as there are on both sides."""
-    reaches = [min(window // 2, i, len(values) - 1 - i) for i in range(len(values))]
-    return [statistics.fmean(values[i - reach : i + reach + 1]) for i, reach in enumerate(reaches)]
-
-
 def loss_plot(receipt: dict) -> bytes | None:
     """Draw training loss, light and smoothed, and held-out loss over steps. Return a PNG, None without matplotlib."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
     except ImportError:
         return None
-    ink, light, strong, eval_color = "#1f2328", "#88ccee", "#332288", "#cc6677"
-    figure = Figure(figsize=(8, 4.5), dpi=150, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     steps, losses = [e["step"] for e in receipt["losses"]], [e["loss"] for e in receipt["losses"]]
-    marker = "" if len(losses) > 1 else "o"
-    axes.plot(steps, losses, color=light, linewidth=1, marker=marker, label="training, each logging step")
+    axes.plot(steps, losses, "o-"[len(losses) > 1], color="#88ccee", linewidth=1, label="training, each logging step")
     window = max(3, len(losses) // 20) | 1
-    label = f"training, mean of {window} around it"
-    axes.plot(steps, running_mean(losses, window), color=strong, linewidth=2, label=label)
+    values = torch.tensor([losses], dtype=torch.float64)
+    mean = torch.nn.functional.avg_pool1d(values, window, 1, window // 2, count_include_pad=False)[0].tolist()
+    axes.plot(steps, mean, color="#332288", linewidth=2, label=f"training, mean of {window} around it")
     if evals := receipt["eval_losses"]:
         x, y = [e["step"] for e in evals], [e["loss"] for e in evals]
-        label = f"held out: {y[0]:.3f} → {y[-1]:.3f}" if len(y) > 1 else f"held out: {y[0]:.3f}"
-        axes.plot(x, y, color=eval_color, linewidth=1, linestyle=":", marker="o", markersize=6, label=label)
-    axes.set_xlabel(f"optimizer step ({receipt['examples_per_step']:g} examples each)", color=ink)
-    axes.set_ylabel("cross entropy (nats per supervised token)", color=ink)
+        axes.plot(x, y, "o:", color="#cc6677", linewidth=1, label=f"held out: {y[0]:.3f} → {y[-1]:.3f}")
     base, data = public_name(receipt["model"]["started_from"]), title(receipt["data"]["train"]["path"])
-    axes.set_title(f"{base} on {data}", loc="left", color=ink)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(f"{base} on {data}", loc="left")
+    axes.set_xlabel(f"optimizer step ({receipt['examples_per_step']:g} examples each)")
+    axes.set_ylabel("cross entropy (nats per supervised token)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(axis="y", color="#e5e7eb")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -283,32 +256,26 @@ PUBLISHED += ("model_card.md", "training_receipt.json", "loss.png")
 
 
 def open_repository(args) -> str | None:
-    """Make the repository that push_to_hub asks for, or find it. Return its name; None without push_to_hub."""
-    if not args.push_to_hub:
+    """Make the repository that push_to_hub asks for, or find it, on the first rank; return its name there."""
+    if not args.push_to_hub or args.process_index != 0:
         return None
     name = args.hub_model_id or Path(args.output_dir).absolute().name
-    if int(os.environ.get("RANK", 0)) != 0:
-        return name
-    from huggingface_hub import HfApi
-
     return HfApi(token=args.hub_token).create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
 
 
 def upload(repository: str | None, output_dir: Path, args) -> None:
-    """Upload what PUBLISHED names; every rank may call it, after the last save.
+    """Upload what PUBLISHED names in one commit, after the last save.
 
     Args:
-        repository: from open_repository.
+        repository: from open_repository; None uploads nothing.
         output_dir: with the finished model, its tokenizer, card and receipt.
         args: hub_token and hub_revision are used.
 
     Raises:
         UserError: the upload failed; the model in the folder is still complete.
     """
-    if repository is None or int(os.environ.get("RANK", 0)) != 0:
+    if repository is None:
         return
-    from huggingface_hub import CommitOperationAdd, HfApi
-
     files = sorted(path for pattern in PUBLISHED for path in output_dir.glob(pattern))
     names = {"model_card.md": "README.md"}  # what the hub shows
     commit = [CommitOperationAdd(names.get(path.name, str(path.relative_to(output_dir))), path) for path in files]

@@ -12,6 +12,7 @@ import copy
 import json
 import os
 import shutil
+import sys
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from alpaca.common.text import first_line
 from alpaca.training import checkpoints, packing, sharding
 from alpaca.training.distributed import say
 from alpaca.training.evaluate import sums_by_example
-from alpaca.training.meter import Meter
+from alpaca.training.meter import Bars, Meter
 from alpaca.weights.checkpoint import WEIGHTS, read_json
 
 
@@ -70,6 +71,8 @@ class Trainer(transformers.Trainer):
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self.add_callback(self.meter)
+        if sys.stderr.isatty() and not args.disable_tqdm:
+            self.add_callback(Bars)
         self.add_callback(_Resumed(self))
 
     def train(self, resume_from_checkpoint: str | os.PathLike | None = None, **kwargs):
