@@ -10,6 +10,7 @@ import re
 import sys
 import time
 from dataclasses import asdict, astuple, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
@@ -114,14 +115,18 @@ class Totals:
     wall_seconds: float = 0.0  # with them, from the making of the trainer
     peak_memory: int = 0  # bytes on the fullest rank
 
-    def rates(self) -> dict[str, float]:
-        """Return real and supervised tokens a second, and the share of all tokens that is padding."""
+    def rates(self, peak: float | None) -> dict[str, float]:
+        """Return rates of these counts, as they are logged.
+
+        "mfu" is the FLOPs for real tokens as a share of what GPUs of ``peak`` FLOP/s in all could do; None: left out.
+        """
         seconds = max(self.train_seconds, 1e-9)
         return {
             "tokens_per_second": round(self.tokens / seconds, 1),
             "supervised_tokens_per_second": round(self.supervised / seconds, 1),
             "padding_share": round(self.padding / max(self.tokens + self.padding, 1), 4),
-        }
+            "peak_memory_gib": round(self.peak_memory / 2**30, 2),
+        } | ({"mfu": round(self.flops / (seconds * peak), 4)} if peak else {})
 
 
 def peak_memory(device: torch.device) -> int:
@@ -143,6 +148,7 @@ class Meter(TrainerCallback):
     Attributes:
         totals: what was counted until the last ``gather``, over all ranks.
         earlier_seconds: of the sessions before this one, as far as they are in the checkpoint.
+        peak: FLOP/s of all GPUs at bf16; None if that is unknown.
     """
 
     KEY = "meter_totals"  # in trainer_state.json's stateful_callbacks, from which a resumed run continues
@@ -152,7 +158,8 @@ class Meter(TrainerCallback):
         self.parameters = sum(elements(p) for p in model.parameters())
         self.trainable = sum(elements(p) for p in model.parameters() if p.requires_grad)
         self.device, self.devices = device, devices
-        self.peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        one = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self.peak = one and one * devices
         self.totals, self._logged = Totals(), Totals()
         self._counts = torch.zeros(5, dtype=torch.int64, device=device)
         self._started = self._since = time.monotonic()
@@ -184,21 +191,13 @@ class Meter(TrainerCallback):
         totals.wall_seconds = self.earlier_seconds + time.monotonic() - self._started
         state.stateful_callbacks[self.KEY] = {"args": {}, "attributes": asdict(totals)}
 
-    def mfu(self, totals: Totals) -> float | None:
-        """Return model FLOPs of real tokens as a share of what the GPUs could do at bf16; None if that is unknown."""
-        if self.peak is None or not totals.train_seconds:
-            return None
-        return totals.flops / (totals.train_seconds * self.peak * self.devices)
-
     def figures(self, state) -> dict[str, float]:
         """Return what is logged beside the loss: rates since the last call, over all ranks. The ETA is by the run's."""
-        now, last = self.totals, self._logged
+        now, last, self._logged = self.totals, self._logged, replace(self.totals)
         since = Totals(*(b - a for a, b in zip(astuple(last), astuple(now), strict=True)))
-        self._logged = replace(now)
+        since.peak_memory = now.peak_memory
         eta = now.train_seconds * (state.max_steps / max(state.global_step, 1) - 1)
-        figures = {"tokens": now.tokens} | since.rates() | {"peak_memory_gib": round(now.peak_memory / 2**30, 2)}
-        figures |= {} if (mfu := self.mfu(since)) is None else {"mfu": round(mfu, 4)}
-        return figures | {"eta_seconds": round(eta)}
+        return {"tokens": now.tokens, **since.rates(self.peak), "eta_seconds": round(eta)}
 
     def pause(self) -> None:
         """Leave the time since the last step out of the training time."""
@@ -233,21 +232,14 @@ class Meter(TrainerCallback):
         elif "eval_loss" in logs:
             loss, seconds = logs["eval_loss"], logs["eval_runtime"]
             line = f"step {state.global_step}/{state.max_steps} | eval_loss {loss:.4f} ({seconds:.1f} s)"
+        elif "train_runtime" in logs:
+            spent = f"{clock(self.totals.train_seconds)} | {self.totals.tokens:,} tokens"
+            line = f"{state.global_step} steps in {spent} | {rates_text(self.totals.rates(self.peak))}"
         else:
-            line = self.summary(state) if "train_runtime" in logs else ""
-        if line and state.is_world_process_zero:
+            return
+        if state.is_world_process_zero:
             tqdm.write(line)  # to stdout; a bar on the same terminal is moved out of the way
             sys.stdout.flush()
-
-    def summary(self, state) -> str:
-        """Return the whole run in a line."""
-        totals, rates, mfu = self.totals, self.totals.rates(), self.mfu(self.totals)
-        return (
-            f"{state.global_step} steps in {clock(totals.train_seconds)} | {totals.tokens:,} tokens "
-            f"({totals.supervised / max(totals.tokens, 1):.0%} supervised) | "
-            f"{rates['tokens_per_second']:,.0f} tokens/s | padding {rates['padding_share']:.1%} | "
-            f"{'' if mfu is None else f'MFU {mfu:.1%} | '}peak {totals.peak_memory / 2**30:.1f} GiB"
-        )
 
 
 class Bars(ProgressCallback):
@@ -261,16 +253,21 @@ class Bars(ProgressCallback):
 def log_line(logs: dict[str, float], step: int, steps: int) -> str:
     """Return one logging step, for people and grep: ``step 10/1218 | epoch 0.02 | loss 1.2345 | … | ETA 0:31:12``."""
     grad = f"grad {logs['grad_norm']:.2f} | " if "grad_norm" in logs else ""
-    mfu = f"MFU {logs['mfu']:.1%} | " if "mfu" in logs else ""
     return (
         f"step {step:>{len(str(steps))}}/{steps} | epoch {logs.get('epoch', 0):.2f} | loss {logs['loss']:.4f} | "
-        f"lr {logs['learning_rate']:.2e} | {grad}{logs['tokens_per_second']:,.0f} tokens/s "
-        f"({logs['supervised_tokens_per_second']:,.0f} supervised) | padding {logs['padding_share']:.1%} | "
-        f"{mfu}peak {logs['peak_memory_gib']:.1f} GiB | ETA {clock(logs['eta_seconds'])}"
+        f"lr {logs['learning_rate']:.2e} | {grad}{rates_text(logs)} | ETA {clock(logs['eta_seconds'])}"
+    )
+
+
+def rates_text(rates: dict[str, float]) -> str:
+    """Return Totals.rates() for people."""
+    mfu = f"MFU {rates['mfu']:.1%} | " if "mfu" in rates else ""
+    return (
+        f"{rates['tokens_per_second']:,.0f} tokens/s ({rates['supervised_tokens_per_second']:,.0f} supervised) | "
+        f"padding {rates['padding_share']:.1%} | {mfu}peak {rates['peak_memory_gib']:.1f} GiB"
     )
 
 
 def clock(seconds: float) -> str:
-    """Return seconds as ``h:mm:ss``."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+    """Return seconds as ``h:mm:ss``, from a day on as ``1 day, h:mm:ss``."""
+    return str(timedelta(seconds=round(seconds)))

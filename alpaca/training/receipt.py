@@ -57,16 +57,14 @@ def data_facts(path: str | os.PathLike) -> dict:
 
 def git_state(root: Path = ROOT) -> dict | None:
     """Return the commit, and whether tracked files differ from it; None if ``root`` is not a checkout."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, check=True).stdout.strip()
-
-    if not (Path(root) / ".git").exists():  # installed, maybe somewhere inside another project's checkout
+    if not (root / ".git").exists():  # installed, maybe somewhere inside another project's checkout
         return None
+    words = ["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+        found = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+    return {"commit": found.removesuffix("-dirty"), "dirty": found.endswith("-dirty")}
 
 
 def versions() -> dict[str, str]:
@@ -117,14 +115,13 @@ def collect(begun: dict, trainer, arguments: dict, examples: tuple[int, int]) ->
 
     Args:
         begun: from ``begin``.
-        trainer: a Metered trainer.
-        arguments: every argument by name; those that are secret are left out. ``model_name_or_path`` is the model that
-            the run began with, ``gpu_hour_price`` dollars for an hour of one GPU (0: not known).
+        trainer: of the run.
+        arguments: every argument of the run by name; those that are secret are left out.
         examples: number of examples to train on and held out.
     """
     meter, state, config = trainer.meter, trainer.state, trainer.model.config
     totals, machine = meter.totals, hardware(meter.device, meter.devices)
-    mfu = meter.mfu(totals)
+    rates = totals.rates(meter.peak)
     wall = meter.earlier_seconds + time.monotonic() - begun["clock"]
     gpu_hours, price = machine["gpus"] * wall / 3600, arguments.get("gpu_hour_price")
     trained, held_out = begun["data"]["train"], begun["data"]["eval"] or {"path": None}
@@ -154,10 +151,10 @@ def collect(begun: dict, trainer, arguments: dict, examples: tuple[int, int]) ->
             "real": totals.tokens,
             "supervised": totals.supervised,
             "padding": totals.padding,
-            "real_per_second": totals.rates()["tokens_per_second"],
+            "real_per_second": rates["tokens_per_second"],
         },
-        "mfu": None if mfu is None else round(mfu, 4),
-        "peak_memory_gib": round(totals.peak_memory / 2**30, 2),
+        "mfu": rates.get("mfu"),
+        "peak_memory_gib": rates["peak_memory_gib"],
         "started": begun["started"],
         "ended": utc_now(),
         "train_seconds": round(totals.train_seconds, 1),
@@ -186,7 +183,7 @@ def write(receipt: dict, output_dir: str | os.PathLike) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The card.
+# The card and the plot.
 
 
 def model_card(receipt: dict) -> str:
@@ -213,10 +210,6 @@ def human_count(count: int) -> str:
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The plot.
-
-
 def loss_plot(receipt: dict) -> bytes | None:
     """Draw training loss, light and smoothed, and held-out loss over steps. Return a PNG, None without matplotlib."""
     try:
@@ -240,7 +233,6 @@ def loss_plot(receipt: dict) -> bytes | None:
     axes.set_ylabel("cross entropy (nats per supervised token)")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(axis="y", color="#e5e7eb")
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     png = io.BytesIO()
     figure.savefig(png, format="png")
@@ -264,12 +256,7 @@ def open_repository(args) -> str | None:
 
 
 def upload(repository: str | None, output_dir: Path, args) -> None:
-    """Upload what PUBLISHED names in one commit, after the last save.
-
-    Args:
-        repository: from open_repository; None uploads nothing.
-        output_dir: with the finished model, its tokenizer, card and receipt.
-        args: hub_token and hub_revision are used.
+    """Upload what PUBLISHED names in one commit, after the last save; nothing if open_repository returned None.
 
     Raises:
         UserError: the upload failed; the model in the folder is still complete.

@@ -230,11 +230,9 @@ def test_the_peak_is_known_by_the_words_of_the_name(name, peak):
 
 
 def test_mfu_is_flops_over_seconds_and_the_peak_of_all_gpus(tiny_llama, tmp_path):
-    watch = trainer(tiny_llama, tmp_path).meter
-    watch.peak, watch.devices = 100e12, 4
-    assert watch.mfu(meter.Totals(flops=8 * 10**15, train_seconds=50)) == pytest.approx(0.4)
-    watch.peak = None
-    assert watch.mfu(meter.Totals(flops=8 * 10**15, train_seconds=50)) is None
+    done = meter.Totals(flops=8 * 10**15, train_seconds=50)
+    assert done.rates(400e12)["mfu"] == pytest.approx(0.4)
+    assert "mfu" not in done.rates(None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
