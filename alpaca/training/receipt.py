@@ -13,6 +13,7 @@ import platform
 import re
 import subprocess
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -21,15 +22,16 @@ import torch
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from alpaca import UserError
-from alpaca.common.files import git_blob_id, replace_file
-from alpaca.common.records import RELEASED_BLOB, files_of, json_text, title
+from alpaca.chat_template import go_template
+from alpaca.common.files import replace_file
+from alpaca.common.records import files_of, json_text, restricted_parts, title
 from alpaca.common.text import first_line, public_name, templates, utc_now
+from alpaca.inference.generate import STOP
 from alpaca.training.distributed import say
 from alpaca.training.meter import clock
 from alpaca.weights.checkpoint import CHAT_TEMPLATES, SIDE_FILES
 
 ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = ROOT / "alpaca_data.json"
 PACKAGES = ("python", "cuda", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "datasets", "peft")
 PACKAGES += ("bitsandbytes", "deepspeed", "liger-kernel")
 SECRET = re.compile(r"(_token|secret|password|api_?key)$", re.I)
@@ -39,20 +41,18 @@ SECRET = re.compile(r"(_token|secret|password|api_?key)$", re.I)
 # Facts.
 
 
-def data_facts(path: str | os.PathLike) -> dict:
-    """Return hash, size and license of data; of several files, the hash of all in order; of the hub's, neither.
+def data_facts(path: str | os.PathLike, records: Sequence[dict]) -> dict:
+    """Return hash and size of data (of several files, the hash of all in order; of the hub's, none), and its license.
 
-    ``licence`` is None for data that this project does not know.
+    ``parts`` says how many of the records that were read are of data that is known, and ``licence`` is the strictest
+    of theirs: None if no record is known.
     """
     files, digest = files_of(path), hashlib.sha256()
     for file in files:
         digest.update(file.read_bytes())
-    sha256 = digest.hexdigest() if files else None
-    shipped = SHIPPED.exists() and hashlib.sha256(SHIPPED.read_bytes()).hexdigest() == sha256
-    licence = "CC BY-NC 4.0" if shipped or [git_blob_id(file) for file in files] == [RELEASED_BLOB] else None
-    what = "shipped with this project" if shipped else "released by Stanford Alpaca" if licence else "the user's"
-    size = sum(file.stat().st_size for file in files)
-    return {"path": str(path), "sha256": sha256, "bytes": size, "source": what, "licence": licence}
+    facts = {"path": str(path), "sha256": digest.hexdigest() if files else None, "records": len(records)}
+    facts |= {"bytes": sum(file.stat().st_size for file in files), "parts": restricted_parts(records, files)}
+    return facts | {"licence": "CC BY-NC 4.0" if facts["parts"] else None}
 
 
 def git_state(root: Path = ROOT) -> dict | None:
@@ -98,12 +98,13 @@ def without_secrets(value):
 # The receipt.
 
 
-def begin(data_path: str, eval_data_path: str | None) -> dict:
+def begin(data_path: str, records: Sequence[dict], eval_data_path: str | None, held_out: Sequence[dict]) -> dict:
     """Return facts that may have changed by the time a run ends: the data files, the commit, the time."""
+    evaluated = data_facts(eval_data_path, held_out) if eval_data_path else None
     return {
         "clock": time.monotonic(),
         "started": utc_now(),
-        "data": {"train": data_facts(data_path), "eval": data_facts(eval_data_path) if eval_data_path else None},
+        "data": {"train": data_facts(data_path, records), "eval": evaluated},
         "git": git_state(),
     }
 
@@ -169,9 +170,19 @@ def collect(begun: dict, trainer, arguments: dict, examples: tuple[int, int]) ->
     }
 
 
-def write(receipt: dict, output_dir: str | os.PathLike) -> list[str]:
-    """Write training_receipt.json, model_card.md and, if matplotlib is installed, loss.png. Return their names."""
-    files = {"training_receipt.json": json_text(receipt, 2) + "\n", "model_card.md": model_card(receipt)}
+def modelfile(tokenizer, context: int | None) -> str:
+    """Return the file from which ``ollama create`` makes a model; a chat template that fails is left to Ollama."""
+    try:
+        template = f'TEMPLATE """{go_template(tokenizer)}"""\n'
+    except UserError:
+        template = ""
+    stops = "".join(f"PARAMETER stop {json_text(text)}\n" for text in (tokenizer.eos_token, STOP))
+    return f"FROM .\n{template}{stops}PARAMETER num_ctx {min(context or 4096, 4096)}\n"  # 4096 is Ollama's default
+
+
+def write(receipt: dict, output_dir: str | os.PathLike, **others: str) -> list[str]:
+    """Write the receipt, the card, the plot if matplotlib is installed, and others by name. Return all names."""
+    files = {"training_receipt.json": json_text(receipt, 2) + "\n", "model_card.md": model_card(receipt), **others}
     if png := loss_plot(receipt):
         files["loss.png"] = png
     else:
@@ -244,7 +255,7 @@ def loss_plot(receipt: dict) -> bytes | None:
 
 # Files of an output folder that are uploaded: the model, what it needs to be used, and the run's record.
 PUBLISHED = ("*.safetensors", "*.safetensors.index.json", "config.json", *SIDE_FILES, f"{CHAT_TEMPLATES}/*.jinja")
-PUBLISHED += ("model_card.md", "training_receipt.json", "loss.png")
+PUBLISHED += ("model_card.md", "training_receipt.json", "loss.png", "Modelfile")
 
 
 def open_repository(args) -> str | None:
