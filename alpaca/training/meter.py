@@ -54,13 +54,16 @@ def model_flops(model: nn.Module) -> tuple[int, int]:
 
     The input embedding is a look-up and does not count; the output embedding does, tied or not, for each real token.
     (A run that computes only the logits of supervised tokens spends less than it is credited with: at most 2% at 7B.)
-    A frozen matrix, as under LoRA, has no weight gradient: 4 FLOPs a token.
+    A frozen matrix, as under LoRA, has no weight gradient: 4 FLOPs a token. Of a mixture's experts, those that a token
+    passes through count (all of them where the config does not say how many). Convolutions and scans do not count.
     """
-    per_token = 0
+    per_token, config = 0, model.config.get_text_config()
     for module in model.modules():
-        if isinstance(module, (nn.Linear, Conv1D)):  # the latter are GPT-2's
-            per_token += elements(module.weight) * (6 if module.weight.requires_grad else 4)
-    config = model.config.get_text_config()
+        for name, weight in module.named_parameters(recurse=False):
+            share = 1.0 if name == "weight" and isinstance(module, (nn.Linear, Conv1D)) else 0.0  # Conv1D: GPT-2's
+            if weight.ndim == 3 and not isinstance(module, nn.Conv1d):  # (experts, rows, columns)
+                share = (getattr(config, "num_experts_per_tok", None) or len(weight)) / len(weight)
+            per_token += int(share * elements(weight)) * (6 if weight.requires_grad else 4)
     heads = getattr(config, "num_attention_heads", None)
     if not heads:  # no attention
         return per_token, 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from alpaca.common.records import load_records
 from alpaca.training import meter
@@ -188,6 +188,18 @@ def test_model_flops_by_hand(tiny_llama, tiny_opt):
     opt = 2 * (4 * 64 * 64 + 2 * 64 * 128) + 64 * 300
     for path, matrices in (tiny_llama, llama), (tiny_opt, opt):
         assert model_flops(AutoModelForCausalLM.from_pretrained(path)) == (6 * matrices, 12 * 2 * 4 * 16)
+
+
+def test_a_token_passes_through_some_of_a_mixtures_experts():
+    """2 layers of q and o 64·64, k and v 64·32, and 2 of 4 experts of three 64·128; head 64·300. Without routers."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, vocab_size=300)
+    with torch.device("meta"):
+        model = MixtralForCausalLM(config)
+    matrices = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 2 * 3 * 64 * 128) + 64 * 300
+    assert model_flops(model) == (6 * matrices, 12 * 2 * 4 * 16)
+    del config.num_experts_per_tok
+    assert model_flops(model)[0] == 6 * (matrices + 2 * 2 * 3 * 64 * 128)
 
 
 def test_a_frozen_matrix_has_no_weight_gradient(tiny_llama):
