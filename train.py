@@ -62,6 +62,7 @@ from alpaca.inference.load import load_model, load_tokenizer
 from alpaca.training import checkpoints, distributed, lora, packing, receipt
 from alpaca.training.checkpoints import check_fits, check_resumed, choose_checkpoint
 from alpaca.training.distributed import say
+from alpaca.training.evaluate import Samples
 from alpaca.training.examples import (  # noqa: F401  (some for importers)
     IGNORE_INDEX,
     SupervisedDataset,
@@ -74,7 +75,6 @@ from alpaca.training.preflight import examples_and_tokenizer, memory, merges
 from alpaca.training.preflight import packing as packing_check
 from alpaca.training.preflight.findings import Finding, raise_errors
 from alpaca.training.preflight.run import check_loading, disk, preflight, rehearsal
-from alpaca.training.samples import Samples
 from alpaca.training.stop import Stopped, train_until_stopped
 from alpaca.training.trainer import Trainer, Trainers
 from alpaca.weights.checkpoint import check_model_folder

@@ -198,8 +198,6 @@ def test_a_token_passes_through_some_of_a_mixtures_experts():
         model = MixtralForCausalLM(config)
     matrices = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 2 * 3 * 64 * 128) + 64 * 300
     assert model_flops(model) == (6 * matrices, 12 * 2 * 4 * 16)
-    del config.num_experts_per_tok
-    assert model_flops(model)[0] == 6 * (matrices + 2 * 2 * 3 * 64 * 128)
 
 
 def test_a_frozen_matrix_has_no_weight_gradient(tiny_llama):
