@@ -39,10 +39,6 @@ def peak_flops(name: str) -> float | None:
     return None if "MIG" in words else next(known, None)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# FLOPs and tokens.
-
-
 def model_flops(model: nn.Module) -> tuple[int, int]:
     """Return FLOPs of a training step for one token, and for one token per token of its example.
 
@@ -141,10 +137,6 @@ def peak_memory(device: torch.device) -> int:
     return int(peak[1]) * 1024 if peak else psutil.Process().memory_info().rss  # now; a Meter keeps the highest
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The meter.
-
-
 class Meter(TrainerCallback):
     """Count tokens and time, and print a line each logging step.
 
@@ -161,8 +153,8 @@ class Meter(TrainerCallback):
         self.parameters = sum(elements(p) for p in model.parameters())
         self.trainable = sum(elements(p) for p in model.parameters() if p.requires_grad)
         self.device, self.devices = device, devices
-        one = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        self.peak = one and one * devices
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        self.peak = peak * devices if (peak := peak_flops(name)) else None
         self.totals, self._logged = Totals(), Totals()
         self._counts = torch.zeros(5, dtype=torch.int64, device=device)
         self._started = self._since = time.monotonic()

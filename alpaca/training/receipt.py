@@ -37,10 +37,6 @@ PACKAGES += ("bitsandbytes", "deepspeed", "liger-kernel")
 SECRET = re.compile(r"(_token|secret|password|api_?key)$", re.I)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Facts.
-
-
 def data_facts(path: str | os.PathLike, records: Sequence[dict]) -> dict:
     """Return hash and size of data (of several files, the hash of all in order; of the hub's, none), and its license.
 
@@ -76,13 +72,16 @@ def versions() -> dict[str, str]:
 
 def hardware(device: torch.device, devices: int) -> dict:
     """Describe the first rank's machine; ``gpus`` is the number over all machines (``devices``), 0 on a CPU."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     info = Path("/proc/cpuinfo")
     cpu = re.search(r"^model name\s*: (.*)", info.read_text() if info.exists() else "", re.M)
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    facts = {"gpus": 0, "gpu": None} if gpu == "cpu" else {"gpus": devices, "gpu": gpu}
-    facts |= {"cpu": cpu[1] if cpu else platform.machine(), "cpu_cores": os.cpu_count()}
-    memory = psutil.virtual_memory().total
-    return facts | {"memory_gib": round(memory / 2**30, 1), "platform": platform.platform(terse=True)}
+    return {
+        **({"gpus": 0, "gpu": None} if gpu == "cpu" else {"gpus": devices, "gpu": gpu}),
+        "cpu": cpu[1] if cpu else platform.machine(),
+        "cpu_cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "platform": platform.platform(terse=True),
+    }
 
 
 def without_secrets(value):
@@ -92,10 +91,6 @@ def without_secrets(value):
     if isinstance(value, (list, tuple)):
         return [without_secrets(entry) for entry in value]
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The receipt.
 
 
 def begin(data_path: str, records: Sequence[dict], eval_data_path: str | None, held_out: Sequence[dict]) -> dict:
@@ -110,15 +105,10 @@ def begin(data_path: str, records: Sequence[dict], eval_data_path: str | None, h
 
 
 def collect(begun: dict, trainer, arguments: dict, examples: tuple[int, int]) -> dict:
-    """Return the receipt of a run that has just ended.
+    """Return the receipt of a run that has just ended: what ``begin`` returned, and what was done since.
 
-    For a resumed run it counts what led to the model: not what an earlier session did after its last checkpoint.
-
-    Args:
-        begun: from ``begin``.
-        trainer: of the run.
-        arguments: every argument of the run by name; those that are secret are left out.
-        examples: number of examples to train on and held out.
+    Of a resumed run, what led to the model counts: not what an earlier session did after its last checkpoint.
+    ``arguments`` are all of the run's by name; ``examples`` the numbers of those to train on and held out.
     """
     meter, state, config = trainer.meter, trainer.state, trainer.model.config
     totals, machine = meter.totals, hardware(meter.device, meter.devices)
@@ -141,7 +131,6 @@ def collect(begun: dict, trainer, arguments: dict, examples: tuple[int, int]) ->
         },
         "git": begun["git"],
         "arguments": without_secrets(arguments),
-        "seed": trainer.args.seed,
         "world_size": trainer.args.world_size,
         "steps": state.global_step,
         "epochs": round(state.epoch or 0, 4),

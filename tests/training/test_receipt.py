@@ -62,7 +62,7 @@ def test_the_receipt_says_from_what_how_and_at_what_cost(finished, tiny_llama):
     assert paper["data"]["eval"] == {"path": None, "examples": 2}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     assert paper["git"] is None or paper["git"]["commit"] == commit
-    assert (paper["seed"], paper["world_size"], paper["steps"]) == (7, 1, 6)
+    assert (paper["arguments"]["seed"], paper["world_size"], paper["steps"]) == (7, 1, 6)
     assert paper["examples_per_step"] == pytest.approx(22 / 6, abs=0.01)  # the sixth step has two
     assert [entry["step"] for entry in paper["losses"]] == [1, 2, 3, 4, 5, 6]
     assert [entry["step"] for entry in paper["eval_losses"]][:1] == [0]
