@@ -57,10 +57,12 @@ from alpaca.common.records import load_records
 from alpaca.common.shapes import has_several_turns
 from alpaca.common.text import counted, first_line
 from alpaca.inference.adapters import add_mean_rows, embedding_rows
+from alpaca.inference.generate import context_length
 from alpaca.inference.load import load_model, load_tokenizer
 from alpaca.training import checkpoints, distributed, lora, packing, receipt
 from alpaca.training.checkpoints import check_resumed, choose_checkpoint, run_facts
 from alpaca.training.distributed import say
+from alpaca.training.evaluate import Samples
 from alpaca.training.examples import (  # noqa: F401  (some for importers)
     IGNORE_INDEX,
     SupervisedDataset,
@@ -438,7 +440,7 @@ def fine_tune(model_args: ModelArguments, data_args: DataArguments, args: Traini
         checkpoints.compare(checkpoint, args.given)
     train_records, eval_records = load_data(data_args, args.seed if args.data_seed is None else args.data_seed)
     check_batch_count(train_records, args)
-    begun = receipt.begin(data_args.data_path, data_args.eval_data_path)
+    begun = receipt.begin(data_args.data_path, train_records, data_args.eval_data_path, eval_records)
 
     tokenizer, template, findings = make_tokenizer(base, data_args, args, train_records, eval_records)
     sizes, plan, more = check_before_loading(base, args)
@@ -465,8 +467,10 @@ def fine_tune(model_args: ModelArguments, data_args: DataArguments, args: Traini
 
     args.eval_on_start = held_out is not None  # "before", to compare with
     trainer = trainers.new(args, rows, held_out)
+    samples = Samples(trainer, eval_records, args.model_max_length)
+    trainer.add_callback(samples)
     train_until_stopped(trainer, checkpoint)
-    finish(trainer, save, begun, {**vars(model_args), **vars(data_args), **args.given})
+    finish(trainer, save, samples, begun, {**vars(model_args), **vars(data_args), **args.given})
     receipt.upload(repository, output_dir, args)
 
 
@@ -476,17 +480,20 @@ def save_result(trainer: Trainer, folder: Path, load_base) -> None:
     trainer.save_whole_model(folder, partial(lora.save, trainer, load_base=load_base) if trainer.args.lora_r else None)
 
 
-def finish(trainer: Trainer, save, begun: dict, arguments: dict) -> None:
+def finish(trainer: Trainer, save, samples: Samples, begun: dict, arguments: dict) -> None:
     """Save the whole model with its receipt, card and plot; print how the run went."""
     output_dir, held_out = Path(trainer.args.output_dir), trainer.eval_dataset
     examples = getattr(trainer.train_dataset, "dataset", trainer.train_dataset)  # of --packing: not the bins
-    if held_out:
+    last = [e["step"] for e in trainer.state.log_history if "eval_loss" in e][-1:]
+    if held_out and (last != [trainer.state.global_step] or trainer.args.load_best_model_at_end):
         trainer.evaluate()
     save(trainer, output_dir)
     trainer.save_state()
     if trainer.is_world_process_zero():
         facts = receipt.collect(begun, trainer, arguments, (len(examples), len(held_out or ())))
-        say(f"{', '.join(receipt.write(facts, output_dir))} in {output_dir}")
+        facts["samples"] = samples.shown()
+        ollama = receipt.modelfile(trainer.processing_class, context_length(trainer.model))
+        say(f"{', '.join(receipt.write(facts, output_dir, Modelfile=ollama))} in {output_dir}")
     say(f"{trainer.state.global_step} steps on {len(examples)} examples; model in {output_dir}")
     if held_out:
         losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]

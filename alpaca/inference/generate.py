@@ -207,7 +207,8 @@ def decode(
     if settings.temperature > 0:
         seed = random.SystemRandom().getrandbits(48) if settings.seed is None else settings.seed
         generators = [_generator(seed, ids) for ids in prompts]
-    accepted = inspect.signature(model.forward).parameters
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft hands on what the base accepts
+    accepted = inspect.signature(base.forward).parameters
     rows, read = list(range(len(prompts))), known
     while rows and not stopped():
         end = read + ids.shape[1]

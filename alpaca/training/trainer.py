@@ -12,6 +12,7 @@ import copy
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ from alpaca.common.text import first_line
 from alpaca.training import checkpoints, packing, sharding
 from alpaca.training.distributed import say
 from alpaca.training.evaluate import sums_by_example
-from alpaca.training.meter import Meter
+from alpaca.training.meter import Bars, Meter
 from alpaca.weights.checkpoint import WEIGHTS
 
 
@@ -65,6 +66,8 @@ class Trainer(transformers.Trainer):
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self.add_callback(self.meter)
+        if sys.stderr.isatty() and not args.disable_tqdm:
+            self.add_callback(Bars)
 
     def train(self, resume_from_checkpoint: str | os.PathLike | None = None, **kwargs):
         """Train as the library does, in a folder without what killed or other runs left there."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -29,7 +28,6 @@ from alpaca.chat_template import mark_trained
 from alpaca.common import cli
 from alpaca.inference import answer_file
 from alpaca.inference.chat import stream
-from alpaca.inference.generate import STOP
 from alpaca.inference.load import load
 from alpaca.inference.web import page as web_page
 
@@ -640,16 +638,10 @@ def test_what_goes_to_the_hub_is_the_model_and_what_tells_of_it(tiny_llama, tmp_
     assert {"checkpoint-2/optimizer.pt", "abandoned-1/checkpoint-1/training_args.bin"} <= set(there)
     tokenizer = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
     expected = ["config.json", "generation_config.json", "loss.png", "model.safetensors", "model_card.md"]
-    expected += ["training_receipt.json", *tokenizer, "adapter/README.md", "adapter/adapter_config.json"]
+    expected += ["Modelfile", "training_receipt.json", *tokenizer, "adapter/README.md", "adapter/adapter_config.json"]
     expected += ["adapter/adapter_model.safetensors", *(f"adapter/{name}" for name in tokenizer)]
     assert sorted(filter_repo_objects(there, ignore_patterns=patterns)) == sorted(expected)
 
 
 def test_the_cards_upload_command_puts_it_where_the_hub_shows_it():
     assert "hf upload REPO OUT/model_card.md README.md\n" in published()
-
-
-def test_the_modelfiles_template_is_the_prompt():
-    (template,) = re.findall(r'TEMPLATE """(.*?)"""', published(), re.S)
-    assert template == utils.format_prompt("{{ .Prompt }}")
-    assert f'PARAMETER stop "{STOP}"' in published()

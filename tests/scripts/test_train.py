@@ -336,6 +336,10 @@ def test_two_processes_with_fsdp_equal_one_process(family, request, tmp_path, ca
     assert len(losses(one)) == 1 and losses(one) == losses(two.stdout)
     receipts = [json.loads((tmp_path / run / "training_receipt.json").read_text()) for run in ("one", "two")]
     assert all(receipts[0]["tokens"][key] == receipts[1]["tokens"][key] > 0 for key in ("real", "supervised"))
+    assert [sample["answers"][0] for sample in receipts[0]["samples"]] == [
+        sample["answers"][0] for sample in receipts[1]["samples"]
+    ]
+    assert [len(sample["answers"]) for sample in receipts[1]["samples"]] == [2, 2, 2]
     before, after = (
         [entry["loss"] for entry in receipt["eval_losses"]][:: len(receipt["eval_losses"]) - 1] for receipt in receipts
     )

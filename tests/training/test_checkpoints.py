@@ -260,7 +260,7 @@ def test_the_finished_model_is_uploaded_once_and_an_interrupted_run_can_be_resum
     assert uploaded.pop("README.md") == "model_card.md" and all(there == here for there, here in uploaded.items())
     named = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     templates = {"chat_template.jinja", "additional_chat_templates/tool_use.jinja"}
-    assert set(uploaded) - {"loss.png"} == named | templates | {"training_receipt.json"}
+    assert set(uploaded) - {"loss.png"} == named | templates | {"training_receipt.json", "Modelfile"}
 
 
 def test_an_upload_that_fails_says_that_the_model_is_whole(model, data, tmp_path, monkeypatch, hub):
