@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -43,10 +44,13 @@ for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
     os.environ.pop(name, None)
 
 
-def run_script(*argv, env=None, cwd=ROOT, timeout=300, input=None) -> subprocess.CompletedProcess:
-    """Runs ``python argv…`` from the repository root, as a user would; output is text."""
+def run_script(*argv, env=None, cwd=ROOT, timeout=300, input=None, cold=False) -> subprocess.CompletedProcess:
+    """Runs ``python argv…`` from the repository root, as a user would; output is text. A script starts warm."""
+    argv = [*map(str, argv)]
+    if argv[0].endswith(".py") and not cold:
+        return warm.launch(argv, os.environ | (env or {}), cwd, timeout, input)
     return subprocess.run(
-        [sys.executable, *map(str, argv)],
+        [sys.executable, *argv],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -66,17 +70,17 @@ def call(command, *arguments, **flags):
     return command(*arguments, **flags)
 
 
-def torchrun(processes: int, *argv, env=None, timeout=300) -> subprocess.CompletedProcess:
-    """Runs a script under torchrun with static ranks on a free port, one thread a process; on GPUs if each has one."""
+def torchrun(processes: int, *argv, env=None, timeout=300, cold=False) -> subprocess.CompletedProcess:
+    """Runs a script under torchrun on a free port, one thread a process; on GPUs if each process has one."""
     import torch
 
-    enough = {} if torch.cuda.device_count() >= processes else {"CUDA_VISIBLE_DEVICES": ""}
-    return run_script(
-        *("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"),
-        *argv,
-        env={"OMP_NUM_THREADS": "1"} | enough | (env or {}),
-        timeout=timeout,
-    )
+    env = {"OMP_NUM_THREADS": "1"} | (env or {})
+    if torch.cuda.device_count() < processes:
+        env["CUDA_VISIBLE_DEVICES"] = ""
+    if not cold:
+        return warm.launch([*map(str, argv)], os.environ | env, ROOT, timeout, ranks=processes)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
+    return run_script(*torchrun, *argv, env=env, timeout=timeout)
 
 
 def assert_one_line_error(result: subprocess.CompletedProcess, *words: str) -> None:
