@@ -6,6 +6,7 @@ imported them, and forks for each launch: the script runs from its first line, a
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -37,6 +38,7 @@ def launch(argv: list[str], env: dict, cwd, timeout: float, input=None, ranks=0)
 
 
 def _run(argv: list[str], env: dict[str, str], cwd, files: list[Path], ranks: int) -> None:
+    gc.freeze()  # as quick_collections in conftest.py
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
