@@ -45,11 +45,14 @@ for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
     os.environ.pop(name, None)
 
 
-def run_script(*argv, env=None, cwd=ROOT, timeout=300, input=None, cold=False) -> subprocess.CompletedProcess:
-    """Runs ``python argv…`` from the repository root, as a user would; output is text. A script starts warm."""
+def run_script(*argv, env=None, cwd=ROOT, timeout=300, input=None) -> subprocess.CompletedProcess:
+    """Runs ``python argv…`` from the repository root, as a user would; output is text.
+
+    A script starts warm, but not with ``env``: libraries read it as they are imported.
+    """
     argv = [*map(str, argv)]
-    if argv[0].endswith(".py") and not cold:
-        return warm.launch(argv, os.environ | (env or {}), cwd, timeout, input)
+    if argv[0].endswith(".py") and not env:
+        return warm.launch(argv, dict(os.environ), cwd, timeout, input)
     return subprocess.run(
         [sys.executable, *argv],
         capture_output=True,
@@ -72,7 +75,10 @@ def call(command, *arguments, **flags):
 
 
 def torchrun(processes: int, *argv, env=None, timeout=300, cold=False) -> subprocess.CompletedProcess:
-    """Runs a script under torchrun on a free port, one thread a process; on GPUs if each process has one."""
+    """Runs a script under torchrun on a free port, one thread a process; on GPUs if each process has one.
+
+    Cold: by torchrun's own command. Else its agent starts the ranks in processes that have imported the libraries.
+    """
     import torch
 
     env = {"OMP_NUM_THREADS": "1"} | (env or {})

@@ -25,21 +25,23 @@ IGNORE_INDEX = -100  # torch's cross entropy skips it
 RULE_VERSION = 4
 
 
-def preprocess(records: list[dict], tokenizer, max_length: int) -> list[dict]:
-    """Return ``{"input_ids": [int], "labels": [int]}`` for each record, cut to max_length tokens.
+def make_example(prompt: list[int], answer: list[int], max_length: int) -> dict[str, list[int]]:
+    """Return the row that teaches an answer: ``input_ids``, and ``labels`` that are IGNORE_INDEX for the prompt."""
+    labels = [IGNORE_INDEX] * len(prompt) + answer
+    return {"input_ids": [*prompt, *answer][:max_length], "labels": labels[:max_length]}
 
-    The tokens are those of the prompt, exactly as chat asks it, then those of the answer, then EOS. Labels are
-    IGNORE_INDEX for the prompt. The original tokenized prompt and answer together: the tokens are the same except where
-    one token would span both. A special token that is written out in the data, such as "</s>", stays text.
+
+def preprocess(records: list[dict], tokenizer, max_length: int) -> list[dict]:
+    """Return the example of each record in Alpaca's prompt, cut to max_length tokens.
+
+    The tokens are those of the prompt, exactly as chat asks it, then those of the answer, then EOS. The original
+    tokenized prompt and answer together: the tokens are the same except where one token would span both. A special
+    token that is written out in the data, such as "</s>", stays text.
     """
     prompts = prompt_ids(tokenizer, [format_prompt(record["instruction"], record["input"]) for record in records])
     answers = answer_ids(tokenizer, [record["output"] for record in records])
-    examples = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        ids = [*prompt, *answer, tokenizer.eos_token_id]
-        labels = [IGNORE_INDEX] * len(prompt) + ids[len(prompt) :]
-        examples.append({"input_ids": ids[:max_length], "labels": labels[:max_length]})
-    return examples
+    eos = [tokenizer.eos_token_id]
+    return [make_example(prompt, answer + eos, max_length) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 def tokenize(records: Sequence[dict], tokenizer, max_length: int) -> list[list[dict]]:
