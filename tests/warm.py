@@ -55,5 +55,8 @@ def _run(argv: list[str], env: dict[str, str], cwd, files: list[Path], ranks: in
 
 
 def _script(argv: list[str]) -> None:
-    sys.argv, sys.path[0] = argv, str(Path(argv[0]).resolve().parent)
+    installed = [path for path in sys.path if path.startswith((sys.prefix, sys.base_prefix))]  # not what pytest added
+    given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    sys.path[:] = [str(Path(argv[0]).resolve().parent), *given, *installed]
+    sys.argv = argv
     runpy.run_path(argv[0], run_name="__main__")
