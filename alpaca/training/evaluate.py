@@ -18,7 +18,7 @@ from alpaca.inference.chat import request_ids
 from alpaca.inference.generate import STOP, Settings, batches, context_length, cut_at, decode, decode_pieces, end_ids
 from alpaca.prompts import answer_ids
 from alpaca.training.distributed import say
-from alpaca.training.examples import IGNORE_INDEX
+from alpaca.training.examples import IGNORE_INDEX, make_example
 from alpaca.training.packing import SEGMENTS, library_attention, pad, set_attention
 
 BATCH_TOKENS = 2048  # padding included: their logits over 128,256 tokens are 1 GB in float32
@@ -67,18 +67,16 @@ def reference_losses(
     """
     if not records:
         return []
-    template, talks, examples = template or saved_template(tokenizer), [messages_of(record) for record in records], []
+    template, talks = template or saved_template(tokenizer), [messages_of(record) for record in records]
     if template == "chat":
         pairs = chat_turns(tokenizer, talks)
     else:
         answers = answer_ids(tokenizer, [messages[-1]["content"] for messages in talks])
         answers = [[*ids, tokenizer.eos_token_id] for ids in answers]
         pairs = zip(request_ids(tokenizer, template, records), answers, strict=True)
-    for prompt, answer in pairs:
-        ids, labels = prompt + answer, [IGNORE_INDEX] * len(prompt) + answer
-        examples.append({"input_ids": ids[: context_length(model)], "labels": labels[: context_length(model)]})
+    examples = [make_example(prompt, answer, context_length(model)) for prompt, answer in pairs]
     losses: list[tuple[float, int] | None] = [None] * len(examples)
-    scored = [i for i, example in enumerate(examples) if any(label != IGNORE_INDEX for label in example["labels"][1:])]
+    scored = [i for i, one in enumerate(examples) if any(label != IGNORE_INDEX for label in one["labels"][1:])]
     for batch in batches([len(examples[i]["input_ids"]) for i in scored], 0, BATCH_TOKENS):
         rows = [scored[place] for place in batch]
         inputs = {key: value.to(model.device) for key, value in pad([examples[i] for i in rows], 0).items()}

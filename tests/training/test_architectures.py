@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import re
 import shutil
@@ -29,13 +28,10 @@ rows: dict[str, dict[str, str]] = {}  # of the document's table, by family
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """No plot of two steps; and what pytest has loaded is not searched for garbage after each run (0.5 s)."""
-    gc.collect()
-    gc.freeze()
+    """No plot of two steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(receipt, "loss_plot", lambda *_: None)
         yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
