@@ -1,6 +1,8 @@
-"""Reads a checkpoint on another number of processes, or with other sharding, than it was written with.
+"""FSDP: weights are read by one process and sent to the others, and any checkpoint is read under any sharding.
 
-transformers (5.17 to 5.23) reads a checkpoint only with the kind of sharding that wrote it.
+Rank 0 alone reads a model. The others get its modules, on the meta device, where they take no memory. Once FSDP has
+sharded these, rank 0 sends each rank its part of one tensor after the other, and frees it: together the ranks of a node
+hold little more than one model.
 """
 
 from __future__ import annotations
@@ -10,12 +12,99 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME
 
+from alpaca import UserError
 from alpaca.inference.adapters import ADAPTER
 from alpaca.inference.load import load_model
 from alpaca.training.checkpoints import SHARDED_MODEL, SHARDED_OPTIMIZER, saved_names, state_dict
+
+
+def on_rank_0(make: Callable):
+    """Return what ``make`` returns on rank 0, and None on the others. Its UserError is raised on every rank."""
+    made, error = None, [None]
+    if dist.get_rank() == 0:
+        try:
+            made = make()
+        except UserError as e:
+            error = [e]
+    dist.broadcast_object_list(error)
+    if error[0]:
+        raise error[0]
+    return made
+
+
+def load_on_rank_0(load: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    """Return the model that ``load`` returns, with its values on rank 0 alone: on the meta device elsewhere."""
+    model = on_rank_0(load)
+    values = take_values(model) if model else {}
+    found = [model]
+    dist.broadcast_object_list(found)
+    _put(found[0], values)
+    return found[0]
+
+
+def take_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return parameters and buffers of a model by name, tied ones once, and leave it on the meta device."""
+    values = _tensors(model)
+    _put(model, {name: _like(tensor, torch.empty_like(tensor, device="meta")) for name, tensor in values.items()})
+    return values
+
+
+def fill(trainer, values: dict[str, torch.Tensor]) -> None:
+    """Send values of rank 0 into the trainer's sharded model, a tensor at a time; each is freed once it is sent.
+
+    Args:
+        trainer: on each rank. What its model has on the meta device is replaced, the rest is overwritten.
+        values: by name, on rank 0; it is empty afterwards.
+    """
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    here, new = _tensors(trainer.model), {}
+    names = [[name for name in values if name in here]]  # not the second name of a tied tensor
+    dist.broadcast_object_list(names)
+    for name in names[0]:
+        place = here[name].detach()
+        sharded = isinstance(place, DTensor)
+        device = place.device_mesh.device_type if sharded else trainer.args.device
+        if dist.get_rank() == 0:
+            whole = values.pop(name).detach().to(device, place.dtype).contiguous()
+        else:
+            whole = torch.empty(place.shape, dtype=place.dtype, device=device)
+        if sharded:
+            part = distribute_tensor(whole, place.device_mesh, place.placements)
+        else:
+            dist.broadcast(part := whole, 0)
+        if not place.is_meta:
+            place.copy_(part)
+            continue
+        offloaded = sharded and trainer.args.fsdp_config.get("cpu_offload")
+        new[name] = _like(here[name], part.cpu() if offloaded else part)
+    _put(trainer.model, new)
+
+
+def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return parameters and buffers by the names that they have without activation checkpointing and compilation."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""): x for name, x in named}
+
+
+def _put(model: torch.nn.Module, new: dict[str, torch.Tensor]) -> None:
+    """Replace tensors of a model, by name; one that several modules share, in each."""
+    old = _tensors(model)
+    new = {id(old[name]): tensor for name, tensor in new.items()}
+    for module in model.modules():
+        own = [*module.named_parameters("", False, False), *module.named_buffers("", False, False)]
+        for name, tensor in own:
+            if id(tensor) in new:
+                setattr(module, name, new[id(tensor)])
+
+
+def _like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Return the new tensor as a parameter if the old one is."""
+    return torch.nn.Parameter(new, old.requires_grad) if isinstance(old, torch.nn.Parameter) else new
 
 
 def load_weights(trainer, checkpoint: Path, library: Callable[[str], None]) -> None:
@@ -25,40 +114,28 @@ def load_weights(trainer, checkpoint: Path, library: Callable[[str], None]) -> N
         with state_dict_format(trainer, _format(checkpoint)):
             library(str(checkpoint), trainer.model_wrapped)
     elif trainer.is_fsdp_enabled:
-        _load_whole_into_shards(trainer, checkpoint)
+        fill(trainer, on_rank_0(lambda: _whole(model, checkpoint)) or {})
     elif (checkpoint / SHARDED_MODEL).is_dir():
         state = {"model": state_dict(model)}
         torch.distributed.checkpoint.load(state, checkpoint_id=checkpoint / SHARDED_MODEL, no_dist=True)
-        _put(model, state["model"])
+        _load(model, state["model"])
     elif set(saved_names(model)) == set(state_dict(model)) and not _of_fsdp(checkpoint):
         library(str(checkpoint))
     else:
         # The library would skip tensors that are saved under another name, with only a warning; and without FSDP it
         # refuses a whole checkpoint of FSDP.
-        _put(model, _read_whole(model, checkpoint))
+        _load(model, _whole(model, checkpoint))
 
 
-def _load_whole_into_shards(trainer, checkpoint: Path) -> None:
-    """Read it on rank 0 in CPU memory, and send each rank its part, a tensor at a time."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-    model = trainer.model
-    adapter = hasattr(model, "peft_config")
-    state = _read_whole(model, checkpoint) if trainer.is_world_process_zero() else {}
-    if adapter:  # saved without the adapter's name
-        names = {name.replace(f".{model.active_adapter}.", "."): name for name in model.state_dict()}
-        state = {names[name]: tensor for name, tensor in state.items()}
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=not adapter)
-    set_model_state_dict(model, state, options=options)
+def _whole(model, checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a checkpoint that is not sharded, under the model's names."""
+    if not hasattr(model, "peft_config"):
+        return load_model(checkpoint, model.dtype).state_dict()
+    names = {name.replace(f".{model.active_adapter}.", "."): name for name in _tensors(model)}  # saved without it
+    return {names[name]: tensor for name, tensor in load_file(checkpoint / ADAPTER).items()}
 
 
-def _read_whole(model, checkpoint: Path) -> dict[str, torch.Tensor]:
-    if hasattr(model, "peft_config"):
-        return load_file(checkpoint / ADAPTER)
-    return load_model(checkpoint, model.dtype).state_dict()
-
-
-def _put(model, state: dict[str, torch.Tensor]) -> None:
+def _load(model, state: dict[str, torch.Tensor]) -> None:
     if hasattr(model, "peft_config"):
         from peft import set_peft_model_state_dict
 

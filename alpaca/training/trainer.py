@@ -47,8 +47,8 @@ class Trainer(transformers.Trainer):
     - ``_load_from_checkpoint`` and ``_load_optimizer_and_scheduler``: the library reads a checkpoint
       only with the kind of sharding that wrote it. Not needed once it reads any of them by name.
 
-    The others are public: ``train``, ``get_batch_samples``, ``store_flos``, ``log``, ``prediction_step`` and
-    ``evaluation_loop``.
+    The others are public: ``train``, ``create_optimizer``, ``create_scheduler``, ``get_batch_samples``, ``store_flos``,
+    ``log``, ``prediction_step`` and ``evaluation_loop``.
     """
 
     def __init__(self, model, args, *rest, **kwargs):
@@ -67,6 +67,7 @@ class Trainer(transformers.Trainer):
         self.meter = Meter(self.model, self.args.device, self.args.world_size * max(self.args.n_gpu, 1))
         self.checkpoint: Path | None = None  # that training resumes from
         self._saved_step, self._facts = -1, {}
+        self._values: dict[str, torch.Tensor] | None = None  # of the model, between create_optimizer and _scheduler
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self.add_callback(self.meter)
@@ -82,6 +83,29 @@ class Trainer(transformers.Trainer):
             checkpoints.set_aside_newer(Path(self.args.output_dir), self.checkpoint)
         self.accelerator.wait_for_everyone()
         return super().train(str(self.checkpoint) if self.checkpoint else None, **kwargs)
+
+    # A model that one rank has read.
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """Return a stand-in under FSDP: the real one is made of sharded parameters, which come later.
+
+        accelerate (1.15) wants an optimizer with the model, and finds a shard by the address of its whole parameter:
+        on the meta device all have the same.
+        """
+        if not self.is_fsdp_enabled or self._values is not None:
+            return super().create_optimizer(model)
+        self._values = sharding.take_values(self.model)
+        self.optimizer = torch.optim.SGD([next(self.model.parameters())])
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """Under FSDP, send first what rank 0 has read, and make the optimizer: this is called once all is sharded."""
+        if self.is_fsdp_enabled:
+            sharding.fill(self, self._values)
+            self.optimizer.param_groups[0]["params"] = []
+            self.optimizer = None
+            self.optimizer = self.accelerator.prepare_optimizer(self.create_optimizer())
+        return super().create_scheduler(num_training_steps, optimizer)
 
     # Losses and counts.
 

@@ -73,7 +73,8 @@ def check_loading(sizes: Sizes, plan: Plan, device: torch.device) -> list[Findin
         plan: how it is to be trained.
         device: of this rank.
     """
-    one, processes = sizes.parameters * plan.dtype_bytes, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    one = sizes.parameters * plan.dtype_bytes
+    processes = 1 if plan.sharded else int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # FSDP: rank 0 alone loads it
     free = lowest(host_memory.host_free(swap=True))  # of all ranks before any of them loads
     if one * processes > free and not plan.four_bit:  # which is loaded a layer at a time
         loaded = f"{processes} processes each load the whole model" if processes > 1 else "the model is loaded"
