@@ -27,15 +27,14 @@ def base_options(args) -> dict:
     """Return what ``from_pretrained`` needs to load the base: its ``dtype``, and how it is quantized.
 
     A frozen base does not need float32, as nothing is added to it. If the run computes in 16 bits, so does the base
-    stay in 16 bits: that is what makes 7B fit into 24 GB. Under FSDP it is float32, since the parameters of one shard
-    group share a type.
+    stay in 16 bits: that is what makes 7B fit into 24 GB.
 
     Raises:
         UserError: 4 bits without bitsandbytes.
     """
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     if not args.load_in_4bit:
-        return {"dtype": torch.float32 if args.fsdp else half}
+        return {"dtype": half}
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:

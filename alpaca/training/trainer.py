@@ -94,6 +94,10 @@ class Trainer(transformers.Trainer):
         """
         if not self.is_fsdp_enabled or self._values is not None:
             return super().create_optimizer(model)
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.transformer_cls_names_to_wrap is None:  # the library's names have some that a composite model lacks
+            present = {type(module).__name__ for module in self.model.modules()}
+            plugin.transformer_cls_names_to_wrap = sorted(present.intersection(self.model._no_split_modules or ()))
         self._values = sharding.take_values(self.model)
         self.optimizer = torch.optim.SGD([next(self.model.parameters())])
         return self.optimizer
