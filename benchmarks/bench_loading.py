@@ -42,7 +42,9 @@ def rank(argv: list[str], folder: Path) -> None:
 
     def note() -> None:
         status = dict(re.findall(r"(\w+):\s+(\d+) kB", Path("/proc/self/status").read_text()))
-        samples.append([time.monotonic(), *(int(status[field]) * 1024 for field in KINDS.values())])
+        samples.append(
+            [time.monotonic(), *(int(status[field]) * 1024 for field in KINDS.values()), time.process_time()]
+        )
 
     def watch() -> None:
         while True:
@@ -65,7 +67,7 @@ def rank(argv: list[str], folder: Path) -> None:
 
 
 def measure(model: Path, size: int, *flags: str) -> dict:
-    """Return peaks in models of ``size`` bytes over both ranks, and the seconds of the slower one."""
+    """Return peaks in models of ``size`` bytes over both ranks, the slower one's seconds, and their processor time."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         records = [{"instruction": f"Say {i}.", "input": "", "output": f"{i}."} for i in range(8)]
@@ -79,6 +81,7 @@ def measure(model: Path, size: int, *flags: str) -> dict:
         subprocess.run([*launch, "--rank", folder, *map(str, argv)], check=True, env=env, stdout=subprocess.DEVNULL)
         ranks = [json.loads((folder / f"rank-{i}.json").read_text()) for i in (0, 1)]
     found = {"seconds": round(max(samples[-1][0] - samples[0][0] for samples in ranks), 2)}
+    found["processor_seconds"] = round(sum(samples[-1][-1] - samples[0][-1] for samples in ranks), 2)
     times = sorted(sample[0] for samples in ranks for sample in samples)
     for column, kind in enumerate(KINDS, start=1):
         total, last, at = [], [samples[0][column] for samples in ranks], [0, 0]

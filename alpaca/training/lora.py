@@ -149,10 +149,7 @@ def save(trainer, output_dir: Path, load_base: Callable[[], torch.nn.Module]) ->
     """
     state = None
     if trainer.is_fsdp_enabled:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-        state = get_model_state_dict(trainer.model, options=options)
+        state = {name: x.full_tensor() for name, x in trainer.model.state_dict().items() if ".lora_" in name}
     if not trainer.is_world_process_zero():
         return
     adapter, tokenizer = output_dir / "adapter", trainer.processing_class

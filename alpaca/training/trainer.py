@@ -212,10 +212,11 @@ class Trainer(transformers.Trainer):
                 shutil.rmtree(path, ignore_errors=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        sharding.load_weights(self, Path(resume_from_checkpoint), super()._load_from_checkpoint)
+        sharding.load_weights(self, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        sharding.load_optimizer(self, checkpoint, super()._load_optimizer_and_scheduler)
+        if checkpoint:
+            sharding.load_optimizer(self, Path(checkpoint), super()._load_optimizer_and_scheduler)
 
     # The result.
 
@@ -236,9 +237,15 @@ class Trainer(transformers.Trainer):
             self.accelerator.wait_for_everyone()
             config.use_cache = self._use_cache
             try:
-                # With SHARDED_STATE_DICT save_model silently writes nothing.
-                with sharding.state_dict_format(self, "FULL_STATE_DICT"):
-                    write(staging) if write else self.save_model(str(staging))
+                if write:
+                    write(staging)
+                elif not self.is_fsdp_enabled:
+                    self.save_model(str(staging))
+                else:  # with SHARDED_STATE_DICT save_model silently writes nothing
+                    state = self.accelerator.get_state_dict(self.model)
+                    if self.is_world_process_zero():
+                        self.accelerator.unwrap_model(self.model).save_pretrained(staging, state_dict=state)
+                        self.processing_class.save_pretrained(staging)
             finally:
                 config.use_cache = in_training
             if self.is_world_process_zero():
