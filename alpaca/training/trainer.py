@@ -67,7 +67,6 @@ class Trainer(transformers.Trainer):
         self.meter = Meter(self.model, self.args.device, self.args.world_size * max(self.args.n_gpu, 1))
         self.checkpoint: Path | None = None  # that training resumes from
         self._saved_step, self._facts = -1, {}
-        self._values: dict[str, torch.Tensor] | None = None  # of the model, between create_optimizer and _scheduler
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self.add_callback(self.meter)
@@ -92,7 +91,7 @@ class Trainer(transformers.Trainer):
         accelerate (1.15) wants an optimizer with the model, and finds a shard by the address of its whole parameter:
         on the meta device all have the same.
         """
-        if not self.is_fsdp_enabled or self._values is not None:
+        if not self.is_fsdp_enabled:
             return super().create_optimizer(model)
         plugin = self.accelerator.state.fsdp_plugin
         if plugin.transformer_cls_names_to_wrap is None:  # the library's names have some that a composite model lacks
@@ -108,7 +107,7 @@ class Trainer(transformers.Trainer):
             sharding.fill(self, self._values)
             self.optimizer.param_groups[0]["params"] = []
             self.optimizer = None
-            self.optimizer = self.accelerator.prepare_optimizer(self.create_optimizer())
+            self.optimizer = self.accelerator.prepare_optimizer(super().create_optimizer())
         return super().create_scheduler(num_training_steps, optimizer)
 
     # Losses and counts.
