@@ -59,7 +59,7 @@ from alpaca.common.text import counted, first_line
 from alpaca.inference.adapters import add_mean_rows, embedding_rows
 from alpaca.inference.generate import context_length
 from alpaca.inference.load import load_model, load_tokenizer
-from alpaca.training import checkpoints, distributed, lora, packing, receipt
+from alpaca.training import checkpoints, distributed, lora, packing, receipt, sharding
 from alpaca.training.checkpoints import check_resumed, choose_checkpoint, run_facts
 from alpaca.training.distributed import say
 from alpaca.training.evaluate import Samples
@@ -375,12 +375,22 @@ def make_tokenizer(base: str, data_args, args, records: list[dict], held_out: li
 
 
 def load_base(
-    model_args, args, tokenizer, template: tuple[str, bool], findings: list[Finding] | None = None, **options
+    model_args,
+    args,
+    tokenizer,
+    template: tuple[str, bool],
+    findings: list[Finding] | None = None,
+    once: bool = False,
+    **options,
 ):
-    """Load the model to fine-tune, and add what it lacks; the first time, with ``findings``, mend the tokenizer too."""
+    """Load the model to fine-tune, and add what it lacks; the first time, with ``findings``, mend the tokenizer too.
+
+    With ``once``, every rank must call it, and rank 0 alone reads the weights: see sharding.load_on_rank_0.
+    """
     dropped: list[str] = []
     options = {"dtype": torch.float32, "cache_dir": args.cache_dir, **options}
-    model = load_model(model_args.model_name_or_path, dropped=dropped, **options)
+    read = partial(load_model, model_args.model_name_or_path, dropped=dropped, **options)
+    model = sharding.load_on_rank_0(read) if once else read()
     packing.weigh_router_loss(model)
     if share := lora.freeze_other_senses(model):
         what = f"what reads images or sound stays as it is ({share:.1%} of the parameters): the data is text"
@@ -408,9 +418,10 @@ def load_trained(load, args, findings: list[Finding] | None = None):
     float32 whatever the checkpoint's type: at a learning rate of 2e-5 most updates are lost in bf16's 8 bits. --bf16
     computes in bf16 over float32 weights. LoRA leaves these weights as they are.
     """
+    options = lora.base_options(args) if args.lora_r else {}
+    model = load(findings=findings, once=bool(args.fsdp), **options)
     if not args.lora_r:
-        return load(findings=findings)
-    model = load(findings=findings, **lora.base_options(args))
+        return model
     if findings is not None:
         findings += lora.check_coverage(model, args)
     return lora.add_adapter(model, args)

@@ -25,7 +25,8 @@ def near_zero(model) -> str:
         if "norm" in type(module).__name__.lower() and getattr(module, "weight", None) is not None
     ]
     words = model.get_input_embeddings().weight
-    if not weights or 0 in (words.numel(), *(weight.numel() for weight in weights)):  # none, or ZeRO-3 has them apart
+    # None, or ZeRO-3 has them apart, or another process has read them.
+    if not weights or words.is_meta or 0 in (words.numel(), *(weight.numel() for weight in weights)):
         return ""
     with torch.no_grad():
         norm = max(float(weight.abs().max()) for weight in weights)

@@ -238,20 +238,6 @@ def set_aside_newer(output_dir: Path, checkpoint: Path | None) -> None:
 # A model's tensors, by a checkpoint's names.
 
 
-def saved_names(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return a model's tensors (on the meta device) under the names that save_pretrained gives them.
-
-    Some families are saved under names other than the library's: GPT-NeoX's lm_head as embed_out.
-    """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    # A tensor that FSDP has sharded has the shape of the whole.
-    tensors = {
-        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in state_dict(model).items()
-    }
-    return tensors if hasattr(model, "peft_config") else revert_weight_conversion(model, tensors)
-
-
 def state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return a model's tensors under a checkpoint's names; of a model with an adapter, only the adapter's."""
     if not hasattr(model, "peft_config"):

@@ -44,8 +44,8 @@ class Trainer(transformers.Trainer):
     - ``_load_from_checkpoint`` and ``_load_optimizer_and_scheduler``: the library reads a checkpoint
       only with the kind of sharding that wrote it. Not needed once it reads any of them by name.
 
-    The others are public: ``train``, ``get_batch_samples``, ``store_flos``, ``log``, ``prediction_step`` and
-    ``evaluation_loop``.
+    The others are public: ``train``, ``create_optimizer``, ``create_scheduler``, ``get_batch_samples``, ``store_flos``,
+    ``log``, ``prediction_step`` and ``evaluation_loop``.
     """
 
     def __init__(self, model, args, *rest, **kwargs):
@@ -79,6 +79,33 @@ class Trainer(transformers.Trainer):
             checkpoints.set_aside_newer(output_dir, checkpoint)
         self.accelerator.wait_for_everyone()
         return super().train(checkpoint and str(checkpoint), **kwargs)
+
+    # A model that one rank has read.
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """Return a stand-in under FSDP: the real one is made of sharded parameters, which come later.
+
+        accelerate (1.15) wants an optimizer with the model, and finds a shard by the address of its whole parameter:
+        on the meta device all have the same.
+        """
+        if not self.is_fsdp_enabled:
+            return super().create_optimizer(model)
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.transformer_cls_names_to_wrap is None:  # the library's names have some that a composite model lacks
+            present = {type(module).__name__ for module in self.model.modules()}
+            plugin.transformer_cls_names_to_wrap = sorted(present.intersection(self.model._no_split_modules or ()))
+        self._values = sharding.take_values(self.model)
+        self.optimizer = torch.optim.SGD([next(self.model.parameters())])
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """Under FSDP, send first what rank 0 has read, and make the optimizer: this is called once all is sharded."""
+        if self.is_fsdp_enabled:
+            sharding.fill(self, self._values)
+            self.optimizer.param_groups[0]["params"] = []
+            self.optimizer = None
+            self.optimizer = self.accelerator.prepare_optimizer(super().create_optimizer())
+        return super().create_scheduler(num_training_steps, optimizer)
 
     # Losses and counts.
 
@@ -169,10 +196,11 @@ class Trainer(transformers.Trainer):
         rotate_checkpoints(str(target.parent), self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        sharding.load_weights(self, Path(resume_from_checkpoint), super()._load_from_checkpoint)
+        sharding.load_weights(self, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        sharding.load_optimizer(self, checkpoint, super()._load_optimizer_and_scheduler)
+        if checkpoint:
+            sharding.load_optimizer(self, Path(checkpoint), super()._load_optimizer_and_scheduler)
 
     # The result.
 
@@ -188,9 +216,15 @@ class Trainer(transformers.Trainer):
         staging = output_dir / checkpoints.STAGING / "model"
         self.model.config.use_cache = self._use_cache
         with _one_line_if_it_fails("the model", output_dir):
-            # With SHARDED_STATE_DICT save_model silently writes nothing.
-            with sharding.state_dict_format(self, "FULL_STATE_DICT"):
-                write(staging) if write else self.save_model(str(staging))
+            if write:
+                write(staging)
+            elif not self.is_fsdp_enabled:
+                self.save_model(str(staging))
+            else:  # with SHARDED_STATE_DICT save_model silently writes nothing
+                state = self.accelerator.get_state_dict(self.model)
+                if self.is_world_process_zero():
+                    self.accelerator.unwrap_model(self.model).save_pretrained(staging, state_dict=state)
+                    self.processing_class.save_pretrained(staging)
             if self.is_world_process_zero():
                 if not any((staging / name).exists() for name in WEIGHTS):
                     raise RuntimeError("the library wrote no weights")

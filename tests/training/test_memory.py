@@ -228,6 +228,7 @@ def test_a_machine_that_cannot_hold_the_model_once_a_process_is_an_error(tiny_ll
     [finding] = preflight.check_loading(sizes, Plan(), cpu)
     assert finding.level == "error" and "8 processes each load the whole model" in finding.what
     assert finding.cure.startswith("torchrun --nproc_per_node=3, or")
+    assert levels(preflight.check_loading(sizes, Plan(ranks=8, sharded=True), cpu)) == ["note"]  # FSDP: rank 0 alone
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     assert levels(preflight.check_loading(sizes, Plan(), cpu)) == ["note"]
 

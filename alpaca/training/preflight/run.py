@@ -86,7 +86,8 @@ def check_bf16(args) -> list[Finding]:
 
 def check_loading(sizes: Sizes, plan: Plan, device: torch.device) -> list[Finding]:
     """Check, before the model is loaded, whether machine and device hold it. Every rank must call it."""
-    one, processes = sizes.parameters * plan.dtype_bytes, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    one = sizes.parameters * plan.dtype_bytes
+    processes = 1 if plan.sharded else int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # FSDP: rank 0 alone loads it
     free = lowest(host_memory.host_free(swap=True))  # of all ranks before any of them loads
     if plan.four_bit or one * processes <= free:  # 4 bits are loaded a layer at a time
         return check_memory(sizes, plan, lowest(host_memory.available_bytes(device)))
