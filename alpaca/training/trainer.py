@@ -22,7 +22,6 @@ import transformers
 from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import rotate_checkpoints
 
 from alpaca import RankError, UserError
 from alpaca.common.files import fsync, fsync_tree
@@ -192,8 +191,12 @@ class Trainer(transformers.Trainer):
         fsync_tree(unfinished)
         os.rename(unfinished, target)
         fsync(target.parent)
+        kept = {target.name, Path(self.state.best_model_checkpoint or target).name}
+        others = [path for path in checkpoints.newest_first(target.parent) if path.name not in kept]
+        limit = self.args.save_total_limit or 0
+        for path in others[max(0, limit - len(kept)) :] if limit > 0 else ():
+            os.rename(path, unfinished.parent / path.name)  # so that none is called checkpoint-N while it is deleted
         shutil.rmtree(unfinished.parent, ignore_errors=True)
-        rotate_checkpoints(str(target.parent), self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         sharding.load_weights(self, Path(resume_from_checkpoint))

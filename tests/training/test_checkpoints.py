@@ -140,6 +140,7 @@ def test_a_run_killed_in_a_save_equals_an_uninterrupted_one(model, data, whole, 
         (trainer, "fsync_tree", 2),  # all is written, nothing is on the disk for sure
         (trainer.os, "rename", 2),  # … and checkpoint.json too
         (trainer, "fsync", 3),  # renamed, the older one not yet deleted
+        (trainer.shutil, "rmtree", 3),  # which is half deleted
     ],
 )
 def test_whenever_a_save_is_killed_a_whole_checkpoint_is_chosen(
@@ -149,15 +150,19 @@ def test_whenever_a_save_is_killed_a_whole_checkpoint_is_chosen(
     inner = getattr(owner, name)
 
     def kill(*args, **kwargs):
-        if name != "fsync" or args[0] == interrupted:
-            raise Killed
-        return inner(*args, **kwargs)
+        if newest == 3 and not (interrupted / "checkpoint-3").exists():
+            return inner(*args, **kwargs)
+        if name == "rmtree":
+            next(path for path in args[0].rglob("*") if path.is_file()).unlink()
+        raise Killed
 
     monkeypatch.setattr(owner, name, kill)
     with pytest.raises(Killed):
         run(model, data, interrupted, "--resume_from_checkpoint", "auto", "--save_total_limit", 1)
-    assert checkpoints.newest_complete_checkpoint(interrupted) == interrupted / f"checkpoint-{newest}"
-    assert {path: path.read_bytes() for path in (interrupted / "checkpoint-2").iterdir()} == before
+    there = checkpoints.newest_first(interrupted)
+    assert there[0].name == f"checkpoint-{newest}" and not any(map(checkpoints.what_is_missing, there))
+    if name != "rmtree":
+        assert {path: path.read_bytes() for path in (interrupted / "checkpoint-2").iterdir()} == before
 
 
 def test_leftovers_of_a_save_and_of_a_rehearsal_are_removed_and_what_is_whole_is_kept(interrupted):
