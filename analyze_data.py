@@ -337,8 +337,8 @@ def publish(
 def _restricted(records: list[dict], paths: list[str]) -> str:
     """Return which records may only be published as they were: those of Alpaca and of this project; "" for none."""
     parts = restricted_parts(records, [file for path in paths for file in files_of(path)])
-    told = [f"{counted(count, 'record')} {'is' if count == 1 else 'are'} of {name}" for name, count in parts.items()]
-    return f"{' and '.join(told)}, under CC BY-NC 4.0." if told else ""
+    found = [f"{counted(count, 'record')} {'is' if count == 1 else 'are'} of {name}" for name, count in parts.items()]
+    return f"{' and '.join(found)}, under CC BY-NC 4.0." if found else ""
 
 
 def _check_license(license: str | None, restricted: str) -> None:

@@ -120,7 +120,7 @@ json.dump(summary, open(f"{out}/summary.json", "w"), indent=2, ensure_ascii=Fals
 print("\nHeld-out prompts, answered before and after fine-tuning:")
 for sample in summary["samples"]:
     answers = [answer["answer"] for answer in sample["answers"]]
-    for name, text in ("", sample["prompt"]), ("before", answers[0]), ("after", answers[-1]):
+    for name, text in ("asked", sample["prompt"]), ("before", answers[0]), ("after", answers[-1]):
         print(f"  {name:<8}{shorten(printable(text), 110)}")
 print(f"\nAll of it took {seconds // 60} min {seconds % 60} s. Talk to the result:\n"
       f"  .venv/bin/python chat.py --model_path {out}/recovered")
