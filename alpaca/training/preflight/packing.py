@@ -91,7 +91,7 @@ def _outputs(model, batch: dict):
 
 @contextmanager
 def _measuring(model):
-    """Evaluate without gradients. FSDP reshards in the backward pass, and there is none here: reshard at the end."""
+    """Evaluate without gradients. FSDP reshards in the backward pass, which never comes here: reshard at the end."""
     training = model.training
     model.eval()
     try:
