@@ -23,7 +23,7 @@ from alpaca.common import memory as host_memory
 from alpaca.training.checkpoints import REHEARSAL
 from alpaca.training.preflight import packing as packing_check
 from alpaca.training.preflight import run as preflight
-from alpaca.training.preflight.examples_and_tokenizer import check_examples, check_tokenizer, show_example
+from alpaca.training.preflight.examples_and_tokenizer import check_examples, check_tokenizer, show_border, show_example
 from alpaca.training.preflight.findings import Finding, format_report, raise_errors
 from alpaca.training.preflight.merges import mend_merges
 from alpaca.training.preflight.rehearsal import Rehearsal, fingerprint, rehearse
@@ -280,6 +280,17 @@ def test_on_a_terminal_an_example_is_shown_in_colour(tokenizer, monkeypatch):
     use_terminal(monkeypatch)
     [example] = train.preprocess([{"instruction": "Say yes.", "input": "", "output": "Yes"}], tokenizer, 512)
     assert "\033[2m### Response:\033[0m\033[32mYes</s>\033[0m" in show_example(example, tokenizer)
+
+
+def test_the_tokens_at_the_border_are_shown_one_by_one(tokenizer, monkeypatch):
+    """A token that spans prompt and answer would be shown as ':Y'."""
+    [example] = train.preprocess([{"instruction": "Go.", "input": "", "output": "Q\x1b\n"}], tokenizer, 512)
+    prompt, answer = show_border(example, tokenizer).split(" «")
+    assert answer == r"'Q' '\x1b' '\n'»"
+    texts = re.fullmatch("'(.+)' '(.+)'", prompt).groups()
+    assert [tokenizer.decode([i]) for i in example["input_ids"] if i][-6:-4] == list(texts) and texts[1].endswith(":")
+    use_terminal(monkeypatch)
+    assert show_border(example, tokenizer) == f"\033[2m{prompt}\033[0m \033[32m{answer[:-1]}\033[0m"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

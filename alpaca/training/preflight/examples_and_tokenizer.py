@@ -140,3 +140,13 @@ def show_example(example: dict, tokenizer) -> str:
         before = text
         parts.append(f"«{part}»" if learned[begin] and plain else paint(part, "32" if learned[begin] else "2"))
     return "".join(parts)
+
+
+def show_border(example: dict, tokenizer) -> str:
+    """Return the tokens at the first border, the prompt's last two and the answer's first three, marked as above."""
+    ids, first = example["input_ids"], [label != IGNORE_INDEX for label in example["labels"]].index(True)
+    begin = max(0, first - 3)  # one more: some decoders remove the space in front of their first token
+    texts = [tokenizer.decode(ids[begin:end]) for end in range(begin, min(first + 3, len(ids)) + 1)]
+    tokens = [repr(after[len(before) :]) for before, after in itertools.pairwise(texts)]  # no control character is left
+    prompt, answer = " ".join(tokens[1 : first - begin]), " ".join(tokens[first - begin :])
+    return f"{paint(prompt, '2')} {paint(answer, '32')}" if colour_wanted() else f"{prompt} «{answer}»"

@@ -25,7 +25,7 @@ from alpaca.training.checkpoints import remove_leftovers
 from alpaca.training.distributed import read_config, say
 from alpaca.training.examples import SupervisedDataset
 from alpaca.training.preflight import memory
-from alpaca.training.preflight.examples_and_tokenizer import check_examples, show_example
+from alpaca.training.preflight.examples_and_tokenizer import check_examples, show_border, show_example
 from alpaca.training.preflight.findings import Finding, colour_wanted, finish, gather, lowest, paint
 from alpaca.training.preflight.memory import Plan, Sizes
 from alpaca.training.preflight.packing import SelfCheck
@@ -148,6 +148,7 @@ def preflight(model, tokenizer, rows: Sequence, args, findings: Sequence[Finding
     finish(gather(found))
     how = "dim: masked, green: learned" if colour_wanted() else "learned: what is between « and »"
     say(f"{paint('example ', '36')} the first one ({how}):\n{show_example(dataset[0], tokenizer)}")
+    say(f"{paint('border  ', '36')} where its answer begins: {show_border(dataset[0], tokenizer)}")
 
 
 def planned_steps(args, rows: Sequence) -> tuple[int, int]:
