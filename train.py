@@ -74,7 +74,8 @@ from alpaca.training.examples import (  # noqa: F401  (some for importers)
 from alpaca.training.preflight import examples_and_tokenizer, memory, merges
 from alpaca.training.preflight import packing as packing_check
 from alpaca.training.preflight.findings import Finding, raise_errors
-from alpaca.training.preflight.run import check_loading, disk, preflight, rehearsal
+from alpaca.training.preflight.rehearsal import rehearsal
+from alpaca.training.preflight.run import disk, preflight
 from alpaca.training.stop import Stopped, train_until_stopped
 from alpaca.training.trainer import Trainer, Trainers
 from alpaca.weights.checkpoint import check_model_folder
@@ -431,7 +432,7 @@ def check_before_loading(base: str, args) -> tuple[memory.Sizes | None, memory.P
     """Return the model's sizes, how it will be trained, and what to say of both; raise UserError if it cannot fit."""
     plan = memory.Plan.of(args, lora.base_options(args)["dtype"] if args.lora_r else torch.float32)
     sizes = memory.sizes_of(base, args.cache_dir)
-    findings = check_loading(sizes, plan, args.device) if sizes and not args.deepspeed else []
+    findings = memory.check_loading(sizes, plan, args.device) if sizes and not args.deepspeed else []
     raise_errors(findings)
     return sizes, plan, findings
 

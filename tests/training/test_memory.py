@@ -12,7 +12,7 @@ from made_trainer import levels
 import train
 from alpaca.common import memory as host_memory
 from alpaca.common.memory import GIB, as_text
-from alpaca.training.preflight import memory
+from alpaca.training.preflight import memory, rehearsal
 from alpaca.training.preflight import run as preflight
 from alpaca.training.preflight.memory import Plan, Sizes
 
@@ -105,7 +105,7 @@ def test_weights_in_4_bits_take_what_bitsandbytes_makes_of_them(tiny_llama):
 
 
 def check(sizes, plan, available):
-    return preflight.check_memory(sizes, plan, available)
+    return memory.check_memory(sizes, plan, available)
 
 
 def total(sizes, plan) -> int:
@@ -222,15 +222,15 @@ def test_a_control_group_leaves_the_least_of_itself_and_those_above_and_cached_f
 def test_a_machine_that_cannot_hold_the_model_once_a_process_is_an_error(tiny_llama, monkeypatch):
     """float32 whatever the file holds; the kernel would end a rank without a word."""
     sizes, cpu = memory.sizes_of(str(tiny_llama)), torch.device("cpu")
-    assert levels(preflight.check_loading(sizes, Plan(), cpu)) == ["note"]
+    assert levels(memory.check_loading(sizes, Plan(), cpu)) == ["note"]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.setattr(host_memory, "host_free", lambda swap=False: 4 * sizes.parameters * 3 + 1)
-    [finding] = preflight.check_loading(sizes, Plan(), cpu)
+    [finding] = memory.check_loading(sizes, Plan(), cpu)
     assert finding.level == "error" and "8 processes each load the whole model" in finding.what
     assert finding.cure.startswith("torchrun --nproc_per_node=3, or")
-    assert levels(preflight.check_loading(sizes, Plan(ranks=8, sharded=True), cpu)) == ["note"]  # FSDP: rank 0 alone
+    assert levels(memory.check_loading(sizes, Plan(ranks=8, sharded=True), cpu)) == ["note"]  # FSDP: rank 0 alone
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert levels(preflight.check_loading(sizes, Plan(), cpu)) == ["note"]
+    assert levels(memory.check_loading(sizes, Plan(), cpu)) == ["note"]
 
 
 def test_a_disk_that_is_too_small_is_an_error_with_the_limit_that_fits(tmp_path):
@@ -265,4 +265,4 @@ def test_what_an_interrupted_save_left_is_removed_before_the_free_space_is_asked
 def test_the_steps_that_are_planned_are_those_that_are_taken(length, arguments, steps, tmp_path):
     """Three epochs of 8 examples a step."""
     args = made_arguments(tmp_path, gradient_accumulation_steps=2, **arguments)
-    assert preflight.planned_steps(args, range(length)) == steps
+    assert rehearsal.planned_steps(args, range(length)) == steps

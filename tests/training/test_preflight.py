@@ -22,6 +22,7 @@ from alpaca import RankError, UserError
 from alpaca.common import memory as host_memory
 from alpaca.training.checkpoints import REHEARSAL
 from alpaca.training.preflight import packing as packing_check
+from alpaca.training.preflight import rehearsal
 from alpaca.training.preflight import run as preflight
 from alpaca.training.preflight.examples_and_tokenizer import check_examples, check_tokenizer, show_border, show_example
 from alpaca.training.preflight.findings import Finding, format_report, raise_errors
@@ -594,7 +595,7 @@ def test_an_exception_in_the_rehearsal_is_one_line_that_names_the_flag(
     def fail(*args):
         raise failure
 
-    monkeypatch.setattr(preflight, "rehearse", fail)
+    monkeypatch.setattr(rehearsal, "rehearse", fail)
     with pytest.raises(RankError, match=rf"{re.escape(str(failure))} \({hint}"):
         run(tiny_llama, tmp_path)
 
@@ -603,9 +604,9 @@ def test_a_rank_that_alone_runs_out_of_memory_says_so_itself(tiny_llama, tmp_pat
     script = tmp_path / "script.py"
     script.write_text(
         f"import os, sys, torch\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n"
-        "from alpaca.training.preflight import run as preflight\n"
+        "from alpaca.training.preflight import rehearsal\n"
         "def fail(*args):\n    raise torch.OutOfMemoryError('CUDA out of memory')\n"
-        "if os.environ['RANK'] == '1':\n    preflight.rehearse = fail\ntrain.main()\n"
+        "if os.environ['RANK'] == '1':\n    rehearsal.rehearse = fail\ntrain.main()\n"
     )
     (tmp_path / "data.json").write_text(json.dumps(make_records(8)))
     argv = ["--model_name_or_path", tiny_llama, "--data_path", tmp_path / "data.json", "--output_dir", tmp_path / "out"]
@@ -618,14 +619,14 @@ def test_a_rank_that_alone_runs_out_of_memory_says_so_itself(tiny_llama, tmp_pat
 def test_a_save_that_takes_longer_than_torchrun_waits_is_a_warning(monkeypatch):
     for name in ("TORCHELASTIC_RUN_ID", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
         monkeypatch.delenv(name, raising=False)
-    assert preflight.check_stop(10, 60) == []  # no torchrun
+    assert rehearsal.check_stop(10, 60) == []  # no torchrun
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    assert preflight.check_stop(5, 10) == [] and preflight.check_stop(100, 0) == []  # 0: nothing is saved
-    [finding] = preflight.check_stop(5, 11)
+    assert rehearsal.check_stop(5, 10) == [] and rehearsal.check_stop(100, 0) == []  # 0: nothing is saved
+    [finding] = rehearsal.check_stop(5, 11)
     assert finding.level == "warning" and "take 16 s; torchrun kills its processes 30 s after" in finding.what
     assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600" in finding.cure
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
-    assert preflight.check_stop(5, 295) == [] and "=1002 " in preflight.check_stop(1, 500)[0].cure
+    assert rehearsal.check_stop(5, 295) == [] and "=1002 " in rehearsal.check_stop(1, 500)[0].cure
 
 
 def test_a_fingerprint_changes_with_any_bit_and_any_order():

@@ -6,15 +6,18 @@ It is known before anything is loaded. What a step needs beside it (activations,
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, replace
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
+from alpaca.common import memory as host_memory
 from alpaca.common.memory import as_text
 from alpaca.training.distributed import read_config
 from alpaca.training.lora import freeze_other_senses, matrices
+from alpaca.training.preflight.findings import Finding, lowest
 
 # transformers 5.23 renamed the argument; 5.17 has the old name only.
 CHECKPOINTING = (
@@ -184,3 +187,30 @@ def checkpoint_bytes(sizes: Sizes, plan: Plan, full_fsdp: bool = False) -> tuple
     weights = 4 * trainable if plan.lora_r else model
     checkpoint = weights * (2 if full_fsdp else 1) + int(plan.optimizer_bytes * trainable)
     return checkpoint, weights + model if plan.lora_r else model
+
+
+def check_loading(sizes: Sizes, plan: Plan, device: torch.device) -> list[Finding]:
+    """Check, before the model is loaded, whether machine and device hold it. Every rank must call it."""
+    one = sizes.parameters * plan.dtype_bytes
+    processes = 1 if plan.sharded else int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # FSDP: rank 0 alone loads it
+    free = lowest(host_memory.host_free(swap=True))  # of all ranks before any of them loads
+    if plan.four_bit or one * processes <= free:  # 4 bits are loaded a layer at a time
+        return check_memory(sizes, plan, lowest(host_memory.available_bytes(device)))
+    loaded = f"{processes} processes each load the whole model" if processes > 1 else "the model is loaded"
+    left, fitting = as_text(max(0, free)), int(free // one)
+    what = f"{loaded} into the machine's memory: {as_text(one * processes)}, but only {left} is free"
+    fewer = f"torchrun --nproc_per_node={fitting}, or " if fitting > 0 else ""
+    cure = f"{fewer}a machine (or a memory limit of the scheduler's job) with more memory"
+    return [Finding("error", what, "the kernel kills a process that takes more, without a message", cure)]
+
+
+def check_memory(sizes: Sizes, plan: Plan, available: int) -> list[Finding]:
+    """Compare what weights, gradients and optimizer need on each device with the bytes that it has."""
+    needed = parts(sizes, plan)
+    text = ", ".join(f"{name} {as_text(size)}" for name, size in needed.items())
+    what = f"memory per device without activations: {text or 'none'}, of {as_text(available)}"
+    if sum(needed.values()) <= available:
+        return [Finding("note", what)]
+    advice = advise(sizes, plan, available)
+    cure = f"one of: {'; '.join(advice)}" if advice else "a larger device or a smaller model: no argument is enough"
+    return [Finding("error", what, "this is exact, and more than there is", cure)]

@@ -12,6 +12,7 @@ import copy
 import gc
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -25,13 +26,17 @@ from tqdm import tqdm
 from transformers import IntervalStrategy, TrainerCallback
 from transformers.utils import logging
 
-from alpaca import UserError
+from alpaca import RankError, UserError
+from alpaca.common.memory import as_text
+from alpaca.common.text import first_line
 from alpaca.inference.adapters import ADAPTER
 from alpaca.inference.load import load_model
 from alpaca.training.checkpoints import REHEARSAL, barrier
 from alpaca.training.distributed import say
 from alpaca.training.meter import peak_memory
-from alpaca.training.preflight.findings import Finding, gather
+from alpaca.training.preflight import memory
+from alpaca.training.preflight.findings import Finding, finish, gather, lowest
+from alpaca.training.preflight.packing import SelfCheck
 
 CHUNK = 2**22  # elements hashed at a time: 64 MB of int64
 CURE = "report it with this output; until then use skip_save_rehearsal=True, and train in one go with save_strategy=no"
@@ -85,6 +90,79 @@ class _Observer(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         self.save_seconds = time.perf_counter() - self._since
         self.bar.update()
+
+
+def planned_steps(args, rows: Sequence) -> tuple[int, int]:
+    """Return (steps of the run, steps of an epoch), as the library will count them."""
+    batches = math.ceil(len(rows) / (args.train_batch_size * args.world_size))
+    an_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * an_epoch), an_epoch
+
+
+def rehearsal(
+    make: Callable, args, rows: Sequence, held_out: Sequence | None, save: Callable, self_check: SelfCheck | None
+) -> None:
+    """Rehearse a run (see rehearsal.rehearse for the arguments), and report how it went.
+
+    Args:
+        self_check: compares packed examples with the same alone, as the first run begins. None: they are padded.
+
+    Raises:
+        UserError: the run would fail, or could not be resumed.
+    """
+    if args.deepspeed:
+        what = "saving and resuming were not rehearsed: the three DeepSpeed engines that it takes were never tested"
+        cure = "a short run with max_steps=2 and save_steps=1, resumed once, shows the same"
+        return finish([Finding("warning", what, "a failing save would show late", cure)])
+    say("rehearsal: two steps on the longest examples, a save, a resume and the final save; it loads the model twice")
+    hint = "skip_save_rehearsal=True leaves the rehearsal out, if the run itself would work"
+    try:
+        result = rehearse(make, args, rows, held_out, save, planned_steps(args, rows)[0])
+    except torch.OutOfMemoryError as e:
+        cure = memory.smaller_step(args)
+        raise RankError(f"preflight: a step ran out of memory: one of {cure}; nothing was trained") from e
+    except (UserError, OSError):
+        raise
+    except Exception as e:  # a check must not end in a traceback, whatever a model's code does
+        if re.search(r"connection (closed|reset)|remote process", str(e), re.IGNORECASE):
+            hint = "another process of the run has ended: its own message says why"
+        raise RankError(f"preflight: the rehearsal failed: {first_line(e)} ({hint})") from e
+    batches = args.gradient_accumulation_steps / min(2, args.gradient_accumulation_steps)
+    # of the slowest rank, so that each reports the same
+    step, save_time = -lowest(-result.step_seconds * batches), -lowest(-result.save_seconds)
+    found = _outcome(result) + check_stop(step, save_time)
+    if self_check and not self_check.reason:
+        what = f"packed examples equal the same alone, to {self_check.deviation:.1e} of their logits' deviation"
+        found.append(Finding("note", what))
+    finish(gather(found))
+
+
+def _outcome(result: Rehearsal) -> list[Finding]:
+    if result.faults or int(os.environ.get("RANK", 0)) != 0:  # the figures differ a little from rank to rank
+        return result.faults
+    model = f"model {as_text(result.final_bytes)}"
+    what = f"two steps and the final save are as they should be: loss {result.loss:.4f}, {model}"
+    if result.checkpoint_bytes:
+        equal = "bit for bit" if result.exact else "to rounding, as this device adds in any order"
+        what = (
+            f"saved, reloaded and resumed: weights and optimizer equal, the next step equal {equal}, loss "
+            f"{result.resumed_loss:.4f} as without; checkpoint {as_text(result.checkpoint_bytes)}, {model}"
+        )
+    step = f"{result.step_seconds:.1f} s a step of the longest examples, peak memory {as_text(result.peak_bytes)}"
+    return [Finding("note", f"{what}; {step}; {result.seconds:.0f} s in all")]
+
+
+def check_stop(step: float, save: float) -> list[Finding]:
+    """Check whether torchrun, when it stops, waits for a step and a save (seconds): by default it kills after 30 s."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not save:
+        return []
+    name = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torch.distributed.launcher.api.LaunchConfig
+    limit, needed = float(os.environ.get(name) or 30), 2 * (step + save)  # twice: disks are slower when busy
+    if limit >= needed:
+        return []
+    what = f"a step and a save take {step + save:.0f} s; torchrun kills its processes {limit:.0f} s after a SIGTERM"
+    why = "the checkpoint that a stopped run writes would be lost"
+    return [Finding("warning", what, why, f"start with {name}={max(600, math.ceil(needed))} in the environment")]
 
 
 def rehearse(make: Callable, args, rows: Sequence, held_out: Sequence | None, save: Callable, steps: int) -> Rehearsal:
