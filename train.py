@@ -473,7 +473,7 @@ def fine_tune(model_args: ModelArguments, data_args: DataArguments, args: Traini
     del model  # so that the rehearsal can free it
     save = partial(save_result, load_base=load)
     if not args.skip_save_rehearsal:
-        rehearsal(trainers.new, args, rows, held_out, save, self_check)
+        rehearsal(trainers.new, args, rows, held_out, save)
     if args.preflight_only:
         return
 

@@ -55,10 +55,10 @@ def save_whole(trainer, folder) -> None:
     trainer.save_whole_model(folder)
 
 
-def rehearsed(*made, save=save_whole, steps=3, **options):
-    """Rehearse the run that make_run makes, and return the outcome."""
+def rehearsed(*made, save=save_whole, **options):
+    """Rehearse the run that make_run makes, and return what was found."""
     make, args, rows = make_run(*made, **options)
-    return rehearse(make, args, rows, None, save, steps)
+    return rehearse(make, args, rows, None, save)
 
 
 def whats(findings, level=None) -> str:

@@ -31,14 +31,13 @@ def trained() -> tuple[list[int], list[float], bool]:
 
 
 bits, losses, sharded = trained()
-result = rehearse(make, args, rows, None, save_whole, 1)
+found = rehearse(make, args, rows, None, save_whole)
 bits_after, losses_after, sharded_after = trained()
 everywhere = torch.tensor(int(bits == bits_after and sharded and sharded_after))
 torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN)
 if int(os.environ["RANK"]) == 0:
     report = {
-        "faults": [fault.what for fault in result.faults],
-        "resumed": [result.loss, result.resumed_loss, result.exact],
+        "found": [[finding.level, finding.what] for finding in found],
         "losses": [losses, losses_after],
         "equal": bool(everywhere),
     }

@@ -45,7 +45,7 @@ def load_on_rank_0(load: Callable[[], torch.nn.Module]) -> torch.nn.Module:
 
 def take_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return parameters and buffers of a model by name, tied ones once, and leave it on the meta device."""
-    values = _tensors(model)
+    values = tensors(model)
     _put(model, {name: torch.empty_like(tensor, device="meta") for name, tensor in values.items()})
     return values
 
@@ -59,7 +59,7 @@ def fill(trainer, values: dict[str, torch.Tensor]) -> None:
     """
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    here, new = _tensors(trainer.model), {}
+    here, new = tensors(trainer.model), {}
     for name in [name for name in values if name in here]:  # not the second name of a tied tensor
         place, whole = here[name].detach(), values.pop(name).detach()
         sharded = isinstance(place, DTensor)
@@ -80,7 +80,7 @@ def fill(trainer, values: dict[str, torch.Tensor]) -> None:
     _put(trainer.model, new)
 
 
-def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return parameters and buffers by the names that they have without activation checkpointing and compilation."""
     named = [*model.named_parameters(), *model.named_buffers()]
     return {name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""): x for name, x in named}
@@ -89,7 +89,7 @@ def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def _put(model: torch.nn.Module, new: dict[str, torch.Tensor]) -> None:
     """Replace tensors of a model, by name; one that several modules share, in each."""
     by_old = {}
-    for name, old in _tensors(model).items():
+    for name, old in tensors(model).items():
         if name in new:
             parameter = isinstance(old, torch.nn.Parameter)
             by_old[old] = torch.nn.Parameter(new[name], old.requires_grad) if parameter else new[name]

@@ -276,14 +276,14 @@ def test_a_saved_model_does_not_name_the_attention(tmp_path):
 def test_examples_in_one_row_equal_the_same_alone(family):
     model = tiny(family).train()
     packing.set_attention(model, packing.SEGMENTS)
-    assert packing_check.deviation_from_solo(model, make_examples(3)) < 1e-5
+    assert max(packing_check.measure(model, make_examples(3))) < 1e-5
     assert model.training and model.config._attn_implementation == packing.SEGMENTS
 
 
 def test_opt_under_the_librarys_attention_mixes_examples_and_is_found():
     """It has no mask for a row of examples, and says nothing."""
-    assert packing_check.deviation_from_solo(tiny("opt"), make_examples(3)) > 4 * packing_check.MAX_DEVIATION_HALF
-    assert packing_check.deviation_from_solo(tiny("llama"), make_examples(3)) < 1e-5
+    assert packing_check.measure(tiny("opt"), make_examples(3))[0] > 4 * packing_check.MAX_DEVIATION_HALF
+    assert packing_check.measure(tiny("llama"), make_examples(3))[0] < 1e-5
 
 
 def test_an_example_that_another_one_moves_is_found_however_little():
@@ -295,11 +295,11 @@ def test_an_example_that_another_one_moves_is_found_however_little():
 
     model, examples = tiny("llama"), make_examples(3)
     packing.set_attention(model, packing.SEGMENTS)
-    assert packing_check.dependence(model, examples) == 0
+    assert packing_check.measure(model, examples)[1] == 0
     AttentionInterface.register("leaking", leaking)
     packing.set_attention(model, "leaking")
-    assert packing_check.deviation_from_solo(model, examples) < packing_check.MAX_DEVIATION_HALF
-    assert packing_check.dependence(model, examples) > packing_check.MAX_DEPENDENCE
+    deviation, dependence = packing_check.measure(model, examples)
+    assert deviation < packing_check.MAX_DEVIATION_HALF and dependence > packing_check.MAX_DEPENDENCE
 
 
 def test_a_recurrent_model_is_padded(tmp_path, capsys):

@@ -12,11 +12,9 @@ import copy
 import gc
 import math
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -31,65 +29,15 @@ from alpaca.common.memory import as_text
 from alpaca.common.text import first_line
 from alpaca.inference.adapters import ADAPTER
 from alpaca.inference.load import load_model
-from alpaca.training.checkpoints import REHEARSAL, barrier
+from alpaca.training.checkpoints import REHEARSAL, remove_leftovers
 from alpaca.training.distributed import say
 from alpaca.training.meter import peak_memory
 from alpaca.training.preflight import memory
-from alpaca.training.preflight.findings import Finding, finish, gather, lowest
-from alpaca.training.preflight.packing import SelfCheck
+from alpaca.training.preflight.findings import Finding, finish, gather
+from alpaca.training.sharding import tensors
 
 CHUNK = 2**22  # elements hashed at a time: 64 MB of int64
 CURE = "report it with this output; until then use skip_save_rehearsal=True, and train in one go with save_strategy=no"
-
-
-@dataclass
-class Rehearsal:
-    """The outcome: ``faults`` are errors, the figures are for the report.
-
-    Without a checkpoint ``resumed_loss`` is NaN and ``checkpoint_bytes`` 0.
-    """
-
-    faults: list[Finding] = field(default_factory=list)
-    loss: float = math.nan  # of step 2, uninterrupted
-    resumed_loss: float = math.nan  # of step 2, from the checkpoint
-    exact: bool = True  # whether the repeated step gave the same weights and optimizer states bit for bit
-    seconds: float = 0.0
-    step_seconds: float = 0.0  # of step 2, of at most two accumulated batches
-    save_seconds: float = 0.0  # of the checkpoint, and of an evaluation before it
-    checkpoint_bytes: int = 0
-    final_bytes: int = 0
-    peak_bytes: int = 0  # of this rank
-
-
-class _Observer(TrainerCallback):
-    """End a run after step 2, save and evaluate after step 1 if asked to, and note what each step leaves."""
-
-    def __init__(self, bar, saves: bool, evaluates: bool):
-        self.bar, self.saves, self.evaluates = bar, saves, evaluates
-        self.states: dict[int, tuple[dict, dict]] = {}  # fingerprints of weights and optimizer, by step
-        self.step_seconds = self.save_seconds = self._since = 0.0
-
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if state.global_step:  # resumed: as it was loaded
-            self.states[state.global_step] = _weights(model), _states(optimizer)
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._since = time.perf_counter()
-
-    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.step_seconds = time.perf_counter() - self._since
-        self.states[state.global_step] = _weights(model), _states(optimizer)
-        first = state.global_step == 1
-        control.should_log, control.should_training_stop = True, not first
-        control.should_save, control.should_evaluate = first and self.saves, first and self.evaluates
-        self._since = time.perf_counter()
-        self.bar.update()
-
-    def on_save(self, args, state, control, **kwargs):
-        self.save_seconds = time.perf_counter() - self._since
-        self.bar.update()
 
 
 def planned_steps(args, rows: Sequence) -> tuple[int, int]:
@@ -99,13 +47,8 @@ def planned_steps(args, rows: Sequence) -> tuple[int, int]:
     return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * an_epoch), an_epoch
 
 
-def rehearsal(
-    make: Callable, args, rows: Sequence, held_out: Sequence | None, save: Callable, self_check: SelfCheck | None
-) -> None:
-    """Rehearse a run (see rehearsal.rehearse for the arguments), and report how it went.
-
-    Args:
-        self_check: compares packed examples with the same alone, as the first run begins. None: they are padded.
+def rehearsal(make: Callable, args, rows: Sequence, held_out: Sequence | None, save: Callable) -> None:
+    """Rehearse a run (see ``rehearse`` for the arguments), and report how it went.
 
     Raises:
         UserError: the run would fail, or could not be resumed.
@@ -115,57 +58,49 @@ def rehearsal(
         cure = "a short run with max_steps=2 and save_steps=1, resumed once, shows the same"
         return finish([Finding("warning", what, "a failing save would show late", cure)])
     say("rehearsal: two steps on the longest examples, a save, a resume and the final save; it loads the model twice")
-    hint = "skip_save_rehearsal=True leaves the rehearsal out, if the run itself would work"
     try:
-        result = rehearse(make, args, rows, held_out, save, planned_steps(args, rows)[0])
+        finish(rehearse(make, args, rows, held_out, save))
     except torch.OutOfMemoryError as e:
         cure = memory.smaller_step(args)
         raise RankError(f"preflight: a step ran out of memory: one of {cure}; nothing was trained") from e
     except (UserError, OSError):
         raise
     except Exception as e:  # a check must not end in a traceback, whatever a model's code does
-        if re.search(r"connection (closed|reset)|remote process", str(e), re.IGNORECASE):
-            hint = "another process of the run has ended: its own message says why"
+        hint = "skip_save_rehearsal=True leaves the rehearsal out; another rank's message may name the cause"
         raise RankError(f"preflight: the rehearsal failed: {first_line(e)} ({hint})") from e
-    batches = args.gradient_accumulation_steps / min(2, args.gradient_accumulation_steps)
-    # of the slowest rank, so that each reports the same
-    step, save_time = -lowest(-result.step_seconds * batches), -lowest(-result.save_seconds)
-    found = _outcome(result) + check_stop(step, save_time)
-    if self_check and not self_check.reason:
-        what = f"packed examples equal the same alone, to {self_check.deviation:.1e} of their logits' deviation"
-        found.append(Finding("note", what))
-    finish(gather(found))
 
 
-def _outcome(result: Rehearsal) -> list[Finding]:
-    if result.faults or int(os.environ.get("RANK", 0)) != 0:  # the figures differ a little from rank to rank
-        return result.faults
-    model = f"model {as_text(result.final_bytes)}"
-    what = f"two steps and the final save are as they should be: loss {result.loss:.4f}, {model}"
-    if result.checkpoint_bytes:
-        equal = "bit for bit" if result.exact else "to rounding, as this device adds in any order"
-        what = (
-            f"saved, reloaded and resumed: weights and optimizer equal, the next step equal {equal}, loss "
-            f"{result.resumed_loss:.4f} as without; checkpoint {as_text(result.checkpoint_bytes)}, {model}"
-        )
-    step = f"{result.step_seconds:.1f} s a step of the longest examples, peak memory {as_text(result.peak_bytes)}"
-    return [Finding("note", f"{what}; {step}; {result.seconds:.0f} s in all")]
+class _Observer(TrainerCallback):
+    """End a run after step 2, save and evaluate after step 1 if asked to, and note what each step leaves."""
+
+    def __init__(self, bar, saves: bool, evaluates: bool):
+        self.bar, self.saves, self.evaluates = bar, saves, evaluates
+        self.states: dict[int, tuple[dict, dict]] = {}  # fingerprints of weights and optimizer, by step
+        self.seconds = 0.0  # of the last step
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if state.global_step:  # resumed: as it was loaded
+            self.states[state.global_step] = _weights(model), _states(optimizer)
+        self.bar.update()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.seconds = -time.perf_counter()
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter()
+        self.states[state.global_step] = _weights(model), _states(optimizer)
+        first = state.global_step == 1
+        control.should_log, control.should_training_stop = True, not first
+        control.should_save, control.should_evaluate = first and self.saves, first and self.evaluates
+        self.bar.update()
+
+    def on_save(self, args, state, control, **kwargs):
+        self.bar.update()
 
 
-def check_stop(step: float, save: float) -> list[Finding]:
-    """Check whether torchrun, when it stops, waits for a step and a save (seconds): by default it kills after 30 s."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or not save:
-        return []
-    name = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torch.distributed.launcher.api.LaunchConfig
-    limit, needed = float(os.environ.get(name) or 30), 2 * (step + save)  # twice: disks are slower when busy
-    if limit >= needed:
-        return []
-    what = f"a step and a save take {step + save:.0f} s; torchrun kills its processes {limit:.0f} s after a SIGTERM"
-    why = "the checkpoint that a stopped run writes would be lost"
-    return [Finding("warning", what, why, f"start with {name}={max(600, math.ceil(needed))} in the environment")]
-
-
-def rehearse(make: Callable, args, rows: Sequence, held_out: Sequence | None, save: Callable, steps: int) -> Rehearsal:
+def rehearse(make: Callable, args, rows: Sequence, held_out: Sequence | None, save: Callable) -> list[Finding]:
     """Rehearse saving and resuming: three optimizer steps (of at most two accumulated batches each), and every save.
 
     Args:
@@ -174,82 +109,77 @@ def rehearse(make: Callable, args, rows: Sequence, held_out: Sequence | None, sa
         rows: what the run trains on; the rehearsal takes the fewest that make its steps, the longest.
         held_out: what it is evaluated on, or None.
         save: (trainer, folder) → None, writes the trained model as the run will at its end; every rank calls it.
-        steps: that the run will take, which its schedule depends on.
+
+    Returns:
+        What is wrong, as errors; or one note with losses, sizes, step time and peak memory (on rank 0).
     """
-    begin, folder, saves = time.perf_counter(), Path(args.output_dir) / REHEARSAL, args.save_strategy != "no"
-    short = copy.copy(args)  # all that shapes a step stays as it is
-    short.output_dir, short.max_steps = str(folder), max(2, steps)
+    folder, short = Path(args.output_dir) / REHEARSAL, copy.copy(args)  # all that shapes a step stays as it is
+    short.output_dir, short.max_steps = str(folder), max(2, planned_steps(args, rows)[0])  # which shape the schedule
     short.gradient_accumulation_steps = min(2, args.gradient_accumulation_steps)
     short.report_to, short.disable_tqdm = [], True
     short.logging_nan_inf_filter = short.save_only_model = short.ignore_data_skip = False
     short.eval_on_start = short.load_best_model_at_end = False
     short.save_strategy = short.eval_strategy = IntervalStrategy.NO  # _Observer asks for what is rehearsed
     short.save_total_limit = None
-    count = 2 * short.gradient_accumulation_steps * args.train_batch_size * args.world_size
-    subset = longest(rows, count)
+    subset = longest(rows, 2 * short.gradient_accumulation_steps * args.train_batch_size * args.world_size)
     evaluated = longest(held_out, args.eval_batch_size * args.world_size) if held_out else None
     hidden = True if args.disable_tqdm or int(os.environ.get("RANK", 0)) else None  # None: unless it is a terminal
-    form = "{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} to go"
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # the library's notes and bars are of the rehearsal, not of the run
-    logging.disable_progress_bar()
-    _remove(folder)
-    barrier()
+    level, saves = logging.get_verbosity(), args.save_strategy != "no"
+    logging.set_verbosity_error()  # the library's notes are of the rehearsal, not of the run
+    remove_leftovers(folder.parent)
     try:
-        with tqdm(total=7 if saves else 4, desc="rehearsal", disable=hidden, bar_format=form) as bar:
-            result = _runs(lambda: make(short, subset, evaluated), save, folder, saves, bool(evaluated), bar)
+        with tqdm(total=7 if saves else 4, desc="rehearsal", disable=hidden) as bar:
+            return _runs(lambda: make(short, subset, evaluated), save, folder, saves, bool(evaluated), bar)
     finally:
-        _remove(folder)
         logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-    barrier()
-    result.seconds = time.perf_counter() - begin
-    return result
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one on each node, in case they do not share the file system
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _runs(new_trainer: Callable, save: Callable, folder: Path, saves: bool, evaluates: bool, bar) -> Rehearsal:
-    result, checkpoint, whole, begin = Rehearsal(), folder / "checkpoint-1", folder / "whole", time.perf_counter()
+def _runs(new_trainer: Callable, save: Callable, folder: Path, saves: bool, evaluates: bool, bar) -> list[Finding]:
+    begin, checkpoint, whole = time.perf_counter(), folder / "checkpoint-1", folder / "whole"
 
     def run(resume: Path | None):
         """Return a trainer after step 2, its observer, and the losses of its steps."""
         trainer, observer = new_trainer(), _Observer(bar, saves and not resume, evaluates and not resume)
-        bar.update()
         trainer.remove_callback(trainer.meter)  # which shows a run
         trainer.add_callback(observer)
         trainer.train(resume)
         return trainer, observer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
     trainer, first, losses = run(None)
-    result.loss, result.step_seconds, result.save_seconds = losses[-1], first.step_seconds, first.save_seconds
     if not all(map(math.isfinite, losses)):
         what, why = f"the loss of the first steps is not finite: {losses}", "training would end in a model of NaN"
         cure = "check the base model (does chat.py answer?) and use bf16 or float32 instead of fp16"
-        result.faults.append(Finding("error", what, why, cure))
-    result.faults = gather(result.faults)  # a rank that stopped alone would leave the others waiting
-    if saves and not result.faults:
+        return [Finding("error", what, why, cure)]
+    outcome = f"two steps and the final save are as they should be: loss {losses[-1]:.4f}"
+    if saves:
         if bar.disable:
             say(f"rehearsal: the first run took {time.perf_counter() - begin:.0f} s; the second takes about as long")
-        result.peak_bytes = peak_memory(trainer.args.device)
+        device, uninterrupted = trainer.args.device, losses[-1]
         trainer = _freed(trainer)
         trainer, second, losses = run(checkpoint)
-        result.resumed_loss, result.exact = losses[-1], first.states[2] == second.states[2]
-        result.faults = gather(_compare(first.states, second.states, result, trainer.args.device.type == "cpu"))
-    result.checkpoint_bytes = folder_bytes(checkpoint)
-    barrier()
-    _remove(checkpoint)  # so that the rehearsal never needs more disk than a checkpoint or a whole model
-    expected, adapter = {}, hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
-    if not result.faults:
-        whole.mkdir(parents=True, exist_ok=True)
-        save(trainer, whole)
-        expected = _weights(trainer.model, whole=True)  # a collective
-        result.final_bytes = folder_bytes(whole)
-    result.peak_bytes = max(result.peak_bytes, peak_memory(trainer.args.device))
+        if faults := gather(_compare(first.states, second.states, uninterrupted, losses[-1], device.type == "cpu")):
+            return faults
+        exact = first.states[2] == second.states[2]
+        equal = "bit for bit" if exact else "to rounding, as this device adds in any order"
+        outcome = (
+            f"saved, reloaded and resumed: weights and optimizer equal, the next step equal {equal}, loss "
+            f"{losses[-1]:.4f} as without; checkpoint {as_text(folder_bytes(checkpoint))}"
+        )
+    whole.mkdir(parents=True, exist_ok=True)
+    save(trainer, whole)
+    adapter = hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
+    expected = _weights(trainer.model, whole=True)  # a collective
+    size, peak = folder_bytes(whole), peak_memory(trainer.args.device)
     trainer = _freed(trainer)
-    if expected:
-        result.faults = gather(_read_back(whole, adapter, expected))
-        bar.update()
-    return result
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # the run measures its own
+    faults = gather(_read_back(whole, adapter, expected))
+    bar.update()
+    step = f"{first.seconds:.1f} s a step of the longest examples, peak memory {as_text(peak)}"
+    seconds = time.perf_counter() - begin
+    return faults or [Finding("note", f"{outcome}; model {as_text(size)}; {step}; {seconds:.0f} s in all")]
 
 
 def _freed(trainer) -> None:
@@ -259,21 +189,20 @@ def _freed(trainer) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
 
-def _compare(first: dict, second: dict, result: Rehearsal, deterministic: bool) -> list[Finding]:
-    """Compare what two runs left after step 1 (the second: what it loaded) and after step 2, as _Observer's states.
+def _compare(first: dict, second: dict, loss: float, resumed_loss: float, deterministic: bool) -> list[Finding]:
+    """Compare two runs: what was saved after step 1 and what was loaded, and what step 2 left (_Observer's states).
 
     What was loaded must be equal bit for bit on every device. The second step's weights are not where kernels add in
     any order; there the loss shows whether data and random state came back as well.
     """
     what = []
-    for kind, saved, loaded in zip(("weights", "optimizer's states"), first[1], second.get(1, ({}, {})), strict=True):
+    for kind, saved, loaded in zip(("weights", "optimizer's states"), first[1], second[1], strict=True):
         if names := _differences(saved, loaded):
             what.append(f"the {kind} do not come back from a checkpoint as they were saved ({names})")
-    if not math.isclose(result.loss, result.resumed_loss, rel_tol=1e-4):
-        what.append(f"the resumed step has loss {result.resumed_loss:.6f}, the uninterrupted one {result.loss:.6f}")
+    if not math.isclose(loss, resumed_loss, rel_tol=1e-4):
+        what.append(f"the resumed step has loss {resumed_loss:.6f}, the uninterrupted one {loss:.6f}")
     elif deterministic and (names := _differences(first[2][0], second[2][0])):
         what.append(f"the resumed step gives other weights than the uninterrupted one ({names})")
     return [Finding("error", one, "a resumed run would not continue the interrupted one", CURE) for one in what]
@@ -303,6 +232,10 @@ def longest(dataset: Sequence, count: int) -> Subset:
     return Subset(dataset, sorted(range(len(sizes)), key=lambda i: -sizes[i])[:count])
 
 
+def folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Fingerprints: whether weights and optimizer states came back bit for bit, without a copy of them.
 
@@ -314,7 +247,7 @@ def fingerprint(tensor: torch.Tensor) -> int:
     is not enough: it is the XOR of all elements, so it is 0 for an even number of ones as well as of zeros, and equal
     for a transposed matrix. This one takes 64 MB, where a copy of the weights would take as much as they do.
     """
-    local = _local(tensor)
+    local = (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
     total = 0
     for chunk in local.contiguous().reshape(-1).view(integer).split(CHUNK):
@@ -323,16 +256,12 @@ def fingerprint(tensor: torch.Tensor) -> int:
     return total
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()
-
-
 def _weights(model, whole: bool = False) -> dict[str, int]:
     """Return the fingerprint of each trained tensor; ``whole``: gathered, one after the other, on every rank."""
     return {
-        _plain_name(name): fingerprint(p.full_tensor() if whole and hasattr(p, "full_tensor") else p)
-        for name, p in model.named_parameters()
-        if p.requires_grad
+        name: fingerprint(tensor.full_tensor() if whole and hasattr(tensor, "full_tensor") else tensor)
+        for name, tensor in tensors(model).items()
+        if tensor.requires_grad
     }
 
 
@@ -351,17 +280,3 @@ def _differences(a: dict, b: dict) -> str:
     """Return how many values differ and the first one's name; empty if none does."""
     names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
     return f"{len(names)} values: {names[0]}" + (", …" if len(names) > 1 else "") if names else ""
-
-
-def _plain_name(name: str) -> str:
-    """Return a parameter's name without what DDP, torch.compile and activation checkpointing put into it."""
-    return name.removeprefix("module.").replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
-
-
-def folder_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.exists() else 0
-
-
-def _remove(folder: Path) -> None:
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one on each node, in case they do not share the file system
-        shutil.rmtree(folder, ignore_errors=True)
