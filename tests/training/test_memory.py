@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -233,30 +234,32 @@ def test_a_machine_that_cannot_hold_the_model_once_a_process_is_an_error(tiny_ll
     assert levels(memory.check_loading(sizes, Plan(), cpu)) == ["note"]
 
 
-def test_a_disk_that_is_too_small_is_an_error_with_the_limit_that_fits(tmp_path):
-    check = preflight.check_disk
-    assert levels(check(tmp_path, 30, 10, checkpoints=3, free=100)) == ["note"]
-    [finding] = check(tmp_path, 30, 10, checkpoints=4, free=100)
-    assert finding.level == "error" and finding.cure.startswith("save_total_limit=2, a larger disk")
-    [finding] = check(tmp_path, 30, 10, checkpoints=1, free=39)
+def disk(free: int, out, monkeypatch, **arguments):
+    """What is found for 9 steps with a checkpoint of 120 bytes after every third, and a model of 40 bytes."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    args = made_arguments(out, **({"save_strategy": "steps", "save_steps": 3} | arguments))
+    return preflight.disk(args, range(12), Sizes(10, 10, 0, 0), Plan())
+
+
+def test_a_disk_that_is_too_small_is_an_error_with_the_limit_that_fits(tmp_path, monkeypatch):
+    assert levels(disk(400, tmp_path, monkeypatch)) == ["note"]
+    [finding] = disk(399, tmp_path, monkeypatch)
+    assert finding.level == "error" and finding.cure.startswith("save_total_limit=1, a larger disk")
+    assert levels(disk(399, tmp_path, monkeypatch, save_total_limit=1)) == ["note"]
+    [finding] = disk(159, tmp_path, monkeypatch, save_steps=9)
     assert finding.cure.startswith("a larger disk") and "save_strategy=no" in finding.cure
+    [finding] = disk(40, tmp_path, monkeypatch, save_strategy="no")  # the model alone
+    assert finding.level == "note" and "0 checkpoints" in finding.what
     assert memory.checkpoint_bytes(LLAMA_7B, Plan()) == (12 * 6738415616, 4 * 6738415616)
 
 
-def test_what_an_interrupted_save_left_is_removed_before_the_free_space_is_asked_for(tmp_path, monkeypatch):
-    args, seen, sizes = made_arguments(tmp_path, save_strategy="no"), [], Sizes(1000, 1000, 0, 0)
-    monkeypatch.setattr(preflight, "check_disk", lambda *values: seen.append(values) or [])
-    free = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(
-        shutil, "disk_usage", lambda path: seen.append(sorted(p.name for p in tmp_path.iterdir())) or free
-    )
-    for i, name in enumerate(("checkpoint-3", ".saving", ".save-rehearsal")):
+def test_what_an_interrupted_save_left_is_removed_and_earlier_checkpoints_count_as_free(tmp_path, monkeypatch):
+    for name in ("checkpoint-3", ".saving", ".save-rehearsal"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_bytes(b"x" * 10**i)
-    preflight.disk(args, range(4), sizes, Plan())
-    [there, (_, _, final, checkpoints, left)] = seen
-    assert there == ["checkpoint-3"] and left == free.free + 1
-    assert checkpoints == 0 and final == 4 * sizes.parameters  # --save_strategy no: the model alone
+        (tmp_path / name / "file").write_bytes(b"x" * 10)
+    assert levels(disk(390, tmp_path, monkeypatch)) == ["note"]
+    assert levels(disk(389, tmp_path, monkeypatch)) == ["error"]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
 
 
 @pytest.mark.parametrize(

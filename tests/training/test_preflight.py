@@ -27,8 +27,8 @@ from alpaca.training.preflight import run as preflight
 from alpaca.training.preflight.examples_and_tokenizer import check_examples, check_tokenizer, show_border, show_example
 from alpaca.training.preflight.findings import Finding, format_report, raise_errors
 from alpaca.training.preflight.merges import mend_merges
-from alpaca.training.preflight.rehearsal import fingerprint, rehearse
 from alpaca.training.preflight.rehearsal import _compare as compare
+from alpaca.training.preflight.rehearsal import fingerprint, rehearse
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Findings and the report.
@@ -122,7 +122,6 @@ def test_a_bos_that_is_added_twice_is_found(broken):
 
 def test_a_tokenizer_of_another_model_is_an_error_and_an_added_token_without_a_row_a_warning(broken):
     assert "20 tokens beyond the model's 280 rows" in whats(check_tokenizer(broken, 280), "error")
-    assert "300 tokens, the model 400 rows" in whats(check_tokenizer(broken, 400), "warning")
     broken.add_special_tokens({"pad_token": "[PAD]"})
     findings = check_tokenizer(broken, 300)
     assert "1 added tokens have no row" in whats(findings, "warning") and "error" not in levels(findings)
@@ -169,7 +168,7 @@ def test_a_tokenizer_json_of_another_model_beside_a_tokenizer_model_is_an_error(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The examples. EOS is 2, there are 10 rows, the maximum is 6 tokens.
+# The examples. EOS is 2, the maximum is 6 tokens.
 
 GOOD = {"input_ids": [1, 5, 6, 7, 2], "labels": [-100, -100, 6, 7, 2]}
 CUT = {"input_ids": [1, 5, 6, 7, 8, 9], "labels": [-100, -100, 6, 7, 8, 9]}
@@ -180,27 +179,17 @@ def examined(*examples, numbers=None, cut=(), left_out=()):
     """What is found in examples of these records, as a SupervisedDataset has them."""
     numbers = numbers or list(range(1, len(examples) + 1))
     dataset = SimpleNamespace(examples=list(examples), numbers=numbers, cut=cut, left_out=left_out)
-    return check_examples(dataset, eos_id=2, rows=10, max_length=6)
+    return check_examples(dataset, eos_id=2, max_length=6)
 
 
 def test_sound_examples_get_no_finding():
     assert examined(GOOD, GOOD, TWO) == []
 
 
-@pytest.mark.parametrize(
-    ("ids", "labels", "level", "what"),
-    [
-        ([1, 2, 5, 7, 2], [-100, 2, -100, 7, 2], "warning", "have an empty answer"),
-        ([1, 5, 2], [-100, -100, 2], "warning", "have an empty answer"),
-        ([1, 6, 2, 7, 2], [-100, 6, 2, 7, 2], "warning", "have EOS inside the answer"),
-        ([1, 5, 2, 6, 2], [-100, -100, 2, 6, 2], "warning", "have EOS inside the answer"),
-        ([1, 5, 10, 2], [-100, -100, 10, 2], "error", "have token ids outside the model's 10 rows"),
-        ([1, 10, 5, 2], [-100, -100, 5, 2], "error", "have token ids outside the model's 10 rows"),
-    ],
-)
-def test_a_broken_example_among_sound_ones_is_named(ids, labels, level, what):
+@pytest.mark.parametrize(("ids", "labels"), [([1, 2, 5, 7, 2], [-100, 2, -100, 7, 2]), ([1, 5, 2], [-100, -100, 2])])
+def test_an_empty_answer_among_sound_ones_is_named(ids, labels):
     findings = examined(GOOD, {"input_ids": ids, "labels": labels}, GOOD)
-    assert (level, f"1 of 3 records {what} (record 2)") in [(finding.level, finding.what) for finding in findings]
+    assert levels(findings) == ["warning"] and whats(findings) == "1 of 3 records have an empty answer (record 2)"
 
 
 def test_records_that_were_cut_or_left_out_are_named_by_their_numbers_and_at_most_ten():
@@ -260,7 +249,7 @@ def test_the_difference_of_two_models_is_an_error_and_neither_of_them_is(family,
 def test_the_shipped_data_is_sound(tokenizer):
     records = json.loads((ROOT / "alpaca_data.json").read_text())[:300]
     dataset = train.SupervisedDataset(records, copy.deepcopy(tokenizer), 4096, "training")
-    assert check_examples(dataset, 2, 300, 4096) == []
+    assert check_examples(dataset, 2, 4096) == []
 
 
 def test_an_example_is_shown_with_its_mask(tokenizer):
@@ -280,7 +269,8 @@ def test_an_example_is_shown_with_its_mask(tokenizer):
 def test_on_a_terminal_an_example_is_shown_in_colour(tokenizer, monkeypatch):
     use_terminal(monkeypatch)
     [example] = train.preprocess([{"instruction": "Say yes.", "input": "", "output": "Yes"}], tokenizer, 512)
-    assert "\033[2m### Response:\033[0m\033[32mYes</s>\033[0m" in show_example(example, tokenizer)
+    shown = show_example(example, tokenizer)
+    assert shown.startswith("\033[2m<s>Below") and shown.endswith("### Response:\033[0m\033[32mYes</s>\033[0m")
 
 
 def test_the_tokens_at_the_border_are_shown_one_by_one(tokenizer, monkeypatch):
@@ -305,17 +295,16 @@ def check(run, findings=()) -> None:
     preflight.preflight(trainer.model, trainer.processing_class, rows, args, findings)
 
 
-def test_errors_of_model_and_examples_stand_in_one_report(tiny_llama, tmp_path, capsys):
-    make, args, rows = make_run(tiny_llama, tmp_path)
+def test_errors_of_model_and_examples_stand_in_one_report(tiny_opt, tmp_path, capsys):
+    make, args, rows = make_run(tiny_opt, tmp_path)
     trainer = make(args, rows)
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter *= 1e-3
-    few = trainer.model.get_input_embeddings()
-    few.weight = torch.nn.Parameter(few.weight[:250])
+    trainer.model.config.max_position_embeddings = 16
     with pytest.raises(UserError, match=r"all weights are near 0.*\(and 1 more, above\)"):
         preflight.preflight(trainer.model, trainer.processing_class, rows, args)
-    assert "have token ids outside the model's 250 rows" in capsys.readouterr().out
+    assert "tokens, and the model has 16 positions" in capsys.readouterr().out
 
 
 def test_what_was_found_earlier_stops_too(tiny_llama, tmp_path):

@@ -78,67 +78,54 @@ def _rows(tokenizer, rows: int) -> Iterator[Finding]:
         what = f"{len(beyond)} added tokens have no row in the model ({tokenizer.convert_ids_to_tokens(beyond[0])!r})"
         cure = "nothing, if the folder's maker added them without resizing the model"
         yield Finding("warning", what, "they get rows that start as the mean of all rows", cure)
-    elif len(tokenizer) < 0.9 * rows:
-        what = f"the tokenizer has {len(tokenizer)} tokens, the model {rows} rows"
-        why = "models pad their rows by a few percent; a larger gap suggests another model's tokenizer"
-        yield Finding("warning", what, why, "compare with the tokenizer files of the model that is trained")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The examples.
 
 
-def check_examples(dataset: SupervisedDataset, eos_id: int, rows: int, max_length: int) -> list[Finding]:
+def check_examples(dataset: SupervisedDataset, eos_id: int, max_length: int) -> list[Finding]:
     """Report the records that teach something unwanted, or nothing. 52,000 examples take about a second.
-
-    Examples are made of a prompt, an answer and EOS, so only what the data causes is looked for.
 
     Args:
         dataset: the training data.
         eos_id: the token at the end of each answer.
-        rows: number of rows of the model's input embedding.
         max_length: where examples were cut, in tokens.
     """
-    ids, lengths, labels, _ = columns(dataset)
+    _, lengths, labels, _ = columns(dataset)
     record = np.repeat(np.asarray(dataset.numbers), lengths)  # of each token
-    learned, eos = labels != IGNORE_INDEX, labels == eos_id
-    # An example begins with its prompt: the token after its last one is not learned either.
-    after, before = np.roll(learned, -1), np.roll(learned, 1)
+    after_prompt = np.roll(labels, 1) == IGNORE_INDEX  # an example begins with its prompt
     longer = "raise model_max_length, or remove these records"
     every, findings = len({*dataset.numbers, *dataset.left_out}), []
 
-    def report(level: str, numbers, what: str, why: str, cure: str) -> None:
+    def warn(numbers, what: str, why: str, cure: str) -> None:
         if numbers := sorted(set(map(int, numbers))):  # of tokens; several examples may come from one record, too
             listed = ", ".join(map(str, numbers[:LISTED])) + (", …" if len(numbers) > LISTED else "")
             what = f"{len(numbers)} of {every} records {what} (record {listed})"
-            findings.append(Finding(level, what, why, cure))
+            findings.append(Finding("warning", what, why, cure))
 
-    beyond, why = record[ids >= rows], "the lookup fails (on a GPU as a device-side assert that names no cause)"
-    what, cure = f"have token ids outside the model's {rows} rows", "use the tokenizer of the model that is trained"
-    report("error", beyond, what, why, cure)
-    cure = "the data contains a special token: remove it from these records"
-    report("warning", record[eos & after], "have EOS inside the answer", "the model learns to stop there", cure)
     cure = "remove these records (python analyze_data.py lint names more)"
-    report("warning", record[eos & ~before], "have an empty answer", "the model learns to say nothing", cure)
+    warn(record[(labels == eos_id) & after_prompt], "have an empty answer", "the model learns to say nothing", cure)
     why = "the model learns neither what was cut nor where these answers end"
-    report("warning", dataset.cut, f"do not fit in {max_length} tokens and were cut", why, longer)
+    warn(dataset.cut, f"do not fit in {max_length} tokens and were cut", why, longer)
     what = f"were left out, as their prompt alone fills {max_length} tokens"
-    report("warning", dataset.left_out, what, "they teach nothing", longer)
+    warn(dataset.left_out, what, "they teach nothing", longer)
     return findings
 
 
+def _marked(text: str, learned: bool) -> str:
+    """Return text in green if it is learned, dim if not; without colour, in «…» or as it is."""
+    return paint(text, "32" if learned else "2") if colour_wanted() else f"«{text}»" if learned else text
+
+
 def show_example(example: dict, tokenizer) -> str:
-    """Return the text of an example: what is learned green, the rest dim; without colour, the former between «…»."""
-    ids, labels = list(example["input_ids"]), list(example["labels"])
-    learned = [label != IGNORE_INDEX for label in labels]
-    borders = [i for i in range(1, len(ids)) if learned[i] != learned[i - 1]]
-    parts, before, plain = [], "", not colour_wanted()
-    for begin, end in itertools.pairwise([0, *borders, len(ids)]):
-        # Decoded alone, the answer of a LLaMA tokenizer would lose its first space.
-        text = printable(tokenizer.decode(ids[:end]))
-        part = text[len(before) :] if text.startswith(before) else printable(tokenizer.decode(ids[begin:end]))
+    """Return the text of an example, with what is learned marked."""
+    ids, parts, before = example["input_ids"], [], ""
+    for learned, places in itertools.groupby(range(len(ids)), lambda i: example["labels"][i] != IGNORE_INDEX):
+        # All up to here: decoded alone, the answer of a LLaMA tokenizer would lose its first space.
+        text = printable(tokenizer.decode(ids[: max(places) + 1]))
+        parts.append(_marked(text[len(before) :], learned))
         before = text
-        parts.append(f"«{part}»" if learned[begin] and plain else paint(part, "32" if learned[begin] else "2"))
     return "".join(parts)
 
 
@@ -148,5 +135,4 @@ def show_border(example: dict, tokenizer) -> str:
     begin = max(0, first - 3)  # one more: some decoders remove the space in front of their first token
     texts = [tokenizer.decode(ids[begin:end]) for end in range(begin, min(first + 3, len(ids)) + 1)]
     tokens = [repr(after[len(before) :]) for before, after in itertools.pairwise(texts)]  # no control character is left
-    prompt, answer = " ".join(tokens[1 : first - begin]), " ".join(tokens[first - begin :])
-    return f"{paint(prompt, '2')} {paint(answer, '32')}" if colour_wanted() else f"{prompt} «{answer}»"
+    return f"{_marked(' '.join(tokens[1 : first - begin]), False)} {_marked(' '.join(tokens[first - begin :]), True)}"

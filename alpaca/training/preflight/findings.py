@@ -10,25 +10,19 @@ from dataclasses import dataclass
 from accelerate.utils import gather_object
 
 from alpaca import UserError
+from alpaca.common.cli import say
 
 COLOURS = {"error": "31", "warning": "33", "note": "36"}  # SGR codes: red, yellow, cyan
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that preflight found.
+    """One thing that preflight found."""
 
-    Attributes:
-        level: "error" (training would be wasted, so it stops), "warning" (it may be) or "note" (good to know).
-        what: what was found, in one line.
-        why: what it would do to the run.
-        cure: what to do about it; empty for a note that needs nothing.
-    """
-
-    level: str
-    what: str
-    why: str = ""
-    cure: str = ""
+    level: str  # "error" (training would be wasted, so it stops), "warning" (it may be) or "note" (good to know)
+    what: str  # was found, in one line
+    why: str = ""  # it matters: what it would do to the run
+    cure: str = ""  # what to do about it
 
 
 def colour_wanted() -> bool:
@@ -37,10 +31,8 @@ def colour_wanted() -> bool:
 
 
 def paint(text: str, code: str) -> str:
-    """Return the text in an SGR colour code ("31") if colour is wanted; each line, as a pager forgets it at the end."""
-    if not colour_wanted():
-        return text
-    return "\n".join(f"\033[{code}m{line}\033[0m" if line else line for line in text.split("\n"))
+    """Return the text in an SGR colour code ("31") if colour is wanted."""
+    return f"\033[{code}m{text}\033[0m" if colour_wanted() else text
 
 
 def gather(findings: list[Finding]) -> list[Finding]:
@@ -72,15 +64,13 @@ def finish(findings: Sequence[Finding]) -> None:
     Raises:
         UserError: there are errors; one line with the first of them and the number of others.
     """
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(format_report(findings), flush=True)
-    errors = [finding for finding in findings if finding.level == "error"]
-    if errors:
+    say(format_report(findings))
+    if errors := [finding for finding in findings if finding.level == "error"]:
         more = f" (and {len(errors) - 1} more, above)" if len(errors) > 1 else ""
         raise UserError(f"preflight: {errors[0].what}: {errors[0].cure}{more}; nothing was trained")
 
 
 def raise_errors(findings: Sequence[Finding]) -> None:
-    """Print the report and raise UserError if there is an error among the findings so far; else print nothing."""
+    """Finish if there is an error among the findings so far; else print nothing."""
     if any(finding.level == "error" for finding in findings):
         finish(findings)

@@ -52,17 +52,14 @@ class Sizes:
 
 
 def sizes_of(path: str, cache_dir: str | None = None) -> Sizes | None:
-    """Return the sizes of a model in a folder or on the hub, without its weights; None if its config says too little.
-
-    (What is wrong with it, loading it says.)
-    """
+    """Return the sizes of a model in a folder or on the hub, by its config alone; None if that says too little."""
     try:
         config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         freeze_other_senses(model)
         return Sizes.of(model)
-    except Exception:  # whatever a library says to a strange config.json
+    except Exception:  # whatever a library says to a strange config.json: loading it will say the same
         return None
 
 
@@ -100,16 +97,13 @@ class Plan:
 
 
 def optimizer_bytes(optim: str) -> float:
-    """Return the bytes of state per trainable parameter for one of transformers' optimizer names."""
-    if "8bit" in optim:
-        return 2  # two moments of one byte, and their scales, 4 bytes for 256 values (Dettmers et al. 2022)
-    if "4bit" in optim:
-        return 1
-    if "adafactor" in optim:
-        return 0.01  # a row and a column for a matrix (Shazeer & Stern 2018)
-    if "sgd" in optim or "lion" in optim:
-        return 4
-    return 8
+    """Return the bytes of state per trainable parameter for one of transformers' optimizer names.
+
+    With 8 bits: two moments of a byte, with scales of 4 bytes for 256 values (Dettmers et al. 2022). Adafactor: a row
+    and a column for a matrix (Shazeer & Stern 2018).
+    """
+    sizes = {"8bit": 2, "4bit": 1, "adafactor": 0.01, "sgd": 4, "lion": 4}
+    return next((size for name, size in sizes.items() if name in optim), 8)
 
 
 def parts(sizes: Sizes, plan: Plan) -> dict[str, int]:
@@ -167,21 +161,18 @@ def advise(sizes: Sizes, plan: Plan, available: int) -> list[str]:
 
 def smaller_step(args) -> str:
     """Return the arguments that make a step's activations smaller, for a run whose step ran out of memory."""
-    batch, found = args.per_device_train_batch_size, []
-    if not (getattr(args, CHECKPOINTING) or read_config(args.fsdp_config).get("activation_checkpointing")):
-        found.append(f"{CHECKPOINTING}=True")
-    if batch > 1:
-        same = batch * args.gradient_accumulation_steps
-        found.append(f"per_device_train_batch_size=1 gradient_accumulation_steps={same}")
-    return "; ".join([*found, *([] if args.lora_r else ["lora_r=16"]), "a smaller model_max_length"])
+    checkpoints = getattr(args, CHECKPOINTING) or read_config(args.fsdp_config).get("activation_checkpointing")
+    batch = args.per_device_train_batch_size
+    one = f"per_device_train_batch_size=1 gradient_accumulation_steps={batch * args.gradient_accumulation_steps}"
+    ways = {f"{CHECKPOINTING}=True": not checkpoints, one: batch > 1, "lora_r=16": not args.lora_r}
+    return "; ".join([*(way for way, is_new in ways.items() if is_new), "a smaller model_max_length"])
 
 
 def checkpoint_bytes(sizes: Sizes, plan: Plan, full_fsdp: bool = False) -> tuple[int, int]:
     """Return the bytes on disk of (one checkpoint, the final model).
 
-    A checkpoint holds the model or its adapter (4 bytes a weight), its optimizer states, and under FSDP's
-    FULL_STATE_DICT a second copy of the weights (pytorch_model_fsdp.bin). With an adapter both it and the merged model
-    are the result.
+    A checkpoint holds the model or its adapter, its optimizer states, and under FSDP's FULL_STATE_DICT a second copy
+    of the weights (pytorch_model_fsdp.bin). With an adapter both it and the merged model are the result.
     """
     trainable, model = plan.trainable(sizes), 4 * sizes.parameters
     weights = 4 * trainable if plan.lora_r else model

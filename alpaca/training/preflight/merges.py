@@ -24,11 +24,10 @@ WHY = "the base model was trained on sentencepiece's tokens; it has not seen tex
 
 
 def mend_merges(tokenizer, texts: Iterable[str] = ()) -> list[Finding]:
-    """Compare a BPE tokenizer with its tokenizer.model; if they differ, order its merges as sentencepiece does.
+    """Compare a BPE tokenizer with the sentencepiece model beside it, if any; if they differ, order its merges alike.
 
     transformers converts a tokenizer.model with merges in the order of ids. sentencepiece joins the pair whose piece
     has the best score. Where several pairs make the same piece ("▁▁" + "▁▁" or "▁" + "▁▁▁"), their order counts too.
-    Without a sentencepiece model of type BPE nothing is compared.
 
     Args:
         tokenizer: a fast tokenizer; changed in place.
@@ -37,8 +36,7 @@ def mend_merges(tokenizer, texts: Iterable[str] = ()) -> list[Finding]:
     path = Path(getattr(tokenizer, "vocab_file", None) or Path(tokenizer.name_or_path) / "tokenizer.model")
     if path.name != "tokenizer.model" or not path.is_file() or not tokenizer.is_fast:
         return []
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    if model["type"] != "BPE":
+    if json.loads(tokenizer.backend_tokenizer.to_str())["model"]["type"] != "BPE":
         return []
     import sentencepiece
 
@@ -53,10 +51,8 @@ def mend_merges(tokenizer, texts: Iterable[str] = ()) -> list[Finding]:
     if any(vocabulary.get(piece, i) != i for i, piece in enumerate(pieces)):
         what = f"{path.name} and the tokenizer number their tokens differently"
         return [Finding("error", what, WHY, "take both files from the model that is trained")]
-    before = _different(tokenizer, spm, texts)
-    if not before:
+    if not (before := _different(tokenizer, spm, texts)):
         return []
-
     special = (spm.is_control, spm.is_unknown, spm.is_byte, spm.is_unused)
     scores = {
         piece: spm.get_score(i)
@@ -65,12 +61,9 @@ def mend_merges(tokenizer, texts: Iterable[str] = ()) -> list[Finding]:
     }
     set_merges(tokenizer, generate_merges({piece: vocabulary[piece] for piece in scores}, scores))
     after = _different(tokenizer, spm, texts)
-    what = f"{before} of {len(texts)} sample texts are tokenized differently from {path.name}"
-    if after >= before:
-        set_merges(tokenizer, [tuple(pair) for pair in model["merges"]])
-        return [Finding("warning", what, WHY, "use a tokenizer.json from the model's maker")]
-    what = f"merges put in sentencepiece's order: {what.replace(' are ', ' were ')}, now {after}"
-    return [Finding("warning" if after else "note", what, WHY, "done; the trained model is saved with these merges")]
+    what = f"merges put in sentencepiece's order: {before} of {len(texts)} sample texts were tokenized differently"
+    cure = "done; the trained model is saved with these merges"
+    return [Finding("warning" if after else "note", f"{what} from {path.name}, now {after}", WHY, cure)]
 
 
 def _different(tokenizer, spm, texts: list[str]) -> int:

@@ -13,7 +13,6 @@ from torch.nn import functional
 from alpaca.common.text import first_line
 from alpaca.training import packing
 from alpaca.training.distributed import say
-from alpaca.training.examples import IGNORE_INDEX
 
 # How far packed examples may be from the same ones alone: in float32 (tf32 keeps 10 bits of mantissa) and in half
 # precision (bfloat16 keeps 7).
@@ -60,7 +59,7 @@ def measure(model, examples: list[dict]) -> tuple[float, float]:
 
 
 def _alone(model, examples: list[dict]) -> torch.Tensor:
-    """Return the logits, (tokens, vocabulary), of each example alone, by the library's attention, one after the other."""
+    """Return the logits of each example alone, by the library's attention, end to end: (tokens, vocabulary)."""
     before = model.config._attn_implementation  # private, as in packing.set_attention
     packing.set_attention(model, packing.library_attention(model))
     rows = [{"input_ids": torch.tensor([example["input_ids"]]), "use_cache": False} for example in examples]

@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 from torch.utils.data import Subset
 from tqdm import tqdm
 from transformers import IntervalStrategy, TrainerCallback
-from transformers.utils import logging
 
 from alpaca import RankError, UserError
 from alpaca.common.memory import as_text
@@ -81,7 +80,6 @@ class _Observer(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         if state.global_step:  # resumed: as it was loaded
             self.states[state.global_step] = _weights(model), _states(optimizer)
-        self.bar.update()
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.seconds = -time.perf_counter()
@@ -94,9 +92,6 @@ class _Observer(TrainerCallback):
         first = state.global_step == 1
         control.should_log, control.should_training_stop = True, not first
         control.should_save, control.should_evaluate = first and self.saves, first and self.evaluates
-        self.bar.update()
-
-    def on_save(self, args, state, control, **kwargs):
         self.bar.update()
 
 
@@ -124,14 +119,12 @@ def rehearse(make: Callable, args, rows: Sequence, held_out: Sequence | None, sa
     subset = longest(rows, 2 * short.gradient_accumulation_steps * args.train_batch_size * args.world_size)
     evaluated = longest(held_out, args.eval_batch_size * args.world_size) if held_out else None
     hidden = True if args.disable_tqdm or int(os.environ.get("RANK", 0)) else None  # None: unless it is a terminal
-    level, saves = logging.get_verbosity(), args.save_strategy != "no"
-    logging.set_verbosity_error()  # the library's notes are of the rehearsal, not of the run
+    saves = args.save_strategy != "no"
     remove_leftovers(folder.parent)
     try:
-        with tqdm(total=7 if saves else 4, desc="rehearsal", disable=hidden) as bar:
+        with tqdm(total=4 if saves else 3, desc="rehearsal", disable=hidden) as bar:
             return _runs(lambda: make(short, subset, evaluated), save, folder, saves, bool(evaluated), bar)
     finally:
-        logging.set_verbosity(level)
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one on each node, in case they do not share the file system
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -141,7 +134,7 @@ def _runs(new_trainer: Callable, save: Callable, folder: Path, saves: bool, eval
 
     def run(resume: Path | None):
         """Return a trainer after step 2, its observer, and the losses of its steps."""
-        trainer, observer = new_trainer(), _Observer(bar, saves and not resume, evaluates and not resume)
+        trainer, observer = new_trainer(), _Observer(bar, saves, evaluates)
         trainer.remove_callback(trainer.meter)  # which shows a run
         trainer.add_callback(observer)
         trainer.train(resume)

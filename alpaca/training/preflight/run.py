@@ -1,8 +1,4 @@
-"""What must be true before training starts: all checks in order, one report, and a rehearsal of saving and resuming.
-
-Checks are functions that return findings (findings.py); those of tokens are in examples_and_tokenizer.py. Errors stop
-the run, warnings do not.
-"""
+"""Checks of the model, its rows and the disk, and one report of all; rehearsal.py comes after it."""
 
 from __future__ import annotations
 
@@ -16,7 +12,6 @@ import torch
 
 from alpaca.common.memory import as_text
 from alpaca.common.text import counted
-from alpaca.inference.adapters import embedding_rows
 from alpaca.inference.checks import near_zero
 from alpaca.training.checkpoints import remove_leftovers
 from alpaca.training.distributed import read_config, say
@@ -29,11 +24,9 @@ from alpaca.training.preflight.rehearsal import folder_bytes, planned_steps
 
 
 def check_difference(model) -> list[Finding]:
-    """Check whether the weights look like the difference of two models: see inference.checks.near_zero."""
-    if not (what := near_zero(model)):
-        return []
-    cure = "recover the model first, with weight_diff.py recover"
-    return [Finding("error", what, "it looks like a weight diff, from which nothing can be learned", cure)]
+    """Check whether the weights look like the difference of two models."""
+    why, cure = "it looks like a weight diff", "recover the model first, with weight_diff.py recover"
+    return [Finding("error", what, why, cure)] if (what := near_zero(model)) else []
 
 
 def check_positions(model, longest: int) -> list[Finding]:
@@ -80,33 +73,6 @@ def check_bf16(args) -> list[Finding]:
     return [Finding("note", "this CPU computes in bf16: bf16=True may train faster")]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# All of it.
-
-
-def preflight(model, tokenizer, rows: Sequence, args, findings: Sequence[Finding] = ()) -> None:
-    """Make all checks of model and examples, and print the report and the first example on rank 0.
-
-    Args:
-        model: that will be trained.
-        tokenizer: its own.
-        rows: a SupervisedDataset, or a PackedDataset of one.
-        args: train.py's TrainingArguments.
-        findings: what was found before (check_tokenizer, check_loading, check_disk).
-
-    Raises:
-        UserError: there are errors, which the report lists.
-    """
-    dataset: SupervisedDataset = getattr(rows, "dataset", rows)
-    found = [*findings, *check_difference(model), *check_repeats(rows, args), *check_bf16(args)]
-    found += check_examples(dataset, tokenizer.eos_token_id, embedding_rows(model), tokenizer.model_max_length)
-    found += check_positions(model, max(dataset.lengths))
-    finish(gather(found))
-    how = "dim: masked, green: learned" if colour_wanted() else "learned: what is between « and »"
-    say(f"{paint('example ', '36')} the first one ({how}):\n{show_example(dataset[0], tokenizer)}")
-    say(f"{paint('border  ', '36')} where its answer begins: {show_border(dataset[0], tokenizer)}")
-
-
 def disk(args, rows: Sequence, sizes: Sizes, plan: Plan) -> list[Finding]:
     """Check whether the disk holds what the run will write; first remove what an interrupted one left."""
     output_dir, (steps, an_epoch) = Path(args.output_dir), planned_steps(args, rows)
@@ -116,22 +82,41 @@ def disk(args, rows: Sequence, sizes: Sizes, plan: Plan) -> list[Finding]:
         checkpoints = min(checkpoints, args.save_total_limit + 1)  # with the one that is being written
     full = bool(args.fsdp) and "FULL" in str(read_config(args.fsdp_config).get("state_dict_type"))
     checkpoint, final = memory.checkpoint_bytes(sizes, plan, full)
-    remove_leftovers(output_dir)
-    earlier = sum(folder_bytes(folder) for folder in output_dir.glob("checkpoint-*"))  # which will be deleted
-    output_dir.mkdir(parents=True, exist_ok=True)
-    return check_disk(output_dir, checkpoint, final, checkpoints, lowest(shutil.disk_usage(output_dir).free + earlier))
-
-
-def check_disk(output_dir: Path, checkpoint: int, final: int, checkpoints: int, free: int) -> list[Finding]:
-    """Check whether so many checkpoints at a time, and the model at the end, fit into ``free`` bytes."""
     needed = checkpoints * checkpoint + final
+    remove_leftovers(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    earlier = sum(folder_bytes(folder) for folder in output_dir.glob("checkpoint-*"))  # which will be deleted
+    free = lowest(shutil.disk_usage(output_dir).free + earlier)
     what = (
         f"disk in {output_dir}: {counted(checkpoints, 'checkpoint')} of {as_text(checkpoint)} at a time, the model "
         f"{as_text(final)}; {as_text(needed)} of {as_text(free)} free"
     )
     if needed <= free:
         return [Finding("note", what)]
-    fitting = int((free - final) // max(1, checkpoint)) - 1  # one more is being written
+    fitting = int((free - final) // checkpoint) - 1  # one more is being written
     fewer = f"save_total_limit={fitting}, " if fitting > 0 else ""
     cure = f"{fewer}a larger disk for output_dir, or save_strategy=no (then the run cannot be resumed)"
     return [Finding("error", what, "a save would fail in the middle of the run", cure)]
+
+
+def preflight(model, tokenizer, rows: Sequence, args, findings: Sequence[Finding] = ()) -> None:
+    """Check model and examples, and print the report and the first example on rank 0.
+
+    Args:
+        model: that will be trained.
+        tokenizer: its own.
+        rows: a SupervisedDataset, or a PackedDataset of one.
+        args: train.py's TrainingArguments.
+        findings: what was found before; errors among them stop the run too.
+
+    Raises:
+        UserError: there are errors, which the report lists.
+    """
+    dataset: SupervisedDataset = getattr(rows, "dataset", rows)
+    found = [*findings, *check_difference(model), *check_repeats(rows, args), *check_bf16(args)]
+    found += check_examples(dataset, tokenizer.eos_token_id, tokenizer.model_max_length)
+    found += check_positions(model, max(dataset.lengths))
+    finish(gather(found))
+    how = "dim: masked, green: learned" if colour_wanted() else "learned: what is between « and »"
+    say(f"{paint('example ', '36')} the first one ({how}):\n{show_example(dataset[0], tokenizer)}")
+    say(f"{paint('border  ', '36')} where its answer begins: {show_border(dataset[0], tokenizer)}")
