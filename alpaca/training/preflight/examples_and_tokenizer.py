@@ -11,63 +11,15 @@ from alpaca.common.text import printable
 from alpaca.training.examples import IGNORE_INDEX, SupervisedDataset, columns
 from alpaca.training.preflight.findings import Finding, colour_wanted, paint
 
-LISTED = 10  # record numbers that a finding names
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The tokenizer.
-
-
-def check_tokenizer(tokenizer, rows: int, config=None) -> list[Finding]:
-    """Check special tokens, BOS and whether the ids fit the model; call it before missing tokens are added.
+def check_tokenizer(tokenizer, rows: int, config=None) -> Iterator[Finding]:
+    """Check special tokens and whether the ids fit the model; call it before missing tokens are added.
 
     Args:
         tokenizer: a fast tokenizer as it was loaded.
         rows: number of rows of the model's input embedding.
         config: the model's, as it was loaded; None skips the comparison with it.
     """
-    return [*_special_tokens(tokenizer, config), *_bos(tokenizer), *_rows(tokenizer, rows)]
-
-
-def _special_tokens(tokenizer, config) -> Iterator[Finding]:
-    for role in ("bos", "eos", "pad", "unk"):
-        if getattr(tokenizer, f"{role}_token") == "":
-            why = "conversions of LLaMA made this mistake; an empty EOS is never trained, and answers never end"
-            cure = f"another token takes its place; better set {role}_token in tokenizer_config.json"
-            yield Finding("warning", f"the tokenizer's {role} token is empty ('')", why, cure)
-    eos = tokenizer.eos_token
-    if not eos:
-        return
-    eos_id, as_text = tokenizer.convert_tokens_to_ids(eos), tokenizer(eos, add_special_tokens=False)["input_ids"]
-    if as_text != [eos_id]:
-        what = f"the eos token {eos!r} is not one id: as text it becomes {as_text}"
-        cure = "mark it as special (added_tokens) in tokenizer.json, or use the tokenizer made with the model"
-        yield Finding("error", what, "the model would never see it as one token", cure)
-    if eos == tokenizer.unk_token:
-        cure = "give eos a token of its own in tokenizer_config.json"
-        what = f"eos and unk are the same token ({eos!r}, id {eos_id})"
-        yield Finding("warning", what, "what the tokenizer cannot read would end an answer", cure)
-    named = getattr(config, "eos_token_id", None)
-    if named is not None and eos_id not in (named if isinstance(named, list) else [named]):
-        what = f"the model's config ends text with id {named}, the tokenizer with {eos_id}"
-        why = "answers will end with the tokenizer's EOS, which the base model may have used for something else"
-        cure = "check which of the two is right for this model; old conversions of LLaMA have a wrong config"
-        yield Finding("warning", what, why, cure)
-
-
-def _bos(tokenizer) -> Iterator[Finding]:
-    ids, bos = tokenizer("a")["input_ids"], tokenizer.bos_token_id
-    begins = bool(tokenizer.bos_token) and ids[:1] == [bos]
-    if getattr(tokenizer, "add_bos_token", None) and not begins:
-        what = f"the tokenizer says add_bos_token, but puts no BOS in front ({ids[:2]} for 'a')"
-        cure = "set bos_token in tokenizer_config.json, or add_bos_token false if the model was trained without"
-        yield Finding("warning", what, "a base model that was trained with BOS answers worse without it", cure)
-    elif begins and ids[1:2] == [bos]:
-        cure = "remove one: add_bos_token, or the post processor in tokenizer.json"
-        yield Finding("warning", "the tokenizer puts BOS in front twice", "the model has never seen that", cure)
-
-
-def _rows(tokenizer, rows: int) -> Iterator[Finding]:
     added = set(tokenizer.get_added_vocab().values())
     beyond = sorted(id_ for id_ in tokenizer.get_vocab().values() if id_ >= rows)
     if words := [id_ for id_ in beyond if id_ not in added]:
@@ -78,10 +30,27 @@ def _rows(tokenizer, rows: int) -> Iterator[Finding]:
         what = f"{len(beyond)} added tokens have no row in the model ({tokenizer.convert_ids_to_tokens(beyond[0])!r})"
         cure = "nothing, if the folder's maker added them without resizing the model"
         yield Finding("warning", what, "they get rows that start as the mean of all rows", cure)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The examples.
+    for role in ("bos", "eos", "pad", "unk"):
+        if getattr(tokenizer, f"{role}_token") == "":
+            why = "conversions of LLaMA made this mistake; an empty EOS is never trained, and answers never end"
+            cure = f"another token takes its place; better set {role}_token in tokenizer_config.json"
+            yield Finding("warning", f"the tokenizer's {role} token is empty ('')", why, cure)
+    if tokenizer.bos_token and tokenizer("a")["input_ids"][:2] == [tokenizer.bos_token_id] * 2:
+        cure = "remove one: add_bos_token, or the post processor in tokenizer.json"
+        yield Finding("warning", "the tokenizer puts BOS in front twice", "the model has never seen that", cure)
+    if not (eos := tokenizer.eos_token):
+        return
+    eos_id, as_text = tokenizer.convert_tokens_to_ids(eos), tokenizer(eos, add_special_tokens=False)["input_ids"]
+    if as_text != [eos_id]:
+        what = f"the eos token {eos!r} is not one id: as text it becomes {as_text}"
+        cure = "mark it as special (added_tokens) in tokenizer.json, or use the tokenizer made with the model"
+        yield Finding("error", what, "the model would never see it as one token", cure)
+    named = getattr(config, "eos_token_id", None)
+    if named is not None and eos_id not in (named if isinstance(named, list) else [named]):
+        what = f"the model's config ends text with id {named}, the tokenizer with {eos_id}"
+        why = "answers will end with the tokenizer's EOS, which the base model may have used for something else"
+        cure = "check which of the two is right for this model; old conversions of LLaMA have a wrong config"
+        yield Finding("warning", what, why, cure)
 
 
 def check_examples(dataset: SupervisedDataset, eos_id: int, max_length: int) -> list[Finding]:
@@ -100,7 +69,7 @@ def check_examples(dataset: SupervisedDataset, eos_id: int, max_length: int) -> 
 
     def warn(numbers, what: str, why: str, cure: str) -> None:
         if numbers := sorted(set(map(int, numbers))):  # of tokens; several examples may come from one record, too
-            listed = ", ".join(map(str, numbers[:LISTED])) + (", …" if len(numbers) > LISTED else "")
+            listed = ", ".join(map(str, numbers[:10])) + (", …" if len(numbers) > 10 else "")
             what = f"{len(numbers)} of {every} records {what} (record {listed})"
             findings.append(Finding("warning", what, why, cure))
 

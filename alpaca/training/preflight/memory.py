@@ -112,8 +112,7 @@ def parts(sizes: Sizes, plan: Plan) -> dict[str, int]:
     Parameters as stored, gradients 4 bytes and optimizer states a trainable parameter, divided by the ranks when
     sharded (Rajbhandari et al., "ZeRO", 2020, section 5). While FSDP accumulates gradients over several batches, each
     device holds all of them, whole (torch's unsharded_accumulated_grad). DistributedDataParallel keeps a second copy
-    of the gradients, in which it reduces them (its gradient_as_bucket_view is off, and neither accelerate nor
-    transformers turns it on).
+    of the gradients, in which it reduces them (gradient_as_bucket_view is off in accelerate and transformers).
     """
     trainable, share = plan.trainable(sizes), plan.ranks if plan.sharded else 1
     weights = plan.dtype_bytes * sizes.parameters

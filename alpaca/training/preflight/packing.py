@@ -32,15 +32,12 @@ def measure(model, examples: list[dict]) -> tuple[float, float]:
         examples: at least two ``{"input_ids": [int], "labels": [int]}``, short ones.
 
     Returns:
-        (deviation, dependence), both in standard deviations of the logits; NaN if a logit is NaN.
+        The deviation from each example alone, by the library's attention: the largest difference of a supervised logit
+        in standard deviations of the logits, or of the mean loss in nats. Rounding gives 1e-6 to 0.1, depending on the
+        type; attention over the whole row gave 0.8 to 1.8 in the models we tried. NaN if a logit is NaN.
 
-        The deviation is from each example alone, by the library's attention on plain input_ids: the largest difference
-        of a supervised logit, or that of the mean loss in nats if it is larger. Rounding gives 1e-6 to 0.1, depending
-        on the type; attention over the whole row gave 0.8 to 1.8 in the models we tried.
-
-        The dependence is how far logits of later examples move when the tokens of the first one are reversed. No
-        rounding hides it, as their own arithmetic is the same both times: it finds what deviates little, such as a
-        recurrent layer that forgets quickly.
+        The dependence: how far later examples' logits move, in the same unit, when the first one's tokens are reversed.
+        No rounding hides it, as their own arithmetic is the same: it finds a recurrent layer that forgets quickly.
     """
     first = examples[0]["input_ids"]
     batch = packing.flatten(examples)

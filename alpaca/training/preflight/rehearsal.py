@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch.utils.data import Subset
-from tqdm import tqdm
 from transformers import IntervalStrategy, TrainerCallback
 
 from alpaca import RankError, UserError
@@ -72,8 +71,8 @@ def rehearsal(make: Callable, args, rows: Sequence, held_out: Sequence | None, s
 class _Observer(TrainerCallback):
     """End a run after step 2, save and evaluate after step 1 if asked to, and note what each step leaves."""
 
-    def __init__(self, bar, saves: bool, evaluates: bool):
-        self.bar, self.saves, self.evaluates = bar, saves, evaluates
+    def __init__(self, saves: bool, evaluates: bool):
+        self.saves, self.evaluates = saves, evaluates
         self.states: dict[int, tuple[dict, dict]] = {}  # fingerprints of weights and optimizer, by step
         self.seconds = 0.0  # of the last step
 
@@ -88,11 +87,11 @@ class _Observer(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds += time.perf_counter()
+        say(f"rehearsal: step {state.global_step} took {self.seconds:.1f} s")
         self.states[state.global_step] = _weights(model), _states(optimizer)
         first = state.global_step == 1
         control.should_log, control.should_training_stop = True, not first
         control.should_save, control.should_evaluate = first and self.saves, first and self.evaluates
-        self.bar.update()
 
 
 def rehearse(make: Callable, args, rows: Sequence, held_out: Sequence | None, save: Callable) -> list[Finding]:
@@ -118,23 +117,21 @@ def rehearse(make: Callable, args, rows: Sequence, held_out: Sequence | None, sa
     short.save_total_limit = None
     subset = longest(rows, 2 * short.gradient_accumulation_steps * args.train_batch_size * args.world_size)
     evaluated = longest(held_out, args.eval_batch_size * args.world_size) if held_out else None
-    hidden = True if args.disable_tqdm or int(os.environ.get("RANK", 0)) else None  # None: unless it is a terminal
-    saves = args.save_strategy != "no"
     remove_leftovers(folder.parent)
     try:
-        with tqdm(total=4 if saves else 3, desc="rehearsal", disable=hidden) as bar:
-            return _runs(lambda: make(short, subset, evaluated), save, folder, saves, bool(evaluated), bar)
+        return _runs(lambda: make(short, subset, evaluated), save, folder, args.save_strategy != "no")
     finally:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one on each node, in case they do not share the file system
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _runs(new_trainer: Callable, save: Callable, folder: Path, saves: bool, evaluates: bool, bar) -> list[Finding]:
+def _runs(new_trainer: Callable, save: Callable, folder: Path, saves: bool) -> list[Finding]:
     begin, checkpoint, whole = time.perf_counter(), folder / "checkpoint-1", folder / "whole"
 
     def run(resume: Path | None):
         """Return a trainer after step 2, its observer, and the losses of its steps."""
-        trainer, observer = new_trainer(), _Observer(bar, saves, evaluates)
+        trainer = new_trainer()
+        observer = _Observer(saves, evaluates=trainer.eval_dataset is not None)
         trainer.remove_callback(trainer.meter)  # which shows a run
         trainer.add_callback(observer)
         trainer.train(resume)
@@ -147,8 +144,7 @@ def _runs(new_trainer: Callable, save: Callable, folder: Path, saves: bool, eval
         return [Finding("error", what, why, cure)]
     outcome = f"two steps and the final save are as they should be: loss {losses[-1]:.4f}"
     if saves:
-        if bar.disable:
-            say(f"rehearsal: the first run took {time.perf_counter() - begin:.0f} s; the second takes about as long")
+        say(f"rehearsal: the first run took {time.perf_counter() - begin:.0f} s; the second takes about as long")
         device, uninterrupted = trainer.args.device, losses[-1]
         trainer = _freed(trainer)
         trainer, second, losses = run(checkpoint)
@@ -169,7 +165,6 @@ def _runs(new_trainer: Callable, save: Callable, folder: Path, saves: bool, eval
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()  # the run measures its own
     faults = gather(_read_back(whole, adapter, expected))
-    bar.update()
     step = f"{first.seconds:.1f} s a step of the longest examples, peak memory {as_text(peak)}"
     seconds = time.perf_counter() - begin
     return faults or [Finding("note", f"{outcome}; model {as_text(size)}; {step}; {seconds:.0f} s in all")]

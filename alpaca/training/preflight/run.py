@@ -32,19 +32,17 @@ def check_difference(model) -> list[Finding]:
 def check_positions(model, longest: int) -> list[Finding]:
     """Check whether the longest example, in tokens, is within the positions that the model knows.
 
-    Learned positions (OPT, GPT-2) are rows of an embedding: beyond the last one the lookup fails. Rotary ones are
-    computed; beyond the known ones they are only unlike what the model has seen.
+    Learned ones (OPT, GPT-2) are rows of an embedding; rotary ones are computed, also beyond what the model has seen.
     """
     known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not known or longest <= known:
         return []
-    rows = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)]
+    level, why = "warning", "it was not trained beyond them, and answers worse there"
+    tables = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)]
+    if any(re.search(r"pos[^.]*$|wpe$", name) for name in tables):
+        level, why = "error", "beyond the last row the lookup fails (on a GPU as a device-side assert without a cause)"
     what = f"the longest example has {longest} tokens, and the model has {known} positions"
-    if any(re.search(r"pos[^.]*$|wpe$", name) for name in rows):
-        why = "each is a row of an embedding: the lookup fails (on a GPU as a device-side assert that names no cause)"
-        return [Finding("error", what, why, f"model_max_length={known}")]
-    why = "it was not trained beyond them, and answers worse there"
-    return [Finding("warning", what, why, f"model_max_length={known}")]
+    return [Finding(level, what, why, f"model_max_length={known}")]
 
 
 def check_repeats(rows: Sequence, args) -> list[Finding]:
@@ -58,9 +56,7 @@ def check_repeats(rows: Sequence, args) -> list[Finding]:
     if args.world_size == 1 or args.dataloader_drop_last or not config.even_batches or steps < an_epoch or not again:
         return []
     noun = "bins" if hasattr(rows, "bins") else "examples"
-    what = f"{again} of {len(rows)} {noun} are trained twice in each epoch"
-    if again > len(rows):
-        what = f"each epoch trains {len(rows) + again} {noun}: these {len(rows)}, several times each"
+    what = f"each epoch trains {len(rows) + again} {noun}, {again} of them repeats"
     why = f"{args.world_size} processes of {args.train_batch_size} each fill up the last batch with the first {noun}"
     return [Finding("note", f"{what}: {why}")]
 
