@@ -114,7 +114,6 @@ def rehearse(make: Callable, args, rows: Sequence, held_out: Sequence | None, sa
     short.logging_nan_inf_filter = short.save_only_model = short.ignore_data_skip = False
     short.eval_on_start = short.load_best_model_at_end = False
     short.save_strategy = short.eval_strategy = IntervalStrategy.NO  # _Observer asks for what is rehearsed
-    short.save_total_limit = None
     subset = longest(rows, 2 * short.gradient_accumulation_steps * args.train_batch_size * args.world_size)
     evaluated = longest(held_out, args.eval_batch_size * args.world_size) if held_out else None
     remove_leftovers(folder.parent)
@@ -145,10 +144,10 @@ def _runs(new_trainer: Callable, save: Callable, folder: Path, saves: bool) -> l
     outcome = f"two steps and the final save are as they should be: loss {losses[-1]:.4f}"
     if saves:
         say(f"rehearsal: the first run took {time.perf_counter() - begin:.0f} s; the second takes about as long")
-        device, uninterrupted = trainer.args.device, losses[-1]
-        trainer = _freed(trainer)
+        uninterrupted, trainer = losses[-1], _freed(trainer)
         trainer, second, losses = run(checkpoint)
-        if faults := gather(_compare(first.states, second.states, uninterrupted, losses[-1], device.type == "cpu")):
+        cpu = trainer.args.device.type == "cpu"
+        if faults := gather(_compare(first.states, second.states, uninterrupted, losses[-1], deterministic=cpu)):
             return faults
         exact = first.states[2] == second.states[2]
         equal = "bit for bit" if exact else "to rounding, as this device adds in any order"
@@ -158,13 +157,12 @@ def _runs(new_trainer: Callable, save: Callable, folder: Path, saves: bool) -> l
         )
     whole.mkdir(parents=True, exist_ok=True)
     save(trainer, whole)
-    adapter = hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
     expected = _weights(trainer.model, whole=True)  # a collective
     size, peak = folder_bytes(whole), peak_memory(trainer.args.device)
     trainer = _freed(trainer)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()  # the run measures its own
-    faults = gather(_read_back(whole, adapter, expected))
+    faults = gather(_read_back(whole, expected))
     step = f"{first.seconds:.1f} s a step of the longest examples, peak memory {as_text(peak)}"
     seconds = time.perf_counter() - begin
     return faults or [Finding("note", f"{outcome}; model {as_text(size)}; {step}; {seconds:.0f} s in all")]
@@ -196,14 +194,14 @@ def _compare(first: dict, second: dict, loss: float, resumed_loss: float, determ
     return [Finding("error", one, "a resumed run would not continue the interrupted one", CURE) for one in what]
 
 
-def _read_back(folder: Path, adapter: bool, expected: dict[str, int]) -> list[Finding]:
+def _read_back(folder: Path, expected: dict[str, int]) -> list[Finding]:
     """Read the final save on rank 0, as its users will, and compare all that was trained with what was saved."""
     if int(os.environ.get("RANK", 0)) != 0:
         return []
     try:
         found = _weights(load_model(folder, "auto"))
-        if adapter:
-            found = {name: fingerprint(tensor) for name, tensor in load_file(folder / "adapter" / ADAPTER).items()}
+        if (adapter := folder / "adapter" / ADAPTER).exists():
+            found = {name: fingerprint(tensor) for name, tensor in load_file(adapter).items()}
             expected = {name.replace(".default.", "."): value for name, value in expected.items()}
         if not (names := _differences(expected, {name: found.get(name) for name in expected})):
             return []
