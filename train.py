@@ -73,9 +73,9 @@ from alpaca.training.examples import (  # noqa: F401  (some for importers)
 )
 from alpaca.training.preflight import examples_and_tokenizer, memory, merges
 from alpaca.training.preflight import packing as packing_check
+from alpaca.training.preflight.checks import disk, preflight
 from alpaca.training.preflight.findings import Finding, raise_errors
 from alpaca.training.preflight.rehearsal import rehearsal
-from alpaca.training.preflight.run import disk, preflight
 from alpaca.training.stop import Stopped, train_until_stopped
 from alpaca.training.trainer import Trainer, Trainers
 from alpaca.weights.checkpoint import check_model_folder

@@ -13,8 +13,8 @@ from made_trainer import levels
 import train
 from alpaca.common import memory as host_memory
 from alpaca.common.memory import GIB, as_text
+from alpaca.training.preflight import checks as preflight
 from alpaca.training.preflight import memory, rehearsal
-from alpaca.training.preflight import run as preflight
 from alpaca.training.preflight.memory import Plan, Sizes
 
 LLAMA_7B = Sizes(

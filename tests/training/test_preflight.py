@@ -21,9 +21,9 @@ import train
 from alpaca import RankError, UserError
 from alpaca.common import memory as host_memory
 from alpaca.training.checkpoints import REHEARSAL
+from alpaca.training.preflight import checks as preflight
 from alpaca.training.preflight import packing as packing_check
 from alpaca.training.preflight import rehearsal
-from alpaca.training.preflight import run as preflight
 from alpaca.training.preflight.examples_and_tokenizer import check_examples, check_tokenizer, show_border, show_example
 from alpaca.training.preflight.findings import Finding, format_report, raise_errors
 from alpaca.training.preflight.merges import mend_merges
