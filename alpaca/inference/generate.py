@@ -12,12 +12,14 @@ import hashlib
 import inspect
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from alpaca import UserError
+from alpaca.chat_template import end_token
 
 STOP = "### Instruction:"  # a model that missed its EOS continues with the next example of its training data
 NUCLEUS = 1024  # the likeliest tokens, searched first: sorting 49,152 takes 27 ms, choosing these 0.3 ms
@@ -111,15 +113,18 @@ def choose(logits: torch.Tensor, temperature: float, top_p: float, draws: torch.
     return torch.where(places < logits.shape[1], places, likeliest)  # a draw next to 1 may be rounded to it
 
 
-def named_ends(model) -> list[int]:
-    """Return the tokens that the folder's generation config says end an answer."""
-    named = getattr(model.generation_config, "eos_token_id", None)
-    return [] if named is None else [named] if isinstance(named, int) else list(named)
-
-
 def end_ids(model, tokenizer) -> frozenset[int]:
-    """Return all tokens that end an answer: the tokenizer's EOS, and those of the generation config."""
-    return frozenset(named_ends(model) + ([tokenizer.eos_token_id] if tokenizer.eos_token else []))
+    """Return the tokens that end an answer: the tokenizer's EOS, the generation config's, and the chat template's.
+
+    Llama 3's template ends answers with <|eot_id|>, which not every config names.
+    """
+    named = getattr(model.generation_config, "eos_token_id", None)
+    found = [] if named is None else [int(id_) for id_ in (named if isinstance(named, list) else [named])]
+    found += [tokenizer.eos_token_id] if tokenizer.eos_token else []
+    with suppress(UserError):  # a template that fails is reported where it is used
+        if tokenizer.chat_template and (end := end_token(tokenizer)):
+            found.append(tokenizer.convert_tokens_to_ids(end))
+    return frozenset(found)
 
 
 def context_length(model) -> int | None:
