@@ -25,7 +25,7 @@ from alpaca.common.text import printable, shorten
 from alpaca.inference.adapters import base_of, is_adapter, merge_adapter
 from alpaca.inference.checks import check_model
 from alpaca.prompts import prompt_ids
-from alpaca.weights.checkpoint import FLOATS, TOKENIZER, CheckpointReader, check_model_folder, read_json
+from alpaca.weights.checkpoint import FLOATS, TOKENIZER, CheckpointReader, check_model_folder
 
 
 @contextmanager
@@ -160,8 +160,8 @@ def load(
     place = _device(device)
     with reading(path):
         model, tokenizer = _read(path, place, dtype, base_path)
-        if dtype is None and place.type != "cpu" and (faster := _faster(model.dtype, place)):
-            model = model.to(faster)
+        if dtype is None and place.type != "cpu":
+            model = model.to(_fast(model.dtype, place))
         check_model(model, tokenizer, path)
     try:
         return model.to(place).eval(), tokenizer
@@ -206,25 +206,20 @@ def _dtype(path: str | os.PathLike, device: torch.device, dtype: str | None) -> 
     """The type to load in: what was asked for, "auto" (as saved), or float32 on a CPU with the memory for it."""
     if dtype is not None or device.type != "cpu":
         return FLOATS[dtype] if dtype else "auto"
-    files = [file for file in Path(path).glob("*") if file.suffix in (".safetensors", ".bin")]
-    files = [file for file in files if file.name.startswith(("model", "pytorch_model"))]
-    saved = read_json(Path(path) / "config.json") if files else {}
-    if (saved.get("dtype") or saved.get("torch_dtype")) not in ("bfloat16", "float16"):
-        return torch.float32
-    needed, free = 2 * sum(file.stat().st_size for file in files), available_bytes(device)
+    files = [file for name in ("model*.safetensors", "pytorch_model*.bin") for file in Path(path).glob(name)]
+    needed, free = 2 * sum(file.stat().st_size for file in files), available_bytes(device)  # where 16 bits were saved
     if needed <= free:
         return torch.float32
     print(
-        f"note: float32 would need {as_text(needed)}, and {as_text(free)} are free: loaded as it was saved, which is "
+        f"note: float32 may need {as_text(needed)}, and {as_text(free)} are free: loaded as it was saved, which is "
         "slower on a CPU",
         file=sys.stderr,
     )
     return "auto"
 
 
-def _faster(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
-    """The type to compute in where the device is slow in that of the weights; None where it is not."""
-    emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    if dtype in (torch.float32, torch.bfloat16) and emulated:
+def _fast(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the type to compute in on an accelerator: bfloat16 for float32, and float16 where it has no bfloat16."""
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16
-    return torch.bfloat16 if dtype == torch.float32 else None
+    return torch.bfloat16 if dtype == torch.float32 else dtype
