@@ -121,7 +121,7 @@ def stats(
                 print(f"{field:<12}" + "".join(f"{spread[name]:>9,}" for name in spread))
     print("\nmost common first words of an instruction")
     for verb, number in report["first_verbs"].items():
-        print(f"  {printable(verb):<16}{number:>8,}   {number / len(records):.1%}")
+        print(f"  {verb:<16}{number:>8,}   {number / len(records):.1%}")
     if output_path:
         utils.jdump(report, output_path, indent=2)
 
