@@ -156,7 +156,7 @@ def talk(conversation, input: str = "") -> bool:
     interactive, good, interrupted = sys.stdin.isatty(), True, False
     if interactive:
         _prepare_terminal()
-        say(help_on(conversation))
+        say(TURNS if conversation.template == "chat" else ALONE)
     elif hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
     while True:
@@ -200,14 +200,10 @@ def talk(conversation, input: str = "") -> bool:
             say_error(f"error: {e}{hint}")
 
 
-def help_on(conversation) -> str:
-    return TURNS if conversation.template == "chat" else ALONE
-
-
 def obey(conversation, command: str, text: str) -> str:
     """Do what a command asks, and return what there is to say; raise UserError for one that is unknown or wrong."""
     if command in ("/help", "/?"):
-        return help_on(conversation)
+        return TURNS if conversation.template == "chat" else ALONE
     if command not in NUMBERS:
         raise UserError(f"unknown command {command}: /help lists them")
     name = command[1:]
@@ -284,16 +280,11 @@ def _ask(prompt: str) -> str | None:
     except EOFError:
         return None
     except KeyboardInterrupt:  # clears a line that had begun, in a message of several lines too
-        if prompt == "> " and not _half_typed():
+        readline = sys.modules.get("readline")
+        if prompt == "> " and not (readline and readline.get_line_buffer()):
             raise
-        print()
+        say("")
         raise Cleared from None
-
-
-def _half_typed() -> bool:
-    """Return whether Ctrl-C has come in a line that had begun."""
-    readline = sys.modules.get("readline")
-    return bool(readline and readline.get_line_buffer())
 
 
 def _prepare_terminal() -> None:

@@ -4,6 +4,10 @@ A row's tokens depend on the model, its prompt and the settings, not on the rest
 own generator, seeded from the seed and the prompt. Rounding remains: matrix products of 1 row and of 32 rows add in
 different orders (1e-7 of a logit in float32, 1e-2 in bfloat16), so where two tokens are nearly as likely, a row alone
 and in a batch may differ.
+
+The loop is ours. transformers' generate() with a logits processor that makes the same draws gives the same answers
+("seeded" in benchmarks/bench_chat.py), but it calls its caller: to stream from it, to stop it and to let rows leave
+took a thread, a stopping criterion and a call for each row that ends, which is more code than the loop has.
 """
 
 from __future__ import annotations
