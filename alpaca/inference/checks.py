@@ -57,7 +57,7 @@ def check_model(model, tokenizer, path: str | os.PathLike) -> None:
             f"and the model has {rows} rows: copy the tokenizer of the model that was trained"
         )
     eos, id_ = tokenizer.eos_token, tokenizer.eos_token_id
-    if not eos or id_ >= rows:
+    if not eos or id_ is None or id_ >= rows:
         why = f"token {id_}, and the model has {rows} rows" if eos else "none"
         print(
             f"warning: the tokenizer's EOS is {eos!r}, {why}: the model never learned to end an answer, which runs to "
