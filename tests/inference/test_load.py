@@ -257,9 +257,7 @@ def test_an_adapter_without_its_base_is_told_and_base_path_gives_it(adapted, tin
 
 def test_a_hub_base_that_cannot_be_fetched_is_told_with_the_way_out(adapted):
     set_base(adapted[0], "nobody/nothing")
-    said = (
-        "its base nobody/nothing: this folder does not exist, and from the hub the model cannot.*base_path"
-    )
+    said = "its base nobody/nothing: this folder does not exist, and from the hub the model cannot.*base_path"
     with pytest.raises(UserError, match=said):
         load(adapted[0], "cpu")
 
