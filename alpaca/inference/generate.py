@@ -27,6 +27,7 @@ from alpaca import UserError
 from alpaca.chat_template import end_token
 
 STOP = "### Instruction:"  # a model that missed its EOS continues with the next example of its training data
+STOP_TOKENS = 32  # more than STOP can have: it has 16 characters, and each token has at least one of their bytes
 NUCLEUS = 1024  # the likeliest tokens, searched first: sorting 49,152 takes 27 ms, choosing these 0.3 ms
 
 
@@ -275,32 +276,34 @@ def answer_batch(
     Returns:
         Text, number of tokens, and whether that number is the limit, so that the answer may be cut off.
     """
-    texts, done = [Text(tokenizer) for _ in prompts], set()
+    written, done = [[] for _ in prompts], set()
     may_end = functools.cache(lambda token: STOP[-1] in tokenizer.decode([token]))  # few rows are decoded at each step
     try:
         for step in decode(model, prompts, end_ids(model, tokenizer), settings, done):
             for row, token in step:
-                texts[row].tokens.append(token)
-                if may_end(token):
-                    texts[row].rest(more=True)
-            done |= {row for row, _ in step if texts[row].ended}
+                written[row].append(token)
+                if may_end(token) and STOP in tokenizer.decode(written[row][-STOP_TOKENS:], skip_special_tokens=True):
+                    done.add(row)
             if on_tokens:
                 on_tokens(len(step))
     except torch.OutOfMemoryError:
         if len(prompts) == 1:
             raise too_large(prompts[0]) from None
-        texts = []
-    if prompts and not texts:  # outside the handler, which keeps the tensors of the failed call alive
+        written = []
+    if prompts and not written:  # outside the handler, which keeps the tensors of the failed call alive
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
         half = len(prompts) // 2
         parts = prompts[:half], prompts[half:]
         return [answer for part in parts for answer in answer_batch(model, tokenizer, part, settings, on_tokens)]
     answers = []
-    for ids, text in zip(prompts, texts, strict=True):
+    for ids, tokens in zip(prompts, written, strict=True):
+        text = Text(tokenizer)
+        for token in tokens:  # as in a stream: decoding all at once may change the text before broken bytes
+            text.add(token)
         text.rest()
-        cut = len(text.tokens) == longest_answer(model, ids, settings.max_new_tokens) and not text.ended
-        answers.append((text.shown, len(text.tokens), cut))
+        cut = len(tokens) == longest_answer(model, ids, settings.max_new_tokens) and not text.ended
+        answers.append((text.shown, len(tokens), cut))
     return answers
 
 
