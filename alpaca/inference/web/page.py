@@ -7,14 +7,13 @@ the page. What a model writes is untrusted: its Markdown is rendered, its HTML a
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import html
 import logging
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from alpaca import UserError
@@ -31,7 +30,7 @@ from alpaca.inference.web.server import COPY, WORKER, check_exposure, gr, page_e
 
 MAX_CHARS = 8_000  # of an instruction, and of an input
 MAX_PROMPT_TOKENS = 2_048  # training read 512; never more than half of what the model can read
-MAX_WAITING = 20  # requests in the queue; further ones are refused
+MAX_WAITING = 20  # requests of one address that wait for their turn; further ones are refused
 MAX_SEED = 2**31 - 1
 LIMITS = {"max_new_tokens": "the longest answer", "context": "the end of what the model can read"}
 STREAMS = 2  # answers of a model at once: a long one does not keep the next page waiting
@@ -42,9 +41,13 @@ EXAMPLES = [
     ["Rewrite this sentence so that it is polite.", "Send me the report now."],
     ["Sort these animals by their weight.", "cat, elephant, mouse, horse"],
 ]
-HEADING = """<h1>{}</h1><p class="notice">A small language model that was fine-tuned to follow instructions. It has had
-no safety training and may be wrong, biased or harmful: check what it says before you use it. If it was trained on
-Alpaca data (CC BY-NC 4.0) or on LLaMA, their licenses allow research only, no commercial use. {}</p>"""
+HEADING = """<h1>{}</h1><p class="notice"><b>{}</b> was fine-tuned to follow instructions. It has had no safety training
+and may be wrong, biased or harmful: check what it says before you use it. If it was trained on Alpaca data (CC BY-NC
+4.0) or on LLaMA, their licenses allow research only, no commercial use. {}</p>"""
+TITLE = "Ask an Alpaca model"
+SAY = "() => ['" + render_status("{}") + "', {{__type__: 'update', interactive: {}}}]"
+FAILED = f"""(said) => said.includes("Asking") ? ({SAY.format("Not answered.", "false")})() :
+  [{{__type__: "update"}}, {{__type__: "update", interactive: false}}]"""  # also of an answer that was stopped
 REMEMBERS = "remembers the conversation until you start a new one"
 ALONE = "answers each instruction on its own and remembers nothing"
 
@@ -57,9 +60,6 @@ class Model:
     model: object
     tokenizer: object
     path: str = ""
-    # For Gradio a stopped answer has ended, while its model may still be reading the prompt. A slot is held until the
-    # model has ended, so that pressing Answer and Stop in turn does not start more than STREAMS.
-    slots: threading.Semaphore = dataclasses.field(default_factory=lambda: threading.Semaphore(STREAMS))
 
     @property
     def remembers(self) -> bool:
@@ -117,65 +117,100 @@ def check(
     return settings
 
 
+class Turn:
+    """A request's turn: from when it is granted until its visitor has left and its models have ended.
+
+    For Gradio a stopped answer has ended, while its model may still be reading the prompt.
+    """
+
+    def __init__(self, address: str):
+        self.address, self.left, self.threads = address, threading.Event(), []
+
+    @property
+    def ended(self) -> bool:
+        return self.left.is_set() and not any(thread.is_alive() for thread in self.threads)
+
+
+class Line:
+    """Who is answered next: STREAMS at once, and of those who wait, the address whose last turn was longest ago."""
+
+    def __init__(self):
+        self.waiting: list[Turn] = []  # in order of arrival
+        self.granted: list[Turn] = []
+        self.served: dict[str, float] = {}  # address → its last turn; forgotten when nobody waits
+
+    async def wait(self, turn: Turn) -> AsyncIterator[int]:
+        """Yield a request's place, from 1, when it changes and each second, until it has its turn.
+
+        Raises:
+            gr.Error: too many others of its address wait.
+        """
+        if sum(other.address == turn.address for other in self.waiting) >= MAX_WAITING:
+            raise page_error(f"{MAX_WAITING} requests from your address wait already: try again later.")
+        self.waiting.append(turn)
+        shown, at = 0, 0.0
+        try:
+            while True:
+                self.granted = [other for other in self.granted if not other.ended]
+                order = sorted(self.waiting, key=lambda other: self.served.get(other.address, 0.0))
+                place = 1 + order.index(turn)
+                if place == 1 and len(self.granted) < STREAMS:
+                    break
+                if place != shown or time.monotonic() - at > 1:  # a yield also tells Gradio whether its visitor is gone
+                    shown, at = place, time.monotonic()
+                    yield place
+                await asyncio.sleep(0.05)
+            self.granted.append(turn)
+            self.served[turn.address] = time.monotonic()
+        finally:
+            self.waiting.remove(turn)
+            if not self.waiting:
+                self.served.clear()
+
+
 async def answers(
-    models: list[Model], conversations: list[Conversation], instruction: str, input: str
+    models: list[Model], conversations: list[Conversation], instruction: str, input: str, turn: Turn
 ) -> AsyncIterator[list[str]]:
-    """Yield what each model has said so far, at most some 20 times a second. Closing the iterator stops the models.
+    """Yield what each model has said so far, at most some 20 times a second, until all have ended, or ``turn.left``.
 
     Each model has its own thread, so that neither a long prompt nor the end of an answer holds up other pages."""
-    loop, news, left = asyncio.get_running_loop(), asyncio.Queue(), threading.Event()
+    loop, news = asyncio.get_running_loop(), asyncio.Queue()
 
     def tell(*item) -> None:
         try:
             loop.call_soon_threadsafe(news.put_nowait, item)
         except RuntimeError:  # the server has ended
-            left.set()
+            turn.left.set()
 
     def work(index: int) -> None:
         try:
-            asked = conversations[index].ask(instruction, input, left.is_set)
-            _write(models[index].slots, asked, left, lambda piece: tell(index, piece))
+            for piece in conversations[index].ask(instruction, input, turn.left.is_set):
+                tell(index, piece)
             tell(index, None)
         except Exception as e:
             tell(index, e)
 
-    for index in range(len(models)):
-        threading.Thread(target=work, args=(index,), name=WORKER, daemon=True).start()
+    turn.threads = [threading.Thread(target=work, args=(i,), name=WORKER, daemon=True) for i in range(len(models))]
+    for thread in turn.threads:
+        thread.start()
     texts, running = [""] * len(models), len(models)
-    try:
-        while running:
-            batch = [await news.get()]
-            while not news.empty():
-                batch.append(news.get_nowait())
-            for index, piece in batch:
-                if isinstance(piece, UserError):
-                    raise page_error(str(piece))
-                if isinstance(piece, Exception):
-                    logging.error("%s failed", models[index].name, exc_info=piece)
-                    raise page_error(f"{models[index].name} failed; the terminal of the server says why.")
-                if piece is None:
-                    running -= 1
-                else:
-                    texts[index] += piece
-            yield list(texts)
-            if running:
-                await asyncio.sleep(0.05)
-    finally:
-        left.set()
-
-
-def _write(slots: threading.Semaphore, answer: Iterator[str], left: threading.Event, tell: Callable) -> None:
-    """Pass an answer to ``tell`` piece by piece until ``left`` is set."""
-    while not slots.acquire(timeout=0.1):
-        if left.is_set():
-            return
-    try:
-        if not left.is_set():
-            with contextlib.closing(answer):
-                for piece in answer:
-                    tell(piece)
-    finally:
-        slots.release()
+    while running:
+        batch = [await news.get()]
+        while not news.empty():
+            batch.append(news.get_nowait())
+        for index, piece in batch:
+            if isinstance(piece, UserError):
+                raise page_error(str(piece))
+            if isinstance(piece, Exception):
+                logging.error("%s failed", models[index].name, exc_info=piece)
+                raise page_error(f"{models[index].name} failed; the terminal of the server says why.")
+            if piece is None:
+                running -= 1
+            else:
+                texts[index] += piece
+        yield list(texts)
+        if running:
+            await asyncio.sleep(0.05)
 
 
 class Demo:
@@ -191,17 +226,18 @@ class Demo:
         if len(models) == 2:
             self.names = [f"{letter}: {name}" for letter, name in zip("AB", self.names, strict=True)]
         self.remembers = any(model.remembers for model in models)
+        self.line = Line()
         self.latest: dict[str | None, dict] = {}  # login → its last exchange
-        with gr.Blocks(title=f"{self.names[0]} · Alpaca", analytics_enabled=False) as self.page:
+        with gr.Blocks(title=TITLE, analytics_enabled=False) as self.page:
             self._lay_out()
             self._connect()
-        self.page.queue(max_size=MAX_WAITING, api_open=False, default_concurrency_limit=8)
+        self.page.queue(max_size=MAX_WAITING, api_open=False, default_concurrency_limit=8)  # the queue of those in Line
 
     def _lay_out(self) -> None:
         names = html.escape(" and ".join(model.name for model in self.models))
         said = [REMEMBERS if model.remembers else ALONE for model in self.models]
         memory = f"It {said[0]}." if len(set(said)) == 1 else f"A {said[0]}; B {said[1]}."
-        gr.HTML(HEADING.format(names, memory), js_on_load=None)
+        gr.HTML(HEADING.format(TITLE, names, memory), js_on_load=None)
         for lay_out in [self._lay_out_answers, self._lay_out_fields][:: 1 if self.remembers else -1]:
             lay_out()
         labels = [" ".join(pair).strip() for pair in EXAMPLES]
@@ -219,17 +255,16 @@ class Demo:
         self.exchange = gr.State(None)
 
     def _lay_out_fields(self) -> None:
-        keys = "Enter asks, Shift+Enter makes a new line."
         limits = {"max_length": MAX_CHARS, "max_lines": 10}
-        self.instruction = gr.Textbox(label="Instruction", placeholder=f"What should be done? {keys}", **limits)
-        self.input = gr.Textbox(label="Input (optional)", placeholder=f"The text it is about. {keys}", **limits)
+        self.instruction = gr.Textbox(label="Instruction", placeholder="What should be done?", **limits)
+        self.input = gr.Textbox(label="Input (optional)", placeholder="The text it is about", **limits)
         self.fields = [self.instruction, self.input]
         with gr.Row():
             self.ask = gr.Button("Answer", variant="primary", size="md", min_width=80)
             self.stop = gr.Button("Stop", variant="stop", interactive=False, size="md", min_width=80)
             self.again = gr.Button("Try again", size="md", min_width=80)
             self.new = gr.Button("New conversation", size="md", min_width=80, visible=self.remembers)
-        self.status = gr.HTML(render_status(""), js_on_load=None)
+        self.status = gr.HTML(render_status("Enter asks, Shift+Enter makes a new line."), js_on_load=None)
 
     def _lay_out_answers(self) -> None:
         self.shown, self.texts = [], []
@@ -248,16 +283,18 @@ class Demo:
         most, temperature = min(model.max_prompt_tokens for model in self.models), self.defaults.temperature
         with gr.Row():
             self.settings = [
-                gr.Slider(1, longest, longest, step=1, label="Longest answer (tokens)", min_width=240),
-                gr.Slider(0, 2, temperature, step=0.05, label="Temperature (0: likeliest)", min_width=240),
+                gr.Slider(1, longest, longest, step=1, label="Longest (tokens)", min_width=240),
+                gr.Slider(0, 2, temperature, step=0.05, label="Temperature", min_width=240),
                 gr.Slider(0.01, 1, self.defaults.top_p, step=0.01, label="Top p", min_width=240),
                 # not a Number: an empty one turns into 0 as soon as it is shown
-                gr.Textbox("" if seed is None else str(seed), label="Seed (empty: a new one each time)", min_width=240),
+                gr.Textbox(
+                    "" if seed is None else str(seed), label="Seed", placeholder="a new one each time", min_width=240
+                ),
             ]
         gr.HTML(
             f'<p class="notice">An instruction and an input may have {MAX_CHARS:,} characters each and {most:,} tokens '
-            "together. The same seed gives the same answer; <i>Try again</i> takes a new one. "
-            f"{STREAMS} answers are written at once, {MAX_WAITING} more may wait.</p>",
+            "together. Temperature 0 takes the likeliest token each time. The same seed gives the same answer; "
+            f"<i>Try again</i> takes a new one. {STREAMS} answers are written at once; further ones wait in line.</p>",
             js_on_load=None,
         )
 
@@ -265,28 +302,27 @@ class Demo:
         """Say what happens on a click: ask, ask again, stop, start a new conversation, report."""
         outputs = [*self.shown, *self.texts, self.exchange, self.status, self.stop, self.reported]
         outputs += self.fields if self.remembers else []
-        options = {"outputs": outputs, "show_progress_on": self.status}
-        options |= {"concurrency_limit": STREAMS, "concurrency_id": "answer"}
+        # Line has them wait, and the status says so: not Gradio's queue.
+        options = {"outputs": outputs, "show_progress": "hidden", "concurrency_limit": None, "concurrency_id": "answer"}
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
         triggers = [self.ask.click, self.instruction.submit, self.input.submit]
-        active, inactive = (gr.Button(interactive=state, render=False) for state in (True, False))
-        # The page runs the listeners of a click one after another, but does not wait for what is in a then().
-        # Stop is also for what waits in the queue.
-        pressed = gr.on(triggers, lambda: active, None, self.stop, queue=False, **quiet)
+        # The browser says at once that it asks. It runs the listeners of a click one after another, but does not wait
+        # for what is in a then(). Stop is also for what waits.
+        said = {"outputs": [self.status, self.stop], **quiet}
         inputs = [self.exchange, *self.fields, *self.settings]
+        pressed = gr.on(triggers, None, js=SAY.format("Asking …", "true"), **said)
         asked = pressed.then(self.answer, inputs, api_name="answer", **options)
-        pressed = self.again.click(lambda: active, None, self.stop, queue=False, **quiet)
+        pressed = self.again.click(None, js=SAY.format("Asking …", "true"), **said)
         asked_again = pressed.then(
             self.answer_again, [self.exchange, *self.settings], api_visibility="private", **options
         )
-        for event in (asked, asked_again):  # a refused request has not set the button back
-            event.failure(lambda: inactive, None, self.stop, queue=False, **quiet)
+        for event in (asked, asked_again):
+            event.failure(None, self.status, js=FAILED, **said)
         # Both write into the same fields: the later one ends the other.
         gr.on(triggers, None, cancels=asked_again)
         self.again.click(None, cancels=asked)
         self.stop.click(None, cancels=[asked, asked_again])
-        stopped = render_status("Stopped."), inactive
-        self.stop.click(lambda: stopped, None, [self.status, self.stop], queue=False, **quiet)
+        self.stop.click(None, js=SAY.format("Stopped.", "false"), **said)
         names, texts = [render_answer(name, "") for name in self.names], [""] * len(self.names)
         empty = *names, *texts, None, render_status(""), gr.Button(interactive=False, render=False), render_status(NOTE)
         self.new.click(None, cancels=[asked, asked_again])
@@ -297,6 +333,10 @@ class Demo:
         """Return what marks one login by password; None on a page without a password, which only this machine sees."""
         names = (f"access-token{kind}-{self.page.app.cookie_id}" for kind in ("", "-unsecure"))
         return next(filter(None, map(request.cookies.get, names)), None) if self.page.auth else None
+
+    def _check_latest(self, login: str | None, exchange: dict) -> None:
+        if login and self.latest.get(login) is not exchange:
+            raise page_error("You have asked something else in another window: one at a time.")
 
     def _show(self, exchange: dict, status: str, empty_fields: bool = False):
         """Return what all outputs of answer() become."""
@@ -333,20 +373,25 @@ class Demo:
         conversations = [Conversation(model.model, model.tokenizer, settings) for model in self.models]
         for conversation, before in zip(conversations, turns, strict=True):
             conversation.turns = before
-        login, started = self._login_of(request), time.monotonic()
+        login, turn = self._login_of(request), Turn(request.client.host)
         self.latest[login] = exchange
-        yield self._show(exchange, "Answering …", empty_fields)
         try:
-            async for texts in answers(self.models, conversations, instruction, exchange["input"]):
+            async for place in (places := self.line.wait(turn)):
+                yield self._show(exchange, f"Waiting: number {place} in line.", empty_fields)
+                self._check_latest(login, exchange)
+            started = time.monotonic()
+            yield self._show(exchange, "Answering …", empty_fields)
+            async for texts in answers(self.models, conversations, instruction, exchange["input"], turn):
                 exchange["answers"] = texts
-                if login and self.latest.get(login) is not exchange:
-                    raise page_error("You have asked something else in another window: one at a time.")
+                self._check_latest(login, exchange)
                 yield self._show(exchange, "Answering …")
         except gr.Error:
             exchange["running"] = False
-            yield self._show(exchange, "Not answered to the end.")
+            yield self._show(exchange, "Not answered to the end." if any(exchange["answers"]) else "Not answered.")
             raise
         finally:  # also if it is stopped
+            await places.aclose()
+            turn.left.set()
             exchange["running"] = False
             if self.latest.get(login) is exchange:
                 del self.latest[login]
