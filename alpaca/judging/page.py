@@ -84,7 +84,7 @@ class _Events:
 
     def show(self, session: dict, note: str = "") -> tuple:
         """Return the new values of the page's outputs: the annotator's next pair, or thanks."""
-        annotator, total = session["name"], self.total
+        annotator, total = self._annotator(session), self.total
         place, done, name = self.ballots.next(annotator), self.ballots.done(annotator), html.escape(annotator)
         bar = f'<progress max="{total}" value="{done}" aria-label="Judged"></progress>'
         progress = f'<div class="progress"><span>{done:,} of {total:,}</span>{bar}<span dir="auto">{name}</span></div>'
@@ -106,21 +106,22 @@ class _Events:
         return self.show(session, f"Going on after {done:,}." if done else "")
 
     def vote(self, choice: str, session: dict | None, place) -> tuple:
-        self._check(session)
+        annotator = self._annotator(session)
         if not isinstance(place, int) or not 0 <= place < self.total:
             raise page_error("There is no such pair: reload the page.", "Not saved")
-        kept = self._keep(self.ballots.vote, session["name"], place, choice)
+        kept = self._keep(self.ballots.vote, annotator, place, choice)
         session["voted"] += [place] * kept
         return self.show(session, "" if kept else "You had judged that pair already: the first choice stands.")
 
     def undo(self, session: dict | None) -> tuple:
-        self._check(session)
-        taken_back = session["voted"] and self._keep(self.ballots.undo, session["name"], session["voted"].pop())
+        annotator = self._annotator(session)
+        taken_back = session["voted"] and self._keep(self.ballots.undo, annotator, session["voted"].pop())
         return self.show(session, "Taken back: choose again." if taken_back else "There is nothing to take back here.")
 
-    def _check(self, session: dict | None) -> None:
+    def _annotator(self, session: dict | None) -> str:
         if not session:
             raise page_error("The server does not know your name any more: reload the page.", "Not saved")
+        return self.ballots.annotator(session["name"])  # again: another may have voted under it, spelled otherwise
 
     def _keep(self, change, *args) -> bool:
         try:
