@@ -33,8 +33,8 @@ from conftest import ROOT
 
 import utils
 from alpaca import UserError
-from alpaca.chat_template import mark_trained
-from alpaca.inference.chat import Conversation, request_ids
+from alpaca.chat_template import mark_trained, saved_template
+from alpaca.inference.chat import next_turn, request_ids
 from alpaca.inference.generate import answer_batch
 from alpaca.inference.load import load
 from alpaca.inference.web import page as web_page
@@ -51,7 +51,7 @@ TASKS = [("Give three tips.", "For sleep."), ("Count to ten.", "")]
 
 
 class Model:
-    """Stands in for chat.stream: "count" counts every 10 ms without an end, all else says the input again."""
+    """Writes by a script: "count" counts every 10 ms without an end, all else says the input again."""
 
     def __init__(self):
         self.config = SimpleNamespace(max_position_embeddings=2_000, get_text_config=lambda: self.config)
@@ -59,7 +59,7 @@ class Model:
         self.may_go_on = threading.Event()
         self.lock = threading.Lock()
 
-    def stream(self, tokenizer, ids, settings, memory, stopped, on_cut):
+    def write(self, ids, settings, stopped, on_cut):
         prompt = "".join(ids)
         with self.lock:
             self.calls.append((prompt, dataclasses.asdict(settings)))
@@ -89,6 +89,19 @@ class Model:
                 self.running -= 1
                 if not self.running:
                     self.all_stopped.set()
+
+
+class Scripted:
+    """Stands in for Conversation, with a Model."""
+
+    def __init__(self, model, tokenizer, settings):
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.turns, self.cut = [], ""
+
+    def ask(self, instruction, input, stopped):
+        record = next_turn(self.turns, instruction, input)
+        (ids,) = request_ids(self.tokenizer, saved_template(self.tokenizer), [record])
+        return self.model.write(ids, self.settings, stopped, lambda limit: setattr(self, "cut", limit))
 
 
 class Words:
@@ -151,10 +164,10 @@ class Site:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def scripted_stream():
-    """Whatever model is asked answers for itself, as long as it can; real models are asked in other processes."""
+def scripted():
+    """The page talks with a Model here; real models are asked in other processes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("alpaca.inference.chat.stream", lambda model, *args, **kwargs: model.stream(*args, **kwargs))
+        patch.setattr(web_page, "Conversation", Scripted)
         yield
 
 
@@ -541,6 +554,7 @@ def test_a_long_conversation_stays_in_its_place_with_its_end_in_view(visit, site
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_holds_still_while_it_is_typed_in_and_says_at_once_that_it_asks(visit, sites, width):
     page = visit(width=width)
+    page.page.locator("h1").wait_for()
     assert page.page.title() == page.page.locator("h1").inner_text() == "Ask an Alpaca model"
     places = "[...document.querySelectorAll('button')].map(e => e.getBoundingClientRect().y)"
     field = page.page.get_by_label("Instruction", exact=True)
@@ -852,7 +866,11 @@ def memory_of(pid: int) -> int:
 
 def test_requests_that_do_not_end_are_closed_and_whole_ones_are_answered(sites, monkeypatch):
     monkeypatch.setattr(web_server, "REQUEST_SECONDS", 1.0)
-    halves = [b"GET / HT", b"POST /login HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nuser", b""]
+    halves = [
+        b"GET / HT",
+        b"POST /gradio_api/queue/join HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{",
+        b"",
+    ]
     senders = [connect(sites()) for _ in range(40)]
     for sender, half in zip(senders, itertools.cycle(halves), strict=False):
         sender.sendall(half)
@@ -959,7 +977,7 @@ def drive(models, word, use, line=None):
     """Runs ``use(stream of answers)`` in a loop of its own, once it is its turn in the line."""
 
     async def run():
-        asked = [Conversation(model.model, model.tokenizer, web_page.Settings(seed=0)) for model in models]
+        asked = [Scripted(model.model, model.tokenizer, web_page.Settings(seed=0)) for model in models]
         turn = web_page.Turn("127.0.0.1")
         try:
             if line:
@@ -998,48 +1016,41 @@ def test_asking_and_stopping_in_turn_never_has_more_models_at_work_than_streams(
     model.may_go_on.set()
     assert model.all_stopped.wait(10)
     wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name == web_server.WORKER])
+    model.may_go_on.clear()
     drive(models, "read", leave_soon, line)
     assert len(model.calls) == web_page.STREAMS + 1
+    model.may_go_on.set()
 
 
 def test_the_line_is_served_by_address_and_holds_no_more_than_a_few_of_each():
     """Thirty of one address, then one each of two others: these two come next."""
 
     async def scenario():
-        line, granted, turns = web_page.Line(), [], {}
+        line, granted = web_page.Line(), []
 
         async def ask(name, address):
-            turn = turns[name] = web_page.Turn(address)
+            turn = web_page.Turn(address)
             async for _ in line.wait(turn):
                 pass
-            granted.append(name)
+            granted.append((name, turn))
 
-        async with asyncio.TaskGroup() as group:
-            tasks = [asyncio.create_task(ask(f"greedy {n}", "a")) for n in range(30)]
-            await asyncio.sleep(0.2)
-            refused = [str(task.exception()) for task in tasks if task.done() and task.exception()]
-            group.create_task(ask("second", "b"))
-            group.create_task(ask("third", "c"))
-            await asyncio.sleep(0.2)
-            first = list(granted)
-            while len(granted) < web_page.STREAMS + web_page.MAX_WAITING + 2 - (30 - len(tasks)):
-                if set(granted) >= {"second", "third"} and "order" not in turns:
-                    turns["order"] = list(granted)
-                for name in list(granted):
-                    turns[name].left.set()
-                await asyncio.sleep(0.06)
-                if "order" in turns:
-                    break
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        return refused, first, turns["order"], line
+        greedy = [asyncio.create_task(ask("greedy", "a")) for _ in range(30)]
+        await asyncio.sleep(0.2)
+        others = [asyncio.create_task(ask(name, name)) for name in ("second", "third")]
+        for place in range(4):  # two are at work; each that ends lets the next one in
+            while len(granted) < 2 + place:
+                await asyncio.sleep(0.01)
+            granted[place][1].left.set()
+        refused = [str(task.exception()) for task in greedy if task.done() and task.exception()]
+        for task in greedy:
+            task.cancel()
+        await asyncio.gather(*greedy, *others, return_exceptions=True)
+        return refused, [name for name, _ in granted[:4]], line
 
     with futures.ThreadPoolExecutor(1) as pool:
-        refused, first, order, line = pool.submit(asyncio.run, scenario()).result()
-    assert len(refused) == 30 - web_page.MAX_WAITING and "wait already" in refused[0]
-    assert first == ["greedy 0", "greedy 1"] and order == [*first, "second", "third"]
-    assert line.waiting == [] and line.served == {}
+        refused, order, line = pool.submit(asyncio.run, scenario()).result()
+    assert len(refused) == 30 - web_page.STREAMS - web_page.MAX_WAITING and "wait already" in refused[0]
+    assert order == ["greedy", "greedy", "second", "third"] and line.waiting == [] and line.served == {}
 
 
 def test_a_greedy_login_keeps_nobody_waiting_longer_than_two_answers(sites):

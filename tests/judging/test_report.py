@@ -258,9 +258,7 @@ def test_a_report_of_two_items_and_of_a_judge_without_a_verdict(files, tmp_path)
     assert report_text.judge_table(found)[1] == ["<i>gpt</i>", "0", "0", "0", "0", "1", "–", "–", "–", "–"]
 
 
-def test_one_item_is_named_in_the_singular_has_a_wide_interval_and_no_figure_at_equal_length(
-    files, tmp_path, capsys
-):
+def test_one_item_is_named_in_the_singular_has_a_wide_interval_and_no_figure_at_equal_length(files, tmp_path, capsys):
     for name, row in (("set", 2), ("a", 2), ("b", 2), ("people", 4)):  # Ada prefers a in the third item
         (tmp_path / f"{name}.jsonl").write_text((files / f"{name}.jsonl").read_text().splitlines(True)[row])
     found = run(tmp_path, tmp_path / "out", judgments=f"{tmp_path}/people.jsonl", data_path=str(files / "train.json"))
