@@ -936,7 +936,7 @@ def test_wrong_passwords_are_tried_with_pauses_and_keep_nobody_else_waiting(monk
         slept.append(round(seconds, 1))
 
     async def attempts():
-        return [await guard._may_log_in(address) for address in [*["a"] * 8, "b"]]
+        return [await guard._hold("login", address, web_server.LOGIN_PAUSE) for address in [*["a"] * 8, "b"]]
 
     # names of this module alone: the servers of other tests go on sleeping
     monkeypatch.setattr(web_server, "asyncio", types.SimpleNamespace(sleep=sleep))
@@ -946,7 +946,8 @@ def test_wrong_passwords_are_tried_with_pauses_and_keep_nobody_else_waiting(monk
     assert slept == [0, 2, 4, 6, 8, 10, 0]
     monkeypatch.setattr(web_server, "time", types.SimpleNamespace(monotonic=lambda: 113.0))
     with futures.ThreadPoolExecutor(1) as pool:
-        assert pool.submit(asyncio.run, guard._may_log_in("a")).result() and guard.next_login == {"a": 115.0}
+        assert pool.submit(asyncio.run, guard._hold("login", "a", web_server.LOGIN_PAUSE)).result()
+    assert guard.next == {("login", "a"): 115.0}
 
 
 def test_a_right_password_ends_the_pauses(sites, monkeypatch):
@@ -956,7 +957,7 @@ def test_a_right_password_ends_the_pauses(sites, monkeypatch):
     guard = site.page.app.middleware_stack
     while not isinstance(guard, web_server.Guard):
         guard = guard.app
-    guard.next_login.clear()  # as if half a minute had passed
+    guard.next.clear()  # as if half a minute had passed
     assert site.log_in()[0] == 200
 
 
@@ -1037,6 +1038,7 @@ def test_the_line_is_served_by_address_and_holds_no_more_than_a_few_of_each():
         greedy = [asyncio.create_task(ask("greedy", "a")) for _ in range(30)]
         await asyncio.sleep(0.2)
         others = [asyncio.create_task(ask(name, name)) for name in ("second", "third")]
+        await asyncio.sleep(0.2)
         for place in range(4):  # two are at work; each that ends lets the next one in
             while len(granted) < 2 + place:
                 await asyncio.sleep(0.01)

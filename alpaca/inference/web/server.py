@@ -42,7 +42,8 @@ MAX_FROM_ADDRESS = 200  # connections of another machine; through a proxy on thi
 REQUEST_SECONDS = 20.0  # for a whole request to arrive; uvicorn waits for ever
 MAX_JOBS = 200  # answers and reports that Gradio has begun, most of which wait for their turn
 LOGIN_PAUSE = 2.0  # s between attempts to log in from one address, after a wrong password
-MAX_LOGIN_WAIT = 10.0  # s; attempts that would wait longer are refused
+ASK_PAUSE = 0.25  # s between questions from one address, which would otherwise keep Gradio busy with refusals
+MAX_HELD = 10.0  # s; what would wait longer is refused
 WORKER = "alpaca-answer"  # the name of each thread in which a model writes an answer
 # Browsers have no clipboard object in a page that comes neither by https nor from this machine.
 COPY = """(text) => {
@@ -155,7 +156,8 @@ class Guard:
     """Middleware that opens only the routes that the page needs (Gradio also has uploads, proxies, files, recordings).
 
     Pages of other sites are refused: Gradio lets any origin read, and over https its cookie is sent with the request.
-    Passwords are tried one after another, with a pause after a wrong one. A request that fails is one line in the log.
+    Passwords are tried one after another, with a pause after a wrong one, and questions come one after another where
+    there are passwords: else all come from this machine. A request that fails is one line in the log.
     """
 
     GET = re.compile(
@@ -163,6 +165,7 @@ class Guard:
         r"|/gradio_api/((info|startup-events|theme\.css|app_id|user|login_check|queue/data)/?|(heartbeat|call)/.+)"
     )
     POST = re.compile(r"/login/?|/gradio_api/(queue/join|cancel|reset|(call|run)/.+)/?")  # run: only what is not queued
+    ASK = re.compile(r"/gradio_api/(queue/join|call/)")
     HEADERS = {
         "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; font-src 'self' data:; "
         "style-src 'self' 'unsafe-inline'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; script-src-attr 'none'; "
@@ -171,9 +174,9 @@ class Guard:
         "X-Content-Type-Options": "nosniff",
     }
 
-    def __init__(self, app):
-        self.app = app
-        self.next_login: dict[str, float] = {}  # address → when it may try to log in
+    def __init__(self, app, passwords: bool = True):
+        self.app, self.passwords = app, passwords
+        self.next: dict[tuple[str, str], float] = {}  # "login" or "ask", address → when it may do that again
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "lifespan":
@@ -186,7 +189,10 @@ class Guard:
             return await PlainTextResponse(refusal[1], refusal[0])(scope, receive, send)
         login = scope["method"] == "POST" and scope["path"].startswith("/login")
         address = (scope.get("client") or ("",))[0]  # behind a proxy on this machine, the client that it names
-        if login and not await self._may_log_in(address):
+        ask = self.passwords and scope["method"] == "POST" and self.ASK.match(scope["path"])
+        if (login and not await self._hold("login", address, LOGIN_PAUSE)) or (
+            ask and not await self._hold("ask", address, ASK_PAUSE)
+        ):
             return await PlainTextResponse("Too many attempts: wait.\n", 429)(scope, receive, send)
 
         started = False
@@ -197,7 +203,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(self.HEADERS)
                 if login and message["status"] == 200:
-                    self.next_login.pop(address, None)
+                    self.next.pop(("login", address), None)
             await send(message)
 
         try:
@@ -208,14 +214,14 @@ class Guard:
             if not started:
                 await PlainTextResponse("This cannot be answered.\n", 500)(scope, receive, send_with_headers)
 
-    async def _may_log_in(self, address: str) -> bool:
+    async def _hold(self, kind: str, address: str, pause: float) -> bool:
         """Wait for the turn of an attempt; return False if there are too many before it."""
         now = time.monotonic()
-        self.next_login = {known: at for known, at in self.next_login.items() if at > now}
-        turn = max(now, self.next_login.get(address, now))
-        if turn - now > MAX_LOGIN_WAIT:
+        self.next = {known: at for known, at in self.next.items() if at > now}
+        turn = max(now, self.next.get((kind, address), now))
+        if turn - now > MAX_HELD:
             return False
-        self.next_login[address] = turn + LOGIN_PAUSE
+        self.next[kind, address] = turn + pause
         await asyncio.sleep(turn - now)
         return True
 
@@ -280,7 +286,10 @@ def launch(page: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None, 
     """Start the server in a thread; return its address."""
     for name in ("no_proxy", "NO_PROXY"):  # Gradio asks its own server whether it is up
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
-    guards = [Middleware(Guard), Middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY_BYTES)]
+    guards = [
+        Middleware(Guard, passwords=bool(auth)),
+        Middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY_BYTES),
+    ]
     if not auth:  # else a page of another site could reach this one through a name of its own that points at 127.0.0.1
         guards.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"]))
     # Gradio ships these fonts, but the semibold one of its default theme lacks most letters.
