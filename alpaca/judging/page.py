@@ -33,7 +33,7 @@ BUTTONS = {  # id: label, keys shown on it. The arrows up and down are for scrol
     "skip": ("Skip", "4"),
     "undo": ("Undo", "U"),
 }
-KEYS_SAID = "Keys: " + ", ".join(f"{label} {key}" for label, key in BUTTONS.values()) + "."
+KEYS_SAID = "Keys: " + ", ".join(f"{label} ({key})" for label, key in BUTTONS.values()) + "."
 CUT = "Cut off here: it had more to say."
 # A key clicks its button. A key that is held down is ignored, and so is one within 0.3 s of a new pair, before anybody
 # can have read it. The browser keeps the name for a reload.

@@ -16,6 +16,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Sequence
+from pathlib import Path
 
 from alpaca import UserError
 from alpaca.common.text import first_line, printable
@@ -51,36 +52,7 @@ COPY = """(text) => {
   const area = document.createElement("textarea");
   area.value = text; document.body.append(area); area.select(); document.execCommand("copy"); area.remove();
 }"""
-CSS = """
-.gradio-container, .gradio-container main { max-width: min(1100px, 100vw) !important; margin: 0 auto !important; }
-footer { display: none !important; }
-.html-container { padding: 0 !important; }
-.notice, .status { font-size: .9em; opacity: .8; margin: 0; }
-.status { min-height: 1.5em; padding-top: .4em; }
-button:disabled { opacity: 1 !important; background: var(--background-fill-secondary) !important;
-                  color: color-mix(in srgb, var(--body-text-color) 70%, var(--background-fill-secondary)) !important; }
-button.stop:enabled { background: #b91c1c !important; }  /* white on Gradio's red is hard to read */
-:is(.min_value, .max_value) { color: var(--body-text-color) !important; opacity: .75; }
-.copy { align-self: flex-end; width: auto; padding: .3em .9em !important; }
-.answer, .answer :is(pre, th, td, .asked) { border: 1px solid var(--border-color-primary) !important; }
-.answer { border-radius: var(--radius-lg); padding: .8em 1em;
-          background: var(--background-fill-primary); min-height: 7em; overflow-wrap: anywhere; line-height: 1.55; }
-.answer h2 { font-size: .85em !important; opacity: .7; margin: 0 0 .5em !important; }
-.answer :is(p, ul, ol, pre, table, blockquote) { margin: 0 0 .7em; }
-.answer :is(ul, ol, li) { font-size: inherit !important; list-style: disc outside; }
-.answer :is(ul, ol) { padding-left: 1.6em; } .answer ol > li { list-style: decimal outside !important; }
-.answer pre { background: var(--background-fill-secondary); border-radius: var(--radius-md);
-              padding: .7em .9em; overflow-x: auto; overflow-wrap: normal; }
-.answer code { font-family: var(--font-mono); font-size: .92em; }
-.answer table { border: 0 !important; width: auto; border-collapse: collapse; }
-.answer :is(th, td) { padding: .2em .6em; }
-.answer blockquote { border-left: 3px solid var(--border-color-primary); padding-left: .8em; }
-.answer .asked { background: var(--background-fill-secondary); border-radius: var(--radius-lg); white-space: pre-wrap;
-                 padding: .5em .9em; margin: 0 0 .7em auto; width: fit-content; max-width: 85%; }
-.prose.talk { display: flex; flex-direction: column-reverse; max-height: 60vh; overflow-y: auto; }  /* end in view */
-.talk .answer { flex-shrink: 0; }
-.answer a { color: var(--link-text-color); text-decoration: underline; padding: 0 !important; margin: 0 !important; }
-"""
+CSS = (Path(__file__).parent / "templates" / "page.css").read_text()
 
 
 def _markdown() -> MarkdownIt:
