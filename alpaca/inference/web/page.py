@@ -46,8 +46,6 @@ and may be wrong, biased or harmful: check what it says before you use it. If it
 4.0) or on LLaMA, their licenses allow research only, no commercial use. {}</p>"""
 TITLE = "Ask an Alpaca model"
 SAY = "() => ['" + render_status("{}") + "', {{__type__: 'update', interactive: {}}}]"
-FAILED = f"""(said) => said.includes("Asking") ? ({SAY.format("Not answered.", "false")})() :
-  [{{__type__: "update"}}, {{__type__: "update", interactive: false}}]"""  # also of an answer that was stopped
 REMEMBERS = "remembers the conversation until you start a new one"
 ALONE = "answers each instruction on its own and remembers nothing"
 
@@ -317,7 +315,7 @@ class Demo:
             self.answer_again, [self.exchange, *self.settings], api_visibility="private", **options
         )
         for event in (asked, asked_again):
-            event.failure(None, self.status, js=FAILED, **said)
+            event.failure(None, js="() => ({__type__: 'update', interactive: false})", outputs=self.stop, **quiet)
         # Both write into the same fields: the later one ends the other.
         gr.on(triggers, None, cancels=asked_again)
         self.again.click(None, cancels=asked)
@@ -338,6 +336,12 @@ class Demo:
         if login and self.latest.get(login) is not exchange:
             raise page_error("You have asked something else in another window: one at a time.")
 
+    def _refused(self) -> tuple:
+        """Return what all outputs of answer() become when there is none: they stay, and the status says it."""
+        kept = [gr.skip()] * (2 * len(self.names) + 1)
+        status = render_status("Not answered."), gr.Button(interactive=False)
+        return *kept, *status, *[gr.skip()] * (1 + len(self.fields) * self.remembers)
+
     def _show(self, exchange: dict, status: str, empty_fields: bool = False):
         """Return what all outputs of answer() become."""
         running, said = exchange["running"], zip(self.names, exchange["answers"], exchange["asked"], strict=True)
@@ -357,13 +361,18 @@ class Demo:
     async def answer_again(self, request: gr.Request, exchange, *given):
         """Ask the last instruction again, with a new seed."""
         if not exchange:
+            yield self._refused()
             raise page_error("There is no answer yet.")
         turns, texts = [asked[:-1] for asked in exchange["asked"]], (exchange["instruction"], exchange["input"])
         async for shown in self._answer(request, turns, *texts, [*given[:-1], None]):
             yield shown
 
     async def _answer(self, request: gr.Request, turns, instruction, input, given, empty_fields=False):
-        settings = check(self.models, self.defaults.max_new_tokens, instruction, input, *given, turns)
+        try:
+            settings = check(self.models, self.defaults.max_new_tokens, instruction, input, *given, turns)
+        except gr.Error:
+            yield self._refused()
+            raise
         exchange = {"instruction": instruction, "input": input or "", "models": [model.name for model in self.models]}
         exchange |= {"paths": [model.path for model in self.models], "settings": dataclasses.asdict(settings)}
         turns = turns or [[] for _ in self.models]
