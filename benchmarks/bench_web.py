@@ -5,8 +5,9 @@
 
 The demo has a scripted model: an answer takes one second, two are written at once. A greedy login keeps 30 requests
 pending; 50 visitors of other addresses, each with a login, ask in turn, at most one at a time, so that the page could
-answer them all. The blind page has 50 voters and 2,000 votes; each voter votes again, with a pause to read before each
-vote. Addresses are those that a proxy on this machine would name. Writes benchmarks/results/web.json.
+answer them all. The blind page has 50 voters and 2,000 votes; each voter votes again, with a pause to read before
+each vote. On a busy machine, look at the processor's time for a vote. Addresses are those that a proxy on this
+machine would name. Writes benchmarks/results/web.json.
 """
 
 from __future__ import annotations
@@ -92,8 +93,12 @@ class Server:
         self.process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=self.log, text=True, env=env)
         self.said = [self.process.stdout.readline().strip() for _ in range(lines)]
 
-    def __enter__(self) -> list[str]:
-        return self.said
+    def cpu_seconds(self) -> float:
+        user, system = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+    def __enter__(self) -> Server:
+        return self
 
     def __exit__(self, *_) -> None:
         self.process.kill()
@@ -158,11 +163,14 @@ async def greedy_and_others(url: str) -> dict:
     }
 
 
-async def votes(url: str, begin: int, vote: int, by_name: bool) -> dict:
+async def votes(server: Server, by_name: bool) -> dict:
     """Return how long the votes of all voters took; ``by_name``: the page still believes the name that it is sent."""
     import aiohttp
 
+    url, functions = server.said
+    begin, vote = map(int, functions.split())
     seconds: list[float] = []
+    cpu_before = server.cpu_seconds()
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
         async def call(function: int, data: list, visit: str) -> None:
@@ -185,6 +193,7 @@ async def votes(url: str, begin: int, vote: int, by_name: bool) -> dict:
     seconds.sort()
     return {
         "votes": len(seconds),
+        "cpu_seconds_per_vote": round((server.cpu_seconds() - cpu_before) / len(seconds), 4),
         "seconds_median": round(statistics.median(seconds), 4),
         "seconds_p95": round(seconds[int(0.95 * len(seconds))], 4),
         "seconds_max": round(seconds[-1], 4),
@@ -192,11 +201,11 @@ async def votes(url: str, begin: int, vote: int, by_name: bool) -> dict:
 
 
 def measure(root: Path) -> dict:
-    with Server(root, "demo", 1) as (url,):
-        one = asyncio.run(greedy_and_others(url))
-    with Server(root, "blind", 2) as (url, functions):
+    with Server(root, "demo", 1) as server:
+        one = asyncio.run(greedy_and_others(server.said[0]))
+    with Server(root, "blind", 2) as server:
         by_name = "session = gr.State" not in (root / "alpaca/judging/page.py").read_text()
-        many = asyncio.run(votes(url, *map(int, functions.split()), by_name))
+        many = asyncio.run(votes(server, by_name))
     print(f"{root.name}: one greedy login: {one}; {VOTERS} voters: {many}", flush=True)
     return {"greedy_login": one, "voters": many}
 
