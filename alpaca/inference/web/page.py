@@ -321,6 +321,7 @@ class Demo:
         self.again.click(None, cancels=asked)
         self.stop.click(None, cancels=[asked, asked_again])
         self.stop.click(None, js=SAY.format("Stopped.", "false"), **said)
+        self.stop.click(self._stopped, self.exchange, [*self.shown, *self.texts], queue=False, **quiet)
         names, texts = [render_answer(name, "") for name in self.names], [""] * len(self.names)
         empty = *names, *texts, None, render_status(""), gr.Button(interactive=False, render=False), render_status(NOTE)
         self.new.click(None, cancels=[asked, asked_again])
@@ -349,6 +350,11 @@ class Demo:
         stop, fields = gr.Button(interactive=running), ["" if empty_fields else gr.skip() for _ in self.fields]
         shown += [*exchange["answers"], exchange, render_status(status), stop, render_status(NOTE)]
         return *shown, *fields * self.remembers
+
+    def _stopped(self, exchange: dict | None) -> list | tuple:
+        """Return the answers as far as they are kept: a model may have written more than the page had shown."""
+        count = 2 * len(self.names)
+        return self._show(exchange | {"running": False}, "")[:count] if exchange else [gr.skip()] * count
 
     async def answer(self, request: gr.Request, exchange, instruction, input, *given):
         """Ask all models, after the turns that the page shows, and yield what it shows meanwhile."""
