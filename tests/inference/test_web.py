@@ -1068,7 +1068,6 @@ def test_a_greedy_login_keeps_nobody_waiting_longer_than_two_answers(sites):
         assert site.http("/gradio_api/call/answer", {"data": ["count", "", 512, 1, 1, 0]}, greedy)[0] == 200
     for _ in range(3):
         assert site.call(*GOOD, headers=other)[0] == "complete"
-    assert len(site.model.calls) < 10  # the later of its requests ended the earlier ones, most before their turn
     web_server.close(site.page)
     assert site.model.all_stopped.wait(10) and site.model.running == 0
 

@@ -320,8 +320,8 @@ class Demo:
         gr.on(triggers, None, cancels=asked_again)
         self.again.click(None, cancels=asked)
         self.stop.click(None, cancels=[asked, asked_again])
-        self.stop.click(None, js=SAY.format("Stopped.", "false"), **said)
-        self.stop.click(self._stopped, self.exchange, [*self.shown, *self.texts], queue=False, **quiet)
+        outputs_of_stop = [*self.shown, *self.texts, self.status, self.stop]
+        self.stop.click(self._stopped, self.exchange, outputs_of_stop, queue=False, **quiet)
         names, texts = [render_answer(name, "") for name in self.names], [""] * len(self.names)
         empty = *names, *texts, None, render_status(""), gr.Button(interactive=False, render=False), render_status(NOTE)
         self.new.click(None, cancels=[asked, asked_again])
@@ -351,10 +351,11 @@ class Demo:
         shown += [*exchange["answers"], exchange, render_status(status), stop, render_status(NOTE)]
         return *shown, *fields * self.remembers
 
-    def _stopped(self, exchange: dict | None) -> list | tuple:
+    def _stopped(self, exchange: dict | None) -> tuple:
         """Return the answers as far as they are kept: a model may have written more than the page had shown."""
         count = 2 * len(self.names)
-        return self._show(exchange | {"running": False}, "")[:count] if exchange else [gr.skip()] * count
+        kept = self._show(exchange | {"running": False}, "")[:count] if exchange else [gr.skip()] * count
+        return *kept, render_status("Stopped."), gr.Button(interactive=False)
 
     async def answer(self, request: gr.Request, exchange, instruction, input, *given):
         """Ask all models, after the turns that the page shows, and yield what it shows meanwhile."""
