@@ -135,7 +135,7 @@ class Line:
     def __init__(self):
         self.waiting: list[Turn] = []  # in order of arrival
         self.granted: list[Turn] = []
-        self.served: dict[str, float] = {}  # address → its last turn; forgotten when nobody waits
+        self.served: dict[str, float] = {}  # address → its last turn; forgotten when nobody waits or is answered
 
     async def wait(self, turn: Turn) -> AsyncIterator[int]:
         """Yield a request's place, from 1, when it changes and each second, until it has its turn.
@@ -145,6 +145,8 @@ class Line:
         """
         if sum(other.address == turn.address for other in self.waiting) >= MAX_WAITING:
             raise page_error(f"{MAX_WAITING} requests from your address wait already: try again later.")
+        if not self.waiting and all(other.ended for other in self.granted):
+            self.served.clear()
         self.waiting.append(turn)
         shown, at = 0, 0.0
         try:
@@ -162,8 +164,6 @@ class Line:
             self.served[turn.address] = time.monotonic()
         finally:
             self.waiting.remove(turn)
-            if not self.waiting:
-                self.served.clear()
 
 
 async def answers(
