@@ -220,6 +220,7 @@ def main(before: str | None = None) -> None:
     result = made_with | {"answer_s": ANSWER_SECONDS, "pending": PENDING, "voters": VOTERS, "rows": ROWS}
     result |= {"pause_between_votes_s": PAUSE}
     if before:
+        result["command"] = result["command"].replace(before, "PATH")
         result["before"] = measure(Path(before).resolve())
     result["now"] = measure(ROOT)
     path = ROOT / "benchmarks" / "results" / "web.json"
