@@ -25,15 +25,14 @@ from alpaca.inference.answer_file import name_of
 from alpaca.inference.chat import Conversation, next_turn, request_ids
 from alpaca.inference.generate import Settings, context_length
 from alpaca.inference.load import load
+from alpaca.inference.web.line import MAX_WAITING, STREAMS, Line, Turn
 from alpaca.inference.web.reports import FLAGGED, MAX_REASON_CHARS, NOTE, flag
 from alpaca.inference.web.server import COPY, WORKER, check_exposure, gr, page_error, render_answer, render_status, run
 
 MAX_CHARS = 8_000  # of an instruction, and of an input
 MAX_PROMPT_TOKENS = 2_048  # training read 512; never more than half of what the model can read
-MAX_WAITING = 20  # requests of one address that wait for their turn; further ones are refused
 MAX_SEED = 2**31 - 1
 LIMITS = {"max_new_tokens": "the longest answer", "context": "the end of what the model can read"}
-STREAMS = 2  # answers of a model at once: a long one does not keep the next page waiting
 EXAMPLES = [
     ["Give three tips for sleeping better.", ""],
     ["Explain to a ten-year-old why the sky is blue.", ""],
@@ -115,57 +114,6 @@ def check(
     return settings
 
 
-class Turn:
-    """A request's turn: from when it is granted until its visitor has left and its models have ended.
-
-    For Gradio a stopped answer has ended, while its model may still be reading the prompt.
-    """
-
-    def __init__(self, address: str):
-        self.address, self.left, self.threads = address, threading.Event(), []
-
-    @property
-    def ended(self) -> bool:
-        return self.left.is_set() and not any(thread.is_alive() for thread in self.threads)
-
-
-class Line:
-    """Who is answered next: STREAMS at once, and of those who wait, the address whose last turn was longest ago."""
-
-    def __init__(self):
-        self.waiting: list[Turn] = []  # in order of arrival
-        self.granted: list[Turn] = []
-        self.served: dict[str, float] = {}  # address → its last turn; forgotten when nobody waits or is answered
-
-    async def wait(self, turn: Turn) -> AsyncIterator[int]:
-        """Yield a request's place, from 1, when it changes and each second, until it has its turn.
-
-        Raises:
-            gr.Error: too many others of its address wait.
-        """
-        if sum(other.address == turn.address for other in self.waiting) >= MAX_WAITING:
-            raise page_error(f"{MAX_WAITING} requests from your address wait already: try again later.")
-        if not self.waiting and all(other.ended for other in self.granted):
-            self.served.clear()
-        self.waiting.append(turn)
-        shown, at = 0, 0.0
-        try:
-            while True:
-                self.granted = [other for other in self.granted if not other.ended]
-                order = sorted(self.waiting, key=lambda other: self.served.get(other.address, 0.0))
-                place = 1 + order.index(turn)
-                if place == 1 and len(self.granted) < STREAMS:
-                    break
-                if place != shown or time.monotonic() - at > 1:  # a yield also tells Gradio whether its visitor is gone
-                    shown, at = place, time.monotonic()
-                    yield place
-                await asyncio.sleep(0.05)
-            self.granted.append(turn)
-            self.served[turn.address] = time.monotonic()
-        finally:
-            self.waiting.remove(turn)
-
-
 async def answers(
     models: list[Model], conversations: list[Conversation], instruction: str, input: str, turn: Turn
 ) -> AsyncIterator[list[str]]:
@@ -229,7 +177,7 @@ class Demo:
         with gr.Blocks(title=TITLE, analytics_enabled=False) as self.page:
             self._lay_out()
             self._connect()
-        self.page.queue(max_size=MAX_WAITING, api_open=False, default_concurrency_limit=8)  # the queue of those in Line
+        self.page.queue(max_size=MAX_WAITING, api_open=False, default_concurrency_limit=8)
 
     def _lay_out(self) -> None:
         names = html.escape(" and ".join(model.name for model in self.models))
@@ -243,9 +191,8 @@ class Demo:
         with gr.Accordion("Sampling", open=False):
             self._lay_out_sampling()
         with gr.Accordion("Report a harmful answer", open=False):
-            single = len(self.names) == 1
             self.which = gr.Radio(
-                self.names, value=self.names[0], label="Which answer", type="index", visible=not single
+                self.names, value=self.names[0], label="Which answer", type="index", visible=len(self.names) > 1
             )
             self.reason = gr.Textbox(label="What is wrong with it? (optional)", max_length=MAX_REASON_CHARS, lines=1)
             self.report = gr.Button("Report", size="sm")
@@ -272,7 +219,7 @@ class Demo:
                     kind = "talk" if model.remembers else None
                     self.shown.append(gr.HTML(render_answer(name, ""), elem_classes=kind, js_on_load=None))
                     self.texts.append(gr.Textbox(visible=False))
-                    label = "Copy" if len(self.names) == 1 else f"Copy {name[0]}"
+                    label = f"Copy {name[0]}" if len(self.names) > 1 else "Copy"
                     copy = gr.Button(label, size="sm", elem_classes="copy")
                     copy.click(None, self.texts[-1], None, js=COPY, api_visibility="private")
 
@@ -285,9 +232,7 @@ class Demo:
                 gr.Slider(0, 2, temperature, step=0.05, label="Temperature", min_width=240),
                 gr.Slider(0.01, 1, self.defaults.top_p, step=0.01, label="Top p", min_width=240),
                 # not a Number: an empty one turns into 0 as soon as it is shown
-                gr.Textbox(
-                    "" if seed is None else str(seed), label="Seed", placeholder="a new one each time", min_width=240
-                ),
+                gr.Textbox("" if seed is None else str(seed), label="Seed", placeholder="new each time", min_width=240),
             ]
         gr.HTML(
             f'<p class="notice">An instruction and an input may have {MAX_CHARS:,} characters each and {most:,} tokens '
@@ -320,8 +265,9 @@ class Demo:
         gr.on(triggers, None, cancels=asked_again)
         self.again.click(None, cancels=asked)
         self.stop.click(None, cancels=[asked, asked_again])
-        outputs_of_stop = [*self.shown, *self.texts, self.status, self.stop]
-        self.stop.click(self._stopped, self.exchange, outputs_of_stop, queue=False, **quiet)
+        self.stop.click(
+            self._stopped, self.exchange, [*self.shown, *self.texts, *said["outputs"]], queue=False, **quiet
+        )
         names, texts = [render_answer(name, "") for name in self.names], [""] * len(self.names)
         empty = *names, *texts, None, render_status(""), gr.Button(interactive=False, render=False), render_status(NOTE)
         self.new.click(None, cancels=[asked, asked_again])
@@ -441,8 +387,7 @@ def serve(
     Raises:
         UserError: an argument is wrong, the port is taken, or a model cannot be loaded.
     """
-    login = check_exposure(host, auth)
-    settings = Settings(**defaults)
+    login, settings = check_exposure(host, auth), Settings(**defaults)
     if settings.temperature > 2 or settings.top_p < 0.01 or not 0 <= (settings.seed or 0) <= MAX_SEED:
         raise UserError(
             f"temperature must be from 0 to 2, top_p from 0.01 to 1, and seed from 0 to {MAX_SEED} for the page"
