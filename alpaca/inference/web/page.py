@@ -219,8 +219,7 @@ class Demo:
                     kind = "talk" if model.remembers else None
                     self.shown.append(gr.HTML(render_answer(name, ""), elem_classes=kind, js_on_load=None))
                     self.texts.append(gr.Textbox(visible=False))
-                    label = f"Copy {name[0]}" if len(self.names) > 1 else "Copy"
-                    copy = gr.Button(label, size="sm", elem_classes="copy")
+                    copy = gr.Button(f"Copy {name[0]}" if self.models[1:] else "Copy", size="sm", elem_classes="copy")
                     copy.click(None, self.texts[-1], None, js=COPY, api_visibility="private")
 
     def _lay_out_sampling(self) -> None:
@@ -265,9 +264,8 @@ class Demo:
         gr.on(triggers, None, cancels=asked_again)
         self.again.click(None, cancels=asked)
         self.stop.click(None, cancels=[asked, asked_again])
-        self.stop.click(
-            self._stopped, self.exchange, [*self.shown, *self.texts, *said["outputs"]], queue=False, **quiet
-        )
+        stopped = [*self.shown, *self.texts, *said["outputs"]]
+        self.stop.click(self._stopped, self.exchange, stopped, queue=False, **quiet)
         names, texts = [render_answer(name, "") for name in self.names], [""] * len(self.names)
         empty = *names, *texts, None, render_status(""), gr.Button(interactive=False, render=False), render_status(NOTE)
         self.new.click(None, cancels=[asked, asked_again])
