@@ -20,33 +20,32 @@ import torch
 from alpaca import UserError
 from alpaca.common import cli, memory
 from alpaca.common.text import first_line
-from alpaca.weights.checkpoint import FLOATS, MANIFEST, CheckpointReader, Specs, check_model_folder, size_of
+from alpaca.weights.checkpoint import FLOATS, MANIFEST, CheckpointReader, Specs, as_bytes, check_model_folder, size_of
 from alpaca.weights.diff import (
     BITS,
-    Chunk,
     Hashes,
     NotFinite,
     add_difference,
     check_floats,
     compressed_size,
+    is_finite,
     mean_row,
-    read_pair,
+    pairs,
+    precise_sum,
     recovered_specs,
-    run,
     take_difference,
 )
 from alpaca.weights.folder import check_links, copy_side_files, model_folder
-from alpaca.weights.hashes import check_checksums
 from alpaca.weights.manifest import (
     METHODS,
-    check_inputs,
+    InputCheck,
     check_is_a_difference,
     described,
     read_manifest,
     verify_folder,
     write_manifest,
 )
-from alpaca.weights.names import match_names, some, vocab_size
+from alpaca.weights.names import cause, fit_names, some, vocab_size
 from alpaca.weights.writer import ShardWriter, parse_size
 
 # Alpaca-7B as released: the sum of all values of the recovered model, with its rotary buffers, which were part of the
@@ -84,35 +83,39 @@ def make_diff(
     shard_bytes, exact = parse_size(max_shard_size), method == "exact"
     raw = CheckpointReader(_folder(path_raw, "--path_raw", tokenizer=False))
     tuned = CheckpointReader(_folder(path_tuned, "--path_tuned"))
+    check_floats(tuned, "--path_tuned")
     specs = _matching_specs(raw, tuned, "--path_tuned")
-    check_floats(tuned)
     written = {name: (BITS[dtype] if exact else torch.float32, shape) for name, (dtype, shape) in specs.items()}
-    hashes = [Hashes(role) for role in ("raw", "tuned", "diff") + (() if exact else ("recovered",))]
-    errors, not_finite, compressed = dict.fromkeys(specs, 0.0), NotFinite(), []
+    hashes = {role: Hashes() for role in ("raw", "tuned", "diff") + (() if exact else ("recovered",))}
+    errors, not_finite, compressed = dict.fromkeys(specs, 0.0), NotFinite(), 0.0
 
-    def work(chunk: Chunk) -> None:
-        error = take_difference(chunk, exact, means.get(chunk.name), not_finite)
-        errors[chunk.name] = max(errors[chunk.name], error)
-
-    def write(chunk: Chunk) -> None:
-        diff = chunk.values["diff"]
-        writer.write(chunk.name, diff)
-        if exact:
-            compressed.append(compressed_size(diff))
+    def look(name: str, raw_rows: torch.Tensor, tuned_rows: torch.Tensor) -> None:
+        hashes["raw"].update(name, raw_rows)
+        hashes["tuned"].update(name, tuned_rows)
 
     with model_folder(path_diff, "--path_diff", overwrite, [raw.folder, tuned.folder]) as folder:
         with ShardWriter(folder, written, shard_bytes) as writer:
-            check_checksums(raw, tuned)
+            raw.check_checksums()
+            tuned.check_checksums()
             means = {} if exact else _mean_rows(raw, specs, {})
-            after = [write, *(hash.update for hash in hashes)]
-            run(written, lambda chunk: read_pair(chunk, raw, tuned, "tuned"), work, after, "make_diff")
+            for name, raw_rows, tuned_rows in pairs(specs, raw, tuned, "make_diff", look):
+                diff, recovered, error = take_difference(raw_rows, tuned_rows, exact, means.get(name))
+                errors[name] = max(errors[name], error)
+                hashes["diff"].update(name, diff)
+                if exact:
+                    compressed += compressed_size(diff)
+                else:
+                    hashes["recovered"].update(name, recovered)
+                if exact or not is_finite(diff):  # a difference of bits does not show it
+                    not_finite.look(name, the_base_model=raw_rows, the_tuned_model=tuned_rows)
+                writer.write(name, diff)
         copy_side_files(tuned.folder, folder, tuned.config)
-        digests = {hash.role: hash.hex for hash in hashes}
+        digests = {role: found.hex() for role, found in hashes.items()}
         write_manifest(folder, method, raw, tuned, written, digests, errors, means, license)
     not_finite.warn()
     print(f"{len(specs)} tensors ({method}) in {path_diff}: {size_of(written) / 1e9:.3f} GB", end="")
     if exact:
-        print(f", which zlib makes about {sum(compressed) / 1e9:.3f} GB (estimated from a sample)")
+        print(f", which zlib makes about {compressed / 1e9:.3f} GB (estimated from a sample)")
     else:
         print(f"; recover gives the tuned model to within {max(errors.values(), default=0.0):.2g}")
 
@@ -149,39 +152,39 @@ def recover(
     diff = CheckpointReader(_folder(path_diff, "--path_diff", diff=True))
     check_links(diff.folder)
     manifest = read_manifest(diff)
-    exact = manifest.get("method") == "exact"
+    exact, proved = manifest.get("method") == "exact", bool(manifest.get("tensors"))
     specs = _matching_specs(raw, diff, "--path_diff")
     computed = recovered_specs(manifest, diff)
     default = computed if exact else specs
     written = {name: (FLOATS[dtype] if dtype else kind, shape) for name, (kind, shape) in default.items()}
-    hashes, sums, not_finite = Hashes("recovered"), [], NotFinite()
-    proved = bool(manifest.get("tensors"))
-
-    def work(chunk: Chunk) -> None:
-        kind, wanted = computed[chunk.name][0], written[chunk.name][0]
-        sums.append(add_difference(chunk, kind, means.get(chunk.name), not_finite))
-        out = chunk.values["written"] = chunk.values["recovered"]
-        if wanted != kind:
-            chunk.values["written"] = chunk.buffer("written", wanted).copy_(out)
-            not_finite.look(chunk.name, {f"what is written as {wanted}": chunk.values["written"]})
-
-    def check(chunk: Chunk) -> None:
-        hashes.update(chunk)
-        wanted = manifest["tensors"][chunk.name]["sha256"]["tuned" if exact else "recovered"]
-        if chunk.last and hashes.hex[chunk.name] != wanted:
-            raise UserError(f"{chunk.name} came out wrong, though raw and diff are right: try another machine")
+    hashes, sums, not_finite = Hashes(), [], NotFinite()
 
     target = model_folder(path_tuned, "--path_tuned", overwrite, [raw.folder, diff.folder]) if path_tuned else None
     with target or nullcontext() as folder:
         with ShardWriter(folder, written, shard_bytes) if folder else nullcontext() as writer:
-            _check_before(manifest, raw, diff, check_integrity_naively)
+            check = InputCheck(manifest, raw, diff) if proved else None
+            if not proved:
+                _check_without_hashes(manifest, raw, diff, check_integrity_naively)
             means = {} if exact else _mean_rows(raw, specs, manifest.get("mean_rows", {}))
-            after = [lambda chunk: writer.write(chunk.name, chunk.values["written"])] if folder else []
-            after += [check] if proved else []
-            run(written, lambda chunk: read_pair(chunk, raw, diff, "diff"), work, after, "recover")
-        not_finite.warn()
-        if check_integrity_naively and not manifest and _is_alpaca_7b(diff.config):
+            for name, raw_rows, rows in pairs(specs, raw, diff, "recover", check and check.look):
+                recovered = add_difference(raw_rows, rows, computed[name][0], means.get(name))
+                out = recovered.to(written[name][0])
+                sums.append(precise_sum(recovered))
+                if not math.isfinite(sums[-1]):
+                    not_finite.look(name, the_base_model=raw_rows, the_diff=rows, the_recovered_model=recovered)
+                elif exact:  # its bits can turn a NaN into a finite number
+                    not_finite.look(name, the_base_model=raw_rows)
+                if out.dtype != recovered.dtype:
+                    not_finite.look(name, **{f"what is written as {out.dtype}": out})
+                if proved:
+                    hashes.update(name, recovered)
+                if folder:
+                    writer.write(name, out)
+        if proved:
+            check.finish(hashes.hex())
+        elif check_integrity_naively and not manifest and _is_alpaca_7b(diff.config):
             _check_released_sum(sums)
+        not_finite.warn()
         if folder:
             as_tuned = exact and not dtype
             copy_side_files(diff.folder, folder, diff.config if as_tuned else _with_dtype(diff.config, written))
@@ -205,7 +208,7 @@ def verify(path: str, path_diff: str) -> None:
     manifest = read_manifest(diff)
     if not manifest.get("tensors"):
         raise UserError(f"--path_diff {path_diff} has no hashes in a {MANIFEST}: make it again with this version")
-    reader.rename(match_names(reader.names(), f"--path {path}", manifest["tensors"], "the manifest"))
+    fit_names(reader, f"--path {path}", manifest["tensors"], "the manifest", diff.config)
     print(verify_folder(manifest, reader))
 
 
@@ -218,24 +221,20 @@ def compare(path_a: str, path_b: str) -> None:
     """
     a = CheckpointReader(_folder(path_a, "--path_a", tokenizer=False))
     b = CheckpointReader(_folder(path_b, "--path_b", tokenizer=False))
-    b.rename(match_names(b.names(), "--path_b", a.names(), "--path_a"))
+    fit_names(b, "--path_b", a.names(), "--path_a", a.config)
     kinds, other = a.specs(), b.specs()
     unlike, unequal = [name for name in kinds if kinds[name] != other[name]], set()
     largest = torch.zeros((), dtype=torch.float64)
     alike = {name: spec for name, spec in kinds.items() if spec[1] == other[name][1]}
 
-    def work(chunk: Chunk) -> None:
-        nonlocal largest
-        x, y = chunk.values["raw"], chunk.values["b"]
+    for name, x, y in pairs(alike, a, b, "compare"):
         if x.dtype == y.dtype:
-            same = torch.equal(x.view(torch.uint8), y.view(torch.uint8))
+            same = torch.equal(as_bytes(x), as_bytes(y))
         else:  # of another type, but perhaps with the same values
             same = torch.equal(x.double(), y.double())
         if not same:
-            unequal.add(chunk.name)
+            unequal.add(name)
             largest = torch.maximum(largest, (x.double() - y.double()).abs().max())  # NaN stays NaN
-
-    run(alike, lambda chunk: read_pair(chunk, a, b, "b"), work, [], "compare")
     differences = []
     if unlike:
         first = f"{unlike[0]}: {described(kinds[unlike[0]])} and {described(other[unlike[0]])}"
@@ -276,33 +275,41 @@ def _check_recover_flags(path_raw: str, path_diff: str, device: str, dtype: str 
 
 def _matching_specs(raw: CheckpointReader, other: CheckpointReader, flag: str) -> Specs:
     """Return name → (dtype, shape) of ``other`` after checking that names and shapes fit ``raw``'s."""
-    raw.rename(match_names(raw.names(), "--path_raw", other.names(), flag))
+    check_floats(raw, "--path_raw")
+    fit_names(raw, "--path_raw", other.names(), flag, other.config)
     specs, vocabularies = other.specs(), (vocab_size(raw.config), vocab_size(other.config))
     for name, (_, shape) in specs.items():
-        raw_shape = raw.spec(name)[1]
-        more_rows = (  # of an embedding, or of the output's bias, which Phi and GPT-J have
-            len(raw_shape) == len(shape) in (1, 2)
-            and (raw_shape[0], shape[0]) == vocabularies
-            and raw_shape[0] < shape[0]
-            and raw_shape[1:] == shape[1:]
-        )
-        if shape != raw_shape and not more_rows:
-            raise UserError(
-                f"{name} is {list(raw_shape)} in --path_raw but {list(shape)} in {flag}: another base model, or are "
-                f"--path_raw and {flag} swapped?"
-            )
-    check_floats(raw)
+        before = raw.spec(name)[1]
+        if shape == before:
+            continue
+        # An embedding, or the output's bias, which Phi and GPT-J have, may have more rows.
+        rows = (before[0], shape[0]) if before and shape and len(shape) < 3 and before[1:] == shape[1:] else None
+        if rows != vocabularies or rows[0] > rows[1]:
+            said = f"{name} is {list(before)} in --path_raw but {list(shape)} in {flag}: "
+            why = _vocabulary_cause(rows, vocabularies, flag) if rows else None
+            why = why or cause([name], raw.config, other.config)
+            raise UserError(f"{said}{why}; or are --path_raw and {flag} swapped?")
     for path in [*raw.bare_pickles(), *other.bare_pickles()]:
         print(f"note: {path} is in PyTorch's format from before 1.6, without checksums: damage may go unnoticed")
     return specs
 
 
-def _check_before(manifest: dict, raw: CheckpointReader, diff: CheckpointReader, naively: bool) -> None:
-    """Check raw and diff by the manifest's hashes or, without any, by .bin checksums and the size of the values."""
-    if manifest.get("tensors"):
-        check_inputs(manifest, raw, diff)
-        return
-    check_checksums(raw, diff)
+def _vocabulary_cause(rows: tuple[int, int], vocabularies: tuple, flag: str) -> str | None:
+    """Return what is wrong with the rows of raw's and the other's embedding; None if they are no embeddings."""
+    wrong = [side for side in (0, 1) if rows[side] != vocabularies[side]]
+    if len(wrong) == 2:
+        return None
+    if wrong:
+        which = ("--path_raw", flag)[wrong[0]]
+        return f"the config.json of {which} has vocab_size {vocabularies[wrong[0]]}, not as many as its embeddings"
+    padded = f" (padded to a multiple of {64 if rows[0] % 64 == 0 else 8})" if rows[0] % 8 == 0 else ""
+    return f"--path_raw has the larger vocabulary{padded}, resize_token_embeddings({rows[1]}) makes it fit"
+
+
+def _check_without_hashes(manifest: dict, raw: CheckpointReader, diff: CheckpointReader, naively: bool) -> None:
+    """Check raw and diff by .bin checksums and by the size of the values."""
+    raw.check_checksums()
+    diff.check_checksums()
     if naively and manifest.get("method") != "exact":
         check_is_a_difference(raw, diff)
     if not manifest and not _is_alpaca_7b(diff.config):
@@ -370,4 +377,5 @@ def _check_released_sum(sums: list[float]) -> None:
 
 
 if __name__ == "__main__":
+    cli.end_on_signals()
     cli.run_cli({"make_diff": make_diff, "recover": recover, "verify": verify, "compare": compare})

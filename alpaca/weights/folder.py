@@ -63,12 +63,19 @@ def check_links(source: Path) -> None:
 
 
 def copy_side_files(source: Path, target: Path, config: dict) -> None:
-    """Copy tokenizer and generation files unchanged, and write ``config`` as config.json, which gets its name last."""
+    """Copy tokenizer and generation files unchanged, and write ``config`` as config.json, which gets its name last.
+
+    The weights beside it are floating-point numbers, so a ``quantization_config`` is stale and left out.
+    """
     for name in SIDE_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)
     for template in sorted((source / CHAT_TEMPLATES).glob("*.jinja")):
         (target / CHAT_TEMPLATES).mkdir(exist_ok=True)
         shutil.copyfile(template, target / CHAT_TEMPLATES / template.name)
-    config = {key: value for key, value in config.items() if key != "_name_or_path"}
+    if "quantization_config" in config:
+        print(f"note: {source / 'config.json'} has a quantization_config, but its weights are not quantized: left out")
+    if config.get("auto_map"):
+        print(f"note: {source / 'config.json'} names Python code (auto_map), which is not copied: publish it too")
+    config = {key: value for key, value in config.items() if key not in ("_name_or_path", "quantization_config")}
     (target / f"config.json{UNFINISHED}").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 from alpaca import UserError
-from alpaca.weights.checkpoint import MANIFEST, CheckpointReader, Specs, read_json, size_of
-from alpaca.weights.hashes import in_threads, sha256_of, sha256_of_all
+from alpaca.weights.checkpoint import MANIFEST, CheckpointReader, Specs, read_json
+from alpaca.weights.diff import Hashes, sha256_of_all
 from alpaca.weights.names import some, vocab_size
-from alpaca.weights.tensor_files import DTYPE_NAMES, DTYPES
+from alpaca.weights.writer import DTYPE_NAMES, DTYPES
 
 METHODS = ("subtract", "exact")
 ROLES = {"raw": "the base model", "diff": "the diff", "tuned": "the tuned model", "recovered": "the recovered model"}
@@ -123,42 +123,47 @@ def read_manifest(diff: CheckpointReader) -> dict:
     return manifest
 
 
-def check_inputs(manifest: dict, raw: CheckpointReader, diff: CheckpointReader) -> None:
-    """Raise UserError, with the probable cause, unless all tensors of raw and diff have the manifest's hashes.
+class InputCheck:
+    """Checks raw and diff against a manifest's hashes in the pass that uses them.
 
     A base model that holds the same values in another type is accepted: the result is the same.
+
+    Raises:
+        UserError: raw has other shapes than the manifest's; or, by ``finish()``, other values, with the probable cause.
     """
-    tensors = manifest["tensors"]
-    if odd := [name for name, entry in tensors.items() if raw.spec(name)[1] != tuple(entry["raw_shape"])]:
-        raise UserError(_other_tensors("raw", raw, odd, tensors, {}, set()))
-    # From the last tensor to the first: if memory cannot hold the models, the page cache still has the part that is
-    # read again first.
-    items = [
-        (reader, name, DTYPES[entry["dtype"][role]], role)
-        for name, entry in reversed(tensors.items())
-        for role, reader in (("raw", raw), ("diff", diff))
-    ]
-    found = in_threads(
-        lambda reader, name, dtype, role, tick: sha256_of(reader, name, dtype, tick),
-        items,
-        [size_of({name: reader.spec(name)}) for reader, name, *_ in items],
-        "checking raw and diff",
-    )
-    bad: dict[str, list[str]] = {"raw": [], "diff": []}
-    rounded, known = set(), {"raw": {}, "diff": {}}
-    for (reader, name, dtype, role), (sha256, exact) in reversed(list(zip(items, found, strict=True))):
-        same_type, same_hash = reader.spec(name)[0] == dtype, sha256 == tensors[name]["sha256"][role]
-        if same_type:
-            known[role][name] = sha256
-        if not (same_hash and exact and (same_type or role == "raw")):
-            bad[role].append(name)
-            if same_hash:
-                rounded.add(name)
-    for role, reader in (("diff", diff), ("raw", raw)):
-        if bad[role]:
-            raise UserError(_other_tensors(role, reader, bad[role], tensors, known[role], rounded))
-    if other := [name for name, entry in tensors.items() if DTYPE_NAMES[raw.spec(name)[0]] != entry["dtype"]["raw"]]:
-        print(f"note: the base model has the right values, though stored as another type ({some(other)})")
+
+    def __init__(self, manifest: dict, raw: CheckpointReader, diff: CheckpointReader):
+        self.tensors, self._readers = manifest["tensors"], {"raw": raw, "diff": diff}
+        self._hashes, self._rounded = {"raw": Hashes(), "diff": Hashes()}, set()
+        if odd := [name for name, entry in self.tensors.items() if raw.spec(name)[1] != tuple(entry["raw_shape"])]:
+            raise UserError(_other_tensors("raw", raw, odd, self.tensors, {}, set()))
+
+    def look(self, name: str, raw: torch.Tensor, diff: torch.Tensor) -> None:
+        """Take the next rows of raw and diff."""
+        for role, rows in (("raw", raw), ("diff", diff)):
+            cast = rows.to(DTYPES[self.tensors[name]["dtype"][role]])
+            if cast.dtype != rows.dtype and not torch.equal(cast.to(rows.dtype), rows):
+                self._rounded.add((role, name))
+            self._hashes[role].update(name, cast)
+
+    def finish(self, recovered: dict[str, str]) -> None:
+        """Raise UserError unless all tensors were right, those of the result too: name → SHA-256."""
+        for role in ("diff", "raw"):
+            reader, hashes, bad, known, rounded = self._readers[role], self._hashes[role].hex(), [], {}, set()
+            for name, entry in self.tensors.items():
+                same_hash = hashes[name] == entry["sha256"][role]
+                if same_type := reader.spec(name)[0] == DTYPES[entry["dtype"][role]]:
+                    known[name] = hashes[name]
+                if not same_hash or (role, name) in self._rounded or not (same_type or role == "raw"):
+                    bad.append(name)
+                    rounded |= {name} if same_hash else set()
+            if bad:
+                raise UserError(_other_tensors(role, reader, bad, self.tensors, known, rounded))
+        if other := [n for n, entry in self.tensors.items() if reader.spec(n)[0] != DTYPES[entry["dtype"]["raw"]]]:
+            print(f"note: the base model has the right values, though stored as another type ({some(other)})")
+        for name, entry in self.tensors.items():
+            if recovered[name] != entry["sha256"].get("recovered", entry["sha256"]["tuned"]):
+                raise UserError(f"{name} came out wrong, though raw and diff are right: try another machine")
 
 
 def _other_tensors(
@@ -260,11 +265,9 @@ def check_is_a_difference(raw: CheckpointReader, diff: CheckpointReader) -> None
     matrices = [name for name, (_, shape) in diff.specs().items() if len(shape) == 2 and math.prod(shape)]
     ratios = []
     for name in matrices[:: max(1, len(matrices) // 16)]:
-        count = min(SAMPLE, math.prod(raw.spec(name)[1]), math.prod(diff.spec(name)[1]))
-        sizes = [
-            reader.read(name, 0, torch.empty(count, dtype=reader.spec(name)[0])).float().norm().item()
-            for reader in (raw, diff)
-        ]
+        (rows, width), (raw_rows, _) = diff.spec(name)[1], raw.spec(name)[1]
+        count = min(max(1, SAMPLE // width), rows, raw_rows)
+        sizes = [reader.rows(name, 0, count).float().norm().item() for reader in (raw, diff)]
         if sizes[0] > 0 and math.isfinite(sum(sizes)):
             ratios.append(sizes[1] / sizes[0])
     ratio = statistics.median(ratios) if ratios else 0.0
@@ -278,4 +281,4 @@ def check_is_a_difference(raw: CheckpointReader, diff: CheckpointReader) -> None
 
 def described(spec: tuple[torch.dtype, tuple[int, ...]]) -> str:
     """Return a tensor's type and shape, as in "F16 [32000, 4096]"."""
-    return f"{DTYPE_NAMES[spec[0]]} {list(spec[1])}"
+    return f"{DTYPE_NAMES.get(spec[0], spec[0])} {list(spec[1])}"

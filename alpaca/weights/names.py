@@ -12,6 +12,14 @@ from collections.abc import Collection
 from alpaca import UserError
 
 OUTPUT = {"lm_head.weight": "embed_tokens.weight"}  # their usual names, for a class that does not give them
+COMPARED = ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size")  # of two configs, for a cause
+PARTS = {  # of a name, and what has tensors of such names
+    "v_head.": "a value head, which PPO adds: save the model without it",
+    "lora_": "a LoRA adapter: merge it into its base model first",
+    ".qweight": "a quantized model: give the unquantized one",
+    ".absmax": "a quantized model: give the unquantized one",
+    "rotary_emb.": "a cache that the model computes: save it with today's transformers",
+}
 LOOKED_AT = 8  # names by which a prefix is found; it must then fit all of them
 
 
@@ -56,7 +64,7 @@ def same_but_for_a_prefix(a: str, b: str) -> bool:
     return f".{a}".endswith(f".{b}") or f".{b}".endswith(f".{a}")
 
 
-def match_names(own: Collection[str], what: str, wanted: Collection[str], wanted_what: str) -> dict[str, str]:
+def match_names(own: Collection[str], what: str, wanted: Collection[str], wanted_what: str, *configs: dict):
     """Return old name → new name by which a checkpoint has the wanted names; {} if it has them already.
 
     They may differ by one prefix, as a base model may be saved without the class around it: "decoder.layers…" for
@@ -64,7 +72,7 @@ def match_names(own: Collection[str], what: str, wanted: Collection[str], wanted
     checkpoint ``what``, and the model that has the wanted names ``wanted_what``.
 
     Raises:
-        UserError: other names differ.
+        UserError: other names differ; the message has the cause, as far as names and both ``configs`` state it.
     """
     extra, missing = set(own) - set(wanted), set(wanted) - set(own)
     found: Counter[tuple[str, bool]] = Counter()
@@ -84,12 +92,50 @@ def match_names(own: Collection[str], what: str, wanted: Collection[str], wanted
             print(f"note: {said}; they are taken for the same")
             return renamed
         if 2 * len(renamed) > len(extra):
-            cause = "another base model, or one saved without its head?"
-            raise UserError(f"{said}, which does not explain {some(left)}: {cause}")
+            raise UserError(f"{said}, which does not explain {some(left)}: {cause(left, *configs)}")
     for model, other, names in ((what, wanted_what, missing), (wanted_what, what, extra)):
         if names:
-            raise UserError(f"{model} lacks tensors that {other} has: {some(names)}; another base model?")
+            raise UserError(f"{model} lacks tensors that {other} has: {some(names)}; {cause(names, *configs)}")
     return {}
+
+
+def fit_names(reader, what: str, wanted: Collection[str], wanted_what: str, config: dict) -> None:
+    """Give a CheckpointReader's tensors the wanted names, those of a model with that config.json; see match_names().
+
+    A model that ties its embeddings stores one matrix for both, under either name or both: it is read under the one
+    that is wanted, or under both.
+    """
+    for pair in tied_names(reader.config).items():
+        for end, other_end in (pair, pair[::-1]):
+            here = [name for name in reader.names() if same_but_for_a_prefix(name, other_end)]
+            new = [name for name in wanted if same_but_for_a_prefix(name, end)]
+            if here and new and not any(same_but_for_a_prefix(name, end) for name in reader.names()):
+                reader.rename({here[0]: new[0]}, keep=any(same_but_for_a_prefix(name, here[0]) for name in wanted))
+    reader.rename(match_names(reader.names(), what, wanted, wanted_what, reader.config, config))
+
+
+def cause(names: Collection[str], *configs: dict) -> str:
+    """Return why models may differ in these names, or in the shapes of these tensors: what names and configs state."""
+    for part, meaning in PARTS.items():
+        if odd := [name for name in names if part in name]:
+            return f"{some(odd, 1)} belongs to {meaning}"
+    values = {key: [_value(config, key) for config in configs] for key in COMPARED}
+    for key, (*first, last) in values.items():
+        if first and first[0] != last:
+            return f"their config.json differ in {key}: {first[0]} and {last}"
+    if all(same_but_for_a_prefix(name, output) for name in names for output in OUTPUT):
+        ties = [bool(tied_names(config)) for config in configs]
+        if any(ties) and not all(ties):
+            return "one config.json ties the output embedding to the input embedding, the other does not"
+        return "saved without its head?" if not any(ties) else "one has an output embedding with values of its own"
+    same = [key for key, found in values.items() if found and found[0] is not None]
+    compared = f"their config.json agree in {', '.join(same)}" if same else "their config.json do not say"
+    return f"another base model? ({compared})"
+
+
+def _value(config: dict, key: str):
+    inner = config.get("text_config")
+    return config.get(key, inner.get(key) if isinstance(inner, dict) else None)
 
 
 def _as_its_class_reads(config: dict):

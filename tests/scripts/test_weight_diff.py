@@ -60,7 +60,7 @@ def recover(*args, **kwargs) -> None:
 def test_subtract_and_recover_equal_the_whole_model_way_bit_for_bit(
     tiny_llama, tmp_path, monkeypatch, layout, dtype, rows, chunk
 ):
-    monkeypatch.setattr("alpaca.weights.diff.CHUNK", chunk)
+    monkeypatch.setattr("alpaca.weights.checkpoint.BLOCK", chunk)
     base = load_tensors(tiny_llama)
     raw = write_model(tmp_path / "raw", {n: t.to(dtype) for n, t in base.items()}, layout, tiny_llama)
     tuned = write_model(tmp_path / "tuned", fine_tuned(base, rows), like=tiny_llama, vocab_size=300 + rows)

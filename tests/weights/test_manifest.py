@@ -85,8 +85,7 @@ def test_the_manifest_is_the_same_whatever_the_layout_and_the_chunks(tmp_path, m
     for name in ("raw", "tuned"):
         config = json.loads((tmp_path / name / "config.json").read_text())
         write_model(tmp_path / f"{name}-bin", load_tensors(tmp_path / name), "bin-sharded", **config)
-    monkeypatch.setattr("alpaca.weights.diff.CHUNK", 3)
-    monkeypatch.setattr("alpaca.weights.hashes.CHUNK", 3)
+    monkeypatch.setattr("alpaca.weights.checkpoint.BLOCK", 3)
     make_diff(tmp_path / "raw-bin", tmp_path / "tuned-bin", tmp_path / "again", max_shard_size="60B")
     assert manifest_of(tmp_path / "again") == manifest_of(tmp_path / "diff")
     assert len(list((tmp_path / "again").glob("*.safetensors"))) == 3
