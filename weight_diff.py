@@ -22,17 +22,11 @@ from alpaca.common import cli, memory
 from alpaca.common.text import first_line
 from alpaca.weights.checkpoint import FLOATS, MANIFEST, CheckpointReader, Specs, as_bytes, check_model_folder, size_of
 from alpaca.weights.diff import (
-    BITS,
-    Hashes,
     NotFinite,
     add_difference,
-    check_floats,
-    compressed_size,
     is_finite,
     mean_row,
-    pairs,
     precise_sum,
-    recovered_specs,
     take_difference,
 )
 from alpaca.weights.folder import check_links, copy_side_files, model_folder
@@ -45,8 +39,9 @@ from alpaca.weights.manifest import (
     verify_folder,
     write_manifest,
 )
-from alpaca.weights.names import cause, fit_names, some, vocab_size
-from alpaca.weights.writer import ShardWriter, parse_size
+from alpaca.weights.names import fit_names, some
+from alpaca.weights.pair import BITS, Hashes, check_floats, matching_specs, pairs
+from alpaca.weights.writer import ShardWriter
 
 # Alpaca-7B as released: the sum of all values of the recovered model, with its rotary buffers, which were part of the
 # state dict until transformers 4.31.
@@ -80,44 +75,41 @@ def make_diff(
     """
     if method not in METHODS:
         raise UserError(f"--method takes subtract or exact, not {method!r}")
-    shard_bytes, exact = parse_size(max_shard_size), method == "exact"
+    exact = method == "exact"
     raw = CheckpointReader(_folder(path_raw, "--path_raw", tokenizer=False))
     tuned = CheckpointReader(_folder(path_tuned, "--path_tuned"))
     check_floats(tuned, "--path_tuned")
-    specs = _matching_specs(raw, tuned, "--path_tuned")
+    specs = matching_specs(raw, tuned, ("--path_raw", "--path_tuned"))
     written = {name: (BITS[dtype] if exact else torch.float32, shape) for name, (dtype, shape) in specs.items()}
     hashes = {role: Hashes() for role in ("raw", "tuned", "diff") + (() if exact else ("recovered",))}
-    errors, not_finite, compressed = dict.fromkeys(specs, 0.0), NotFinite(), 0.0
+    errors, not_finite = dict.fromkeys(specs, 0.0), NotFinite()
 
-    def look(name: str, raw_rows: torch.Tensor, tuned_rows: torch.Tensor) -> None:
+    def work(name: str, raw_rows: torch.Tensor, tuned_rows: torch.Tensor) -> tuple:
         hashes["raw"].update(name, raw_rows)
         hashes["tuned"].update(name, tuned_rows)
+        diff, recovered, error = take_difference(raw_rows, tuned_rows, exact, means.get(name))
+        errors[name] = max(errors[name], error)
+        if exact or not is_finite(diff):  # a difference of bits does not show it
+            not_finite.look(name, {"the base model": raw_rows, "the tuned model": tuned_rows})
+        return name, diff, recovered
 
     with model_folder(path_diff, "--path_diff", overwrite, [raw.folder, tuned.folder]) as folder:
-        with ShardWriter(folder, written, shard_bytes) as writer:
-            raw.check_checksums()
-            tuned.check_checksums()
+        with ShardWriter(folder, written, max_shard_size) as writer:
+            for reader in (raw, tuned):
+                reader.check_checksums()
             means = {} if exact else _mean_rows(raw, specs, {})
-            for name, raw_rows, tuned_rows in pairs(specs, raw, tuned, "make_diff", look):
-                diff, recovered, error = take_difference(raw_rows, tuned_rows, exact, means.get(name))
-                errors[name] = max(errors[name], error)
+            for name, diff, recovered in pairs(specs, raw, tuned, "make_diff", work):
                 hashes["diff"].update(name, diff)
-                if exact:
-                    compressed += compressed_size(diff)
-                else:
+                if not exact:
                     hashes["recovered"].update(name, recovered)
-                if exact or not is_finite(diff):  # a difference of bits does not show it
-                    not_finite.look(name, the_base_model=raw_rows, the_tuned_model=tuned_rows)
                 writer.write(name, diff)
         copy_side_files(tuned.folder, folder, tuned.config)
         digests = {role: found.hex() for role, found in hashes.items()}
         write_manifest(folder, method, raw, tuned, written, digests, errors, means, license)
     not_finite.warn()
-    print(f"{len(specs)} tensors ({method}) in {path_diff}: {size_of(written) / 1e9:.3f} GB", end="")
-    if exact:
-        print(f", which zlib makes about {compressed / 1e9:.3f} GB (estimated from a sample)")
-    else:
-        print(f"; recover gives the tuned model to within {max(errors.values(), default=0.0):.2g}")
+    within = "bit for bit" if exact else f"to within {max(errors.values(), default=0.0):.2g}"
+    said = f"{len(specs)} tensors ({method}) in {path_diff}: {size_of(written) / 1e9:.3f} GB"
+    print(f"{said}; recover gives the tuned model {within}")
 
 
 def recover(
@@ -146,38 +138,45 @@ def recover(
         max_shard_size: size of a file of weights, such as 5GB or 500MB.
         overwrite: replace an existing model.
     """
-    _check_recover_flags(path_raw, path_diff, device, dtype)
-    shard_bytes = parse_size(max_shard_size)
+    if dtype is not None and dtype not in FLOATS:
+        raise UserError(f"--dtype takes {', '.join(FLOATS)}, not {dtype!r}")
     raw = CheckpointReader(_folder(path_raw, "--path_raw", tokenizer=False))
     diff = CheckpointReader(_folder(path_diff, "--path_diff", diff=True))
     check_links(diff.folder)
     manifest = read_manifest(diff)
     exact, proved = manifest.get("method") == "exact", bool(manifest.get("tensors"))
-    specs = _matching_specs(raw, diff, "--path_diff")
-    computed = recovered_specs(manifest, diff)
-    default = computed if exact else specs
-    written = {name: (FLOATS[dtype] if dtype else kind, shape) for name, (kind, shape) in default.items()}
+    specs = matching_specs(raw, diff, ("--path_raw", "--path_diff"))
+    if not exact:
+        check_floats(diff, "--path_diff")
+    # subtract is computed in float32, whatever the type of the diff and of what is written
+    computed = manifest["dtypes"] if exact else dict.fromkeys(specs, torch.float32)
+    written = {name: (computed[name] if exact else kind, shape) for name, (kind, shape) in specs.items()}
+    if dtype:
+        written = {name: (FLOATS[dtype], shape) for name, (_, shape) in written.items()}
     hashes, sums, not_finite = Hashes(), [], NotFinite()
+
+    def work(name: str, raw_rows: torch.Tensor, rows: torch.Tensor) -> tuple:
+        if check:
+            check.look(name, raw_rows, rows)
+        recovered = add_difference(raw_rows, rows, computed[name], means.get(name))
+        sums.append(precise_sum(recovered))
+        if exact or not math.isfinite(sums[-1]):  # the bits of exact can turn a NaN into a finite number
+            found = {"the base model": raw_rows, "the diff": rows, "the recovered model": recovered}
+            not_finite.look(name, found)
+        return name, recovered
 
     target = model_folder(path_tuned, "--path_tuned", overwrite, [raw.folder, diff.folder]) if path_tuned else None
     with target or nullcontext() as folder:
-        with ShardWriter(folder, written, shard_bytes) if folder else nullcontext() as writer:
+        with ShardWriter(folder, written, max_shard_size) if folder else nullcontext() as writer:
             check = InputCheck(manifest, raw, diff) if proved else None
-            if not proved:
+            if not check:
                 _check_without_hashes(manifest, raw, diff, check_integrity_naively)
             means = {} if exact else _mean_rows(raw, specs, manifest.get("mean_rows", {}))
-            for name, raw_rows, rows in pairs(specs, raw, diff, "recover", check and check.look):
-                recovered = add_difference(raw_rows, rows, computed[name][0], means.get(name))
+            for name, recovered in pairs(specs, raw, diff, "recover", work):
+                hashes.update(name, recovered)
                 out = recovered.to(written[name][0])
-                sums.append(precise_sum(recovered))
-                if not math.isfinite(sums[-1]):
-                    not_finite.look(name, the_base_model=raw_rows, the_diff=rows, the_recovered_model=recovered)
-                elif exact:  # its bits can turn a NaN into a finite number
-                    not_finite.look(name, the_base_model=raw_rows)
                 if out.dtype != recovered.dtype:
-                    not_finite.look(name, **{f"what is written as {out.dtype}": out})
-                if proved:
-                    hashes.update(name, recovered)
+                    not_finite.look(name, {f"what is written as {out.dtype}": out})
                 if folder:
                     writer.write(name, out)
         if proved:
@@ -186,8 +185,12 @@ def recover(
             _check_released_sum(sums)
         not_finite.warn()
         if folder:
-            as_tuned = exact and not dtype
-            copy_side_files(diff.folder, folder, diff.config if as_tuned else _with_dtype(diff.config, written))
+            config = diff.config
+            if dtype or not exact:  # then it is not tuned's type
+                kind, _ = max(written.values(), key=lambda spec: math.prod(spec[1]))
+                config = {key: value for key, value in config.items() if key != "torch_dtype"}
+                config["dtype"] = str(kind).removeprefix("torch.")
+            copy_side_files(diff.folder, folder, config)
     where = f" in {path_tuned}" if path_tuned else " (neither written nor tested: no --path_tuned)"
     print(f"{len(specs)} tensors recovered{where}" + (", each with the manifest's hash" if proved else ""))
     if test_inference and path_tuned:
@@ -241,75 +244,24 @@ def compare(path_a: str, path_b: str) -> None:
         differences.append(f"{len(unlike)} in type or shape ({first})")
     if unequal:
         differences.append(f"{len(unequal)} in values, by up to {largest:.2g} ({some(unequal)})")
-    if differences:
-        count = len(unequal.union(unlike))
+    if count := len(unequal.union(unlike)):
         raise UserError(f"{count} of {len(kinds)} tensors differ: {', '.join(differences)}")
     print(f"all {len(kinds)} tensors are equal, bit for bit")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checks before the work.
 
 
 def _folder(path: str, flag: str, **kinds: bool) -> Path:
     """Return ``check_model_folder(path)``; for what looks like a name on the hub, say how to download it."""
     path = Path(path)
     if len(path.parts) == 2 and not path.is_absolute() and not path.parent.exists():
-        raise UserError(
-            f"{flag} {path} does not exist: choose the folder of a model; to download one from the hub: hf download "
-            f"{path} --local-dir {path.name}"
-        )
+        cure = f"to download one from the hub: hf download {path} --local-dir {path.name}"
+        raise UserError(f"{flag} {path} does not exist: choose the folder of a model; {cure}")
     return check_model_folder(path, flag, **kinds)
-
-
-def _check_recover_flags(path_raw: str, path_diff: str, device: str, dtype: str | None) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {device} is not available: use cpu") from None
-    if dtype is not None and dtype not in FLOATS:
-        raise UserError(f"--dtype takes {', '.join(FLOATS)}, not {dtype!r}")
-    if (Path(path_raw) / MANIFEST).exists() and not (Path(path_diff) / MANIFEST).exists():
-        raise UserError(f"--path_raw {path_raw} is a weight diff, --path_diff {path_diff} is not: swap them")
-
-
-def _matching_specs(raw: CheckpointReader, other: CheckpointReader, flag: str) -> Specs:
-    """Return name → (dtype, shape) of ``other`` after checking that names and shapes fit ``raw``'s."""
-    check_floats(raw, "--path_raw")
-    fit_names(raw, "--path_raw", other.names(), flag, other.config)
-    specs, vocabularies = other.specs(), (vocab_size(raw.config), vocab_size(other.config))
-    for name, (_, shape) in specs.items():
-        before = raw.spec(name)[1]
-        if shape == before:
-            continue
-        # An embedding, or the output's bias, which Phi and GPT-J have, may have more rows.
-        rows = (before[0], shape[0]) if before and shape and len(shape) < 3 and before[1:] == shape[1:] else None
-        if rows != vocabularies or rows[0] > rows[1]:
-            said = f"{name} is {list(before)} in --path_raw but {list(shape)} in {flag}: "
-            why = _vocabulary_cause(rows, vocabularies, flag) if rows else None
-            why = why or cause([name], raw.config, other.config)
-            raise UserError(f"{said}{why}; or are --path_raw and {flag} swapped?")
-    for path in [*raw.bare_pickles(), *other.bare_pickles()]:
-        print(f"note: {path} is in PyTorch's format from before 1.6, without checksums: damage may go unnoticed")
-    return specs
-
-
-def _vocabulary_cause(rows: tuple[int, int], vocabularies: tuple, flag: str) -> str | None:
-    """Return what is wrong with the rows of raw's and the other's embedding; None if they are no embeddings."""
-    wrong = [side for side in (0, 1) if rows[side] != vocabularies[side]]
-    if len(wrong) == 2:
-        return None
-    if wrong:
-        which = ("--path_raw", flag)[wrong[0]]
-        return f"the config.json of {which} has vocab_size {vocabularies[wrong[0]]}, not as many as its embeddings"
-    padded = f" (padded to a multiple of {64 if rows[0] % 64 == 0 else 8})" if rows[0] % 8 == 0 else ""
-    return f"--path_raw has the larger vocabulary{padded}, resize_token_embeddings({rows[1]}) makes it fit"
 
 
 def _check_without_hashes(manifest: dict, raw: CheckpointReader, diff: CheckpointReader, naively: bool) -> None:
     """Check raw and diff by .bin checksums and by the size of the values."""
-    raw.check_checksums()
-    diff.check_checksums()
+    for reader in (raw, diff):
+        reader.check_checksums()
     if naively and manifest.get("method") != "exact":
         check_is_a_difference(raw, diff)
     if not manifest and not _is_alpaca_7b(diff.config):
@@ -325,14 +277,6 @@ def _mean_rows(raw: CheckpointReader, specs: Specs, known: dict[str, torch.Tenso
     return {name: known[name] if name in known else mean_row(raw, name) for name in names}
 
 
-def _with_dtype(config: dict, specs: Specs) -> dict:
-    """Return config.json with the type of the largest tensor."""
-    kind, _ = max(specs.values(), key=lambda spec: math.prod(spec[1]))
-    return {key: value for key, value in config.items() if key != "torch_dtype"} | {
-        "dtype": str(kind).removeprefix("torch.")
-    }
-
-
 def _smoke_test(path: str, device: str, size: int) -> None:
     """Answer one instruction with a model of ``size`` bytes, if there is memory to load it whole."""
     from alpaca.inference.chat import Conversation
@@ -340,18 +284,13 @@ def _smoke_test(path: str, device: str, size: int) -> None:
     from alpaca.inference.load import load
 
     if size > (free := memory.host_free()):
-        print(
-            f"not tested: loading it whole needs {memory.as_text(size)} of memory, {memory.as_text(free)} are free; "
-            f"on a machine with more: python chat.py --model_path {path}"
-        )
-        return
+        need = f"loading it whole needs {memory.as_text(size)} of memory, {memory.as_text(free)} are free"
+        return print(f"not tested: {need}; on a machine with more: python chat.py --model_path {path}")
     try:
         answer = "".join(Conversation(*load(path, device), Settings(max_new_tokens=128)).ask(SMOKE_TEST))
     except Exception as e:  # the recovery has succeeded, which a traceback would hide
-        raise UserError(
-            f"{path} is recovered and whole, but did not answer on {device}: {first_line(e)} (--test_inference False "
-            "skips this)"
-        ) from None
+        why = f"did not answer on {device}: {first_line(e)} (--test_inference False skips this)"
+        raise UserError(f"{path} is recovered and whole, but {why}") from None
     print(f"{SMOKE_TEST}\n{answer.strip()}")
 
 

@@ -1,7 +1,6 @@
 """Reads checkpoint folders: finds every tensor at once, and hands out its rows when asked.
 
-The libraries read the files: safetensors' slices, and torch.load with mmap. Both map a file into memory, so rows are
-read from the disk when they are used, and the pages can be dropped again: a tensor never needs memory as a whole.
+safetensors and torch.load map the files into memory: rows are read from the disk when they are used.
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ import os
 import pickle
 import re
 import zipfile
+from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -29,17 +28,12 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 MANIFEST = "weight_diff.json"  # marks a folder as a diff
 # Files of a model beside its weights and config.json; anything else (training_args.bin, …) is not copied.
-SIDE_FILES = TOKENIZER + (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+SIDE_FILES = *TOKENIZER, *"tokenizer_config.json special_tokens_map.json added_tokens.json merges.txt".split()
+SIDE_FILES += ("chat_template.jinja", "generation_config.json")
 CHAT_TEMPLATES = "additional_chat_templates"  # a folder of .jinja files, for a tokenizer that has more than one
-# Buffers that old checkpoints hold and today's models compute. GPT-2's and GPT-J's masks too: see _is_buffer.
+# Buffers of old checkpoints, which today's models compute.
 BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", ".masked_bias")
+Stored = namedtuple("Stored", "shard name dtype shape")  # where a tensor is, by the name that the file has for it
 BLOCK = 1 << 20  # elements that are worked on at once, rounded to rows: 4 MB of float32, for the processor's cache
 
 
@@ -48,18 +42,10 @@ def size_of(specs: Specs) -> int:
     return sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values())
 
 
-def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of blocks of rows with about BLOCK elements; a scalar is a row, no rows are one block."""
-    rows = shape[0] if shape else 1
-    step = max(1, BLOCK // max(1, math.prod(shape[1:])))
-    for start in range(0, max(rows, 1), step):
-        yield start, min(start + step, rows)
-
-
 def check_model_folder(path: str | os.PathLike, flag: str, tokenizer: bool = True, diff: bool = False) -> Path:
-    """Raise UserError unless ``path`` is a folder with a config, weights and, if needed, a tokenizer.
+    """Raise UserError unless ``path``, a flag's value, is a folder with a config, weights and, if needed, a tokenizer.
 
-    ``flag`` is the script's flag, for messages; ``diff`` says whether a weight diff is accepted.
+    ``diff`` says whether a weight diff is accepted.
     """
     path = Path(path)
     if not path.is_dir():
@@ -72,59 +58,42 @@ def check_model_folder(path: str | os.PathLike, flag: str, tokenizer: bool = Tru
     if not any((path / name).exists() for name in WEIGHTS):
         raise UserError(f"{flag} {path} holds no weights: none of {', '.join(WEIGHTS)} is there")
     if tokenizer and not any((path / name).exists() for name in TOKENIZER):
-        raise UserError(
-            f"{flag} {path} holds no tokenizer: copy {', '.join(TOKENIZER[:-1])} or {TOKENIZER[-1]} there "
-            "from the model it was trained from"
-        )
+        files = f"{', '.join(TOKENIZER[:-1])} or {TOKENIZER[-1]}"
+        raise UserError(f"{flag} {path} holds no tokenizer: copy {files} there from the model it was trained from")
     if not diff and (path / MANIFEST).exists():
         raise UserError(f"{flag} {path} is a weight diff: recover it first, with weight_diff.py")
     return path
 
 
-class Stored(NamedTuple):
-    """Where a tensor is, by the name that the file has for it."""
-
-    shard: str
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
 class CheckpointReader:
-    """The tensors of a checkpoint folder by name. One shard is mapped at a time: the last one that was asked for.
-
-    Left out are buffers that today's models compute, and an output embedding that is tied to the input embedding and
-    has its values.
+    """The tensors of a checkpoint folder by name. The last two shards that were asked for are mapped.
 
     Raises:
         UserError: the folder has no weights, or its index and shards are damaged or do not fit together.
     """
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
-        self.config = read_json(self.folder / "config.json")
-        self._mapped: tuple[str, dict] = ("", {})
+        self.folder, self.config = Path(folder), read_json(Path(folder) / "config.json")
+        self._mapped: dict[str, dict] = {}
         self._stored: dict[str, Stored] = {}
         listed, self.shards = self._index()
         for shard in self.shards:
             for name, tensor in self._open(shard).items():
-                if not name.isprintable():  # messages show names, which could then rewrite what a terminal says
-                    raise UserError(f"{self.folder}: the name {name[:99]!r} has control characters: do not trust it")
                 if listed.get(name, shard) == shard:
                     self._stored[name] = Stored(shard, name, *_spec(tensor))
+        if odd := next((name for name in (*self._stored, *listed) if not name.isprintable()), None):
+            raise UserError(f"{self.folder}: the name {odd[:99]!r} has control characters: do not trust it")
         for name in listed.keys() - self._stored.keys():
-            raise UserError(
-                f"{self.folder / listed[name]} lacks the tensor {name[:99]!r} that the index puts there: download both "
-                "again"
-            )
-        left_out = {name for name, stored in self._stored.items() if _is_buffer(name, stored.shape)} | self._tied()
-        self._stored = {name: self._stored[name] for name in sorted(self._stored.keys() - left_out, key=_in_order)}
+            shard = self.folder / listed[name]
+            raise UserError(f"{shard} lacks the tensor {name} that the index puts there: download both again")
+        for name in self._left_out():
+            del self._stored[name]
 
     def _index(self) -> tuple[dict[str, str], list[str]]:
         """Return the index's name → shard, {} without one, and the files of weights.
 
-        safetensors first: a folder with both has the same weights twice, and safetensors cannot hold code. An index
-        may call one of its shards model.safetensors; an index that does not is another model's than such a file.
+        safetensors, which cannot hold code, come first. An index that does not name model.safetensors, as a shard may
+        be called, is another model's than that file.
         """
         for name in WEIGHTS[::2]:
             whole, index = self.folder / name, self.folder / f"{name}.index.json"
@@ -134,7 +103,7 @@ class CheckpointReader:
             if whole.exists() and name not in shard_of.values():
                 return {}, [name]
             for shard in shard_of.values():
-                if Path(shard).name != shard or "\\" in shard:
+                if Path(shard).name != shard or "\\" in shard or not shard.isprintable():
                     raise UserError(f"{index} points outside its folder ({shard!r}): do not trust it")
             if shard_of:
                 return shard_of, sorted(set(shard_of.values()))
@@ -142,50 +111,38 @@ class CheckpointReader:
 
     def _open(self, shard: str) -> dict:
         """Return name → tensor or safetensors slice of one file. No code in a pickle runs."""
-        if self._mapped[0] == shard:
-            return self._mapped[1]
+        if tensors := self._mapped.get(shard):
+            return tensors
         path = self.folder / shard
         if not path.exists():
-            raise UserError(f"{str(path)!r} is missing, but the index names it: download it again")
+            raise UserError(f"{path} is missing, but the index names it: download it again")
         try:
             tensors = _open_safetensors(path) if shard.endswith(".safetensors") else _open_bin(path)
         except pickle.UnpicklingError as e:  # torch's own message suggests loading it with weights_only=False
-            why = re.search("WeightsUnpickler error: (.*)", str(e))
-            raise UserError(
-                f"{path} holds more than tensors (its pickle asks to run code) or is damaged, and was not loaded: "
-                f"{why[1][:200] if why else 'its pickle is malformed'}; do not trust it"
-            ) from None
+            why = re.search("WeightsUnpickler error: (.{,200})|$", str(e))[1]
+            what = f"is damaged, or holds more than tensors (its pickle asks to run code: {why})"
+            raise UserError(f"{path} {what}, and was not loaded: do not trust it") from None
         except Exception as e:  # a damaged or hostile file can make a parser raise anything
-            raise UserError(
-                f"{path} cannot be read (truncated, or a Git LFS pointer?): {first_line(e)}; download it again"
-            ) from None
-        if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
-            raise UserError(f"{path} is not a model's state dict: it holds something other than tensors by name")
-        for name, tensor in tensors.items():
-            if isinstance(tensor, torch.Tensor) and (tensor.is_quantized or tensor.layout != torch.strided):
-                raise UserError(f"{path}: {name} is a sparse or quantized tensor, which this tool does not handle")
-            if not isinstance(tensor, torch.Tensor) and not hasattr(tensor, "get_shape"):
-                raise UserError(f"{path} is not a model's state dict: {name} is a {type(tensor).__name__}")
-        self._mapped = (shard, tensors)
+            why = f"(truncated, or a Git LFS pointer?): {first_line(e)}"
+            raise UserError(f"{path} cannot be read {why}; download it again") from None
+        self._mapped = dict([*self._mapped.items()][-1:]) | {shard: tensors}
         return tensors
 
-    def _tied(self) -> set[str]:
-        # With other values from_pretrained does not tie it, whatever config.json says.
-        tied, names = tied_names(self.config), list(self._stored)
-        return {
-            name
-            for output, input in tied.items()
-            for name in names
-            if same_but_for_a_prefix(name, output)
-            and any(same_but_for_a_prefix(other, input) and self._equal(name, other) for other in names)
-        }
+    def _left_out(self) -> set[str]:
+        """Return names of buffers that models compute, and of an output embedding tied to the input with its values."""
+        # GPT-2's and GPT-J's causal mask is attn.bias, of four dimensions; a bias has one.
+        masks = [name for name in self._stored if name.endswith(".bias") and len(self.spec(name)[1]) == 4]
+        found = {*masks, *(name for name in self._stored if name.endswith(BUFFERS))}
+        for output, input in tied_names(self.config).items():
+            inputs = [name for name in self._stored if same_but_for_a_prefix(name, input)]
+            for name in (name for name in self._stored if same_but_for_a_prefix(name, output)):
+                found |= {name} if any(self._equal(name, other) for other in inputs) else set()
+        return found
 
     def _equal(self, a: str, b: str) -> bool:
         """Return whether two tensors have the same bits."""
-        dtype, shape = self.spec(a)
-        return (dtype, shape) == self.spec(b) and all(
-            torch.equal(as_bytes(self.rows(a, *block)), as_bytes(self.rows(b, *block))) for block in row_blocks(shape)
-        )
+        same = (as_bytes(self.rows(a, *block)).equal(as_bytes(self.rows(b, *block))) for block in self.blocks(a))
+        return self.spec(a) == self.spec(b) and all(same)
 
     def names(self) -> list[str]:
         """Return the names; layer 2 comes before layer 10, as in most files."""
@@ -209,44 +166,44 @@ class CheckpointReader:
         stored = self._stored[name]
         return self._open(stored.shard)[stored.name]
 
+    def blocks(self, name: str) -> Iterator[tuple[int, int]]:
+        """Yield (start, stop) of blocks of rows with about BLOCK elements, at least one block."""
+        rows, *others = self.spec(name)[1] or (1,)
+        step = max(1, BLOCK // max(1, math.prod(others)))
+        for start in range(0, max(rows, 1), step):
+            yield start, min(start + step, rows)
+
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return the rows from ``start`` to before ``stop``, as far as there are any; a scalar as its only row."""
-        shape = self.spec(name)[1]
-        if not shape:
+        if not (shape := self.spec(name)[1]):
             return self.lazy(name).reshape(1)
         return self.lazy(name)[min(start, shape[0]) : min(stop, shape[0])]
 
-    def path_of(self, name: str) -> Path:
-        return self.folder / self._stored[name].shard
+    def shard_of(self, name: str) -> str:
+        return self._stored[name].shard
 
-    def bare_pickles(self) -> list[Path]:
-        """Return ``.bin`` shards from before PyTorch 1.6, which have no checksums and are loaded whole."""
+    def bins(self, zipped: bool) -> list[Path]:
+        """Return ``.bin`` shards: zip files, or those from before PyTorch 1.6, loaded whole and without checksums."""
         paths = [self.folder / shard for shard in self.shards if shard.endswith(".bin")]
-        return [path for path in paths if not zipfile.is_zipfile(path)]
+        return [path for path in paths if zipfile.is_zipfile(path) == zipped]
 
     def check_checksums(self) -> None:
         """Raise UserError if a record of a ``.bin`` shard does not match its CRC-32, which torch never checks."""
-        for path in (self.folder / shard for shard in self.shards if shard.endswith(".bin")):
-            if path not in self.bare_pickles():
-                with zipfile.ZipFile(path) as archive:
-                    for record in archive.infolist():
-                        if record.compress_type != zipfile.ZIP_STORED:
-                            raise UserError(f"{path} is compressed, and torch would read it as it is: save it again")
-                        if record.CRC:  # 0: not computed
-                            _check_record(path, archive, record)
-
-
-def _check_record(path: Path, archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> None:
-    try:
-        with archive.open(record) as file:
-            while file.read(1 << 22):
-                pass
-    except zipfile.BadZipFile as e:
-        raise UserError(f"{path} is damaged: {first_line(e)}; download it again") from None
+        for path in self.bins(zipped=True):
+            with zipfile.ZipFile(path) as archive:
+                for record in archive.infolist():
+                    if record.compress_type:  # torch would take the compressed bytes for the values
+                        raise UserError(f"{path} is compressed, which torch.save never does: save it again")
+                    try:
+                        with archive.open(record) as file:
+                            while record.CRC and file.read(1 << 22):  # 0: not computed
+                                pass
+                    except zipfile.BadZipFile as e:
+                        raise UserError(f"{path} is damaged: {first_line(e)}; download it again") from None
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the bytes, 1-D, of a tensor as a file holds it. (elements · itemsize,) uint8"""
+    """Return a tensor's bytes, as a file holds them. (elements · itemsize,) uint8"""
     return tensor.reshape(-1).contiguous().view(torch.uint8)
 
 
@@ -257,19 +214,19 @@ def _open_safetensors(path: Path) -> dict:
 
 
 def _open_bin(path: Path) -> dict:
-    # Files from before PyTorch 1.6 cannot be mapped: they are loaded whole.
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    dense = isinstance(tensors, dict) and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+        for name, tensor in tensors.items()
+    )
+    if not dense:
+        raise ValueError("it is not a model's state dict, but holds something other than dense tensors by name")
+    return tensors
 
 
 def _spec(tensor) -> tuple[torch.dtype, tuple[int, ...]]:
-    if isinstance(tensor, torch.Tensor):
-        return tensor.dtype, tuple(tensor.shape)
-    return tensor[:0].dtype, tuple(tensor.get_shape())
-
-
-def _is_buffer(name: str, shape: tuple[int, ...]) -> bool:
-    # GPT-2's and GPT-J's causal mask is attn.bias, of four dimensions; a bias has one.
-    return name.endswith(BUFFERS) or (name.endswith(".bias") and len(shape) == 4)
+    shape = tuple(tensor.shape if isinstance(tensor, torch.Tensor) else tensor.get_shape())
+    return (tensor[:0] if shape else tensor).dtype, shape
 
 
 def _in_order(name: str) -> list:

@@ -6,9 +6,7 @@ safetensors' own save_file needs a whole shard in memory. huggingface_hub plans 
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,54 +17,36 @@ from alpaca import UserError
 from alpaca.common.files import check_space
 from alpaca.weights.checkpoint import Specs, as_bytes, size_of
 
-DTYPES = {  # the names that safetensors has for them
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+# The names that safetensors has for the types of weights and of diffs.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def parse_size(text: str) -> int:
-    """Return the bytes of a size such as ``5GB`` (powers of 1000, as in transformers) or ``5GiB`` (powers of 1024)."""
-    match = re.fullmatch(r"([0-9]{0,15}\.?[0-9]{1,15}) ?([KMGT]?)(i?)B", str(text).strip(), re.I)
-    size = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")) if match else 0
-    if size < 1:
-        raise UserError(f"max_shard_size takes a size such as 5GB or 500MB, not {text!r}")
-    return size
-
-
 class ShardWriter:
-    """Writes the planned tensors in any order, the blocks of each in turn.
+    """Writes tensors of known name → (dtype, shape) into ``folder``, in any order, the blocks of each in turn.
 
-    Args:
-        folder: an existing folder; gets ``model.safetensors``, or numbered shards and an index.
-        specs: name → (dtype, shape).
-        max_shard_bytes: a shard is closed before it would grow beyond this; a single tensor may be larger.
+    A shard has at most ``max_shard_size``, such as 5GB (powers of 1000), or one tensor.
 
     Raises:
-        UserError: the disk has too little free space.
+        UserError: that is not a size, or the disk has too little free space.
     """
 
-    def __init__(self, folder: Path, specs: Specs, max_shard_bytes: int):
+    def __init__(self, folder: Path, specs: Specs, max_shard_size: str):
         check_space(folder, size_of(specs))
         tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in specs.items()}
-        plan = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_bytes)
+        try:
+            plan = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+        except (ValueError, OverflowError):
+            raise UserError(f"max_shard_size takes a size such as 5GB or 500MB, not {max_shard_size!r}") from None
         self._places: dict[str, tuple[Path, int]] = {}  # name → file, and the offset of the next block
         self._file = None  # the one that is being written
         for file, names in plan.filename_to_tensors.items():
-            header, size = {"__metadata__": {"format": "pt"}}, 0  # required by transformers
+            header, end = {"__metadata__": {"format": "pt"}}, 0  # required by transformers
             for name in names:
-                (dtype, shape), start = specs[name], size
-                size += dtype.itemsize * math.prod(shape)
-                header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, size]}
+                start, end = end, end + size_of({name: specs[name]})
+                kind, shape = DTYPE_NAMES[specs[name][0]], list(specs[name][1])
+                header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
             text = json.dumps(header, separators=(",", ":")).encode()
             text += b" " * (-len(text) % 8)  # so that tensor data starts at a multiple of 8 bytes
             (folder / file).write_bytes(len(text).to_bytes(8, "little") + text)
@@ -74,8 +54,7 @@ class ShardWriter:
                 self._places[name] = folder / file, 8 + len(text) + header[name]["data_offsets"][0]
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            (folder / "model.safetensors.index.json").write_text(text)
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def write(self, name: str, block: torch.Tensor) -> None:
         """Write the next rows of a tensor."""
@@ -83,7 +62,7 @@ class ShardWriter:
         data = memoryview(as_bytes(block).numpy())
         self._places[name] = path, offset + len(data)
         if self._file is None or self._file.name != path:
-            self.close()
+            self.__exit__()
             self._file = open(path, "r+b", buffering=0)
         self._file.seek(offset)
         while len(data):
@@ -94,13 +73,9 @@ class ShardWriter:
             with suppress(OSError):  # some file systems take no advice
                 os.posix_fadvise(self._file.fileno(), offset, self._file.tell() - offset, os.POSIX_FADV_DONTNEED)
 
-    def close(self) -> None:
-        """Close the file that is being written."""
-        if self._file:
-            self._file.close()
-
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, *error) -> None:
-        self.close()
+        if self._file:
+            self._file.close()

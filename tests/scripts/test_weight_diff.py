@@ -7,12 +7,15 @@ import os
 import resource
 import runpy
 import shutil
+import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_one_line_error, run_script
+from conftest import ROOT, assert_one_line_error, run_script
 from made_models import (
     assert_same_bits,
     edit_json,
@@ -333,7 +336,10 @@ def test_compare_says_that_all_are_equal_whatever_the_layout(tmp_path, capsys):
             {"b": torch.tensor([1.0, 2.5], dtype=F16), "a": torch.tensor([0.25])},
             "2 of 3 tensors differ: 1 in type or shape (b: F32 [2] and F16 [2]), 2 in values, by up to 0.5 (a, b)",
         ),
-        ({"d": torch.ones(1)}, "--path_a lacks tensors that --path_b has: d; another base model?"),
+        (
+            {"d": torch.ones(1)},
+            "--path_a lacks tensors that --path_b has: d; another base model? Their config.json do not say",
+        ),
     ],
 )
 def test_compare_names_what_differs(tmp_path, other, message):
@@ -581,6 +587,43 @@ def test_a_write_that_fails_in_the_middle_leaves_nothing(folders, task):
         else:
             recover(folders / "raw", folders / "diff", folders / "new")
     assert left_in(folders) == before
+
+
+SIGNALLED = """
+import os, runpy, signal, sys
+
+from alpaca.weights.writer import ShardWriter
+
+number, ignored = int(sys.argv.pop(1)), sys.argv.pop(1) == "ignored"
+if ignored:
+    signal.signal(number, signal.SIG_IGN)
+write = ShardWriter.write
+
+def signalled(writer, *args):
+    write(writer, *args)
+    os.kill(os.getpid(), number)
+
+ShardWriter.write = signalled
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("task", ["make_diff", "recover"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_it_and_leaves_nothing(folders, task, number):
+    """nohup has SIGHUP ignored, and it stays ignored."""
+    other, target = {"make_diff": ("tuned", "diff"), "recover": ("diff", "tuned")}[task]
+    flags = [task, f"--path_raw={folders / 'raw'}", f"--path_{other}={folders / other}"]
+    flags += [f"--path_{target}={folders / 'new'}"] + ["--test_inference=False"] * (task == "recover")
+    before = left_in(folders)
+    for way in ("obeyed", "ignored"):
+        command = [sys.executable, "-c", SIGNALLED, str(int(number)), way, weight_diff.__file__, *flags]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if way == "ignored":
+            assert (run.returncode, left_in(folders)) == (0, sorted([*before, "new"])), run.stderr
+        else:
+            assert (run.returncode, left_in(folders)) == (128 + number, before), run.stderr
+            assert "Traceback" not in run.stderr
 
 
 @pytest.mark.parametrize("zipped", [{}, {"_use_new_zipfile_serialization": False}], ids=["zip", "bare pickle"])
