@@ -119,8 +119,8 @@ class CheckpointReader:
         try:
             tensors = _open_safetensors(path) if shard.endswith(".safetensors") else _open_bin(path)
         except pickle.UnpicklingError as e:  # torch's own message suggests loading it with weights_only=False
-            why = re.search("WeightsUnpickler error: (.{,200})|$", str(e))[1]
-            what = f"is damaged, or holds more than tensors (its pickle asks to run code: {why})"
+            why = re.search("(?:WeightsUnpickler error: |Trying to load )(.{,200})|$", str(e))[1] or "it is malformed"
+            what = f"is damaged (a Git LFS pointer?), or its pickle asks to run code ({why})"
             raise UserError(f"{path} {what}, and was not loaded: do not trust it") from None
         except Exception as e:  # a damaged or hostile file can make a parser raise anything
             why = f"(truncated, or a Git LFS pointer?): {first_line(e)}"
@@ -176,7 +176,7 @@ class CheckpointReader:
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return the rows from ``start`` to before ``stop``, as far as there are any; a scalar as its only row."""
         if not (shape := self.spec(name)[1]):
-            return self.lazy(name).reshape(1)
+            return self.lazy(name).reshape(1)[start:stop]
         return self.lazy(name)[min(start, shape[0]) : min(stop, shape[0])]
 
     def shard_of(self, name: str) -> str:

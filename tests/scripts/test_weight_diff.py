@@ -31,6 +31,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import weight_diff
 from alpaca import UserError
+from alpaca.common import cli
+from alpaca.weights.writer import ShardWriter
 from weight_diff import compare, make_diff
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -293,6 +295,7 @@ def test_every_documented_command_runs(tiny_llama, tmp_path, monkeypatch, capsys
     assert [command[2] for command in commands] == ["make_diff", "recover", "verify", "compare"]
     paths["RECOVERED"] = paths["TUNED"]
     printed = []
+    monkeypatch.setattr(cli, "end_on_signals", lambda: None)  # or this process would obey them so
     for command, places in zip(commands, [paths | {"TUNED": trained}, paths, paths, paths], strict=True):
         monkeypatch.setattr("sys.argv", [str(places.get(word, word)) for word in command[1:]])
         runpy.run_path(weight_diff.__file__, run_name="__main__")
@@ -538,6 +541,7 @@ def test_raw_needs_no_tokenizer(folders):
 
 def test_make_diff_takes_the_originals_device(folders, monkeypatch):
     argv = ["--path_raw", folders / "raw", "--path_tuned", folders / "tuned", "--path_diff", folders / "new"]
+    monkeypatch.setattr(cli, "end_on_signals", lambda: None)
     monkeypatch.setattr("sys.argv", ["weight_diff.py", "make_diff", *map(str, argv), "--device", "cuda"])
     runpy.run_path(weight_diff.__file__, run_name="__main__")
     assert_same_bits(load_tensors(folders / "new"), load_tensors(folders / "diff"))
@@ -589,41 +593,50 @@ def test_a_write_that_fails_in_the_middle_leaves_nothing(folders, task):
     assert left_in(folders) == before
 
 
-SIGNALLED = """
-import os, runpy, signal, sys
-
-from alpaca.weights.writer import ShardWriter
-
-number, ignored = int(sys.argv.pop(1)), sys.argv.pop(1) == "ignored"
-if ignored:
-    signal.signal(number, signal.SIG_IGN)
-write = ShardWriter.write
-
-def signalled(writer, *args):
-    write(writer, *args)
-    os.kill(os.getpid(), number)
-
-ShardWriter.write = signalled
-runpy.run_path(sys.argv.pop(1), run_name="__main__")
-"""
-
-
 @pytest.mark.parametrize("task", ["make_diff", "recover"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_ends_it_and_leaves_nothing(folders, task, number):
-    """nohup has SIGHUP ignored, and it stays ignored."""
-    other, target = {"make_diff": ("tuned", "diff"), "recover": ("diff", "tuned")}[task]
-    flags = [task, f"--path_raw={folders / 'raw'}", f"--path_{other}={folders / other}"]
-    flags += [f"--path_{target}={folders / 'new'}"] + ["--test_inference=False"] * (task == "recover")
-    before = left_in(folders)
-    for way in ("obeyed", "ignored"):
-        command = [sys.executable, "-c", SIGNALLED, str(int(number)), way, weight_diff.__file__, *flags]
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if way == "ignored":
-            assert (run.returncode, left_in(folders)) == (0, sorted([*before, "new"])), run.stderr
-        else:
-            assert (run.returncode, left_in(folders)) == (128 + number, before), run.stderr
-            assert "Traceback" not in run.stderr
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN], ids=["obeyed", "ignored"])
+def test_a_signal_ends_it_as_ctrl_c_does_unless_it_is_ignored(folders, monkeypatch, task, number, before):
+    """nohup has SIGHUP ignored, and it stays ignored. The signal comes when something has been written."""
+    write, there = ShardWriter.write, left_in(folders)
+
+    def signalled(writer, *args) -> None:
+        write(writer, *args)
+        assert ".new.unfinished" in left_in(folders)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(ShardWriter, "write", signalled)
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            signal.signal(number, before)
+            cli.end_on_signals()
+            if task == "make_diff":
+                make_diff(folders / "raw", folders / "tuned", folders / "new")
+            else:
+                recover(folders / "raw", folders / "diff", folders / "new")
+            code = 0
+        except SystemExit as e:
+            code = e.code
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if before == signal.SIG_IGN:
+        assert (code, left_in(folders)) == (0, sorted([*there, "new"]))
+    else:
+        assert (code, left_in(folders)) == (128 + number, there)
+
+
+def test_the_script_ends_at_a_signal_without_a_traceback(folders):
+    code = "import os, runpy, signal, sys; from alpaca.weights.writer import ShardWriter; sys.argv.pop(0); "
+    code += "ShardWriter.write = lambda *_: os.kill(os.getpid(), signal.SIGTERM); "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    flags = ["recover", f"--path_raw={folders / 'raw'}", f"--path_diff={folders / 'diff'}"]
+    before, command = left_in(folders), [sys.executable, "-c", code, weight_diff.__file__, *flags]
+    run = subprocess.run([*command, f"--path_tuned={folders / 'new'}"], cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, left_in(folders)) == (128 + signal.SIGTERM, before), run.stderr
+    assert "Traceback" not in run.stderr
 
 
 @pytest.mark.parametrize("zipped", [{}, {"_use_new_zipfile_serialization": False}], ids=["zip", "bare pickle"])

@@ -359,7 +359,7 @@ def test_a_tensor_that_repeats_a_few_bytes_for_ever_takes_no_memory(tmp_path, bo
 
 def test_a_compressed_record_is_refused_by_the_check_of_checksums(tmp_path):
     """torch would take the compressed bytes for the values."""
-    folder = bin_folder(tmp_path, {"a": torch.rand(10**4)})
+    folder = bin_folder(tmp_path, {"a": torch.rand(1000)})
     repacked(folder / "pytorch_model.bin", lambda name, data: (data, zipfile.ZIP_DEFLATED))
     with pytest.raises(UserError, match="pytorch_model.bin is compressed, which torch.save never does"):
         CheckpointReader(folder).check_checksums()
@@ -374,7 +374,7 @@ def test_a_storage_that_is_shorter_than_its_tensor_is_refused(tmp_path):
 
 
 def test_a_sparse_tensor_is_refused(tmp_path):
-    with pytest.raises(UserError, match="it holds something other than dense tensors by name"):
+    with pytest.raises(UserError, match="holds something other than dense tensors by name"):
         CheckpointReader(bin_folder(tmp_path, {"a": torch.eye(3).to_sparse()}))
 
 
@@ -386,7 +386,7 @@ def pickle_of(value: bytes, name: bytes = b"a") -> bytes:
 HUGE = {
     "BINUNICODE": b"X\xf0\xff\xff\xff",
     "LONG4": b"\x8b\xf0\xff\xff\x7f",
-    "a name without an end": b"c" + b"x" * 10**6,
+    "a name without an end": b"c" + b"x" * 1000,
     "bytearray": pickle_of(b"cbuiltins\nbytearray\n\x8a\x05\x00\x00\x00\x00\x10\x85R"),  # 64 GB, in torch's list
     "a tensor": pickle_of(b"ctorch\nTensor\n\x8a\x05\x00\x00\x00\x00\x10\x85R"),
     "os.system": pickle_of(b"cos\nsystem\nX\x04\x00\x00\x00true\x85R"),
@@ -406,7 +406,9 @@ def test_a_hostile_pickle_ends_in_one_line_without_code_or_memory(tmp_path, pick
         repacked(file, lambda name, old: (data if name.endswith("data.pkl") else old, zipfile.ZIP_STORED))
     else:
         file.write_bytes(data)
-    with pytest.raises(UserError, match="pytorch_model.bin (cannot be read|is damaged, or holds more)") as error:
+    with pytest.raises(
+        UserError, match=r"pytorch_model.bin (cannot be read|is damaged \(a Git LFS pointer\?\), or its pickle asks)"
+    ) as error:
         with at_most_more(10**9):
             CheckpointReader(folder)
     assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
@@ -437,7 +439,7 @@ def test_a_flipped_bit_in_the_pickle_is_refused_in_one_line(tmp_path):
         assert data.count(place) == 1
         file.write_bytes(data.replace(place, bytes([place[0] ^ 1]) + place[1:]))
         with pytest.raises(
-            UserError, match="pytorch_model.bin is damaged, or holds more than tensors .*do not trust it"
+            UserError, match="pytorch_model.bin is damaged .* or its pickle asks to run code .*do not trust it"
         ):
             CheckpointReader(folder)
 
@@ -465,7 +467,7 @@ def test_no_pickle_opcode_resolves_a_name_outside_torchs_list(tmp_path):
             heard.clear()
             reader = CheckpointReader(good)
             assert [whole(reader, name).tolist() for name in reader.names()] == [[1, 2], [[3, 4]], [1, 1]]
-            with pytest.raises(UserError, match=r"its pickle asks to run code: .*posix.mkdir"):
+            with pytest.raises(UserError, match=r"its pickle asks to run code \(.*posix.mkdir"):
                 CheckpointReader(evil)
             assert heard == []
         torch.load(evil / "pytorch_model.bin", weights_only=False)

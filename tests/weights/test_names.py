@@ -143,7 +143,7 @@ def tied_pair(tmp_path: Path, like: Path, raw_stores: str, tuned_stores: str, tu
     """
     base = {name: tensor.half() for name, tensor in load_tensors(like).items() if name != HEAD}
     config = {"tie_word_embeddings": True}
-    stored = {"embed": {}, "head": {HEAD: base[EMBED]}, "both": {HEAD: base[EMBED].clone()}}[raw_stores]
+    stored = {} if raw_stores == "embed" else {HEAD: base[EMBED].clone()}
     raw = write_model(tmp_path / "raw", stored | base, like=like, **config)
     if raw_stores == "head":
         rewrite(raw, model__embed_tokens__weight=None)
