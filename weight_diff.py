@@ -5,7 +5,7 @@
     python weight_diff.py verify --path TUNED --path_diff DIFF
     python weight_diff.py compare --path_a TUNED --path_b RECOVERED
 
-RAW is the base model in Hugging Face format. Tensors are streamed in chunks; 7B takes about a gigabyte of memory.
+RAW is the base model in Hugging Face format. Tensors are read row by row: 7B takes about half a gigabyte of memory.
 """
 
 from __future__ import annotations
