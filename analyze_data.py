@@ -37,14 +37,13 @@ import utils
 from alpaca import UserError
 from alpaca.common import cli
 from alpaca.common.files import git_blob_id, new_folder
-from alpaca.common.records import FIELDS, RELEASED_BLOB, files_of, write_records
+from alpaca.common.records import FIELDS, RELEASED_BLOB, files_of, restricted_parts, write_records
 from alpaca.common.shapes import task_key
 from alpaca.common.text import counted, first_line, printable, utc_now
 from alpaca.data.lint.classes import CLASSES, OPT_IN, duplicates, find
 from alpaca.data.released import download
 from alpaca.data.rouge import count_words
 
-SHIPPED = Path(__file__).with_name("alpaca_data.json")
 SHIPPED_LICENSE = "cc-by-nc-4.0"  # also of the released data
 RELEASED_URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
 
@@ -337,16 +336,9 @@ def publish(
 
 def _restricted(records: list[dict], paths: list[str]) -> str:
     """Return which records may only be published as they were: those of Alpaca and of this project; "" for none."""
-    for file in [file for path in paths for file in files_of(path)]:
-        if file.is_file() and git_blob_id(file) == RELEASED_BLOB:
-            return f"{file.name} is the data that Stanford Alpaca released under CC BY-NC 4.0."
-    known = {task_key(record, *FIELDS) for record in utils.load_records(SHIPPED)} if SHIPPED.exists() else set()
-    if count := sum(task_key(record, *FIELDS) in known for record in records):
-        are = "is" if count == 1 else "are"
-        return (
-            f"{counted(count, 'record')} {are} of {SHIPPED.name}, which alpaca-reproduced publishes under CC BY-NC 4.0."
-        )
-    return ""
+    parts = restricted_parts(records, [file for path in paths for file in files_of(path)])
+    found = [f"{counted(count, 'record')} {'is' if count == 1 else 'are'} of {name}" for name, count in parts.items()]
+    return f"{' and '.join(found)}, under CC BY-NC 4.0." if found else ""
 
 
 def _check_license(license: str | None, restricted: str) -> None:

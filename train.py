@@ -57,10 +57,12 @@ from alpaca.common.records import load_records
 from alpaca.common.shapes import has_several_turns
 from alpaca.common.text import counted, first_line
 from alpaca.inference.adapters import add_mean_rows, embedding_rows
+from alpaca.inference.generate import context_length
 from alpaca.inference.load import load_model, load_tokenizer
-from alpaca.training import checkpoints, distributed, lora, packing, receipt
-from alpaca.training.checkpoints import check_fits, check_resumed, choose_checkpoint
+from alpaca.training import checkpoints, distributed, lora, packing, receipt, sharding
+from alpaca.training.checkpoints import check_resumed, choose_checkpoint, run_facts
 from alpaca.training.distributed import say
+from alpaca.training.evaluate import Samples
 from alpaca.training.examples import (  # noqa: F401  (some for importers)
     IGNORE_INDEX,
     SupervisedDataset,
@@ -373,12 +375,22 @@ def make_tokenizer(base: str, data_args, args, records: list[dict], held_out: li
 
 
 def load_base(
-    model_args, args, tokenizer, template: tuple[str, bool], findings: list[Finding] | None = None, **options
+    model_args,
+    args,
+    tokenizer,
+    template: tuple[str, bool],
+    findings: list[Finding] | None = None,
+    once: bool = False,
+    **options,
 ):
-    """Load the model to fine-tune, and add what it lacks; the first time, with ``findings``, mend the tokenizer too."""
+    """Load the model to fine-tune, and add what it lacks; the first time, with ``findings``, mend the tokenizer too.
+
+    With ``once``, every rank must call it, and rank 0 alone reads the weights: see sharding.load_on_rank_0.
+    """
     dropped: list[str] = []
     options = {"dtype": torch.float32, "cache_dir": args.cache_dir, **options}
-    model = load_model(model_args.model_name_or_path, dropped=dropped, **options)
+    read = partial(load_model, model_args.model_name_or_path, dropped=dropped, **options)
+    model = sharding.load_on_rank_0(read) if once else read()
     packing.weigh_router_loss(model)
     if share := lora.freeze_other_senses(model):
         what = f"what reads images or sound stays as it is ({share:.1%} of the parameters): the data is text"
@@ -406,9 +418,10 @@ def load_trained(load, args, findings: list[Finding] | None = None):
     float32 whatever the checkpoint's type: at a learning rate of 2e-5 most updates are lost in bf16's 8 bits. --bf16
     computes in bf16 over float32 weights. LoRA leaves these weights as they are.
     """
+    options = lora.base_options(args) if args.lora_r else {}
+    model = load(findings=findings, once=bool(args.fsdp), **options)
     if not args.lora_r:
-        return load(findings=findings)
-    model = load(findings=findings, **lora.base_options(args))
+        return model
     if findings is not None:
         findings += lora.check_coverage(model, args)
     return lora.add_adapter(model, args)
@@ -435,18 +448,16 @@ def fine_tune(model_args: ModelArguments, data_args: DataArguments, args: Traini
     base, output_dir = model_args.model_name_or_path, Path(args.output_dir)
     checkpoint = choose_checkpoint(args.resume_from_checkpoint, output_dir)
     if checkpoint:
-        checkpoints.check_arguments(checkpoint, args.given)
+        checkpoints.compare(checkpoint, args.given)
     train_records, eval_records = load_data(data_args, args.seed if args.data_seed is None else args.data_seed)
     check_batch_count(train_records, args)
-    begun = receipt.begin(data_args.data_path, data_args.eval_data_path)
+    begun = receipt.begin(data_args.data_path, train_records, data_args.eval_data_path, eval_records)
 
     tokenizer, template, findings = make_tokenizer(base, data_args, args, train_records, eval_records)
     sizes, plan, more = check_before_loading(base, args)
     repository = receipt.open_repository(args)
     load = partial(load_base, model_args, args, tokenizer, template)
     model = load_trained(load, args, findings)
-    if checkpoint:
-        check_fits(checkpoint, model)
 
     examples = SupervisedDataset(train_records, tokenizer, args.model_max_length, "training")
     held_out = SupervisedDataset(eval_records, tokenizer, args.model_max_length, "held-out") if eval_records else None
@@ -454,7 +465,7 @@ def fine_tune(model_args: ModelArguments, data_args: DataArguments, args: Traini
     rows, collator, self_check = make_batches(model, examples, tokenizer.pad_token_id, data_args, args)
 
     check_batch_count(rows, args)
-    check_resumed(checkpoint, rows, args)
+    check_resumed(checkpoint, run_facts(model, rows, args), args)
     findings += more + (disk(args, rows, sizes, plan) if sizes else [])
     preflight(model, tokenizer, rows, args, findings)
     trainers = Trainers(partial(load_trained, load, args), model, tokenizer, collator, self_check)
@@ -467,8 +478,10 @@ def fine_tune(model_args: ModelArguments, data_args: DataArguments, args: Traini
 
     args.eval_on_start = held_out is not None  # "before", to compare with
     trainer = trainers.new(args, rows, held_out)
+    samples = Samples(trainer, eval_records, args.model_max_length)
+    trainer.add_callback(samples)
     train_until_stopped(trainer, checkpoint)
-    finish(trainer, save, begun, {**vars(model_args), **vars(data_args), **args.given})
+    finish(trainer, save, samples, begun, {**vars(model_args), **vars(data_args), **args.given})
     receipt.upload(repository, output_dir, args)
 
 
@@ -478,17 +491,20 @@ def save_result(trainer: Trainer, folder: Path, load_base) -> None:
     trainer.save_whole_model(folder, partial(lora.save, trainer, load_base=load_base) if trainer.args.lora_r else None)
 
 
-def finish(trainer: Trainer, save, begun: dict, arguments: dict) -> None:
+def finish(trainer: Trainer, save, samples: Samples, begun: dict, arguments: dict) -> None:
     """Save the whole model with its receipt, card and plot; print how the run went."""
     output_dir, held_out = Path(trainer.args.output_dir), trainer.eval_dataset
     examples = getattr(trainer.train_dataset, "dataset", trainer.train_dataset)  # of --packing: not the bins
-    if held_out:
+    last = [e["step"] for e in trainer.state.log_history if "eval_loss" in e][-1:]
+    if held_out and (last != [trainer.state.global_step] or trainer.args.load_best_model_at_end):
         trainer.evaluate()
     save(trainer, output_dir)
     trainer.save_state()
     if trainer.is_world_process_zero():
         facts = receipt.collect(begun, trainer, arguments, (len(examples), len(held_out or ())))
-        say(f"{', '.join(receipt.write(facts, output_dir))} in {output_dir}")
+        facts["samples"] = samples.shown()
+        ollama = receipt.modelfile(trainer.processing_class, context_length(trainer.model))
+        say(f"{', '.join(receipt.write(facts, output_dir, Modelfile=ollama))} in {output_dir}")
     say(f"{trainer.state.global_step} steps on {len(examples)} examples; model in {output_dir}")
     if held_out:
         losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]

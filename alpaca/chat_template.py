@@ -116,6 +116,30 @@ def end_token(tokenizer) -> str | None:
     return found and found[0]
 
 
+def go_template(tokenizer) -> str:
+    """Return the tokenizer's chat template as Ollama needs it, in Go's language, for questions and answers in turn.
+
+    It is read from what two questions and an answer between become. A BOS that the tokenizer adds by itself is left
+    out: Ollama adds it too.
+
+    Raises:
+        UserError: the template fails, or does more than to write something around each message.
+    """
+    signs, roles = [chr(ord(PRIVATE) + i) for i in range(3)], ("user", "assistant", "user")
+    turns = [{"role": role, "content": sign} for role, sign in zip(roles, signs, strict=True)]
+    parts = re.split("|".join(signs), _rendered(tokenizer, [turns], True)[0])
+    if len(parts) != 4 or not parts[1].startswith(parts[3]):
+        raise UserError("this tokenizer's chat template writes earlier turns differently")
+    first, answered, between, asks = parts
+    if tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id:
+        first = first.removeprefix(tokenizer.bos_token)
+    before = os.path.commonprefix([first[::-1], between[::-1]])[::-1]  # each question
+    user = '{{ if eq .Role "user" }}' + before + "{{ .Content }}" + asks
+    assistant = '{{ else if eq .Role "assistant" }}' + answered.removeprefix(asks) + "{{ .Content }}"
+    each = user + assistant + between.removesuffix(before) + "{{ end }}"
+    return first.removesuffix(before) + "{{ range .Messages }}" + each + "{{ end }}"
+
+
 def chat_ids(tokenizer, messages: Sequence[dict]) -> list[int]:
     """Return the tokens of a conversation by the tokenizer's own chat template, up to where the answer begins.
 

@@ -9,6 +9,7 @@ Contenders, each run in a process of its own, in turn, --rounds times; the media
                   SDPA with a mask, AdamW not fused, logits of all tokens
     ours          train.py as it is by default: no padding
     ours_packed   train.py --packing: rows of the maximal length, filled; as many as hold a step's examples
+    ours_bf16     train.py --bf16 True; only if named, as a GPU's contenders all are in bf16
     trl           TRL's SFTTrainer, padded as by default
     trl_flat      the same with padding_free=True
 
@@ -35,6 +36,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -57,7 +59,7 @@ from alpaca.training.examples import IGNORE_INDEX  # noqa: E402
 from alpaca.training.meter import Meter, Totals, peak_flops  # noqa: E402
 from alpaca.training.receipt import hardware  # noqa: E402
 
-CONTENDERS = ("original", "ours", "ours_packed", "trl", "trl_flat")
+CONTENDERS = ("original", "ours", "ours_packed", "trl", "trl_flat", "ours_bf16")
 EPOCHS = 3
 SMOLLM2 = Path.home() / ".cache" / "alpaca" / "smollm2-135m-instruct"
 
@@ -83,15 +85,17 @@ class Finished(BaseException):
 
 
 class Stopwatch(transformers.TrainerCallback):
-    """Notes totals and losses at each step. DEFAULT_CALLBACKS gives it to every Trainer of the process."""
+    """Notes totals, losses and CPU seconds at each step. DEFAULT_CALLBACKS gives it to every Trainer of the process."""
 
     totals: list[Totals] = []
     losses: list[float] = []
+    cpu_seconds: list[float] = [0.0]
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
             self.totals.append(Totals(**state.stateful_callbacks[Meter.KEY]["attributes"]))
             self.losses.append(round(logs["loss"], 5))
+            self.cpu_seconds.append(time.process_time())
 
     def on_train_end(self, args, state, control, **kwargs):
         raise Finished
@@ -155,6 +159,7 @@ def run_once(contender: str, s: dict) -> dict:
         "mfu": round(since.flops / (since.train_seconds * peak), 4) if peak else None,
         "peak_memory_gib": round(last.peak_memory / 2**30, 2),
         "seconds": round(since.train_seconds, 3),
+        "cpu_seconds": round(Stopwatch.cpu_seconds[-1] - Stopwatch.cpu_seconds[s["warmup"]], 3),  # of all cores
         "tokens": since.tokens,
         "examples": since.examples,
         "losses": Stopwatch.losses,
@@ -205,6 +210,7 @@ def ours(contender: str, s: dict, shared: dict) -> None:
 
     shared |= {"model_name_or_path": s["model"], "data_path": s["data"], "model_max_length": MAX_LENGTH}
     shared["skip_save_rehearsal"] = True
+    shared["bf16"] = s["gpu"] or contender == "ours_bf16"
     if contender == "ours_packed":
         # A row of MAX_LENGTH tokens holds about 4 examples: as many rows as have the tokens of a step.
         micro, batch = (max(round(n * MEAN_TOKENS / MAX_LENGTH), 1) for n in (s["our_micro_batch"], s["batch"]))
@@ -222,7 +228,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=str(ROOT / "alpaca_data.json"), help="texts that the data is made from")
     parser.add_argument("--model_path", default=str(SMOLLM2), help="default: SmolLM2-135M, made if need be")
-    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS[:-1]), choices=CONTENDERS)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each contender")
     parser.add_argument("--batch", type=int, help="examples a step: 8 on a CPU, 128 on a GPU")
     parser.add_argument("--micro_batch", type=int, default=4, help="examples that are computed at once")

@@ -12,8 +12,8 @@ float32; the result says so with the numbers. For each size, in turn, --rounds t
     floor      a plain read of the same input files from first to last byte, then a write of as many bytes as ours
                writes, and fsync: what the disk itself takes
 
-raw is float16 in .bin shards with 32,000 rows, tuned and diff are float32 with 32,001. Before each run the dirty pages
-are written out and the inputs are dropped from the page cache (posix_fadvise DONTNEED), so all begin cold. Seconds run
+raw is float16 in .bin shards with 32,000 rows, tuned and diff are float32 with 32,001. Before each run the inputs are
+written out and dropped from the page cache (fsync, posix_fadvise DONTNEED), so all begin cold. Seconds run
 from the start of Python until the output is on the disk: what a process left in the page cache is synced, and counts.
 Peak memory is the kernel's own high-water mark of the process's resident pages (VmHWM, read every 10 ms until the
 end), which counts pages of files that it maps; the anonymous ones alone (RssAnon) stand beside it. Bytes read and
@@ -74,10 +74,10 @@ def weight_bytes(folder: Path) -> int:
 
 
 def begin_cold(folders: list[Path]) -> None:
-    """Writes out what is dirty and drops the folders' weights from the page cache."""
-    os.sync()
+    """Writes out what is dirty of the folders' weights, and drops them from the page cache."""
     for file in (file for folder in folders for file in weight_files(folder)):
         handle = os.open(file, os.O_RDONLY)
+        os.fsync(handle)
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(handle)
 

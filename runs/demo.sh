@@ -101,6 +101,7 @@ done
 printf '\n'
 printf '%s' "$TABLE" | python -c '
 import importlib.metadata, json, os, platform, subprocess, sys
+from alpaca.common.text import printable, shorten
 out, seconds = sys.argv[1], int(sys.argv[2])
 rows = [line.rstrip("\n").split("\t") for line in sys.stdin]
 shown = [["stage", "time", "where", "what it made"], *rows]
@@ -114,7 +115,13 @@ versions = {name: importlib.metadata.version(name) for name in ("torch", "transf
 summary = {"command": "make demo", "commit": commit, "seconds": seconds, "versions": versions}
 summary |= {"python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
 summary["stages"] = [{"stage": row[0], "seconds": int(row[1].split()[0]), "made": row[3]} for row in rows]
+summary["samples"] = json.load(open(f"{out}/tuned/training_receipt.json", encoding="utf-8"))["samples"]
 json.dump(summary, open(f"{out}/summary.json", "w"), indent=2, ensure_ascii=False)
+print("\nHeld-out prompts, answered before and after fine-tuning:")
+for sample in summary["samples"]:
+    answers = [answer["answer"] for answer in sample["answers"]]
+    for name, text in ("asked", sample["prompt"]), ("before", answers[0]), ("after", answers[-1]):
+        print(f"  {name:<8}{shorten(printable(text), 110)}")
 print(f"\nAll of it took {seconds // 60} min {seconds % 60} s. Talk to the result:\n"
       f"  .venv/bin/python chat.py --model_path {out}/recovered")
 ' "$OUT" "$SECONDS"

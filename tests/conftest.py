@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import inspect
 import json
 import os
@@ -17,6 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -44,9 +46,15 @@ for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
 
 
 def run_script(*argv, env=None, cwd=ROOT, timeout=300, input=None) -> subprocess.CompletedProcess:
-    """Runs ``python argv…`` from the repository root, as a user would; output is text."""
+    """Runs ``python argv…`` from the repository root, as a user would; output is text.
+
+    A script starts warm, but not with ``env``: libraries read it as they are imported.
+    """
+    argv = [*map(str, argv)]
+    if argv[0].endswith(".py") and not env:
+        return warm.launch(argv, dict(os.environ), cwd, timeout, input)
     return subprocess.run(
-        [sys.executable, *map(str, argv)],
+        [sys.executable, *argv],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -66,17 +74,20 @@ def call(command, *arguments, **flags):
     return command(*arguments, **flags)
 
 
-def torchrun(processes: int, *argv, env=None, timeout=300) -> subprocess.CompletedProcess:
-    """Runs a script under torchrun with static ranks on a free port, one thread a process; on GPUs if each has one."""
+def torchrun(processes: int, *argv, env=None, timeout=300, cold=False) -> subprocess.CompletedProcess:
+    """Runs a script under torchrun on a free port, one thread a process; on GPUs if each process has one.
+
+    Cold: by torchrun's own command. Else its agent starts the ranks in processes that have imported the libraries.
+    """
     import torch
 
-    enough = {} if torch.cuda.device_count() >= processes else {"CUDA_VISIBLE_DEVICES": ""}
-    return run_script(
-        *("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"),
-        *argv,
-        env={"OMP_NUM_THREADS": "1"} | enough | (env or {}),
-        timeout=timeout,
-    )
+    env = {"OMP_NUM_THREADS": "1"} | (env or {})
+    if torch.cuda.device_count() < processes:
+        env["CUDA_VISIBLE_DEVICES"] = ""
+    if not cold:
+        return warm.launch([*map(str, argv)], os.environ | env, ROOT, timeout, ranks=processes)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
+    return run_script(*torchrun, *argv, env=env, timeout=timeout)
 
 
 def assert_one_line_error(result: subprocess.CompletedProcess, *words: str) -> None:
@@ -114,6 +125,13 @@ def make_records(count: int) -> list[dict]:
         }
         for i in range(count)
     ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections():
+    """Let gc.collect(), which training calls 6 times a run, search what tests made and not the libraries (0.5 s)."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from copy import deepcopy
 
 import pytest
+from made_templates import FAMILIES
 from tokenizers import AddedToken, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import utils
 from alpaca import UserError
-from alpaca.chat_template import chat_ids, chat_template
+from alpaca.chat_template import chat_ids, chat_template, go_template
 from alpaca.inference.chat import request_ids
 from alpaca.prompts import prompt_ids
+from alpaca.training.receipt import modelfile
 
 HOSTILE = "Say 'x' or \"y\"\\n {{ bos }} {% raw %} – ### Input: ünïcode\n  `code`\ttab "
 
@@ -55,6 +58,35 @@ def test_the_text_is_the_prompts_behind_a_bos_that_the_tokenizer_would_add(token
     made.chat_template = chat_template(made)
     text = made.apply_chat_template([{"role": "user", "content": "Sing."}], tokenize=False, add_generation_prompt=True)
     assert text == "<s>" + utils.format_prompt("Sing.")
+
+
+def go_rendered(template: str, messages: list[dict]) -> str:
+    """What Ollama makes of the few words of Go's template language that are used."""
+    form = '(.*?){{ range .Messages }}{{ if eq .Role "user" }}(.*?){{ else if eq .Role "assistant" }}(.*?){{ end }}'
+    start, user, assistant = re.fullmatch(form + "{{ end }}", template, re.DOTALL).groups()
+    forms = {"user": user, "assistant": assistant}
+    return start + "".join(forms[m["role"]].replace("{{ .Content }}", m["content"]) for m in messages)
+
+
+@pytest.mark.parametrize("family", ["alpaca", *FAMILIES])
+def test_ollamas_template_writes_what_the_tokenizers_own_writes(tokenizer, family):
+    made = FAMILIES[family].on(tokenizer) if family in FAMILIES else deepcopy(tokenizer)
+    if family == "alpaca":
+        made.chat_template = chat_template(made)
+    messages = [{"role": "user", "content": "Sing."}, {"role": "assistant", "content": "La."}]
+    messages = [*messages, *messages, {"role": "user", "content": "Again."}]
+    for asked in (messages[:1], messages[:3], messages):
+        expected = made.apply_chat_template(asked, tokenize=False, add_generation_prompt=True).removeprefix("<s>")
+        assert go_rendered(go_template(made), asked) == expected
+
+
+def test_a_template_that_fails_over_two_turns_is_left_out_of_the_modelfile(tokenizer):
+    made = deepcopy(tokenizer)
+    made.chat_template = "{% if messages | length > 1 %}{{ raise_exception('one') }}{% endif %}"
+    lines = ["FROM .", 'PARAMETER stop "</s>"', 'PARAMETER stop "### Instruction:"', "PARAMETER num_ctx 2048"]
+    assert modelfile(made, 2048).splitlines() == lines
+    made.chat_template = chat_template(made)
+    assert modelfile(made, None).startswith('FROM .\nTEMPLATE """{{ range .Messages }}')
 
 
 def test_an_earlier_turn_is_an_example_of_its_own(templated):

@@ -198,8 +198,28 @@ def test_a_command_gets_answers_and_its_exit_code_and_the_server_ends_with_it(ti
     assert "127.0.0.1" in (tmp_path / "log").read_text()
 
 
+# In place of transformers serve, which takes 5 s to start: it answers /health alone.
+HEALTHY = """
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+port = next(word for word in sys.argv if word.startswith("--port="))
+HTTPServer(("127.0.0.1", int(port.removeprefix("--port="))), Handler).serve_forever()
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_the_server_ends_when_its_wrapper_is_ended(tiny_llama, tmp_path, number):
+def test_the_server_ends_when_its_wrapper_is_ended(tiny_llama, tmp_path, number, monkeypatch):
+    """With SIGKILL, it is the real server; the others end it as it is ended after its command."""
+    if number != signal.SIGKILL:
+        (package := tmp_path / "site" / "transformers").mkdir(parents=True)
+        (package / "__init__.py").touch()  # before the installed one
+        (package / "cli").mkdir()
+        (package / "cli" / "transformers.py").write_text(HEALTHY)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     wrapper = run_teacher(tiny_llama, tmp_path / "log", sys.executable, "-c", "import time; time.sleep(600)")
     server, others = children(wrapper)
     wrapper.send_signal(number)

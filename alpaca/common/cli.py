@@ -56,7 +56,7 @@ def run_cli(commands: Commands) -> None:
         sys.stdout = None
         sys.exit(141)
     except OSError as e:
-        sys.exit(f"error: {os_error_message(e)}")
+        sys.exit(f"error: {printable(os_error_message(e))}")
 
 
 def end_on_signals() -> None:

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from alpaca import UserError
-from alpaca.common.files import open_bytes, open_text, replace_file
-from alpaca.common.shapes import ALPACA, CONVERSATIONS, FIELDS, has_several_turns, in_our_fields
+from alpaca.common.files import git_blob_id, open_bytes, open_text, replace_file
+from alpaca.common.shapes import ALPACA, CONVERSATIONS, FIELDS, has_several_turns, in_our_fields, task_key
 from alpaca.common.text import counted, first_line, shorten
 
+SHIPPED = Path(__file__).resolve().parents[2] / "alpaca_data.json"  # this project's; absent where it is installed
 RELEASED_BLOB = "3779ddbc040543ab1834ef216c983d6fcc06cc9a"  # git hash-object of the 52,002 records of Stanford Alpaca
 
 LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
@@ -270,6 +271,22 @@ def load_records(
 ) -> list[dict]:
     """Return records with the texts "instruction", "input" and "output"; see read_records."""
     return [record for _, record in read_records(path, fields, say, answers=True)]
+
+
+def restricted_parts(records: Iterable[dict], files: Iterable[Path]) -> dict[str, int]:
+    """Return how many records are of data under CC BY-NC 4.0, by that data's name: this project's, and the released.
+
+    Each record is compared by its texts. The released ones are known where their whole file is among ``files``.
+    """
+    places = [("alpaca_data.json of alpaca-reproduced", SHIPPED)] if SHIPPED.exists() else []
+    released = [file for file in files if file.is_file() and git_blob_id(file) == RELEASED_BLOB]
+    places += [("the data that Stanford Alpaca released", file) for file in released[:1]]
+    keys, parts = [task_key(record, *FIELDS) for record in records], {}
+    for name, place in places:
+        known = {task_key(record, *FIELDS) for record in load_records(place, say=lambda line: None)}
+        if count := sum(key in known for key in keys):
+            parts[name] = count
+    return parts
 
 
 def load_seed_tasks(path: str | os.PathLike) -> list[dict]:

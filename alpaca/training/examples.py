@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,6 @@ import tokenizers
 
 from alpaca import UserError
 from alpaca.chat_template import Unanswerable, chat_turns, messages_of, saved_template
-from alpaca.common.files import new_folder
 from alpaca.common.shapes import task_key
 from alpaca.common.text import check_utf8
 from alpaca.prompts import answer_ids, format_prompt, prompt_ids
@@ -23,28 +22,26 @@ from alpaca.prompts import answer_ids, format_prompt, prompt_ids
 IGNORE_INDEX = -100  # torch's cross entropy skips it
 
 # In the cache's key: raise it when the same record gives other tokens or labels, or a cache has other files.
-RULE_VERSION = 3
+RULE_VERSION = 4
+
+
+def make_example(prompt: list[int], answer: list[int], max_length: int) -> dict[str, list[int]]:
+    """Return the row that teaches an answer: ``input_ids``, and ``labels`` that are IGNORE_INDEX for the prompt."""
+    labels = [IGNORE_INDEX] * len(prompt) + answer
+    return {"input_ids": [*prompt, *answer][:max_length], "labels": labels[:max_length]}
 
 
 def preprocess(records: list[dict], tokenizer, max_length: int) -> list[dict]:
-    """Return ``{"input_ids": [int], "labels": [int]}`` for each record, cut to max_length tokens.
+    """Return the example of each record in Alpaca's prompt, cut to max_length tokens.
 
-    The tokens are those of the prompt, exactly as chat asks it, then those of the answer, then EOS. Labels are
-    IGNORE_INDEX for the prompt. The original tokenized prompt and answer together: the tokens are the same except where
-    one token would span both. A special token that is written out in the data, such as "</s>", stays text.
-
-    Raises:
-        UserError: the tokenizer is of the slow kind, which has no offsets.
+    The tokens are those of the prompt, exactly as chat asks it, then those of the answer, then EOS. The original
+    tokenized prompt and answer together: the tokens are the same except where one token would span both. A special
+    token that is written out in the data, such as "</s>", stays text.
     """
-    _check_fast(tokenizer)
     prompts = prompt_ids(tokenizer, [format_prompt(record["instruction"], record["input"]) for record in records])
     answers = answer_ids(tokenizer, [record["output"] for record in records])
-    examples = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        ids = [*prompt, *answer, tokenizer.eos_token_id]
-        labels = [IGNORE_INDEX] * len(prompt) + ids[len(prompt) :]
-        examples.append({"input_ids": ids[:max_length], "labels": labels[:max_length]})
-    return examples
+    eos = [tokenizer.eos_token_id]
+    return [make_example(prompt, answer + eos, max_length) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 def tokenize(records: Sequence[dict], tokenizer, max_length: int) -> list[list[dict]]:
@@ -69,9 +66,7 @@ def preprocess_chat(records: Sequence[dict], tokenizer, max_length: int) -> list
 
     Raises:
         Unanswerable: the template cannot write a record; ``place`` is its index.
-        UserError: the tokenizer is of the slow kind, which has no offsets.
     """
-    _check_fast(tokenizer)
     conversations = [messages_of(record) for record in records]
     rows: list[list[dict]] = [[] for _ in records]
     left = {i: _learned(messages) for i, messages in enumerate(conversations)}
@@ -109,17 +104,16 @@ def _cut(row: dict, max_length: int) -> dict:
     return {"input_ids": ids[:max_length], "labels": labels[:max_length], "cut": row["cut"] or len(ids) > max_length}
 
 
-def _check_fast(tokenizer) -> None:
-    if not tokenizer.is_fast:
-        raise UserError("this tokenizer has no offsets: convert it to a tokenizer.json with AutoTokenizer")
-
-
 class Records(list):
     """Some of a file's records, with the number of each in the file (from 1) in ``numbers``."""
 
     def __init__(self, records: list[dict], numbers: list[int]):
         super().__init__(records)
         self.numbers = numbers
+
+
+def _numbers(records: Sequence[dict]) -> Sequence[int]:
+    return getattr(records, "numbers", range(1, len(records) + 1))
 
 
 def hold_out(records: list[dict], count: int, seed: int) -> tuple[Records, Records]:
@@ -170,13 +164,15 @@ class SupervisedDataset:
     """
 
     def __init__(self, records: list[dict], tokenizer, max_length: int, name: str):
-        every = getattr(records, "numbers", range(1, len(records) + 1))
+        every = _numbers(records)
         for number, record in zip(every, records, strict=True):
             texts = [record["instruction"], record["input"], record["output"]]
             texts += [message["content"] for message in record.get("messages") or ()]
             check_utf8("".join(texts), f"{name} record {number}")
-        with _naming(name, every):
+        try:
             table = load_tokens(records, tokenizer, max_length)
+        except Unanswerable as e:
+            raise Unanswerable(e.place, f"{name} record {every[e.place]}: {e}") from None
         self.numbers = [every[place - 1] for place in table["record"][:]]
         self.cut = sorted({number for number, cut in zip(self.numbers, table["cut"][:], strict=True) if cut})
         self.left_out = sorted(set(every).difference(self.numbers))
@@ -187,8 +183,6 @@ class SupervisedDataset:
             f"{name}: {len(self)} examples{several}, {sum(self.lengths)} tokens; {len(self.cut)} cut to "
             f"{max_length} tokens, {len(self.left_out)} left out (the prompt alone is longer)"
         )
-        if not len(self):
-            raise UserError(f"no example of the {name} data fits in {max_length} tokens: raise model_max_length")
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -199,21 +193,15 @@ class SupervisedDataset:
 
 def check_template(records: Sequence[dict], tokenizer, name: str) -> None:
     """Raise Unanswerable if the chat template fails on a record: the first with each sequence of roles is tried."""
-    firsts: dict[tuple[str, ...], int] = {}
-    for place, record in enumerate(records):
-        firsts.setdefault(tuple(message["role"] for message in messages_of(record)), place)
-    every = getattr(records, "numbers", range(1, len(records) + 1))
-    with _naming(name, [every[place] for place in firsts.values()]):
-        preprocess_chat([records[place] for place in firsts.values()], tokenizer, 10**9)
-
-
-@contextmanager
-def _naming(name: str, numbers: Sequence[int]):
-    """Name the record, among those with these numbers, that a chat template cannot write."""
-    try:
-        yield
-    except Unanswerable as e:
-        raise Unanswerable(e.place, f"{name} record {numbers[e.place]}: {e}") from None
+    tried: set[tuple[str, ...]] = set()
+    for number, record in zip(_numbers(records), records, strict=True):
+        roles = tuple(message["role"] for message in messages_of(record))
+        if roles not in tried:
+            tried.add(roles)
+            try:
+                preprocess_chat([record], tokenizer, 10**9)
+            except Unanswerable as e:
+                raise Unanswerable(e.place, f"{name} record {number}: {e}") from None
 
 
 def columns(examples: Sequence[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -235,7 +223,7 @@ def columns(examples: Sequence[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The cache: a folder for each content, made by one process, mapped by all.
+# The cache: an Arrow file for each content, made by one process, mapped by all.
 
 
 def cache_folder() -> Path:
@@ -243,75 +231,58 @@ def cache_folder() -> Path:
 
 
 def load_tokens(records: list[dict], tokenizer, max_length: int):
-    """Return the examples of ``records`` that have a label, from the cache, which is filled first if it lacks them.
+    """Return the rows of ``records`` that have a label, from the cache, which is filled first if it lacks them.
+
+    ``datasets`` makes a cache's folder whole or not at all, and lets one process of a node in at a time.
 
     Returns:
         A memory-mapped ``datasets.Dataset``, in the records' order: ``input_ids``, ``labels`` (lists of int32),
         ``record`` (its number, from 1), ``length`` (tokens), ``cut`` (whether the record is longer).
     """
     import datasets  # takes 1 s: only where something is tokenized
-
-    folder = cache_folder() / content_key(records, tokenizer, max_length)
-    if not folder.exists():
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with _lock(folder.with_suffix(".lock")):
-                if not folder.exists():  # else another process made it while this one waited
-                    with new_folder(folder) as unfinished:
-                        _write(unfinished / "tokens.arrow", records, tokenizer, max_length)
-        except OSError as e:
-            raise UserError(
-                f"{e.filename or folder}: {e.strerror or e}: tokens are cached there, XDG_CACHE_HOME moves them"
-            ) from None
-    return datasets.Dataset.from_file(str(folder / "tokens.arrow"))
-
-
-def content_key(records: list[dict], tokenizer, max_length: int) -> str:
-    """Return a hash of all that decides the tokens: the texts, the tokenizer's content, the maximum, the rule."""
-    _check_fast(tokenizer)
-    core = json.loads(tokenizer.backend_tokenizer.to_str())
-    core["truncation"] = core["padding"] = None  # what its last call asked for
-    rule = [RULE_VERSION, tokenizers.__version__, tokenizer.eos_token_id, max_length, core]
-    by_chat = saved_template(tokenizer) == "chat"
-    if by_chat:
-        rule += [tokenizer.chat_template, tokenizer.special_tokens_map]
-    digest = hashlib.sha256(json.dumps(rule, sort_keys=True).encode())
-    for record in records:
-        prompt = not by_chat and format_prompt(record["instruction"], record["input"])
-        text = json.dumps([prompt, record["output"]] if prompt else messages_of(record))
-        digest.update(text.encode() + b"\n")
-    return digest.hexdigest()[:32]
-
-
-def _write(path: Path, records: list[dict], tokenizer, max_length: int) -> None:
-    """Tokenize records, and write those that have a label. One process: the tokenizer itself uses all cores."""
-    import datasets
-    from datasets.arrow_writer import ArrowWriter
+    from datasets.exceptions import DatasetGenerationError
 
     int32s = datasets.List(datasets.Value("int32"))
     numbers = {name: datasets.Value("int32") for name in ("record", "length")}
     features = datasets.Features({"input_ids": int32s, "labels": int32s, **numbers, "cut": datasets.Value("bool")})
-    with ArrowWriter(path=str(path), features=features) as writer:
-        for start in range(0, len(records), 1000):  # so that few Python lists are held at a time
-            try:
-                examples = tokenize(records[start : start + 1000], tokenizer, max_length)
-            except Unanswerable as e:
-                raise Unanswerable(start + e.place, str(e)) from None
-            for number, rows in enumerate(examples, start + 1):
-                for row in rows:
-                    if any(label != IGNORE_INDEX for label in row["labels"]):
-                        writer.write({**row, "record": number, "length": len(row["input_ids"])})
-        writer.finalize()
-
-
-@contextmanager
-def _lock(path: Path):
-    """Let one process of the node in at a time. The lock is free when its holder dies, however it dies."""
+    options = {"fingerprint": content_key(records, tokenizer, max_length), "cache_dir": str(cache_folder())}
+    datasets.disable_progress_bars()
     try:
-        import fcntl
-    except ImportError:  # Windows: two processes may both tokenize there, and one rename wins
-        yield
-        return
-    with open(path, "a") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
+        return datasets.Dataset.from_generator(partial(_rows, records, tokenizer, max_length), features, **options)
+    except (OSError, DatasetGenerationError) as e:
+        cause = e.__cause__ or e
+        if not isinstance(cause, OSError):
+            raise cause from None
+        where = f"{cause.filename or cache_folder()}: {cause.strerror or cause}"
+        raise UserError(f"{where}: tokens are cached there, XDG_CACHE_HOME moves them") from None
+
+
+def _rows(records: Sequence[dict], tokenizer, max_length: int) -> Iterator[dict]:
+    """Yield the rows that have a label. One process: the tokenizer itself uses all cores."""
+    count = 0
+    for start in range(0, len(records), 1000):  # so that few Python lists are held at a time
+        try:
+            examples = tokenize(records[start : start + 1000], tokenizer, max_length)
+        except Unanswerable as e:
+            raise Unanswerable(start + e.place, str(e)) from None
+        for number, rows in enumerate(examples, start + 1):
+            for row in rows:
+                if any(label != IGNORE_INDEX for label in row["labels"]):
+                    count += 1
+                    yield {**row, "record": number, "length": len(row["input_ids"])}
+    if not count:  # datasets cannot read a table of none
+        raise UserError(f"no example of the data fits in {max_length} tokens: raise model_max_length")
+
+
+def content_key(records: list[dict], tokenizer, max_length: int) -> str:
+    """Return a hash of all that decides the tokens: the records, the tokenizer's content, the maximum, the rule."""
+    if not tokenizer.is_fast:
+        raise UserError("this tokenizer has no offsets: convert it to a tokenizer.json with AutoTokenizer")
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    core["truncation"] = core["padding"] = None  # what its last call asked for
+    rule = [RULE_VERSION, tokenizers.__version__, max_length, core]
+    rule += [tokenizer.chat_template, tokenizer.special_tokens_map]
+    digest = hashlib.sha256(json.dumps(rule, sort_keys=True).encode())
+    for record in records:
+        digest.update(json.dumps(record, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()[:32]

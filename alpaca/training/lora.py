@@ -27,15 +27,14 @@ def base_options(args) -> dict:
     """Return what ``from_pretrained`` needs to load the base: its ``dtype``, and how it is quantized.
 
     A frozen base does not need float32, as nothing is added to it. If the run computes in 16 bits, so does the base
-    stay in 16 bits: that is what makes 7B fit into 24 GB. Under FSDP it is float32, since the parameters of one shard
-    group share a type.
+    stay in 16 bits: that is what makes 7B fit into 24 GB.
 
     Raises:
         UserError: 4 bits without bitsandbytes.
     """
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     if not args.load_in_4bit:
-        return {"dtype": torch.float32 if args.fsdp else half}
+        return {"dtype": half}
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
@@ -89,6 +88,11 @@ def add_adapter(model, args):
     layers, parameters = matrices(model)
     if args.load_in_4bit:
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        for module in model.modules():
+            # On a CPU with AVX-512 BF16, the first evaluation would pack the weights for a kernel that has no gradient
+            # and rounds scales to bf16; training would go on with it (bitsandbytes 0.50).
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     config = peft.LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
@@ -150,10 +154,7 @@ def save(trainer, output_dir: Path, load_base: Callable[[], torch.nn.Module]) ->
     """
     state = None
     if trainer.is_fsdp_enabled:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-        state = get_model_state_dict(trainer.model, options=options)
+        state = {name: x.full_tensor() for name, x in trainer.model.state_dict().items() if ".lora_" in name}
     if not trainer.is_world_process_zero():
         return
     adapter, tokenizer = output_dir / "adapter", trainer.processing_class

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: real tokens a second, padding, MFU, peak memory, ETA; log lines and a bar.
+"""What a run shows while it trains: real tokens a second, padding, MFU, peak memory, ETA; log lines and bars.
 
 A Trainer calls ``count`` with each batch, ``gather`` before it logs or saves, and logs ``figures`` beside the loss. A
 real token is one that is not padding.
@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
 
 import psutil
 import torch
@@ -17,41 +19,24 @@ from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
+from transformers.trainer_callback import ProgressCallback
 
 from alpaca.training.examples import IGNORE_INDEX
 
 # FLOP/s of one GPU at bf16 (V100, T4: fp16) without sparsity, from NVIDIA's data sheets; half the figure if a sheet has
-# only that with sparsity. A card matches the first line whose words all occur in its name.
-PEAK_FLOPS = {
-    ("GB200",): 2500e12,
-    ("B200",): 2250e12,
-    ("GH200",): 989e12,
-    ("H200",): 989e12,
-    ("H100", "PCIe"): 756e12,
-    ("H100", "NVL"): 835e12,
-    ("H100",): 989e12,
-    ("H800",): 989e12,
-    ("A100",): 312e12,
-    ("A800",): 312e12,
-    ("L40S",): 362e12,
-    ("A10",): 125e12,
-    ("V100",): 125e12,
-    ("T4",): 65e12,
-    ("RTX", "4090"): 165e12,
-    ("RTX", "3090"): 71e12,
-}
+# only that with sparsity. A card matches the first entry whose words all occur in its name.
+PEAK_FLOPS = {"GB200": 2500e12, "B200": 2250e12}
+PEAK_FLOPS |= {"H100 PCIe": 756e12, "H100 NVL": 835e12} | dict.fromkeys(("GH200", "H200", "H100", "H800"), 989e12)
+PEAK_FLOPS |= {"L40S": 362e12, "RTX 4090": 165e12}
+PEAK_FLOPS |= dict.fromkeys(("A100", "A800"), 312e12) | {"A10": 125e12, "RTX 3090": 71e12}
+PEAK_FLOPS |= {"V100": 125e12, "T4": 65e12}
 
 
 def peak_flops(name: str) -> float | None:
     """Return FLOP/s of the GPU of that name (``torch.cuda.get_device_name``); None if unknown, or a slice of a GPU."""
     words = set(re.split(r"[^A-Za-z0-9]+", name))
-    if "MIG" in words:
-        return None
-    return next((flops for known, flops in PEAK_FLOPS.items() if words.issuperset(known)), None)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# FLOPs and tokens.
+    known = (flops for card, flops in PEAK_FLOPS.items() if words.issuperset(card.split()))
+    return None if "MIG" in words else next(known, None)
 
 
 def model_flops(model: nn.Module) -> tuple[int, int]:
@@ -65,15 +50,16 @@ def model_flops(model: nn.Module) -> tuple[int, int]:
 
     The input embedding is a look-up and does not count; the output embedding does, tied or not, for each real token.
     (A run that computes only the logits of supervised tokens spends less than it is credited with: at most 2% at 7B.)
-    A frozen matrix, as under LoRA, has no weight gradient: 4 FLOPs a token.
+    A frozen matrix, as under LoRA, has no weight gradient: 4 FLOPs a token. Of a mixture's experts, those that a token
+    passes through count (all of them where the config does not say how many). Convolutions and scans do not count.
     """
-    per_token = 0
+    per_token, config = 0, model.config.get_text_config()
     for module in model.modules():
-        if isinstance(module, nn.Linear):  # not weight.numel(): 4-bit weights are packed, ZeRO-3 leaves 0 elements
-            per_token += module.in_features * module.out_features * (6 if module.weight.requires_grad else 4)
-        elif isinstance(module, Conv1D):  # GPT-2's matrices
-            per_token += module.weight.numel() * (6 if module.weight.requires_grad else 4)
-    config = model.config.get_text_config()
+        for name, weight in module.named_parameters(recurse=False):
+            share = 1.0 if name == "weight" and isinstance(module, (nn.Linear, Conv1D)) else 0.0  # Conv1D: GPT-2's
+            if weight.ndim == 3 and not isinstance(module, nn.Conv1d):  # (experts, rows, columns)
+                share = (getattr(config, "num_experts_per_tok", None) or len(weight)) / len(weight)
+            per_token += int(share * elements(weight)) * (6 if weight.requires_grad else 4)
     heads = getattr(config, "num_attention_heads", None)
     if not heads:  # no attention
         return per_token, 0
@@ -89,7 +75,7 @@ def elements(parameter: torch.Tensor) -> int:
 
 
 def count_tokens(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Count a batch without waiting for the device: int64 (4,), on the device of the inputs.
+    """Count a batch without waiting for the device.
 
     Args:
         inputs: one of
@@ -99,7 +85,8 @@ def count_tokens(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
             and ``labels`` or ``shift_labels``: IGNORE_INDEX where nothing is learned (or no entry at all).
 
     Returns:
-        Real tokens; supervised ones; the sum of the squares of the examples' lengths; examples.
+        int64 (5,) on the device of the inputs: real tokens; supervised ones; the sum of the squares of the examples'
+        lengths; examples; tokens with padding.
     """
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     if mask is not None and mask.dim() == 2:
@@ -110,7 +97,8 @@ def count_tokens(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         squares = (2 * positions + 1).sum()  # 1 + 3 + … + (2n − 1) = n²
         examples = (positions == 0).sum()
     labels = inputs["shift_labels"] if inputs.get("shift_labels") is not None else inputs["labels"]
-    return torch.stack([real, (labels != IGNORE_INDEX).sum(), squares, examples]).long()
+    slots = torch.ones_like(inputs["input_ids"]).sum()
+    return torch.stack([real, (labels != IGNORE_INDEX).sum(), squares, examples, slots]).long()
 
 
 @dataclass
@@ -126,27 +114,36 @@ class Totals:
     wall_seconds: float = 0.0  # with them, from the making of the trainer
     peak_memory: int = 0  # bytes on the fullest rank
 
+    def rates(self, peak: float | None) -> dict[str, float]:
+        """Return rates of these counts, as they are logged.
+
+        "mfu" is the FLOPs for real tokens as a share of what GPUs of ``peak`` FLOP/s in all could do; None: left out.
+        """
+        seconds = max(self.train_seconds, 1e-9)
+        return {
+            "tokens_per_second": round(self.tokens / seconds, 1),
+            "supervised_tokens_per_second": round(self.supervised / seconds, 1),
+            "padding_share": round(self.padding / max(self.tokens + self.padding, 1), 4),
+            "peak_memory_gib": round(self.peak_memory / 2**30, 2),
+        } | ({"mfu": round(self.flops / (seconds * peak), 4)} if peak else {})
+
 
 def peak_memory(device: torch.device) -> int:
     """Return the most bytes that this process has held: allocated by torch on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        with open("/proc/self/status") as file:  # getrusage's figure would start with that of the parent process
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-    except (OSError, StopIteration):  # not Linux: what it holds now; a Meter keeps the highest
-        return psutil.Process().memory_info().rss
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The meter.
+    status = Path("/proc/self/status")  # getrusage's figure would start with that of the parent process
+    peak = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    return int(peak[1]) * 1024 if peak else psutil.Process().memory_info().rss  # now; a Meter keeps the highest
 
 
 class Meter(TrainerCallback):
-    """Count tokens and time, and show them on rank 0: a line each logging step, and a bar if stderr is a terminal.
+    """Count tokens and time, and print a line each logging step.
 
     Attributes:
         totals: what was counted until the last ``gather``, over all ranks.
+        earlier_seconds: of the sessions before this one, as far as they are in the checkpoint.
+        peak: FLOP/s of all GPUs at bf16; None if that is unknown.
     """
 
     KEY = "meter_totals"  # in trainer_state.json's stateful_callbacks, from which a resumed run continues
@@ -156,18 +153,15 @@ class Meter(TrainerCallback):
         self.parameters = sum(elements(p) for p in model.parameters())
         self.trainable = sum(elements(p) for p in model.parameters() if p.requires_grad)
         self.device, self.devices = device, devices
-        self.peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        self.peak = peak * devices if (peak := peak_flops(name)) else None
         self.totals, self._logged = Totals(), Totals()
-        self._slots, self._counts = 0, torch.zeros(4, dtype=torch.int64, device=device)
-        self._started = self._begun = self._step_ended = time.monotonic()
-        self.earlier_seconds = 0.0  # of the sessions before this one, as far as they are in the checkpoint
-        self._paused = self._before = 0.0
-        self._first_step = 0
-        self._bar = self._eval_bar = None
+        self._counts = torch.zeros(5, dtype=torch.int64, device=device)
+        self._started = self._since = time.monotonic()
+        self._seconds = self.earlier_seconds = 0.0
 
     def count(self, inputs: dict[str, torch.Tensor]) -> None:
         """Count a batch that this rank trains on."""
-        self._slots += inputs["input_ids"].numel()
         self._counts += count_tokens(inputs).to(self.device, non_blocking=True)
 
     def gather(self, gather, state) -> None:
@@ -177,9 +171,8 @@ class Meter(TrainerCallback):
             gather: (1, 6) int64 of each rank → (ranks, 6), as ``accelerator.gather``.
             state: the trainer's, which takes the totals into the next checkpoint.
         """
-        row = torch.tensor([self._slots, peak_memory(self.device)], dtype=torch.int64, device=self.device)
-        rows = gather(torch.cat([self._counts, row])[None]).tolist()
-        self._slots = 0
+        peak = self._counts.new_tensor([peak_memory(self.device)])
+        rows = gather(torch.cat([self._counts, peak])[None]).tolist()
         self._counts.zero_()
         tokens, supervised, squares, examples, slots, _ = (sum(column) for column in zip(*rows, strict=True))
         totals = self.totals
@@ -189,132 +182,87 @@ class Meter(TrainerCallback):
         totals.padding += slots - tokens
         totals.flops += self.per_token * tokens + self.per_square * squares
         totals.peak_memory = max(totals.peak_memory, *(row[-1] for row in rows))
-        totals.train_seconds = self._before + self._step_ended - self._begun - self._paused
+        totals.train_seconds = self._seconds
         totals.wall_seconds = self.earlier_seconds + time.monotonic() - self._started
         state.stateful_callbacks[self.KEY] = {"args": {}, "attributes": asdict(totals)}
 
-    def mfu(self, totals: Totals) -> float | None:
-        """Return model FLOPs of real tokens as a share of what the GPUs could do at bf16; None if that is unknown."""
-        if self.peak is None or not totals.train_seconds:
-            return None
-        return totals.flops / (totals.train_seconds * self.peak * self.devices)
-
     def figures(self, state) -> dict[str, float]:
-        """Return what is logged beside the loss: rates since the last call, over all ranks."""
-        now, last = self.totals, self._logged
-        since = Totals(*(b - a for a, b in zip(asdict(last).values(), asdict(now).values(), strict=True)))
-        self._logged = Totals(**asdict(now))
-        seconds = max(since.train_seconds, 1e-9)
-        a_step = (now.train_seconds - self._before) / max(state.global_step - self._first_step, 1)
-        mfu = self.mfu(since)
-        return {
-            "tokens": now.tokens,
-            "tokens_per_second": round(since.tokens / seconds, 1),
-            "supervised_tokens_per_second": round(since.supervised / seconds, 1),
-            "padding_share": round(since.padding / max(since.tokens + since.padding, 1), 4),
-            "peak_memory_gib": round(now.peak_memory / 2**30, 2),
-            "eta_seconds": round(a_step * (state.max_steps - state.global_step)),
-        } | ({} if mfu is None else {"mfu": round(mfu, 4)})
+        """Return what is logged beside the loss: rates since the last call, over all ranks. The ETA is by the run's."""
+        now, last, self._logged = self.totals, self._logged, replace(self.totals)
+        since = Totals(*(b - a for a, b in zip(astuple(last), astuple(now), strict=True)))
+        since.peak_memory = now.peak_memory
+        eta = now.train_seconds * (state.max_steps / max(state.global_step, 1) - 1)
+        return {"tokens": now.tokens, **since.rates(self.peak), "eta_seconds": round(eta)}
+
+    def pause(self) -> None:
+        """Leave the time since the last step out of the training time."""
+        self._since = time.monotonic()
 
     # Callbacks.
 
     def on_train_begin(self, args, state, control, **kwargs):
-        # What came before, such as a rehearsal, does not count; what a checkpoint had counted does.
+        # What came before does not count; what a checkpoint had counted does.
         saved = (state.stateful_callbacks or {}).get(self.KEY, {"attributes": {}})["attributes"]
         self.totals, self._logged = Totals(**saved), Totals(**saved)
-        self._before, self.earlier_seconds = self.totals.train_seconds, self.totals.wall_seconds
-        self._slots = 0
+        self._seconds, self.earlier_seconds = self.totals.train_seconds, self.totals.wall_seconds
         self._counts.zero_()
-        self._first_step = state.global_step
-        self._begun = self._step_ended = time.monotonic()
-        self._paused = 0.0
-        if state.is_world_process_zero:
-            self._bar = tqdm(
-                total=state.max_steps,
-                initial=state.global_step,
-                disable=True if args.disable_tqdm else None,  # None: no bar unless stderr is a terminal
-                dynamic_ncols=True,
-                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {elapsed} gone{postfix}",
-            )
+        self.pause()
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:
             control.should_log = True  # otherwise the last steps are not logged if logging_steps does not divide them
         if self.device.type == "cuda" and (control.should_log or control.should_evaluate or control.should_save):
             torch.cuda.synchronize(self.device)  # otherwise the queue's rest would count as evaluation or saving
-        self._step_ended = time.monotonic()
-        if self._bar is not None:
-            self._bar.update(1)
-
-    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-        if state.is_world_process_zero and self._eval_bar is None:
-            self._eval_bar = tqdm(
-                total=len(eval_dataloader),
-                desc="evaluating",
-                unit="batch",
-                leave=False,
-                disable=True if args.disable_tqdm else None,
-            )
-        if self._eval_bar is not None:
-            self._eval_bar.update(1)
+        self._seconds += time.monotonic() - self._since
+        self.pause()
 
     def on_evaluate(self, args, state, control, **kwargs):
-        if self._eval_bar is not None:
-            self._eval_bar.close()
-            self._eval_bar = None
-        self.on_save(args, state, control)
+        self.pause()
 
-    def on_save(self, args, state, control, **kwargs):
-        now = time.monotonic()
-        self._paused += now - self._step_ended
-        self._step_ended = now
+    on_save = on_evaluate
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero:
-            return
         if "loss" in logs:
-            if self._bar is not None:
-                self._bar.set_postfix_str(f"{clock(logs['eta_seconds'])} to go, loss {logs['loss']:.4f}", refresh=False)
             line = log_line(logs, state.global_step, state.max_steps)
         elif "eval_loss" in logs:
-            seconds = f" ({logs['eval_runtime']:.1f} s)" if "eval_runtime" in logs else ""
-            line = f"step {state.global_step}/{state.max_steps} | eval_loss {logs['eval_loss']:.4f}{seconds}"
+            loss, seconds = logs["eval_loss"], logs["eval_runtime"]
+            line = f"step {state.global_step}/{state.max_steps} | eval_loss {loss:.4f} ({seconds:.1f} s)"
         elif "train_runtime" in logs:
-            line = self.summary(state)
+            spent = f"{clock(self.totals.train_seconds)} | {self.totals.tokens:,} tokens"
+            line = f"{state.global_step} steps in {spent} | {rates_text(self.totals.rates(self.peak))}"
         else:
             return
-        tqdm.write(line)  # to stdout; a bar on the same terminal is moved out of the way
-        sys.stdout.flush()
+        if state.is_world_process_zero:
+            tqdm.write(line)  # to stdout; a bar on the same terminal is moved out of the way
+            sys.stdout.flush()
 
-    def on_train_end(self, args, state, control, **kwargs):
-        if self._bar is not None:
-            self._bar.close()
 
-    def summary(self, state) -> str:
-        """Return the whole run in a line."""
-        totals, mfu = self.totals, self.mfu(self.totals)
-        padding = totals.padding / max(totals.tokens + totals.padding, 1)
-        return (
-            f"{state.global_step} steps in {clock(totals.train_seconds)} | {totals.tokens:,} tokens "
-            f"({totals.supervised / max(totals.tokens, 1):.0%} supervised) | "
-            f"{totals.tokens / max(totals.train_seconds, 1e-9):,.0f} tokens/s | padding {padding:.1%} | "
-            f"{'' if mfu is None else f'MFU {mfu:.1%} | '}peak {totals.peak_memory / 2**30:.1f} GiB"
-        )
+class Bars(ProgressCallback):
+    """The library's bars of steps and of evaluation, with the loss; the lines beside them are a Meter's."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.4f}", refresh=False)
 
 
 def log_line(logs: dict[str, float], step: int, steps: int) -> str:
     """Return one logging step, for people and grep: ``step 10/1218 | epoch 0.02 | loss 1.2345 | … | ETA 0:31:12``."""
     grad = f"grad {logs['grad_norm']:.2f} | " if "grad_norm" in logs else ""
-    mfu = f"MFU {logs['mfu']:.1%} | " if "mfu" in logs else ""
     return (
         f"step {step:>{len(str(steps))}}/{steps} | epoch {logs.get('epoch', 0):.2f} | loss {logs['loss']:.4f} | "
-        f"lr {logs['learning_rate']:.2e} | {grad}{logs['tokens_per_second']:,.0f} tokens/s "
-        f"({logs['supervised_tokens_per_second']:,.0f} supervised) | padding {logs['padding_share']:.1%} | "
-        f"{mfu}peak {logs['peak_memory_gib']:.1f} GiB | ETA {clock(logs['eta_seconds'])}"
+        f"lr {logs['learning_rate']:.2e} | {grad}{rates_text(logs)} | ETA {clock(logs['eta_seconds'])}"
+    )
+
+
+def rates_text(rates: dict[str, float]) -> str:
+    """Return Totals.rates() for people."""
+    mfu = f"MFU {rates['mfu']:.1%} | " if "mfu" in rates else ""
+    return (
+        f"{rates['tokens_per_second']:,.0f} tokens/s ({rates['supervised_tokens_per_second']:,.0f} supervised) | "
+        f"padding {rates['padding_share']:.1%} | {mfu}peak {rates['peak_memory_gib']:.1f} GiB"
     )
 
 
 def clock(seconds: float) -> str:
-    """Return seconds as ``h:mm:ss``."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+    """Return seconds as ``h:mm:ss``, from a day on as ``1 day, h:mm:ss``."""
+    return str(timedelta(seconds=round(seconds)))

@@ -11,93 +11,77 @@ import io
 import os
 import platform
 import re
-import statistics
 import subprocess
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
 import psutil
 import torch
+from huggingface_hub import CommitOperationAdd, HfApi
 
 from alpaca import UserError
-from alpaca.common.files import git_blob_id, replace_file
-from alpaca.common.records import RELEASED_BLOB, files_of, json_text, title
+from alpaca.chat_template import go_template
+from alpaca.common.files import replace_file
+from alpaca.common.records import files_of, json_text, restricted_parts, title
 from alpaca.common.text import first_line, public_name, templates, utc_now
+from alpaca.inference.generate import STOP
 from alpaca.training.distributed import say
 from alpaca.training.meter import clock
 from alpaca.weights.checkpoint import CHAT_TEMPLATES, SIDE_FILES
 
 ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = ROOT / "alpaca_data.json"
-PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "datasets", "peft", "bitsandbytes")
-PACKAGES += ("deepspeed", "liger-kernel")
+PACKAGES = ("python", "cuda", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "datasets", "peft")
+PACKAGES += ("bitsandbytes", "deepspeed", "liger-kernel")
 SECRET = re.compile(r"(_token|secret|password|api_?key)$", re.I)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Facts.
+def data_facts(path: str | os.PathLike, records: Sequence[dict]) -> dict:
+    """Return hash and size of data (of several files, the hash of all in order; of the hub's, none), and its license.
 
-
-def data_facts(path: str | os.PathLike) -> dict:
-    """Return hash, size and license of data; of several files, the hash of all in order; of the hub's, neither.
-
-    ``licence`` is None for data that this project does not know.
+    ``parts`` says how many of the records that were read are of data that is known, and ``licence`` is the strictest
+    of theirs: None if no record is known.
     """
     files, digest = files_of(path), hashlib.sha256()
     for file in files:
         digest.update(file.read_bytes())
-    sha256 = digest.hexdigest() if files else None
-    shipped = SHIPPED.exists() and hashlib.sha256(SHIPPED.read_bytes()).hexdigest() == sha256
-    licence = "CC BY-NC 4.0" if shipped or [git_blob_id(file) for file in files] == [RELEASED_BLOB] else None
-    what = "shipped with this project" if shipped else "released by Stanford Alpaca" if licence else "the user's"
-    size = sum(file.stat().st_size for file in files)
-    return {"path": str(path), "sha256": sha256, "bytes": size, "source": what, "licence": licence}
+    facts = {"path": str(path), "sha256": digest.hexdigest() if files else None, "records": len(records)}
+    facts |= {"bytes": sum(file.stat().st_size for file in files), "parts": restricted_parts(records, files)}
+    return facts | {"licence": "CC BY-NC 4.0" if facts["parts"] else None}
 
 
 def git_state(root: Path = ROOT) -> dict | None:
     """Return the commit, and whether tracked files differ from it; None if ``root`` is not a checkout."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, check=True).stdout.strip()
-
+    if not (root / ".git").exists():  # installed, maybe somewhere inside another project's checkout
+        return None
+    words = ["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != Path(root).resolve():
-            return None  # installed somewhere inside another project's checkout
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+        found = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+    return {"commit": found.removesuffix("-dirty"), "dirty": found.endswith("-dirty")}
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python, CUDA and those of ``PACKAGES`` that are installed."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
+    """Return the versions of what is installed of ``PACKAGES``."""
+    installed = {package.name: package.version for package in metadata.distributions()}
+    found = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    return {name: version for name, version in (found | installed).items() if version and name in PACKAGES}
 
 
 def hardware(device: torch.device, devices: int) -> dict:
     """Describe the first rank's machine; ``gpus`` is the number over all machines (``devices``), 0 on a CPU."""
-    facts = {"gpus": 0, "gpu": None, "gpu_memory_gib": None}
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-        facts = {"gpus": devices, "gpu": torch.cuda.get_device_name(device), "gpu_memory_gib": round(memory / 2**30, 1)}
-    elif device.type != "cpu":
-        facts |= {"gpus": devices, "gpu": device.type}
-    facts |= {"cpu": _cpu_name(), "cpu_cores": os.cpu_count(), "platform": platform.platform(terse=True)}
-    return facts | {"memory_gib": round(psutil.virtual_memory().total / 2**30, 1)}
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    info = Path("/proc/cpuinfo")
+    cpu = re.search(r"^model name\s*: (.*)", info.read_text() if info.exists() else "", re.M)
+    return {
+        **({"gpus": 0, "gpu": None} if gpu == "cpu" else {"gpus": devices, "gpu": gpu}),
+        "cpu": cpu[1] if cpu else platform.machine(),
+        "cpu_cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "platform": platform.platform(terse=True),
+    }
 
 
 def without_secrets(value):
@@ -109,45 +93,35 @@ def without_secrets(value):
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The receipt.
-
-
-def begin(data_path: str, eval_data_path: str | None) -> dict:
+def begin(data_path: str, records: Sequence[dict], eval_data_path: str | None, held_out: Sequence[dict]) -> dict:
     """Return facts that may have changed by the time a run ends: the data files, the commit, the time."""
+    evaluated = data_facts(eval_data_path, held_out) if eval_data_path else None
     return {
         "clock": time.monotonic(),
         "started": utc_now(),
-        "data": {"train": data_facts(data_path), "eval": data_facts(eval_data_path) if eval_data_path else None},
+        "data": {"train": data_facts(data_path, records), "eval": evaluated},
         "git": git_state(),
     }
 
 
 def collect(begun: dict, trainer, arguments: dict, examples: tuple[int, int]) -> dict:
-    """Return the receipt of a run that has just ended.
+    """Return the receipt of a run that has just ended: what ``begin`` returned, and what was done since.
 
-    For a resumed run it counts what led to the model: not what an earlier session did after its last checkpoint.
-
-    Args:
-        begun: from ``begin``.
-        trainer: a Metered trainer.
-        arguments: every argument by name; those that are secret are left out. ``model_name_or_path`` is the model that
-            the run began with, ``gpu_hour_price`` dollars for an hour of one GPU (0: not known).
-        examples: number of examples to train on and held out.
+    Of a resumed run, what led to the model counts: not what an earlier session did after its last checkpoint.
+    ``arguments`` are all of the run's by name; ``examples`` the numbers of those to train on and held out.
     """
-    meter, state, args = trainer.meter, trainer.state, trainer.args
-    totals = meter.totals
+    meter, state, config = trainer.meter, trainer.state, trainer.model.config
+    totals, machine = meter.totals, hardware(meter.device, meter.devices)
+    rates = totals.rates(meter.peak)
     wall = meter.earlier_seconds + time.monotonic() - begun["clock"]
-    machine = hardware(meter.device, meter.devices)
     gpu_hours, price = machine["gpus"] * wall / 3600, arguments.get("gpu_hour_price")
-    mfu = meter.mfu(totals)
     trained, held_out = begun["data"]["train"], begun["data"]["eval"] or {"path": None}
-    logged = state.log_history
+    losses = [{key: e[key] for key in ("step", "loss", "learning_rate")} for e in state.log_history if "loss" in e]
     return {
         "model": {
             "started_from": str(arguments["model_name_or_path"]),
-            "commit": getattr(trainer.model.config, "_commit_hash", None),  # of a hub's repository; private in 5.23
-            "type": trainer.model.config.model_type,
+            "commit": getattr(config, "_commit_hash", None),  # of a hub's repository; private in 5.23
+            "type": config.model_type,
             "parameters": meter.parameters,
             "trainable_parameters": meter.trainable,
         },
@@ -157,23 +131,20 @@ def collect(begun: dict, trainer, arguments: dict, examples: tuple[int, int]) ->
         },
         "git": begun["git"],
         "arguments": without_secrets(arguments),
-        "seed": args.seed,
-        "world_size": args.world_size,
+        "world_size": trainer.args.world_size,
         "steps": state.global_step,
         "epochs": round(state.epoch or 0, 4),
         "examples_per_step": round(totals.examples / max(state.global_step, 1), 2),
-        "losses": [
-            {key: entry[key] for key in ("step", "loss", "learning_rate")} for entry in logged if "loss" in entry
-        ],
-        "eval_losses": [{"step": e["step"], "loss": e["eval_loss"]} for e in logged if "eval_loss" in e],
+        "losses": losses,
+        "eval_losses": [{"step": e["step"], "loss": e["eval_loss"]} for e in state.log_history if "eval_loss" in e],
         "tokens": {
             "real": totals.tokens,
             "supervised": totals.supervised,
             "padding": totals.padding,
-            "real_per_second": round(totals.tokens / max(totals.train_seconds, 1e-9), 1),
+            "real_per_second": rates["tokens_per_second"],
         },
-        "mfu": None if mfu is None else round(mfu, 4),
-        "peak_memory_gib": round(totals.peak_memory / 2**30, 2),
+        "mfu": rates.get("mfu"),
+        "peak_memory_gib": rates["peak_memory_gib"],
         "started": begun["started"],
         "ended": utc_now(),
         "train_seconds": round(totals.train_seconds, 1),
@@ -181,16 +152,26 @@ def collect(begun: dict, trainer, arguments: dict, examples: tuple[int, int]) ->
         "cost": {
             "gpu_hours": round(gpu_hours, 3),
             "gpu_hour_price_usd": price or None,
-            "usd": round(gpu_hours * price, 2) if price and machine["gpus"] else None,
+            "usd": round(gpu_hours * price, 2) if price and gpu_hours else None,
         },
         "hardware": machine,
         "versions": versions(),
     }
 
 
-def write(receipt: dict, output_dir: str | os.PathLike) -> list[str]:
-    """Write training_receipt.json, model_card.md and, if matplotlib is installed, loss.png. Return their names."""
-    files = {"training_receipt.json": json_text(receipt, 2) + "\n", "model_card.md": model_card(receipt)}
+def modelfile(tokenizer, context: int | None) -> str:
+    """Return the file from which ``ollama create`` makes a model; a chat template that fails is left to Ollama."""
+    try:
+        template = f'TEMPLATE """{go_template(tokenizer)}"""\n'
+    except UserError:
+        template = ""
+    stops = "".join(f"PARAMETER stop {json_text(text)}\n" for text in (tokenizer.eos_token, STOP))
+    return f"FROM .\n{template}{stops}PARAMETER num_ctx {min(context or 4096, 4096)}\n"  # 4096 is Ollama's default
+
+
+def write(receipt: dict, output_dir: str | os.PathLike, **others: str) -> list[str]:
+    """Write the receipt, the card, the plot if matplotlib is installed, and others by name. Return all names."""
+    files = {"training_receipt.json": json_text(receipt, 2) + "\n", "model_card.md": model_card(receipt), **others}
     if png := loss_plot(receipt):
         files["loss.png"] = png
     else:
@@ -202,7 +183,7 @@ def write(receipt: dict, output_dir: str | os.PathLike) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The card.
+# The card and the plot.
 
 
 def model_card(receipt: dict) -> str:
@@ -229,45 +210,29 @@ def human_count(count: int) -> str:
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The plot.
-
-
-def running_mean(values: list[float], window: int) -> list[float]:
-    """Return the mean of ``window`` values (odd) around each; near an end, of as many as there are on both sides."""
-    reaches = [min(window // 2, i, len(values) - 1 - i) for i in range(len(values))]
-    return [statistics.fmean(values[i - reach : i + reach + 1]) for i, reach in enumerate(reaches)]
-
-
 def loss_plot(receipt: dict) -> bytes | None:
     """Draw training loss, light and smoothed, and held-out loss over steps. Return a PNG, None without matplotlib."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
     except ImportError:
         return None
-    ink, light, strong, eval_color = "#1f2328", "#88ccee", "#332288", "#cc6677"
-    figure = Figure(figsize=(8, 4.5), dpi=150, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     steps, losses = [e["step"] for e in receipt["losses"]], [e["loss"] for e in receipt["losses"]]
-    marker = "" if len(losses) > 1 else "o"
-    axes.plot(steps, losses, color=light, linewidth=1, marker=marker, label="training, each logging step")
+    axes.plot(steps, losses, "o-"[len(losses) > 1], color="#88ccee", linewidth=1, label="training, each logging step")
     window = max(3, len(losses) // 20) | 1
-    label = f"training, mean of {window} around it"
-    axes.plot(steps, running_mean(losses, window), color=strong, linewidth=2, label=label)
+    values = torch.tensor([losses], dtype=torch.float64)
+    mean = torch.nn.functional.avg_pool1d(values, window, 1, window // 2, count_include_pad=False)[0].tolist()
+    axes.plot(steps, mean, color="#332288", linewidth=2, label=f"training, mean of {window} around it")
     if evals := receipt["eval_losses"]:
         x, y = [e["step"] for e in evals], [e["loss"] for e in evals]
-        label = f"held out: {y[0]:.3f} → {y[-1]:.3f}" if len(y) > 1 else f"held out: {y[0]:.3f}"
-        axes.plot(x, y, color=eval_color, linewidth=1, linestyle=":", marker="o", markersize=6, label=label)
-    axes.set_xlabel(f"optimizer step ({receipt['examples_per_step']:g} examples each)", color=ink)
-    axes.set_ylabel("cross entropy (nats per supervised token)", color=ink)
+        axes.plot(x, y, "o:", color="#cc6677", linewidth=1, label=f"held out: {y[0]:.3f} → {y[-1]:.3f}")
     base, data = public_name(receipt["model"]["started_from"]), title(receipt["data"]["train"]["path"])
-    axes.set_title(f"{base} on {data}", loc="left", color=ink)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(f"{base} on {data}", loc="left")
+    axes.set_xlabel(f"optimizer step ({receipt['examples_per_step']:g} examples each)")
+    axes.set_ylabel("cross entropy (nats per supervised token)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(axis="y", color="#e5e7eb")
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     png = io.BytesIO()
     figure.savefig(png, format="png")
@@ -279,36 +244,25 @@ def loss_plot(receipt: dict) -> bytes | None:
 
 # Files of an output folder that are uploaded: the model, what it needs to be used, and the run's record.
 PUBLISHED = ("*.safetensors", "*.safetensors.index.json", "config.json", *SIDE_FILES, f"{CHAT_TEMPLATES}/*.jinja")
-PUBLISHED += ("model_card.md", "training_receipt.json", "loss.png")
+PUBLISHED += ("model_card.md", "training_receipt.json", "loss.png", "Modelfile")
 
 
 def open_repository(args) -> str | None:
-    """Make the repository that push_to_hub asks for, or find it. Return its name; None without push_to_hub."""
-    if not args.push_to_hub:
+    """Make the repository that push_to_hub asks for, or find it, on the first rank; return its name there."""
+    if not args.push_to_hub or args.process_index != 0:
         return None
     name = args.hub_model_id or Path(args.output_dir).absolute().name
-    if int(os.environ.get("RANK", 0)) != 0:
-        return name
-    from huggingface_hub import HfApi
-
     return HfApi(token=args.hub_token).create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
 
 
 def upload(repository: str | None, output_dir: Path, args) -> None:
-    """Upload what PUBLISHED names; every rank may call it, after the last save.
-
-    Args:
-        repository: from open_repository.
-        output_dir: with the finished model, its tokenizer, card and receipt.
-        args: hub_token and hub_revision are used.
+    """Upload what PUBLISHED names in one commit, after the last save; nothing if open_repository returned None.
 
     Raises:
         UserError: the upload failed; the model in the folder is still complete.
     """
-    if repository is None or int(os.environ.get("RANK", 0)) != 0:
+    if repository is None:
         return
-    from huggingface_hub import CommitOperationAdd, HfApi
-
     files = sorted(path for pattern in PUBLISHED for path in output_dir.glob(pattern))
     names = {"model_card.md": "README.md"}  # what the hub shows
     commit = [CommitOperationAdd(names.get(path.name, str(path.relative_to(output_dir))), path) for path in files]

@@ -1,128 +1,144 @@
-"""Reads a checkpoint on another number of processes, or with other sharding, than it was written with.
+"""FSDP: weights are read by one process and sent to the others, and any checkpoint is read under any sharding.
 
-transformers (5.17 to 5.23) reads a checkpoint only with the kind of sharding that wrote it.
+Rank 0 alone reads a model. The others get its modules, on the meta device, where they take no memory. Once FSDP has
+sharded these, rank 0 sends each rank its part of one tensor after the other, and frees it: together the ranks of a node
+hold little more than one model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME
 
+from alpaca import UserError
 from alpaca.inference.adapters import ADAPTER
 from alpaca.inference.load import load_model
-from alpaca.training.checkpoints import SHARDED_MODEL, SHARDED_OPTIMIZER, saved_names, state_dict
+from alpaca.training.checkpoints import SHARDED_MODEL, SHARDED_OPTIMIZER, state_dict
 
 
-def load_weights(trainer, checkpoint: Path, library: Callable[[str], None]) -> None:
-    """Load a checkpoint's weights into the trainer's model; ``library`` is Trainer's own way, used where it works."""
+def load_on_rank_0(load: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    """Return the model that ``load`` returns, with its values on rank 0 alone: on the meta device elsewhere.
+
+    Raises:
+        UserError: on every rank, what ``load`` raises on rank 0.
+    """
+    found, values = [None, None], {}
+    if dist.get_rank() == 0:
+        try:
+            found[0] = load()
+            values = take_values(found[0])
+        except UserError as e:
+            found[1] = e
+    dist.broadcast_object_list(found)
+    model, error = found
+    if error:
+        raise error
+    _put(model, values)
+    return model
+
+
+def take_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return parameters and buffers of a model by name, tied ones once, and leave it on the meta device."""
+    values = _tensors(model)
+    _put(model, {name: torch.empty_like(tensor, device="meta") for name, tensor in values.items()})
+    return values
+
+
+def fill(trainer, values: dict[str, torch.Tensor]) -> None:
+    """Send values of rank 0 into the trainer's sharded model, a tensor at a time; each is freed once it is sent.
+
+    Args:
+        trainer: on each rank. What its model has on the meta device is replaced, the rest is overwritten.
+        values: by name, the same names on each rank; they are removed.
+    """
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    here, new = _tensors(trainer.model), {}
+    for name in [name for name in values if name in here]:  # not the second name of a tied tensor
+        place, whole = here[name].detach(), values.pop(name).detach()
+        sharded = isinstance(place, DTensor)
+        device = place.device_mesh.device_type if sharded else trainer.args.device
+        if dist.get_rank() == 0:
+            whole = whole.to(device, place.dtype).contiguous()
+        else:
+            whole = torch.empty(place.shape, dtype=place.dtype, device=device)
+        if sharded:
+            whole = distribute_tensor(whole, place.device_mesh, place.placements)
+        else:
+            dist.broadcast(whole, 0)
+        if not place.is_meta:
+            place.copy_(whole)
+        else:
+            offloaded = sharded and trainer.args.fsdp_config.get("cpu_offload")
+            new[name] = whole.cpu() if offloaded else whole
+    _put(trainer.model, new)
+
+
+def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return parameters and buffers by the names that they have without activation checkpointing and compilation."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""): x for name, x in named}
+
+
+def _put(model: torch.nn.Module, new: dict[str, torch.Tensor]) -> None:
+    """Replace tensors of a model, by name; one that several modules share, in each."""
+    by_old = {}
+    for name, old in _tensors(model).items():
+        if name in new:
+            parameter = isinstance(old, torch.nn.Parameter)
+            by_old[old] = torch.nn.Parameter(new[name], old.requires_grad) if parameter else new[name]
+    for module in model.modules():
+        for name, old in [*module.named_parameters("", False, False), *module.named_buffers("", False, False)]:
+            if old in by_old:
+                setattr(module, name, by_old[old])
+
+
+def load_weights(trainer, checkpoint: Path) -> None:
+    """Load a checkpoint's weights into the trainer's model, whatever wrote them."""
     model = trainer.model
-    if trainer.is_fsdp_enabled and _of_fsdp(checkpoint):
-        with state_dict_format(trainer, _format(checkpoint)):
-            library(str(checkpoint), trainer.model_wrapped)
-    elif trainer.is_fsdp_enabled:
-        _load_whole_into_shards(trainer, checkpoint)
-    elif (checkpoint / SHARDED_MODEL).is_dir():
-        state = {"model": state_dict(model)}
-        torch.distributed.checkpoint.load(state, checkpoint_id=checkpoint / SHARDED_MODEL, no_dist=True)
-        _put(model, state["model"])
-    elif set(saved_names(model)) == set(state_dict(model)) and not _of_fsdp(checkpoint):
-        library(str(checkpoint))
+    if (checkpoint / SHARDED_MODEL).is_dir():
+        from torch.distributed.checkpoint import load
+
+        load({"model": state_dict(model)}, checkpoint_id=checkpoint / SHARDED_MODEL)  # in place
+        return
+    if adapter := hasattr(model, "peft_config"):
+        names = {name.replace(f".{model.active_adapter}.", "."): name for name in model.state_dict()}  # saved without
+        values = {names[name]: tensor for name, tensor in load_file(checkpoint / ADAPTER).items()}
     else:
-        # The library would skip tensors that are saved under another name, with only a warning; and without FSDP it
-        # refuses a whole checkpoint of FSDP.
-        _put(model, _read_whole(model, checkpoint))
-
-
-def _load_whole_into_shards(trainer, checkpoint: Path) -> None:
-    """Read it on rank 0 in CPU memory, and send each rank its part, a tensor at a time."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-    model = trainer.model
-    adapter = hasattr(model, "peft_config")
-    state = _read_whole(model, checkpoint) if trainer.is_world_process_zero() else {}
-    if adapter:  # saved without the adapter's name
-        names = {name.replace(f".{model.active_adapter}.", "."): name for name in model.state_dict()}
-        state = {names[name]: tensor for name, tensor in state.items()}
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=not adapter)
-    set_model_state_dict(model, state, options=options)
-
-
-def _read_whole(model, checkpoint: Path) -> dict[str, torch.Tensor]:
-    if hasattr(model, "peft_config"):
-        return load_file(checkpoint / ADAPTER)
-    return load_model(checkpoint, model.dtype).state_dict()
-
-
-def _put(model, state: dict[str, torch.Tensor]) -> None:
-    if hasattr(model, "peft_config"):
-        from peft import set_peft_model_state_dict
-
-        set_peft_model_state_dict(model, state)
+        read = partial(load_model, checkpoint, model.dtype)
+        values = (load_on_rank_0(read) if trainer.is_fsdp_enabled else read()).state_dict()
+    if trainer.is_fsdp_enabled:
+        fill(trainer, values)
     else:
-        model.load_state_dict(state)
+        model.load_state_dict(values, strict=not adapter)
 
 
-def load_optimizer(trainer, checkpoint: str | None, library: Callable[[str | None], None]) -> None:
-    """Load the states of optimizer and scheduler; ``library`` is Trainer's own way, used where it works."""
-    of_fsdp = checkpoint is not None and _of_fsdp(Path(checkpoint))
-    if checkpoint is None or trainer.is_deepspeed_enabled or of_fsdp == trainer.is_fsdp_enabled:
-        with state_dict_format(trainer, _format(Path(checkpoint)) if of_fsdp else None):
-            return library(checkpoint)
+def load_optimizer(trainer, checkpoint: Path, library: Callable[[str], None]) -> None:
+    """Load the states of optimizer and scheduler; ``library`` is Trainer's own way, used where no process shards."""
+    shards, gathered, plain = (checkpoint / name for name in (SHARDED_OPTIMIZER, OPTIMIZER_NAME_BIN, OPTIMIZER_NAME))
+    if trainer.is_deepspeed_enabled or (plain.exists() and not trainer.is_fsdp_enabled):
+        return library(str(checkpoint))
     from torch.distributed.checkpoint import load
     from torch.distributed.checkpoint import state_dict as dcp
 
     model, optimizer = trainer.model, trainer.optimizer
-    trainer.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
-    if (Path(checkpoint) / SHARDED_OPTIMIZER).is_dir():
-        state = {"optimizer": dcp.get_optimizer_state_dict(model, optimizer)}
-        load(state, checkpoint_id=Path(checkpoint) / SHARDED_OPTIMIZER, no_dist=True)
-        dcp.set_optimizer_state_dict(model, optimizer, state["optimizer"])
-        return
-    if of_fsdp:  # whole, by name
-        whole = torch.load(Path(checkpoint) / OPTIMIZER_NAME_BIN, map_location="cpu", weights_only=True, mmap=True)
-        dcp.set_optimizer_state_dict(model, optimizer, whole)
-        return
-    # optimizer.pt numbers the parameters in the order of the groups, which is the same here; shards go by name.
-    whole = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
-    wrapper = "_checkpoint_wrapped_module."  # of activation_checkpointing in fsdp_config; not in a state dict
-    names = {id(parameter): name.replace(wrapper, "") for name, parameter in model.named_parameters()}
-    named = {}
-    for group, stored in zip(optimizer.param_groups, whole["param_groups"], strict=True):
-        here = [names[id(parameter)] for parameter in group["params"]]
-        named |= zip(stored["params"], here, strict=True)
-        stored["params"] = here
-    whole["state"] = {named[number]: entry for number, entry in whole["state"].items()}
-    dcp.set_optimizer_state_dict(model, optimizer, whole, options=dcp.StateDictOptions(full_state_dict=True))
-
-
-@contextmanager
-def state_dict_format(trainer, name: str | None):
-    """Make FSDP save and load in that format within this context; None, or no FSDP, changes nothing."""
-    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled and name else None
-    if plugin is None or plugin.state_dict_type.name == name:
-        yield
-        return
-    attributes = ("state_dict_type", "state_dict_config", "optim_state_dict_config")
-    before = {attribute: getattr(plugin, attribute) for attribute in attributes}
-    plugin.state_dict_config = plugin.optim_state_dict_config = None  # each format has its own
-    plugin.set_state_dict_type(name)
-    try:
-        yield
-    finally:
-        for attribute, value in before.items():
-            setattr(plugin, attribute, value)
-
-
-def _format(checkpoint: Path) -> str:
-    """Return the state_dict_type in which FSDP wrote a checkpoint; this run's may be another."""
-    return "SHARDED_STATE_DICT" if (checkpoint / SHARDED_MODEL).is_dir() else "FULL_STATE_DICT"
-
-
-def _of_fsdp(checkpoint: Path) -> bool:
-    """Return whether FSDP wrote it: in shards, or with state_dict_type FULL_STATE_DICT."""
-    return (checkpoint / SHARDED_MODEL).is_dir() or (checkpoint / "pytorch_model_fsdp.bin").exists()
+    trainer.lr_scheduler.load_state_dict(torch.load(checkpoint / SCHEDULER_NAME, weights_only=True))
+    states = dcp.get_optimizer_state_dict(model, optimizer)  # by name
+    if shards.is_dir():
+        load({"optimizer": states}, checkpoint_id=shards)
+        return dcp.set_optimizer_state_dict(model, optimizer, states)
+    whole = torch.load(gathered if gathered.exists() else plain, map_location="cpu", weights_only=True, mmap=True)
+    if plain.exists():  # it numbers the parameters in the order of the groups, which is the same here
+        named = {}
+        for here, stored in zip(states["param_groups"], whole["param_groups"], strict=True):
+            named |= zip(stored["params"], here["params"], strict=True)
+            stored["params"] = here["params"]
+        whole["state"] = {named[number]: entry for number, entry in whole["state"].items()}
+    options = dcp.StateDictOptions(full_state_dict=trainer.is_fsdp_enabled)
+    dcp.set_optimizer_state_dict(model, optimizer, whole, options=options)

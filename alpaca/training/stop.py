@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from contextlib import contextmanager
 
@@ -36,15 +35,13 @@ class StopOnSignal(transformers.TrainerCallback):
     SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]  # not Windows
 
     def __init__(self):
-        self.received = 0  # the number of the signal; from on_step_end on the same on every rank
+        self.received = 0  # the number of the signal that this rank got
+        self.stopped_by = 0  # the number of the one that ended the run before its last step: the same on every rank
         self._since = 0.0
 
     @contextmanager
     def listening(self):
-        """Handle the signals within this context; only the main thread may."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
+        """Handle the signals within this context; only the main thread may enter it."""
         before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
         try:
             yield
@@ -62,21 +59,19 @@ class StopOnSignal(transformers.TrainerCallback):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    def ends_early(self, state) -> bool:
-        """Return whether the run was asked to stop before its last step."""
-        return bool(self.received) and state.global_step < state.max_steps
-
     def on_step_end(self, args, state, control, **kwargs):
+        received = self.received
         if args.world_size > 1:  # all ranks must leave after the same step
-            received = torch.tensor(self.received, device=args.device)
-            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
-            self.received = int(received)
-        if self.ends_early(state):
+            of_any = torch.tensor(received, device=args.device)
+            torch.distributed.all_reduce(of_any, torch.distributed.ReduceOp.MAX)
+            received = int(of_any)
+        if received and state.global_step < state.max_steps:
+            self.stopped_by = received
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False  # it would delay the save, and save_strategy=best would let it decide on it
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.ends_early(state):
+        if self.stopped_by:
             control.should_evaluate = False
             # The library would load the best checkpoint and, with a limit of 1, delete the newest.
             args.load_best_model_at_end, args.save_total_limit = False, None
@@ -88,17 +83,16 @@ def train_until_stopped(trainer, checkpoint: str | os.PathLike | None) -> None:
     Raises:
         Stopped: a signal ended it early, with a checkpoint saved.
     """
-    stop = StopOnSignal()
     if trainer.args.save_strategy == "no":
         trainer.train(checkpoint)
         return
+    stop = StopOnSignal()
     trainer.add_callback(stop)
     with stop.listening():
         trainer.train(checkpoint)
-    state = trainer.state
-    if stop.ends_early(state):
+    if stop.stopped_by:
         raise Stopped(
-            f"stopped by {signal.Signals(stop.received).name} with checkpoint-{state.global_step} of "
-            f"{state.max_steps} steps saved; to resume, run the same command with {RESUME}",
-            EXIT_INTERRUPTED if stop.received == signal.SIGINT else EXIT_REQUEUE,
+            f"stopped by {signal.Signals(stop.stopped_by).name} with checkpoint-{trainer.state.global_step} of "
+            f"{trainer.state.max_steps} steps saved; to resume, run the same command with {RESUME}",
+            EXIT_INTERRUPTED if stop.stopped_by == signal.SIGINT else EXIT_REQUEUE,
         )

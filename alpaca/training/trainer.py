@@ -12,7 +12,7 @@ import copy
 import json
 import os
 import shutil
-import traceback
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,12 +29,8 @@ from alpaca.common.text import first_line
 from alpaca.training import checkpoints, packing, sharding
 from alpaca.training.distributed import say
 from alpaca.training.evaluate import sums_by_example
-from alpaca.training.meter import Meter
-from alpaca.weights.checkpoint import WEIGHTS, read_json
-
-
-class SaveFailed(RankError):
-    """This rank, perhaps alone, could not write a checkpoint or the model; earlier ones are complete."""
+from alpaca.training.meter import Bars, Meter
+from alpaca.weights.checkpoint import WEIGHTS
 
 
 class Trainer(transformers.Trainer):
@@ -47,8 +43,8 @@ class Trainer(transformers.Trainer):
     - ``_load_from_checkpoint`` and ``_load_optimizer_and_scheduler``: the library reads a checkpoint
       only with the kind of sharding that wrote it. Not needed once it reads any of them by name.
 
-    The others are public: ``train``, ``get_batch_samples``, ``store_flos``, ``log``, ``prediction_step`` and
-    ``evaluation_loop``.
+    The others are public: ``train``, ``create_optimizer``, ``create_scheduler``, ``get_batch_samples``, ``store_flos``,
+    ``log``, ``prediction_step`` and ``evaluation_loop``.
     """
 
     def __init__(self, model, args, *rest, **kwargs):
@@ -65,23 +61,50 @@ class Trainer(transformers.Trainer):
         if self.args.fsdp and not self.is_fsdp_enabled:
             raise UserError("fsdp was asked for, but the library did not enable it: start with torchrun, or drop fsdp")
         self.meter = Meter(self.model, self.args.device, self.args.world_size * max(self.args.n_gpu, 1))
-        self.checkpoint: Path | None = None  # that training resumes from
-        self._saved_step, self._facts = -1, {}
+        self._saved_step = -1
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self.add_callback(self.meter)
-        self.add_callback(_Resumed(self))
+        if sys.stderr.isatty() and not args.disable_tqdm:
+            self.add_callback(Bars)
 
     def train(self, resume_from_checkpoint: str | os.PathLike | None = None, **kwargs):
         """Train as the library does, in a folder without what killed or other runs left there."""
-        self.checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        self._saved_step = -1
-        self._facts = checkpoints.run_facts(self.train_dataset, self.args)
-        remove_leftovers(Path(self.args.output_dir))
+        output_dir = Path(self.args.output_dir)
+        checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        self._facts = checkpoints.run_facts(self.model, self.train_dataset, self.args)
+        checkpoints.remove_leftovers(output_dir)
         if self.is_world_process_zero():
-            checkpoints.set_aside_newer(Path(self.args.output_dir), self.checkpoint)
+            checkpoints.set_aside_newer(output_dir, checkpoint)
         self.accelerator.wait_for_everyone()
-        return super().train(str(self.checkpoint) if self.checkpoint else None, **kwargs)
+        return super().train(checkpoint and str(checkpoint), **kwargs)
+
+    # A model that one rank has read.
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """Return a stand-in under FSDP: the real one is made of sharded parameters, which come later.
+
+        accelerate (1.15) wants an optimizer with the model, and finds a shard by the address of its whole parameter:
+        on the meta device all have the same.
+        """
+        if not self.is_fsdp_enabled:
+            return super().create_optimizer(model)
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.transformer_cls_names_to_wrap is None:  # the library's names have some that a composite model lacks
+            present = {type(module).__name__ for module in self.model.modules()}
+            plugin.transformer_cls_names_to_wrap = sorted(present.intersection(self.model._no_split_modules or ()))
+        self._values = sharding.take_values(self.model)
+        self.optimizer = torch.optim.SGD([next(self.model.parameters())])
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """Under FSDP, send first what rank 0 has read, and make the optimizer: this is called once all is sharded."""
+        if self.is_fsdp_enabled:
+            sharding.fill(self, self._values)
+            self.optimizer.param_groups[0]["params"] = []
+            self.optimizer = None
+            self.optimizer = self.accelerator.prepare_optimizer(super().create_optimizer())
+        return super().create_scheduler(num_training_steps, optimizer)
 
     # Losses and counts.
 
@@ -91,7 +114,10 @@ class Trainer(transformers.Trainer):
         The library's is in floating point, which FSDP rounds to the type that it computes in: 267 becomes 268 in bf16,
         and every loss and gradient was off by up to 0.4%.
         """
-        if self.control.should_training_stop:  # _Resumed says so if all steps were done
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed after its last step, the library (5.23) would train one more unless an epoch ends there.
+            say(f"all {self.state.max_steps} steps were done already: nothing is trained")
+            self._saved_step, self.control.should_training_stop = self.state.global_step, True
             return [], None
         batches, count = super().get_batch_samples(*args, **kwargs)
         for batch in batches:
@@ -99,9 +125,11 @@ class Trainer(transformers.Trainer):
         return batches, count.long() if torch.is_tensor(count) else count
 
     def store_flos(self) -> None:
-        """Gather: the library calls this on every rank before it logs and before it writes a checkpoint's state."""
+        """Gather: the library calls this on every rank before it logs, writes a checkpoint or loads the best one."""
         self.meter.gather(self.accelerator.gather, self.state)
         super().store_flos()
+        if (best := Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}").is_dir():
+            self.state.best_model_checkpoint = str(best)  # the library knows it by its path, and the folder may move
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
@@ -136,58 +164,46 @@ class Trainer(transformers.Trainer):
             return
         if hasattr(self.model, "peft_config"):  # each save puts it back; lora.add_adapter says why it goes
             self.model.active_peft_config.base_model_name_or_path = None
-        unfinished = output_dir / checkpoints.STAGING / f"checkpoint-{step}"
+        unfinished, target = output_dir / checkpoints.STAGING / f"checkpoint-{step}", output_dir / f"checkpoint-{step}"
         self.args.output_dir = str(unfinished.parent)
-        try:
-            with _failed_write(f"checkpoint-{step}", output_dir):
-                if self.is_world_process_zero():
-                    shutil.rmtree(unfinished, ignore_errors=True)
-                self.accelerator.wait_for_everyone()
-                super()._save_checkpoint(model, trial)
-                if self.state.best_model_checkpoint == str(unfinished):
-                    self.state.best_model_checkpoint = str(output_dir / unfinished.name)
-                    if self.is_world_process_zero():
-                        self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
-                self.accelerator.wait_for_everyone()
-                if self.args.local_process_index == 0:
-                    fsync_tree(unfinished)  # on each node what its ranks have written
-                self.accelerator.wait_for_everyone()
-                if self.is_world_process_zero():
-                    self._publish(unfinished, output_dir / unfinished.name)
-        finally:
-            self.args.output_dir = str(output_dir)
-        self._saved_step = step
+        with _one_line_if_it_fails(target.name, output_dir):
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.local_process_index == 0:
+                fsync_tree(unfinished)  # on each node what its ranks have written
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                self._publish(unfinished, target)
+        self.args.output_dir, self._saved_step = str(output_dir), step
 
     def _publish(self, unfinished: Path, target: Path) -> None:
-        ranks = self.args.world_size
-        states = [f"rng_state_{rank}.pth" for rank in range(ranks)]
-        several = ranks > 1 and not self.args.save_only_model
-        if several and (missing := [name for name in states if not (unfinished / name).exists()]):
-            raise SaveFailed(f"{missing[0]} is missing in {unfinished}: all nodes must share output_dir")
+        """List a checkpoint's files, rename it to its place, and delete those beyond save_total_limit."""
+        if self.state.best_model_checkpoint == str(unfinished):
+            self.state.best_model_checkpoint = str(target)
+            self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
+        if not self.args.save_only_model and len(list(unfinished.glob("rng_state*.pth"))) < self.args.world_size:
+            raise RankError(f"{target.name} lacks what some ranks have written: all nodes must share output_dir")
         files = [path for path in sorted(unfinished.rglob("*")) if path.is_file()]
         sizes = {str(path.relative_to(unfinished)): path.stat().st_size for path in files}
         given = getattr(self.args, "given", None)  # train.py's
         manifest = {"step": self.state.global_step, **self._facts, "arguments": given, "files": sizes}
         (unfinished / checkpoints.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        fsync_tree(unfinished / checkpoints.MANIFEST)
-        if target.exists():
-            checkpoints.set_aside([target])
+        fsync_tree(unfinished)
         os.rename(unfinished, target)
         fsync(target.parent)
-        shutil.rmtree(target.parent / checkpoints.STAGING, ignore_errors=True)
-        keep = {target.name, Path(self.state.best_model_checkpoint or "").name}
-        others = [path for path in checkpoints.newest_first(target.parent) if path.name not in keep]
-        limit = self.args.save_total_limit
-        if limit and limit > 0:
-            left = target.parent.glob(f"{checkpoints.ABANDONED}*")  # until now they were the run's newest
-            for path in [*others[max(0, limit - len(keep - {""})) :], *left]:
-                shutil.rmtree(path, ignore_errors=True)
+        kept = {target.name, Path(self.state.best_model_checkpoint or target).name}
+        others = [path for path in checkpoints.newest_first(target.parent) if path.name not in kept]
+        limit = self.args.save_total_limit or 0
+        for path in others[max(0, limit - len(kept)) :] if limit > 0 else ():
+            os.rename(path, unfinished.parent / path.name)  # so that none is called checkpoint-N while it is deleted
+        shutil.rmtree(unfinished.parent, ignore_errors=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        sharding.load_weights(self, Path(resume_from_checkpoint), super()._load_from_checkpoint)
+        sharding.load_weights(self, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        sharding.load_optimizer(self, checkpoint, super()._load_optimizer_and_scheduler)
+        if checkpoint:
+            sharding.load_optimizer(self, Path(checkpoint), super()._load_optimizer_and_scheduler)
 
     # The result.
 
@@ -200,22 +216,21 @@ class Trainer(transformers.Trainer):
             output_dir: exists.
             write: called on every rank with the folder to write into; by default the library's save_model.
         """
-        staging, config = output_dir / checkpoints.STAGING / "model", self.model.config
-        in_training = getattr(config, "use_cache", None)
-        with _failed_write("the model", output_dir):
-            if self.is_world_process_zero():
-                shutil.rmtree(staging, ignore_errors=True)
-            self.accelerator.wait_for_everyone()
-            config.use_cache = self._use_cache
-            try:
-                # With SHARDED_STATE_DICT save_model silently writes nothing.
-                with sharding.state_dict_format(self, "FULL_STATE_DICT"):
-                    write(staging) if write else self.save_model(str(staging))
-            finally:
-                config.use_cache = in_training
+        staging = output_dir / checkpoints.STAGING / "model"
+        self.model.config.use_cache = self._use_cache
+        with _one_line_if_it_fails("the model", output_dir):
+            if write:
+                write(staging)
+            elif not self.is_fsdp_enabled:
+                self.save_model(str(staging))
+            else:  # with SHARDED_STATE_DICT save_model silently writes nothing
+                state = self.accelerator.get_state_dict(self.model)
+                if self.is_world_process_zero():
+                    self.accelerator.unwrap_model(self.model).save_pretrained(staging, state_dict=state)
+                    self.processing_class.save_pretrained(staging)
             if self.is_world_process_zero():
                 if not any((staging / name).exists() for name in WEIGHTS):
-                    raise RuntimeError(f"the library saved no weights in {staging}; the checkpoints are complete")
+                    raise RuntimeError("the library wrote no weights")
                 # A pickle with every argument, including hub_token, in a folder that will be published.
                 (staging / "training_args.bin").unlink(missing_ok=True)
                 _move_files(staging, output_dir)
@@ -245,62 +260,28 @@ class Trainers:
         )
 
 
-class _Resumed(transformers.TrainerCallback):
-    """What the library gets wrong in a resumed run."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer, self.all_done = trainer, False
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """It knows the best checkpoint by its path only: if the folder has moved since, find it there."""
-        checkpoint = self.trainer.checkpoint
-        if checkpoint and (best := read_json(checkpoint / TRAINER_STATE_NAME).get("best_model_checkpoint")):
-            if (here := checkpoint.parent / Path(best).name).is_dir():
-                state.best_model_checkpoint = str(here)
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        """Resumed after its last step, it would train one more if that was not the last of its epoch."""
-        self.all_done = state.global_step >= state.max_steps
-        if self.all_done:
-            say(f"all {state.max_steps} steps were done already: nothing is trained")
-            control.should_training_stop = True
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        if self.all_done:
-            control.should_save = control.should_evaluate = control.should_log = False
-
-
-def remove_leftovers(output_dir: Path) -> None:
-    """Remove what a killed run left half-written in a folder; complete checkpoints stay. Every rank must call it."""
-    checkpoints.rename_back(output_dir)
-    if int(os.environ.get("RANK", 0)) == 0:
-        for name, what in ((checkpoints.STAGING, "a save"), (checkpoints.REHEARSAL, "a rehearsal")):
-            if (folder := output_dir / name).exists():
-                shutil.rmtree(folder, ignore_errors=True)
-                say(f"note: removed {folder}, left by {what} that was interrupted")
-    checkpoints.barrier()
-
-
 @contextmanager
-def _failed_write(what: str, output_dir: Path):
-    """Turn a failed write into one line, and free the space that it took."""
+def _one_line_if_it_fails(what: str, output_dir: Path):
+    """Turn a failed save into one line with its cause, and free the space that it took.
+
+    A full disk is an OSError, safetensors' own error, a RuntimeError of torch.save, or, under FSDP, a
+    CheckpointException, which every rank raises with the causes of all.
+    """
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
         yield
-    except (OSError, SafetensorError, CheckpointException, RuntimeError) as e:
-        everywhere = isinstance(e, CheckpointException)  # raised on all ranks, with the cause of each failure
-        causes = list(e.failures.values()) if everywhere else [(e, traceback.extract_tb(e.__traceback__))]
-        if not all(checkpoints.is_failed_write(*cause) for cause in causes):
-            raise
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as e:
+        cause = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
         free = shutil.disk_usage(output_dir).free
         shutil.rmtree(output_dir / checkpoints.STAGING, ignore_errors=True)
         newest = checkpoints.newest_complete_checkpoint(output_dir)
         resume = f"; {newest.name} is complete: resume with {checkpoints.RESUME}" if newest else ""
-        raise (UserError if everywhere else SaveFailed)(
-            f"{what} could not be saved in {output_dir}, which had {free / 1e9:.1f} GB free "
-            f"({first_line(causes[0][0])}): free some{resume}"
-        ) from None
+        error = UserError if cause is not e else RankError  # which this rank, perhaps alone, must report
+        raise error(
+            f"{what} could not be saved in {output_dir}, which had {free / 1e9:.1f} GB free ({first_line(cause)}): "
+            f"free some if that is why{resume}"
+        ) from e
 
 
 def _move_files(source: Path, target: Path) -> None:
@@ -309,8 +290,6 @@ def _move_files(source: Path, target: Path) -> None:
     for path in source.rglob("*.safetensors"):
         path.chmod(0o666 & ~umask)  # safetensors makes files that only the owner can read
     fsync_tree(source)
-    for name in WEIGHTS:
-        (target / name).unlink(missing_ok=True)
     for path in sorted(source.iterdir(), key=lambda path: (path.name in WEIGHTS, path.name)):
         if path.is_dir():
             shutil.rmtree(target / path.name, ignore_errors=True)

@@ -66,7 +66,7 @@ class Model:
         try:
             if "\ncount" in prompt:
                 for number in itertools.takewhile(lambda _: not stopped(), itertools.count()):
-                    yield f"{number} "
+                    yield f" {number}" if number else "0"
                     time.sleep(0.01)
             elif "\nmute" in prompt:  # only white space, which is held back
                 while not stopped():
@@ -81,7 +81,8 @@ class Model:
             elif prompt.startswith("user: "):
                 yield f"heard {prompt.count('user: ')}"
             else:
-                yield from re.findall(r"\S+\s*|\s+", re.search(r"### Input:\n(.*)\n\n### Resp", prompt, re.S)[1])
+                said = re.search(r"### Input:\n(.*)\n\n### Resp", prompt, re.S)[1].strip()
+                yield from re.findall(r"\s*\S+", said)
         finally:
             with self.lock:
                 self.running -= 1

@@ -17,6 +17,7 @@ import analyze_data
 import utils
 from alpaca import UserError
 from alpaca.common import cli
+from alpaca.common.records import SHIPPED
 from alpaca.data import released, rouge
 from alpaca.data.lint import answers as lint_answers
 from alpaca.data.lint import arithmetic
@@ -773,9 +774,9 @@ def test_publish_asks_for_a_license_that_the_hub_knows(own, tmp_path):
 
 def test_one_shipped_record_among_others_keeps_its_license(own, tmp_path):
     """Recognized by its texts, whatever the file, the case and the white space."""
-    shipped = utils.load_records(analyze_data.SHIPPED)[7]
+    shipped = utils.load_records(SHIPPED)[7]
     utils.jdump([*OWN, shipped | {"instruction": shipped["instruction"].upper() + " "}], own)
-    with pytest.raises(UserError, match="^1 record is of alpaca_data.json, .* CC BY-NC 4.0. --license is missing"):
+    with pytest.raises(UserError, match="^1 record is of alpaca_data.json.* CC BY-NC 4.0. --license is missing"):
         analyze_data.publish(str(own), str(tmp_path / "out"))
     with pytest.raises(
         UserError, match="--license apache-2.0 is not possible: 1 record is of .*cc-by-nc-4.0, or leave"
@@ -786,8 +787,8 @@ def test_one_shipped_record_among_others_keeps_its_license(own, tmp_path):
 
 
 def test_the_released_file_keeps_its_license(own, tmp_path, monkeypatch):
-    monkeypatch.setattr(analyze_data, "RELEASED_BLOB", released.git_blob_id(own))
-    with pytest.raises(UserError, match="own.json is the data that Stanford Alpaca released under CC BY-NC 4.0"):
+    monkeypatch.setattr("alpaca.common.records.RELEASED_BLOB", released.git_blob_id(own))
+    with pytest.raises(UserError, match="are of the data that Stanford Alpaca released, under CC BY-NC 4.0"):
         analyze_data.publish(str(own), str(tmp_path / "out"), "mit")
 
 

@@ -48,6 +48,7 @@ def test_from_seed_tasks_to_an_answer(teacher, tiny_llama, tmp_path):
         *("--output_dir", tmp_path / "tuned", "--eval_fraction", 0.2, "--fsdp", "--fsdp_config", "configs/fsdp.json"),
         *("--num_train_epochs", 1, "--per_device_train_batch_size", 4, "--learning_rate", 1e-2),
         *("--save_strategy", "no", "--logging_steps", 1),
+        cold=True,
     )
     assert trained.returncode == 0, trained.stderr
     before, after = map(float, re.search(r"eval loss .*: ([\d.]+) before, ([\d.]+) after", trained.stdout).groups())

@@ -32,6 +32,11 @@ def arguments(model, data, out, *extra):
     ]
 
 
+def run(*argv) -> None:
+    """Train in this process: another takes seconds to import torch."""
+    train.train(*train.parse_args([str(word) for word in argv[1:]]))
+
+
 def weights(folder):
     from safetensors.torch import load_file
 
@@ -315,23 +320,26 @@ def test_a_folder_with_a_trained_model_is_not_overwritten(tiny_llama, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["tiny_llama", "tiny_opt"])
-def test_two_processes_with_fsdp_equal_one_process(family, request, tmp_path):
+def test_two_processes_with_fsdp_equal_one_process(family, request, tmp_path, capsys):
     """8 examples a step, padded, on one process; 4 + 4, padding-free, on two with FSDP: the same loss and weights."""
     model = request.getfixturevalue(family)
     data, held_out = write_data(tmp_path / "data.json"), write_data(tmp_path / "held_out.json", 7)
     held_out = ("--eval_data_path", held_out, "--per_device_eval_batch_size", 2)  # the last batch lacks an example
-    one = run_script(
-        *arguments(model, data, tmp_path / "one", "--per_device_train_batch_size", 8, "--padding", "longest", *held_out)
-    )
-    assert one.returncode == 0, one.stderr
+    whole = ("--per_device_train_batch_size", 8, "--padding", "longest")
+    run(*arguments(model, data, tmp_path / "one", *whole, *held_out))
+    one = capsys.readouterr().out
     fsdp = ("--fsdp", "--fsdp_config", "configs/fsdp.json", "--per_device_train_batch_size", 4, *held_out)
     two = torchrun(2, *arguments(model, data, tmp_path / "two", *fsdp))
     assert two.returncode == 0, two.stderr
     assert "examples are padded" not in two.stdout  # the self-check passed on the mesh
 
-    assert len(losses(one.stdout)) == 1 and losses(one.stdout) == losses(two.stdout)
+    assert len(losses(one)) == 1 and losses(one) == losses(two.stdout)
     receipts = [json.loads((tmp_path / run / "training_receipt.json").read_text()) for run in ("one", "two")]
     assert all(receipts[0]["tokens"][key] == receipts[1]["tokens"][key] > 0 for key in ("real", "supervised"))
+    assert [sample["answers"][0] for sample in receipts[0]["samples"]] == [
+        sample["answers"][0] for sample in receipts[1]["samples"]
+    ]
+    assert [len(sample["answers"]) for sample in receipts[1]["samples"]] == [2, 2, 2]
     before, after = (
         [entry["loss"] for entry in receipt["eval_losses"]][:: len(receipt["eval_losses"]) - 1] for receipt in receipts
     )
@@ -345,12 +353,11 @@ def test_two_processes_with_fsdp_equal_one_process(family, request, tmp_path):
     assert difference.max() < 5e-4 and difference.mean() < 1e-7, (difference.max(), difference.mean())
 
 
-def test_training_lowers_the_held_out_loss_and_the_result_loads(tiny_llama, tmp_path):
+def test_training_lowers_the_held_out_loss_and_the_result_loads(tiny_llama, tmp_path, capsys):
     data = write_data(tmp_path / "data.json", 40)
-    argv = arguments(tiny_llama, data, tmp_path / "out", "--eval_fraction", 0.2, "--max_steps", 8)
-    result = run_script(*argv)
-    assert result.returncode == 0, result.stderr
-    before, after = map(float, re.search(r"eval loss .*: ([\d.]+) before, ([\d.]+) after", result.stdout).groups())
+    run(*arguments(tiny_llama, data, tmp_path / "out", "--eval_fraction", 0.2, "--max_steps", 8))
+    printed = capsys.readouterr().out
+    before, after = map(float, re.search(r"eval loss .*: ([\d.]+) before, ([\d.]+) after", printed).groups())
     assert after < before
     tokenizer, model = load(tmp_path / "out")
     assert len(tokenizer) == model.config.vocab_size == 301
@@ -364,8 +371,7 @@ def test_a_bf16_checkpoint_is_trained_in_float32(tiny_llama, tmp_path):
     model.to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
     tokenizer.save_pretrained(tmp_path / "bf16")
     data = write_data(tmp_path / "data.json")
-    result = run_script(*arguments(tmp_path / "bf16", data, tmp_path / "out", "--learning_rate", 2e-5))
-    assert result.returncode == 0, result.stderr
+    run(*arguments(tmp_path / "bf16", data, tmp_path / "out", "--learning_rate", 2e-5))
     before, after = weights(tmp_path / "bf16"), weights(tmp_path / "out")
     name = "model.layers.0.self_attn.q_proj.weight"
     assert after[name].dtype == torch.float32

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
+from made_models import family
 from made_templates import FAMILIES
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from alpaca import UserError
@@ -23,21 +23,8 @@ def own_cache(tmp_path, monkeypatch):
 
 def base(folder, tokenizer):
     """A random model of two layers for a tokenizer, with it in a folder."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=1024,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    config = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    return family(folder, "Llama 3", tokenizer, hidden_size=64, intermediate_size=128, **config)
 
 
 def command(model, data, out, *extra) -> list[str]:

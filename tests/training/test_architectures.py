@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import re
 import shutil
@@ -29,13 +28,10 @@ rows: dict[str, dict[str, str]] = {}  # of the document's table, by family
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """No plot of two steps; and what pytest has loaded is not searched for garbage after each run (0.5 s)."""
-    gc.collect()
-    gc.freeze()
+    """No plot of two steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(receipt, "loss_plot", lambda *_: None)
         yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +216,7 @@ def test_a_llama_conversion_of_the_first_days_has_its_special_tokens(
     empty = {"bos_token": "", "eos_token": "", "unk_token": "", "tokenizer_class": "LLaMATokenizer"}
     (base / "tokenizer_config.json").write_text(json.dumps(empty))
     run(base, data, tmp_path / "out")
-    assert "BOS ('<s>') is put in front of each example" in capsys.readouterr().out
+    assert "\n<s>" in capsys.readouterr().out  # the example that is shown begins with BOS
     for folder, pad in ((base, None), (tmp_path / "out", "[PAD]")):
         _, tokenizer = load(folder)  # as chat.py does
         tokens = tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.pad_token

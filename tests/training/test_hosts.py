@@ -13,6 +13,7 @@ import sys
 
 import pytest
 from conftest import ROOT, make_records
+from safetensors.torch import load_file
 
 import train
 
@@ -51,7 +52,7 @@ def plug(name: str, address: str) -> list[list[str]]:
     ]
 
 
-def run_on_both(hosts, script, *argv, restarts=0) -> None:
+def run_on_both(hosts, script, *argv, restarts) -> None:
     """One process a host, as runs/alpaca_7b.sh would start them."""
     agents = []
     for rank, (name, address) in enumerate(zip(hosts, ADDRESSES, strict=True)):
@@ -79,48 +80,6 @@ def losses(folder) -> list[float]:
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
-def weights(folder):
-    from safetensors.torch import load_file
-
-    return load_file(folder / "model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def arguments(tiny_llama, tmp_path_factory):
-    """Four steps over 24 examples in batches of 8, and the data; `out` and the distribution are still to be said."""
-    data = tmp_path_factory.mktemp("hosts") / "data.json"
-    data.write_text(json.dumps(make_records(24)))
-    return [
-        *("--model_name_or_path", tiny_llama, "--data_path", data, "--max_steps", 4, "--learning_rate", 1e-2),
-        *("--logging_steps", 1, "--disable_tqdm", "True", "--report_to", "none"),
-    ]
-
-
-FSDP = ("--fsdp", "--fsdp_config", "configs/fsdp.json", "--per_device_train_batch_size", 4)
-
-
-@pytest.fixture(scope="module")
-def one_process(arguments, tmp_path_factory):
-    """The result of the same run in this process."""
-    out = tmp_path_factory.mktemp("hosts") / "one"
-    argv = [*arguments, "--output_dir", out, "--save_strategy", "no", "--per_device_train_batch_size", 8]
-    argv += ["--skip_save_rehearsal"]
-    train.train(*train.parse_args([str(word) for word in argv]))
-    return out
-
-
-def assert_same_result(folder, one_process) -> None:
-    assert len(losses(folder)) == 4 and losses(folder) == pytest.approx(losses(one_process), abs=1e-4)
-    found, expected = weights(folder), weights(one_process)
-    assert found.keys() == expected.keys()
-    assert max((found[name] - expected[name]).abs().max().item() for name in expected) < 1e-4
-
-
-def test_two_hosts_with_fsdp_equal_one_process(hosts, arguments, one_process, tmp_path):
-    run_on_both(hosts, "train.py", *arguments, "--output_dir", tmp_path / "out", "--save_strategy", "no", *FSDP)
-    assert_same_result(tmp_path / "out", one_process)
-
-
 # train.py, in which the second process kills itself once, right after step 3; a checkpoint of step 2 is there then.
 KILLED_ONCE = """
 import os, signal, sys
@@ -146,14 +105,27 @@ train.main()
 """
 
 
-def test_a_process_that_is_killed_on_one_host_is_started_again_on_both_and_ends_where_it_would_have(
-    hosts, arguments, one_process, tmp_path, monkeypatch
+def test_two_hosts_with_fsdp_equal_one_process_also_when_a_process_is_killed_and_both_are_started_again(
+    hosts, tiny_llama, tmp_path, monkeypatch
 ):
+    """Four steps over 24 examples in batches of 8, rehearsed at each start."""
+    (tmp_path / "data.json").write_text(json.dumps(make_records(24)))
+    arguments = [
+        *("--model_name_or_path", tiny_llama, "--data_path", tmp_path / "data.json", "--max_steps", 4),
+        *("--learning_rate", 1e-2, "--logging_steps", 1, "--disable_tqdm", "True", "--report_to", "none"),
+    ]
+    argv = [*arguments, "--output_dir", tmp_path / "one", "--save_strategy", "no", "--skip_save_rehearsal"]
+    train.train(*train.parse_args([str(word) for word in [*argv, "--per_device_train_batch_size", 8]]))
+
     (tmp_path / "killed_once.py").write_text(KILLED_ONCE)
     monkeypatch.setenv("KILLED_ONCE", str(tmp_path / "killed"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    argv = [*arguments, "--output_dir", tmp_path / "out", *FSDP, "--save_strategy", "steps", "--save_steps", 2]
-    argv += ["--resume_from_checkpoint", "auto", "--skip_save_rehearsal"]
+    fsdp = ("--fsdp", "--fsdp_config", "configs/fsdp.json", "--per_device_train_batch_size", 4, "--save_steps", 2)
+    argv = [*arguments, "--output_dir", tmp_path / "two", *fsdp, "--resume_from_checkpoint", "auto"]
     run_on_both(hosts, tmp_path / "killed_once.py", *argv, restarts=1)
     assert (tmp_path / "killed").exists()
-    assert_same_result(tmp_path / "out", one_process)
+    assert len(losses(tmp_path / "two")) == 4
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
+    assert found.keys() == expected.keys()
+    assert max((found[name] - expected[name]).abs().max().item() for name in expected) < 1e-4

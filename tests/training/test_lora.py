@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
-from conftest import make_records
+from conftest import make_records, torchrun
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,13 +20,17 @@ from alpaca.inference.adapters import ADAPTER, check_adapter
 from alpaca.training import lora
 
 
-def run(model, data, out, *extra):
+def arguments(model, data, out, *extra) -> list[str]:
     argv = [
         *("--model_name_or_path", model, "--data_path", data, "--output_dir", out, "--max_steps", 4, "--lora_r", 4),
         *("--per_device_train_batch_size", 8, "--learning_rate", 1e-2, "--logging_steps", 1, "--disable_tqdm", "True"),
         *("--save_strategy", "steps", "--save_steps", 2, "--report_to", "none", *extra),
     ]
-    train.train(*train.parse_args([str(word) for word in argv]))
+    return [str(word) for word in argv]
+
+
+def run(*argv):
+    train.train(*train.parse_args(arguments(*argv)))
 
 
 @pytest.fixture(scope="module")
@@ -120,13 +125,34 @@ def test_a_resumed_adapter_equals_an_uninterrupted_one(trained, data, tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_under_fsdp_two_ranks_train_beside_a_base_in_bf16_as_one_does(tiny_llama, data, tmp_path):
+    bf16 = ("--bf16", "True", "--lora_dropout", 0)
+    run(tiny_llama, data, tmp_path / "one", *bf16)
+    fsdp = ("--fsdp", "--fsdp_config", "configs/fsdp.json", "--per_device_train_batch_size", 4)
+    two = torchrun(2, "train.py", *arguments(tiny_llama, data, tmp_path / "two", *bf16, *fsdp))
+    assert two.returncode == 0, two.stderr
+    assert "saved, reloaded and resumed: weights and optimizer equal" in two.stdout
+    for sharded in (None, True):
+        args = SimpleNamespace(bf16=True, fp16=False, load_in_4bit=False, fsdp=sharded)
+        assert lora.base_options(args) == {"dtype": torch.bfloat16}
+    histories = [json.loads((tmp_path / name / "trainer_state.json").read_text()) for name in ("one", "two")]
+    one, two = ([entry["loss"] for entry in state["log_history"] if "loss" in entry] for state in histories)
+    assert len(one) == 4 and one[0] - one[-1] > 0.05
+    assert two == pytest.approx(one, abs=5e-3)
+    merged, adapter = load(tmp_path / "two"), load_file(tmp_path / "two" / "adapter" / ADAPTER)
+    base, scale = dict(load(tiny_llama).named_parameters()), 32 / 4
+    for name, weight in merged.named_parameters():
+        if (a := f"base_model.model.{name.removesuffix('.weight')}.lora_A.weight") in adapter:
+            delta = scale * adapter[a.replace("lora_A", "lora_B")] @ adapter[a]
+            assert delta.any() and torch.allclose(weight, base[name] + delta, atol=1e-6)
+
+
 def test_a_checkpoint_with_another_kind_of_weights_is_refused(trained, data, tmp_path):
     base, out, _ = trained
     resume = ("--resume_from_checkpoint", out / "checkpoint-2")
-    with pytest.raises(UserError, match="holds an adapter: lora_r must match"):
-        run(base, data, tmp_path, *resume, "--lora_r", 0)
-    with pytest.raises(UserError, match="belongs to another model: .*there .4, .*, has the shape .8, "):
-        run(base, data, tmp_path, *resume, "--lora_r", 8)
+    for rank in (0, 8):
+        with pytest.raises(UserError, match=f"was trained with lora_r 4 .now {rank}., which cannot change midway"):
+            run(base, data, tmp_path, *resume, "--lora_r", rank)
 
 
 def test_an_empty_adapter_is_refused(trained, tmp_path):

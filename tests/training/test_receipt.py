@@ -13,6 +13,8 @@ from conftest import ROOT, make_records
 
 import train
 from alpaca import UserError
+from alpaca.common.files import git_blob_id
+from alpaca.common.records import SHIPPED, load_records
 from alpaca.training import receipt
 
 SECRET = "hf_do-not-tell-0123456789"
@@ -52,14 +54,15 @@ def test_the_receipt_says_from_what_how_and_at_what_cost(finished, tiny_llama):
         "path": str(data),
         "sha256": hashlib.sha256(data.read_bytes()).hexdigest(),
         "bytes": data.stat().st_size,
-        "source": "the user's",
+        "records": 22,
+        "parts": {},
         "licence": None,
         "examples": 22,
     }
     assert paper["data"]["eval"] == {"path": None, "examples": 2}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     assert paper["git"] is None or paper["git"]["commit"] == commit
-    assert (paper["seed"], paper["world_size"], paper["steps"]) == (7, 1, 6)
+    assert (paper["arguments"]["seed"], paper["world_size"], paper["steps"]) == (7, 1, 6)
     assert paper["examples_per_step"] == pytest.approx(22 / 6, abs=0.01)  # the sixth step has two
     assert [entry["step"] for entry in paper["losses"]] == [1, 2, 3, 4, 5, 6]
     assert [entry["step"] for entry in paper["eval_losses"]][:1] == [0]
@@ -95,6 +98,9 @@ def test_the_card_is_filled_and_honest(finished):
     out, paper = finished
     card = (out / "model_card.md").read_text()
     assert card.startswith('---\nlicense: unknown\nbase_model: "tiny-llama"\n')
+    start, samples, rest = re.split(r"(\*\*Before and after\.\*\*.*?)(?=\n\n\*\*)", card, flags=re.S)
+    assert samples.count("\n| Count from ") == 2 and "| prompt | step 0 | step 6 |" in samples
+    card = start + rest  # the tiny model may say anything
     for hole in ("…", "None", "{", "}", "nan", "TODO", "  ", str(out.parent)):
         assert hole not in card, hole
     for fact in (
@@ -117,20 +123,37 @@ def test_one_epoch_and_warm_up_steps_read_as_english(finished):
 
 def test_the_shipped_data_makes_the_card_non_commercial(finished):
     _, paper = finished
-    facts = receipt.data_facts(ROOT / "alpaca_data.json")
+    facts = receipt.data_facts(SHIPPED, load_records(SHIPPED))
     assert facts["licence"] == "CC BY-NC 4.0"
     card = receipt.model_card(paper | {"data": {"train": facts | {"examples": 1075}, "eval": None}})
     assert "license: cc-by-nc-4.0" in card
-    assert "It is under CC BY-NC 4.0: not for commercial use" in card and "none held out" in card
+    assert "1,075 of the 1,075 records are of alpaca_data.json of alpaca-reproduced, under CC BY-NC 4.0: not" in card
+    assert "none held out" in card and "The license of the others" not in card
+
+
+def test_a_mix_states_its_parts_and_keeps_the_strictest_license(finished, tmp_path, monkeypatch):
+    """Known by record, whatever the file; the released data by their file."""
+    mix, theirs = [*make_records(3), *load_records(SHIPPED)[5:7]], [{"instruction": "A", "input": "", "output": "b"}]
+    for name, records in (("mix.json", mix), ("theirs.json", theirs)):
+        (tmp_path / name).write_text(json.dumps(records))
+    monkeypatch.setattr("alpaca.common.records.RELEASED_BLOB", git_blob_id(tmp_path / "theirs.json"))
+    facts = receipt.data_facts(tmp_path, mix + theirs)
+    ours, released = "alpaca_data.json of alpaca-reproduced", "the data that Stanford Alpaca released"
+    assert facts["parts"] == {ours: 2, released: 1} and facts["licence"] == "CC BY-NC 4.0"
+    card = receipt.model_card(finished[1] | {"data": {"train": facts | {"examples": 6}, "eval": None}})
+    assert card.startswith("---\nlicense: cc-by-nc-4.0\n")
+    for name, count in ((ours, 2), (released, 1)):
+        assert f"{count} of the 6 records are of {name}, under CC BY-NC 4.0: not for commercial use." in card
+    assert "The license of the others is not known" in card and "Not commercial use, which the data forbids" in card
 
 
 def test_several_files_have_one_hash_and_a_data_set_of_the_hub_has_none(finished, tmp_path):
     for name, text in (("1.json", "ab"), ("2.json", "c")):
         (tmp_path / name).write_text(text)
-    facts = receipt.data_facts(tmp_path)
-    assert facts == receipt.data_facts(f"{tmp_path / '1.json'},{tmp_path / '2.json'}") | {"path": str(tmp_path)}
+    facts = receipt.data_facts(tmp_path, [])
+    assert facts == receipt.data_facts(f"{tmp_path / '1.json'},{tmp_path / '2.json'}", []) | {"path": str(tmp_path)}
     assert (facts["sha256"], facts["bytes"]) == (hashlib.sha256(b"abc").hexdigest(), 3)
-    hub = receipt.data_facts("nobody/nothing")
+    hub = receipt.data_facts("nobody/nothing", [])
     assert (hub["sha256"], hub["bytes"], hub["licence"]) == (None, 0, None)
     card = receipt.model_card(finished[1] | {"data": {"train": hub | {"examples": 3}, "eval": None}})
     assert "fine-tuned on nothing" in card and "SHA-256" not in card
@@ -167,12 +190,8 @@ def test_the_plot_shows_light_and_smoothed_loss_and_the_held_out_points(finished
         assert (pixels == colour).all(axis=1).sum() > 50, colour
 
 
-def test_the_running_mean_by_hand():
-    assert receipt.running_mean([1, 2, 6, 3], 3) == [1, 3, pytest.approx(11 / 3), 3]
-
-
 def test_without_matplotlib_the_run_ends_well_and_says_how_to_get_it(finished, tmp_path, monkeypatch, capsys):
-    for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+    for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
     assert receipt.write(finished[1], tmp_path) == ["training_receipt.json", "model_card.md"]
     assert "pip install '.[plots]'" in capsys.readouterr().out
@@ -190,6 +209,9 @@ def test_the_receipt_of_a_resumed_run_covers_all_steps(finished, tiny_llama, tmp
     for key in ("real", "supervised", "padding"):
         assert resumed["tokens"][key] == paper["tokens"][key]
     assert resumed["examples_per_step"] == paper["examples_per_step"]
+    for before, after in zip(paper["samples"], resumed["samples"], strict=True):
+        assert [answer for answer in after["answers"] if answer["step"] != 4] == before["answers"]
+        assert [answer["step"] for answer in after["answers"]] == [0, 4, 6]
 
 
 def test_a_folder_that_is_no_checkout_has_no_commit(tmp_path):

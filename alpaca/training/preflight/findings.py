@@ -31,14 +31,14 @@ class Finding:
     cure: str = ""
 
 
-def colour_wanted(stream=None) -> bool:
-    """Return whether the stream (stdout by default) is a terminal and NO_COLOR is not set (no-color.org)."""
-    return (stream or sys.stdout).isatty() and not os.environ.get("NO_COLOR")
+def colour_wanted() -> bool:
+    """Return whether stdout is a terminal and NO_COLOR is not set (no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
-def paint(text: str, code: str, colour: bool) -> str:
-    """Return the text in an SGR colour code ("31"), line by line, since a pager forgets the colour at a line's end."""
-    if not colour:
+def paint(text: str, code: str) -> str:
+    """Return the text in an SGR colour code ("31") if colour is wanted; each line, as a pager forgets it at the end."""
+    if not colour_wanted():
         return text
     return "\n".join(f"\033[{code}m{line}\033[0m" if line else line for line in text.split("\n"))
 
@@ -56,12 +56,11 @@ def lowest(value: float) -> float:
     return min(gather_object([value]))
 
 
-def format_report(findings: Iterable[Finding], colour: bool = False) -> str:
+def format_report(findings: Iterable[Finding]) -> str:
     """Return the report: errors first, then warnings and notes, each with what, why and cure."""
-    order = list(COLOURS)
     lines = []
-    for finding in sorted(findings, key=lambda finding: order.index(finding.level)):
-        lines.append(f"{paint(f'{finding.level:8}', COLOURS[finding.level], colour)} {finding.what}")
+    for finding in sorted(findings, key=lambda finding: list(COLOURS).index(finding.level)):
+        lines.append(f"{paint(f'{finding.level:8}', COLOURS[finding.level])} {finding.what}")
         lines += [f"{'':8}   why:  {finding.why}"] if finding.why else []
         lines += [f"{'':8}   cure: {finding.cure}"] if finding.cure else []
     return "\n".join(lines)
@@ -74,7 +73,7 @@ def finish(findings: Sequence[Finding]) -> None:
         UserError: there are errors; one line with the first of them and the number of others.
     """
     if int(os.environ.get("RANK", 0)) == 0:
-        print(format_report(findings, colour_wanted()), flush=True)
+        print(format_report(findings), flush=True)
     errors = [finding for finding in findings if finding.level == "error"]
     if errors:
         more = f" (and {len(errors) - 1} more, above)" if len(errors) > 1 else ""

@@ -5,10 +5,8 @@ It is known before anything is loaded. What a step needs beside it (activations,
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
@@ -16,11 +14,13 @@ from transformers.pytorch_utils import Conv1D
 
 from alpaca.common.memory import as_text
 from alpaca.training.distributed import read_config
+from alpaca.training.lora import freeze_other_senses, matrices
 
 # transformers 5.23 renamed the argument; 5.17 has the old name only.
 CHECKPOINTING = (
     "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
 )
+SYNC = """accelerator_config='{"gradient_accumulation_kwargs": {"sync_each_batch": true}}'"""
 # Bytes of a weight in 4 bits: itself, a byte for 64 of them, 4 bytes for 256 of those (Dettmers et al., 2023).
 FOUR_BITS = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 
@@ -30,17 +30,21 @@ class Sizes:
     """Of a model, in elements."""
 
     parameters: int
-    linear: int  # in the matrices of its layers, which LoRA adapts and QLoRA keeps in 4 bits
-    rank_one: int  # of LoRA with r = 1: in + out for each of these matrices (Hu et al., 2021)
+    trained: int  # without LoRA: all that reads text
+    linear: int  # in linear layers, which QLoRA keeps in 4 bits; not the output embedding
+    rank_one: int  # of LoRA with r = 1: in + out for each matrix that it adapts (Hu et al., 2021)
 
     @classmethod
     def of(cls, model) -> Sizes:
-        output = model.get_output_embeddings()
+        output, weights = model.get_output_embeddings(), dict(model.named_parameters())
         linear = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not output]
+        layers, parameters = matrices(model)
+        adapted = [weights[name].shape for name in (*(f"{layer}.weight" for layer in layers), *parameters)]
         return cls(
-            sum(p.numel() for p in model.parameters()),
-            sum(m.weight.numel() for m in linear),
-            sum(sum(m.weight.shape) for m in linear),
+            sum(weight.numel() for weight in weights.values()),
+            sum(weight.numel() for weight in weights.values() if weight.requires_grad),
+            sum(layer.weight.numel() for layer in linear),
+            sum(math.prod(shape[:-2]) * sum(shape[-2:]) for shape in adapted),  # (experts, in, out) has one an expert
         )
 
 
@@ -52,7 +56,9 @@ def sizes_of(path: str, cache_dir: str | None = None) -> Sizes | None:
     try:
         config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
         with torch.device("meta"):
-            return Sizes.of(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        freeze_other_senses(model)
+        return Sizes.of(model)
     except Exception:  # whatever a library says to a strange config.json
         return None
 
@@ -62,40 +68,32 @@ class Plan:
     """How a model is to be trained."""
 
     ranks: int = 1
-    batch: int = 1  # examples a device and forward pass
-    accumulation: int = 1  # batches a step
-    sharded: bool = False  # over the ranks: FSDP, ZeRO-3
-    sync_each_batch: bool = False  # gradients are reduced after each batch: accelerate's option, and what ZeRO-3 does
+    sharded: bool = False  # by FSDP, over the ranks
+    accumulates: bool = False  # gradients of several batches, each device all of them
     offloaded: bool = False  # parameters, gradients and optimizer states are in CPU memory
     dtype_bytes: int = 4  # of a weight as it is loaded
     lora_r: int = 0
     four_bit: bool = False
     optimizer_bytes: float = 8  # a trainable parameter: AdamW keeps two float32 moments (Loshchilov & Hutter 2019)
-    checkpointing: bool = False
 
     @classmethod
     def of(cls, args, dtype: torch.dtype) -> Plan:
         """Read it from train.py's arguments; ``dtype`` is the one that the weights are loaded as."""
-        zero3 = bool(args.deepspeed) and read_config(args.deepspeed).get("zero_optimization", {}).get("stage") == 3
         master = 4 if args.deepspeed and (args.bf16 or args.fp16) else 0  # DeepSpeed's float32 weights
-        fsdp = read_config(args.fsdp_config) if args.fsdp else {}
         sync = (args.accelerator_config.gradient_accumulation_kwargs or {}).get("sync_each_batch", False)
         return cls(
             ranks=args.world_size,
-            batch=args.per_device_train_batch_size,
-            accumulation=args.gradient_accumulation_steps,
-            sharded=bool(args.fsdp) or zero3,
-            sync_each_batch=zero3 or sync,
-            offloaded=bool(fsdp.get("cpu_offload")),
+            sharded=bool(args.fsdp),
+            accumulates=args.gradient_accumulation_steps > 1 and not sync,
+            offloaded=bool(args.fsdp and read_config(args.fsdp_config).get("cpu_offload")),
             dtype_bytes=dtype.itemsize,
             lora_r=args.lora_r,
             four_bit=args.load_in_4bit,
             optimizer_bytes=optimizer_bytes(args.optim.value) + master,
-            checkpointing=bool(getattr(args, CHECKPOINTING) or fsdp.get("activation_checkpointing")),
         )
 
     def trainable(self, sizes: Sizes) -> int:
-        return self.lora_r * sizes.rank_one if self.lora_r else sizes.parameters
+        return self.lora_r * sizes.rank_one if self.lora_r else sizes.trained
 
 
 def optimizer_bytes(optim: str) -> float:
@@ -124,7 +122,7 @@ def parts(sizes: Sizes, plan: Plan) -> dict[str, int]:
     weights = plan.dtype_bytes * sizes.parameters
     if plan.four_bit:  # the embeddings become float32
         weights = FOUR_BITS * sizes.linear + 4 * (sizes.parameters - sizes.linear)
-    accumulated_whole = plan.sharded and plan.accumulation > 1 and not plan.sync_each_batch
+    accumulated_whole = plan.sharded and plan.accumulates
     found = {
         "parameters": (weights + (4 * trainable if plan.lora_r else 0)) / share,
         "gradients": 4 * trainable if accumulated_whole else 4 * trainable / share,
@@ -136,66 +134,53 @@ def parts(sizes: Sizes, plan: Plan) -> dict[str, int]:
     return {name: int(size) for name, size in found.items() if size}
 
 
-class Option(NamedTuple):
-    """Arguments that save memory, as a user would set them, and what they change in the plan."""
-
-    kind: str
-    text: str
-    changes: dict
-
-
-def _options(plan: Plan) -> Iterator[Option]:
-    if not plan.sync_each_batch and plan.accumulation > 1:
-        text = """accelerator_config='{"gradient_accumulation_kwargs": {"sync_each_batch": true}}'"""
-        yield Option("sync", text, {"sync_each_batch": True})
-    if plan.optimizer_bytes > 2 and not plan.sharded:
-        yield Option("optim", "optim=adamw_8bit", {"optimizer_bytes": 2})
-    for ranks in (2, 4, 8, 16, 32, 64):
-        if ranks > (plan.ranks if plan.sharded else 1):
-            yield Option("fsdp", f"fsdp over {ranks} devices", {"sharded": True, "ranks": ranks})
-    if not plan.lora_r:
-        yield Option("adapter", "lora_r=8", {"lora_r": 8})
-        yield Option("adapter", "lora_r=8 load_in_4bit=True", {"lora_r": 8, "four_bit": True})
-
-
 def advise(sizes: Sizes, plan: Plan, available: int) -> list[str]:
-    """Return up to three sets of arguments with which the exact part fits ``available`` bytes; the smallest first.
+    """Return up to three sets of arguments with which the exact part fits ``available`` bytes; the mildest first.
 
-    Each is a text such as ``lora_r=8 (12.6 GiB)``, with what is needed then.
+    Each is a text such as ``lora_r=16 (12.6 GiB)``, with what is needed then.
     """
-    chosen: list[tuple[set[str], str]] = []
-    options = list(_options(plan))
-    for combination in itertools.chain(*(itertools.combinations(options, size) for size in (1, 2, 3))):
-        kinds, new = {option.kind for option in combination}, plan
-        for option in combination:
-            new = replace(new, **option.changes)
-        useless = (
-            len(kinds) < len(combination)
-            or any(smaller <= kinds for smaller, _ in chosen)  # a smaller set is enough
-            or ("fsdp" in kinds and (new.four_bit or "optim" in kinds))  # bitsandbytes' weights and optimizer: neither
-            or ("optim" in kinds and "adapter" in kinds)  # whose optimizer is small already
-            or ("sync" in kinds and not new.sharded)  # it would change nothing
-        )
-        if not useless and (total := sum(parts(sizes, new).values())) <= available:
-            chosen.append((kinds, f"{' '.join(option.text for option in combination)} ({as_text(total)})"))
-    return [text for _, text in chosen[:3]]
+
+    def needed(plan: Plan) -> int:
+        return sum(parts(sizes, plan).values())
+
+    sync, alone = f" {SYNC}" if plan.accumulates else "", " without fsdp" if plan.sharded else ""
+    lora, adapter = ("", {}) if plan.lora_r else ("lora_r=16 ", {"lora_r": 16})
+    half, half_bytes = ("", 4) if plan.sharded else ("bf16=True", 2)  # of a frozen base: FSDP loads float32
+    # FSDP divides all of it, but can shard neither weights nor optimizer of bitsandbytes.
+    whole = {"ranks": 1, "sharded": False, "accumulates": False, "offloaded": False, "dtype_bytes": 4}
+    devices, large = max(2, math.ceil(needed(replace(plan, **whole)) / available)), plan.optimizer_bytes >= 4
+    shardable = large and not plan.four_bit and (devices > plan.ranks or not plan.sharded)
+    ladder = [
+        (SYNC, plan.sharded, {"accumulates": False}),
+        ("optim=adamw_8bit", large and not plan.sharded and not plan.lora_r, {"optimizer_bytes": 2}),
+        (f"fsdp over {devices} devices{sync}", shardable, {**whole, "ranks": devices, "sharded": True}),
+        (f"{lora}{half}", True, {"dtype_bytes": half_bytes, **adapter}),
+        (f"{lora}load_in_4bit=True{alone}", True, {"sharded": False, "four_bit": True, **adapter}),
+    ]
+    plans = [(text.strip(), replace(plan, **changes)) for text, possible, changes in ladder if possible]
+    fitting = [(text, needed(new)) for text, new in plans if new != plan and needed(new) <= available]
+    return [f"{text} ({as_text(total)})" for text, total in fitting[:3]]
 
 
-def smaller_step(plan: Plan) -> str:
-    """Return the arguments that make the activations of a step smaller, for a run whose step ran out of memory."""
-    found = [] if plan.checkpointing else [f"{CHECKPOINTING}=True"]
-    if plan.batch > 1:
-        more = plan.batch * plan.accumulation
-        found.append(f"per_device_train_batch_size=1 gradient_accumulation_steps={more}")
-    return "; ".join([*found, *(option.text for option in _options(plan)), "a smaller model_max_length"])
+def smaller_step(args) -> str:
+    """Return the arguments that make a step's activations smaller, for a run whose step ran out of memory."""
+    batch, found = args.per_device_train_batch_size, []
+    if not (getattr(args, CHECKPOINTING) or read_config(args.fsdp_config).get("activation_checkpointing")):
+        found.append(f"{CHECKPOINTING}=True")
+    if batch > 1:
+        same = batch * args.gradient_accumulation_steps
+        found.append(f"per_device_train_batch_size=1 gradient_accumulation_steps={same}")
+    return "; ".join([*found, *([] if args.lora_r else ["lora_r=16"]), "a smaller model_max_length"])
 
 
 def checkpoint_bytes(sizes: Sizes, plan: Plan, full_fsdp: bool = False) -> tuple[int, int]:
     """Return the bytes on disk of (one checkpoint, the final model).
 
-    A checkpoint holds what is trained (4 bytes), its optimizer states, and under FSDP's FULL_STATE_DICT a second copy
-    of the weights (pytorch_model_fsdp.bin).
+    A checkpoint holds the model or its adapter (4 bytes a weight), its optimizer states, and under FSDP's
+    FULL_STATE_DICT a second copy of the weights (pytorch_model_fsdp.bin). With an adapter both it and the merged model
+    are the result.
     """
-    weights = 4 * plan.trainable(sizes)
-    checkpoint = weights * (2 if full_fsdp else 1) + int(plan.optimizer_bytes * plan.trainable(sizes))
-    return checkpoint, weights + 4 * sizes.parameters if plan.lora_r else weights  # adapter and merged, or the model
+    trainable, model = plan.trainable(sizes), 4 * sizes.parameters
+    weights = 4 * trainable if plan.lora_r else model
+    checkpoint = weights * (2 if full_fsdp else 1) + int(plan.optimizer_bytes * trainable)
+    return checkpoint, weights + model if plan.lora_r else model

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 import transformers
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 
 from alpaca.common.text import first_line
@@ -37,14 +38,10 @@ def deviation_from_solo(model, examples: list[dict]) -> float:
         in nats if it is larger. Rounding gives 1e-6 to 0.1, depending on the type; attention over the whole row gave
         0.8 to 1.8 in the models we tried. NaN if a logit is NaN.
     """
+    batch = packing.flatten(examples)
     with _measuring(model):
-        batch = packing.flatten(examples)
         together = _outputs(model, batch)
-        with _attention(model, packing.library_attention(model)):
-            alone = [
-                _outputs(model, {"input_ids": torch.tensor([example["input_ids"]]), "use_cache": False}).logits[0]
-                for example in examples
-            ]
+    alone = _alone(model, examples)
     keep, targets = batch["logits_to_keep"].to(together.loss.device), batch["shift_labels"][0].to(together.loss.device)
     alone = torch.cat(alone).float()[keep]
     by_logit = (together.logits[0].float() - alone).abs().max() / alone.std()
@@ -75,6 +72,18 @@ def dependence(model, examples: list[dict]) -> float:
     return ((rows[0] - rows[1]).abs().max() / rows[0].std()).item()
 
 
+def _alone(model, examples: list[dict]) -> list[torch.Tensor]:
+    """Return the logits, (tokens, vocabulary), of each example alone, by the library's attention."""
+    before = model.config._attn_implementation  # private, as in packing.set_attention
+    packing.set_attention(model, packing.library_attention(model))
+    rows = [{"input_ids": torch.tensor([example["input_ids"]]), "use_cache": False} for example in examples]
+    try:
+        with _measuring(model):
+            return [_outputs(model, row).logits[0] for row in rows]
+    finally:
+        packing.set_attention(model, before)
+
+
 def _outputs(model, batch: dict):
     device = next(model.parameters()).device
     return model(**{name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()})
@@ -82,7 +91,7 @@ def _outputs(model, batch: dict):
 
 @contextmanager
 def _measuring(model):
-    """Evaluate without gradients. FSDP reshards in the backward pass, and there is none here: reshard at the end."""
+    """Evaluate without gradients. FSDP reshards in the backward pass, which never comes here: reshard at the end."""
     training = model.training
     model.eval()
     try:
@@ -90,22 +99,9 @@ def _measuring(model):
             yield
     finally:
         model.train(training)
-        if torch.distributed.is_initialized():
-            from torch.distributed.fsdp import FSDPModule
-
-            for module in model.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
-
-
-@contextmanager
-def _attention(model, name: str):
-    before = model.config._attn_implementation
-    packing.set_attention(model, name)
-    try:
-        yield
-    finally:
-        packing.set_attention(model, before)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 class SelfCheck(transformers.TrainerCallback):
@@ -126,20 +122,13 @@ class SelfCheck(transformers.TrainerCallback):
         self.reason = ""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if self.deviation is None:  # else the rehearsal has measured it
-            self(model, args)
-            if self.reason:
-                say(f"warning: examples are padded, as with padding=longest: {self.reason}")
-
-    def __call__(self, model, args: transformers.TrainingArguments) -> None:
-        """Measure, and fall back if needed; every process must call it, with the model on its device and mesh."""
+        if self.deviation is not None:  # the rehearsal has measured it
+            return
         try:
             measured = [deviation_from_solo(model, self.examples), dependence(model, self.examples)]
         except (NotImplementedError, TypeError, ValueError) as e:  # the model's code cannot handle such batches
             measured, self.reason = [math.inf, math.inf], first_line(e)
-            # FSDP was interrupted in a forward pass, with parameters half gathered: a whole one restores order.
-            with _measuring(model), _attention(model, packing.library_attention(model)):
-                _outputs(model, {"input_ids": torch.tensor([self.examples[0]["input_ids"]]), "use_cache": False})
+            _alone(model, self.examples[:1])  # FSDP was interrupted, with parameters half gathered: this restores order
         # If some ranks packed and others padded, their losses would differ: if one rank cannot pack, none does.
         worst = torch.tensor([x if x == x else math.inf for x in measured], device=args.device)
         if torch.distributed.is_initialized():
@@ -152,6 +141,7 @@ class SelfCheck(transformers.TrainerCallback):
             self.reason = f"an example moves by {moved:.2g} when another of its row changes"
         if self.reason:
             self.fall_back(model, self.reason)
+            say(f"warning: examples are padded, as with padding=longest: {self.reason}")
 
 
 def examples_to_check(dataset, count: int = 3) -> list[dict]:

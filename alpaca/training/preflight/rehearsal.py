@@ -8,75 +8,65 @@ and read back. Nothing of the two is used by the run, which loads the model agai
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import dataclasses
 import gc
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch.utils.data import Subset
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import IntervalStrategy, TrainerCallback
+from transformers.utils import logging
 
 from alpaca import UserError
 from alpaca.inference.adapters import ADAPTER
 from alpaca.inference.load import load_model
 from alpaca.training.checkpoints import REHEARSAL, barrier
-from alpaca.training.examples import columns
+from alpaca.training.distributed import say
 from alpaca.training.meter import peak_memory
 from alpaca.training.preflight.findings import Finding, gather
 
 CHUNK = 2**22  # elements hashed at a time: 64 MB of int64
-SAMPLE = 2**12  # elements of each tensor that are kept, to measure how far two steps are apart
 CURE = "report it with this output; until then use skip_save_rehearsal=True, and train in one go with save_strategy=no"
 
 
-@dataclasses.dataclass
+@dataclass
 class Rehearsal:
     """The outcome: ``faults`` are errors, the figures are for the report.
 
     Without a checkpoint ``resumed_loss`` is NaN and ``checkpoint_bytes`` 0.
     """
 
-    faults: list[Finding] = dataclasses.field(default_factory=list)
+    faults: list[Finding] = field(default_factory=list)
     loss: float = math.nan  # of step 2, uninterrupted
     resumed_loss: float = math.nan  # of step 2, from the checkpoint
-    exact: bool = True  # whether the repeated step gave the same weights bit for bit
+    exact: bool = True  # whether the repeated step gave the same weights and optimizer states bit for bit
     seconds: float = 0.0
     step_seconds: float = 0.0  # of step 2, of at most two accumulated batches
-    save_seconds: float = 0.0  # of the checkpoint
+    save_seconds: float = 0.0  # of the checkpoint, and of an evaluation before it
     checkpoint_bytes: int = 0
     final_bytes: int = 0
     peak_bytes: int = 0  # of this rank
 
-    def fault(self, what: str, why: str, cure: str = CURE) -> None:
-        self.faults.append(Finding("error", what, why, cure))
-
 
 class _Observer(TrainerCallback):
-    """End the run after step 2, with a save and an evaluation after step 1, and note what each step leaves."""
+    """End a run after step 2, save and evaluate after step 1 if asked to, and note what each step leaves."""
 
     def __init__(self, bar, saves: bool, evaluates: bool):
-        self.bar, self.saves, self.evaluates, self.losses = bar, saves, evaluates, {}
+        self.bar, self.saves, self.evaluates = bar, saves, evaluates
         self.states: dict[int, tuple[dict, dict]] = {}  # fingerprints of weights and optimizer, by step
-        self.samples: dict[int, torch.Tensor] = {}
         self.step_seconds = self.save_seconds = self._since = 0.0
 
-    def _note(self, step: int, model, optimizer) -> None:
-        self.states[step] = _weights(model), _states(optimizer)
-        self.samples[step] = _sample(model)
-
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if state.global_step:
-            self._note(state.global_step, model, optimizer)
+        if state.global_step:  # resumed: as it was loaded
+            self.states[state.global_step] = _weights(model), _states(optimizer)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._since = time.perf_counter()
@@ -85,36 +75,19 @@ class _Observer(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.step_seconds = time.perf_counter() - self._since
-        self._note(state.global_step, model, optimizer)
+        self.states[state.global_step] = _weights(model), _states(optimizer)
         first = state.global_step == 1
         control.should_log, control.should_training_stop = True, not first
         control.should_save, control.should_evaluate = first and self.saves, first and self.evaluates
         self._since = time.perf_counter()
         self.bar.update()
 
-    def on_evaluate(self, args, state, control, **kwargs):
-        self._since = time.perf_counter()
-
     def on_save(self, args, state, control, **kwargs):
         self.save_seconds = time.perf_counter() - self._since
         self.bar.update()
 
-    def on_epoch_end(self, args, state, control, **kwargs):
-        control.should_save = control.should_evaluate = False
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs and "loss" in logs:
-            self.losses[state.global_step] = logs["loss"]
-
-
-def rehearse(
-    make: Callable,
-    args,
-    rows: Sequence,
-    held_out: Sequence | None,
-    save: Callable,
-    steps: int,
-) -> Rehearsal:
+def rehearse(make: Callable, args, rows: Sequence, held_out: Sequence | None, save: Callable, steps: int) -> Rehearsal:
     """Rehearse saving and resuming: three optimizer steps (of at most two accumulated batches each), and every save.
 
     Args:
@@ -125,71 +98,70 @@ def rehearse(
         save: (trainer, folder) → None, writes the trained model as the run will at its end; every rank calls it.
         steps: that the run will take, which its schedule depends on.
     """
-    begin, folder = time.perf_counter(), Path(args.output_dir) / REHEARSAL
-    _remove(folder)
-    barrier()
-    try:
-        first_rank = int(os.environ.get("RANK", 0)) == 0
-        hidden = True if args.disable_tqdm or not first_rank else None  # None: no bar unless stderr is a terminal
-        saves = args.save_strategy != "no"
-        form = "{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} to go"
-        with _quiet(), tqdm(total=7 if saves else 4, desc="rehearsal", disable=hidden, bar_format=form) as bar:
-            short, subset, evaluated = _short(args, folder, rows, held_out, steps)
-            result = _runs(lambda: make(short, subset, evaluated), save, folder, saves, bool(evaluated), bar)
-    finally:
-        _remove(folder)
-    barrier()
-    result.seconds = time.perf_counter() - begin
-    return result
-
-
-def _short(args, folder: Path, rows: Sequence, held_out: Sequence | None, steps: int) -> tuple:
-    """Return arguments for a short run, its rows and its held-out rows; all that shapes a step stays as it is."""
-    short = copy.copy(args)
+    begin, folder, saves = time.perf_counter(), Path(args.output_dir) / REHEARSAL, args.save_strategy != "no"
+    short = copy.copy(args)  # all that shapes a step stays as it is
     short.output_dir, short.max_steps = str(folder), max(2, steps)
     short.gradient_accumulation_steps = min(2, args.gradient_accumulation_steps)
     short.report_to, short.disable_tqdm = [], True
     short.logging_nan_inf_filter = short.save_only_model = short.ignore_data_skip = False
     short.eval_on_start = short.load_best_model_at_end = False
+    short.save_strategy = short.eval_strategy = IntervalStrategy.NO  # _Observer asks for what is rehearsed
     short.save_total_limit = None
     count = 2 * short.gradient_accumulation_steps * args.train_batch_size * args.world_size
+    subset = longest(rows, count)
     evaluated = longest(held_out, args.eval_batch_size * args.world_size) if held_out else None
-    return short, longest(rows, count), evaluated
+    hidden = True if args.disable_tqdm or int(os.environ.get("RANK", 0)) else None  # None: unless it is a terminal
+    form = "{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} to go"
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # the library's notes and bars are of the rehearsal, not of the run
+    logging.disable_progress_bar()
+    _remove(folder)
+    barrier()
+    try:
+        with tqdm(total=7 if saves else 4, desc="rehearsal", disable=hidden, bar_format=form) as bar:
+            result = _runs(lambda: make(short, subset, evaluated), save, folder, saves, bool(evaluated), bar)
+    finally:
+        _remove(folder)
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+    barrier()
+    result.seconds = time.perf_counter() - begin
+    return result
 
 
 def _runs(new_trainer: Callable, save: Callable, folder: Path, saves: bool, evaluates: bool, bar) -> Rehearsal:
-    result, checkpoint = Rehearsal(), folder / "checkpoint-1"
+    result, checkpoint, whole, begin = Rehearsal(), folder / "checkpoint-1", folder / "whole", time.perf_counter()
 
-    def run(observer: _Observer, resume: Path | None):
-        trainer = new_trainer()
+    def run(resume: Path | None):
+        """Return a trainer after step 2, its observer, and the losses of its steps."""
+        trainer, observer = new_trainer(), _Observer(bar, saves and not resume, evaluates and not resume)
         bar.update()
         trainer.remove_callback(trainer.meter)  # which shows a run
         trainer.add_callback(observer)
         trainer.train(resume)
-        return trainer
+        return trainer, observer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
-    first, expected = _Observer(bar, saves, evaluates), {}
-    trainer = run(first, None)
-    result.loss = first.losses.get(2, math.nan)
-    result.step_seconds, result.save_seconds = first.step_seconds, first.save_seconds
-    if not all(math.isfinite(loss) for loss in first.losses.values()):
-        result.fault(
-            f"the loss of the first steps is not finite: {list(first.losses.values())}",
-            "training would continue with it and end in a model of NaN",
-            "check the base model (does chat.py answer?) and use bf16 or float32 instead of fp16",
-        )
+    trainer, first, losses = run(None)
+    result.loss, result.step_seconds, result.save_seconds = losses[-1], first.step_seconds, first.save_seconds
+    if not all(map(math.isfinite, losses)):
+        what, why = f"the loss of the first steps is not finite: {losses}", "training would end in a model of NaN"
+        cure = "check the base model (does chat.py answer?) and use bf16 or float32 instead of fp16"
+        result.faults.append(Finding("error", what, why, cure))
     result.faults = gather(result.faults)  # a rank that stopped alone would leave the others waiting
     if saves and not result.faults:
+        if bar.disable:
+            say(f"rehearsal: the first run took {time.perf_counter() - begin:.0f} s; the second takes about as long")
         result.peak_bytes = peak_memory(trainer.args.device)
         trainer = _freed(trainer)
-        second = _Observer(bar, False, False)
-        trainer = run(second, checkpoint)
-        _compare(first, second, trainer.args.device.type == "cpu", result)
+        trainer, second, losses = run(checkpoint)
+        result.resumed_loss, result.exact = losses[-1], first.states[2] == second.states[2]
+        result.faults = gather(_compare(first.states, second.states, result, trainer.args.device.type == "cpu"))
     result.checkpoint_bytes = folder_bytes(checkpoint)
     barrier()
     _remove(checkpoint)  # so that the rehearsal never needs more disk than a checkpoint or a whole model
+    expected, adapter = {}, hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
     if not result.faults:
-        adapter, whole = hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config"), folder / "whole"
         whole.mkdir(parents=True, exist_ok=True)
         save(trainer, whole)
         expected = _weights(trainer.model, whole=True)  # a collective
@@ -197,7 +169,7 @@ def _runs(new_trainer: Callable, save: Callable, folder: Path, saves: bool, eval
     result.peak_bytes = max(result.peak_bytes, peak_memory(trainer.args.device))
     trainer = _freed(trainer)
     if expected:
-        _read_back(whole, adapter, expected, result)
+        result.faults = gather(_read_back(whole, adapter, expected))
         bar.update()
     return result
 
@@ -212,58 +184,45 @@ def _freed(trainer) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def _compare(first: _Observer, second: _Observer, deterministic: bool, result: Rehearsal) -> None:
-    """Compare the resumed run with the uninterrupted one: what was loaded, the loss and weights of the second step."""
-    result.resumed_loss = second.losses.get(2, math.nan)
-    parts = ("the weights", "the optimizer's states")
-    for what, saved, loaded in zip(parts, first.states[1], second.states.get(1, ({}, {})), strict=True):
+def _compare(first: dict, second: dict, result: Rehearsal, deterministic: bool) -> list[Finding]:
+    """Compare what two runs left after step 1 (the second: what it loaded) and after step 2, as _Observer's states.
+
+    What was loaded must be equal bit for bit on every device. The second step's weights are not where kernels add in
+    any order; there the loss shows whether data and random state came back as well.
+    """
+    what = []
+    for kind, saved, loaded in zip(("weights", "optimizer's states"), first[1], second.get(1, ({}, {})), strict=True):
         if names := _differences(saved, loaded):
-            what = f"{what} do not come back from a checkpoint as they were saved ({names})"
-            result.fault(what, "an interrupted run could not be resumed")
-    why = "a resumed run would not continue the interrupted one: other data, random state or schedule"
+            what.append(f"the {kind} do not come back from a checkpoint as they were saved ({names})")
     if not math.isclose(result.loss, result.resumed_loss, rel_tol=1e-4):
-        what = f"the resumed step has loss {result.resumed_loss:.6f}, the uninterrupted one {result.loss:.6f}"
-        result.fault(what, why)
-    elif names := _differences(first.states[2][0], second.states[2][0]):
-        # Where kernels add in any order, Adam divides rounding by its size where a gradient is near zero: few weights.
-        moved = (first.samples[2] - first.samples[1]).abs().mean()
-        apart = (first.samples[2] - second.samples[2]).abs().mean()
-        result.exact = False
-        if deterministic or not apart <= 0.05 * moved:
-            what = f"the resumed step gives other weights than the uninterrupted one ({names})"
-            result.fault(what, why)
-    result.faults = gather(result.faults)
+        what.append(f"the resumed step has loss {result.resumed_loss:.6f}, the uninterrupted one {result.loss:.6f}")
+    elif deterministic and (names := _differences(first[2][0], second[2][0])):
+        what.append(f"the resumed step gives other weights than the uninterrupted one ({names})")
+    return [Finding("error", one, "a resumed run would not continue the interrupted one", CURE) for one in what]
 
 
-def _read_back(folder: Path, adapter: bool, expected: dict[str, int], result: Rehearsal) -> None:
+def _read_back(folder: Path, adapter: bool, expected: dict[str, int]) -> list[Finding]:
     """Read the final save on rank 0, as its users will, and compare all that was trained with what was saved."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        try:
-            model = load_model(folder, "auto")
-            found = _weights(model)
-            if adapter:
-                found = {name: fingerprint(tensor) for name, tensor in load_file(folder / "adapter" / ADAPTER).items()}
-                expected = {name.replace(".default.", "."): value for name, value in expected.items()}
-            if names := _differences(expected, {name: found.get(name) for name in expected}):
-                what = f"the final save, read back, holds other values than were trained ({names})"
-                result.fault(what, "the trained model would be lost at the end", f"{CURE}: the checkpoints are whole")
-        except UserError as e:
-            result.fault(f"the final save cannot be read: {e}", "the trained model would be lost at the end")
-    result.faults = gather(result.faults)
+    if int(os.environ.get("RANK", 0)) != 0:
+        return []
+    try:
+        found = _weights(load_model(folder, "auto"))
+        if adapter:
+            found = {name: fingerprint(tensor) for name, tensor in load_file(folder / "adapter" / ADAPTER).items()}
+            expected = {name.replace(".default.", "."): value for name, value in expected.items()}
+        if not (names := _differences(expected, {name: found.get(name) for name in expected})):
+            return []
+        what = f"the final save, read back, holds other values than were trained ({names})"
+    except UserError as e:
+        what = f"the final save cannot be read: {e}"
+    return [Finding("error", what, "the trained model would be lost at the end", CURE)]
 
 
 def longest(dataset: Sequence, count: int) -> Subset:
-    """Return the items of a dataset that have the most tokens; all of them if there are fewer than ``count``.
-
-    Args:
-        dataset: of {"input_ids", "labels"}, or alpaca.training.packing's bins of them.
-        count: how many.
-    """
-    if hasattr(dataset, "bins"):
-        sizes = np.array([sum(dataset.dataset.lengths[i] for i in numbers) for numbers in dataset.bins])
-    else:
-        sizes = columns(dataset)[1]
-    return Subset(dataset, np.argsort(-sizes, kind="stable")[:count].tolist())
+    """Return the ``count`` items that have the most tokens of a SupervisedDataset or its PackedDataset, or all."""
+    sizes = getattr(dataset, "dataset", dataset).lengths
+    sizes = [sum(sizes[i] for i in numbers) for numbers in dataset.bins] if hasattr(dataset, "bins") else sizes
+    return Subset(dataset, sorted(range(len(sizes)), key=lambda i: -sizes[i])[:count])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,16 +232,17 @@ def longest(dataset: Sequence, count: int) -> Subset:
 def fingerprint(tensor: torch.Tensor) -> int:
     """Return a hash of a tensor's local bits: Σ bits·(position in its chunk), chunks joined by a factor, mod 2^64.
 
-    Any single changed bit changes it. It takes 64 MB, where a copy of the weights would take as much as they do.
+    Any single changed bit changes it (of elements of up to 4 bytes), and so does their order. torch.hash_tensor (2.13)
+    is not enough: it is the XOR of all elements, so it is 0 for an even number of ones as well as of zeros, and equal
+    for a transposed matrix. This one takes 64 MB, where a copy of the weights would take as much as they do.
     """
     local = _local(tensor)
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
-    bits = local.contiguous().reshape(-1).view(integer)
-    places = torch.arange(1, min(CHUNK, max(1, bits.numel())) + 1, device=bits.device)
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for chunk in bits.split(CHUNK) if bits.numel() else ():
-        total = total * 1_000_003 + (chunk.long() * places[: chunk.numel()]).sum()
-    return int(total)
+    total = 0
+    for chunk in local.contiguous().reshape(-1).view(integer).split(CHUNK):
+        places = torch.arange(1, chunk.numel() + 1, device=chunk.device)
+        total = (total * 1_000_003 + int((chunk.long() * places).sum())) % 2**64
+    return total
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
@@ -298,22 +258,21 @@ def _weights(model, whole: bool = False) -> dict[str, int]:
     }
 
 
-def _states(optimizer) -> dict[str, int]:
-    states = (optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"])
-    tensors = [(key, value) for state in states for key, value in sorted(state.items()) if torch.is_tensor(value)]
-    return {f"{i} {key}": fingerprint(value) for i, (key, value) in enumerate(tensors)}
-
-
-def _sample(model) -> torch.Tensor:
-    """Return the first elements of each trained tensor, in float32 on the CPU."""
-    heads = [_local(p).reshape(-1)[:SAMPLE].float().cpu() for p in model.parameters() if p.requires_grad]
-    return torch.cat(heads)
+def _states(optimizer) -> dict[str, int | float | tuple]:
+    """Return the fingerprints of an optimizer's tensors, and its numbers: learning rate, betas, …"""
+    found = {}
+    for g, group in enumerate(optimizer.param_groups):
+        found |= {f"group {g} {key}": value for key, value in group.items() if isinstance(value, (int, float, tuple))}
+        for n, parameter in enumerate(group["params"]):
+            state = {key: value for key, value in optimizer.state.get(parameter, {}).items() if torch.is_tensor(value)}
+            found |= {f"group {g} tensor {n} {key}": fingerprint(value) for key, value in state.items()}
+    return found
 
 
 def _differences(a: dict, b: dict) -> str:
     """Return how many values differ and the first one's name; empty if none does."""
     names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
-    return f"{len(names)} tensors: {names[0]}" + (", …" if len(names) > 1 else "") if names else ""
+    return f"{len(names)} values: {names[0]}" + (", …" if len(names) > 1 else "") if names else ""
 
 
 def _plain_name(name: str) -> str:
@@ -328,19 +287,3 @@ def folder_bytes(folder: Path) -> int:
 def _remove(folder: Path) -> None:
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one on each node, in case they do not share the file system
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the library's progress bars and notes: they are of the rehearsal, not of the run."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

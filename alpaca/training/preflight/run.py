@@ -6,12 +6,10 @@ the run, warnings do not.
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import re
 import shutil
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,19 +18,18 @@ import torch
 from alpaca import RankError, UserError
 from alpaca.common import memory as host_memory
 from alpaca.common.memory import as_text
-from alpaca.common.text import first_line
+from alpaca.common.text import counted, first_line
 from alpaca.inference.adapters import embedding_rows
 from alpaca.inference.checks import near_zero
-from alpaca.training.checkpoints import is_failed_write
+from alpaca.training.checkpoints import remove_leftovers
 from alpaca.training.distributed import read_config, say
-from alpaca.training.examples import IGNORE_INDEX, columns
+from alpaca.training.examples import SupervisedDataset
 from alpaca.training.preflight import memory
-from alpaca.training.preflight.examples_and_tokenizer import check_examples, show_example
+from alpaca.training.preflight.examples_and_tokenizer import check_examples, show_border, show_example
 from alpaca.training.preflight.findings import Finding, colour_wanted, finish, gather, lowest, paint
 from alpaca.training.preflight.memory import Plan, Sizes
 from alpaca.training.preflight.packing import SelfCheck
 from alpaca.training.preflight.rehearsal import Rehearsal, folder_bytes, rehearse
-from alpaca.training.trainer import remove_leftovers
 
 
 def check_difference(model) -> list[Finding]:
@@ -52,39 +49,54 @@ def check_positions(model, longest: int) -> list[Finding]:
     known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not known or longest <= known:
         return []
-    words = model.get_input_embeddings()
-    learned = any(
-        isinstance(module, torch.nn.Embedding) and module is not words and re.search(r"pos|wpe$", name)
-        for name, module in model.named_modules()
-    )
+    rows = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)]
     what = f"the longest example has {longest} tokens, and the model has {known} positions"
-    cure = f"model_max_length={known}"
-    if learned:
+    if any(re.search(r"pos[^.]*$|wpe$", name) for name in rows):
         why = "each is a row of an embedding: the lookup fails (on a GPU as a device-side assert that names no cause)"
-        return [Finding("error", what, why, cure)]
-    return [Finding("warning", what, "it was not trained beyond them, and answers worse there", cure)]
+        return [Finding("error", what, why, f"model_max_length={known}")]
+    why = "it was not trained beyond them, and answers worse there"
+    return [Finding("warning", what, why, f"model_max_length={known}")]
+
+
+def check_repeats(rows: Sequence, args) -> list[Finding]:
+    """Report how many examples an epoch repeats, so that each process gets whole batches.
+
+    accelerate fills up the last ones with the epoch's first examples (data_loader.BatchSamplerShard, ``even_batches``).
+    """
+    config, (steps, an_epoch) = args.accelerator_config, planned_steps(args, rows)
+    batch = args.train_batch_size * (1 if config.split_batches else args.world_size)
+    again = -len(rows) % batch
+    if args.world_size == 1 or args.dataloader_drop_last or not config.even_batches or steps < an_epoch or not again:
+        return []
+    noun = "bins" if hasattr(rows, "bins") else "examples"
+    what = f"{again} of {len(rows)} {noun} are trained twice in each epoch"
+    if again > len(rows):
+        what = f"each epoch trains {len(rows) + again} {noun}: these {len(rows)}, several times each"
+    why = f"{args.world_size} processes of {args.train_batch_size} each fill up the last batch with the first {noun}"
+    return [Finding("note", f"{what}: {why}")]
+
+
+def check_bf16(args) -> list[Finding]:
+    """Suggest bf16 on a CPU that computes in it (python benchmarks/bench_train.py --contenders ours ours_bf16)."""
+    can = getattr(torch.cpu, "get_capabilities", dict)()  # not in every release of torch
+    if args.bf16 or args.fp16 or args.device.type != "cpu" or not (can.get("avx512_bf16") or can.get("amx_bf16")):
+        return []
+    return [Finding("note", "this CPU computes in bf16: bf16=True may train faster")]
 
 
 def check_loading(sizes: Sizes, plan: Plan, device: torch.device) -> list[Finding]:
-    """Check, before the model is loaded, whether machine and device hold it. Every rank must call it.
-
-    Args:
-        sizes: of the model.
-        plan: how it is to be trained.
-        device: of this rank.
-    """
-    one, processes = sizes.parameters * plan.dtype_bytes, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    """Check, before the model is loaded, whether machine and device hold it. Every rank must call it."""
+    one = sizes.parameters * plan.dtype_bytes
+    processes = 1 if plan.sharded else int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # FSDP: rank 0 alone loads it
     free = lowest(host_memory.host_free(swap=True))  # of all ranks before any of them loads
-    if one * processes > free and not plan.four_bit:  # which is loaded a layer at a time
-        loaded = f"{processes} processes each load the whole model" if processes > 1 else "the model is loaded"
-        left = as_text(max(0, free))
-        what = f"{loaded} into the machine's memory: {as_text(one * processes)}, but only {left} is free"
-        fitting = int(free // one)
-        fewer = f"torchrun --nproc_per_node={fitting}, or " if fitting else ""
-        cure = f"{fewer}a machine (or a memory limit of the scheduler's job) with more memory"
-        return [Finding("error", what, "the kernel kills a process that takes more, without a message", cure)]
-    available = lowest(host_memory.available_bytes(device))
-    return check_memory(sizes, plan, available)
+    if plan.four_bit or one * processes <= free:  # 4 bits are loaded a layer at a time
+        return check_memory(sizes, plan, lowest(host_memory.available_bytes(device)))
+    loaded = f"{processes} processes each load the whole model" if processes > 1 else "the model is loaded"
+    left, fitting = as_text(max(0, free)), int(free // one)
+    what = f"{loaded} into the machine's memory: {as_text(one * processes)}, but only {left} is free"
+    fewer = f"torchrun --nproc_per_node={fitting}, or " if fitting > 0 else ""
+    cure = f"{fewer}a machine (or a memory limit of the scheduler's job) with more memory"
+    return [Finding("error", what, "the kernel kills a process that takes more, without a message", cure)]
 
 
 def check_memory(sizes: Sizes, plan: Plan, available: int) -> list[Finding]:
@@ -97,58 +109,6 @@ def check_memory(sizes: Sizes, plan: Plan, available: int) -> list[Finding]:
     advice = memory.advise(sizes, plan, available)
     cure = f"one of: {'; '.join(advice)}" if advice else "a larger device or a smaller model: no argument is enough"
     return [Finding("error", what, "this is exact, and more than there is", cure)]
-
-
-def check_training(model, args) -> list[Finding]:
-    """Check that what is trained can be: some parameters, in float32, by an optimizer that handles them."""
-    found = check_optimizer(args.optim.value, bool(args.fsdp))
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if not trained:
-        cure = "check lora_r and what freezes the model"
-        return [*found, Finding("error", "no parameter is trained", "nothing would be learned", cure)]
-    low = [f"{name} ({str(parameter.dtype)[6:]})" for name, parameter in trained if parameter.dtype != torch.float32]
-    if low and not args.deepspeed:  # under bf16 its optimizer holds the float32 weights
-        more = f" and {len(low) - 3} more" if len(low) > 3 else ""
-        what = f"{len(low)} trained parameters are not float32: {', '.join(low[:3])}{more}"
-        why = "at a learning rate of 2e-5 most updates are lost in 8 bits of mantissa: 3% of the weights move"
-        cure = "load the model with dtype=torch.float32; bf16=True computes in bf16 over float32 weights"
-        found.append(Finding("error", what, why, cure))
-    return found
-
-
-def check_optimizer(optim: str, sharded: bool) -> list[Finding]:
-    """Refuse an optimizer of bitsandbytes under FSDP: it cannot step over sharded parameters."""
-    bitsandbytes = any(word in optim for word in ("8bit", "bnb", "paged")) and "torch" not in optim  # adamw_torch_8bit
-    if not (sharded and bitsandbytes):
-        return []
-    what = f"optim={optim} comes from bitsandbytes, which cannot step over parameters that FSDP has sharded"
-    return [Finding("error", what, "the first step would fail", "leave out optim: AdamW, whose states FSDP shards")]
-
-
-def check_disk(output_dir: Path, checkpoint: int, final: int, checkpoints: int, free: int) -> list[Finding]:
-    """Check whether what the run will write fits on the disk.
-
-    Args:
-        output_dir: for the message.
-        checkpoint: bytes of one.
-        final: bytes of the model at the end.
-        checkpoints: how many are on the disk at once, including the one being written.
-        free: bytes, including checkpoints of an earlier run that will be deleted.
-    """
-    needed = checkpoints * checkpoint + final
-    what = (
-        f"disk in {output_dir}: {checkpoints} checkpoints of {as_text(checkpoint)} at a time, the model "
-        f"{as_text(final)}; {as_text(needed)} of {as_text(free)} free"
-    )
-    if needed <= free:
-        return [Finding("note", what)]
-    fitting = int((free - final) // max(1, checkpoint))
-    cure = "free some, or choose an output_dir on a larger disk"
-    if fitting >= 2:  # the limit counts those that stay; one more is being written
-        cure = f"save_total_limit={fitting - 1}, or {cure}"
-    elif final <= free:
-        cure = f"save_strategy=no (then the run cannot be resumed), or {cure}"
-    return [Finding("error", what, "a save would fail in the middle of the run", cure)]
 
 
 def check_stop(step: float, save: float) -> list[Finding]:
@@ -174,22 +134,21 @@ def preflight(model, tokenizer, rows: Sequence, args, findings: Sequence[Finding
     Args:
         model: that will be trained.
         tokenizer: its own.
-        rows: a sequence of {"input_ids", "labels"}, or of lists of them with that sequence as ``dataset``. The sequence
-            may have ``numbers`` and ``left_out``, as for check_examples (record_numbers, left_out).
+        rows: a SupervisedDataset, or a PackedDataset of one.
         args: train.py's TrainingArguments.
         findings: what was found before (check_tokenizer, check_loading, check_disk).
 
     Raises:
         UserError: there are errors, which the report lists.
     """
-    examples = getattr(rows, "dataset", rows)
-    found = list(findings) + check_difference(model) + check_training(model, args)
-    numbers, left_out = getattr(examples, "numbers", None), getattr(examples, "left_out", ())
-    max_length = tokenizer.model_max_length
-    found += check_examples(examples, tokenizer.eos_token_id, embedding_rows(model), max_length, numbers, left_out)
-    found += check_positions(model, int(columns(examples)[1].max(initial=0)))
+    dataset: SupervisedDataset = getattr(rows, "dataset", rows)
+    found = [*findings, *check_difference(model), *check_repeats(rows, args), *check_bf16(args)]
+    found += check_examples(dataset, tokenizer.eos_token_id, embedding_rows(model), tokenizer.model_max_length)
+    found += check_positions(model, max(dataset.lengths))
     finish(gather(found))
-    _show(examples[0], tokenizer)
+    how = "dim: masked, green: learned" if colour_wanted() else "learned: what is between « and »"
+    say(f"{paint('example ', '36')} the first one ({how}):\n{show_example(dataset[0], tokenizer)}")
+    say(f"{paint('border  ', '36')} where its answer begins: {show_border(dataset[0], tokenizer)}")
 
 
 def planned_steps(args, rows: Sequence) -> tuple[int, int]:
@@ -202,19 +161,31 @@ def planned_steps(args, rows: Sequence) -> tuple[int, int]:
 def disk(args, rows: Sequence, sizes: Sizes, plan: Plan) -> list[Finding]:
     """Check whether the disk holds what the run will write; first remove what an interrupted one left."""
     output_dir, (steps, an_epoch) = Path(args.output_dir), planned_steps(args, rows)
-    saves = {"no": 0, "epoch": math.ceil(steps / an_epoch)}.get(args.save_strategy.value)
-    if saves is None:
-        every = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(args.save_steps * steps))
-        saves = math.ceil(steps / every)
+    every = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(args.save_steps * steps))
+    checkpoints = math.ceil(steps / {"no": math.inf, "epoch": an_epoch}.get(args.save_strategy.value, every))
     if args.save_total_limit:
-        saves = min(saves, args.save_total_limit + 1)
+        checkpoints = min(checkpoints, args.save_total_limit + 1)  # with the one that is being written
     full = bool(args.fsdp) and "FULL" in str(read_config(args.fsdp_config).get("state_dict_type"))
     checkpoint, final = memory.checkpoint_bytes(sizes, plan, full)
     remove_leftovers(output_dir)
-    earlier = sum(folder_bytes(folder) for folder in output_dir.glob("checkpoint-*"))
+    earlier = sum(folder_bytes(folder) for folder in output_dir.glob("checkpoint-*"))  # which will be deleted
     output_dir.mkdir(parents=True, exist_ok=True)
-    free = lowest(shutil.disk_usage(output_dir).free + earlier)
-    return check_disk(output_dir, checkpoint, final, saves, free)
+    return check_disk(output_dir, checkpoint, final, checkpoints, lowest(shutil.disk_usage(output_dir).free + earlier))
+
+
+def check_disk(output_dir: Path, checkpoint: int, final: int, checkpoints: int, free: int) -> list[Finding]:
+    """Check whether so many checkpoints at a time, and the model at the end, fit into ``free`` bytes."""
+    needed = checkpoints * checkpoint + final
+    what = (
+        f"disk in {output_dir}: {counted(checkpoints, 'checkpoint')} of {as_text(checkpoint)} at a time, the model "
+        f"{as_text(final)}; {as_text(needed)} of {as_text(free)} free"
+    )
+    if needed <= free:
+        return [Finding("note", what)]
+    fitting = int((free - final) // max(1, checkpoint)) - 1  # one more is being written
+    fewer = f"save_total_limit={fitting}, " if fitting > 0 else ""
+    cure = f"{fewer}a larger disk for output_dir, or save_strategy=no (then the run cannot be resumed)"
+    return [Finding("error", what, "a save would fail in the middle of the run", cure)]
 
 
 def rehearsal(
@@ -229,26 +200,22 @@ def rehearsal(
         UserError: the run would fail, or could not be resumed.
     """
     if args.deepspeed:
-        what = (
-            "saving and resuming were not rehearsed: that takes three DeepSpeed engines a process, which is not tested"
-        )
+        what = "saving and resuming were not rehearsed: the three DeepSpeed engines that it takes were never tested"
         cure = "a short run with max_steps=2 and save_steps=1, resumed once, shows the same"
         return finish([Finding("warning", what, "a failing save would show late", cure)])
     say("rehearsal: two steps on the longest examples, a save, a resume and the final save; it loads the model twice")
-    hint = "skip_save_rehearsal=True trains without it"
+    hint = "skip_save_rehearsal=True leaves the rehearsal out, if the run itself would work"
     try:
         result = rehearse(make, args, rows, held_out, save, planned_steps(args, rows)[0])
     except torch.OutOfMemoryError as e:
-        cure = memory.smaller_step(Plan.of(args, torch.float32))
+        cure = memory.smaller_step(args)
         raise RankError(f"preflight: a step ran out of memory: one of {cure}; nothing was trained") from e
     except (UserError, OSError):
         raise
     except Exception as e:  # a check must not end in a traceback, whatever a model's code does
-        if is_failed_write(e, traceback.extract_tb(e.__traceback__)):
-            hint = f"is the disk full? {hint}"
-        elif re.search(r"connection (closed|reset)|remote process", str(e), re.IGNORECASE):
+        if re.search(r"connection (closed|reset)|remote process", str(e), re.IGNORECASE):
             hint = "another process of the run has ended: its own message says why"
-        raise RankError(f"preflight: saving and resuming failed: {first_line(e)} ({hint})") from e
+        raise RankError(f"preflight: the rehearsal failed: {first_line(e)} ({hint})") from e
     batches = args.gradient_accumulation_steps / min(2, args.gradient_accumulation_steps)
     # of the slowest rank, so that each reports the same
     step, save_time = -lowest(-result.step_seconds * batches), -lowest(-result.save_seconds)
@@ -272,21 +239,3 @@ def _outcome(result: Rehearsal) -> list[Finding]:
         )
     step = f"{result.step_seconds:.1f} s a step of the longest examples, peak memory {as_text(result.peak_bytes)}"
     return [Finding("note", f"{what}; {step}; {result.seconds:.0f} s in all")]
-
-
-def _show(example: dict, tokenizer) -> None:
-    colour = colour_wanted()
-    how = "dim: masked, green: learned" if colour else "learned: what is between « and »"
-    say(f"{paint('example ', '36', colour)} the first one ({how}):\n{show_example(example, tokenizer, colour)}")
-    say(f"{paint('border  ', '36', colour)} where its answer begins: {show_border(example, tokenizer, colour)}")
-
-
-def show_border(example: dict, tokenizer, colour: bool) -> str:
-    """Return the last two tokens of an example's prompt and the first three of its answer, marked as in its text."""
-    ids, labels = list(example["input_ids"]), list(example["labels"])
-    first = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
-    begin = max(0, first - 3)  # one more: some decoders remove the space in front of their first token
-    texts = [tokenizer.decode(ids[begin:end]) for end in range(begin, min(first + 3, len(ids)) + 1)]
-    tokens = [repr(after[len(before) :]) for before, after in itertools.pairwise(texts)]  # no control character is left
-    prompt, answer = " ".join(tokens[1 : first - begin]), " ".join(tokens[first - begin :])
-    return f"{paint(prompt, '2', True)} {paint(answer, '32', True)}" if colour else f"{prompt} «{answer}»"
