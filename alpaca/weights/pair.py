@@ -120,7 +120,7 @@ def sha256_of_all(reader: CheckpointReader, names: Collection[str], what: str) -
             hashes.update(name, reader.rows(name, *block))
         return size_of({name: reader.spec(name)})
 
-    with progress(reader, names, what) as bar, ThreadPoolExecutor(2) as pool:
+    with progress(reader, names, what) as bar, ThreadPoolExecutor(4) as pool:
         for size in pool.map(add, names):
             bar.update(size)
     return hashes.hex()
