@@ -34,12 +34,11 @@ SHARDED_MODEL, SHARDED_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
 # Arguments that the states of optimizer and schedule in a checkpoint override (torch 2.13), or that make another model;
 # and some that may differ.
 FIXED = {"learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args"}
-FIXED |= {"optim_target_modules", "lr_scheduler_type", "lr_scheduler_kwargs", "lora_r"}
+FIXED |= {"optim_target_modules", "lr_scheduler_type", "lr_scheduler_kwargs", "lora_r", "model"}
 OF_A_SESSION = {"output_dir", "resume_from_checkpoint", "preflight_only", "skip_save_rehearsal", "gpu_hour_price"}
 # Facts that must stay the same (see run_facts), and the arguments that they follow from. With other data, a record that
 # is held out now may have been trained on; in another order, some examples come twice in an epoch.
 MUST_STAY = {
-    "model": "model_name_or_path and lora_r",
     "data": "data_path, eval_fraction, seed, model_max_length, template and tokenizer",
     "data_order": "data_seed, or seed",
     "packing": "packing",
@@ -118,19 +117,19 @@ def what_is_missing(folder: Path) -> str | None:
 # Whether a run may resume from it.
 
 
-def check_resumed(checkpoint: Path | None, facts: dict, args) -> None:
+def check_resumed(checkpoint: Path | None, args) -> None:
     """Compare a run's facts with those of the checkpoint that it resumes from; every rank must call it.
 
     Raises:
         UserError: one that must stay differs, or the ranks have chosen different checkpoints.
     """
     if args.world_size > 1:
-        seen = [None] * args.world_size
-        torch.distributed.all_gather_object(seen, checkpoint and checkpoint.name)
-        if len(set(seen)) > 1:
+        chosen = [None] * args.world_size
+        torch.distributed.all_gather_object(chosen, checkpoint and checkpoint.name)
+        if len(set(chosen)) > 1:
             raise UserError(f"the nodes see different checkpoints: all must share {args.output_dir}")
     if checkpoint:
-        compare(checkpoint, facts)
+        compare(checkpoint, args.facts)
 
 
 def run_facts(model: torch.nn.Module, dataset: Sequence, args) -> dict[str, str | int | bool]:
@@ -170,12 +169,12 @@ def compare(checkpoint: Path, here: dict) -> None:
     there, here = manifest | (manifest.get("arguments") or {}), json.loads(json.dumps(here))
     names = sorted(name for name in there.keys() & here.keys() - OF_A_SESSION if there[name] != here[name])
     changes = {name: f"{name} {there[name]} (now {here[name]})" for name in names}
-    if kept := [what for name, what in changes.items() if name in FIXED]:
+    if fixed := [changes[name] for name in names if name in FIXED]:
         cure = "give the same again, or start a new run in another folder"
-        raise UserError(f"{checkpoint} was trained with {', '.join(kept)}, which cannot change midway: {cure}")
-    for name in [name for name in MUST_STAY if name in changes]:
-        anyway = "" if name == "model" else f', or, to continue anyway, remove "{name}" from {file}'
-        raise UserError(f"{checkpoint} was trained with {changes[name]}: give the same {MUST_STAY[name]}{anyway}")
+        raise UserError(f"{checkpoint} was trained with {', '.join(fixed)}, which cannot change midway: {cure}")
+    for name in [name for name in names if name in MUST_STAY]:
+        cure = f'give the same {MUST_STAY[name]}, or, to continue anyway, remove "{name}" from {file}'
+        raise UserError(f"{checkpoint} was trained with {changes[name]}: {cure}")
     if changes:
         say(f"note: {checkpoint.name} was trained with {', '.join(changes.values())}: obeyed from here on")
 
@@ -185,45 +184,38 @@ def compare(checkpoint: Path, here: dict) -> None:
 
 @contextlib.contextmanager
 def only_run(output_dir: str | os.PathLike) -> Iterator[None]:
-    """Keep other runs away from a folder. Every rank must call it; UserError on each if another run is there."""
-    refused = [""]
+    """Keep other runs away from a folder, and remove what a killed one left half-written in it.
+
+    Every rank must call it; UserError on each if another run is there.
+    """
+    refused = [None]
     with contextlib.ExitStack() as held:
         if int(os.environ.get("RANK", 0)) == 0:
             try:
                 held.enter_context(only_process(output_dir))
+                for name in (STAGING, REHEARSAL):
+                    shutil.rmtree(Path(output_dir) / name, ignore_errors=True)
             except UserError as e:
-                refused = [str(e)]
+                refused[0] = e
         if torch.distributed.is_initialized():
             torch.distributed.broadcast_object_list(refused)
         if refused[0]:
-            raise UserError(refused[0])
+            raise refused[0]
         yield
-
-
-def barrier() -> None:
-    """Wait for the other ranks, if there are any."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-
-
-def remove_leftovers(output_dir: Path) -> None:
-    """Remove what a killed run left half-written in a folder; complete checkpoints stay. Every rank must call it."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        for name in (STAGING, REHEARSAL):
-            shutil.rmtree(output_dir / name, ignore_errors=True)
-    barrier()
 
 
 def set_aside_newer(output_dir: Path, checkpoint: Path | None) -> None:
     """Move checkpoints newer than the one a run resumes from into a folder ``abandoned-1`` (2, …) of output_dir.
 
     They are incomplete or belong to a branch that was left: they must not be chosen later, nor count in
-    save_total_limit. Nothing is deleted: one may return to that branch by name.
+    save_total_limit. Nothing is deleted: one may return to that branch by name. Only rank 0 does it.
 
     Args:
         output_dir: of the run.
         checkpoint: if it is in another folder, all in output_dir are set aside, as for None: from the beginning.
     """
+    if int(os.environ.get("RANK", 0)) != 0:
+        return
     here = checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
     if newer := [path for path in newest_first(output_dir) if not here or step_of(path) > step_of(checkpoint)]:
         left = next(path for n in itertools.count(1) if not (path := output_dir / f"abandoned-{n}").exists())
@@ -233,15 +225,3 @@ def set_aside_newer(output_dir: Path, checkpoint: Path | None) -> None:
         begin = checkpoint.name if here else checkpoint or "the beginning"
         names = ", ".join(path.name for path in newer)
         say(f"note: moved {names} to {left}: this run goes on from {begin}; delete what you do not need")
-
-
-# A model's tensors, by a checkpoint's names.
-
-
-def state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return a model's tensors under a checkpoint's names; of a model with an adapter, only the adapter's."""
-    if not hasattr(model, "peft_config"):
-        return model.state_dict()
-    from peft import get_peft_model_state_dict
-
-    return get_peft_model_state_dict(model, save_embedding_layers=False)

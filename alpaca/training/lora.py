@@ -6,6 +6,7 @@ arXiv:2106.09685). The result is two folders: the adapter alone, and the model w
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +27,8 @@ EXPERTS = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
 def base_options(args) -> dict:
     """Return what ``from_pretrained`` needs to load the base: its ``dtype``, and how it is quantized.
 
-    A frozen base does not need float32, as nothing is added to it. If the run computes in 16 bits, so does the base
-    stay in 16 bits: that is what makes 7B fit into 24 GB.
+    A frozen base does not need float32, as nothing is added to it. It is kept in the 16 bits that the run computes in,
+    if it does: then 7B fits into 24 GB.
 
     Raises:
         UserError: 4 bits without bitsandbytes.
@@ -35,10 +36,8 @@ def base_options(args) -> dict:
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     if not args.load_in_4bit:
         return {"dtype": half}
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise UserError("4-bit weights need bitsandbytes: pip install 'alpaca-reproduced[qlora]'") from None
+    if not importlib.util.find_spec("bitsandbytes"):
+        raise UserError("4-bit weights need bitsandbytes: pip install 'alpaca-reproduced[qlora]'")
     # nf4, quantized twice: Dettmers et al., 2023, arXiv:2305.14314
     quantization = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=half
@@ -103,9 +102,6 @@ def add_adapter(model, args):
     )
     transformers.set_seed(args.seed)  # A is random: the same on each rank, and in each run with this seed
     model = peft.get_peft_model(model, config)
-    # Where peft knows the base it finds that the vocabulary grew by [PAD], and stores the embeddings in each checkpoint
-    # too: 1 GB at 7B for rows that are not trained. save() puts the name back.
-    model.active_peft_config.base_model_name_or_path = None
     if args.gradient_checkpointing or getattr(args, "activation_checkpointing", False):
         model.enable_input_require_grads()  # otherwise it cuts the graph at the frozen embedding
     return model
@@ -114,19 +110,21 @@ def add_adapter(model, args):
 def check_coverage(model, args) -> list[Finding]:
     """Report which of a model's parameters LoRA will leave as they are, and a dropout that it cannot have."""
     layers, parameters = matrices(model)
-    adapted, left = {*(f"{name}.weight" for name in layers), *parameters}, Counter()
-    own, output = set(_text(model).modules()), model.get_output_embeddings()
-    for name, module in model.named_modules():
-        if module in own and module is not output and not isinstance(module, torch.nn.Embedding):
-            for key, weight in module.named_parameters(name, recurse=False):
-                if weight.ndim > 1 and key not in adapted:
-                    kind = [part for part in key.removesuffix(".weight").split(".") if not part.isdigit()]
-                    left[".".join(kind[-2:])] += elements(weight)
-    share, names = left.total() / sum(map(elements, model.parameters())), ", ".join(dict(left.most_common()))
-    rest = f"LoRA leaves {share:.1%} of the parameters as they are, beside embeddings and vectors: {names}"
-    dropout = "lora_dropout is 0 here: dropout cannot be put in front of an expert's matrix"
-    found = {rest: left, dropout: parameters and args.lora_dropout}
-    return [Finding("note", what) for what, is_so in found.items() if is_so]
+    adapted, left, found = {*(f"{name}.weight" for name in layers), *parameters}, Counter(), []
+    embeddings = {module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    text = {*_text(model).parameters()} - embeddings - {model.get_output_embeddings().weight}
+    for name, weight in model.named_parameters():
+        if weight in text and weight.ndim > 1 and name not in adapted:
+            kind = [part for part in name.removesuffix(".weight").split(".") if not part.isdigit()]
+            left[".".join(kind[-2:])] += elements(weight)
+    if left:
+        share, names = left.total() / sum(map(elements, model.parameters())), ", ".join(dict(left.most_common()))
+        what = f"LoRA leaves {share:.1%} of the parameters as they are, beside embeddings and vectors: {names}"
+        found.append(Finding("note", what))
+    if parameters and args.lora_dropout:
+        what = "lora_dropout is 0 here: dropout cannot be put in front of an expert's matrix"
+        found.append(Finding("note", what))
+    return found
 
 
 def check_eos(tokenizer) -> None:
@@ -159,10 +157,7 @@ def save(trainer, output_dir: Path, load_base: Callable[[], torch.nn.Module]) ->
         return
     adapter, tokenizer = output_dir / "adapter", trainer.processing_class
     model = trainer.accelerator.unwrap_model(trainer.model)
-    base = model.get_base_model().config._name_or_path  # private, and what peft itself reads (0.21)
-    model.active_peft_config.base_model_name_or_path = base
     model.save_pretrained(adapter, state_dict=state, save_embedding_layers=False)
-    model.active_peft_config.base_model_name_or_path = None
     tokenizer.save_pretrained(adapter)
     merge_adapter(load_base(), adapter, len(tokenizer)).save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)

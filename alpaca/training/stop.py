@@ -12,17 +12,19 @@ import transformers
 
 from alpaca.training.checkpoints import RESUME
 
-# EX_TEMPFAIL of sysexits.h: a scheduler should start the run again. 1 is an error, 130 a Ctrl-C.
-EXIT_REQUEUE = 75
-EXIT_INTERRUPTED = 130
-
 
 class Stopped(Exception):
-    """The run was asked to stop and has saved a checkpoint. ``code`` is the exit code."""
+    """A signal ended the run, which has saved a checkpoint.
 
-    def __init__(self, message: str, code: int):
-        super().__init__(message)
-        self.code = code
+    ``code`` is the exit code: 130 for a Ctrl-C; else 75, EX_TEMPFAIL of sysexits.h: a scheduler should start it again.
+    """
+
+    def __init__(self, number: int, state: transformers.TrainerState):
+        super().__init__(
+            f"stopped by {signal.Signals(number).name} with checkpoint-{state.global_step} of {state.max_steps} steps "
+            f"saved; to resume, run the same command with {RESUME}"
+        )
+        self.code = 130 if number == signal.SIGINT else 75
 
 
 class StopOnSignal(transformers.TrainerCallback):
@@ -91,8 +93,4 @@ def train_until_stopped(trainer, checkpoint: str | os.PathLike | None) -> None:
     with stop.listening():
         trainer.train(checkpoint)
     if stop.stopped_by:
-        raise Stopped(
-            f"stopped by {signal.Signals(stop.stopped_by).name} with checkpoint-{trainer.state.global_step} of "
-            f"{trainer.state.max_steps} steps saved; to resume, run the same command with {RESUME}",
-            EXIT_INTERRUPTED if stop.stopped_by == signal.SIGINT else EXIT_REQUEUE,
-        )
+        raise Stopped(stop.stopped_by, trainer.state)

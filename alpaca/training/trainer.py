@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -43,7 +44,7 @@ class Trainer(transformers.Trainer):
     - ``_load_from_checkpoint`` and ``_load_optimizer_and_scheduler``: the library reads a checkpoint
       only with the kind of sharding that wrote it. Not needed once it reads any of them by name.
 
-    The others are public: ``train``, ``create_optimizer``, ``create_scheduler``, ``get_batch_samples``, ``store_flos``,
+    The others are public: ``create_optimizer``, ``create_scheduler``, ``get_batch_samples``, ``store_flos``,
     ``log``, ``prediction_step`` and ``evaluation_loop``.
     """
 
@@ -58,8 +59,6 @@ class Trainer(transformers.Trainer):
         # receipt.upload uploads the result once, at the end.
         args.push_to_hub = False
         super().__init__(model, args, *rest, **kwargs)
-        if self.args.fsdp and not self.is_fsdp_enabled:
-            raise UserError("fsdp was asked for, but the library did not enable it: start with torchrun, or drop fsdp")
         self.meter = Meter(self.model, self.args.device, self.args.world_size * max(self.args.n_gpu, 1))
         self._saved_step = -1
         for callback in (ProgressCallback, PrinterCallback):
@@ -67,17 +66,6 @@ class Trainer(transformers.Trainer):
         self.add_callback(self.meter)
         if sys.stderr.isatty() and not args.disable_tqdm:
             self.add_callback(Bars)
-
-    def train(self, resume_from_checkpoint: str | os.PathLike | None = None, **kwargs):
-        """Train as the library does, in a folder without what killed or other runs left there."""
-        output_dir = Path(self.args.output_dir)
-        checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        self._facts = checkpoints.run_facts(self.model, self.train_dataset, self.args)
-        checkpoints.remove_leftovers(output_dir)
-        if self.is_world_process_zero():
-            checkpoints.set_aside_newer(output_dir, checkpoint)
-        self.accelerator.wait_for_everyone()
-        return super().train(checkpoint and str(checkpoint), **kwargs)
 
     # A model that one rank has read.
 
@@ -162,7 +150,9 @@ class Trainer(transformers.Trainer):
         step, output_dir = self.state.global_step, Path(self.args.output_dir)
         if step == self._saved_step:  # a stop at the end of an epoch asks twice
             return
-        if hasattr(self.model, "peft_config"):  # each save puts it back; lora.add_adapter says why it goes
+        if hasattr(self.model, "peft_config"):
+            # peft puts the base's name back in each save. Where it knows it, it finds that the vocabulary grew by
+            # [PAD], and stores the embeddings too: 1 GB at 7B for rows that are not trained.
             self.model.active_peft_config.base_model_name_or_path = None
         unfinished, target = output_dir / checkpoints.STAGING / f"checkpoint-{step}", output_dir / f"checkpoint-{step}"
         self.args.output_dir = str(unfinished.parent)
@@ -183,19 +173,18 @@ class Trainer(transformers.Trainer):
             self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
         if not self.args.save_only_model and len(list(unfinished.glob("rng_state*.pth"))) < self.args.world_size:
             raise RankError(f"{target.name} lacks what some ranks have written: all nodes must share output_dir")
-        files = [path for path in sorted(unfinished.rglob("*")) if path.is_file()]
-        sizes = {str(path.relative_to(unfinished)): path.stat().st_size for path in files}
-        given = getattr(self.args, "given", None)  # train.py's
-        manifest = {"step": self.state.global_step, **self._facts, "arguments": given, "files": sizes}
+        files = {str(p.relative_to(unfinished)): p.stat().st_size for p in unfinished.rglob("*") if p.is_file()}
+        facts, given = (getattr(self.args, name, {}) for name in ("facts", "given"))  # train.py's
+        manifest = {"step": self.state.global_step, **facts, "arguments": given, "files": dict(sorted(files.items()))}
         (unfinished / checkpoints.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         fsync_tree(unfinished)
         os.rename(unfinished, target)
         fsync(target.parent)
-        kept = {target.name, Path(self.state.best_model_checkpoint or target).name}
-        others = [path for path in checkpoints.newest_first(target.parent) if path.name not in kept]
-        limit = self.args.save_total_limit or 0
-        for path in others[max(0, limit - len(kept)) :] if limit > 0 else ():
-            os.rename(path, unfinished.parent / path.name)  # so that none is called checkpoint-N while it is deleted
+        if (limit := self.args.save_total_limit or 0) > 0:
+            kept = {target.name, Path(self.state.best_model_checkpoint or target).name}
+            others = [path for path in checkpoints.newest_first(target.parent) if path.name not in kept]
+            for path in others[max(0, limit - len(kept)) :]:
+                os.rename(path, unfinished.parent / path.name)  # none is called checkpoint-N while it is deleted
         shutil.rmtree(unfinished.parent, ignore_errors=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
@@ -214,50 +203,42 @@ class Trainer(transformers.Trainer):
 
         Args:
             output_dir: exists.
-            write: called on every rank with the folder to write into; by default the library's save_model.
+            write: called on every rank with the folder to write into, instead of saving this trainer's own model.
         """
         staging = output_dir / checkpoints.STAGING / "model"
         self.model.config.use_cache = self._use_cache
         with _one_line_if_it_fails("the model", output_dir):
             if write:
                 write(staging)
-            elif not self.is_fsdp_enabled:
-                self.save_model(str(staging))
-            else:  # with SHARDED_STATE_DICT save_model silently writes nothing
-                state = self.accelerator.get_state_dict(self.model)
+            else:  # save_model writes nothing under FSDP with SHARDED_STATE_DICT, and a pickle of hub_token otherwise
+                state = self.accelerator.get_state_dict(self.deepspeed or self.model)
                 if self.is_world_process_zero():
                     self.accelerator.unwrap_model(self.model).save_pretrained(staging, state_dict=state)
                     self.processing_class.save_pretrained(staging)
             if self.is_world_process_zero():
-                if not any((staging / name).exists() for name in WEIGHTS):
-                    raise RuntimeError("the library wrote no weights")
-                # A pickle with every argument, including hub_token, in a folder that will be published.
-                (staging / "training_args.bin").unlink(missing_ok=True)
                 _move_files(staging, output_dir)
         self.accelerator.wait_for_everyone()
 
 
-class Trainers:
-    """Makes the trainers of one run, each with a freshly loaded model; the first takes the one that was checked."""
+def trainer_maker(load: Callable, model, tokenizer, collator, self_check) -> Callable[..., Trainer]:
+    """Return a function that makes the trainers of one run: the first one of ``model``, the others of what it loads."""
+    checked = [model]
 
-    def __init__(self, load: Callable, model, tokenizer, collator, self_check):
-        self.load, self.model, self.tokenizer = load, model, tokenizer
-        self.collator, self.self_check = collator, self_check
-
-    def new(self, args, rows, held_out) -> Trainer:
-        """Return a trainer with these arguments, on these rows."""
-        model, self.model = self.model or self.load(), None
-        if self.collator.padding_free:
+    def make(args, rows, held_out) -> Trainer:
+        model = checked.pop() if checked else load()
+        if collator.padding_free:
             packing.use_segments(model)
         return Trainer(
             model=model,
             args=args,
             train_dataset=rows,
             eval_dataset=held_out,
-            data_collator=self.collator,
-            processing_class=self.tokenizer,
-            callbacks=[self.self_check] if self.self_check else None,
+            data_collator=collator,
+            processing_class=tokenizer,
+            callbacks=[self_check] if self_check else None,
         )
+
+    return make
 
 
 @contextmanager
@@ -267,8 +248,6 @@ def _one_line_if_it_fails(what: str, output_dir: Path):
     A full disk is an OSError, safetensors' own error, a RuntimeError of torch.save, or, under FSDP, a
     CheckpointException, which every rank raises with the causes of all.
     """
-    from torch.distributed.checkpoint.api import CheckpointException
-
     try:
         yield
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as e:
