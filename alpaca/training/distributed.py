@@ -12,6 +12,9 @@ import os
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.utils import is_torch_tf32_available
 
 from alpaca import UserError
@@ -23,8 +26,7 @@ def before_init(args) -> None:
     """Settle on ``args`` what the library would refuse, ignore, or do by halves.
 
     Raises:
-        UserError: bf16 on a GPU without it; FSDP with one process, or in unknown words; DeepSpeed without torchrun or
-            the package.
+        UserError: bf16, FSDP or DeepSpeed cannot be had here, or not as they were asked for.
     """
     gpu = torch.accelerator.is_available() and not args.use_cpu
     if args.tf32 and not (gpu and is_torch_tf32_available()):
@@ -53,8 +55,6 @@ def after_init(args) -> None:
         say(f"note: one GPU of {gpus} is used; torchrun --nproc_per_node={gpus} train.py … uses them all")
         args._n_gpu = 1
     if args.fsdp and args.bf16:
-        from torch.distributed.fsdp import MixedPrecisionPolicy
-
         # The default output type is bf16 as well, and that rounds the loss itself to 8 bits of mantissa.
         args.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
@@ -89,8 +89,7 @@ def _set_up_fsdp(args, gpu: bool) -> None:
         # The norm of gradients in the CPU's memory is summed over the processes there: NCCL alone cannot.
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"} if gpu else {}
     if not gpu:
-        if config.pop("cpu_offload", False):
-            say("note: cpu_offload is ignored: without a GPU everything is in the CPU's memory already")
+        config.pop("cpu_offload", None)  # everything is in the CPU's memory already
         # Without an accelerator the library would quietly train with DDP instead: FSDP is enabled only for a process
         # group that calls itself MULTI_GPU. The group is made here, so that it does.
         _configure_cpu_state(args, "MULTI_GPU")
@@ -98,10 +97,8 @@ def _set_up_fsdp(args, gpu: bool) -> None:
 
 def _set_up_deepspeed(args, gpu: bool) -> None:
     if importlib.util.find_spec("deepspeed") is None:
-        raise UserError(
-            "DeepSpeed is not installed: DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed==0.19.8; "
-            "or use FSDP with configs/fsdp_offload.json, which does the same without it"
-        )
+        install = "DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed==0.19.8"
+        raise UserError(f"DeepSpeed is not installed: {install}; or use FSDP with configs/fsdp_offload.json")
     if "LOCAL_RANK" not in os.environ:
         raise UserError("DeepSpeed needs torchrun, also with one GPU: torchrun --nproc_per_node=1 train.py …")
     config = args.deepspeed = read_config(args.deepspeed)
@@ -118,9 +115,6 @@ def _set_up_deepspeed(args, gpu: bool) -> None:
 
 def _configure_cpu_state(args, distributed_type: str) -> None:
     """Make the process group of CPUs, under the name from which the library infers what it may do with it."""
-    from accelerate import PartialState
-    from accelerate.utils import DistributedType
-
     if distributed_type == "DEEPSPEED":
         os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"}
         import deepspeed

@@ -27,8 +27,7 @@ EXPERTS = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
 def base_options(args) -> dict:
     """Return what ``from_pretrained`` needs to load the base: its ``dtype``, and how it is quantized.
 
-    A frozen base does not need float32, as nothing is added to it. It is kept in the 16 bits that the run computes in,
-    if it does: then 7B fits into 24 GB.
+    A frozen base needs no float32, as nothing is added to it: in the 16 bits that a run computes in, 7B fits 24 GB.
 
     Raises:
         UserError: 4 bits without bitsandbytes.
@@ -52,8 +51,6 @@ def _text(model) -> torch.nn.Module:
 
 def freeze_other_senses(model) -> float:
     """Freeze what a model has beside what reads text and its output embedding. Return its share of the parameters."""
-    if _text(model) is model:
-        return 0.0
     used = {*_text(model).parameters(), *model.get_output_embeddings().parameters()}
     others = [parameter.requires_grad_(False) for parameter in model.parameters() if parameter not in used]
     return sum(map(elements, others)) / sum(map(elements, model.parameters()))
@@ -122,30 +119,22 @@ def check_coverage(model, args) -> list[Finding]:
         what = f"LoRA leaves {share:.1%} of the parameters as they are, beside embeddings and vectors: {names}"
         found.append(Finding("note", what))
     if parameters and args.lora_dropout:
-        what = "lora_dropout is 0 here: dropout cannot be put in front of an expert's matrix"
-        found.append(Finding("note", what))
+        found.append(Finding("note", "lora_dropout is 0 here: it cannot be put in front of an expert's matrix"))
     return found
 
 
 def check_eos(tokenizer) -> None:
     """Raise UserError if the tokenizer lacks an EOS, which would be a new token: no linear layer trains its row."""
     if not tokenizer.eos_token:
-        raise UserError(
-            "LoRA does not train embeddings, and this tokenizer's EOS is a new token: answers would never end. Use a "
-            "base whose tokenizer has an EOS, or train all weights"
-        )
+        what = "LoRA does not train embeddings, and this tokenizer's EOS is a new token: answers would never end"
+        raise UserError(f"{what}. Use a base whose tokenizer has an EOS, or train all weights")
 
 
 def save(trainer, output_dir: Path, load_base: Callable[[], torch.nn.Module]) -> None:
     """Write the merged model into a folder, and the adapter into its sub-folder ``adapter``. Every rank calls it.
 
-    The adapter has no embedding rows: a row added for [PAD] is the mean of the others, and is not trained. It loads on
-    the base as it is.
-
-    Args:
-        trainer: of a PeftModel.
-        output_dir: where to.
-        load_base: returns the base in float32 on the CPU, with a row for each token; rank 0 calls it.
+    The adapter loads on the base as it is: it has no embedding rows, as a row added for [PAD] is not trained. Rank 0
+    calls ``load_base``, which returns the base in float32 on the CPU, with a row for each token.
 
     Raises:
         UserError: the adapter is empty, or changes nothing.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-from contextlib import contextmanager
 
 import torch
 import transformers
 
 from alpaca.training.checkpoints import RESUME
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]  # not Windows
 
 
 class Stopped(Exception):
@@ -34,24 +35,12 @@ class StopOnSignal(transformers.TrainerCallback):
     scheduler sends it to torchrun and to its workers, and torchrun passes it on to them again.
     """
 
-    SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]  # not Windows
-
     def __init__(self):
         self.received = 0  # the number of the signal that this rank got
         self.stopped_by = 0  # the number of the one that ended the run before its last step: the same on every rank
         self._since = 0.0
 
-    @contextmanager
-    def listening(self):
-        """Handle the signals within this context; only the main thread may enter it."""
-        before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _handle(self, number: int, frame) -> None:
+    def handle(self, number: int, frame) -> None:
         now = time.monotonic()
         if not self.received:
             self.received, self._since = number, now
@@ -85,12 +74,14 @@ def train_until_stopped(trainer, checkpoint: str | os.PathLike | None) -> None:
     Raises:
         Stopped: a signal ended it early, with a checkpoint saved.
     """
-    if trainer.args.save_strategy == "no":
-        trainer.train(checkpoint)
-        return
     stop = StopOnSignal()
     trainer.add_callback(stop)
-    with stop.listening():
+    numbers = SIGNALS if trainer.args.save_strategy != "no" else []
+    before = {number: signal.signal(number, stop.handle) for number in numbers}
+    try:
         trainer.train(checkpoint)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if stop.stopped_by:
         raise Stopped(stop.stopped_by, trainer.state)
