@@ -60,7 +60,7 @@ from alpaca.inference.adapters import add_mean_rows, embedding_rows
 from alpaca.inference.generate import context_length
 from alpaca.inference.load import load_model, load_tokenizer
 from alpaca.training import checkpoints, distributed, lora, packing, receipt, sharding
-from alpaca.training.checkpoints import check_resumed, choose_checkpoint, run_facts
+from alpaca.training.checkpoints import choose_checkpoint, run_facts
 from alpaca.training.distributed import say
 from alpaca.training.evaluate import Samples
 from alpaca.training.examples import (  # noqa: F401  (some for importers)
@@ -466,10 +466,16 @@ def fine_tune(model_args: ModelArguments, data_args: DataArguments, args: Traini
 
     check_batch_count(rows, args)
     args.facts = run_facts(model, rows, args)
-    check_resumed(checkpoint, args)
+    if checkpoint:
+        checkpoints.compare(checkpoint, args.facts)
     findings += more + (disk(args, rows, sizes, plan) if sizes else [])
     preflight(model, tokenizer, rows, args, findings)
-    make = trainer_maker(partial(load_trained, load, args), model, tokenizer, collator, self_check)
+    options = {
+        "data_collator": collator,
+        "processing_class": tokenizer,
+        "callbacks": [self_check] if self_check else [],
+    }
+    make = trainer_maker(partial(load_trained, load, args), model, **options)
     del model  # so that the rehearsal can free it
     save = partial(save_result, load_base=load)
     if not args.skip_save_rehearsal:

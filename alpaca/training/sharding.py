@@ -16,6 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import load as load_shards
 from torch.distributed.checkpoint import state_dict as by_name
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME
 
 from alpaca import UserError
@@ -52,14 +53,10 @@ def take_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def fill(trainer, values: dict[str, torch.Tensor]) -> None:
-    """Send values of rank 0 into the trainer's sharded model, a tensor at a time; each is freed once it is sent.
+    """Send values of rank 0, by name, into the trainer's sharded model; each is removed, and so freed, once it is sent.
 
-    Args:
-        trainer: on each rank. What its model has on the meta device is replaced, the rest is overwritten.
-        values: by name, the same names on each rank; they are removed.
+    Every rank calls it with the same names. What is on the meta device is replaced, the rest is overwritten.
     """
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
     here, new = _tensors(trainer.model), {}
     for name in [name for name in values if name in here]:  # not the second name of a tied tensor
         place, value = here[name].detach(), values.pop(name).detach()

@@ -1,5 +1,4 @@
-"""The one Trainer: it counts tokens, weighs each of them the same, and saves so that neither a kill nor a full disk
-can spoil a checkpoint or a model.
+"""The one Trainer: it counts tokens, weighs each the same, and saves so that no kill and no full disk spoils a model.
 
 A checkpoint is written into ``OUT/.saving`` and becomes ``OUT/checkpoint-N`` by one rename once every process has
 written its part and all of it is on the disk; only then are older ones deleted. So every checkpoint-N is complete, at
@@ -24,7 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from alpaca import RankError, UserError
+from alpaca import RankError
 from alpaca.common.files import fsync, fsync_tree
 from alpaca.common.text import first_line
 from alpaca.training import checkpoints, packing, sharding
@@ -37,37 +36,28 @@ from alpaca.weights.checkpoint import WEIGHTS
 class Trainer(transformers.Trainer):
     """The library's Trainer, with losses as means over supervised tokens, a meter, and checkpoints that are complete.
 
-    What it overrides, with the same signatures in transformers 5.17 and 5.23. Three methods are private:
+    Three methods that it overrides are private, with the same signatures in transformers 5.17 and 5.23:
 
     - ``_save_checkpoint``: the library writes a checkpoint in place, file by file; a kill leaves half of one. Not
       needed once it writes into another folder and renames that.
-    - ``_load_from_checkpoint`` and ``_load_optimizer_and_scheduler``: the library reads a checkpoint
-      only with the kind of sharding that wrote it. Not needed once it reads any of them by name.
-
-    The others are public: ``create_optimizer``, ``create_scheduler``, ``get_batch_samples``, ``store_flos``,
-    ``log``, ``prediction_step`` and ``evaluation_loop``.
+    - ``_load_from_checkpoint`` and ``_load_optimizer_and_scheduler``: the library reads a checkpoint only with the kind
+      of sharding that wrote it. Not needed once it reads any of them by name.
     """
 
     def __init__(self, model, args, *rest, **kwargs):
         self._use_cache = getattr(model.config, "use_cache", True)  # the library turns it off for training
-        if tied := getattr(model, "all_tied_weights_keys", None):
-            # Private (5.17 to 5.23): what need not be in a checkpoint. Without this, FSDP, which gathers a tied output
-            # embedding as a tensor of its own, stores it twice, and a resumed run warns that it is missing.
-            model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *tied}
         args = copy.copy(args)
         # The library would copy each checkpoint's model into the output folder, which marks a run as finished;
         # receipt.upload uploads the result once, at the end.
         args.push_to_hub = False
         super().__init__(model, args, *rest, **kwargs)
-        self.meter = Meter(self.model, self.args.device, self.args.world_size * max(self.args.n_gpu, 1))
+        self.meter = Meter(self.model, self.args.device, self.args.world_size)
         self._saved_step = -1
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self.add_callback(self.meter)
         if sys.stderr.isatty() and not args.disable_tqdm:
             self.add_callback(Bars)
-
-    # A model that one rank has read.
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Return a stand-in under FSDP: the real one is made of sharded parameters, which come later.
@@ -89,12 +79,10 @@ class Trainer(transformers.Trainer):
         """Under FSDP, send first what rank 0 has read, and make the optimizer: this is called once all is sharded."""
         if self.is_fsdp_enabled:
             sharding.fill(self, self._values)
-            self.optimizer.param_groups[0]["params"] = []
+            self.optimizer.param_groups[0]["params"] = []  # accelerate keeps the stand-in, and would scale gradients
             self.optimizer = None
             self.optimizer = self.accelerator.prepare_optimizer(super().create_optimizer())
         return super().create_scheduler(num_training_steps, optimizer)
-
-    # Losses and counts.
 
     def get_batch_samples(self, *args, **kwargs) -> tuple[list, torch.Tensor | int | None]:
         """Return the batches of a step and their number of supervised tokens, as an integer.
@@ -142,8 +130,6 @@ class Trainer(transformers.Trainer):
         total, count = torch.cat(self._held_out).sum(dim=0).tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = total / count
         return output
-
-    # A checkpoint, complete or absent.
 
     def _save_checkpoint(self, model, trial) -> None:
         """Let the library save into the staging folder, and rename the checkpoint once all of it is on the disk."""
@@ -194,16 +180,11 @@ class Trainer(transformers.Trainer):
         if checkpoint:
             sharding.load_optimizer(self, Path(checkpoint), super()._load_optimizer_and_scheduler)
 
-    # The result.
-
     def save_whole_model(self, output_dir: Path, write: Callable[[Path], None] | None = None) -> None:
         """Write a folder that ``from_pretrained`` reads, gathered tensor by tensor in CPU memory on rank 0.
 
-        Its weights (or their index) are renamed into place last: a folder that has them is complete.
-
-        Args:
-            output_dir: exists.
-            write: called on every rank with the folder to write into, instead of saving this trainer's own model.
+        Its weights (or their index) are renamed into place last: a folder that has them is complete. ``write``, if
+        given, is called on every rank with the folder to write into, instead of saving this trainer's own model.
         """
         staging = output_dir / checkpoints.STAGING / "model"
         self.model.config.use_cache = self._use_cache
@@ -213,30 +194,25 @@ class Trainer(transformers.Trainer):
             else:  # save_model writes nothing under FSDP with SHARDED_STATE_DICT, and a pickle of hub_token otherwise
                 state = self.accelerator.get_state_dict(self.deepspeed or self.model)
                 if self.is_world_process_zero():
-                    self.accelerator.unwrap_model(self.model).save_pretrained(staging, state_dict=state)
+                    model = self.accelerator.unwrap_model(self.model)
+                    for name in model.all_tied_weights_keys:  # which FSDP gathers as tensors of their own
+                        state.pop(name, None)
+                    model.save_pretrained(staging, state_dict=state)
                     self.processing_class.save_pretrained(staging)
             if self.is_world_process_zero():
                 _move_files(staging, output_dir)
         self.accelerator.wait_for_everyone()
 
 
-def trainer_maker(load: Callable, model, tokenizer, collator, self_check) -> Callable[..., Trainer]:
-    """Return a function that makes the trainers of one run: the first one of ``model``, the others of what it loads."""
+def trainer_maker(load: Callable, model, **options) -> Callable[..., Trainer]:
+    """Return a function that makes the trainers of a run: the first takes ``model``, the others load one."""
     checked = [model]
 
     def make(args, rows, held_out) -> Trainer:
         model = checked.pop() if checked else load()
-        if collator.padding_free:
+        if options["data_collator"].padding_free:
             packing.use_segments(model)
-        return Trainer(
-            model=model,
-            args=args,
-            train_dataset=rows,
-            eval_dataset=held_out,
-            data_collator=collator,
-            processing_class=tokenizer,
-            callbacks=[self_check] if self_check else None,
-        )
+        return Trainer(model, args, train_dataset=rows, eval_dataset=held_out, **options)
 
     return make
 
@@ -246,28 +222,22 @@ def _one_line_if_it_fails(what: str, output_dir: Path):
     """Turn a failed save into one line with its cause, and free the space that it took.
 
     A full disk is an OSError, safetensors' own error, a RuntimeError of torch.save, or, under FSDP, a
-    CheckpointException, which every rank raises with the causes of all.
+    CheckpointException, which has the causes of all ranks.
     """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as e:
         cause = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
-        free = shutil.disk_usage(output_dir).free
+        free = f"{shutil.disk_usage(output_dir).free / 1e9:.1f} GB free"
         shutil.rmtree(output_dir / checkpoints.STAGING, ignore_errors=True)
-        newest = checkpoints.newest_complete_checkpoint(output_dir)
-        resume = f"; {newest.name} is complete: resume with {checkpoints.RESUME}" if newest else ""
-        error = UserError if cause is not e else RankError  # which this rank, perhaps alone, must report
-        raise error(
-            f"{what} could not be saved in {output_dir}, which had {free / 1e9:.1f} GB free ({first_line(cause)}): "
-            f"free some if that is why{resume}"
-        ) from e
+        what = f"{what} could not be saved in {output_dir}, which had {free} ({first_line(cause)})"
+        raise RankError(f"{what}: free some if that is why, then resume with {checkpoints.RESUME}") from e
 
 
 def _move_files(source: Path, target: Path) -> None:
     """Move the files of a folder into another, those that make it a model last."""
-    os.umask(umask := os.umask(0))
-    for path in source.rglob("*.safetensors"):
-        path.chmod(0o666 & ~umask)  # safetensors makes files that only the owner can read
+    for path in source.rglob("*.safetensors"):  # safetensors makes files that only the owner can read
+        shutil.copymode(source / "config.json", path)
     fsync_tree(source)
     for path in sorted(source.iterdir(), key=lambda path: (path.name in WEIGHTS, path.name)):
         if path.is_dir():
