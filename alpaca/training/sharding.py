@@ -136,3 +136,5 @@ def load_optimizer(trainer, checkpoint: Path, library: Callable[[str], None]) ->
         whole["state"] = {named[number]: entry for number, entry in whole["state"].items()}
     options = by_name.StateDictOptions(full_state_dict=trainer.is_fsdp_enabled)
     by_name.set_optimizer_state_dict(model, optimizer, whole, options=options)
+    for group in optimizer.param_groups:  # torch (2.13) has made lists of tuples, such as betas
+        group |= {key: tuple(value) for key, value in group.items() if isinstance(value, list) and key != "params"}

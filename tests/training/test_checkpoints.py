@@ -760,7 +760,8 @@ def test_two_ranks_whose_configuration_gathers_read_shards_and_one_killed_in_a_s
     (tmp_path / "fsdp.json").write_text(json.dumps(config))
     flags = ("--fsdp", "--fsdp_config", tmp_path / "fsdp.json", "--per_device_train_batch_size", 4)
     auto = ("--resume_from_checkpoint", "auto", "--save_total_limit", 1)
-    result = torchrun(2, script, ROOT, *arguments(tiny_llama, data, out, *flags, *auto))
+    result = torchrun(2, script, ROOT, *arguments(tiny_llama, data, out, *flags, *auto, *REHEARSED))
+    assert "saved, reloaded and resumed: weights and optimizer equal" in result.stdout
     assert result.returncode != 0  # -9 of the killed rank, or 1 of the other, which misses it
     assert {path.name for path in out.iterdir()} - {".lock", ".saving"} == {"checkpoint-4"}
     assert (out / "checkpoint-4" / "optimizer.bin").exists()
