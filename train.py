@@ -470,12 +470,8 @@ def fine_tune(model_args: ModelArguments, data_args: DataArguments, args: Traini
         checkpoints.compare(checkpoint, args.facts)
     findings += more + (disk(args, rows, sizes, plan) if sizes else [])
     preflight(model, tokenizer, rows, args, findings)
-    options = {
-        "data_collator": collator,
-        "processing_class": tokenizer,
-        "callbacks": [self_check] if self_check else [],
-    }
-    make = trainer_maker(partial(load_trained, load, args), model, **options)
+    again, callbacks = partial(load_trained, load, args), [self_check] if self_check else []
+    make = trainer_maker(again, model, data_collator=collator, processing_class=tokenizer, callbacks=callbacks)
     del model  # so that the rehearsal can free it
     save = partial(save_result, load_base=load)
     if not args.skip_save_rehearsal:
