@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file
 from torch.utils.data import Subset
 from tqdm import tqdm
@@ -28,7 +29,7 @@ from transformers.utils import logging
 from alpaca import UserError
 from alpaca.inference.adapters import ADAPTER
 from alpaca.inference.load import load_model
-from alpaca.training.checkpoints import REHEARSAL, barrier
+from alpaca.training.checkpoints import REHEARSAL
 from alpaca.training.distributed import say
 from alpaca.training.meter import peak_memory
 from alpaca.training.preflight.findings import Finding, gather
@@ -116,7 +117,7 @@ def rehearse(make: Callable, args, rows: Sequence, held_out: Sequence | None, sa
     logging.set_verbosity_error()  # the library's notes and bars are of the rehearsal, not of the run
     logging.disable_progress_bar()
     _remove(folder)
-    barrier()
+    PartialState().wait_for_everyone()
     try:
         with tqdm(total=7 if saves else 4, desc="rehearsal", disable=hidden, bar_format=form) as bar:
             result = _runs(lambda: make(short, subset, evaluated), save, folder, saves, bool(evaluated), bar)
@@ -125,7 +126,7 @@ def rehearse(make: Callable, args, rows: Sequence, held_out: Sequence | None, sa
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-    barrier()
+    PartialState().wait_for_everyone()
     result.seconds = time.perf_counter() - begin
     return result
 
@@ -158,7 +159,7 @@ def _runs(new_trainer: Callable, save: Callable, folder: Path, saves: bool, eval
         result.resumed_loss, result.exact = losses[-1], first.states[2] == second.states[2]
         result.faults = gather(_compare(first.states, second.states, result, trainer.args.device.type == "cpu"))
     result.checkpoint_bytes = folder_bytes(checkpoint)
-    barrier()
+    PartialState().wait_for_everyone()
     _remove(checkpoint)  # so that the rehearsal never needs more disk than a checkpoint or a whole model
     expected, adapter = {}, hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
     if not result.faults:
