@@ -13,25 +13,29 @@ from __future__ import annotations
 
 import alpaca.common.environment  # noqa: F401  # isort: skip
 import inspect
+import re
 import sys
 from collections.abc import Callable
 from contextlib import closing
-from functools import partial
+from dataclasses import replace
 
 from alpaca import UserError
 from alpaca.common import cli
 from alpaca.common.journal import check_output
-from alpaca.common.text import CONTROL, counted, in_brackets, printable
+from alpaca.common.text import counted, in_brackets, printable
 
 HELP = r'''Type an instruction. {}
   \ at the end of a line continues it on the next; put a text of several lines between two """
   /input TEXT   what the next instruction is about, in one line or several
   /reset        forgets the input{}
+  /temperature 0, /top_p 0.9, /max_new_tokens 200, /seed 1   change how answers are sampled
   /help         prints this
-  /quit         leaves, like Ctrl-D; Ctrl-C stops an answer, and leaves if pressed twice'''
+  /quit         leaves, like Ctrl-D; Ctrl-C stops an answer or clears the line, and leaves if pressed twice
+An instruction that begins with / and a single word goes between two """'''
 ALONE = HELP.format("Each is answered on its own, without those before it.", "")
 TURNS = HELP.format("The turns so far are remembered.", " and the turns so far")
-COMMANDS = ("/input", "/reset", "/help", "/?", "/quit", "/exit")
+COMMAND = re.compile(r"/[A-Za-z_]+|/\?")  # a path, "/etc/passwd", is an instruction
+NUMBERS = {"/temperature": float, "/top_p": float, "/max_new_tokens": int, "/seed": int}
 BATCH_TOKENS = 16384
 FENCE = '"""'
 LISTED = 5  # malformed records that are named one by one
@@ -143,18 +147,24 @@ def check_flags(flags: dict) -> None:
 # The terminal. Answers go to stdout, and so does everything else if that is a terminal; if not, to stderr.
 
 
+class Cleared(Exception):
+    """Ctrl-C has cleared what was typed."""
+
+
 def talk(conversation, input: str = "") -> bool:
-    """Ask and answer until /quit, the end of stdin, or Ctrl-C twice; return False if an answer failed."""
+    """Ask and answer until /quit, the end of stdin, or Ctrl-C twice; return False if an answer or a command failed."""
     interactive, good, interrupted = sys.stdin.isatty(), True, False
-    help = TURNS if conversation.template == "chat" else ALONE
     if interactive:
         _prepare_terminal()
-        say(help)
+        say(TURNS if conversation.template == "chat" else ALONE)
     elif hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
     while True:
         try:
             message = read_message(_ask if interactive else _next_line)
+        except Cleared:
+            interrupted = False
+            continue
         except KeyboardInterrupt:
             if interrupted or not interactive:
                 say("")
@@ -166,35 +176,53 @@ def talk(conversation, input: str = "") -> bool:
         if message is None or message[0] in ("/quit", "/exit"):
             return good
         command, text = message
-        if command == "/input":
-            input = text
-        elif command == "/reset":
-            input = ""
-            conversation.reset()
-        elif command in ("/help", "/?"):
-            say(help)
-        elif text:
-            try:
-                answer(conversation, text, input)
-            except KeyboardInterrupt:
-                if not interactive:
-                    raise
-                interrupted = True
-                print(" [stopped]")
-            except UserError as e:
-                good = False
-                hint = " (/reset forgets the turns so far)" if conversation.turns else ""
-                print(f"error: {printable(str(e))}{hint}", file=sys.stderr)
-            input = ""
+        try:
+            if command == "/input":
+                input = text
+            elif command == "/reset":
+                input = ""
+                conversation.reset()
+            elif command:
+                say(obey(conversation, command, text))
+            elif text:
+                try:
+                    answer(conversation, text, input)
+                finally:
+                    input = ""
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            interrupted = True
+            print(" [stopped]")
+        except UserError as e:
+            good = False
+            hint = " (/reset forgets the turns so far)" if conversation.turns and not command else ""
+            say_error(f"error: {e}{hint}")
+
+
+def obey(conversation, command: str, text: str) -> str:
+    """Do what a command asks, and return what there is to say; raise UserError for one that is unknown or wrong."""
+    if command in ("/help", "/?"):
+        return TURNS if conversation.template == "chat" else ALONE
+    if command not in NUMBERS:
+        raise UserError(f"unknown command {command}: /help lists them")
+    name = command[1:]
+    if text:
+        try:
+            number = NUMBERS[command](text)
+        except ValueError:
+            raise UserError(f"{command} needs a number, as in the line that /help shows") from None
+        conversation.settings = replace(conversation.settings, **{name: number})
+    return f"{name} is {getattr(conversation.settings, name)}"
 
 
 def answer(conversation, instruction: str, input: str) -> None:
-    """Print an answer as it comes; a terminal gets it without control characters, which could rewrite the screen."""
+    """Print an answer as it comes; a terminal gets control characters spelled out: they could rewrite the screen."""
     terminal, empty = sys.stdout.isatty(), True
     with closing(conversation.ask(instruction, input)) as pieces:
         for piece in pieces:
             empty = empty and not piece.strip()
-            print(CONTROL.sub("", piece) if terminal else piece, end="", flush=True)
+            print(printable(piece) if terminal else piece, end="", flush=True)
     print(flush=True)
     if conversation.cut:
         limit = "--max_new_tokens" if conversation.cut == "max_new_tokens" else "the end of the context"
@@ -225,9 +253,13 @@ def read_message(read_line: Callable[[str], str | None]) -> tuple[str, str] | No
         line = line[:-1] + ("" if more is None else "\n" + more)
     line = line.strip()
     command, *text = line.split(maxsplit=1) or [""]
-    # A pasted text that happens to begin with another command is an instruction.
-    known = command in COMMANDS and (command == "/input" or "\n" not in line)
-    return (command, "".join(text)) if known else ("", line)
+    # A pasted text of several lines that happens to begin with a command other than /input is an instruction.
+    is_command = COMMAND.fullmatch(command) and (command == "/input" or "\n" not in line)
+    return (command, "".join(text)) if is_command else ("", line)
+
+
+def say_error(text: str) -> None:
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def say(text: str) -> None:
@@ -247,6 +279,12 @@ def _ask(prompt: str) -> str | None:
         return input()
     except EOFError:
         return None
+    except KeyboardInterrupt:  # clears a line that had begun, in a message of several lines too
+        readline = sys.modules.get("readline")
+        if prompt == "> " and not (readline and readline.get_line_buffer()):
+            raise
+        say("")
+        raise Cleared from None
 
 
 def _prepare_terminal() -> None:
@@ -269,14 +307,14 @@ def answer_records(
     from alpaca.inference.answer_file import answer_file, identity_of, name_of, read_requests
     from alpaca.inference.load import load
 
-    requests, faults = read_requests(batch_path, skip_errors, fields, partial(print, file=sys.stderr))
+    requests, faults = read_requests(batch_path, skip_errors, fields, say_error)
     identity = identity_of(model_path, base_path)  # of the files as they are loaded
     check_output(output_path)
     model, tokenizer = load(model_path, device, dtype, base_path)
     output = output_path, template, settings, batch_tokens, name_of(model_path), identity, skip_errors
     counts = answer_file(model, tokenizer, requests, *output)
     for fault in faults[:LISTED]:
-        print(f"left out: {fault}", file=sys.stderr)
+        say_error(f"left out: {fault}")
     if len(faults) > LISTED:
         print(f"left out: … and {len(faults) - LISTED} more", file=sys.stderr)
     notes = [

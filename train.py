@@ -60,7 +60,7 @@ from alpaca.inference.adapters import add_mean_rows, embedding_rows
 from alpaca.inference.generate import context_length
 from alpaca.inference.load import load_model, load_tokenizer
 from alpaca.training import checkpoints, distributed, lora, packing, receipt, sharding
-from alpaca.training.checkpoints import check_resumed, choose_checkpoint, run_facts
+from alpaca.training.checkpoints import choose_checkpoint, run_facts
 from alpaca.training.distributed import say
 from alpaca.training.evaluate import Samples
 from alpaca.training.examples import (  # noqa: F401  (some for importers)
@@ -77,7 +77,7 @@ from alpaca.training.preflight.checks import disk, preflight
 from alpaca.training.preflight.findings import Finding, raise_errors
 from alpaca.training.preflight.rehearsal import rehearsal
 from alpaca.training.stop import Stopped, train_until_stopped
-from alpaca.training.trainer import Trainer, Trainers
+from alpaca.training.trainer import Trainer, trainer_maker
 from alpaca.weights.checkpoint import check_model_folder
 
 # What a LLaMA tokenizer calls them. A missing one may be None or "" (some conversions of LLaMA have "").
@@ -466,21 +466,25 @@ def fine_tune(model_args: ModelArguments, data_args: DataArguments, args: Traini
     rows, collator, self_check = make_batches(model, examples, tokenizer.pad_token_id, data_args, args)
 
     check_batch_count(rows, args)
-    check_resumed(checkpoint, run_facts(model, rows, args), args)
+    args.facts = run_facts(model, rows, args)
+    if checkpoint:
+        checkpoints.compare(checkpoint, args.facts)
     findings += more + (disk(args, rows, sizes, plan) if sizes else [])
     preflight(model, tokenizer, rows, args, findings)
-    trainers = Trainers(partial(load_trained, load, args), model, tokenizer, collator, self_check)
+    again, callbacks = partial(load_trained, load, args), [self_check] if self_check else []
+    make = trainer_maker(again, model, data_collator=collator, processing_class=tokenizer, callbacks=callbacks)
     del model  # so that the rehearsal can free it
     save = partial(save_result, load_base=load)
     if not args.skip_save_rehearsal:
-        rehearsal(trainers.new, args, rows, held_out, save)
+        rehearsal(make, args, rows, held_out, save)
     if args.preflight_only:
         return
 
     args.eval_on_start = held_out is not None  # "before", to compare with
-    trainer = trainers.new(args, rows, held_out)
+    trainer = make(args, rows, held_out)
     samples = Samples(trainer, eval_records, args.model_max_length)
     trainer.add_callback(samples)
+    checkpoints.set_aside_newer(output_dir, checkpoint)
     train_until_stopped(trainer, checkpoint)
     finish(trainer, save, samples, begun, {**vars(model_args), **vars(data_args), **args.given})
     receipt.upload(repository, output_dir, args)

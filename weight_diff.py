@@ -5,7 +5,7 @@
     python weight_diff.py verify --path TUNED --path_diff DIFF
     python weight_diff.py compare --path_a TUNED --path_b RECOVERED
 
-RAW is the base model in Hugging Face format. Tensors are streamed in chunks; 7B takes about a gigabyte of memory.
+RAW is the base model in Hugging Face format. Tensors are read row by row: 7B takes about half a gigabyte of memory.
 """
 
 from __future__ import annotations
@@ -20,34 +20,28 @@ import torch
 from alpaca import UserError
 from alpaca.common import cli, memory
 from alpaca.common.text import first_line
-from alpaca.weights.checkpoint import FLOATS, MANIFEST, CheckpointReader, Specs, check_model_folder, size_of
+from alpaca.weights.checkpoint import FLOATS, MANIFEST, CheckpointReader, Specs, as_bytes, check_model_folder, size_of
 from alpaca.weights.diff import (
-    BITS,
-    Chunk,
-    Hashes,
     NotFinite,
     add_difference,
-    check_floats,
-    compressed_size,
+    is_finite,
     mean_row,
-    read_pair,
-    recovered_specs,
-    run,
+    precise_sum,
     take_difference,
 )
 from alpaca.weights.folder import check_links, copy_side_files, model_folder
-from alpaca.weights.hashes import check_checksums
 from alpaca.weights.manifest import (
     METHODS,
-    check_inputs,
+    InputCheck,
     check_is_a_difference,
     described,
     read_manifest,
     verify_folder,
     write_manifest,
 )
-from alpaca.weights.names import match_names, some, vocab_size
-from alpaca.weights.writer import ShardWriter, parse_size
+from alpaca.weights.names import fit_names, some
+from alpaca.weights.pair import BITS, Hashes, check_floats, matching_specs, pairs
+from alpaca.weights.writer import ShardWriter
 
 # Alpaca-7B as released: the sum of all values of the recovered model, with its rotary buffers, which were part of the
 # state dict until transformers 4.31.
@@ -81,40 +75,41 @@ def make_diff(
     """
     if method not in METHODS:
         raise UserError(f"--method takes subtract or exact, not {method!r}")
-    shard_bytes, exact = parse_size(max_shard_size), method == "exact"
+    exact = method == "exact"
     raw = CheckpointReader(_folder(path_raw, "--path_raw", tokenizer=False))
     tuned = CheckpointReader(_folder(path_tuned, "--path_tuned"))
-    specs = _matching_specs(raw, tuned, "--path_tuned")
-    check_floats(tuned)
+    check_floats(tuned, "--path_tuned")
+    specs = matching_specs(raw, tuned, ("--path_raw", "--path_tuned"))
     written = {name: (BITS[dtype] if exact else torch.float32, shape) for name, (dtype, shape) in specs.items()}
-    hashes = [Hashes(role) for role in ("raw", "tuned", "diff") + (() if exact else ("recovered",))]
-    errors, not_finite, compressed = dict.fromkeys(specs, 0.0), NotFinite(), []
+    hashes = {role: Hashes() for role in ("raw", "tuned", "diff") + (() if exact else ("recovered",))}
+    errors, not_finite = dict.fromkeys(specs, 0.0), NotFinite()
 
-    def work(chunk: Chunk) -> None:
-        error = take_difference(chunk, exact, means.get(chunk.name), not_finite)
-        errors[chunk.name] = max(errors[chunk.name], error)
-
-    def write(chunk: Chunk) -> None:
-        diff = chunk.values["diff"]
-        writer.write(chunk.name, diff)
-        if exact:
-            compressed.append(compressed_size(diff))
+    def work(name: str, raw_rows: torch.Tensor, tuned_rows: torch.Tensor) -> tuple:
+        hashes["raw"].update(name, raw_rows)
+        hashes["tuned"].update(name, tuned_rows)
+        diff, recovered, error = take_difference(raw_rows, tuned_rows, exact, means.get(name))
+        errors[name] = max(errors[name], error)
+        if exact or not is_finite(diff):  # a difference of bits does not show it
+            not_finite.look(name, {"the base model": raw_rows, "the tuned model": tuned_rows})
+        return name, diff, recovered
 
     with model_folder(path_diff, "--path_diff", overwrite, [raw.folder, tuned.folder]) as folder:
-        with ShardWriter(folder, written, shard_bytes) as writer:
-            check_checksums(raw, tuned)
+        with ShardWriter(folder, written, max_shard_size) as writer:
+            for reader in (raw, tuned):
+                reader.check_checksums()
             means = {} if exact else _mean_rows(raw, specs, {})
-            after = [write, *(hash.update for hash in hashes)]
-            run(written, lambda chunk: read_pair(chunk, raw, tuned, "tuned"), work, after, "make_diff")
+            for name, diff, recovered in pairs(specs, raw, tuned, "make_diff", work):
+                hashes["diff"].update(name, diff)
+                if not exact:
+                    hashes["recovered"].update(name, recovered)
+                writer.write(name, diff)
         copy_side_files(tuned.folder, folder, tuned.config)
-        digests = {hash.role: hash.hex for hash in hashes}
+        digests = {role: found.hex() for role, found in hashes.items()}
         write_manifest(folder, method, raw, tuned, written, digests, errors, means, license)
     not_finite.warn()
-    print(f"{len(specs)} tensors ({method}) in {path_diff}: {size_of(written) / 1e9:.3f} GB", end="")
-    if exact:
-        print(f", which zlib makes about {sum(compressed) / 1e9:.3f} GB (estimated from a sample)")
-    else:
-        print(f"; recover gives the tuned model to within {max(errors.values(), default=0.0):.2g}")
+    within = "bit for bit" if exact else f"to within {max(errors.values(), default=0.0):.2g}"
+    said = f"{len(specs)} tensors ({method}) in {path_diff}: {size_of(written) / 1e9:.3f} GB"
+    print(f"{said}; recover gives the tuned model {within}")
 
 
 def recover(
@@ -143,48 +138,59 @@ def recover(
         max_shard_size: size of a file of weights, such as 5GB or 500MB.
         overwrite: replace an existing model.
     """
-    _check_recover_flags(path_raw, path_diff, device, dtype)
-    shard_bytes = parse_size(max_shard_size)
+    if dtype is not None and dtype not in FLOATS:
+        raise UserError(f"--dtype takes {', '.join(FLOATS)}, not {dtype!r}")
     raw = CheckpointReader(_folder(path_raw, "--path_raw", tokenizer=False))
     diff = CheckpointReader(_folder(path_diff, "--path_diff", diff=True))
     check_links(diff.folder)
     manifest = read_manifest(diff)
-    exact = manifest.get("method") == "exact"
-    specs = _matching_specs(raw, diff, "--path_diff")
-    computed = recovered_specs(manifest, diff)
-    default = computed if exact else specs
-    written = {name: (FLOATS[dtype] if dtype else kind, shape) for name, (kind, shape) in default.items()}
-    hashes, sums, not_finite = Hashes("recovered"), [], NotFinite()
-    proved = bool(manifest.get("tensors"))
+    exact, proved = manifest.get("method") == "exact", bool(manifest.get("tensors"))
+    specs = matching_specs(raw, diff, ("--path_raw", "--path_diff"))
+    if not exact:
+        check_floats(diff, "--path_diff")
+    # subtract is computed in float32, whatever the type of the diff and of what is written
+    computed = manifest["dtypes"] if exact else dict.fromkeys(specs, torch.float32)
+    written = {name: (computed[name] if exact else kind, shape) for name, (kind, shape) in specs.items()}
+    if dtype:
+        written = {name: (FLOATS[dtype], shape) for name, (_, shape) in written.items()}
+    hashes, sums, not_finite = Hashes(), [], NotFinite()
 
-    def work(chunk: Chunk) -> None:
-        kind, wanted = computed[chunk.name][0], written[chunk.name][0]
-        sums.append(add_difference(chunk, kind, means.get(chunk.name), not_finite))
-        out = chunk.values["written"] = chunk.values["recovered"]
-        if wanted != kind:
-            chunk.values["written"] = chunk.buffer("written", wanted).copy_(out)
-            not_finite.look(chunk.name, {f"what is written as {wanted}": chunk.values["written"]})
-
-    def check(chunk: Chunk) -> None:
-        hashes.update(chunk)
-        wanted = manifest["tensors"][chunk.name]["sha256"]["tuned" if exact else "recovered"]
-        if chunk.last and hashes.hex[chunk.name] != wanted:
-            raise UserError(f"{chunk.name} came out wrong, though raw and diff are right: try another machine")
+    def work(name: str, raw_rows: torch.Tensor, rows: torch.Tensor) -> tuple:
+        if check:
+            check.look(name, raw_rows, rows)
+        recovered = add_difference(raw_rows, rows, computed[name], means.get(name))
+        sums.append(precise_sum(recovered))
+        if exact or not math.isfinite(sums[-1]):  # the bits of exact can turn a NaN into a finite number
+            found = {"the base model": raw_rows, "the diff": rows, "the recovered model": recovered}
+            not_finite.look(name, found)
+        return name, recovered
 
     target = model_folder(path_tuned, "--path_tuned", overwrite, [raw.folder, diff.folder]) if path_tuned else None
     with target or nullcontext() as folder:
-        with ShardWriter(folder, written, shard_bytes) if folder else nullcontext() as writer:
-            _check_before(manifest, raw, diff, check_integrity_naively)
+        with ShardWriter(folder, written, max_shard_size) if folder else nullcontext() as writer:
+            check = InputCheck(manifest, raw, diff) if proved else None
+            if not check:
+                _check_without_hashes(manifest, raw, diff, check_integrity_naively)
             means = {} if exact else _mean_rows(raw, specs, manifest.get("mean_rows", {}))
-            after = [lambda chunk: writer.write(chunk.name, chunk.values["written"])] if folder else []
-            after += [check] if proved else []
-            run(written, lambda chunk: read_pair(chunk, raw, diff, "diff"), work, after, "recover")
-        not_finite.warn()
-        if check_integrity_naively and not manifest and _is_alpaca_7b(diff.config):
+            for name, recovered in pairs(specs, raw, diff, "recover", work):
+                hashes.update(name, recovered)
+                out = recovered.to(written[name][0])
+                if out.dtype != recovered.dtype:
+                    not_finite.look(name, {f"what is written as {out.dtype}": out})
+                if folder:
+                    writer.write(name, out)
+        if proved:
+            check.finish(hashes.hex())
+        elif check_integrity_naively and not manifest and _is_alpaca_7b(diff.config):
             _check_released_sum(sums)
+        not_finite.warn()
         if folder:
-            as_tuned = exact and not dtype
-            copy_side_files(diff.folder, folder, diff.config if as_tuned else _with_dtype(diff.config, written))
+            config = diff.config
+            if dtype or not exact:  # then it is not tuned's type
+                kind, _ = max(written.values(), key=lambda spec: math.prod(spec[1]))
+                config = {key: value for key, value in config.items() if key != "torch_dtype"}
+                config["dtype"] = str(kind).removeprefix("torch.")
+            copy_side_files(diff.folder, folder, config)
     where = f" in {path_tuned}" if path_tuned else " (neither written nor tested: no --path_tuned)"
     print(f"{len(specs)} tensors recovered{where}" + (", each with the manifest's hash" if proved else ""))
     if test_inference and path_tuned:
@@ -205,7 +211,7 @@ def verify(path: str, path_diff: str) -> None:
     manifest = read_manifest(diff)
     if not manifest.get("tensors"):
         raise UserError(f"--path_diff {path_diff} has no hashes in a {MANIFEST}: make it again with this version")
-    reader.rename(match_names(reader.names(), f"--path {path}", manifest["tensors"], "the manifest"))
+    fit_names(reader, f"--path {path}", manifest["tensors"], "the manifest", diff.config)
     print(verify_folder(manifest, reader))
 
 
@@ -218,91 +224,44 @@ def compare(path_a: str, path_b: str) -> None:
     """
     a = CheckpointReader(_folder(path_a, "--path_a", tokenizer=False))
     b = CheckpointReader(_folder(path_b, "--path_b", tokenizer=False))
-    b.rename(match_names(b.names(), "--path_b", a.names(), "--path_a"))
+    fit_names(b, "--path_b", a.names(), "--path_a", a.config)
     kinds, other = a.specs(), b.specs()
     unlike, unequal = [name for name in kinds if kinds[name] != other[name]], set()
     largest = torch.zeros((), dtype=torch.float64)
     alike = {name: spec for name, spec in kinds.items() if spec[1] == other[name][1]}
 
-    def work(chunk: Chunk) -> None:
-        nonlocal largest
-        x, y = chunk.values["raw"], chunk.values["b"]
+    for name, x, y in pairs(alike, a, b, "compare"):
         if x.dtype == y.dtype:
-            same = torch.equal(x.view(torch.uint8), y.view(torch.uint8))
+            same = torch.equal(as_bytes(x), as_bytes(y))
         else:  # of another type, but perhaps with the same values
             same = torch.equal(x.double(), y.double())
         if not same:
-            unequal.add(chunk.name)
+            unequal.add(name)
             largest = torch.maximum(largest, (x.double() - y.double()).abs().max())  # NaN stays NaN
-
-    run(alike, lambda chunk: read_pair(chunk, a, b, "b"), work, [], "compare")
     differences = []
     if unlike:
         first = f"{unlike[0]}: {described(kinds[unlike[0]])} and {described(other[unlike[0]])}"
         differences.append(f"{len(unlike)} in type or shape ({first})")
     if unequal:
         differences.append(f"{len(unequal)} in values, by up to {largest:.2g} ({some(unequal)})")
-    if differences:
-        count = len(unequal.union(unlike))
+    if count := len(unequal.union(unlike)):
         raise UserError(f"{count} of {len(kinds)} tensors differ: {', '.join(differences)}")
     print(f"all {len(kinds)} tensors are equal, bit for bit")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checks before the work.
 
 
 def _folder(path: str, flag: str, **kinds: bool) -> Path:
     """Return ``check_model_folder(path)``; for what looks like a name on the hub, say how to download it."""
     path = Path(path)
     if len(path.parts) == 2 and not path.is_absolute() and not path.parent.exists():
-        raise UserError(
-            f"{flag} {path} does not exist: choose the folder of a model; to download one from the hub: hf download "
-            f"{path} --local-dir {path.name}"
-        )
+        cure = f"to download one from the hub: hf download {path} --local-dir {path.name}"
+        raise UserError(f"{flag} {path} does not exist: choose the folder of a model; {cure}")
     return check_model_folder(path, flag, **kinds)
 
 
-def _check_recover_flags(path_raw: str, path_diff: str, device: str, dtype: str | None) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {device} is not available: use cpu") from None
-    if dtype is not None and dtype not in FLOATS:
-        raise UserError(f"--dtype takes {', '.join(FLOATS)}, not {dtype!r}")
-    if (Path(path_raw) / MANIFEST).exists() and not (Path(path_diff) / MANIFEST).exists():
-        raise UserError(f"--path_raw {path_raw} is a weight diff, --path_diff {path_diff} is not: swap them")
-
-
-def _matching_specs(raw: CheckpointReader, other: CheckpointReader, flag: str) -> Specs:
-    """Return name → (dtype, shape) of ``other`` after checking that names and shapes fit ``raw``'s."""
-    raw.rename(match_names(raw.names(), "--path_raw", other.names(), flag))
-    specs, vocabularies = other.specs(), (vocab_size(raw.config), vocab_size(other.config))
-    for name, (_, shape) in specs.items():
-        raw_shape = raw.spec(name)[1]
-        more_rows = (  # of an embedding, or of the output's bias, which Phi and GPT-J have
-            len(raw_shape) == len(shape) in (1, 2)
-            and (raw_shape[0], shape[0]) == vocabularies
-            and raw_shape[0] < shape[0]
-            and raw_shape[1:] == shape[1:]
-        )
-        if shape != raw_shape and not more_rows:
-            raise UserError(
-                f"{name} is {list(raw_shape)} in --path_raw but {list(shape)} in {flag}: another base model, or are "
-                f"--path_raw and {flag} swapped?"
-            )
-    check_floats(raw)
-    for path in [*raw.bare_pickles(), *other.bare_pickles()]:
-        print(f"note: {path} is in PyTorch's format from before 1.6, without checksums: damage may go unnoticed")
-    return specs
-
-
-def _check_before(manifest: dict, raw: CheckpointReader, diff: CheckpointReader, naively: bool) -> None:
-    """Check raw and diff by the manifest's hashes or, without any, by .bin checksums and the size of the values."""
-    if manifest.get("tensors"):
-        check_inputs(manifest, raw, diff)
-        return
-    check_checksums(raw, diff)
+def _check_without_hashes(manifest: dict, raw: CheckpointReader, diff: CheckpointReader, naively: bool) -> None:
+    """Check raw and diff by .bin checksums and by the size of the values."""
+    for reader in (raw, diff):
+        reader.check_checksums()
     if naively and manifest.get("method") != "exact":
         check_is_a_difference(raw, diff)
     if not manifest and not _is_alpaca_7b(diff.config):
@@ -318,14 +277,6 @@ def _mean_rows(raw: CheckpointReader, specs: Specs, known: dict[str, torch.Tenso
     return {name: known[name] if name in known else mean_row(raw, name) for name in names}
 
 
-def _with_dtype(config: dict, specs: Specs) -> dict:
-    """Return config.json with the type of the largest tensor."""
-    kind, _ = max(specs.values(), key=lambda spec: math.prod(spec[1]))
-    return {key: value for key, value in config.items() if key != "torch_dtype"} | {
-        "dtype": str(kind).removeprefix("torch.")
-    }
-
-
 def _smoke_test(path: str, device: str, size: int) -> None:
     """Answer one instruction with a model of ``size`` bytes, if there is memory to load it whole."""
     from alpaca.inference.chat import Conversation
@@ -333,18 +284,13 @@ def _smoke_test(path: str, device: str, size: int) -> None:
     from alpaca.inference.load import load
 
     if size > (free := memory.host_free()):
-        print(
-            f"not tested: loading it whole needs {memory.as_text(size)} of memory, {memory.as_text(free)} are free; "
-            f"on a machine with more: python chat.py --model_path {path}"
-        )
-        return
+        need = f"loading it whole needs {memory.as_text(size)} of memory, {memory.as_text(free)} are free"
+        return print(f"not tested: {need}; on a machine with more: python chat.py --model_path {path}")
     try:
         answer = "".join(Conversation(*load(path, device), Settings(max_new_tokens=128)).ask(SMOKE_TEST))
     except Exception as e:  # the recovery has succeeded, which a traceback would hide
-        raise UserError(
-            f"{path} is recovered and whole, but did not answer on {device}: {first_line(e)} (--test_inference False "
-            "skips this)"
-        ) from None
+        why = f"did not answer on {device}: {first_line(e)} (--test_inference False skips this)"
+        raise UserError(f"{path} is recovered and whole, but {why}") from None
     print(f"{SMOKE_TEST}\n{answer.strip()}")
 
 
@@ -370,4 +316,5 @@ def _check_released_sum(sums: list[float]) -> None:
 
 
 if __name__ == "__main__":
+    cli.end_on_signals()
     cli.run_cli({"make_diff": make_diff, "recover": recover, "verify": verify, "compare": compare})

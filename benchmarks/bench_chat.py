@@ -1,6 +1,7 @@
 """Answers a second: chat.py's decoding against transformers' generate() on the same model, in one run.
 
     python benchmarks/bench_chat.py --model_path DIR --prompts 24 --rounds 4
+    python benchmarks/bench_chat.py --model_path DIR --previous_path CHECKOUT    also an earlier checkout's decoding
 
 The prompts are records of alpaca_data.json in a shuffled order, at most 32 new tokens; DIR is made from the embedded
 model (135 M parameters) when it is not there. In each round each way has its turn, one round forwards and the next
@@ -10,12 +11,15 @@ backwards. Three questions are kept apart:
     decoder      decode() and answer_batch() against generate(), on the same batches, by length and in the file's order
     batching     batches by length against batches in the file's order, with the same decoder
 
-each greedy and sampled. stream() and answer_batch() are what chat.py calls: decode() with its text.
+each greedy and sampled. stream() and answer_batch() are what chat.py calls: decode() with its text. "seeded" is
+generate() with a logits processor that makes the draws of decode(), and so its answers: what could replace it. On one
+thread (OMP_NUM_THREADS=1) seconds are of the processor, so that a busy machine does not count.
 Writes benchmarks/results/chat.json.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 import statistics
@@ -28,23 +32,25 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import torch  # noqa: E402
 from provenance import provenance  # noqa: E402
+from transformers import LogitsProcessor, LogitsProcessorList  # noqa: E402
 
 import utils  # noqa: E402
 from alpaca import embedded_model  # noqa: E402
 from alpaca.common.cli import run_cli  # noqa: E402
 from alpaca.inference.chat import request_ids, stream  # noqa: E402
-from alpaca.inference.generate import Settings, answer_batch, batches, decode, end_ids  # noqa: E402
+from alpaca.inference.generate import Settings, _draws, answer_batch, batches, choose, decode, end_ids  # noqa: E402
 from alpaca.inference.load import load  # noqa: E402
 
 ALONE = 4  # prompts that are answered one after the other
-GENERATE, DECODE, TEXT = "generate()", "decode()", "with text"
+GENERATE, SEEDED, PREVIOUS, DECODE, TEXT = "generate()", "seeded", "previous", "decode()", "with text"
 KINDS = {"greedy": (0.0, 1.0), "sampled": (0.7, 0.9)}  # temperature, top_p
 
 # Each takes prompts (token ids) that are one batch, and returns the answers: token ids, or how many tokens they have.
 
 
-def by_decode(model, tokenizer, prompts: list[list[int]], settings: Settings) -> list[list[int]]:
+def by_decode(model, tokenizer, prompts: list[list[int]], settings: Settings, decode=decode) -> list[list[int]]:
     written = [[] for _ in prompts]
     for step in decode(model, prompts, end_ids(model, tokenizer), settings):
         for row, token in step:
@@ -52,11 +58,28 @@ def by_decode(model, tokenizer, prompts: list[list[int]], settings: Settings) ->
     return written
 
 
-def by_generate(model, tokenizer, prompts: list[list[int]], settings: Settings) -> list[list[int]]:
+class Seeded(LogitsProcessor):
+    """Leaves each row the token that it draws from its own numbers, which generate() takes as the likeliest."""
+
+    def __init__(self, settings: Settings, prompts: list[list[int]]):
+        self.settings, self.width = settings, max(map(len, prompts))
+        self.draws = torch.stack([_draws(settings.seed, ids, settings.max_new_tokens) for ids in prompts])
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        draws = self.draws[:, input_ids.shape[1] - self.width]
+        chosen = choose(scores, self.settings.temperature, self.settings.top_p, draws)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0)
+
+
+def by_generate(
+    model, tokenizer, prompts: list[list[int]], settings: Settings, seeded: bool = False
+) -> list[list[int]]:
     tokenizer.padding_side, ends = "left", end_ids(model, tokenizer)
     inputs = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
     sampling = {"do_sample": settings.temperature > 0}
-    if settings.temperature > 0:
+    if seeded:
+        sampling = {"do_sample": False, "logits_processor": LogitsProcessorList([Seeded(settings, prompts)])}
+    elif settings.temperature > 0:
         sampling |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
     made = model.generate(
         **inputs, **sampling, max_new_tokens=settings.max_new_tokens, pad_token_id=tokenizer.pad_token_id
@@ -84,6 +107,14 @@ def by_answer_batch(model, tokenizer, prompts: list[list[int]], settings: Settin
     return [tokens for _, tokens, _ in answer_batch(model, tokenizer, prompts, settings)]
 
 
+def previous(path: str):
+    """Return the module alpaca.inference.generate of another checkout."""
+    spec = importlib.util.spec_from_file_location("previous", Path(path) / "alpaca" / "inference" / "generate.py")
+    sys.modules["previous"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def answers(way: Callable, batches: list[list[int]], prompts: list[list[int]], *args) -> list:
     """What a way says to each prompt; ``batches`` are places of prompts."""
     said = {}
@@ -100,6 +131,7 @@ def main(
     rounds: int = 4,
     max_new_tokens: int = 32,
     device: str | None = None,
+    previous_path: str | None = None,
     output_path: str = str(ROOT / "benchmarks" / "results" / "chat.json"),
 ) -> None:
     """Measures tokens a second.
@@ -112,6 +144,7 @@ def main(
         rounds: turns of each way; the median counts.
         max_new_tokens: of an answer.
         device: as for chat.py.
+        previous_path: an earlier checkout of this repository.
         output_path: of the result.
     """
     embedded_model.prepare(model_path)
@@ -129,17 +162,20 @@ def main(
         settings = Settings(max_new_tokens, temperature, top_p, seed=0)
         for name, batch in groups.items():
             text = by_stream if name == "one by one" else by_answer_batch
-            for what, way in ((GENERATE, by_generate), (DECODE, by_decode), (TEXT, text)):
+            steps = {GENERATE: by_generate, SEEDED: partial(by_generate, seeded=True), DECODE: by_decode, TEXT: text}
+            steps |= {PREVIOUS: partial(by_decode, decode=previous(previous_path).decode)} if previous_path else {}
+            for what, way in steps.items():
                 ways[name, kind, what] = partial(answers, way, batch, ids, model, tokenizer, settings)
     rates: dict[tuple, list[float]] = {name: [] for name in ways}
     said: dict[tuple, list] = {}
     for way in (by_generate, by_decode, by_stream, by_answer_batch):  # warm up
         way(model, tokenizer, ids[:1], Settings(4, 0.7, 0.9, 0))
+    clock = time.process_time if torch.get_num_threads() == 1 and model.device.type == "cpu" else time.perf_counter
     for number in range(rounds):
         for name in list(ways)[:: -1 if number % 2 else 1]:
-            started = time.perf_counter()
+            started = clock()
             said[name] = ways[name]()
-            seconds = time.perf_counter() - started
+            seconds = clock() - started
             tokens = sum(answer if isinstance(answer, int) else len(answer) for answer in said[name])
             rates[name].append(round(tokens / seconds, 2))
             print(f"round {number + 1}: {', '.join(name):<36} {rates[name][-1]:8.1f} tokens/s", flush=True)
@@ -173,12 +209,22 @@ def main(
         "tokens_per_s": {", ".join(name): values for name, values in rates.items()},
         "against_generate": against_generate,
         "batches_by_length_against_file_order": by_length,
+        "sampled_answers_equal_to_seeded_generate": {
+            name: sum(a == b for a, b in zip(said[name, "sampled", DECODE], said[name, "sampled", SEEDED], strict=True))
+            for name in groups
+        },
+        "against_previous": {
+            f"{name}, {kind}, {what}": ratio((name, kind, what), (name, kind, PREVIOUS))
+            for name, kind, what in ways
+            if previous_path and what in (DECODE, SEEDED)
+        },
+        "clock": clock.__name__,
         "greedy_answers_equal_to_generate": {
             name: sum(a == b for a, b in zip(said[name, "greedy", DECODE], said[name, "greedy", GENERATE], strict=True))
             for name in groups
         },
     }
-    for title in ("against_generate", "batches_by_length_against_file_order"):
+    for title in ("against_generate", "against_previous", "batches_by_length_against_file_order"):
         print(title.replace("_", " "))
         for name, value in result[title].items():
             print(f"  {name:<36} {value['median']:.2f}× ({value['rounds'][0]:.2f} to {value['rounds'][1]:.2f})")

@@ -30,9 +30,9 @@ def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def whole(reader, name: str) -> torch.Tensor:
-    """A whole tensor, as a CheckpointReader reads it."""
-    dtype, shape = reader.spec(name)
-    return reader.read(name, 0, torch.empty(torch.Size(shape).numel(), dtype=dtype)).view(shape)
+    """A whole tensor, as a CheckpointReader reads it block by block."""
+    rows = [reader.rows(name, *block) for block in reader.blocks(name)]
+    return torch.cat(rows).reshape(reader.spec(name)[1])
 
 
 def write_model(folder: Path, tensors: dict, layout: str = "safetensors", like: Path | None = None, **config) -> Path:

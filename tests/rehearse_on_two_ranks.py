@@ -13,6 +13,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from made_trainer import make_run, save_whole  # noqa: E402
 
 import train  # noqa: E402
+from alpaca.training.checkpoints import set_aside_newer  # noqa: E402
 from alpaca.training.preflight.rehearsal import fingerprint, rehearse  # noqa: E402
 
 model, out = sys.argv[1], Path(sys.argv[2])
@@ -24,6 +25,7 @@ make, args, rows = make_run(model, out, max_steps=1, per_device_train_batch_size
 def trained() -> tuple[list[int], list[float], bool]:
     """Fingerprints of this rank's shards, losses, and whether all of it was sharded."""
     trainer = make(args, rows)
+    set_aside_newer(out, None)
     trainer.train()
     parameters = list(trainer.model.parameters())
     sharded = trainer.is_fsdp_enabled and all(isinstance(p, torch.distributed.tensor.DTensor) for p in parameters)

@@ -9,6 +9,7 @@ import inspect
 import math
 import os
 import re
+import signal
 import socket
 import sys
 import textwrap
@@ -55,7 +56,14 @@ def run_cli(commands: Commands) -> None:
         sys.stdout = None
         sys.exit(141)
     except OSError as e:
-        sys.exit(f"error: {os_error_message(e)}")
+        sys.exit(f"error: {printable(os_error_message(e))}")
+
+
+def end_on_signals() -> None:
+    """Let SIGTERM and SIGHUP end the process as Ctrl-C does: what is half-written is removed."""
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # Windows has no SIGHUP
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores it
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 def parse(commands: Commands, argv: list[str]) -> tuple[Callable, dict[str, object]] | None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from alpaca import UserError
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a terminal obeys; tab and line feed are left
+# What a terminal obeys, bidirectional overrides included; tab and line feed are left.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 # Where thoughts begin or end. No part can match the same characters in two ways, so a search takes linear time.
 THOUGHTS = re.compile(

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from alpaca import UserError
 from alpaca.common.files import replace_file
 from alpaca.common.journal import Journal
-from alpaca.common.text import counted, in_brackets, shorten
+from alpaca.common.text import counted, in_brackets, printable, shorten
 from alpaca.endpoint.budget import in_words
 from alpaca.endpoint.client import Completion
 from alpaca.endpoint.run import Run
@@ -94,7 +94,7 @@ class Batches(Run):
                     return f"{self.budget.exhausted()} ended the waiting"
                 if cancel:
                     return became
-                print(became)
+                print(printable(became))
             return None
         finally:
             await self.teacher.close()

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from alpaca import UserError
 from alpaca.common.journal import Journal
-from alpaca.common.text import counted, in_brackets
+from alpaca.common.text import counted, in_brackets, printable
 from alpaca.endpoint.batch_api import Batches, refuse_open_batch
 from alpaca.endpoint.budget import Budget, in_words, spread
 from alpaca.endpoint.client import Completion, Teacher
@@ -219,7 +219,7 @@ def ask_each(
 
     try:
         if more := asyncio.run(run()):
-            print(more)
+            print(printable(more))
     except KeyboardInterrupt:
         if not budget.settings.batched:
             print(f"\nthe same command continues: the replies are in {journal.path}", file=sys.stderr)

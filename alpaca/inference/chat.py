@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from itertools import chain
 
 import torch
 
 from alpaca.chat_template import asked_of, chat_ids, chat_template, saved_template, without_system
 from alpaca.common.shapes import has_several_turns, user_message
-from alpaca.inference import generate
-from alpaca.inference.generate import STOP, Memory, Settings, longest_answer
+from alpaca.inference.generate import Memory, Settings, Text, decode, end_ids, longest_answer, too_large
 from alpaca.prompts import format_prompt, prompt_ids
 
 
@@ -47,36 +47,35 @@ def stream(
     stopped: Callable[[], bool] = lambda: False,
     on_cut: Callable[[str], None] = lambda limit: None,
 ) -> Iterator[str]:
-    """Yield the answer to a prompt piece by piece; it ends at EOS, at STOP or at max_new_tokens.
+    """Yield the answer to a prompt piece by piece, without white space around it.
+
+    It ends at a token of end_ids(), at STOP, at max_new_tokens, or at the end of the context.
 
     Closing the iterator stops the model.
 
     Args:
         model, tokenizer, ids, settings: the ids are the prompt's.
         memory: of the conversation that the prompt continues.
-        stopped: called before each token, also while white space is held back; True ends the answer.
+        stopped: called before each token, also where it shows no text; True ends the answer.
         on_cut: called with "max_new_tokens" or "context" if the answer reached that limit.
 
     Raises:
         UserError: the prompt is empty, fills the context, or does not fit the memory.
     """
-    limit = longest_answer(model, ids, settings.max_new_tokens)
-
-    def tokens(steps: Iterator[list[tuple[int, int]]]) -> Iterator[int]:
-        written = 0
-        for step in steps:
-            for _, token in step:
-                written += 1
-                yield token
-        if written == limit:  # this line is not reached if STOP has ended the text
-            on_cut("context" if limit < settings.max_new_tokens else "max_new_tokens")
-
+    limit, ends, text = longest_answer(model, ids, settings.max_new_tokens), end_ids(model, tokenizer), Text(tokenizer)
     try:
-        ends = generate.end_ids(model, tokenizer)
-        with closing(generate.decode(model, [ids], ends, settings, (), memory, stopped)) as steps:
-            yield from generate.cut_at(generate.decode_pieces(tokenizer, tokens(steps)), STOP)
+        with closing(decode(model, [ids], ends, settings, (), memory, stopped)) as steps:
+            for _, token in chain.from_iterable(steps):
+                if piece := text.add(token):
+                    yield piece
+                if text.ended:
+                    return
     except torch.OutOfMemoryError:
-        raise generate.too_large(ids) from None
+        raise too_large(ids) from None
+    if piece := text.rest():
+        yield piece
+    if len(text.tokens) == limit:
+        on_cut("context" if limit < settings.max_new_tokens else "max_new_tokens")
 
 
 class Conversation:
@@ -98,7 +97,7 @@ class Conversation:
         self.turns = []
 
     def ask(self, instruction: str, input: str = "", stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
-        """Yield the answer piece by piece, without white space around it; ``stopped`` is that of stream().
+        """Yield the answer piece by piece; ``stopped`` is that of stream().
 
         An answer that the reader stops becomes a turn as far as it got; one that fails does not.
         """
@@ -107,7 +106,7 @@ class Conversation:
         options = {"memory": self.memory, "stopped": stopped, "on_cut": lambda limit: setattr(self, "cut", limit)}
         try:
             with closing(stream(self.model, self.tokenizer, ids, self.settings, **options)) as pieces:
-                for piece in stripped(pieces):
+                for piece in pieces:
                     said.append(piece)
                     yield piece
         except Exception:  # not Ctrl-C, nor the end of an iterator that is closed
@@ -123,13 +122,3 @@ def next_turn(turns: list[dict], instruction: str, input: str) -> dict:
     """Return a question that follows ``turns`` as a record for request_ids()."""
     asked = {"instruction": instruction, "input": input}
     return asked | {"messages": [*turns, user_message(instruction, input)]} if turns else asked
-
-
-def stripped(pieces: Iterable[str]) -> Iterator[str]:
-    """Yield the text without white space at its beginning and its end."""
-    held, begun = "", False
-    for piece in pieces:
-        held = held + piece if begun else (held + piece).lstrip()
-        if shown := held.rstrip():
-            yield shown
-            held, begun = held[len(shown) :], True

@@ -4,6 +4,10 @@ A row's tokens depend on the model, its prompt and the settings, not on the rest
 own generator, seeded from the seed and the prompt. Rounding remains: matrix products of 1 row and of 32 rows add in
 different orders (1e-7 of a logit in float32, 1e-2 in bfloat16), so where two tokens are nearly as likely, a row alone
 and in a batch may differ.
+
+The loop is ours. transformers' generate() with a logits processor that makes the same draws gives the same answers
+("seeded" in benchmarks/bench_chat.py), but it calls its caller: to stream from it, to stop it and to let rows leave
+took a thread, a stopping criterion and a call for each row that ends, which is more code than the loop has.
 """
 
 from __future__ import annotations
@@ -12,13 +16,15 @@ import functools
 import hashlib
 import inspect
 import random
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from alpaca import UserError
+from alpaca.chat_template import end_token
 
 STOP = "### Instruction:"  # a model that missed its EOS continues with the next example of its training data
 STOP_TOKENS = 32  # more than STOP can have: it has 16 characters, and each token has at least one of their bytes
@@ -102,36 +108,29 @@ def choose(logits: torch.Tensor, temperature: float, top_p: float, draws: torch.
         return likeliest
     weights = ((logits - highest[:, None]) / temperature).softmax(dim=-1)
     if top_p < 1:
-        weights = weights * (weights >= _least_of_nucleus(weights, top_p))
+        likely = weights.topk(min(NUCLEUS, weights.shape[1]), dim=-1).values
+        if (likely.sum(dim=-1) < top_p).any():  # flat: the nucleus is larger
+            likely = weights.sort(dim=-1, descending=True).values
+        last = (likely.cumsum(dim=-1) - likely < top_p).sum(dim=-1, keepdim=True) - 1
+        weights = weights * (weights >= likely.gather(1, last))
     # In the order of the vocabulary: in that of the probabilities, rounding makes neighbors change places.
     cumulative = weights.cumsum(dim=-1)
     places = (cumulative <= draws.to(logits.device)[:, None] * cumulative[:, -1:]).sum(dim=-1)
     return torch.where(places < logits.shape[1], places, likeliest)  # a draw next to 1 may be rounded to it
 
 
-def _least_of_nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Return (rows, 1): the least probability among the fewest tokens that add up to ``top_p``."""
-
-    def least(descending: torch.Tensor) -> torch.Tensor:
-        count = (descending.cumsum(dim=-1) - descending < top_p).sum(dim=-1, keepdim=True)
-        return descending.gather(1, count - 1)
-
-    some = probabilities.topk(min(NUCLEUS, probabilities.shape[1]), dim=-1).values
-    found = least(some)
-    for row in (some.sum(dim=-1) < top_p).nonzero()[:, 0].tolist():  # flat: its nucleus is larger
-        found[row] = least(probabilities[row : row + 1].sort(dim=-1, descending=True).values)[0]
-    return found
-
-
-def named_ends(model) -> list[int]:
-    """Return the tokens that the folder's generation config says end an answer."""
-    named = getattr(model.generation_config, "eos_token_id", None)
-    return [] if named is None else [named] if isinstance(named, int) else list(named)
-
-
 def end_ids(model, tokenizer) -> frozenset[int]:
-    """Return all tokens that end an answer: the tokenizer's EOS, and those of the generation config."""
-    return frozenset(named_ends(model) + ([tokenizer.eos_token_id] if tokenizer.eos_token else []))
+    """Return the tokens that end an answer: the tokenizer's EOS, the generation config's, and the chat template's.
+
+    Llama 3's template ends answers with <|eot_id|>, which not every config names.
+    """
+    named = getattr(model.generation_config, "eos_token_id", None)
+    found = [] if named is None else [int(id_) for id_ in (named if isinstance(named, list) else [named])]
+    found += [tokenizer.eos_token_id] if tokenizer.eos_token else []
+    with suppress(UserError):  # a template that fails is reported where it is used
+        if tokenizer.chat_template and (end := end_token(tokenizer)):
+            found.append(tokenizer.convert_tokens_to_ids(end))
+    return frozenset(found)
 
 
 def context_length(model) -> int | None:
@@ -153,29 +152,13 @@ def longest_answer(model, ids: list[int], max_new_tokens: int) -> int:
     return min(max_new_tokens, context - len(ids)) if context else max_new_tokens
 
 
-def _generator(seed: int, ids: list[int]) -> torch.Generator:
+def _draws(seed: int, ids: list[int], count: int) -> torch.Tensor:
+    """Return (count,) uniform numbers that depend on the seed and the prompt alone."""
     digest = hashlib.sha256(f"{seed} {ids}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.rand(count, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
 
 
-def _lay_out(prompts: Sequence[list[int]], room: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Pad prompts on the left to the longest; mask and positions have ``room`` more columns.
-
-        prompts    [[5, 6, 7], [8]], room 1
-        ids        [[5, 6, 7], [8, 8, 8]]
-        mask       [[1, 1, 1, 1], [0, 0, 1, 1]]
-        positions  [[0, 1, 2, 3], [0, 0, 0, 1]]
-
-    All are int64. The mask is None where there is no padding, so that attention need not look at it.
-    """
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[ids[0]] * (longest - len(ids)) + ids for ids in prompts])
-    padding = torch.tensor([longest - len(ids) for ids in prompts])[:, None]
-    columns = torch.arange(longest + room)
-    mask = (columns >= padding).long() if padding.any() else None
-    return ids, mask, (columns - padding).clamp(min=0)
-
-
+@torch.inference_mode()
 def decode(
     model,
     prompts: Sequence[list[int]],
@@ -196,89 +179,77 @@ def decode(
         stopped: called before each step, the first included; True ends all rows.
 
     Raises:
-        UserError: a prompt is empty or fills the context.
+        UserError: a prompt is empty or fills the context, or the model computes NaN.
     """
     limits = [longest_answer(model, ids, settings.max_new_tokens) for ids in prompts]
+    seed = random.SystemRandom().getrandbits(48) if settings.seed is None else settings.seed
+    draws = torch.stack([_draws(seed, ids, max(limits)) for ids in prompts])
     known = memory.begin(prompts[0]) if memory else 0
     memory = memory or Memory()
-    cache = DynamicCache(config=model.config) if memory.cache is None else memory.cache
-    ids, mask, positions = (t if t is None else t.to(model.device) for t in _lay_out(prompts, max(limits)))
-    ids, longest, draws = ids[:, known:], ids.shape[1], None
-    if settings.temperature > 0:
-        seed = random.SystemRandom().getrandbits(48) if settings.seed is None else settings.seed
-        generators = [_generator(seed, ids) for ids in prompts]
+    cache = memory.cache or DynamicCache(config=model.config)
+    width = max(map(len, prompts))
+    padded = [[ids[0]] * (width - len(ids)) + ids for ids in prompts]  # on the left
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
+    positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, known:]
+    ids = torch.tensor(padded, device=model.device)[:, known:]
+    padding = min(map(len, prompts)) < width  # without, attention need not look at a mask
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft hands on what the base accepts
     accepted = inspect.signature(base.forward).parameters
-    rows, read = list(range(len(prompts))), known
+    rows, written = list(range(len(prompts))), 0
     while rows and not stopped():
-        end = read + ids.shape[1]
-        inputs = {"attention_mask": mask if mask is None else mask[:, :end], "position_ids": positions[:, read:end]}
-        inputs |= {"logits_to_keep": 1}
+        inputs = {"attention_mask": mask if padding else None, "position_ids": positions, "logits_to_keep": 1}
+        inputs = {name: value for name, value in inputs.items() if name in accepted}
         memory.cache = None  # until all layers have these tokens: Ctrl-C may come between two
-        with torch.inference_mode():
-            output = model(
-                input_ids=ids,
-                past_key_values=cache,
-                use_cache=True,
-                **{name: value for name, value in inputs.items() if name in accepted},
-            )
-            if settings.temperature > 0:
-                draws = torch.stack([torch.rand((), generator=generators[row]) for row in rows])
-            chosen = choose(output.logits[:, -1].float(), settings.temperature, settings.top_p, draws)
+        output = model(input_ids=ids, past_key_values=cache, use_cache=True, **inputs)
+        logits = output.logits[:, -1].float()
+        chosen = choose(logits, settings.temperature, settings.top_p, draws[rows, written])
+        tokens = chosen.tolist()
         memory.ids += ids[0].tolist()
         memory.cache = cache  # last: from here on it holds what memory.ids says
-        read, tokens = end, chosen.tolist()
-        yield [(row, token) for row, token in zip(rows, tokens, strict=True) if token not in ends]
-        written = read - longest + 1
-        stay = [
-            i
-            for i, (row, token) in enumerate(zip(rows, tokens, strict=True))
-            if token not in ends and row not in done and written < limits[row]
-        ]
-        ids = chosen[:, None]
+        written += 1
+        step = [(row, token) for row, token in zip(rows, tokens, strict=True) if token not in ends]
+        yield step
+        going = {row for row, _ in step if row not in done and written < limits[row]}
+        stay = [place for place, row in enumerate(rows) if row in going]
+        ids, positions = chosen[:, None], positions[:, -1:] + 1
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
         if 0 < len(stay) < len(rows):
             kept = torch.tensor(stay, device=model.device)
-            with torch.inference_mode():
-                cache.batch_select_indices(kept)
-            ids, positions, mask = ids[kept], positions[kept], mask if mask is None else mask[kept]
-        rows = [rows[i] for i in stay]
+            cache.batch_select_indices(kept)
+            ids, positions, mask = ids[kept], positions[kept], mask[kept]
+        rows = [rows[place] for place in stay]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Text.
 
 
-def decode_pieces(tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Yield the text of ``ids`` as it grows.
+class Text:
+    """An answer's text as its tokens come, without white space around it; it ends at STOP."""
 
-    All ids are decoded each time: one by one, or line by line as in transformers' TextIteratorStreamer, a LLaMA
-    tokenizer drops a space at each beginning, and so the first of every indentation.
-    """
-    seen, text, shown = [], "", 0
-    for token in ids:
-        seen.append(token)
-        text = tokenizer.decode(seen, skip_special_tokens=True)
-        if len(text) > shown and not text.endswith("\ufffd"):  # it marks a character that lacks some of its bytes
-            yield text[shown:]
-            shown = len(text)
-    if len(text) > shown:
-        yield text[shown:]
+    def __init__(self, tokenizer):
+        self.tokenizer, self.tokens, self.shown, self.ended = tokenizer, [], "", False
 
+    def add(self, token: int) -> str:
+        """Take a token, and return the text to show now: without half a character, and what may begin STOP."""
+        self.tokens.append(token)
+        return self.rest(more=True)
 
-def cut_at(pieces: Iterable[str], stop: str) -> Iterator[str]:
-    """Yield the text before the first ``stop`` and the white space in front of it, however the pieces split them."""
-    held = ""  # the end of the text so far, while it may be the beginning of those
-    for piece in pieces:
-        held += piece
-        if stop in held:
-            held = held[: held.index(stop)].rstrip()
-            break
-        begun = next((n for n in range(min(len(stop), len(held)), 0, -1) if stop.startswith(held[-n:])), 0)
-        if safe := len(held[: len(held) - begun].rstrip()):
-            yield held[:safe]
-            held = held[safe:]
-    if held:
-        yield held
+    def rest(self, more: bool = False) -> str:
+        """Return the text that has not been shown; ``more``: tokens may follow.
+
+        All tokens are decoded each time: one by one, or line by line as in transformers' TextIteratorStreamer, a LLaMA
+        tokenizer drops a space at each beginning, and so the first of every indentation.
+        """
+        text, stop, _ = self.tokenizer.decode(self.tokens, skip_special_tokens=True).lstrip().partition(STOP)
+        self.ended = bool(stop)
+        if more and not stop:
+            text = text.rstrip("\ufffd")  # it marks a character that lacks some of its bytes
+            begun = next((n for n in range(min(len(STOP), len(text)), 0, -1) if STOP.startswith(text[-n:])), 0)
+            text = text[: len(text) - begun]
+        new = text.rstrip()[len(self.shown) :]
+        self.shown += new
+        return new
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,19 +289,22 @@ def answer_batch(
     except torch.OutOfMemoryError:
         if len(prompts) == 1:
             raise too_large(prompts[0]) from None
-        written = None
-    if written is None:  # outside the handler, which keeps the tensors of the failed call alive
+        written = []
+    if prompts and not written:  # outside the handler, which keeps the tensors of the failed call alive
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
         half = len(prompts) // 2
         parts = prompts[:half], prompts[half:]
         return [answer for part in parts for answer in answer_batch(model, tokenizer, part, settings, on_tokens)]
-    limits = [longest_answer(model, ids, settings.max_new_tokens) for ids in prompts]
-    return [
-        # Not tokenizer.decode(ids): it may change the text before broken bytes, which a stream cannot take back.
-        ("".join(cut_at(decode_pieces(tokenizer, ids), STOP)), len(ids), len(ids) == limit and row not in done)
-        for row, (ids, limit) in enumerate(zip(written, limits, strict=True))
-    ]
+    answers = []
+    for ids, tokens in zip(prompts, written, strict=True):
+        text = Text(tokenizer)
+        for token in tokens:  # as in a stream: decoding all at once may change the text before broken bytes
+            text.add(token)
+        text.rest()
+        cut = len(tokens) == longest_answer(model, ids, settings.max_new_tokens) and not text.ended
+        answers.append((text.shown, len(tokens), cut))
+    return answers
 
 
 def batches(lengths: Sequence[int], max_new_tokens: int, max_tokens: int) -> list[list[int]]:

@@ -9,6 +9,8 @@ import pickle
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,32 +21,52 @@ from transformers.utils import cached_file
 
 from alpaca import UserError
 from alpaca.common.memory import as_text, available_bytes
-from alpaca.common.text import first_line
+from alpaca.common.text import printable, shorten
 from alpaca.inference.adapters import base_of, is_adapter, merge_adapter
-from alpaca.inference.checks import check_model, odd_special_tokens
+from alpaca.inference.checks import check_model
 from alpaca.prompts import prompt_ids
-from alpaca.weights.checkpoint import FLOATS, TOKENIZER, CheckpointReader, check_model_folder, read_json
+from alpaca.weights.checkpoint import FLOATS, TOKENIZER, CheckpointReader, check_model_folder
+
+
+@contextmanager
+def reading(path: str | os.PathLike, what: str = "the model") -> Iterator[None]:
+    """Turn any exception over a folder's files into a UserError: one line with the folder and the library's words."""
+    try:
+        yield
+    except UserError:
+        raise
+    except pickle.UnpicklingError:  # whose words explain how to run the code
+        raise UserError(f"{path} holds more than tensors (its pickle asks to run code) and was not loaded") from None
+    except Exception as e:
+        hub = "" if os.path.exists(path) else "this folder does not exist, and from the hub "
+        words = printable(shorten(f"{type(e).__name__}: {e}", 300))
+        raise UserError(f"{path}: {hub}{what} cannot be loaded: {words}") from None
 
 
 def load_tokenizer(path: str | os.PathLike, **kwargs):
     """Return AutoTokenizer's tokenizer, which takes "</s>" in a text as text; raise UserError if it cannot be read."""
-    try:
+    with reading(path, "the tokenizer"):
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **kwargs)
         except RecursionError:  # a LLaMA of the first days: its class has an old name, its special tokens are all ""
             names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
             tokenizer = LlamaTokenizer.from_pretrained(path, **names, add_bos_token=True, **kwargs)
-    except Exception as e:
-        hub = "" if os.path.exists(path) else "this folder does not exist, and from the hub "
-        raise UserError(f"{path}: {hub}the tokenizer cannot be loaded: {first_line(e)}") from None
+        prompt_ids(tokenizer, [""])  # its settings work; and special tokens are text, before threads share it
+        _keep_special_tokens_text(tokenizer)
+    return tokenizer
+
+
+def _keep_special_tokens_text(tokenizer) -> None:
+    """Remove the merges that make EOS of the characters "</s>", whatever split_special_tokens says.
+
+    transformers makes merges for every piece of a tokenizer.model: "</" and "s>" become EOS. sentencepiece itself never
+    makes a control piece out of text.
+    """
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     if isinstance(model, BPE) and any(token.value in special for name in special for token in model.tokenize(name)):
-        # transformers makes merges for every piece of a tokenizer.model: "</" and "s>" become EOS, whatever
-        # split_special_tokens says. sentencepiece itself never makes a control piece out of text.
         merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
         set_merges(tokenizer, [(left, right) for left, right in merges if left + right not in special])
-    return tokenizer
 
 
 def set_merges(tokenizer, merges: list[tuple[str, str]]) -> None:
@@ -66,7 +88,7 @@ def load_model(path: str | os.PathLike, dtype: torch.dtype | str, dropped: list[
     Raises:
         UserError: the model cannot be read, or its weights and config.json do not belong together.
     """
-    try:
+    with reading(path):
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
@@ -75,10 +97,15 @@ def load_model(path: str | os.PathLike, dtype: torch.dtype | str, dropped: list[
             trust_remote_code=False,  # by default the library asks on stdin, where a piped instruction may say "y"
             **kwargs,
         )
-    except pickle.UnpicklingError:
-        raise UserError(f"{path} holds more than tensors (its pickle asks to run code) and was not loaded") from None
-    except Exception as e:
-        raise UserError(f"{path}: the model cannot be loaded: {first_line(e)}") from None
+        _check_report(path, model, report)
+        if dropped is not None:
+            config = cached_file(path, "config.json", cache_dir=kwargs.get("cache_dir"))
+            dropped += _left_out(model, Path(config).parent)
+    return model
+
+
+def _check_report(path: str | os.PathLike, model, report: dict) -> None:
+    """Raise UserError for tensors that from_pretrained made up or left out."""
     for name, found, expected in sorted(report["mismatched_keys"]):
         raise UserError(
             f"{path}: {name} is {tuple(found)}, but config.json makes it {tuple(expected)}: weights and config.json "
@@ -93,9 +120,6 @@ def load_model(path: str | os.PathLike, dtype: torch.dtype | str, dropped: list[
         raise UserError(
             f"{path} is a {model.config.architectures[0]}, which reads the words to come: choose a causal model"
         )
-    if dropped is not None:
-        dropped += _left_out(model, Path(cached_file(path, "config.json", cache_dir=kwargs.get("cache_dir"))).parent)
-    return model
 
 
 def _left_out(model, folder: Path) -> list[str]:
@@ -134,13 +158,11 @@ def load(
     if dtype is not None and dtype not in FLOATS:
         raise UserError(f"dtype {dtype} is unknown: choose from {', '.join(FLOATS)}")
     place = _device(device)
-    model, tokenizer = _read(path, place, dtype, base_path)
-    if dtype is None and place.type != "cpu" and (faster := _faster(model.dtype, place)):
-        model = model.to(faster)
-    check_model(model, tokenizer, path)
-    prompt_ids(tokenizer, [""])  # switches the tokenizer to special tokens as text, before threads share it
-    for warning in odd_special_tokens(model, tokenizer, path):
-        print(f"warning: {warning}", file=sys.stderr)
+    with reading(path):
+        model, tokenizer = _read(path, place, dtype, base_path)
+        if dtype is None and place.type != "cpu":
+            model = model.to(_fast(model.dtype, place))
+        check_model(model, tokenizer, path)
     try:
         return model.to(place).eval(), tokenizer
     except torch.OutOfMemoryError:
@@ -165,8 +187,10 @@ def _read(path: str | os.PathLike, device: torch.device, dtype: str | None, base
     if not is_adapter(folder):
         if base_path is not None:
             raise UserError(f"base_path is for LoRA adapters, and {path} is not one: leave it out")
-        if folder.exists() or str(path).startswith((".", "/")):
+        if folder.exists():
             check_model_folder(path, "model_path")
+        elif not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)):  # asking the hub takes half a minute without a network
+            raise UserError(f"model_path {path} does not exist: choose a folder, or a model of the hub by OWNER/NAME")
         tokenizer = load_tokenizer(path)
         return load_model(path, _dtype(path, device, dtype)), tokenizer
     base = base_of(folder, base_path)
@@ -182,25 +206,20 @@ def _dtype(path: str | os.PathLike, device: torch.device, dtype: str | None) -> 
     """The type to load in: what was asked for, "auto" (as saved), or float32 on a CPU with the memory for it."""
     if dtype is not None or device.type != "cpu":
         return FLOATS[dtype] if dtype else "auto"
-    files = [file for file in Path(path).glob("*") if file.suffix in (".safetensors", ".bin")]
-    files = [file for file in files if file.name.startswith(("model", "pytorch_model"))]
-    saved = read_json(Path(path) / "config.json") if files else {}
-    if (saved.get("dtype") or saved.get("torch_dtype")) not in ("bfloat16", "float16"):
-        return torch.float32
-    needed, free = 2 * sum(file.stat().st_size for file in files), available_bytes(device)
+    files = [file for name in ("model*.safetensors", "pytorch_model*.bin") for file in Path(path).glob(name)]
+    needed, free = 2 * sum(file.stat().st_size for file in files), available_bytes(device)  # where 16 bits were saved
     if needed <= free:
         return torch.float32
     print(
-        f"note: float32 would need {as_text(needed)}, and {as_text(free)} are free: loaded as it was saved, which is "
+        f"note: float32 may need {as_text(needed)}, and {as_text(free)} are free: loaded as it was saved, which is "
         "slower on a CPU",
         file=sys.stderr,
     )
     return "auto"
 
 
-def _faster(dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
-    """The type to compute in where the device is slow in that of the weights; None where it is not."""
-    emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    if dtype in (torch.float32, torch.bfloat16) and emulated:
+def _fast(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the type to compute in on an accelerator: bfloat16 for float32, and float16 where it has no bfloat16."""
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16
-    return torch.bfloat16 if dtype == torch.float32 else None
+    return torch.bfloat16 if dtype == torch.float32 else dtype

@@ -80,7 +80,7 @@ def examples(
 
 
 def win_rate(verdicts: Sequence[Verdict], seed: int = 0) -> dict:
-    """Return wins, ties and losses of a, its win rate (a tie is half a win) with a bootstrap interval, and a sign test.
+    """Return wins, ties and losses of a, its win rate (a tie is half a win) with its interval, and a sign test.
 
     Returns:
         judged, wins, ties, losses, failed, skipped: counts; win_rate and interval in [0, 1]; p of the sign test;
@@ -89,13 +89,17 @@ def win_rate(verdicts: Sequence[Verdict], seed: int = 0) -> dict:
     outcomes = [verdict.outcome for verdict in verdicts if verdict.outcome is not None]
     counted = counts(outcomes)
     skipped = sum(verdict.failure == "skipped" for verdict in verdicts)
+    rate, alike = float(np.mean(outcomes)) if outcomes else math.nan, len(set(outcomes)) == 1
     return {
         "judged": len(outcomes),
         **counted,
         "failed": len(verdicts) - len(outcomes) - skipped,
         "skipped": skipped,
-        "win_rate": float(np.mean(outcomes)) if outcomes else math.nan,
-        "interval": statistics.bootstrap_interval(np.mean, outcomes, seed=seed),
+        "win_rate": rate,
+        # Resamples of equal outcomes are equal too, however few they are.
+        "interval": statistics.wilson_interval(rate, len(outcomes))
+        if alike
+        else statistics.bootstrap_interval(np.mean, outcomes, seed=seed),
         "p": statistics.sign_test(counted["wins"], counted["losses"]),
         "detectable": statistics.detectable_win_rate(len(outcomes), counted["wins"] + counted["losses"]),
     }

@@ -2,7 +2,8 @@
 
 What would unblind stays on the server: the page gets the texts of one pair at a time, in the order drawn for this
 annotator, and sends back a place and a choice. It never receives names of generators, the seed or the ids of the set.
-Both answers are rendered alike; what one says about itself is part of it and stays.
+Both answers are rendered alike; what one says about itself is part of it and stays. Who votes is held for each visit by
+the server, and a visit can take back only its own votes.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ BUTTONS = {  # id: label, keys shown on it. The arrows up and down are for scrol
     "skip": ("Skip", "4"),
     "undo": ("Undo", "U"),
 }
+KEYS_SAID = "Keys: " + ", ".join(f"{label} ({key})" for label, key in BUTTONS.values()) + "."
+CUT = "Cut off here: it had more to say."
 # A key clicks its button. A key that is held down is ignored, and so is one within 0.3 s of a new pair, before anybody
 # can have read it. The browser keeps the name for a reload.
 KEYS = """() => {
@@ -46,14 +49,16 @@ KEYS = """() => {
     button.click();
   });
 }"""
-SHOWN = "() => { window.pairShown = performance.now(); scrollTo(0, 0); document.activeElement?.blur(); }"
+SHOWN = """() => {
+  window.pairShown = performance.now(); scrollTo(0, 0); document.activeElement?.closest("button")?.blur();
+}"""
 KEEP_NAME = "(name) => { localStorage.setItem('annotator', name); }"
 KEPT_NAME = "() => localStorage.getItem('annotator') ?? ''"
 FORGET_NAME = "() => { localStorage.removeItem('annotator'); }"
 CSS = (Path(__file__).parent / "templates" / "page.css").read_text()
 
 
-def render_pair(instruction: str, input: str, first: str, second: str) -> str:
+def render_pair(instruction: str, input: str, first: str, second: str, cut_off=(False, False)) -> str:
     """Return the HTML of an instruction over two answers, without the white space that could unblind an answer."""
 
     def part(name: str, text: str) -> str:
@@ -61,54 +66,62 @@ def render_pair(instruction: str, input: str, first: str, second: str) -> str:
 
     task = part("Instruction", instruction) + (part("Input", input) if input.strip() else "")
     shown = [
-        render_answer(f"Answer {number}", text.strip() or "*(empty)*") for number, text in ((1, first), (2, second))
+        render_answer(f"Answer {number}", text.strip() or "*(empty)*", note=CUT if cut else "")
+        for number, text, cut in zip((1, 2), (first, second), cut_off, strict=True)
     ]
     return f'<div class="task" dir="auto">{task}</div><div class="answers">{"".join(shown)}</div>'
 
 
 class _Events:
-    """What happens at the page's buttons. The page itself holds the annotator's name and the pair's place."""
+    """What happens at the page's buttons.
+
+    A session is a visit's name and the places of its votes, which never leave the server. The browser holds the place
+    of the pair that it shows.
+    """
 
     def __init__(self, ballots: Ballots):
         self.ballots, self.total = ballots, len(ballots.items)
 
-    def show(self, annotator: str, note: str = "") -> tuple:
+    def show(self, session: dict, note: str = "") -> tuple:
         """Return the new values of the page's outputs: the annotator's next pair, or thanks."""
-        place, done, total = self.ballots.next(annotator), self.ballots.done(annotator), self.total
-        name = html.escape(annotator)
+        annotator, total = self._annotator(session), self.total
+        place, done, name = self.ballots.next(annotator), self.ballots.done(annotator), html.escape(annotator)
         bar = f'<progress max="{total}" value="{done}" aria-label="Judged"></progress>'
         progress = f'<div class="progress"><span>{done:,} of {total:,}</span>{bar}<span dir="auto">{name}</span></div>'
         if place is None:
             shown = f'<div class="task"><p>Thank you, {name}. You are done: {counted(total, "pair")} judged.</p></div>'
         else:
-            shown = render_pair(*self.ballots.pair(annotator, place))
+            shown = render_pair(*self.ballots.pair(annotator, place), self.ballots.cut_off(annotator, place))
         column = gr.Column(visible=False), gr.Column(visible=True)
         choices = [gr.Button(visible=place is not None)] * len(CHOICES)
-        undo = gr.Button(interactive=done > 0)
-        return *column, annotator, place, progress, shown, render_status(note), *choices, undo
+        undo = gr.Button(interactive=bool(session["voted"]))
+        return *column, session, place, progress, shown, render_status(note), *choices, undo
 
     def begin(self, name) -> tuple:
-        annotator = self._annotator(name)
-        done = self.ballots.done(annotator)
-        return self.show(annotator, f"Going on after {done:,}." if done else "")
+        try:
+            session = {"name": self.ballots.annotator(name), "voted": []}
+        except UserError as e:
+            raise page_error(str(e), "No name") from None
+        done = self.ballots.done(session["name"])
+        return self.show(session, f"Going on after {done:,}." if done else "")
 
-    def vote(self, choice: str, name, place) -> tuple:
-        annotator = self._annotator(name)
+    def vote(self, choice: str, session: dict | None, place) -> tuple:
+        annotator = self._annotator(session)
         if not isinstance(place, int) or not 0 <= place < self.total:
             raise page_error("There is no such pair: reload the page.", "Not saved")
         kept = self._keep(self.ballots.vote, annotator, place, choice)
-        return self.show(annotator, "" if kept else "You had judged that pair already: the first choice stands.")
+        session["voted"] += [place] * kept
+        return self.show(session, "" if kept else "You had judged that pair already: the first choice stands.")
 
-    def undo(self, name) -> tuple:
-        annotator = self._annotator(name)
-        taken_back = self._keep(self.ballots.undo, annotator)
-        return self.show(annotator, "Taken back: choose again." if taken_back else "")
+    def undo(self, session: dict | None) -> tuple:
+        annotator = self._annotator(session)
+        taken_back = session["voted"] and self._keep(self.ballots.undo, annotator, session["voted"].pop())
+        return self.show(session, "Taken back: choose again." if taken_back else "There is nothing to take back here.")
 
-    def _annotator(self, name) -> str:
-        try:
-            return self.ballots.annotator(name)
-        except UserError as e:
-            raise page_error(str(e), "No name") from None
+    def _annotator(self, session: dict | None) -> str:
+        if not session:
+            raise page_error("The server does not know your name any more: reload the page.", "Not saved")
+        return self.ballots.annotator(session["name"])  # again: another may have voted under it, spelled otherwise
 
     def _keep(self, change, *args) -> bool:
         try:
@@ -119,13 +132,13 @@ class _Events:
 
 
 def build(ballots: Ballots) -> gr.Blocks:
-    """Return the page. It holds the annotator's name and the pair's place, so that it survives a server's restart."""
+    """Return the page. Its browser keeps the annotator's name, so that it survives a server's restart."""
     events = _Events(ballots)
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
         gr.HTML(f"<h1>{TITLE}</h1>", js_on_load=None)
         with gr.Column() as entry:
-            gr.HTML(f"<p>{GUIDE}</p>", js_on_load=None)
-            name = gr.Textbox(label="Your name", max_length=MAX_NAME_CHARS, max_lines=1)
+            gr.HTML(f"<p>{GUIDE}</p><p>{KEYS_SAID}</p>", js_on_load=None)
+            name = gr.Textbox(label="Your name", max_length=MAX_NAME_CHARS, max_lines=1, autofocus=True)
             start = gr.Button("Begin", variant="primary", size="md")
         with gr.Column(visible=False) as judging:
             progress = gr.HTML(js_on_load=None)
@@ -137,24 +150,24 @@ def build(ballots: Ballots) -> gr.Blocks:
                     for id, (label, key) in BUTTONS.items()
                 }
             other = gr.Button("Another name", size="sm", elem_classes="copy")
-        annotator, place = gr.Textbox(visible=False), gr.Number(visible=False, precision=0)
+        session, place = gr.State(None), gr.Number(visible=False, precision=0)
 
-        outputs = [entry, judging, annotator, place, progress, pair, status, *buttons.values()]
+        outputs = [entry, judging, session, place, progress, pair, status, *buttons.values()]
         # Not queued: a vote is a line in a file, and a queue would only make annotators wait for each other.
         options = {"outputs": outputs, "queue": False, "api_visibility": "private", "show_progress": "hidden"}
         resumed = page.load(
             lambda name: events.begin(name) if name else [gr.skip()] * len(outputs), name, js=KEPT_NAME, **options
         )
         begun = gr.on([start.click, name.submit], events.begin, name, **options)
-        undone = buttons["undo"].click(events.undo, annotator, **options)
-        voted = [buttons[each].click(partial(events.vote, each), [annotator, place], **options) for each in CHOICES]
+        undone = buttons["undo"].click(events.undo, session, **options)
+        voted = [buttons[each].click(partial(events.vote, each), [session, place], **options) for each in CHOICES]
         for event in (resumed, begun, undone, *voted):
             event.success(None, js=SHOWN)
-        begun.success(None, annotator, js=KEEP_NAME)
+        begun.success(None, name, js=KEEP_NAME)
         other.click(
-            lambda: (gr.Column(visible=True), gr.Column(visible=False), "", None, ""),
+            lambda: (gr.Column(visible=True), gr.Column(visible=False), None, None, ""),
             js=FORGET_NAME,
-            **options | {"outputs": [entry, judging, annotator, place, name]},
+            **options | {"outputs": [entry, judging, session, place, name]},
         )
         page.load(None, js=KEYS)
     page.queue(api_open=False)

@@ -99,9 +99,10 @@ def _legend(axes, handles: list, labels: list[str]) -> None:
 def _rates(axes, judges: list[dict], name: str) -> None:
     _style(axes, f"Win rate of {name}")
     axes.set(xlim=(0, 1), xticks=np.arange(0, 1.01, 0.25), xticklabels=["0", "25%", "50%", "75%", "100%"])
-    axes.axvline(0.5, color=INK, lw=1.2, ls=(0, (4, 2)))
-    axes.grid(axis="x", color=GRID, lw=0.8)
     _rows(axes, [judge["judge"] for judge in judges], room=0.5)
+    above_legend = -0.6, len(judges) - 0.45
+    axes.vlines([0.25, 0.75, 1], *above_legend, color=GRID, lw=0.8)
+    axes.vlines(0.5, *above_legend, color=INK, lw=1.2, ls=(0, (4, 2)))
     drawn = {}
     for row, judge in enumerate(judges):
         drawn["as the answers are"] = _interval(axes, judge["win_rate"], judge["interval"], row, "o", A_COLOR)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from alpaca.common.files import replace_file
 from alpaca.common.records import jdump
-from alpaca.common.text import templates
+from alpaca.common.text import shorten, templates
 from alpaca.judging import plot, report_text
 
 COUNTED_WITH = ("numpy", "scipy", "rapidfuzz", "rouge-score", "nltk")  # the last: rouge-score's stemmer
@@ -75,7 +75,7 @@ def page(report: dict, png: bytes | None) -> str:
     environment = templates(
         *(Path(__file__).parents[1] / room / "templates" for room in ("judging", "data")), html=True
     )
-    environment.filters["unbroken"] = _unbroken
+    environment.filters |= {"unbroken": _unbroken, "shorten": shorten}
     names = [each["name"] for each in report["answerers"]]
     return environment.get_template("report.html").render(
         report=report,

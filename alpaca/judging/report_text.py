@@ -40,15 +40,17 @@ def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f}%"
 
 
-def with_interval(value: float | None, interval: Sequence[float | None], scale: float = 100.0, unit: str = "%") -> str:
-    """Return "50.2% (45.0 to 55.4)"; a dash where there is no figure."""
+def with_interval(
+    value: float | None, interval: Sequence[float | None], scale: float = 100.0, unit: str = "%", sign: str = ""
+) -> str:
+    """Return "50.2% (45.0 to 55.4)"; a dash where there is no figure. The sign "+" is for differences."""
     if value is None:
         return "–"
-    text = f"{scale * value:.{1 if scale == 100 else 3}f}{unit}"
-    if interval[0] is None:
-        return text
-    low, high = (f"{scale * end:.{1 if scale == 100 else 3}f}" for end in interval)
-    return f"{text} ({low} to {high})"
+    places = 1 if scale == 100 else 3
+    text, low, high = (
+        "" if each is None else f"{scale * each:{sign}.{places}f}".replace("-", "−") for each in (value, *interval)
+    )
+    return f"{text}{unit} ({low} to {high})" if low else text + unit
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,20 +254,22 @@ def rate_table(what: str, groups: list[dict]) -> list[list[str]]:
 
 
 def reference_table(report: dict) -> list[list[str]]:
-    rows = [["answers of", "answered", "characters", "ROUGE-L", "over the first's", "reference loss", "perplexity"]]
+    rows = [
+        ["answers of", "answered", "characters", "ROUGE-L", "difference from the first", "reference loss", "perplexity"]
+    ]
     compared = any(each["loss_difference"] for each in report["answerers"])
     if compared:
-        rows[0].append("loss over the first's")
+        rows[0].append("loss difference")
     for each in report["answerers"]:
         row = [each["name"], f"{each['answered']:,}", f"{each['characters']:,.0f}"]
-        row += [_mean(each["rouge_l"], 100), _mean(each["rouge_l_difference"], 100), _mean(each["loss"], 1)]
+        row += [_mean(each["rouge_l"], 100), _mean(each["rouge_l_difference"], 100, "+"), _mean(each["loss"], 1)]
         row.append(f"{each['loss']['perplexity']:.2f}" if each["loss"] else "–")
-        rows.append(row + [_mean(each["loss_difference"], 1)] * compared)
+        rows.append(row + [_mean(each["loss_difference"], 1, "+")] * compared)
     return rows
 
 
-def _mean(figure: dict | None, scale: float) -> str:
-    return with_interval(figure["mean"], figure["interval"], scale, "") if figure else "–"
+def _mean(figure: dict | None, scale: float, sign: str = "") -> str:
+    return with_interval(figure["mean"], figure["interval"], scale, "", sign) if figure else "–"
 
 
 def agreement_table(report: dict) -> list[list[str]]:

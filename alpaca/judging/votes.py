@@ -1,7 +1,8 @@
 """Blind votes of people between two answers: what is shown on which side to whom, and what they chose.
 
-OUT.journal holds each vote, on disk before the voter sees the next pair. OUT, one row a vote, is replaced after each,
-so that a report can be made at any time. A server that was killed continues from the journal.
+OUT.journal holds each vote, on disk before the voter sees the next pair. OUT gets a row for each vote, so that a report
+can be made at any time; it is written from the journal at the start, and again after an undo. A server that was killed
+continues from the journal.
 
 All see the pairs in one order, shuffled by the seed. Those who stop early have then judged a random sample of the set,
 which is what an interval over instructions assumes (the sets themselves are sorted by application). And they have
@@ -21,7 +22,7 @@ import unicodedata
 
 from alpaca import UserError
 from alpaca.common.journal import Journal, check_output
-from alpaca.common.records import write_records
+from alpaca.common.records import json_text, write_records
 from alpaca.data.instruction_sets import Answers, Item
 from alpaca.judging.prompt import sha256
 
@@ -63,6 +64,7 @@ class Ballots:
             self._votes: dict[str, dict[str, dict]] = {}  # annotator → item id → row, in the order of voting
             for entry in self._journal.entries[1:]:
                 self._count(entry)
+            self._written = False  # whether OUT has all rows; then the next one is appended
             self._write()
         except BaseException:
             self._journal.close()
@@ -126,6 +128,11 @@ class Ballots:
         item = self.items[place]
         return item.instruction, item.input, *(answers.outputs[item.id] for answers in self._sides(annotator, item.id))
 
+    def cut_off(self, annotator: str, place: int) -> list[bool]:
+        """Return whether the first and the second answer ended at the longest that their models were allowed."""
+        id = self.items[place].id
+        return [one.rows.get(id, {}).get("finish_reason") == "length" for one in self._sides(annotator, id)]
+
     def vote(self, annotator: str, place: int, choice: str) -> bool:
         """Keep a vote; return False if the pair has one, from a second press or another window, which counts.
 
@@ -158,11 +165,12 @@ class Ballots:
             )
             return True
 
-    def undo(self, annotator: str) -> bool:
-        """Take back this annotator's last vote; return False if there is none."""
+    def undo(self, annotator: str, place: int) -> bool:
+        """Take back this annotator's vote on a pair; return False if it is not their last one, or if there is none."""
         with self._lock:
-            if not self._votes.get(annotator):
+            if next(reversed(self._votes.get(annotator, {})), None) != self.items[place].id:
                 return False
+            self._written = False
             self._keep({"undo": annotator})
             return True
 
@@ -174,8 +182,13 @@ class Ballots:
         self._journal.append([entry])
         self._count(entry)
         try:
-            self._write()
+            if self._written:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json_text(entry) + "\n")
+            else:
+                self._write()
         except OSError as e:  # the vote is safe in the journal: the next one, or the next start, writes it again
+            self._written = False
             logging.error("%s: %s", self.path, e)
 
     def _count(self, entry: dict) -> None:
@@ -186,3 +199,4 @@ class Ballots:
 
     def _write(self) -> None:
         write_records([row for rows in self._votes.values() for row in rows.values()], self.path)
+        self._written = True

@@ -22,7 +22,6 @@ from alpaca import UserError
 from alpaca.common.files import only_process
 from alpaca.training.distributed import say
 from alpaca.training.examples import columns
-from alpaca.training.meter import elements
 from alpaca.weights.checkpoint import WEIGHTS, read_json
 
 RESUME = "--resume_from_checkpoint auto"  # what messages advise to add to the same command
@@ -34,48 +33,45 @@ SHARDED_MODEL, SHARDED_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
 # Arguments that the states of optimizer and schedule in a checkpoint override (torch 2.13), or that make another model;
 # and some that may differ.
 FIXED = {"learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args"}
-FIXED |= {"optim_target_modules", "lr_scheduler_type", "lr_scheduler_kwargs", "lora_r"}
+FIXED |= {"optim_target_modules", "lr_scheduler_type", "lr_scheduler_kwargs", "lora_r", "tensors"}
 OF_A_SESSION = {"output_dir", "resume_from_checkpoint", "preflight_only", "skip_save_rehearsal", "gpu_hour_price"}
 # Facts that must stay the same (see run_facts), and the arguments that they follow from. With other data, a record that
 # is held out now may have been trained on; in another order, some examples come twice in an epoch.
 MUST_STAY = {
-    "model": "model_name_or_path and lora_r",
-    "data": "data_path, eval_fraction, seed, model_max_length, template and tokenizer",
-    "data_order": "data_seed, or seed",
-    "packing": "packing",
+    "examples": "data_path, eval_fraction, data_seed or seed, packing, model_max_length, template and tokenizer",
     "examples_per_step": "batch size x gradient_accumulation_steps x processes",
 }
 
 
-# Which one.
-
-
 def choose_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
-    """Return the checkpoint that a run starts from, or None for the beginning.
+    """Return the checkpoint that a run starts from, or None for the beginning. Every rank must call it.
 
     Args:
         resume: a folder, "auto" for the newest complete one of output_dir if there is one, or None.
         output_dir: exists.
 
     Raises:
-        UserError: the run would overwrite a finished model or an interrupted run, or ``resume`` is not complete.
+        UserError: the run would overwrite a finished model or an interrupted run, ``resume`` is not complete, or the
+            ranks see different ones.
     """
+    chosen = Path(resume) if resume else None
     if any((output_dir / name).exists() for name in WEIGHTS):
         raise UserError(f"{output_dir} holds a trained model, the run is finished: choose another folder, or remove it")
-    if not resume:
-        if found := newest_first(output_dir):
-            what = f"{output_dir} holds {found[0].name} of an interrupted run"
-            raise UserError(f"{what}: resume it with {RESUME}, or choose another folder")
-        return None
     if resume == "auto":
-        newest = newest_complete_checkpoint(output_dir)
-        say(f"resuming from {newest}" if newest else f"no complete checkpoint in {output_dir}: from the beginning")
-        return newest
-    if (Path(resume) / TRAINER_STATE_NAME).exists() and not (Path(resume) / MANIFEST).exists():
-        say(f"note: {resume} has no {MANIFEST} (a plain Trainer's?): it may be incomplete, or of another model")
-    elif missing := what_is_missing(Path(resume)):
-        raise UserError(f"{resume} is not a complete checkpoint ({missing}): {RESUME} takes the newest that is")
-    return Path(resume)
+        chosen = newest_complete_checkpoint(output_dir)
+        say(f"resuming from {chosen}" if chosen else f"no complete checkpoint in {output_dir}: from the beginning")
+    elif chosen and (chosen / TRAINER_STATE_NAME).exists() and not (chosen / MANIFEST).exists():
+        say(f"note: {chosen} has no {MANIFEST} (a plain Trainer's?): it may be incomplete, or of another model")
+    elif chosen and (missing := what_is_missing(chosen)):
+        raise UserError(f"{chosen} is not a complete checkpoint ({missing}): {RESUME} takes the newest that is")
+    elif not chosen and (there := newest_first(output_dir)):
+        raise UserError(f"{there[0]} is of an interrupted run: resume it with {RESUME}, or choose another folder")
+    if torch.distributed.is_initialized():
+        seen = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(seen, chosen and chosen.name)
+        if len(set(seen)) > 1:
+            raise UserError(f"the nodes see different checkpoints: all must share {output_dir}")
+    return chosen
 
 
 def newest_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
@@ -89,14 +85,8 @@ def newest_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
 
 def newest_first(output_dir: Path) -> list[Path]:
     """Return the folders named checkpoint-N, newest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and step_of(path) >= 0]
-    return sorted(found, key=step_of, reverse=True)
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return N of a path that ends in checkpoint-N; -1 if it does not."""
-    number = checkpoint.name.removeprefix("checkpoint-")
-    return int(number) if number.isdecimal() else -1
+    found = {path.name.removeprefix("checkpoint-"): path for path in output_dir.glob("checkpoint-*") if path.is_dir()}
+    return [found[step] for step in sorted(filter(str.isdecimal, found), key=int, reverse=True)]
 
 
 def what_is_missing(folder: Path) -> str | None:
@@ -115,45 +105,21 @@ def what_is_missing(folder: Path) -> str | None:
     return None if any(name.startswith("rng_state") for name in files) else "save_only_model left out its optimizer"
 
 
-# Whether a run may resume from it.
-
-
-def check_resumed(checkpoint: Path | None, facts: dict, args) -> None:
-    """Compare a run's facts with those of the checkpoint that it resumes from; every rank must call it.
-
-    Raises:
-        UserError: one that must stay differs, or the ranks have chosen different checkpoints.
-    """
-    if args.world_size > 1:
-        seen = [None] * args.world_size
-        torch.distributed.all_gather_object(seen, checkpoint and checkpoint.name)
-        if len(set(seen)) > 1:
-            raise UserError(f"the nodes see different checkpoints: all must share {args.output_dir}")
-    if checkpoint:
-        compare(checkpoint, facts)
-
-
 def run_facts(model: torch.nn.Module, dataset: Sequence, args) -> dict[str, str | int | bool]:
     """Describe a run for checkpoint.json: what must stay the same when it is resumed, and its number of processes.
 
-    Args:
-        model: not yet sharded.
-        dataset: of {"input_ids", "labels"}, or something that has one as its ``dataset`` (bins, a subset).
-        args: train.py's TrainingArguments.
+    The model must not be sharded yet. The dataset may be bins or a subset, with the examples as its ``dataset``.
     """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    shapes = hashlib.sha256(str(sorted((name, tuple(p.shape)) for name, p in trained.items())).encode())
-    packing, tokens = False, hashlib.sha256()
+    trained = sorted((name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad)
+    shapes = hashlib.sha256(str(trained).encode())
+    packed, tokens, order = "", hashlib.sha256(), args.seed if args.data_seed is None else args.data_seed
     while hasattr(dataset, "dataset"):
-        packing, dataset = packing or hasattr(dataset, "bins"), dataset.dataset
+        packed, dataset = "packed " if hasattr(dataset, "bins") else packed, dataset.dataset
     for column in columns(dataset):
         tokens.update(column.astype("<i4").tobytes())
-    size = sum(map(elements, trained.values()))
     return {
-        "model": f"of {len(trained)} trained tensors with {size:,} elements, sha256 {shapes.hexdigest()[:16]}",
-        "data": f"of {len(dataset)} examples, sha256 {tokens.hexdigest()[:16]}",
-        "data_order": args.seed if args.data_seed is None else args.data_seed,
-        "packing": packing,
+        "tensors": f"{len(trained)} trained, sha256 {shapes.hexdigest()[:16]}",
+        "examples": f"{len(dataset)} {packed}in order {order}, sha256 {tokens.hexdigest()[:16]}",
         "examples_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "world_size": args.world_size,
     }
@@ -170,78 +136,51 @@ def compare(checkpoint: Path, here: dict) -> None:
     there, here = manifest | (manifest.get("arguments") or {}), json.loads(json.dumps(here))
     names = sorted(name for name in there.keys() & here.keys() - OF_A_SESSION if there[name] != here[name])
     changes = {name: f"{name} {there[name]} (now {here[name]})" for name in names}
-    if kept := [what for name, what in changes.items() if name in FIXED]:
+    if fixed := [changes[name] for name in names if name in FIXED]:
         cure = "give the same again, or start a new run in another folder"
-        raise UserError(f"{checkpoint} was trained with {', '.join(kept)}, which cannot change midway: {cure}")
-    for name in [name for name in MUST_STAY if name in changes]:
-        anyway = "" if name == "model" else f', or, to continue anyway, remove "{name}" from {file}'
-        raise UserError(f"{checkpoint} was trained with {changes[name]}: give the same {MUST_STAY[name]}{anyway}")
+        raise UserError(f"{checkpoint} was trained with {', '.join(fixed)}, which cannot change midway: {cure}")
+    for name in [name for name in names if name in MUST_STAY]:
+        cure = f'give the same {MUST_STAY[name]}, or, to continue anyway, remove "{name}" from {file}'
+        raise UserError(f"{checkpoint} was trained with {changes[name]}: {cure}")
     if changes:
         say(f"note: {checkpoint.name} was trained with {', '.join(changes.values())}: obeyed from here on")
 
 
-# The output folder: one run at a time, without what others left.
-
-
 @contextlib.contextmanager
 def only_run(output_dir: str | os.PathLike) -> Iterator[None]:
-    """Keep other runs away from a folder. Every rank must call it; UserError on each if another run is there."""
-    refused = [""]
+    """Keep other runs away from a folder, and remove what a killed one left half-written in it.
+
+    Every rank must call it; UserError on each if another run is there.
+    """
+    refused = [None]
     with contextlib.ExitStack() as held:
         if int(os.environ.get("RANK", 0)) == 0:
             try:
                 held.enter_context(only_process(output_dir))
+                for name in (STAGING, REHEARSAL):
+                    shutil.rmtree(Path(output_dir) / name, ignore_errors=True)
             except UserError as e:
-                refused = [str(e)]
+                refused[0] = e
         if torch.distributed.is_initialized():
             torch.distributed.broadcast_object_list(refused)
         if refused[0]:
-            raise UserError(refused[0])
+            raise refused[0]
         yield
 
 
-def barrier() -> None:
-    """Wait for the other ranks, if there are any."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-
-
-def remove_leftovers(output_dir: Path) -> None:
-    """Remove what a killed run left half-written in a folder; complete checkpoints stay. Every rank must call it."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        for name in (STAGING, REHEARSAL):
-            shutil.rmtree(output_dir / name, ignore_errors=True)
-    barrier()
-
-
 def set_aside_newer(output_dir: Path, checkpoint: Path | None) -> None:
-    """Move checkpoints newer than the one a run resumes from into a folder ``abandoned-1`` (2, …) of output_dir.
+    """Move checkpoints newer than the one a run resumes from (all, if that is elsewhere) into OUT/abandoned-1 (2, …).
 
-    They are incomplete or belong to a branch that was left: they must not be chosen later, nor count in
-    save_total_limit. Nothing is deleted: one may return to that branch by name.
-
-    Args:
-        output_dir: of the run.
-        checkpoint: if it is in another folder, all in output_dir are set aside, as for None: from the beginning.
+    They are incomplete or of a branch that was left: they must not be chosen later, nor count in save_total_limit.
+    Nothing is deleted: one may return to that branch by name. Only rank 0 does it.
     """
-    here = checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
-    if newer := [path for path in newest_first(output_dir) if not here or step_of(path) > step_of(checkpoint)]:
+    if int(os.environ.get("RANK", 0)) != 0:
+        return
+    there = newest_first(output_dir)
+    if newer := list(itertools.takewhile(lambda path: not (checkpoint and path.samefile(checkpoint)), there)):
         left = next(path for n in itertools.count(1) if not (path := output_dir / f"abandoned-{n}").exists())
         left.mkdir()
         for path in newer:
             os.rename(path, left / path.name)
-        begin = checkpoint.name if here else checkpoint or "the beginning"
-        names = ", ".join(path.name for path in newer)
+        names, begin = ", ".join(path.name for path in newer), checkpoint or "the beginning"
         say(f"note: moved {names} to {left}: this run goes on from {begin}; delete what you do not need")
-
-
-# A model's tensors, by a checkpoint's names.
-
-
-def state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return a model's tensors under a checkpoint's names; of a model with an adapter, only the adapter's."""
-    if not hasattr(model, "peft_config"):
-        return model.state_dict()
-    from peft import get_peft_model_state_dict
-
-    return get_peft_model_state_dict(model, save_embedding_layers=False)

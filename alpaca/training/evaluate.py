@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from alpaca.chat_template import asked_of, chat_turns, messages_of, saved_template
 from alpaca.common.text import first_line, printable, shorten
 from alpaca.inference.chat import request_ids
-from alpaca.inference.generate import STOP, Settings, batches, context_length, cut_at, decode, decode_pieces, end_ids
+from alpaca.inference.generate import Settings, Text, batches, context_length, decode, end_ids
 from alpaca.prompts import answer_ids
 from alpaca.training.distributed import say
 from alpaca.training.examples import IGNORE_INDEX, make_example
@@ -133,19 +133,23 @@ class Samples(TrainerCallback):
         trainer.meter.pause()
 
     def _answers(self, model, in_step: bool) -> list[str]:
-        attention, written = model.config._attn_implementation, [[] for _ in self.prompts]  # private, as in packing
+        attention, texts = (
+            model.config._attn_implementation,
+            [Text(self.tokenizer) for _ in self.prompts],
+        )  # private (5.23)
         ends = end_ids(model, self.tokenizer)
         if attention == SEGMENTS:
             set_attention(model, library_attention(model))
         try:
             for step in decode(model, self.prompts, frozenset() if in_step else ends, GREEDY):
                 for row, token in step:
-                    written[row].append(token)
+                    texts[row].tokens.append(token)
         finally:
             if attention == SEGMENTS:
                 set_attention(model, SEGMENTS)
-        written = [takewhile(lambda token: token not in ends, ids) for ids in written]
-        return ["".join(cut_at(decode_pieces(self.tokenizer, ids), STOP)) for ids in written]
+        for text in texts:
+            text.tokens = list(takewhile(lambda token: token not in ends, text.tokens))
+        return [text.rest() for text in texts]
 
     def shown(self) -> list[dict]:
         """Return each prompt with its answer at each step; those of earlier sessions are in a checkpoint's log."""

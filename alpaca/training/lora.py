@@ -6,6 +6,7 @@ arXiv:2106.09685). The result is two folders: the adapter alone, and the model w
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +27,7 @@ EXPERTS = ("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
 def base_options(args) -> dict:
     """Return what ``from_pretrained`` needs to load the base: its ``dtype``, and how it is quantized.
 
-    A frozen base does not need float32, as nothing is added to it. If the run computes in 16 bits, so does the base
-    stay in 16 bits: that is what makes 7B fit into 24 GB.
+    A frozen base needs no float32, as nothing is added to it: in the 16 bits that a run computes in, 7B fits 24 GB.
 
     Raises:
         UserError: 4 bits without bitsandbytes.
@@ -35,10 +35,8 @@ def base_options(args) -> dict:
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     if not args.load_in_4bit:
         return {"dtype": half}
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise UserError("4-bit weights need bitsandbytes: pip install 'alpaca-reproduced[qlora]'") from None
+    if not importlib.util.find_spec("bitsandbytes"):
+        raise UserError("4-bit weights need bitsandbytes: pip install 'alpaca-reproduced[qlora]'")
     # nf4, quantized twice: Dettmers et al., 2023, arXiv:2305.14314
     quantization = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=half
@@ -53,8 +51,6 @@ def _text(model) -> torch.nn.Module:
 
 def freeze_other_senses(model) -> float:
     """Freeze what a model has beside what reads text and its output embedding. Return its share of the parameters."""
-    if _text(model) is model:
-        return 0.0
     used = {*_text(model).parameters(), *model.get_output_embeddings().parameters()}
     others = [parameter.requires_grad_(False) for parameter in model.parameters() if parameter not in used]
     return sum(map(elements, others)) / sum(map(elements, model.parameters()))
@@ -103,9 +99,6 @@ def add_adapter(model, args):
     )
     transformers.set_seed(args.seed)  # A is random: the same on each rank, and in each run with this seed
     model = peft.get_peft_model(model, config)
-    # Where peft knows the base it finds that the vocabulary grew by [PAD], and stores the embeddings in each checkpoint
-    # too: 1 GB at 7B for rows that are not trained. save() puts the name back.
-    model.active_peft_config.base_model_name_or_path = None
     if args.gradient_checkpointing or getattr(args, "activation_checkpointing", False):
         model.enable_input_require_grads()  # otherwise it cuts the graph at the frozen embedding
     return model
@@ -114,40 +107,34 @@ def add_adapter(model, args):
 def check_coverage(model, args) -> list[Finding]:
     """Report which of a model's parameters LoRA will leave as they are, and a dropout that it cannot have."""
     layers, parameters = matrices(model)
-    adapted, left = {*(f"{name}.weight" for name in layers), *parameters}, Counter()
-    own, output = set(_text(model).modules()), model.get_output_embeddings()
-    for name, module in model.named_modules():
-        if module in own and module is not output and not isinstance(module, torch.nn.Embedding):
-            for key, weight in module.named_parameters(name, recurse=False):
-                if weight.ndim > 1 and key not in adapted:
-                    kind = [part for part in key.removesuffix(".weight").split(".") if not part.isdigit()]
-                    left[".".join(kind[-2:])] += elements(weight)
-    share, names = left.total() / sum(map(elements, model.parameters())), ", ".join(dict(left.most_common()))
-    rest = f"LoRA leaves {share:.1%} of the parameters as they are, beside embeddings and vectors: {names}"
-    dropout = "lora_dropout is 0 here: dropout cannot be put in front of an expert's matrix"
-    found = {rest: left, dropout: parameters and args.lora_dropout}
-    return [Finding("note", what) for what, is_so in found.items() if is_so]
+    adapted, left, found = {*(f"{name}.weight" for name in layers), *parameters}, Counter(), []
+    embeddings = {module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    text = {*_text(model).parameters()} - embeddings - {model.get_output_embeddings().weight}
+    for name, weight in model.named_parameters():
+        if weight in text and weight.ndim > 1 and name not in adapted:
+            kind = [part for part in name.removesuffix(".weight").split(".") if not part.isdigit()]
+            left[".".join(kind[-2:])] += elements(weight)
+    if left:
+        share, names = left.total() / sum(map(elements, model.parameters())), ", ".join(dict(left.most_common()))
+        what = f"LoRA leaves {share:.1%} of the parameters as they are, beside embeddings and vectors: {names}"
+        found.append(Finding("note", what))
+    if parameters and args.lora_dropout:
+        found.append(Finding("note", "lora_dropout is 0 here: it cannot be put in front of an expert's matrix"))
+    return found
 
 
 def check_eos(tokenizer) -> None:
     """Raise UserError if the tokenizer lacks an EOS, which would be a new token: no linear layer trains its row."""
     if not tokenizer.eos_token:
-        raise UserError(
-            "LoRA does not train embeddings, and this tokenizer's EOS is a new token: answers would never end. Use a "
-            "base whose tokenizer has an EOS, or train all weights"
-        )
+        what = "LoRA does not train embeddings, and this tokenizer's EOS is a new token: answers would never end"
+        raise UserError(f"{what}. Use a base whose tokenizer has an EOS, or train all weights")
 
 
 def save(trainer, output_dir: Path, load_base: Callable[[], torch.nn.Module]) -> None:
     """Write the merged model into a folder, and the adapter into its sub-folder ``adapter``. Every rank calls it.
 
-    The adapter has no embedding rows: a row added for [PAD] is the mean of the others, and is not trained. It loads on
-    the base as it is.
-
-    Args:
-        trainer: of a PeftModel.
-        output_dir: where to.
-        load_base: returns the base in float32 on the CPU, with a row for each token; rank 0 calls it.
+    The adapter loads on the base as it is: it has no embedding rows, as a row added for [PAD] is not trained. Rank 0
+    calls ``load_base``, which returns the base in float32 on the CPU, with a row for each token.
 
     Raises:
         UserError: the adapter is empty, or changes nothing.
@@ -159,10 +146,7 @@ def save(trainer, output_dir: Path, load_base: Callable[[], torch.nn.Module]) ->
         return
     adapter, tokenizer = output_dir / "adapter", trainer.processing_class
     model = trainer.accelerator.unwrap_model(trainer.model)
-    base = model.get_base_model().config._name_or_path  # private, and what peft itself reads (0.21)
-    model.active_peft_config.base_model_name_or_path = base
     model.save_pretrained(adapter, state_dict=state, save_embedding_layers=False)
-    model.active_peft_config.base_model_name_or_path = None
     tokenizer.save_pretrained(adapter)
     merge_adapter(load_base(), adapter, len(tokenizer)).save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)

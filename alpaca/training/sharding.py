@@ -1,6 +1,6 @@
 """FSDP: weights are read by one process and sent to the others, and any checkpoint is read under any sharding.
 
-Rank 0 alone reads a model. The others get its modules, on the meta device, where they take no memory. Once FSDP has
+Rank 0 alone reads a model. The others get its modules on the meta device, where they take no memory. Once FSDP has
 sharded these, rank 0 sends each rank its part of one tensor after the other, and frees it: together the ranks of a node
 hold little more than one model.
 """
@@ -14,12 +14,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import load as load_shards
+from torch.distributed.checkpoint import state_dict as by_name
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME
 
 from alpaca import UserError
 from alpaca.inference.adapters import ADAPTER
 from alpaca.inference.load import load_model
-from alpaca.training.checkpoints import SHARDED_MODEL, SHARDED_OPTIMIZER, state_dict
+from alpaca.training.checkpoints import SHARDED_MODEL, SHARDED_OPTIMIZER
 
 
 def load_on_rank_0(load: Callable[[], torch.nn.Module]) -> torch.nn.Module:
@@ -28,19 +31,18 @@ def load_on_rank_0(load: Callable[[], torch.nn.Module]) -> torch.nn.Module:
     Raises:
         UserError: on every rank, what ``load`` raises on rank 0.
     """
-    found, values = [None, None], {}
+    found, values = [None], {}
     if dist.get_rank() == 0:
         try:
             found[0] = load()
             values = take_values(found[0])
         except UserError as e:
-            found[1] = e
+            found[0] = e
     dist.broadcast_object_list(found)
-    model, error = found
-    if error:
-        raise error
-    _put(model, values)
-    return model
+    if isinstance(found[0], UserError):
+        raise found[0]
+    _put(found[0], values)
+    return found[0]
 
 
 def take_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -51,32 +53,27 @@ def take_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def fill(trainer, values: dict[str, torch.Tensor]) -> None:
-    """Send values of rank 0 into the trainer's sharded model, a tensor at a time; each is freed once it is sent.
+    """Send values of rank 0, by name, into the trainer's sharded model; each is removed, and so freed, once it is sent.
 
-    Args:
-        trainer: on each rank. What its model has on the meta device is replaced, the rest is overwritten.
-        values: by name, the same names on each rank; they are removed.
+    Every rank calls it with the same names. What is on the meta device is replaced, the rest is overwritten.
     """
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
     here, new = tensors(trainer.model), {}
     for name in [name for name in values if name in here]:  # not the second name of a tied tensor
-        place, whole = here[name].detach(), values.pop(name).detach()
+        place, value = here[name].detach(), values.pop(name).detach()
         sharded = isinstance(place, DTensor)
         device = place.device_mesh.device_type if sharded else trainer.args.device
         if dist.get_rank() == 0:
-            whole = whole.to(device, place.dtype).contiguous()
+            value = value.to(device, place.dtype).contiguous()
         else:
-            whole = torch.empty(place.shape, dtype=place.dtype, device=device)
+            value = torch.empty(place.shape, dtype=place.dtype, device=device)
         if sharded:
-            whole = distribute_tensor(whole, place.device_mesh, place.placements)
+            value = distribute_tensor(value, place.device_mesh, place.placements)
         else:
-            dist.broadcast(whole, 0)
-        if not place.is_meta:
-            place.copy_(whole)
+            dist.broadcast(value, 0)
+        if place.is_meta:
+            new[name] = value.cpu() if sharded and trainer.args.fsdp_config.get("cpu_offload") else value
         else:
-            offloaded = sharded and trainer.args.fsdp_config.get("cpu_offload")
-            new[name] = whole.cpu() if offloaded else whole
+            place.copy_(value)
     _put(trainer.model, new)
 
 
@@ -101,15 +98,15 @@ def _put(model: torch.nn.Module, new: dict[str, torch.Tensor]) -> None:
 
 def load_weights(trainer, checkpoint: Path) -> None:
     """Load a checkpoint's weights into the trainer's model, whatever wrote them."""
-    model = trainer.model
+    model, states = trainer.model, trainer.model.state_dict()
+    if adapter := hasattr(model, "peft_config"):  # a checkpoint has it alone, and not its name
+        names = {name.replace(f".{model.active_adapter}.", "."): name for name in states if ".lora_" in name}
+        states = {saved: states[name] for saved, name in names.items()}
     if (checkpoint / SHARDED_MODEL).is_dir():
-        from torch.distributed.checkpoint import load
-
-        load({"model": state_dict(model)}, checkpoint_id=checkpoint / SHARDED_MODEL)  # in place
+        load_shards({"model": states}, checkpoint_id=checkpoint / SHARDED_MODEL)  # in place
         return
-    if adapter := hasattr(model, "peft_config"):
-        names = {name.replace(f".{model.active_adapter}.", "."): name for name in model.state_dict()}  # saved without
-        values = {names[name]: tensor for name, tensor in load_file(checkpoint / ADAPTER).items()}
+    if adapter:
+        values = {names[saved]: tensor for saved, tensor in load_file(checkpoint / ADAPTER).items()}
     else:
         read = partial(load_model, checkpoint, model.dtype)
         values = (load_on_rank_0(read) if trainer.is_fsdp_enabled else read()).state_dict()
@@ -124,15 +121,12 @@ def load_optimizer(trainer, checkpoint: Path, library: Callable[[str], None]) ->
     shards, gathered, plain = (checkpoint / name for name in (SHARDED_OPTIMIZER, OPTIMIZER_NAME_BIN, OPTIMIZER_NAME))
     if trainer.is_deepspeed_enabled or (plain.exists() and not trainer.is_fsdp_enabled):
         return library(str(checkpoint))
-    from torch.distributed.checkpoint import load
-    from torch.distributed.checkpoint import state_dict as dcp
-
     model, optimizer = trainer.model, trainer.optimizer
     trainer.lr_scheduler.load_state_dict(torch.load(checkpoint / SCHEDULER_NAME, weights_only=True))
-    states = dcp.get_optimizer_state_dict(model, optimizer)  # by name
+    states = by_name.get_optimizer_state_dict(model, optimizer)
     if shards.is_dir():
-        load({"optimizer": states}, checkpoint_id=shards)
-        return dcp.set_optimizer_state_dict(model, optimizer, states)
+        load_shards({"optimizer": states}, checkpoint_id=shards)
+        return by_name.set_optimizer_state_dict(model, optimizer, states)
     whole = torch.load(gathered if gathered.exists() else plain, map_location="cpu", weights_only=True, mmap=True)
     if plain.exists():  # it numbers the parameters in the order of the groups, which is the same here
         named = {}
@@ -140,5 +134,7 @@ def load_optimizer(trainer, checkpoint: Path, library: Callable[[str], None]) ->
             named |= zip(stored["params"], here["params"], strict=True)
             stored["params"] = here["params"]
         whole["state"] = {named[number]: entry for number, entry in whole["state"].items()}
-    options = dcp.StateDictOptions(full_state_dict=trainer.is_fsdp_enabled)
-    dcp.set_optimizer_state_dict(model, optimizer, whole, options=options)
+    options = by_name.StateDictOptions(full_state_dict=trainer.is_fsdp_enabled)
+    by_name.set_optimizer_state_dict(model, optimizer, whole, options=options)
+    for group in optimizer.param_groups:  # torch (2.13) has made lists of tuples, such as betas
+        group |= {key: tuple(value) for key, value in group.items() if isinstance(value, list) and key != "params"}

@@ -5,24 +5,27 @@ from __future__ import annotations
 import os
 import signal
 import time
-from contextlib import contextmanager
 
 import torch
 import transformers
 
 from alpaca.training.checkpoints import RESUME
 
-# EX_TEMPFAIL of sysexits.h: a scheduler should start the run again. 1 is an error, 130 a Ctrl-C.
-EXIT_REQUEUE = 75
-EXIT_INTERRUPTED = 130
+SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]  # not Windows
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has saved a checkpoint. ``code`` is the exit code."""
+    """A signal ended the run, which has saved a checkpoint.
 
-    def __init__(self, message: str, code: int):
-        super().__init__(message)
-        self.code = code
+    ``code`` is the exit code: 130 for a Ctrl-C; else 75, EX_TEMPFAIL of sysexits.h: a scheduler should start it again.
+    """
+
+    def __init__(self, number: int, state: transformers.TrainerState):
+        super().__init__(
+            f"stopped by {signal.Signals(number).name} with checkpoint-{state.global_step} of {state.max_steps} steps "
+            f"saved; to resume, run the same command with {RESUME}"
+        )
+        self.code = 130 if number == signal.SIGINT else 75
 
 
 class StopOnSignal(transformers.TrainerCallback):
@@ -32,24 +35,12 @@ class StopOnSignal(transformers.TrainerCallback):
     scheduler sends it to torchrun and to its workers, and torchrun passes it on to them again.
     """
 
-    SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]  # not Windows
-
     def __init__(self):
         self.received = 0  # the number of the signal that this rank got
         self.stopped_by = 0  # the number of the one that ended the run before its last step: the same on every rank
         self._since = 0.0
 
-    @contextmanager
-    def listening(self):
-        """Handle the signals within this context; only the main thread may enter it."""
-        before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _handle(self, number: int, frame) -> None:
+    def handle(self, number: int, frame) -> None:
         now = time.monotonic()
         if not self.received:
             self.received, self._since = number, now
@@ -83,16 +74,14 @@ def train_until_stopped(trainer, checkpoint: str | os.PathLike | None) -> None:
     Raises:
         Stopped: a signal ended it early, with a checkpoint saved.
     """
-    if trainer.args.save_strategy == "no":
-        trainer.train(checkpoint)
-        return
     stop = StopOnSignal()
     trainer.add_callback(stop)
-    with stop.listening():
+    numbers = SIGNALS if trainer.args.save_strategy != "no" else []
+    before = {number: signal.signal(number, stop.handle) for number in numbers}
+    try:
         trainer.train(checkpoint)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if stop.stopped_by:
-        raise Stopped(
-            f"stopped by {signal.Signals(stop.stopped_by).name} with checkpoint-{trainer.state.global_step} of "
-            f"{trainer.state.max_steps} steps saved; to resume, run the same command with {RESUME}",
-            EXIT_INTERRUPTED if stop.stopped_by == signal.SIGINT else EXIT_REQUEUE,
-        )
+        raise Stopped(stop.stopped_by, trainer.state)

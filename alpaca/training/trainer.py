@@ -1,5 +1,4 @@
-"""The one Trainer: it counts tokens, weighs each of them the same, and saves so that neither a kill nor a full disk
-can spoil a checkpoint or a model.
+"""The one Trainer: it counts tokens, weighs each the same, and saves so that no kill and no full disk spoils a model.
 
 A checkpoint is written into ``OUT/.saving`` and becomes ``OUT/checkpoint-N`` by one rename once every process has
 written its part and all of it is on the disk; only then are older ones deleted. So every checkpoint-N is complete, at
@@ -20,10 +19,11 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from alpaca import RankError, UserError
+from alpaca import RankError
 from alpaca.common.files import fsync, fsync_tree
 from alpaca.common.text import first_line
 from alpaca.training import checkpoints, packing, sharding
@@ -36,50 +36,28 @@ from alpaca.weights.checkpoint import WEIGHTS
 class Trainer(transformers.Trainer):
     """The library's Trainer, with losses as means over supervised tokens, a meter, and checkpoints that are complete.
 
-    What it overrides, with the same signatures in transformers 5.17 and 5.23. Three methods are private:
+    Three methods that it overrides are private, with the same signatures in transformers 5.17 and 5.23:
 
     - ``_save_checkpoint``: the library writes a checkpoint in place, file by file; a kill leaves half of one. Not
       needed once it writes into another folder and renames that.
-    - ``_load_from_checkpoint`` and ``_load_optimizer_and_scheduler``: the library reads a checkpoint
-      only with the kind of sharding that wrote it. Not needed once it reads any of them by name.
-
-    The others are public: ``train``, ``create_optimizer``, ``create_scheduler``, ``get_batch_samples``, ``store_flos``,
-    ``log``, ``prediction_step`` and ``evaluation_loop``.
+    - ``_load_from_checkpoint`` and ``_load_optimizer_and_scheduler``: the library reads a checkpoint only with the kind
+      of sharding that wrote it. Not needed once it reads any of them by name.
     """
 
     def __init__(self, model, args, *rest, **kwargs):
         self._use_cache = getattr(model.config, "use_cache", True)  # the library turns it off for training
-        if tied := getattr(model, "all_tied_weights_keys", None):
-            # Private (5.17 to 5.23): what need not be in a checkpoint. Without this, FSDP, which gathers a tied output
-            # embedding as a tensor of its own, stores it twice, and a resumed run warns that it is missing.
-            model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *tied}
         args = copy.copy(args)
         # The library would copy each checkpoint's model into the output folder, which marks a run as finished;
         # receipt.upload uploads the result once, at the end.
         args.push_to_hub = False
         super().__init__(model, args, *rest, **kwargs)
-        if self.args.fsdp and not self.is_fsdp_enabled:
-            raise UserError("fsdp was asked for, but the library did not enable it: start with torchrun, or drop fsdp")
-        self.meter = Meter(self.model, self.args.device, self.args.world_size * max(self.args.n_gpu, 1))
+        self.meter = Meter(self.model, self.args.device, self.args.world_size)
         self._saved_step = -1
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self.add_callback(self.meter)
         if sys.stderr.isatty() and not args.disable_tqdm:
             self.add_callback(Bars)
-
-    def train(self, resume_from_checkpoint: str | os.PathLike | None = None, **kwargs):
-        """Train as the library does, in a folder without what killed or other runs left there."""
-        output_dir = Path(self.args.output_dir)
-        checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        self._facts = checkpoints.run_facts(self.model, self.train_dataset, self.args)
-        checkpoints.remove_leftovers(output_dir)
-        if self.is_world_process_zero():
-            checkpoints.set_aside_newer(output_dir, checkpoint)
-        self.accelerator.wait_for_everyone()
-        return super().train(checkpoint and str(checkpoint), **kwargs)
-
-    # A model that one rank has read.
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Return a stand-in under FSDP: the real one is made of sharded parameters, which come later.
@@ -101,12 +79,10 @@ class Trainer(transformers.Trainer):
         """Under FSDP, send first what rank 0 has read, and make the optimizer: this is called once all is sharded."""
         if self.is_fsdp_enabled:
             sharding.fill(self, self._values)
-            self.optimizer.param_groups[0]["params"] = []
+            self.optimizer.param_groups[0]["params"] = []  # accelerate keeps the stand-in, and would scale gradients
             self.optimizer = None
             self.optimizer = self.accelerator.prepare_optimizer(super().create_optimizer())
         return super().create_scheduler(num_training_steps, optimizer)
-
-    # Losses and counts.
 
     def get_batch_samples(self, *args, **kwargs) -> tuple[list, torch.Tensor | int | None]:
         """Return the batches of a step and their number of supervised tokens, as an integer.
@@ -155,14 +131,14 @@ class Trainer(transformers.Trainer):
         output.metrics[f"{metric_key_prefix}_loss"] = total / count
         return output
 
-    # A checkpoint, complete or absent.
-
     def _save_checkpoint(self, model, trial) -> None:
         """Let the library save into the staging folder, and rename the checkpoint once all of it is on the disk."""
         step, output_dir = self.state.global_step, Path(self.args.output_dir)
         if step == self._saved_step:  # a stop at the end of an epoch asks twice
             return
-        if hasattr(self.model, "peft_config"):  # each save puts it back; lora.add_adapter says why it goes
+        if hasattr(self.model, "peft_config"):
+            # peft puts the base's name back in each save. Where it knows it, it finds that the vocabulary grew by
+            # [PAD], and stores the embeddings too: 1 GB at 7B for rows that are not trained.
             self.model.active_peft_config.base_model_name_or_path = None
         unfinished, target = output_dir / checkpoints.STAGING / f"checkpoint-{step}", output_dir / f"checkpoint-{step}"
         self.args.output_dir = str(unfinished.parent)
@@ -183,19 +159,18 @@ class Trainer(transformers.Trainer):
             self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
         if not self.args.save_only_model and len(list(unfinished.glob("rng_state*.pth"))) < self.args.world_size:
             raise RankError(f"{target.name} lacks what some ranks have written: all nodes must share output_dir")
-        files = [path for path in sorted(unfinished.rglob("*")) if path.is_file()]
-        sizes = {str(path.relative_to(unfinished)): path.stat().st_size for path in files}
-        given = getattr(self.args, "given", None)  # train.py's
-        manifest = {"step": self.state.global_step, **self._facts, "arguments": given, "files": sizes}
+        files = {str(p.relative_to(unfinished)): p.stat().st_size for p in unfinished.rglob("*") if p.is_file()}
+        facts, given = (getattr(self.args, name, {}) for name in ("facts", "given"))  # train.py's
+        manifest = {"step": self.state.global_step, **facts, "arguments": given, "files": dict(sorted(files.items()))}
         (unfinished / checkpoints.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         fsync_tree(unfinished)
         os.rename(unfinished, target)
         fsync(target.parent)
-        kept = {target.name, Path(self.state.best_model_checkpoint or target).name}
-        others = [path for path in checkpoints.newest_first(target.parent) if path.name not in kept]
-        limit = self.args.save_total_limit or 0
-        for path in others[max(0, limit - len(kept)) :] if limit > 0 else ():
-            os.rename(path, unfinished.parent / path.name)  # so that none is called checkpoint-N while it is deleted
+        if (limit := self.args.save_total_limit or 0) > 0:
+            kept = {target.name, Path(self.state.best_model_checkpoint or target).name}
+            others = [path for path in checkpoints.newest_first(target.parent) if path.name not in kept]
+            for path in others[max(0, limit - len(kept)) :]:
+                os.rename(path, unfinished.parent / path.name)  # none is called checkpoint-N while it is deleted
         shutil.rmtree(unfinished.parent, ignore_errors=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
@@ -205,59 +180,41 @@ class Trainer(transformers.Trainer):
         if checkpoint:
             sharding.load_optimizer(self, Path(checkpoint), super()._load_optimizer_and_scheduler)
 
-    # The result.
-
     def save_whole_model(self, output_dir: Path, write: Callable[[Path], None] | None = None) -> None:
         """Write a folder that ``from_pretrained`` reads, gathered tensor by tensor in CPU memory on rank 0.
 
-        Its weights (or their index) are renamed into place last: a folder that has them is complete.
-
-        Args:
-            output_dir: exists.
-            write: called on every rank with the folder to write into; by default the library's save_model.
+        Its weights (or their index) are renamed into place last: a folder that has them is complete. ``write``, if
+        given, is called on every rank with the folder to write into, instead of saving this trainer's own model.
         """
         staging = output_dir / checkpoints.STAGING / "model"
         self.model.config.use_cache = self._use_cache
         with _one_line_if_it_fails("the model", output_dir):
             if write:
                 write(staging)
-            elif not self.is_fsdp_enabled:
-                self.save_model(str(staging))
-            else:  # with SHARDED_STATE_DICT save_model silently writes nothing
-                state = self.accelerator.get_state_dict(self.model)
+            else:  # save_model writes nothing under FSDP with SHARDED_STATE_DICT, and a pickle of hub_token otherwise
+                state = self.accelerator.get_state_dict(self.deepspeed or self.model)
                 if self.is_world_process_zero():
-                    self.accelerator.unwrap_model(self.model).save_pretrained(staging, state_dict=state)
+                    model = self.accelerator.unwrap_model(self.model)
+                    for name in model.all_tied_weights_keys:  # which FSDP gathers as tensors of their own
+                        state.pop(name, None)
+                    model.save_pretrained(staging, state_dict=state)
                     self.processing_class.save_pretrained(staging)
             if self.is_world_process_zero():
-                if not any((staging / name).exists() for name in WEIGHTS):
-                    raise RuntimeError("the library wrote no weights")
-                # A pickle with every argument, including hub_token, in a folder that will be published.
-                (staging / "training_args.bin").unlink(missing_ok=True)
                 _move_files(staging, output_dir)
         self.accelerator.wait_for_everyone()
 
 
-class Trainers:
-    """Makes the trainers of one run, each with a freshly loaded model; the first takes the one that was checked."""
+def trainer_maker(load: Callable, model, **options) -> Callable[..., Trainer]:
+    """Return a function that makes the trainers of a run: the first takes ``model``, the others load one."""
+    checked = [model]
 
-    def __init__(self, load: Callable, model, tokenizer, collator, self_check):
-        self.load, self.model, self.tokenizer = load, model, tokenizer
-        self.collator, self.self_check = collator, self_check
-
-    def new(self, args, rows, held_out) -> Trainer:
-        """Return a trainer with these arguments, on these rows."""
-        model, self.model = self.model or self.load(), None
-        if self.collator.padding_free:
+    def make(args, rows, held_out) -> Trainer:
+        model = checked.pop() if checked else load()
+        if options["data_collator"].padding_free:
             packing.use_segments(model)
-        return Trainer(
-            model=model,
-            args=args,
-            train_dataset=rows,
-            eval_dataset=held_out,
-            data_collator=self.collator,
-            processing_class=self.tokenizer,
-            callbacks=[self.self_check] if self.self_check else None,
-        )
+        return Trainer(model, args, train_dataset=rows, eval_dataset=held_out, **options)
+
+    return make
 
 
 @contextmanager
@@ -265,30 +222,22 @@ def _one_line_if_it_fails(what: str, output_dir: Path):
     """Turn a failed save into one line with its cause, and free the space that it took.
 
     A full disk is an OSError, safetensors' own error, a RuntimeError of torch.save, or, under FSDP, a
-    CheckpointException, which every rank raises with the causes of all.
+    CheckpointException, which has the causes of all ranks.
     """
-    from torch.distributed.checkpoint.api import CheckpointException
-
     try:
         yield
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as e:
         cause = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
-        free = shutil.disk_usage(output_dir).free
+        free = f"{shutil.disk_usage(output_dir).free / 1e9:.1f} GB free"
         shutil.rmtree(output_dir / checkpoints.STAGING, ignore_errors=True)
-        newest = checkpoints.newest_complete_checkpoint(output_dir)
-        resume = f"; {newest.name} is complete: resume with {checkpoints.RESUME}" if newest else ""
-        error = UserError if cause is not e else RankError  # which this rank, perhaps alone, must report
-        raise error(
-            f"{what} could not be saved in {output_dir}, which had {free / 1e9:.1f} GB free ({first_line(cause)}): "
-            f"free some if that is why{resume}"
-        ) from e
+        what = f"{what} could not be saved in {output_dir}, which had {free} ({first_line(cause)})"
+        raise RankError(f"{what}: free some if that is why, then resume with {checkpoints.RESUME}") from e
 
 
 def _move_files(source: Path, target: Path) -> None:
     """Move the files of a folder into another, those that make it a model last."""
-    os.umask(umask := os.umask(0))
-    for path in source.rglob("*.safetensors"):
-        path.chmod(0o666 & ~umask)  # safetensors makes files that only the owner can read
+    for path in source.rglob("*.safetensors"):  # safetensors makes files that only the owner can read
+        shutil.copymode(source / "config.json", path)
     fsync_tree(source)
     for path in sorted(source.iterdir(), key=lambda path: (path.name in WEIGHTS, path.name)):
         if path.is_dir():

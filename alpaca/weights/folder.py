@@ -33,9 +33,9 @@ def _refuse(path: Path, flag: str) -> None:
 
 def check_is_model(path: Path, flag: str = "") -> None:
     """Raise UserError unless a folder has config.json, weights, and only files of a model or a diff."""
-    what = f"{flag} {path}".strip()
+    what, cure = f"{flag} {path}".strip(), "so it is not overwritten: choose another path"
     if not (path / "config.json").exists() or not any((path / name).exists() for name in WEIGHTS):
-        raise UserError(f"{what} is not a model, so it is not overwritten: remove it, or choose another path")
+        raise UserError(f"{what} is not a model, {cure}")
     own = {"config.json", MANIFEST, *WEIGHTS, *SIDE_FILES}
     for entry in sorted(path.iterdir()):
         if entry.is_dir():
@@ -43,10 +43,7 @@ def check_is_model(path: Path, flag: str = "") -> None:
         else:
             known = entry.name in own or SHARD.fullmatch(entry.name)
         if not known:
-            raise UserError(
-                f"{what} holds more than a model ({entry.name}), so it is not overwritten: move that elsewhere, or "
-                "choose another path"
-            )
+            raise UserError(f"{what} holds more than a model ({entry.name}), {cure}")
 
 
 def check_links(source: Path) -> None:
@@ -70,5 +67,9 @@ def copy_side_files(source: Path, target: Path, config: dict) -> None:
     for template in sorted((source / CHAT_TEMPLATES).glob("*.jinja")):
         (target / CHAT_TEMPLATES).mkdir(exist_ok=True)
         shutil.copyfile(template, target / CHAT_TEMPLATES / template.name)
-    config = {key: value for key, value in config.items() if key != "_name_or_path"}
+    if "quantization_config" in config:  # stale: the weights are floating-point numbers
+        print(f"note: {source / 'config.json'} has a quantization_config, but its weights are not quantized: left out")
+    if config.get("auto_map"):
+        print(f"note: {source / 'config.json'} names Python code (auto_map), which is not copied: publish it too")
+    config = {key: value for key, value in config.items() if key not in ("_name_or_path", "quantization_config")}
     (target / f"config.json{UNFINISHED}").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -44,6 +44,7 @@ def test_a_number_has_its_noun_in_the_right_form(number, noun, text):
 
 def test_control_characters_are_spelled_out_and_tab_and_line_feed_are_left():
     assert printable("a\tb\n\x1b[31mred\x9b\x7f é") == "a\tb\n\\x1b[31mred\\x9b\\x7f é"
+    assert printable("a\u202ecod.exe\u2066\u2069 \u200eשלום") == "a\\u202ecod.exe\\u2066\\u2069 \u200eשלום"
 
 
 def test_half_of_a_surrogate_pair_is_named_with_its_place():

@@ -38,12 +38,14 @@ def test_all_ways_answer_the_same_prompts_and_each_ratio_has_its_two_rates(tiny_
     monkeypatch.setattr(bench_chat, "load", loaded)
     (tmp_path / "data.json").write_text(json.dumps(make_records(8)))
     given = {"data_path": str(tmp_path / "data.json"), "output_path": str(tmp_path / "chat.json"), "device": "cpu"}
-    bench_chat.main(str(tiny_llama), prompts=5, rows=2, rounds=2, max_new_tokens=2, **given)
+    bench_chat.main(str(tiny_llama), prompts=5, rows=2, rounds=2, max_new_tokens=2, previous_path=str(ROOT), **given)
     result = json.loads((tmp_path / "chat.json").read_text())
-    assert len(result["tokens_per_s"]) == 3 * 2 * 3  # batchings × greedy, sampled × ways
+    assert len(result["tokens_per_s"]) == 3 * 2 * 5  # batchings × greedy, sampled × ways
     assert all(len(rates) == 2 for rates in result["tokens_per_s"].values())
     assert result["greedy_answers_equal_to_generate"] == {"by length": 5, "in file order": 5, "one by one": 4}
-    assert len(result["against_generate"]) == 12 and len(result["batches_by_length_against_file_order"]) == 6
+    assert result["sampled_answers_equal_to_seeded_generate"] == result["greedy_answers_equal_to_generate"]
+    assert len(result["against_generate"]) == 24 and len(result["against_previous"]) == 12
+    assert len(result["batches_by_length_against_file_order"]) == 6
     medians = {name: sum(rates) / 2 for name, rates in result["tokens_per_s"].items()}
     for name, ratio in result["against_generate"].items():
         batching, kind, _ = name.split(", ")

@@ -9,7 +9,7 @@ from made_models import count_fed, stream_text
 import utils
 from alpaca import UserError
 from alpaca.chat_template import chat_ids
-from alpaca.inference.chat import Conversation, stream, stripped
+from alpaca.inference.chat import Conversation, stream
 from alpaca.inference.generate import Memory, Settings, decode
 from alpaca.inference.load import load
 from alpaca.prompts import prompt_ids
@@ -54,7 +54,7 @@ def test_a_turn_computes_only_what_the_one_before_did_not_read(talking):
     common = next(i for i, (a, b) in enumerate(zip(read, whole, strict=False)) if a != b)
     assert common >= len(ids)
     assert fed == [len(whole) - common] + [1] * 7
-    fresh = "".join(stripped(stream(model, tokenizer, whole, Settings(8, 0))))
+    fresh = "".join(stream(model, tokenizer, whole, Settings(8, 0)))
     assert second == fresh  # and it is what the whole prompt gives
 
 
@@ -144,7 +144,7 @@ def test_alpacas_template_asks_each_instruction_alone_and_reads_its_preface_once
     conversation = Conversation(model, tokenizer, Settings(8, 0))
     for text in ("Sing.", "Dance."):
         prompt = utils.format_prompt(text)
-        assert "".join(conversation.ask(text)) == "".join(stripped(stream_text(model, tokenizer, prompt, 8, 0)))
+        assert "".join(conversation.ask(text)) == "".join(stream_text(model, tokenizer, prompt, 8, 0))
     whole, preface = [len(prompt_ids(tokenizer, [text])[0]) for text in (prompt, prompt.split("Dance")[0])]
     _, _, asked, streamed = (tokens for tokens in fed if tokens > 1)
     assert streamed == whole and asked <= whole - preface + 1

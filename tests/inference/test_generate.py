@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 import utils
 from alpaca import UserError
 from alpaca.inference import generate
-from alpaca.inference.chat import stream, stripped
-from alpaca.inference.generate import STOP, Settings, answer_batch, batches, choose, cut_at, decode, decode_pieces
+from alpaca.inference.chat import stream
+from alpaca.inference.generate import STOP, Settings, Text, answer_batch, batches, choose, decode
 from alpaca.inference.load import load, load_tokenizer
 from alpaca.prompts import prompt_ids
 
@@ -61,24 +61,37 @@ def bytes_for_letters(text: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core)
 
 
+def pieces_of(tokenizer, ids) -> list[str]:
+    """What is shown with each token, and at the end."""
+    text = Text(tokenizer)
+    return [*map(text.add, ids), text.rest()]
+
+
 @pytest.mark.parametrize("make", [spaces_are_in_front, bytes_for_letters])
 def test_streamed_text_keeps_every_space_and_shows_no_half_character(make):
     text = "def f(x):\n    return 'é 好' , x\n\n  # end ."
     tokenizer = make(text)
     ids = tokenizer(text).input_ids
     assert len(ids) > len(text)  # é and 好 are bytes
-    pieces = list(decode_pieces(tokenizer, ids))
+    pieces = pieces_of(tokenizer, ids)
     assert "".join(pieces) == text
-    assert not any("\ufffd" in piece or piece == "" for piece in pieces)
-    assert pieces[:3] == ["d", "e", "f"]  # as soon as it is known
-    assert {"é", "好"} <= set(pieces)
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert [piece for piece in pieces if piece][:3] == ["d", "e", "f"]  # as soon as it is known
+    assert {"é", " 好"} <= set(pieces)
 
 
 def test_what_is_no_text_at_the_end_is_shown_all_the_same():
     tokenizer = bytes_for_letters("")
     ids = tokenizer("a好").input_ids
-    assert list(decode_pieces(tokenizer, ids[:-1])) == ["a", "\ufffd"]
-    assert list(decode_pieces(tokenizer, [])) == []
+    assert pieces_of(tokenizer, ids[:-1]) == ["a", "", "", "\ufffd"]
+    assert pieces_of(tokenizer, []) == [""]
+
+
+class Pieces:
+    """A tokenizer whose tokens are pieces of text."""
+
+    def decode(self, tokens, **_) -> str:
+        return "".join(tokens)
 
 
 def splits(text: str):
@@ -96,27 +109,24 @@ def splits(text: str):
         (f" \n{STOP}", ""),
         (f"# One\n## Two\n### Three\n### Instruct\n### {STOP}\n{STOP}", "# One\n## Two\n### Three\n### Instruct\n###"),
         ("ends with ### Instruction", "ends with ### Instruction"),
-        ("keeps its end \n", "keeps its end \n"),
+        ("\n a  b \n\n", "a  b"),
         ("#", "#"),
+        ("  ", ""),
         ("", ""),
     ],
 )
-def test_text_is_cut_at_the_stop_however_the_pieces_split_it(text, shown):
+def test_text_is_stripped_and_cut_at_the_stop_however_the_pieces_split_it(text, shown):
     for pieces in splits(text):
-        assert "".join(cut_at(pieces, STOP)) == shown, pieces
+        assert "".join(pieces_of(Pieces(), pieces)) == shown, pieces
 
 
 def test_only_what_may_begin_the_stop_is_held_back():
-    def pieces():
-        for piece in ["a", " b", "c ##", "x ", "#", "## Instr", "uctive", "\n", "### Instruction", ":", "never"]:
-            given.append(piece)
-            yield piece
-
-    given, seen = [], []
-    for piece in cut_at(pieces(), STOP):
-        seen.append((given[-1], piece))
-    assert seen == [("a", "a"), (" b", " b"), ("c ##", "c"), ("x ", " ##x"), ("uctive", " ### Instructive")]
-    assert given[-1] == ":"  # what comes after the stop is not even asked for
+    text = Text(Pieces())
+    given = ["\n", "a", " b", "c ##", "x ", "#", "## Instr", "uctive", "\n", "### Instruction", ":"]
+    seen = [(piece, text.add(piece)) for piece in given]
+    shown = [("a", "a"), (" b", " b"), ("c ##", "c"), ("x ", " ##x"), ("uctive", " ### Instructive")]
+    assert [(piece, new) for piece, new in seen if new] == shown
+    assert text.ended and text.shown == "a bc ##x ### Instructive"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,7 +137,7 @@ def generated(model, tokenizer, prompt: str, **kwargs) -> str:
     """What generate() says without a stream."""
     inputs = tokenizer(prompt, return_tensors="pt")
     ids = model.generate(**inputs, **kwargs, pad_token_id=2)[0, inputs.input_ids.shape[1] :]
-    return tokenizer.decode(ids, skip_special_tokens=True)
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize("prompt", ["", "Hello", "日本 é\n    x", utils.format_prompt("Name a colour.")])
@@ -146,7 +156,7 @@ def test_a_seed_fixes_a_sampled_stream_and_another_changes_it(loaded):
 
 
 def test_a_stream_ends_at_eos_which_is_not_shown(paris):
-    assert answer(paris, temperature=0) == answer(paris) == "\n Paris is."
+    assert answer(paris, temperature=0) == answer(paris) == "Paris is."
 
 
 @pytest.mark.parametrize(
@@ -261,14 +271,6 @@ def rows_of(model, prompts, settings, ends=ENDS, done=()) -> list[list[int]]:
         for row, token in step:
             written[row].append(token)
     return written
-
-
-def test_prompts_are_padded_on_the_left():
-    ids, mask, positions = generate._lay_out([[5, 6, 7], [8]], 1)
-    assert ids.tolist() == [[5, 6, 7], [8, 8, 8]]
-    assert mask.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
-    assert positions.tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
-    assert generate._lay_out([[5, 6], [8, 9]], 1)[1] is None
 
 
 def test_an_empty_prompt_is_refused(loaded):
@@ -410,13 +412,14 @@ def test_a_batch_says_of_broken_bytes_what_a_stream_says(sentencepiece_folder, l
     tokenizer = load_tokenizer(sentencepiece_folder)
     byte = {value: tokenizer.convert_tokens_to_ids(f"<0x{value:02X}>") for value in (0xE5, 0xA5, 0xBD, 0xFF)}
     ids = [byte[value] for value in (0xE5, 0xA5, 0xBD, 0xFF)] + tokenizer(" x", add_special_tokens=False)["input_ids"]
-    pieces = list(decode_pieces(tokenizer, ids))
+    pieces = [piece for piece in pieces_of(tokenizer, ids) if piece]
     assert pieces[0] == "好" != tokenizer.decode(ids)[0]  # shown before it is known that it would be taken back
 
     def steps(model, prompts, *_):
         yield from ([(0, token)] for token in ids)
 
-    monkeypatch.setattr(generate, "decode", steps)
+    for module in ("generate", "chat"):
+        monkeypatch.setattr(f"alpaca.inference.{module}.decode", steps)
     model = loaded[0]
     ((text, _, _),) = answer_batch(model, tokenizer, [[1]], Settings(50, 0))
     assert text == "".join(pieces) == "".join(stream(model, tokenizer, [1], Settings(50, 0)))
@@ -489,13 +492,6 @@ def test_sampled_tokens_are_as_frequent_as_they_are_likely():
 def test_nan_is_told_and_is_no_token():
     with pytest.raises(UserError, match="computes NaN.*dtype float32"):
         choose(torch.tensor([[0.0, float("nan")]]), 0, 1.0)
-
-
-@pytest.mark.parametrize("text", ["", "  ", " a", "a ", "\n a  b \n\n", "a"])
-def test_a_stripped_stream_is_the_text_stripped(text):
-    for pieces in splits(text):
-        assert "".join(stripped(pieces)) == text.strip()
-        assert all(stripped(pieces))
 
 
 def test_a_prompts_tokens_are_trainings(tokenizer):

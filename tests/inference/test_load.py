@@ -17,6 +17,8 @@ from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from alpaca import UserError
 from alpaca.inference import load as load_module
+from alpaca.inference.chat import Conversation
+from alpaca.inference.generate import Settings
 from alpaca.inference.load import load
 
 
@@ -157,20 +159,17 @@ def test_another_models_tokenizer_is_refused(tiny_llama, paris, tmp_path):
 
 
 ODD = {
-    "none": ({"eos_token": None}, {}, ["the tokenizer's EOS is None"]),
-    "empty": ({"eos_token": ""}, {}, ["the tokenizer's EOS is ''"]),
-    "unk": ({"eos_token": "<unk>"}, {"eos_token_id": 0}, ["EOS and unk are the same token ('<unk>')"]),
-    "pad": ({"pad_token": "</s>"}, {}, ["EOS and pad are the same token ('</s>')"]),
-    "disagree": ({}, {"eos_token_id": [5, 6]}, ["ends answers with id 5, 6, the tokenizer with 2 ('</s>')"]),
-    "agree": ({}, {"eos_token_id": [5, 2]}, []),
-    "EOS without a row": ({"eos_token": "<new>"}, {"eos_token_id": 300}, ["EOS is token 300, and", "with id 300, and"]),
-    "pad without a row": ({"pad_token": "[PAD]"}, {}, ["pad is token 300, and the model has 300 rows, up to 299: "]),
+    "none": ({"eos_token": None}, {}, ["the tokenizer's EOS is None, none: "]),
+    "empty": ({"eos_token": ""}, {}, ["the tokenizer's EOS is '', none: "]),
+    "without a row": ({"eos_token": "<new>"}, {}, ["EOS is '<new>', token 300, and the model has 300 rows: "]),
+    "the pad token": ({"pad_token": "</s>"}, {}, []),  # labels made from lengths, as train.py's, have EOS all the same
+    "another than generation's": ({}, {"eos_token_id": [5, 6]}, []),  # each of them ends an answer
     "right": ({}, {}, []),
 }
 
 
 @pytest.mark.parametrize("odd", ODD)
-def test_what_training_got_wrong_about_special_tokens_is_told_in_a_line(tiny_llama, tmp_path, capsys, odd):
+def test_answers_that_will_not_end_are_told_in_a_line(tiny_llama, tmp_path, capsys, odd):
     tokens, generation, expected = ODD[odd]
     folder = shutil.copytree(tiny_llama, tmp_path / "model")
     for name, changes in (("tokenizer_config.json", tokens), ("generation_config.json", generation)):
@@ -205,16 +204,6 @@ def test_a_model_that_does_not_fit_the_device_is_told(tiny_llama, monkeypatch):
     monkeypatch.setattr(LlamaForCausalLM, "to", full)
     with pytest.raises(UserError, match="does not fit the memory of cpu: use dtype bfloat16, device cpu, or"):
         load(tiny_llama, "cpu")
-
-
-def test_a_model_of_our_training_may_pad_with_eos(tiny_llama, tmp_path, capsys):
-    """Its labels are made from lengths."""
-    folder = shutil.copytree(tiny_llama, tmp_path / "model")
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "</s>"}))
-    (folder / "training_receipt.json").write_text("{}")
-    load(folder, "cpu")
-    assert "warning" not in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -268,7 +257,8 @@ def test_an_adapter_without_its_base_is_told_and_base_path_gives_it(adapted, tin
 
 def test_a_hub_base_that_cannot_be_fetched_is_told_with_the_way_out(adapted):
     set_base(adapted[0], "nobody/nothing")
-    with pytest.raises(UserError, match="its base nobody/nothing: the model cannot be loaded: .*base_path"):
+    said = "its base nobody/nothing: this folder does not exist, and from the hub the model cannot.*base_path"
+    with pytest.raises(UserError, match=said):
         load(adapted[0], "cpu")
 
 
@@ -292,5 +282,24 @@ def test_a_model_has_no_base(tiny_llama):
         load(tiny_llama, "cpu", base_path=tiny_llama)
 
 
-def test_a_name_that_is_no_folder_here_is_told_before_the_hub_is_blamed():
-    assert_user_error(lambda: load("typo", "cpu"), "typo: this folder does not exist, and from the hub the")
+def test_a_missing_folder_is_told_at_once_and_a_name_of_the_hub_is_asked_for(monkeypatch):
+    for name in ("typo", "./no/where", "/no/where", "out/sub/typo"):
+        with monkeypatch.context() as patch:
+            patch.setattr(load_module, "load_tokenizer", lambda *_: pytest.fail("the hub was asked"))
+            said = (f"model_path {name} does not exist", "a model of the hub by OWNER/NAME")
+            assert_user_error(lambda name=name: load(name, "cpu"), *said)
+    assert_user_error(lambda: load("out/typo", "cpu"), "out/typo: this folder does not exist, and from the hub the")
+
+
+def test_a_template_ends_answers_at_a_token_that_no_config_names(tmp_path):
+    """As Llama 3's, whose <|eot_id|> is not EOS. The model would go on for a thousand tokens."""
+    folder = chain(tmp_path / "model", "Hi", "<eot>", "never", loop=True)
+    template = "{% for m in messages %}{{ m['content'] + ('<eot>' if m['role'] == 'assistant' else '') }}{% endfor %}"
+    model, tokenizer = load(folder, "cpu")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<eot>"]})
+    assert "never" in "".join(Conversation(model, tokenizer, Settings(1000, 0)).ask("x"))
+    tokenizer.chat_template = template
+    for way in ("chat", "alpaca"):
+        assert "".join(Conversation(model, tokenizer, Settings(1000, 0), way).ask("x")) == "Hi"
+    tokenizer.chat_template = "{{ raise_exception('no') }}"  # one that fails ends nothing, where it is not asked
+    assert "never" in "".join(Conversation(model, tokenizer, Settings(1000, 0)).ask("x"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import http.client
 import itertools
@@ -10,6 +11,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -31,8 +33,8 @@ from conftest import ROOT
 
 import utils
 from alpaca import UserError
-from alpaca.chat_template import mark_trained
-from alpaca.inference.chat import Conversation, request_ids
+from alpaca.chat_template import mark_trained, saved_template
+from alpaca.inference.chat import next_turn, request_ids
 from alpaca.inference.generate import answer_batch
 from alpaca.inference.load import load
 from alpaca.inference.web import page as web_page
@@ -49,7 +51,7 @@ TASKS = [("Give three tips.", "For sleep."), ("Count to ten.", "")]
 
 
 class Model:
-    """Stands in for chat.stream: "count" counts every 10 ms without an end, all else says the input again."""
+    """Writes by a script: "count" counts every 10 ms without an end, all else says the input again."""
 
     def __init__(self):
         self.config = SimpleNamespace(max_position_embeddings=2_000, get_text_config=lambda: self.config)
@@ -57,7 +59,7 @@ class Model:
         self.may_go_on = threading.Event()
         self.lock = threading.Lock()
 
-    def stream(self, tokenizer, ids, settings, memory, stopped, on_cut):
+    def write(self, ids, settings, stopped, on_cut):
         prompt = "".join(ids)
         with self.lock:
             self.calls.append((prompt, dataclasses.asdict(settings)))
@@ -66,7 +68,7 @@ class Model:
         try:
             if "\ncount" in prompt:
                 for number in itertools.takewhile(lambda _: not stopped(), itertools.count()):
-                    yield f"{number} "
+                    yield f" {number}" if number else "0"
                     time.sleep(0.01)
             elif "\nmute" in prompt:  # only white space, which is held back
                 while not stopped():
@@ -81,12 +83,31 @@ class Model:
             elif prompt.startswith("user: "):
                 yield f"heard {prompt.count('user: ')}"
             else:
-                yield from re.findall(r"\S+\s*|\s+", re.search(r"### Input:\n(.*)\n\n### Resp", prompt, re.S)[1])
+                said = re.search(r"### Input:\n(.*)\n\n### Resp", prompt, re.S)[1].strip()
+                yield from re.findall(r"\s*\S+", said)
         finally:
             with self.lock:
                 self.running -= 1
                 if not self.running:
                     self.all_stopped.set()
+
+
+class Scripted:
+    """Stands in for Conversation, with a Model."""
+
+    def __init__(self, model, tokenizer, settings):
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.turns, self.cut = [], ""
+
+    def ask(self, instruction, input, stopped):
+        record = next_turn(self.turns, instruction, input)
+        (ids,) = request_ids(self.tokenizer, saved_template(self.tokenizer), [record])
+        held = ""  # white space, which is written only if more follows
+        for piece in self.model.write(ids, self.settings, stopped, lambda limit: setattr(self, "cut", limit)):
+            held += piece
+            if text := held.rstrip():
+                yield text
+                held = held[len(text) :]
 
 
 class Words:
@@ -149,10 +170,10 @@ class Site:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def scripted_stream():
-    """Whatever model is asked answers for itself, as long as it can; real models are asked in other processes."""
+def scripted():
+    """The page talks with a Model here; real models are asked in other processes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("alpaca.inference.chat.stream", lambda model, *args, **kwargs: model.stream(*args, **kwargs))
+        patch.setattr(web_page, "Conversation", Scripted)
         yield
 
 
@@ -243,13 +264,14 @@ def test_after_a_refusal_there_is_nothing_to_stop(visit, sites):
 
 
 @needs_browser
-def test_who_comes_to_a_full_queue_is_told_and_has_nothing_to_stop(visit, sites):
+def test_who_comes_to_a_full_line_is_told_and_has_nothing_to_stop(visit, sites):
     site = sites(fresh=True)
     page = visit(site.url)
-    while site.http("/gradio_api/call/answer", {"data": ["count", "", 512, 1, 1, 0]})[0] == 200:
-        pass
+    for _ in range(web_page.STREAMS + web_page.MAX_WAITING):
+        site.http("/gradio_api/call/answer", {"data": ["count", "", 512, 1, 1, 0]})
     page.ask("say", "too late")
-    page.page.get_by_text("currently busy").wait_for()
+    page.page.get_by_text("20 requests from your address wait already: try again later.").wait_for()
+    page.see("Not answered.", ".status")
     page.page.locator("button:has-text('Stop')[disabled]").wait_for()
     web_server.close(site.page)
     assert site.model.all_stopped.wait(10)
@@ -283,7 +305,7 @@ def test_a_request_that_waits_can_be_stopped(visit, sites):
         page.see(re.compile(r" 5 "))
     before = len(model.calls)
     waiting.ask("say", "too late")
-    waiting.page.get_by_text(re.compile("queue: 1/1")).first.wait_for()
+    waiting.see("Waiting: number 1 in line.", ".status")
     waiting.button("Stop").click()
     waiting.see("Stopped.", ".status")
     for page in busy:
@@ -330,7 +352,7 @@ def test_what_a_model_or_a_visitor_writes_is_shown_as_text_and_runs_nowhere(visi
     assert "[click](javascript:window.hit=1)" in page.text() and "& <b>not bold</b>" in page.text()
     assert page.page.locator(".answer :is(script, img, b, iframe, [href^=javascript])").count() == 0
     assert page.page.evaluate("window.hit") is None
-    assert "tiny <i>&</i> co" in page.page.locator("h1").inner_text()
+    assert page.page.locator(".notice").first.inner_text().startswith("tiny <i>&</i> co was fine-tuned")
 
 
 @needs_browser
@@ -356,7 +378,7 @@ def test_a_long_answer_keeps_the_next_page_waiting_no_longer_than_its_turn(visit
     other.ask("count")
     other.see(re.compile(r" 5 "))
     third.ask("say", "for the third")
-    third.page.get_by_text(re.compile("queue: 1/1")).first.wait_for()
+    third.see("Waiting: number 1 in line.", ".status")
     assert sites().model.running == 2
     long.button("Stop").click()
     third.see("for the third")
@@ -368,7 +390,7 @@ def test_a_long_answer_keeps_the_next_page_waiting_no_longer_than_its_turn(visit
 def test_enter_asks_and_shift_enter_makes_a_line(visit, sites):
     page = visit()
     field = page.page.get_by_label("Instruction", exact=True)
-    assert "Enter asks, Shift+Enter makes a new line." in field.get_attribute("placeholder")
+    page.see("Enter asks, Shift+Enter makes a new line.", ".status")
     page.page.get_by_label("Input (optional)").fill("echo")
     field.fill("one")
     field.press("Shift+Enter")
@@ -535,6 +557,44 @@ def test_a_long_conversation_stays_in_its_place_with_its_end_in_view(visit, site
 
 
 @needs_browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_holds_still_while_it_is_typed_in_and_says_at_once_that_it_asks(visit, sites, width):
+    page = visit(width=width)
+    page.page.locator("h1").wait_for()
+    assert page.page.title() == page.page.locator("h1").inner_text() == "Ask an Alpaca model"
+    places = "[...document.querySelectorAll('button')].map(e => e.getBoundingClientRect().y)"
+    field = page.page.get_by_label("Instruction", exact=True)
+    field.focus()
+    before = page.page.evaluate(places)
+    field.press_sequentially("c")
+    assert page.page.evaluate(places) == before
+    page.page.get_by_role("button", name="Sampling").click()
+    page.page.get_by_label("Seed").wait_for()
+    ys = page.page.locator("input[type=range]").evaluate_all("all => all.map(e => e.getBoundingClientRect().y)")
+    assert len(ys) == 3 and (width == 390 or len(set(ys)) == 1)
+    page.page.route("**/gradio_api/**", lambda route: None)  # the server says nothing more
+    page.ask("count")
+    page.see("Asking …", ".status")
+    assert page.button("Stop").is_enabled()
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_buttons_can_be_read_when_they_are_off_and_when_they_are_on(visit, sites, scheme):
+    page = visit()
+    page.page.emulate_media(color_scheme=scheme)
+    page.page.reload()
+    page.page.locator("button:has-text('Stop')[disabled]").wait_for()
+    page.stands_out(scheme, "button:disabled", "button.secondary:enabled")
+    page.ask("count")
+    page.see(re.compile(r" 5 "))
+    page.stands_out(scheme, "button.stop:enabled", ".status")
+    page.button("Stop").click()
+    page.see("Stopped.", ".status")
+    assert sites().model.all_stopped.wait(10)
+
+
+@needs_browser
 def test_every_field_and_button_has_a_name(visit):
     page = visit()
     for section in ("Sampling", "Report a harmful answer"):
@@ -561,7 +621,7 @@ def test_an_error_is_told_and_keeps_the_servers_secrets(visit, caplog):
     page = visit()
     page.ask("fail")
     page.page.get_by_text("failed; the terminal of the server says why").wait_for()
-    page.see("Not answered to the end.", ".status")
+    page.see("Not answered.", ".status")
     assert "secret" not in page.page.content() and "secret of the server" in caplog.text
     page.ask("  ")
     page.page.get_by_text("Type an instruction first.").wait_for()
@@ -734,6 +794,7 @@ def test_the_bounds_hold_without_gradios_own(sites):
         ("/gradio_api/call/answer", b"x" * 300_000, 413),
         ("/gradio_api/queue/join", b"x" * 300_000, 413),
         ("/gradio_api/run/answer", {"data": GOOD}, 404),
+        ("/wp-login.php", None, 404),
         ("/gradio_api/api/answer", {"data": GOOD}, 404),
         ("/gradio_api/upload", b"", 404),
         ("/gradio_api/component_server", {}, 404),
@@ -750,12 +811,109 @@ def test_what_the_page_does_not_need_is_not_there(sites, path, data, status):
     assert sites().http(path, data)[0] == status
 
 
-def test_a_request_must_say_its_length_and_be_meant_for_this_machine(sites):
+def test_a_page_without_a_password_answers_to_the_names_of_this_machine_alone(sites):
+    assert sites().http("/", headers={"Host": "attacker.example:80"})[0] == 400
+    assert sites().http("/", headers={"Host": "localhost:1"})[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "data", "line"),
+    [
+        ("/gradio_api/queue/join", {"data": [], "fn_index": 999, "session_hash": "x"}, "failed: KeyError: 999"),
+        ("/gradio_api/call/nothing", {"data": []}, "failed: FnIndexInferError: Could not infer function index for API"),
+        ("/a%1b%5b2Jb", None, "GET /a\\x1b[2Jb: 404 Not here."),
+    ],
+)
+def test_an_unknown_function_or_route_is_one_line_in_the_log(sites, caplog, capfd, path, data, line):
+    status, body = sites().http(path, data)
+    assert status in (404, 500) and len(body) < 60
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert line in message and "\n" not in message and "\x1b" not in message and record.exc_info is None
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def connect(site) -> socket.socket:
+    address = urllib.parse.urlsplit(site.url)
+    return socket.create_connection((address.hostname, address.port), timeout=20)
+
+
+@pytest.mark.parametrize("length", ["", "Content-Length: 5\r\n"])
+def test_a_body_is_counted_as_it_arrives_whatever_its_headers_say_and_leaves_no_memory_taken(length):
+    """300 MB in chunks to the page's login, by somebody who has not logged in."""
+    code = f"""
+import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}, {str(ROOT / "tests" / "inference")!r}]
+import test_web
+print(test_web.Site(auth=("ann", "right")).url, flush=True); sys.stdin.read()
+"""
+    server = subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True)
+    try:
+        site = SimpleNamespace(url=server.stdout.readline().strip())
+        urllib.request.urlopen(site.url).read()
+        head = f"POST /login HTTP/1.1\r\nHost: 127.0.0.1\r\n{length}Transfer-Encoding: chunked\r\n"
+        head += "Content-Type: application/x-www-form-urlencoded\r\n\r\n"
+        before, chunk = memory_of(server.pid), b"10000\r\n" + b"x" * 65_536 + b"\r\n"
+        with connect(site) as sender:
+            sender.sendall(head.encode() + 5 * chunk)
+            assert sender.recv(100).startswith(b"HTTP/1.1 413 "), "it is told before the end of what it sends"
+            with contextlib.suppress(ConnectionError):  # it is closed when its time is over
+                for _ in range(300_000_000 // len(chunk)):
+                    sender.sendall(chunk)
+            assert memory_of(server.pid) - before < 20e6
+        assert urllib.request.urlopen(site.url).status == 200
+    finally:
+        server.kill()
+        server.wait()
+
+
+def memory_of(pid: int) -> int:
+    """Bytes of a process that are in memory."""
+    return int(re.search(r"VmRSS:\s+(\d+)", open(f"/proc/{pid}/status").read())[1]) * 1024
+
+
+def test_requests_that_do_not_end_are_closed_and_whole_ones_are_answered(sites, monkeypatch):
+    monkeypatch.setattr(web_server, "REQUEST_SECONDS", 1.0)
+    halves = [
+        b"GET / HT",
+        b"POST /gradio_api/queue/join HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{",
+        b"",
+    ]
+    senders = [connect(sites()) for _ in range(40)]
+    for sender, half in zip(senders, itertools.cycle(halves), strict=False):
+        sender.sendall(half)
+    event, data = sites().call(*GOOD)
+    assert event == "complete" and "hello" in json.loads(data)[0]
+    for sender in senders:
+        with sender, contextlib.suppress(ConnectionResetError):
+            assert sender.recv(1) == b""
+
+
+def test_an_answer_may_take_longer_than_its_request(sites, monkeypatch):
+    monkeypatch.setattr(web_server, "REQUEST_SECONDS", 0.2)
     site = sites()
-    chunked = {"Transfer-Encoding": "chunked"}
-    assert site.http("/gradio_api/call/answer", None, chunked, method="POST")[0] == 411
-    assert site.http("/", headers={"Host": "attacker.example:80"})[0] == 403
-    assert site.http("/", headers={"Host": "localhost:1"})[0] == 200
+    stopped = threading.Timer(1.0, site.model.may_go_on.set)
+    stopped.start()
+    assert site.call("read", "", 16, 0, 1, 0)[0] in ("complete", "error") and site.model.may_go_on.is_set()
+    site.model.may_go_on.clear()
+
+
+def test_connections_are_bounded(sites, monkeypatch):
+    site = sites(fresh=True)
+    monkeypatch.setattr(web_server, "MAX_CONNECTIONS", 5)
+    senders = [connect(site) for _ in range(5)]
+    with connect(site) as refused, contextlib.suppress(ConnectionResetError):
+        assert refused.recv(1) == b""
+    senders.pop().close()
+    wait_until(lambda: answers_to_a_request(site))
+    for sender in senders:
+        sender.close()
+
+
+def answers_to_a_request(site) -> bool:
+    try:
+        return site.http("/config")[0] == 200
+    except (OSError, http.client.HTTPException):
+        return False
 
 
 @pytest.mark.parametrize(
@@ -779,13 +937,13 @@ def test_a_page_of_another_site_is_not_answered(sites, headers, status):
 
 
 def test_wrong_passwords_are_tried_with_pauses_and_keep_nobody_else_waiting(monkeypatch):
-    guard, slept = web_server.Guard(None, None), []
+    guard, slept = web_server.Guard(None), []
 
     async def sleep(seconds):
         slept.append(round(seconds, 1))
 
     async def attempts():
-        return [await guard._may_log_in(address) for address in [*["a"] * 8, "b"]]
+        return [await guard._hold("login", address, web_server.LOGIN_PAUSE) for address in [*["a"] * 8, "b"]]
 
     # names of this module alone: the servers of other tests go on sleeping
     monkeypatch.setattr(web_server, "asyncio", types.SimpleNamespace(sleep=sleep))
@@ -795,7 +953,8 @@ def test_wrong_passwords_are_tried_with_pauses_and_keep_nobody_else_waiting(monk
     assert slept == [0, 2, 4, 6, 8, 10, 0]
     monkeypatch.setattr(web_server, "time", types.SimpleNamespace(monotonic=lambda: 113.0))
     with futures.ThreadPoolExecutor(1) as pool:
-        assert pool.submit(asyncio.run, guard._may_log_in("a")).result() and guard.next_login == {"a": 115.0}
+        assert pool.submit(asyncio.run, guard._hold("login", "a", web_server.LOGIN_PAUSE)).result()
+    assert guard.next == {("login", "a"): 115.0}
 
 
 def test_a_right_password_ends_the_pauses(sites, monkeypatch):
@@ -805,7 +964,7 @@ def test_a_right_password_ends_the_pauses(sites, monkeypatch):
     guard = site.page.app.middleware_stack
     while not isinstance(guard, web_server.Guard):
         guard = guard.app
-    guard.next_login.clear()  # as if half a minute had passed
+    guard.next.clear()  # as if half a minute had passed
     assert site.log_in()[0] == 200
 
 
@@ -822,16 +981,22 @@ def test_of_two_requests_by_one_login_the_later_is_answered(sites):
     assert site.model.all_stopped.wait(10)
 
 
-def drive(models, word, use):
-    """Runs ``use(stream of answers)`` in a loop of its own."""
+def drive(models, word, use, line=None):
+    """Runs ``use(stream of answers)`` in a loop of its own, once it is its turn in the line."""
 
     async def run():
-        asked = [Conversation(model.model, model.tokenizer, web_page.Settings(seed=0)) for model in models]
-        stream = web_page.answers(models, asked, word, "")
+        asked = [Scripted(model.model, model.tokenizer, web_page.Settings(seed=0)) for model in models]
+        turn = web_page.Turn("127.0.0.1")
         try:
-            return await use(stream)
+            if line:
+                await asyncio.wait_for(use_up(line.wait(turn)), 1)
+            return await use(web_page.answers(models, asked, word, "", turn))
         finally:
-            await stream.aclose()
+            turn.left.set()
+
+    async def use_up(places):
+        async for _ in places:
+            pass
 
     with futures.ThreadPoolExecutor(1) as pool:  # the browser's loop runs in this one
         return pool.submit(asyncio.run, run()).result()
@@ -849,25 +1014,73 @@ def test_leaving_stops_a_model_whose_text_is_held_back():
 
 
 def test_asking_and_stopping_in_turn_never_has_more_models_at_work_than_streams():
-    model = Model()
+    model, line = Model(), web_page.Line()
     models = [web_page.Model("m", model, Words())]
-    for _ in range(web_page.STREAMS + 2):
-        drive(models, "read", leave_soon)
-    assert len(model.calls) == model.running == web_page.STREAMS
+    for _ in range(web_page.STREAMS):
+        drive(models, "read", leave_soon, line)
+    with pytest.raises(asyncio.TimeoutError):  # the models are still reading
+        drive(models, "read", leave_soon, line)
+    assert len(model.calls) == model.running == web_page.STREAMS and line.waiting == []
     model.may_go_on.set()
     assert model.all_stopped.wait(10)
     wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name == web_server.WORKER])
-    assert len(model.calls) == web_page.STREAMS  # who had left was not answered
+    model.may_go_on.clear()
+    drive(models, "read", leave_soon, line)
+    assert len(model.calls) == web_page.STREAMS + 1
+    model.may_go_on.set()
 
 
-def test_the_queue_is_bounded(sites):
+def test_the_line_is_served_by_address_and_holds_no_more_than_a_few_of_each():
+    """Thirty of one address, then one each of two others: these two come next."""
+
+    async def scenario():
+        line, granted = web_page.Line(), []
+
+        async def ask(name, address):
+            turn = web_page.Turn(address)
+            async for _ in line.wait(turn):
+                pass
+            granted.append((name, turn))
+
+        greedy = [asyncio.create_task(ask("greedy", "a")) for _ in range(30)]
+        await asyncio.sleep(0.2)
+        others = [asyncio.create_task(ask(name, name)) for name in ("second", "third")]
+        await asyncio.sleep(0.2)
+        for place in range(4):  # two are at work; each that ends lets the next one in
+            while len(granted) < 2 + place:
+                await asyncio.sleep(0.01)
+            granted[place][1].left.set()
+        refused = [str(task.exception()) for task in greedy if task.done() and task.exception()]
+        for task in greedy:
+            task.cancel()
+        await asyncio.gather(*greedy, *others, return_exceptions=True)
+        return refused, [name for name, _ in granted[:4]], line
+
+    with futures.ThreadPoolExecutor(1) as pool:
+        refused, order, line = pool.submit(asyncio.run, scenario()).result()
+    assert len(refused) == 30 - web_page.STREAMS - web_page.MAX_WAITING and "wait already" in refused[0]
+    assert order == ["greedy", "greedy", "second", "third"] and line.waiting == []
+
+
+def test_a_greedy_login_keeps_nobody_waiting_longer_than_two_answers(sites):
+    site = sites(auth=("ann", "right"), fresh=True)
+    greedy, other = (site.log_in()[1] | {"X-Forwarded-For": address} for address in ("192.0.2.1", "192.0.2.2"))
+    for _ in range(30):
+        assert site.http("/gradio_api/call/answer", {"data": ["count", "", 512, 1, 1, 0]}, greedy)[0] == 200
+    for _ in range(3):
+        assert site.call(*GOOD, headers=other)[0] == "complete"
+    web_server.close(site.page)
+    assert site.model.all_stopped.wait(10) and site.model.running == 0
+
+
+def test_the_line_of_one_address_is_bounded_and_ends_with_the_server(sites):
     site = sites(fresh=True)
-    statuses = []
-    for _ in range(web_page.STREAMS + web_page.MAX_WAITING + 1):
-        statuses.append(site.http("/gradio_api/call/answer", {"data": ["count", "", 512, 1, 1, 0]})[0])
-        if len(statuses) <= web_page.STREAMS:
-            wait_until(lambda: site.model.running == len(statuses))
-    assert statuses == [200] * (web_page.STREAMS + web_page.MAX_WAITING) + [503]
+    for number in range(web_page.STREAMS + web_page.MAX_WAITING):
+        site.http("/gradio_api/call/answer", {"data": ["count", "", 512, 1, 1, 0]})
+        if number < web_page.STREAMS:
+            wait_until(lambda number=number: site.model.running == number + 1)
+    event, data = site.call("count", "", 512, 1, 1, 0)
+    assert event == "error" and "20 requests from your address wait already" in data
     assert site.model.running == web_page.STREAMS
     web_server.close(site.page)
     assert site.model.all_stopped.wait(10) and site.model.running == 0

@@ -208,9 +208,11 @@ def test_a_model_before_and_after_training_is_compared_by_its_loss(files, tmp_pa
     write(tmp_path / "after.jsonl", [row | {"generator": "after", "reference_loss": 1.5} for row in before])
     found = run(files, tmp_path / "out", answers=f"{files}/a.jsonl,{tmp_path}/after.jsonl")
     head, first, second = report_text.reference_table(found)
-    assert head[-1] == "loss over the first's"
+    assert head[-1] == "loss difference" and head[4] == "difference from the first"
     assert first[-3:] == ["2.000 (2.000 to 2.000)", "7.39", "–"]
-    assert second[-3:] == ["1.500 (1.500 to 1.500)", "4.48", "-0.500 (-0.500 to -0.500)"]
+    assert second[-3:] == ["1.500 (1.500 to 1.500)", "4.48", "−0.500 (−0.500 to −0.500)"]
+    found["answerers"][1]["rouge_l_difference"] = {"mean": 0.097, "interval": (-0.01, 0.2)}
+    assert report_text.reference_table(found)[2][4] == "+9.7 (−1.0 to +20.0)"
 
 
 def test_a_model_whose_losses_are_all_nan_has_none_and_that_is_told(files, tmp_path):
@@ -256,11 +258,14 @@ def test_a_report_of_two_items_and_of_a_judge_without_a_verdict(files, tmp_path)
     assert report_text.judge_table(found)[1] == ["<i>gpt</i>", "0", "0", "0", "0", "1", "–", "–", "–", "–"]
 
 
-def test_one_item_is_named_in_the_singular_and_has_no_interval_and_no_figure_at_equal_length(files, tmp_path, capsys):
+def test_one_item_is_named_in_the_singular_has_a_wide_interval_and_no_figure_at_equal_length(files, tmp_path, capsys):
     for name, row in (("set", 2), ("a", 2), ("b", 2), ("people", 4)):  # Ada prefers a in the third item
         (tmp_path / f"{name}.jsonl").write_text((files / f"{name}.jsonl").read_text().splitlines(True)[row])
     found = run(tmp_path, tmp_path / "out", judgments=f"{tmp_path}/people.jsonl", data_path=str(files / "train.json"))
-    assert report_text.judge_table(found)[1] == ["Ada", "1", "1", "0", "0", "0", "100.0%", "1.0000", "–", "100.0%"]
+    assert report_text.judge_table(found)[1] == [
+        *["Ada", "1", "1", "0", "0", "0"],
+        *["100.0% (20.7 to 100.0)", "1.0000", "–", "100.0%"],
+    ]
     printed = capsys.readouterr()
     shown, text = " ".join(printed.out.split()), (tmp_path / "out" / "report.html").read_text()
     assert "published (1 instruction, git blob" in printed.err
@@ -339,6 +344,30 @@ def test_the_picture_is_drawn_whatever_the_names(judged):
     assert report_plot.picture({"judges": [], "answerers": [{"rouge_l": None}]}) is None
 
 
+def test_verdicts_that_are_all_alike_have_an_interval_as_wide_as_they_are_few(files, tmp_path):
+    """Resamples of them are all equal: a bootstrap would say 100.0 to 100.0."""
+    rows = [json.loads(line) for line in (files / "people.jsonl").read_text().splitlines()]
+    for count, interval in ((1, "20.7"), (3, "43.9"), (12, "75.8")):
+        own = [row | {"preferred": "first" if row["first"] == A else "second"} for row in rows]
+        write(tmp_path / "j.jsonl", [row for row in own if row["judge"]["name"] == "Ada"][:count])
+        found = run(files, tmp_path / "out", judgments=f"{tmp_path}/j.jsonl")
+        assert report_text.judge_table(found)[1][6] == f"100.0% ({interval} to 100.0)"
+        assert f"95% interval {interval}% to 100.0%" in found["judges"][0]["words"]
+
+
+def test_the_line_at_one_half_ends_above_the_legend(judged):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    canvas, axes = FigureCanvasAgg(figure), figure.subplots()
+    report_plot._rates(axes, judged[1]["judges"], "a")
+    canvas.draw()
+    (half,) = (each for line in axes.collections for each in line.get_segments() if each[0][0] == 0.5)
+    lowest = min(y for _, y in axes.transData.transform(half))
+    assert lowest >= axes.get_legend().get_window_extent(canvas.get_renderer()).y1
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 def test_the_page_in_a_browser_is_as_wide_as_a_phone_and_runs_nothing_it_was_told(judged):
     from playwright.sync_api import sync_playwright
@@ -352,6 +381,9 @@ def test_the_page_in_a_browser_is_as_wide_as_a_phone_and_runs_nothing_it_was_tol
             page.on("pageerror", lambda error, errors=errors: errors.append(str(error)))
             page.on("console", lambda message, errors=errors: errors.append(message.text))
             page.goto((judged[0] / "report.html").as_uri())
+            assert page.evaluate("document.documentElement.scrollHeight") < (7_000 if width == 360 else 5_500)
+            hint = page.evaluate("getComputedStyle(document.querySelector('.wide'), '::before').content")
+            assert ("push the table sideways" in hint) == (width == 360)
             page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (width, scheme)
             assert [url for url in asked if not url.startswith(("file:", "data:"))] == [] and errors == []

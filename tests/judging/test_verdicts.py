@@ -237,11 +237,12 @@ def test_of_too_few_no_rate_is_named_that_would_have_shown(wins, losses, ties, w
     assert said.endswith(words) and "four times in five" not in said
 
 
-def test_one_item_has_no_interval_and_no_figure_at_equal_length():
+def test_one_item_has_a_wide_interval_and_no_figure_at_equal_length():
     rate, length = comparison.win_rate(some(1, 0)), bias.length_bias(some(1, 0), {"0": (30, 20)})
     assert report_text.win_words(rate, A, B) == (
-        "alpaca wins 1, davinci 0, 0 ties: a win rate of 100.0% for alpaca. No difference can be seen (sign test, p = "
-        "1.00). A sign test of 1 decided instruction can show nothing: it takes at least 6."
+        "alpaca wins 1, davinci 0, 0 ties: a win rate of 100.0% for alpaca (95% interval 20.7% to 100.0%). No "
+        "difference can be seen (sign test, p = 1.00). A sign test of 1 decided instruction can show nothing: it takes "
+        "at least 6."
     )
     assert math.isnan(length["length_controlled"]) and report_text.length_words(rate, length, A, B) is None
     five, six = (bias.length_bias(some(n, 0), {str(i): (30, 20 + i) for i in range(n)}) for n in (5, 6))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 
 import pytest
@@ -112,9 +113,10 @@ def test_undo_takes_back_the_annotators_own_last_votes_one_by_one(opened, tmp_pa
     box = opened()
     for name, choice in (("eve", "first"), ("eve", "tie"), ("max", "second")):
         box.vote(name, box.next(name), choice)
-    assert box.undo("eve") and box.next("eve") == 1
+    assert not box.undo("eve", 0) and not box.undo("max", 1)  # not their last
+    assert box.undo("eve", 1) and box.next("eve") == 1
     assert [(row["judge"]["name"], row["preferred"]) for row in rows(tmp_path)] == [("eve", "first"), ("max", "second")]
-    assert box.undo("eve") and not box.undo("eve") and box.next("eve") == 0
+    assert box.undo("eve", 0) and not box.undo("eve", 0) and box.next("eve") == 0
     box.vote("eve", 0, "second")
     box = opened()
     assert (box.done("eve"), box.done("max")) == (1, 1)
@@ -165,11 +167,25 @@ def test_a_vote_that_is_not_on_disk_is_not_counted_and_none_is_written_behind_it
 def test_a_vote_counts_when_only_the_output_cannot_be_written(opened, tmp_path, monkeypatch, caplog):
     box = opened()
     with monkeypatch.context() as patch:
-        patch.setattr("alpaca.judging.votes.write_records", lambda rows, path: open(tmp_path / "no" / "folder", "w"))
+        patch.setattr("alpaca.judging.votes.json_text", lambda row: open(tmp_path / "no" / "folder", "w"))
         assert box.vote("eve", 0, "first")
     assert rows(tmp_path) == [] and "votes.jsonl" in caplog.text
     box.vote("eve", 1, "tie")
     assert [row["preferred"] for row in rows(tmp_path)] == ["first", "tie"]
+
+
+def test_a_vote_is_appended_and_leaves_the_rows_before_it_alone(opened, tmp_path, monkeypatch):
+    box = opened()
+    before = os.stat(tmp_path / "votes.jsonl").st_ino
+    with monkeypatch.context() as patch:
+        patch.setattr("alpaca.judging.votes.write_records", lambda rows, path: pytest.fail("all rows are written"))
+        for place in range(5):
+            box.vote("eve", place, "tie")
+    assert len(rows(tmp_path)) == 5 and os.stat(tmp_path / "votes.jsonl").st_ino == before
+    box.undo("eve", 4)
+    assert len(rows(tmp_path)) == 4
+    box.vote("max", 0, "first")
+    assert [row["judge"]["name"] for row in rows(tmp_path)] == ["eve"] * 4 + ["max"]
 
 
 def test_many_at_once_lose_no_vote(opened, tmp_path):

@@ -46,13 +46,18 @@ class Site:
     def votes(self, name=None):
         return [row for row in utils.jload(self.path) if name in (None, row["judge"]["name"])]
 
+    def begin(self, name):
+        """(status, body) of a program's visit that begins under a name; votes and undo are then of that visit."""
+        return self.call(None, [name], name)
+
     def call(self, endpoint, data, session="program"):
-        """(status, body) of what a program that sends the page's own requests gets."""
+        """(status, body) of what a program that sends the page's own requests gets; None begins."""
         connection = http.client.HTTPConnection(urllib.parse.urlsplit(self.url).netloc, timeout=20)
         index = next(
             dependency["id"]
             for dependency in self.page.config["dependencies"]
-            if [endpoint, "click"] in ([self.id_of(target), event] for target, event in dependency["targets"])
+            if [endpoint, "click" if endpoint else "submit"]
+            in ([self.id_of(target), event] for target, event in dependency["targets"])
             and dependency["backend_fn"]
         )
         body = json.dumps({"data": data, "fn_index": index, "session_hash": session})
@@ -151,6 +156,7 @@ def test_buttons_skip_and_undo_do_as_keys_do(visit, site):
     assert [(vote["preferred"], vote["error"]) for vote in site.votes("Bo")] == [("second", None), (None, "skipped")]
     page.press("u", 1)
     page.see("Taken back: choose again.", ".status")
+    assert page.button("Undo (U)").is_enabled()
     page.press("U", 0)
     assert page.text(0) == first and site.votes("Bo") == []
     page.button("1 is better (← or 1)").click()
@@ -230,6 +236,27 @@ def test_what_an_answer_says_is_text_and_markdown_is_rendered_on_both_sides(visi
     while "<i>a</i>" not in (task := page.page.locator(".task").inner_text()):
         page.press("3", int(page.page.locator(".progress").inner_text()[0]) + 1)
     assert "Say <i>a</i>." in task and page.page.evaluate("window.hit") is None
+
+
+@needs_browser
+def test_the_first_screen_names_the_keys_and_waits_for_a_name(visit):
+    page = visit()
+    page.page.wait_for_function("window.pairShown")
+    said = page.page.locator("main").inner_text()
+    assert "Keys: 1 is better (← or 1), 2 is better (→ or 2), Tie (3), Skip (4), Undo (U)." in said
+    assert page.page.evaluate("document.activeElement === document.querySelector('input')")
+
+
+def test_an_answer_that_was_cut_off_says_so_on_whichever_side_it_is(tmp_path):
+    rows = {item.id: {"finish_reason": "length"} for item in ITEMS[:1]}
+    cut = Answers("raven-13b", {item.id: f"croak {item.id}" for item in ITEMS}, [], rows)
+    ballots = Ballots(ITEMS, SPARROW, cut, tmp_path / "cut.jsonl", seed=1)
+    for place, item in enumerate(ballots.items):
+        shown = judge_page.render_pair(*ballots.pair("Ann", place), ballots.cut_off("Ann", place))
+        marked = [judge_page.CUT in half for half in shown.split("Answer 2</h2>")]
+        croaks = ["croak" in half for half in shown.split("Answer 2</h2>")]
+        assert marked == (croaks if item.id in rows else [False, False])
+    ballots.close()
 
 
 def test_white_space_and_emptiness_look_alike():
@@ -331,14 +358,16 @@ judge_page.serve(ITEMS, SPARROW, RAVEN, "votes.jsonl", port=int(sys.argv[1]))
 
 @pytest.mark.parametrize("place", [-1, 3, 10**9, None, "two"])
 def test_a_program_cannot_vote_on_a_pair_that_is_not_there(site, place):
+    assert site.begin("Prog")[0] == 200
     before = site.votes()
-    status, body = site.call("choose-first", ["Prog", place])
+    status, body = site.call("choose-first", [None, place], "Prog")
     assert (status, site.votes()) == (500, before)
     assert not [secret for secret in SECRETS if secret in body]
 
 
 def test_a_programs_place_between_two_pairs_is_a_vote_on_the_pair_that_it_is_rounded_to(site):
-    status, body = site.call("choose-first", ["Half", 0.5])
+    site.begin("Half")
+    status, body = site.call("choose-first", [None, 0.5], "Half")
     assert (status, [vote["id"] for vote in site.votes("Half")]) == (200, [site.ballots.items[0].id])
     assert not [secret for secret in SECRETS if secret in body]
 
@@ -346,16 +375,41 @@ def test_a_programs_place_between_two_pairs_is_a_vote_on_the_pair_that_it_is_rou
 @pytest.mark.parametrize("name", ["", None, "x" * 61, "a\nb"])
 def test_a_program_needs_a_name(site, name):
     before = site.votes()
-    assert site.call("choose-tie", [name, 0])[0] == 500
-    assert site.votes() == before
+    assert site.begin(name)[0] == 500
+    status, body = site.call("choose-tie", [None, 0], "nobody")
+    assert (status, site.votes()) == (500, before) and "does not know your name" in body
+
+
+def test_a_vote_and_an_undo_belong_to_the_visit_that_voted(site):
+    site.begin("Owner")
+    assert site.call("choose-first", [None, 0], "Owner")[0] == 200
+    kept = site.votes("Owner")
+    forged = {"name": "Owner", "voted": [0]}
+    assert site.call("choose-undo", [forged], "stranger")[0] == 500  # what it says of itself does not count
+    assert site.call("choose-second", [forged, 1], "stranger")[0] == 500
+    site.call(None, ["owner"], "another visit")  # under the same name
+    status, body = site.call("choose-undo", [forged], "another visit")
+    assert status == 200 and "There is nothing to take back here." in body
+    assert site.votes("Owner") == kept and len(kept) == 1
+    assert "Taken back" in site.call("choose-undo", [None], "Owner")[1] and site.votes("Owner") == []
+
+
+def test_a_function_that_does_not_exist_is_one_line_in_the_log(site, caplog):
+    connection = http.client.HTTPConnection(urllib.parse.urlsplit(site.url).netloc, timeout=20)
+    body = json.dumps({"data": [], "fn_index": 999, "session_hash": "x"})
+    connection.request("POST", "/gradio_api/run/predict", body, {"Content-Type": "application/json"})
+    assert connection.getresponse().status == 500
+    assert [record.getMessage() for record in caplog.records] == ["POST /gradio_api/run/predict failed: KeyError: 999"]
+    assert caplog.records[0].exc_info is None
 
 
 def test_a_vote_that_cannot_be_saved_is_told_and_tells_no_path(site, monkeypatch, caplog):
     def full(entries):
         raise OSError(28, "No space left on device", str(site.path))
 
+    site.begin("Full")
     monkeypatch.setattr(site.ballots._journal, "append", full)
-    status, body = site.call("choose-first", ["Full", 0])
+    status, body = site.call("choose-first", [None, 0], "Full")
     assert status == 500 and "could not be saved; the terminal of the server says why" in body
     assert not [secret for secret in SECRETS if secret in body] and "No space left" in caplog.text
 

@@ -140,7 +140,8 @@ def test_an_input_holds_for_one_instruction_and_quit_or_the_end_leaves(tiny_llam
         (["/input\\", "a"], ("/input", "a"), 0),
         (["/input\npasted\nlines"], ("/input", "pasted\nlines"), 0),
         (["/reset\npasted"], ("", "/reset\npasted"), 0),
-        (["/inputs are not a command"], ("", "/inputs are not a command"), 0),
+        (["/temprature 0"], ("/temprature", "0"), 0),  # to be refused
+        (['"""/temprature 0"""'], ("", "/temprature 0"), 0),
         (["/etc/passwd is what?"], ("", "/etc/passwd is what?"), 0),
         ([" /quit "], ("/quit", ""), 0),
         ([""], ("", ""), 0),
@@ -151,6 +152,26 @@ def test_a_message_may_have_several_lines(lines, message, left):
     rest = iter(lines)
     assert chat.read_message(lambda prompt: next(rest, None)) == message
     assert len(list(rest)) == left
+
+
+def test_sampling_can_be_set_in_a_conversation_and_a_wrong_command_is_an_error(tiny_llama, monkeypatch, capsys, asked):
+    lines = "/temperature 0\n/max_new_tokens 3\n/temprature 1\n/top_p 2\n/seed x\n/top_p\none\n"
+    with pytest.raises(SystemExit) as exit:
+        run_chat(monkeypatch, "--model_path", tiny_llama, "--device", "cpu", stdin=lines)
+    assert exit.value.code == 1
+    out, err = capsys.readouterr()
+    assert err.splitlines() == [
+        "temperature is 0.0",
+        "max_new_tokens is 3",
+        "error: unknown command /temprature: /help lists them",
+        "error: max_new_tokens must be at least 1, temperature at least 0, and top_p above 0 and at most 1",
+        "error: /seed needs a number, as in the line that /help shows",
+        "top_p is 0.9",
+        "note: cut off at --max_new_tokens",
+    ]
+    assert asked == [utils.format_prompt("one")]
+    greedy = "".join(stream_text(*load(tiny_llama, "cpu"), utils.format_prompt("one"), 3, 0))
+    assert out == greedy + "\n"
 
 
 TURNS = "{% for m in messages %}{{ '<s>' + m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
@@ -244,6 +265,40 @@ def test_a_folder_without_a_tokenizer_or_with_a_diff_is_one_line(paris, tmp_path
     assert "\n" not in exit.value.code
 
 
+CONFIG, TOKENIZER, GENERATION = "config.json", "tokenizer_config.json", "generation_config.json"
+ODD_VALUES = [
+    *((CONFIG, "max_position_embeddings", value) for value in (None, "2048", 0, -1, 2.5, [1])),
+    *((CONFIG, "num_attention_heads", value) for value in (0, None, "1", 3, -1)),
+    *((CONFIG, "eos_token_id", value) for value in ("</s>", [[2]], {"a": 1}, -1)),
+    *((CONFIG, "vocab_size", value) for value in (None, "7", 0, -7)),
+    *((CONFIG, "num_hidden_layers", value) for value in ("1", None, -1)),
+    *((CONFIG, "rope_parameters", value) for value in ("x", {"rope_type": "nothing"}, [])),
+    *((CONFIG, "architectures", value) for value in ([1], [None], 5)),
+    *((CONFIG, "model_type", value) for value in (None, 5, [])),
+    *((CONFIG, "dtype", value) for value in ("float99", [])),
+    *((CONFIG, name, "x") for name in ("quantization_config", "hidden_act", "rms_norm_eps")),
+    *((TOKENIZER, "eos_token", value) for value in (5, {}, True)),
+    *((TOKENIZER, name, "x") for name in ("model_max_length", "added_tokens_decoder", "padding_side", "chat_template")),
+    *((GENERATION, "eos_token_id", value) for value in ("</s>", {}, 2.0, [[2]])),
+    *((file, "", value) for file in (CONFIG, TOKENIZER, GENERATION) for value in ([], None, 5, "x")),
+]
+
+
+@pytest.mark.parametrize(("file", "name", "value"), ODD_VALUES)
+def test_an_odd_value_in_a_models_files_is_one_line_or_does_not_matter(
+    paris, tmp_path, monkeypatch, capsys, file, name, value
+):
+    folder = shutil.copytree(paris, tmp_path / "model")
+    values = json.loads((folder / file).read_text()) | {name: value} if name else value
+    (folder / file).write_text(json.dumps(values))
+    try:
+        run_chat(monkeypatch, "--model_path", folder, "--device", "cpu", "--instruction", "x")
+        assert capsys.readouterr().out == "Paris is.\n"
+    except SystemExit as exit:
+        assert exit.code.startswith(f"error: {folder}") and len(exit.code) > len(f"error: {folder}: ") + 10
+        assert len(exit.code.splitlines()) == 1
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The terminal, a real one.
 
@@ -304,6 +359,29 @@ def test_in_a_terminal_pasted_lines_are_one_message_and_ctrl_c_stops_an_answer_a
     )
     assert code == 0
     assert chat.ALONE.splitlines()[0] in shown and "Traceback" not in shown
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a pseudo-terminal, as Linux has it")
+def test_in_a_terminal_ctrl_c_on_a_line_that_has_begun_clears_the_line_alone(tmp_path):
+    """Also right after another Ctrl-C, which would make it the second, and in the middle of a message."""
+    model = chain(tmp_path / "model", " again", " and", loop=True)
+    code, shown = in_a_terminal(
+        model,
+        ("> ", "say it\r"),
+        ("again and again", "\x03"),
+        ("[stopped]", ""),
+        ("> ", "half a line"),
+        ("half a line", "\x03"),
+        ("> ", '"""\r'),
+        ("… ", "\x03"),
+        ("> ", "\x03"),
+        ("press Ctrl-C again to leave", ""),
+        ("> ", "more"),
+        ("more", "\x03"),
+        ("> ", "/quit\r"),
+    )
+    assert code == 0 and "Traceback" not in shown
+    assert shown.count("press Ctrl-C again") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -462,15 +540,19 @@ def test_an_answer_of_nothing_is_told(capsys, pieces, cut, note):
 
 
 @pytest.mark.parametrize(
-    ("terminal", "shown"), [(True, "é\tok]0;title[2J\n\n"), (False, "é\tok\x1b]0;title\x07\x9b\r\x1b[2J\n\n")]
+    ("terminal", "shown"),
+    [
+        (True, "é\tok\\x1b]0;title\\x07\\x9b\\r\\x1b[2J\\u202eabc\\u2066\n\n"),
+        (False, "é\tok\x1b]0;title\x07\x9b\r\x1b[2J\u202eabc\u2066\n\n"),
+    ],
 )
-def test_a_terminal_gets_no_control_characters_and_a_file_gets_every_byte(monkeypatch, terminal, shown):
+def test_a_terminal_gets_control_characters_spelled_out_and_a_file_gets_every_byte(monkeypatch, terminal, shown):
     class Conversation:
         cut = ""
 
         def ask(self, instruction, input):
             yield "é\tok\x1b]0;title\x07"
-            yield "\x9b\r\x1b[2J\n"
+            yield "\x9b\r\x1b[2J\u202eabc\u2066\n"
 
     out = io.StringIO()
     out.isatty = lambda: terminal

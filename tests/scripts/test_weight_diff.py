@@ -7,12 +7,15 @@ import os
 import resource
 import runpy
 import shutil
+import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_one_line_error, run_script
+from conftest import ROOT, assert_one_line_error, run_script
 from made_models import (
     assert_same_bits,
     edit_json,
@@ -28,6 +31,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import weight_diff
 from alpaca import UserError
+from alpaca.common import cli
+from alpaca.weights.writer import ShardWriter
 from weight_diff import compare, make_diff
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -60,7 +65,7 @@ def recover(*args, **kwargs) -> None:
 def test_subtract_and_recover_equal_the_whole_model_way_bit_for_bit(
     tiny_llama, tmp_path, monkeypatch, layout, dtype, rows, chunk
 ):
-    monkeypatch.setattr("alpaca.weights.diff.CHUNK", chunk)
+    monkeypatch.setattr("alpaca.weights.checkpoint.BLOCK", chunk)
     base = load_tensors(tiny_llama)
     raw = write_model(tmp_path / "raw", {n: t.to(dtype) for n, t in base.items()}, layout, tiny_llama)
     tuned = write_model(tmp_path / "tuned", fine_tuned(base, rows), like=tiny_llama, vocab_size=300 + rows)
@@ -290,6 +295,7 @@ def test_every_documented_command_runs(tiny_llama, tmp_path, monkeypatch, capsys
     assert [command[2] for command in commands] == ["make_diff", "recover", "verify", "compare"]
     paths["RECOVERED"] = paths["TUNED"]
     printed = []
+    monkeypatch.setattr(cli, "end_on_signals", lambda: None)  # or this process would obey them so
     for command, places in zip(commands, [paths | {"TUNED": trained}, paths, paths, paths], strict=True):
         monkeypatch.setattr("sys.argv", [str(places.get(word, word)) for word in command[1:]])
         runpy.run_path(weight_diff.__file__, run_name="__main__")
@@ -333,7 +339,10 @@ def test_compare_says_that_all_are_equal_whatever_the_layout(tmp_path, capsys):
             {"b": torch.tensor([1.0, 2.5], dtype=F16), "a": torch.tensor([0.25])},
             "2 of 3 tensors differ: 1 in type or shape (b: F32 [2] and F16 [2]), 2 in values, by up to 0.5 (a, b)",
         ),
-        ({"d": torch.ones(1)}, "--path_a lacks tensors that --path_b has: d; another base model?"),
+        (
+            {"d": torch.ones(1)},
+            "--path_a lacks tensors that --path_b has: d; another base model? Their config.json do not say",
+        ),
     ],
 )
 def test_compare_names_what_differs(tmp_path, other, message):
@@ -532,6 +541,7 @@ def test_raw_needs_no_tokenizer(folders):
 
 def test_make_diff_takes_the_originals_device(folders, monkeypatch):
     argv = ["--path_raw", folders / "raw", "--path_tuned", folders / "tuned", "--path_diff", folders / "new"]
+    monkeypatch.setattr(cli, "end_on_signals", lambda: None)
     monkeypatch.setattr("sys.argv", ["weight_diff.py", "make_diff", *map(str, argv), "--device", "cuda"])
     runpy.run_path(weight_diff.__file__, run_name="__main__")
     assert_same_bits(load_tensors(folders / "new"), load_tensors(folders / "diff"))
@@ -581,6 +591,52 @@ def test_a_write_that_fails_in_the_middle_leaves_nothing(folders, task):
         else:
             recover(folders / "raw", folders / "diff", folders / "new")
     assert left_in(folders) == before
+
+
+@pytest.mark.parametrize("task", ["make_diff", "recover"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN], ids=["obeyed", "ignored"])
+def test_a_signal_ends_it_as_ctrl_c_does_unless_it_is_ignored(folders, monkeypatch, task, number, before):
+    """nohup has SIGHUP ignored, and it stays ignored. The signal comes when something has been written."""
+    write, there = ShardWriter.write, left_in(folders)
+
+    def signalled(writer, *args) -> None:
+        write(writer, *args)
+        assert ".new.unfinished" in left_in(folders)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(ShardWriter, "write", signalled)
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            signal.signal(number, before)
+            cli.end_on_signals()
+            if task == "make_diff":
+                make_diff(folders / "raw", folders / "tuned", folders / "new")
+            else:
+                recover(folders / "raw", folders / "diff", folders / "new")
+            code = 0
+        except SystemExit as e:
+            code = e.code
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if before == signal.SIG_IGN:
+        assert (code, left_in(folders)) == (0, sorted([*there, "new"]))
+    else:
+        assert (code, left_in(folders)) == (128 + number, there)
+
+
+def test_the_script_ends_at_a_signal_without_a_traceback(folders):
+    code = "import os, runpy, signal, sys; from alpaca.weights.writer import ShardWriter; sys.argv.pop(0); "
+    code += "ShardWriter.write = lambda *_: os.kill(os.getpid(), signal.SIGTERM); "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    flags = ["recover", f"--path_raw={folders / 'raw'}", f"--path_diff={folders / 'diff'}"]
+    before, command = left_in(folders), [sys.executable, "-c", code, weight_diff.__file__, *flags]
+    run = subprocess.run([*command, f"--path_tuned={folders / 'new'}"], cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, left_in(folders)) == (128 + signal.SIGTERM, before), run.stderr
+    assert "Traceback" not in run.stderr
 
 
 @pytest.mark.parametrize("zipped", [{}, {"_use_new_zipfile_serialization": False}], ids=["zip", "bare pickle"])

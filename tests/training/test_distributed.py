@@ -147,8 +147,8 @@ def parse(*words, out):
 
 def test_fsdp_words_become_the_configuration(two_processes, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    args = parse("--fsdp", "shard_grad_op auto_wrap", out=tmp_path)
-    assert args.fsdp is True and args.fsdp_config["reshard_after_forward"] is False
+    args = parse("--fsdp", "full_shard auto_wrap", out=tmp_path)
+    assert args.fsdp is True
     assert args.fsdp_config["state_dict_type"] == "SHARDED_STATE_DICT"
     for words in (["--fsdp"], ["--fsdp", "True"]):
         args = parse(*words, "--fsdp_config", "configs/fsdp.json", out=tmp_path)
@@ -158,13 +158,12 @@ def test_fsdp_words_become_the_configuration(two_processes, tmp_path, monkeypatc
         parse("--fsdp", "hybrid_shard", out=tmp_path)
 
 
-def test_offload_keeps_gradients_sharded_and_is_ignored_without_a_gpu(two_processes, tmp_path, monkeypatch, capsys):
+def test_offload_keeps_gradients_sharded_and_is_nothing_without_a_gpu(two_processes, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     for words in (["full_shard auto_wrap offload"], ["--fsdp_config", "configs/fsdp_offload.json"]):
         args = parse("--fsdp", *words, out=tmp_path)
         assert args.accelerator_config.gradient_accumulation_kwargs == {"sync_each_batch": True}
         assert "cpu_offload" not in args.fsdp_config
-        assert "cpu_offload is ignored" in capsys.readouterr().out
 
 
 def test_fsdp_1_is_refused(two_processes, tmp_path):
@@ -235,8 +234,7 @@ def test_a_deepspeed_file_that_saves_no_weights_is_mended_and_its_scheduler_repo
     distributed.before_init(args)
     said = capsys.readouterr().out.splitlines()
     assert args.deepspeed["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
-    assert len(said) == 2
-    assert "replaces lr_scheduler_type cosine" in said[0] and "no model.safetensors" in said[1]
+    assert len(said) == 1 and "replaces lr_scheduler_type" in said[0]
     args = Arguments(deepspeed=str(ROOT / "configs" / "default_offload_opt_param.json"))
     distributed.before_init(args)
     assert capsys.readouterr().out == ""
@@ -269,24 +267,16 @@ def test_deepspeed_that_is_not_installed_is_refused_with_its_cure(monkeypatch):
         distributed.before_init(Arguments(deepspeed="configs/deepspeed_zero3_offload.json"))
 
 
-def test_bf16_on_a_gpu_without_it_is_refused_and_on_a_cpu_is_run_there(monkeypatch):
-    monkeypatch.setattr(distributed, "is_torch_bf16_gpu_available", lambda: False)
+def test_bf16_on_a_gpu_that_only_emulates_it_is_refused_and_on_a_cpu_is_run_there(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    with pytest.raises(UserError, match="this GPU has no bf16 .* use fp16, or neither"):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    with pytest.raises(UserError, match="this GPU has no bf16 .emulated, it is many times slower.: use fp16"):
         distributed.before_init(Arguments(bf16=True))
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     args = Arguments(bf16=True)
     distributed.before_init(args)
     assert args.use_cpu
-
-
-def test_bf16_on_a_gpu_that_only_emulates_it_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(distributed, "is_torch_bf16_gpu_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    with pytest.raises(UserError, match="this GPU has no bf16 .emulated, it is many times slower.: use fp16"):
-        distributed.before_init(Arguments(bf16=True))
 
 
 def test_the_originals_fsdp_command_trains_with_fsdp_in_bf16_and_its_loss_is_not_rounded(tiny_llama, tmp_path):

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 
 from alpaca.common.records import load_records
 from alpaca.training import meter
+from alpaca.training.checkpoints import set_aside_newer
 from alpaca.training.examples import IGNORE_INDEX
 from alpaca.training.meter import count_tokens, log_line, model_flops, peak_flops
 from alpaca.training.trainer import Trainer
@@ -156,6 +157,7 @@ def test_a_resumed_run_counts_on_from_the_checkpoints_own_step(tiny_llama, tmp_p
     run = trainer(tiny_llama, tmp_path, **settings)
     run.train()
     resumed = trainer(tiny_llama, tmp_path, **settings)
+    set_aside_newer(tmp_path, tmp_path / "checkpoint-2")
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert resumed.meter.totals.tokens == run.meter.totals.tokens == TOKENS
     assert resumed.meter.totals.padding == run.meter.totals.padding

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import train
 from alpaca import RankError, UserError
 from alpaca.common import memory as host_memory
-from alpaca.training.checkpoints import REHEARSAL
+from alpaca.training.checkpoints import REHEARSAL, set_aside_newer
 from alpaca.training.preflight import checks as preflight
 from alpaca.training.preflight import packing as packing_check
 from alpaca.training.preflight import rehearsal
@@ -377,6 +377,7 @@ def test_training_after_a_rehearsal_equals_training_without_it_bit_for_bit(tiny_
     assert not (tmp_path / REHEARSAL).exists()
 
     rehearsed = make(args, rows)
+    set_aside_newer(tmp_path, None)
     rehearsed.train()
     losses = [[entry.get("loss") for entry in trainer.state.log_history] for trainer in (plain, rehearsed)]
     assert losses[0] == losses[1] and len(losses[0]) == 4

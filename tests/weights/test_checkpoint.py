@@ -1,4 +1,4 @@
-"""checkpoint.py: safetensors and .bin shards in, piece by piece; what does not fit its file is refused."""
+"""checkpoint.py: safetensors and .bin shards in, row by row; what does not fit its file is refused."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import json
 import os
 import sys
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
-from made_models import at_most_more, bin_folder, folder_with, repacked, whole
-from safetensors.torch import save_file
+from made_models import assert_same_bits, at_most_more, bin_folder, folder_with, repacked, whole, write_model
+from safetensors.torch import load_file, save_file
 
 from alpaca import UserError
-from alpaca.weights.checkpoint import CheckpointReader, check_model_folder, read_json
+from alpaca.weights.checkpoint import FLOATS, CheckpointReader, check_model_folder, read_json
+from alpaca.weights.pair import check_floats
 
 TENSORS = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([[3, 4]], dtype=torch.float16)}
 
@@ -61,9 +63,9 @@ def test_a_bin_from_before_the_zip_format_is_read(tmp_path):
     folder = folder_with(tmp_path / "model")
     torch.save(TENSORS, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     assert read_all(folder) == READ
-    assert CheckpointReader(folder).bare_pickles() == [folder / "pytorch_model.bin"]
+    assert CheckpointReader(folder).bins(zipped=False) == [folder / "pytorch_model.bin"]
     for name, tensors in (("zip", {"pytorch_model__bin": TENSORS}), ("data", {"model__safetensors": TENSORS})):
-        assert CheckpointReader(folder_with(tmp_path / name, **tensors)).bare_pickles() == []
+        assert CheckpointReader(folder_with(tmp_path / name, **tensors)).bins(zipped=False) == []
 
 
 def test_safetensors_come_before_a_bin_of_the_same_folder(tmp_path):
@@ -126,7 +128,7 @@ BAD_WEIGHTS = {
     ),
     "index with a file of two lines": (
         {"pytorch_model__bin__index__json": index(a="x\nall is well__bin")},
-        [r"'x\nall is well.bin' has control characters"],
+        [r"points outside its folder ('x\nall is well.bin')"],
     ),
     "safetensors with a name of two lines": (
         {"model__safetensors": {"a\nb": torch.ones(1)}},
@@ -140,13 +142,6 @@ BAD_WEIGHTS = {
     "index that names the wrong shard": (
         {"x__bin": {"b": TENSORS["b"]}, "pytorch_model__bin__index__json": index(a="x__bin")},
         ["x.bin lacks the tensor a"],
-    ),
-    "index that does not list a tensor": (
-        {
-            "x__safetensors": TENSORS,
-            "model__safetensors__index__json": index(a="x__safetensors"),
-        },
-        ["x.safetensors holds b, which model.safetensors.index.json does not list", "download both again"],
     ),
     "index without a map": ({"model__safetensors__index__json": {"metadata": {}}}, ["no weight_map"]),
     "index with a map to numbers": ({"model__safetensors__index__json": {"weight_map": {"a": 1}}}, ["no weight_map"]),
@@ -174,18 +169,19 @@ def test_weights_that_cannot_be_trusted_or_read_are_refused_in_one_line(tmp_path
     assert "\n" not in str(error.value)
 
 
-def test_a_bin_of_the_other_byte_order_is_refused_in_one_line(tmp_path):
-    """torch swaps the bytes in place, which ends Python where only the places are read."""
+def test_a_bin_of_the_other_byte_order_is_read_in_this_one(tmp_path):
     torch.save({"a": torch.arange(4.0)}, tmp_path / "little.bin")
     folder = folder_with(tmp_path / "model", pytorch_model__bin={"a": torch.arange(4.0)})
+    swapped = torch.arange(4.0).numpy().byteswap().tobytes()
     with (
         zipfile.ZipFile(tmp_path / "little.bin") as little,
         zipfile.ZipFile(folder / "pytorch_model.bin", "w") as big,
     ):
         for record in little.infolist():
-            big.writestr(record.filename, b"big" if record.filename.endswith("byteorder") else little.read(record))
-    with pytest.raises(UserError, match="pytorch_model.bin was saved on a big-endian machine"):
-        CheckpointReader(folder)
+            name = record.filename
+            data = b"big" if name.endswith("byteorder") else swapped if name.endswith("data/0") else little.read(record)
+            big.writestr(name, data)
+    assert whole(CheckpointReader(folder), "a").tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.95])
@@ -200,7 +196,7 @@ def test_a_truncated_file_is_refused_in_one_line(tmp_path, kind, share):
     data = file.read_bytes()
     name = "model__safetensors" if kind == "safetensors" else "pytorch_model__bin"
     folder = folder_with(tmp_path / "model", **{name: data[: int(share * len(data))]})
-    with pytest.raises(UserError, match="cannot be read .truncated.*") as error:
+    with pytest.raises(UserError, match="cannot be read .truncated") as error:
         CheckpointReader(folder)
     assert "\n" not in str(error.value)
 
@@ -218,65 +214,87 @@ def test_code_in_a_pickle_never_runs(tmp_path, zipped):
     assert not (tmp_path / "marker").exists()
 
 
-def test_a_type_that_the_tool_does_not_handle_is_named(tmp_path):
-    folder = folder_with(tmp_path / "model", model__safetensors={"a": torch.ones(2).to(torch.float8_e4m3fn)})
-    with pytest.raises(UserError, match="a has the type F8_E4M3"):
-        CheckpointReader(folder).spec("a")
-
-
-@pytest.mark.parametrize("layout", ["safetensors", "bin", "bin before the zip format", "bin of views"])
-def test_any_part_of_a_tensor_is_read_as_the_whole_has_it(tmp_path, layout):
-    """Views: b is rows 1 and 2 of a storage of 4, c is its transpose, which is not one piece in the file."""
-    base = torch.arange(12.0).reshape(4, 3)
-    tensors = {
-        "a": torch.arange(7).to(torch.bfloat16),
-        "b": base[1:3],
-        "c": base.T,
-        "d": torch.tensor(5),
-        "e": base[:0],
-    }
-    folder = folder_with(tmp_path / "model")
-    if layout == "safetensors":
-        save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    else:
-        copies = tensors if layout == "bin of views" else {n: t.contiguous().clone() for n, t in tensors.items()}
-        torch.save(copies, folder / "pytorch_model.bin", _use_new_zipfile_serialization="before" not in layout)
-    reader = CheckpointReader(folder)
-    assert reader.specs() == {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    for name, tensor in tensors.items():
-        flat = tensor.reshape(-1)
-        assert torch.equal(whole(reader, name), tensor)
-        for start in range(len(flat)):
-            for count in range(len(flat) - start + 1):
-                part = reader.read(name, start, torch.empty(count, dtype=tensor.dtype))
-                assert part.tolist() == flat[start : start + count].tolist()
-
-
-def test_a_tensor_that_is_not_one_piece_is_copied_once_and_not_for_each_chunk(tmp_path, monkeypatch):
-    tensors = {"a": torch.arange(12.0).reshape(3, 4).T, "b": torch.arange(6.0).reshape(2, 3).T}
-    reader = CheckpointReader(folder_with(tmp_path / "model", pytorch_model__bin=tensors))
-    copied, reshape = [], torch.Tensor.reshape
-
-    def noted(tensor, *shape):
-        copied.append(tuple(tensor.shape))
-        return reshape(tensor, *shape)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "reshape", noted)
-        read = {
-            name: [reader.read(name, i, torch.empty(1)).item() for i in range(t.numel())] for name, t in tensors.items()
-        }
-    assert read == {name: tensor.reshape(-1).tolist() for name, tensor in tensors.items()}
-    assert copied == [(4, 3), (3, 2)]
-
-
-def test_a_bin_is_read_where_torch_does_not_say_the_places(tmp_path, monkeypatch):
-    """As before torch 2.7: the shard is mapped instead."""
-    folder = folder_with(tmp_path / "model", pytorch_model__bin=TENSORS)
-    monkeypatch.setattr(
-        torch.UntypedStorage, "_checkpoint_offset", property(lambda self: None, lambda self, value: None)
+@pytest.mark.parametrize("layout", ["safetensors", "bin"])
+def test_types_that_are_no_plain_floats_are_named(tmp_path, layout):
+    eight = torch.ones(2).to(torch.float8_e4m3fn)
+    odd = (
+        {"a": eight}
+        if layout == "safetensors"
+        else {"a": torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8)}
     )
-    assert read_all(folder) == READ
+    write_model(tmp_path / "model", odd, layout)
+    kind = {"safetensors": "float8_e4m3fn", "bin": "qint8"}[layout]
+    with pytest.raises(
+        UserError, match=f"model seems quantized: a is {kind}, not floating point; give the unquantized"
+    ):
+        check_floats(CheckpointReader(tmp_path / "model"))
+
+
+SHAPES = [(), (0,), (1,), (7,), (5, 3), (3, 0, 2), (4, 2, 3), (1, 1), (6, 1)]
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "safetensors-sharded", "bin", "bin-sharded", "bare pickle", "views"])
+@pytest.mark.parametrize("block", [1, 4, 10**6])
+def test_rows_and_blocks_are_those_of_the_library_that_loads_the_whole_file(tmp_path, monkeypatch, layout, block):
+    """In "views" tensors are parts and transposes of one storage; three halves before a float leave it unaligned."""
+    monkeypatch.setattr("alpaca.weights.checkpoint.BLOCK", block)
+    generator = torch.Generator().manual_seed(0)
+    kinds = [torch.float16, torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.int64, torch.bool]
+    tensors = {
+        f"{i}.{kind}.{len(shape)}": (torch.randn(shape, generator=generator) * 9).to(kind)
+        for i, shape in enumerate(SHAPES)
+        for kind in kinds
+    }
+    tensors |= {"first": torch.ones(3).half(), "then": torch.tensor([0.1])}
+    if layout in ("bare pickle", "views"):
+        base = torch.arange(24.0).reshape(6, 4)
+        views = {"rows": base[1:3], "columns": base.T, "every other": base[::2, 1:], "none": base[:0], "all": base}
+        folder = folder_with(tmp_path / "model")
+        zipped = layout == "views"
+        torch.save(tensors | views, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+        expected = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    else:
+        folder = write_model(tmp_path / "model", tensors, layout)
+        files = [file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin")]
+        loaded = [load_file(f) if f.suffix == ".safetensors" else torch.load(f, weights_only=True) for f in files]
+        expected = {name: tensor for part in loaded for name, tensor in part.items()}
+    reader = CheckpointReader(folder)
+    assert reader.specs() == {name: (expected[name].dtype, tuple(expected[name].shape)) for name in reader.names()}
+    assert set(reader.names()) == set(expected)
+    for name, tensor in expected.items():
+        assert_same_bits({name: whole(reader, name)}, {name: tensor})
+        rows = tensor.reshape(1) if tensor.dim() == 0 else tensor
+        blocks = list(reader.blocks(name))
+        assert all(stop - start <= max(1, block) for start, stop in blocks)
+        assert [start for start, _ in blocks[1:]] == [stop for _, stop in blocks[:-1]]
+        for start, stop in [(0, 1), (0, 100), (2, 5), (3, 3), (50, 60)]:
+            assert_same_bits({name: reader.rows(name, start, stop)}, {name: rows[start:stop]})
+
+
+def test_a_shard_may_be_called_like_a_whole_model(tmp_path):
+    """Then the index counts; an index that does not name the file is another model's."""
+    files = {"model__safetensors": {"a": TENSORS["a"]}, "y__safetensors": {"b": TENSORS["b"]}}
+    both = index(a="model__safetensors", b="y__safetensors")
+    assert read_all(folder_with(tmp_path / "model", model__safetensors__index__json=both, **files)) == READ
+    stale = index(a="x__safetensors", b="y__safetensors")
+    reader = CheckpointReader(folder_with(tmp_path / "other", model__safetensors__index__json=stale, **files))
+    assert reader.names() == ["a"]
+
+
+def test_what_the_index_does_not_list_is_there_all_the_same_as_for_from_pretrained(tmp_path):
+    files = {"x__safetensors": TENSORS, "model__safetensors__index__json": index(a="x__safetensors")}
+    assert read_all(folder_with(tmp_path / "model", **files)) == READ
+
+
+def test_of_a_tensor_in_two_shards_the_index_says_which_counts(tmp_path):
+    for number, shard in enumerate(("x", "y")):
+        folder = folder_with(
+            tmp_path / shard,
+            x__safetensors={"a": TENSORS["a"], "b": torch.zeros(1)} if shard == "y" else TENSORS,
+            y__safetensors={"b": TENSORS["b"] if number else torch.zeros(1)},
+            model__safetensors__index__json=index(a="x__safetensors", b=f"{shard}__safetensors"),
+        )
+        assert read_all(folder) == READ
 
 
 def test_layers_come_in_the_order_of_their_numbers(tmp_path):
@@ -306,9 +324,6 @@ def entry(dtype: str, shape: list, begin: int, end: int) -> dict:
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
-TWICE = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
-
-
 @pytest.mark.parametrize(
     ("data", "word"),
     [
@@ -320,7 +335,6 @@ TWICE = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F3
         (safetensors_file({"a": entry("F32", [1], 0, 4), "b": entry("F32", [1], 0, 4)}, b"1234"), "cannot be read"),
         (safetensors_file({"a": entry("F32", [-1], 0, 4)}, b"1234"), "cannot be read"),
         (safetensors_file({"a": entry("F32", [1], 4, 8)}, b"12345678"), "cannot be read"),
-        (safetensors_file(TWICE, b"1234"), "a appears twice"),
         (safetensors_file(b"[" * 10**5), "cannot be read"),
     ],
 )
@@ -335,63 +349,99 @@ def test_a_safetensors_header_that_does_not_fit_its_file_is_refused(tmp_path, da
 @pytest.mark.parametrize(
     "bomb", [lambda: torch.ones(1).expand(10**12), lambda: torch.ones(4).as_strided((2, 10**9), (2, 0))]
 )
-def test_a_tensor_that_repeats_a_few_bytes_for_ever_is_refused_before_memory_is_taken(tmp_path, bomb, zipped):
+def test_a_tensor_that_repeats_a_few_bytes_for_ever_takes_no_memory(tmp_path, bomb, zipped):
     folder = bin_folder(tmp_path, {"a": bomb()}, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match="pytorch_model.bin: a claims .* bytes of a storage of .*: do not trust it"):
-        with at_most_more(10**9):
-            CheckpointReader(folder)
+    with at_most_more(10**9):
+        reader = CheckpointReader(folder)
+        if len(reader.spec("a")[1]) == 1:
+            assert reader.rows("a", 5, 10).tolist() == [1.0] * 5
 
 
-def test_a_compressed_record_is_refused(tmp_path):
-    folder = bin_folder(tmp_path, {"a": torch.zeros(10**6)})
+def test_a_compressed_record_is_refused_by_the_check_of_checksums(tmp_path):
+    """torch would take the compressed bytes for the values."""
+    folder = bin_folder(tmp_path, {"a": torch.rand(1000)})
     repacked(folder / "pytorch_model.bin", lambda name, data: (data, zipfile.ZIP_DEFLATED))
-    with pytest.raises(UserError, match="pytorch_model.bin cannot be read .*is compressed"):
-        CheckpointReader(folder)
+    with pytest.raises(UserError, match="pytorch_model.bin is compressed, which torch.save never does"):
+        CheckpointReader(folder).check_checksums()
 
 
 def test_a_storage_that_is_shorter_than_its_tensor_is_refused(tmp_path):
     folder = bin_folder(tmp_path, {"a": torch.zeros(1000)})
     shorter = lambda name, data: (data[:400] if name.endswith("data/0") else data, zipfile.ZIP_STORED)  # noqa: E731
     repacked(folder / "pytorch_model.bin", shorter)
-    with pytest.raises(UserError, match="pytorch_model.bin cannot be read .*: a does not fit the file"):
+    with pytest.raises(UserError, match="pytorch_model.bin cannot be read"):
         CheckpointReader(folder)
 
 
-def test_sparse_quantized_and_8_bit_tensors_are_refused_by_name(tmp_path):
-    quantized = torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8)
-    for number, tensor in enumerate((torch.eye(3).to_sparse(), quantized, torch.ones(2).to(torch.float8_e4m3fn))):
-        (tmp_path / str(number)).mkdir()
-        name = ("_rebuild_sparse_tensor", "_rebuild_qtensor", "_rebuild_tensor_v3")[number]
-        with pytest.raises(
-            UserError, match=rf"special tensor \(torch._utils.{name}\), which this tool does not handle"
-        ):
-            CheckpointReader(bin_folder(tmp_path / str(number), {"a": tensor}))
+def test_a_sparse_tensor_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds something other than dense tensors by name"):
+        CheckpointReader(bin_folder(tmp_path, {"a": torch.eye(3).to_sparse()}))
 
 
-def test_a_tensor_in_two_shards_is_refused(tmp_path):
-    folder = folder_with(
-        tmp_path / "model",
-        x__safetensors=TENSORS,
-        y__safetensors={"b": TENSORS["b"]},
-        model__safetensors__index__json=index(a="x__safetensors", b="y__safetensors"),
+def pickle_of(value: bytes, name: bytes = b"a") -> bytes:
+    """A pickle of protocol 2 with a dict that has one entry."""
+    return b"\x80\x02}X" + len(name).to_bytes(4, "little") + name + value + b"s."
+
+
+HUGE = {
+    "BINUNICODE": b"X\xf0\xff\xff\xff",
+    "LONG4": b"\x8b\xf0\xff\xff\x7f",
+    "a name without an end": b"c" + b"x" * 1000,
+    "bytearray": pickle_of(b"cbuiltins\nbytearray\n\x8a\x05\x00\x00\x00\x00\x10\x85R"),  # 64 GB, in torch's list
+    "a tensor": pickle_of(b"ctorch\nTensor\n\x8a\x05\x00\x00\x00\x00\x10\x85R"),
+    "os.system": pickle_of(b"cos\nsystem\nX\x04\x00\x00\x00true\x85R"),
+    "INST": pickle_of(b"(ios\nsystem\n"),
+    "STACK_GLOBAL": pickle_of(b"\x8c\x02os\x94\x8c\x06system\x94\x93\x8c\x04true\x85R"),
+    "EXT": pickle_of(b"\x82\x01\x85R"),
+}
+
+
+@pytest.mark.parametrize("pickled", HUGE)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_hostile_pickle_ends_in_one_line_without_code_or_memory(tmp_path, pickled, zipped):
+    folder = bin_folder(tmp_path, {"a": 1}, _use_new_zipfile_serialization=zipped)
+    file = folder / "pytorch_model.bin"
+    data = HUGE[pickled] if HUGE[pickled].startswith(b"\x80") else b"\x80\x02" + HUGE[pickled]
+    if zipped:
+        repacked(file, lambda name, old: (data if name.endswith("data.pkl") else old, zipfile.ZIP_STORED))
+    else:
+        file.write_bytes(data)
+    with pytest.raises(
+        UserError, match=r"pytorch_model.bin (cannot be read|is damaged \(a Git LFS pointer\?\), or its pickle asks)"
+    ) as error:
+        with at_most_more(10**9):
+            CheckpointReader(folder)
+    assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    "dtype", [*FLOATS.values(), torch.float64, torch.int64, torch.int8, torch.bool, torch.complex64]
+)
+def test_a_state_dict_of_every_type_passes(tmp_path, dtype, zipped):
+    with_state = torch.nn.Parameter(torch.ones(2).to(dtype), requires_grad=False)
+    with_state.note = "an attribute"
+    state = OrderedDict(
+        a=torch.ones(2).to(dtype),
+        b=torch.nn.Parameter(torch.ones(2).to(dtype), requires_grad=False),
+        c=with_state,
     )
-    with pytest.raises(UserError, match="b is in two shards, x.safetensors and y.safetensors: download it again"):
-        CheckpointReader(folder)
+    state._metadata = OrderedDict({"": {"version": 1}})  # as Module.state_dict() has it
+    reader = CheckpointReader(bin_folder(tmp_path, state, _use_new_zipfile_serialization=zipped))
+    assert [whole(reader, name).tolist() for name in reader.names()] == [[1, 1]] * 3
 
 
-def test_the_name_that_is_there_twice_is_found_among_any_number(tmp_path):
-    """To count each of 10^5 names would take minutes."""
-    names = ", ".join(f'"{i}": "x.bin"' for i in [*range(10**5), 10**5 - 1])
-    folder = folder_with(tmp_path / "model", pytorch_model__bin__index__json=f'{{"weight_map": {{{names}}}}}')
-    with pytest.raises(UserError, match="index.json is malformed: 99999 appears twice"):
-        CheckpointReader(folder)
-
-
-def test_an_index_that_has_a_name_twice_is_refused(tmp_path):
-    text = '{"weight_map": {"a": "x.bin", "a": "y.bin"}}'
-    folder = folder_with(tmp_path / "model", pytorch_model__bin__index__json=text)
-    with pytest.raises(UserError, match="index.json is malformed: a appears twice"):
-        CheckpointReader(folder)
+def test_a_flipped_bit_in_the_pickle_is_refused_in_one_line(tmp_path):
+    folder = bin_folder(tmp_path, TENSORS)
+    file = folder / "pytorch_model.bin"
+    data = file.read_bytes()
+    for place in (b"_rebuild_tensor_v2", b"OrderedDict", b"FloatStorage"):
+        assert data.count(place) == 1
+        file.write_bytes(data.replace(place, bytes([place[0] ^ 1]) + place[1:]))
+        with pytest.raises(
+            UserError, match="pytorch_model.bin is damaged .* or its pickle asks to run code .*do not trust it"
+        ):
+            CheckpointReader(folder)
 
 
 def test_no_pickle_opcode_resolves_a_name_outside_torchs_list(tmp_path):
@@ -417,7 +467,7 @@ def test_no_pickle_opcode_resolves_a_name_outside_torchs_list(tmp_path):
             heard.clear()
             reader = CheckpointReader(good)
             assert [whole(reader, name).tolist() for name in reader.names()] == [[1, 2], [[3, 4]], [1, 1]]
-            with pytest.raises(UserError, match=r"its pickle asks to run code: posix.mkdir\) and was not loaded"):
+            with pytest.raises(UserError, match=r"its pickle asks to run code \(.*posix.mkdir"):
                 CheckpointReader(evil)
             assert heard == []
         torch.load(evil / "pytorch_model.bin", weights_only=False)

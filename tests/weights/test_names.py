@@ -23,7 +23,6 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import weight_diff
-from alpaca import UserError
 from alpaca.weights.checkpoint import CheckpointReader
 from alpaca.weights.names import same_but_for_a_prefix, tied_names, vocab_size
 from weight_diff import compare, make_diff, verify
@@ -133,8 +132,195 @@ def test_an_output_embedding_that_the_index_leaves_out_is_passed_over_only_when_
         files = {"x__safetensors": {"wte.weight": words, "lm_head.weight": head}}
         folder_with(tmp_path / name, {"model_type": "gpt2"}, model__safetensors__index__json=index, **files)
     assert CheckpointReader(tmp_path / "tied").names() == ["wte.weight"]
-    with pytest.raises(UserError, match="x.safetensors holds lm_head.weight, which .* does not list"):
-        CheckpointReader(tmp_path / "untied")
+    assert CheckpointReader(tmp_path / "untied").names() == ["lm_head.weight", "wte.weight"]
+
+
+def tied_pair(tmp_path: Path, like: Path, raw_stores: str, tuned_stores: str, tuned_ties: bool, rows: int):
+    """raw ties its embeddings; tuned is trained from it. Each stores "embed", "head" or "both".
+
+    Returns:
+        The folders of both, the tensors that tuned stores, and the values that these had before the training.
+    """
+    base = {name: tensor.half() for name, tensor in load_tensors(like).items() if name != HEAD}
+    config = {"tie_word_embeddings": True}
+    stored = {} if raw_stores == "embed" else {HEAD: base[EMBED].clone()}
+    raw = write_model(tmp_path / "raw", stored | base, like=like, **config)
+    if raw_stores == "head":
+        rewrite(raw, model__embed_tokens__weight=None)
+    before = {name: tensor.float() for name, tensor in (base | {HEAD: base[EMBED]}).items()}
+    tensors = fine_tuned(before, rows)
+    if tuned_stores != "both":
+        tensors.pop({"embed": HEAD, "head": EMBED}[tuned_stores])
+    config = {"tie_word_embeddings": tuned_ties, "vocab_size": 300 + rows}
+    return raw, write_model(tmp_path / "tuned", tensors, like=like, **config), tensors, before
+
+
+HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("method", ["subtract", "exact"])
+@pytest.mark.parametrize("rows", [0, 1])
+@pytest.mark.parametrize(
+    ("raw_stores", "tuned_stores", "tuned_ties"),
+    [
+        ("both", "both", True),  # config tied, but tuned's head differs
+        ("embed", "both", True),
+        ("embed", "both", False),  # tuned untied it
+        ("both", "both", False),
+        ("embed", "head", True),  # tuned stores its head alone
+        ("both", "head", True),
+        ("head", "embed", True),
+        ("head", "both", False),
+    ],
+)
+def test_the_head_of_a_tied_base_is_its_input_embedding(
+    tiny_llama, tmp_path, capsys, method, rows, raw_stores, tuned_stores, tuned_ties
+):
+    raw, tuned, tensors, before = tied_pair(tmp_path, tiny_llama, raw_stores, tuned_stores, tuned_ties, rows)
+    make_diff(raw, tuned, tmp_path / "diff", method)
+    recover(raw, tmp_path / "diff", tmp_path / "recovered")
+    recovered = load_tensors(tmp_path / "recovered")
+    if method == "exact":
+        assert_same_bits(recovered, tensors)
+    else:
+        grown = {}
+        for name in tensors:
+            more = rows if name in (HEAD, EMBED) else 0
+            grown[name] = (
+                torch.cat([before[name], before[name].mean(dim=0, keepdim=True).expand(more, -1)])
+                if more
+                else before[name]
+            )
+        wanted = {name: tensor - grown[name] for name, tensor in tensors.items()}
+        assert_same_bits(load_tensors(tmp_path / "diff"), wanted)
+        assert_same_bits(recovered, {name: tensor + grown[name] for name, tensor in wanted.items()})
+    for folder, role in (
+        (raw, "base"),
+        (tuned, "tuned"),
+        (tmp_path / "recovered", "tuned" if method == "exact" else "recovered"),
+    ):
+        capsys.readouterr()
+        verify(folder, tmp_path / "diff")
+        assert f"is the {role} model" in capsys.readouterr().out
+
+
+def test_a_base_without_prefix_that_ties_gives_its_head_to_a_tuned_model_that_does_not(tiny_llama, tmp_path):
+    base = saved(tmp_path / "base", "gpt2", AutoModel, tiny_llama)
+    full = {f"transformer.{name}": tensor for name, tensor in base.items()} | {HEAD: base["wte.weight"].clone()}
+    tuned = write_model(tmp_path / "tuned", fine_tuned(full), like=tmp_path / "base", tie_word_embeddings=False)
+    make_diff(tmp_path / "base", tuned, tmp_path / "diff", "exact")
+    recover(tmp_path / "base", tmp_path / "diff", tmp_path / "recovered")
+    assert_same_bits(load_tensors(tmp_path / "recovered"), load_tensors(tuned))
+
+
+def test_a_tuned_model_that_ties_what_the_base_does_not_is_told_so(folders):
+    edit_json(folders / "raw" / "config.json", tie_word_embeddings=False)
+    edit_json(folders / "tuned" / "config.json", tie_word_embeddings=True)
+    rewrite(folders / "tuned", lm_head__weight=None)
+    message = refused(folders, make_diff, folders / "raw", folders / "tuned", folders / "new")
+    assert message == (
+        "--path_tuned lacks tensors that --path_raw has: lm_head.weight; one config.json ties the output embedding to "
+        "the input embedding, the other does not"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cause, as names and config.json state it.
+
+
+@pytest.mark.parametrize("which", ["raw", "tuned"])
+@pytest.mark.parametrize(
+    ("tensors", "config", "said"),
+    [
+        ({"v_head__summary__weight": torch.ones(1, 8)}, {}, "v_head.summary.weight belongs to a value head, which PPO"),
+        ({"model__q__lora_A__weight": torch.ones(1, 8)}, {}, "belongs to a LoRA adapter: merge it"),
+        ({"rotary_emb__other": torch.ones(1)}, {}, "belongs to a cache that the model computes"),
+        ({"more": torch.ones(1)}, {"hidden_size": 16}, "their config.json differ in hidden_size: "),
+        ({"more": torch.ones(1)}, {"model_type": "opt"}, "their config.json differ in model_type: "),
+        ({"more": torch.ones(1)}, {}, "another base model? Their config.json agree in model_type"),
+        (
+            {"model__norm__weight": torch.ones(9)},
+            {},
+            "another base model? Their config.json agree in model_type; or are",
+        ),
+        ({"model__norm__weight": torch.ones(9)}, {"hidden_size": 16}, "their config.json differ in hidden_size: "),
+    ],
+)
+def test_what_does_not_fit_is_told_with_the_cause_that_names_and_configs_state(folders, which, tensors, config, said):
+    rewrite(folders / which, **tensors)
+    edit_json(folders / which / "config.json", **config)
+    message = refused(folders, make_diff, folders / "raw", folders / "tuned", folders / "new")
+    assert said in message, message
+    assert ("another base model" in message) == ("another base model" in said)
+
+
+def test_caches_of_rotary_embeddings_are_left_out(folders):
+    caches = {f"model__layers__0__rotary_emb__{part}": torch.ones(4, 2) for part in ("cos_cached", "sin_cached")}
+    rewrite(folders / "tuned", **caches)
+    make_diff(folders / "raw", folders / "tuned", folders / "new")
+    assert_same_bits(load_tensors(folders / "new"), load_tensors(folders / "diff"))
+
+
+@pytest.mark.parametrize(
+    ("raw_rows", "tuned_rows", "vocabularies", "said"),
+    [
+        (64, 33, (64, 33), "the larger vocabulary, perhaps padded, is that of --path_raw, resize_token_embeddings(33)"),
+        (33, 32, (33, 32), "the larger vocabulary is that of --path_raw, resize_token_embeddings(32) makes it fit"),
+        (32, 64, (32, 33), "the config.json of --path_tuned has vocab_size 33, its embeddings have 64 rows"),
+        (64, 65, (33, 65), "the config.json of --path_raw has vocab_size 33, its embeddings have 64 rows"),
+    ],
+)
+def test_vocabularies_that_do_not_fit_are_told_with_their_rows(tmp_path, raw_rows, tuned_rows, vocabularies, said):
+    """As 32,064 rows against 32,001."""
+    for name, rows, size in zip(("raw", "tuned"), (raw_rows, tuned_rows), vocabularies, strict=True):
+        write_model(tmp_path / name, {EMBED: torch.ones(rows, 8)}, model_type="llama", vocab_size=size)
+    message = refused(tmp_path, make_diff, tmp_path / "raw", tmp_path / "tuned", tmp_path / "new")
+    assert f"{EMBED} is [{raw_rows}, 8] in --path_raw but [{tuned_rows}, 8] in --path_tuned: {said}" in message
+    assert "base model" not in message
+
+
+QUANTIZED = {
+    "gptq": {"model__norm__qweight": torch.ones(2, 2, dtype=torch.int32), "model__norm__weight": None},
+    "bitsandbytes": {"model__norm__weight": torch.ones(8, 1, dtype=torch.uint8)},
+    "fp8": {"model__norm__weight": torch.ones(8).to(torch.float8_e4m3fn)},
+}
+
+
+@pytest.mark.parametrize("which", ["raw", "tuned"])
+@pytest.mark.parametrize("method", QUANTIZED)
+def test_a_quantized_model_is_named_by_its_method(folders, which, method):
+    rewrite(folders / which, **QUANTIZED[method])
+    edit_json(folders / which / "config.json", quantization_config={"quant_method": method})
+    message = refused(folders, make_diff, folders / "raw", folders / "tuned", folders / "new")
+    assert f"--path_{which} {folders / which} is quantized ({method}): model.norm." in message
+    assert message.endswith("not floating point; give the unquantized model")
+    if which == "raw":
+        message = refused(folders, recover, folders / "raw", folders / "diff", folders / "new")
+        assert f"--path_raw {folders / 'raw'} is quantized ({method})" in message
+
+
+def test_a_quantization_of_float_weights_is_left_out_of_what_is_written(folders, capsys):
+    for which in ("raw", "tuned"):
+        edit_json(folders / which / "config.json", quantization_config={"quant_method": "gptq"})
+    make_diff(folders / "raw", folders / "tuned", folders / "new")
+    said = f"note: {folders / 'tuned' / 'config.json'} has a quantization_config, but its weights are not quantized"
+    assert said in capsys.readouterr().out
+    edit_json(folders / "new" / "config.json", quantization_config={"quant_method": "gptq"})
+    recover(folders / "raw", folders / "new", folders / "recovered")
+    assert "config.json has a quantization_config" in capsys.readouterr().out
+    for name in ("new", "recovered"):
+        config = json.loads((folders / name / "config.json").read_text())
+        assert "quantization_config" not in config or name == "new"
+
+
+def test_code_that_is_not_copied_is_told(folders, capsys):
+    auto_map = {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}
+    edit_json(folders / "tuned" / "config.json", auto_map=auto_map)
+    (folders / "tuned" / "modeling_x.py").write_text("raise SystemExit")
+    make_diff(folders / "raw", folders / "tuned", folders / "new")
+    assert "config.json names Python code (auto_map), which is not copied: publish it too" in capsys.readouterr().out
+    assert json.loads((folders / "new" / "config.json").read_text())["auto_map"] == auto_map
+    assert "modeling_x.py" not in left_in(folders / "new")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,7 +407,7 @@ def test_a_prefix_that_does_not_explain_all_names_is_named_in_the_refusal(folder
     for task, other, flag in ((make_diff, "tuned", "--path_tuned"), (recover, "diff", "--path_diff")):
         assert refused(folders, task, folders / "raw", folders / other, folders / "new") == (
             f"the names in --path_raw lack the prefix 'model.' of those in {flag}, which does not explain "
-            "lm_head.weight: another base model, or one saved without its head?"
+            "lm_head.weight: saved without its head?"
         )
     assert "does not explain lm_head.weight" in refused(folders, verify, folders / "raw", folders / "diff")
     assert "lack the prefix 'model.' of those in --path_b" in refused(
@@ -244,7 +430,8 @@ def test_new_rows_are_found_by_the_vocabulary_of_a_nested_config(folders):
     edit_json(folders / "raw" / "config.json", text_config={"vocab_size": 6})
     shutil.rmtree(folders / "new")
     before = left_in(folders)
-    assert "another base model, or" in refused(folders, make_diff, folders / "raw", folders / "tuned", folders / "new")
+    message = refused(folders, make_diff, folders / "raw", folders / "tuned", folders / "new")
+    assert "the config.json of --path_raw has vocab_size 6, its embeddings have 4 rows" in message
     assert left_in(folders) == before
 
 

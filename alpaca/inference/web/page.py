@@ -7,14 +7,13 @@ the page. What a model writes is untrusted: its Markdown is rendered, its HTML a
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import html
 import logging
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from alpaca import UserError
@@ -26,15 +25,14 @@ from alpaca.inference.answer_file import name_of
 from alpaca.inference.chat import Conversation, next_turn, request_ids
 from alpaca.inference.generate import Settings, context_length
 from alpaca.inference.load import load
+from alpaca.inference.web.line import MAX_WAITING, STREAMS, Line, Turn
 from alpaca.inference.web.reports import FLAGGED, MAX_REASON_CHARS, NOTE, flag
 from alpaca.inference.web.server import COPY, WORKER, check_exposure, gr, page_error, render_answer, render_status, run
 
 MAX_CHARS = 8_000  # of an instruction, and of an input
 MAX_PROMPT_TOKENS = 2_048  # training read 512; never more than half of what the model can read
-MAX_WAITING = 20  # requests in the queue; further ones are refused
 MAX_SEED = 2**31 - 1
 LIMITS = {"max_new_tokens": "the longest answer", "context": "the end of what the model can read"}
-STREAMS = 2  # answers of a model at once: a long one does not keep the next page waiting
 EXAMPLES = [
     ["Give three tips for sleeping better.", ""],
     ["Explain to a ten-year-old why the sky is blue.", ""],
@@ -42,9 +40,11 @@ EXAMPLES = [
     ["Rewrite this sentence so that it is polite.", "Send me the report now."],
     ["Sort these animals by their weight.", "cat, elephant, mouse, horse"],
 ]
-HEADING = """<h1>{}</h1><p class="notice">A small language model that was fine-tuned to follow instructions. It has had
-no safety training and may be wrong, biased or harmful: check what it says before you use it. If it was trained on
-Alpaca data (CC BY-NC 4.0) or on LLaMA, their licenses allow research only, no commercial use. {}</p>"""
+HEADING = """<h1>{}</h1><p class="notice"><b>{}</b> was fine-tuned to follow instructions. It has had no safety training
+and may be wrong, biased or harmful: check what it says before you use it. If it was trained on Alpaca data (CC BY-NC
+4.0) or on LLaMA, their licenses allow research only, no commercial use. {}</p>"""
+TITLE = "Ask an Alpaca model"
+SAY = "() => ['" + render_status("{}") + "', {{__type__: 'update', interactive: {}}}]"
 REMEMBERS = "remembers the conversation until you start a new one"
 ALONE = "answers each instruction on its own and remembers nothing"
 
@@ -57,9 +57,6 @@ class Model:
     model: object
     tokenizer: object
     path: str = ""
-    # For Gradio a stopped answer has ended, while its model may still be reading the prompt. A slot is held until the
-    # model has ended, so that pressing Answer and Stop in turn does not start more than STREAMS.
-    slots: threading.Semaphore = dataclasses.field(default_factory=lambda: threading.Semaphore(STREAMS))
 
     @property
     def remembers(self) -> bool:
@@ -118,64 +115,48 @@ def check(
 
 
 async def answers(
-    models: list[Model], conversations: list[Conversation], instruction: str, input: str
+    models: list[Model], conversations: list[Conversation], instruction: str, input: str, turn: Turn
 ) -> AsyncIterator[list[str]]:
-    """Yield what each model has said so far, at most some 20 times a second. Closing the iterator stops the models.
+    """Yield what each model has said so far, at most some 20 times a second, until all have ended, or ``turn.left``.
 
     Each model has its own thread, so that neither a long prompt nor the end of an answer holds up other pages."""
-    loop, news, left = asyncio.get_running_loop(), asyncio.Queue(), threading.Event()
+    loop, news = asyncio.get_running_loop(), asyncio.Queue()
 
     def tell(*item) -> None:
         try:
             loop.call_soon_threadsafe(news.put_nowait, item)
         except RuntimeError:  # the server has ended
-            left.set()
+            turn.left.set()
 
     def work(index: int) -> None:
         try:
-            asked = conversations[index].ask(instruction, input, left.is_set)
-            _write(models[index].slots, asked, left, lambda piece: tell(index, piece))
+            for piece in conversations[index].ask(instruction, input, turn.left.is_set):
+                tell(index, piece)
             tell(index, None)
         except Exception as e:
             tell(index, e)
 
-    for index in range(len(models)):
-        threading.Thread(target=work, args=(index,), name=WORKER, daemon=True).start()
+    turn.threads = [threading.Thread(target=work, args=(i,), name=WORKER, daemon=True) for i in range(len(models))]
+    for thread in turn.threads:
+        thread.start()
     texts, running = [""] * len(models), len(models)
-    try:
-        while running:
-            batch = [await news.get()]
-            while not news.empty():
-                batch.append(news.get_nowait())
-            for index, piece in batch:
-                if isinstance(piece, UserError):
-                    raise page_error(str(piece))
-                if isinstance(piece, Exception):
-                    logging.error("%s failed", models[index].name, exc_info=piece)
-                    raise page_error(f"{models[index].name} failed; the terminal of the server says why.")
-                if piece is None:
-                    running -= 1
-                else:
-                    texts[index] += piece
-            yield list(texts)
-            if running:
-                await asyncio.sleep(0.05)
-    finally:
-        left.set()
-
-
-def _write(slots: threading.Semaphore, answer: Iterator[str], left: threading.Event, tell: Callable) -> None:
-    """Pass an answer to ``tell`` piece by piece until ``left`` is set."""
-    while not slots.acquire(timeout=0.1):
-        if left.is_set():
-            return
-    try:
-        if not left.is_set():
-            with contextlib.closing(answer):
-                for piece in answer:
-                    tell(piece)
-    finally:
-        slots.release()
+    while running:
+        batch = [await news.get()]
+        while not news.empty():
+            batch.append(news.get_nowait())
+        for index, piece in batch:
+            if isinstance(piece, UserError):
+                raise page_error(str(piece))
+            if isinstance(piece, Exception):
+                logging.error("%s failed", models[index].name, exc_info=piece)
+                raise page_error(f"{models[index].name} failed; the terminal of the server says why.")
+            if piece is None:
+                running -= 1
+            else:
+                texts[index] += piece
+        yield list(texts)
+        if running:
+            await asyncio.sleep(0.05)
 
 
 class Demo:
@@ -191,8 +172,9 @@ class Demo:
         if len(models) == 2:
             self.names = [f"{letter}: {name}" for letter, name in zip("AB", self.names, strict=True)]
         self.remembers = any(model.remembers for model in models)
+        self.line = Line()
         self.latest: dict[str | None, dict] = {}  # login → its last exchange
-        with gr.Blocks(title=f"{self.names[0]} · Alpaca", analytics_enabled=False) as self.page:
+        with gr.Blocks(title=TITLE, analytics_enabled=False) as self.page:
             self._lay_out()
             self._connect()
         self.page.queue(max_size=MAX_WAITING, api_open=False, default_concurrency_limit=8)
@@ -201,7 +183,7 @@ class Demo:
         names = html.escape(" and ".join(model.name for model in self.models))
         said = [REMEMBERS if model.remembers else ALONE for model in self.models]
         memory = f"It {said[0]}." if len(set(said)) == 1 else f"A {said[0]}; B {said[1]}."
-        gr.HTML(HEADING.format(names, memory), js_on_load=None)
+        gr.HTML(HEADING.format(TITLE, names, memory), js_on_load=None)
         for lay_out in [self._lay_out_answers, self._lay_out_fields][:: 1 if self.remembers else -1]:
             lay_out()
         labels = [" ".join(pair).strip() for pair in EXAMPLES]
@@ -209,9 +191,8 @@ class Demo:
         with gr.Accordion("Sampling", open=False):
             self._lay_out_sampling()
         with gr.Accordion("Report a harmful answer", open=False):
-            single = len(self.names) == 1
             self.which = gr.Radio(
-                self.names, value=self.names[0], label="Which answer", type="index", visible=not single
+                self.names, value=self.names[0], label="Which answer", type="index", visible=len(self.names) > 1
             )
             self.reason = gr.Textbox(label="What is wrong with it? (optional)", max_length=MAX_REASON_CHARS, lines=1)
             self.report = gr.Button("Report", size="sm")
@@ -219,17 +200,16 @@ class Demo:
         self.exchange = gr.State(None)
 
     def _lay_out_fields(self) -> None:
-        keys = "Enter asks, Shift+Enter makes a new line."
         limits = {"max_length": MAX_CHARS, "max_lines": 10}
-        self.instruction = gr.Textbox(label="Instruction", placeholder=f"What should be done? {keys}", **limits)
-        self.input = gr.Textbox(label="Input (optional)", placeholder=f"The text it is about. {keys}", **limits)
+        self.instruction = gr.Textbox(label="Instruction", placeholder="What should be done?", **limits)
+        self.input = gr.Textbox(label="Input (optional)", placeholder="The text it is about", **limits)
         self.fields = [self.instruction, self.input]
         with gr.Row():
             self.ask = gr.Button("Answer", variant="primary", size="md", min_width=80)
             self.stop = gr.Button("Stop", variant="stop", interactive=False, size="md", min_width=80)
             self.again = gr.Button("Try again", size="md", min_width=80)
             self.new = gr.Button("New conversation", size="md", min_width=80, visible=self.remembers)
-        self.status = gr.HTML(render_status(""), js_on_load=None)
+        self.status = gr.HTML(render_status("Enter asks, Shift+Enter makes a new line."), js_on_load=None)
 
     def _lay_out_answers(self) -> None:
         self.shown, self.texts = [], []
@@ -239,8 +219,7 @@ class Demo:
                     kind = "talk" if model.remembers else None
                     self.shown.append(gr.HTML(render_answer(name, ""), elem_classes=kind, js_on_load=None))
                     self.texts.append(gr.Textbox(visible=False))
-                    label = "Copy" if len(self.names) == 1 else f"Copy {name[0]}"
-                    copy = gr.Button(label, size="sm", elem_classes="copy")
+                    copy = gr.Button(f"Copy {name[0]}" if self.models[1:] else "Copy", size="sm", elem_classes="copy")
                     copy.click(None, self.texts[-1], None, js=COPY, api_visibility="private")
 
     def _lay_out_sampling(self) -> None:
@@ -248,16 +227,16 @@ class Demo:
         most, temperature = min(model.max_prompt_tokens for model in self.models), self.defaults.temperature
         with gr.Row():
             self.settings = [
-                gr.Slider(1, longest, longest, step=1, label="Longest answer (tokens)", min_width=240),
-                gr.Slider(0, 2, temperature, step=0.05, label="Temperature (0: likeliest)", min_width=240),
+                gr.Slider(1, longest, longest, step=1, label="Longest (tokens)", min_width=240),
+                gr.Slider(0, 2, temperature, step=0.05, label="Temperature", min_width=240),
                 gr.Slider(0.01, 1, self.defaults.top_p, step=0.01, label="Top p", min_width=240),
                 # not a Number: an empty one turns into 0 as soon as it is shown
-                gr.Textbox("" if seed is None else str(seed), label="Seed (empty: a new one each time)", min_width=240),
+                gr.Textbox("" if seed is None else str(seed), label="Seed", placeholder="new each time", min_width=240),
             ]
         gr.HTML(
             f'<p class="notice">An instruction and an input may have {MAX_CHARS:,} characters each and {most:,} tokens '
-            "together. The same seed gives the same answer; <i>Try again</i> takes a new one. "
-            f"{STREAMS} answers are written at once, {MAX_WAITING} more may wait.</p>",
+            "together. Temperature 0 takes the likeliest token each time. The same seed gives the same answer; "
+            f"<i>Try again</i> takes a new one. {STREAMS} answers are written at once; further ones wait in line.</p>",
             js_on_load=None,
         )
 
@@ -265,28 +244,28 @@ class Demo:
         """Say what happens on a click: ask, ask again, stop, start a new conversation, report."""
         outputs = [*self.shown, *self.texts, self.exchange, self.status, self.stop, self.reported]
         outputs += self.fields if self.remembers else []
-        options = {"outputs": outputs, "show_progress_on": self.status}
-        options |= {"concurrency_limit": STREAMS, "concurrency_id": "answer"}
+        # Line has them wait, and the status says so: not Gradio's queue.
+        options = {"outputs": outputs, "show_progress": "hidden", "concurrency_limit": None, "concurrency_id": "answer"}
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
         triggers = [self.ask.click, self.instruction.submit, self.input.submit]
-        active, inactive = (gr.Button(interactive=state, render=False) for state in (True, False))
-        # The page runs the listeners of a click one after another, but does not wait for what is in a then().
-        # Stop is also for what waits in the queue.
-        pressed = gr.on(triggers, lambda: active, None, self.stop, queue=False, **quiet)
+        # The browser says at once that it asks. It runs the listeners of a click one after another, but does not wait
+        # for what is in a then(). Stop is also for what waits.
+        said = {"outputs": [self.status, self.stop], **quiet}
         inputs = [self.exchange, *self.fields, *self.settings]
+        pressed = gr.on(triggers, None, js=SAY.format("Asking …", "true"), **said)
         asked = pressed.then(self.answer, inputs, api_name="answer", **options)
-        pressed = self.again.click(lambda: active, None, self.stop, queue=False, **quiet)
+        pressed = self.again.click(None, js=SAY.format("Asking …", "true"), **said)
         asked_again = pressed.then(
             self.answer_again, [self.exchange, *self.settings], api_visibility="private", **options
         )
-        for event in (asked, asked_again):  # a refused request has not set the button back
-            event.failure(lambda: inactive, None, self.stop, queue=False, **quiet)
+        for event in (asked, asked_again):
+            event.failure(None, js="() => ({__type__: 'update', interactive: false})", outputs=self.stop, **quiet)
         # Both write into the same fields: the later one ends the other.
         gr.on(triggers, None, cancels=asked_again)
         self.again.click(None, cancels=asked)
         self.stop.click(None, cancels=[asked, asked_again])
-        stopped = render_status("Stopped."), inactive
-        self.stop.click(lambda: stopped, None, [self.status, self.stop], queue=False, **quiet)
+        stopped = [*self.shown, *self.texts, *said["outputs"]]
+        self.stop.click(self._stopped, self.exchange, stopped, queue=False, **quiet)
         names, texts = [render_answer(name, "") for name in self.names], [""] * len(self.names)
         empty = *names, *texts, None, render_status(""), gr.Button(interactive=False, render=False), render_status(NOTE)
         self.new.click(None, cancels=[asked, asked_again])
@@ -298,6 +277,16 @@ class Demo:
         names = (f"access-token{kind}-{self.page.app.cookie_id}" for kind in ("", "-unsecure"))
         return next(filter(None, map(request.cookies.get, names)), None) if self.page.auth else None
 
+    def _check_latest(self, login: str | None, exchange: dict) -> None:
+        if login and self.latest.get(login) is not exchange:
+            raise page_error("You have asked something else in another window: one at a time.")
+
+    def _refused(self) -> tuple:
+        """Return what all outputs of answer() become when there is none: they stay, and the status says it."""
+        kept = [gr.skip()] * (2 * len(self.names) + 1)
+        status = render_status("Not answered."), gr.Button(interactive=False)
+        return *kept, *status, *[gr.skip()] * (1 + len(self.fields) * self.remembers)
+
     def _show(self, exchange: dict, status: str, empty_fields: bool = False):
         """Return what all outputs of answer() become."""
         running, said = exchange["running"], zip(self.names, exchange["answers"], exchange["asked"], strict=True)
@@ -305,6 +294,12 @@ class Demo:
         stop, fields = gr.Button(interactive=running), ["" if empty_fields else gr.skip() for _ in self.fields]
         shown += [*exchange["answers"], exchange, render_status(status), stop, render_status(NOTE)]
         return *shown, *fields * self.remembers
+
+    def _stopped(self, exchange: dict | None) -> tuple:
+        """Return the answers as far as they are kept: a model may have written more than the page had shown."""
+        count = 2 * len(self.names)
+        kept = self._show(exchange | {"running": False}, "")[:count] if exchange else [gr.skip()] * count
+        return *kept, render_status("Stopped."), gr.Button(interactive=False)
 
     async def answer(self, request: gr.Request, exchange, instruction, input, *given):
         """Ask all models, after the turns that the page shows, and yield what it shows meanwhile."""
@@ -317,13 +312,18 @@ class Demo:
     async def answer_again(self, request: gr.Request, exchange, *given):
         """Ask the last instruction again, with a new seed."""
         if not exchange:
+            yield self._refused()
             raise page_error("There is no answer yet.")
         turns, texts = [asked[:-1] for asked in exchange["asked"]], (exchange["instruction"], exchange["input"])
         async for shown in self._answer(request, turns, *texts, [*given[:-1], None]):
             yield shown
 
     async def _answer(self, request: gr.Request, turns, instruction, input, given, empty_fields=False):
-        settings = check(self.models, self.defaults.max_new_tokens, instruction, input, *given, turns)
+        try:
+            settings = check(self.models, self.defaults.max_new_tokens, instruction, input, *given, turns)
+        except gr.Error:
+            yield self._refused()
+            raise
         exchange = {"instruction": instruction, "input": input or "", "models": [model.name for model in self.models]}
         exchange |= {"paths": [model.path for model in self.models], "settings": dataclasses.asdict(settings)}
         turns = turns or [[] for _ in self.models]
@@ -333,20 +333,25 @@ class Demo:
         conversations = [Conversation(model.model, model.tokenizer, settings) for model in self.models]
         for conversation, before in zip(conversations, turns, strict=True):
             conversation.turns = before
-        login, started = self._login_of(request), time.monotonic()
+        login, turn = self._login_of(request), Turn(request.client.host)
         self.latest[login] = exchange
-        yield self._show(exchange, "Answering …", empty_fields)
         try:
-            async for texts in answers(self.models, conversations, instruction, exchange["input"]):
+            async for place in (places := self.line.wait(turn)):
+                yield self._show(exchange, f"Waiting: number {place} in line.", empty_fields)
+                self._check_latest(login, exchange)
+            started = time.monotonic()
+            yield self._show(exchange, "Answering …", empty_fields)
+            async for texts in answers(self.models, conversations, instruction, exchange["input"], turn):
                 exchange["answers"] = texts
-                if login and self.latest.get(login) is not exchange:
-                    raise page_error("You have asked something else in another window: one at a time.")
+                self._check_latest(login, exchange)
                 yield self._show(exchange, "Answering …")
         except gr.Error:
             exchange["running"] = False
-            yield self._show(exchange, "Not answered to the end.")
+            yield self._show(exchange, "Not answered to the end." if any(exchange["answers"]) else "Not answered.")
             raise
         finally:  # also if it is stopped
+            await places.aclose()
+            turn.left.set()
             exchange["running"] = False
             if self.latest.get(login) is exchange:
                 del self.latest[login]
@@ -380,8 +385,7 @@ def serve(
     Raises:
         UserError: an argument is wrong, the port is taken, or a model cannot be loaded.
     """
-    login = check_exposure(host, auth)
-    settings = Settings(**defaults)
+    login, settings = check_exposure(host, auth), Settings(**defaults)
     if settings.temperature > 2 or settings.top_p < 0.01 or not 0 <= (settings.seed or 0) <= MAX_SEED:
         raise UserError(
             f"temperature must be from 0 to 2, top_p from 0.01 to 1, and seed from 0 to {MAX_SEED} for the page"

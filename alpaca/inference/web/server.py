@@ -16,8 +16,10 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Sequence
+from pathlib import Path
 
 from alpaca import UserError
+from alpaca.common.text import first_line, printable
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(10**9)  # else pandas counts all requests again after each one
@@ -26,14 +28,23 @@ for _package in ("gradio", "markdown_it"):
         raise UserError("a page in the browser needs Gradio: pip install -e '.[web]'")
 
 import gradio as gr  # noqa: E402
+import h11  # noqa: E402
 from markdown_it import MarkdownIt  # noqa: E402
 from starlette.datastructures import Headers, MutableHeaders  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware  # noqa: E402
+from starlette.middleware.trustedhost import TrustedHostMiddleware  # noqa: E402
 from starlette.responses import PlainTextResponse  # noqa: E402
+from uvicorn.protocols.http.h11_impl import H11Protocol  # noqa: E402
 
 MAX_BODY_BYTES = 256_000  # two texts of 8,000 characters, each escaped as \uXXXX\uXXXX, and what is around them
+MAX_CONNECTIONS = 800  # below the 1,024 files that a process may usually have open
+MAX_FROM_ADDRESS = 200  # connections of another machine; through a proxy on this one come those of many
+REQUEST_SECONDS = 20.0  # for a whole request to arrive; uvicorn waits for ever
+MAX_JOBS = 200  # answers and reports that Gradio has begun, most of which wait for their turn
 LOGIN_PAUSE = 2.0  # s between attempts to log in from one address, after a wrong password
-MAX_LOGIN_WAIT = 10.0  # s; attempts that would wait longer are refused
+ASK_PAUSE = 0.25  # s between questions from one address, which would otherwise keep Gradio busy with refusals
+MAX_HELD = 10.0  # s; what would wait longer is refused
 WORKER = "alpaca-answer"  # the name of each thread in which a model writes an answer
 # Browsers have no clipboard object in a page that comes neither by https nor from this machine.
 COPY = """(text) => {
@@ -41,32 +52,7 @@ COPY = """(text) => {
   const area = document.createElement("textarea");
   area.value = text; document.body.append(area); area.select(); document.execCommand("copy"); area.remove();
 }"""
-CSS = """
-.gradio-container, .gradio-container main { max-width: min(1100px, 100vw) !important; margin: 0 auto !important; }
-footer { display: none !important; }
-.html-container { padding: 0 !important; }
-.notice, .status { font-size: .9em; opacity: .8; margin: 0; }
-.status { min-height: 1.5em; padding-top: .4em; }
-.copy { align-self: flex-end; width: auto; padding: .3em .9em !important; }
-.answer, .answer :is(pre, th, td, .asked) { border: 1px solid var(--border-color-primary) !important; }
-.answer { border-radius: var(--radius-lg); padding: .8em 1em;
-          background: var(--background-fill-primary); min-height: 7em; overflow-wrap: anywhere; line-height: 1.55; }
-.answer h2 { font-size: .85em !important; opacity: .7; margin: 0 0 .5em !important; }
-.answer :is(p, ul, ol, pre, table, blockquote) { margin: 0 0 .7em; }
-.answer :is(ul, ol, li) { font-size: inherit !important; list-style: disc outside; }
-.answer :is(ul, ol) { padding-left: 1.6em; } .answer ol > li { list-style: decimal outside !important; }
-.answer pre { background: var(--background-fill-secondary); border-radius: var(--radius-md);
-              padding: .7em .9em; overflow-x: auto; overflow-wrap: normal; }
-.answer code { font-family: var(--font-mono); font-size: .92em; }
-.answer table { border: 0 !important; width: auto; border-collapse: collapse; }
-.answer :is(th, td) { padding: .2em .6em; }
-.answer blockquote { border-left: 3px solid var(--border-color-primary); padding-left: .8em; }
-.answer .asked { background: var(--background-fill-secondary); border-radius: var(--radius-lg); white-space: pre-wrap;
-                 padding: .5em .9em; margin: 0 0 .7em auto; width: fit-content; max-width: 85%; }
-.prose.talk { display: flex; flex-direction: column-reverse; max-height: 60vh; overflow-y: auto; }  /* end in view */
-.talk .answer { flex-shrink: 0; }
-.answer a { color: var(--link-text-color); text-decoration: underline; padding: 0 !important; margin: 0 !important; }
-"""
+CSS = (Path(__file__).parent / "templates" / "page.css").read_text()
 
 
 def _markdown() -> MarkdownIt:
@@ -85,14 +71,15 @@ def _markdown() -> MarkdownIt:
 _MARKDOWN = _markdown()
 
 
-def render_answer(name: str, text: str, before: Sequence[dict] = ()) -> str:
-    """Return the HTML of an answer, behind the messages that a page shows before it, under its model's name."""
+def render_answer(name: str, text: str, before: Sequence[dict] = (), note: str = "") -> str:
+    """Return the HTML of an answer under its model's name, between the messages before it and a note on it."""
     name, body = html.escape(name), ""
     for role, said in [*((message["role"], message["content"]) for message in before), ("assistant", text)]:
         if role == "user":
             body += f'<div class="asked" role="note" aria-label="You">{html.escape(said)}</div>'
         else:
             body += _MARKDOWN.render(said.strip("\n"))
+    body += f'<p class="notice">{html.escape(note)}</p>' if note else ""
     return f'<section class="answer" aria-label="{name}" dir="auto"><h2>{name}</h2>{body}</section>'
 
 
@@ -106,16 +93,43 @@ def page_error(message: str, title: str = "Not answered") -> gr.Error:
     return gr.Error(html.escape(message), title=title, print_exception=False)
 
 
+class Connection(H11Protocol):
+    """A connection that is closed if there are too many, or if a request takes too long to arrive."""
+
+    deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport) -> None:
+        super().connection_made(transport)
+        address = self.client and self.client[0]
+        same = sum(other.client is not None and other.client[0] == address for other in self.connections)
+        if len(self.connections) > MAX_CONNECTIONS or (same > MAX_FROM_ADDRESS and not is_local(address)):
+            transport.abort()
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self.deadline:
+            self.deadline.cancel()
+
+    def _watch(self) -> None:
+        arriving = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+        if arriving and self.deadline is None:
+            self.deadline = self.loop.call_later(REQUEST_SECONDS, self.transport.abort)
+        elif not arriving and self.deadline:
+            self.deadline.cancel()
+            self.deadline = None
+
+
 class Guard:
     """Middleware that opens only the routes that the page needs (Gradio also has uploads, proxies, files, recordings).
 
     Pages of other sites are refused: Gradio lets any origin read, and over https its cookie is sent with the request.
-    Passwords are tried one after another, with a pause after a wrong one.
-
-    Args:
-        app: the ASGI application behind it.
-        hosts: host names to answer to, None for any. Without a password, a page of another site could otherwise reach
-            the server through a name of its own that points at 127.0.0.1.
+    Passwords are tried one after another, with a pause after a wrong one, and questions come one after another where
+    there are passwords: else all come from this machine. A request that fails is one line in the log.
     """
 
     GET = re.compile(
@@ -123,6 +137,7 @@ class Guard:
         r"|/gradio_api/((info|startup-events|theme\.css|app_id|user|login_check|queue/data)/?|(heartbeat|call)/.+)"
     )
     POST = re.compile(r"/login/?|/gradio_api/(queue/join|cancel|reset|(call|run)/.+)/?")  # run: only what is not queued
+    ASK = re.compile(r"/gradio_api/(queue/join|call/)")
     HEADERS = {
         "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; font-src 'self' data:; "
         "style-src 'self' 'unsafe-inline'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; script-src-attr 'none'; "
@@ -131,47 +146,59 @@ class Guard:
         "X-Content-Type-Options": "nosniff",
     }
 
-    def __init__(self, app, hosts: set[str] | None):
-        self.app, self.hosts = app, hosts
-        self.next_login: dict[str, float] = {}  # address → when it may try to log in
+    def __init__(self, app, passwords: bool = True):
+        self.app, self.passwords = app, passwords
+        self.next: dict[tuple[str, str], float] = {}  # "login" or "ask", address → when it may do that again
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
         if scope["type"] != "http":  # a websocket: there is none
             return await send({"type": "websocket.close", "code": 1000})
+        request = printable(f"{scope['method']} {scope['path']}")[:200]
         if refusal := self._refusal(scope):
+            logging.warning("%s: %d %s", request, refusal[0], refusal[1].strip())
             return await PlainTextResponse(refusal[1], refusal[0])(scope, receive, send)
         login = scope["method"] == "POST" and scope["path"].startswith("/login")
         address = (scope.get("client") or ("",))[0]  # behind a proxy on this machine, the client that it names
-        if login and not await self._may_log_in(address):
+        ask = self.passwords and scope["method"] == "POST" and self.ASK.match(scope["path"])
+        if (login and not await self._hold("login", address, LOGIN_PAUSE)) or (
+            ask and not await self._hold("ask", address, ASK_PAUSE)
+        ):
             return await PlainTextResponse("Too many attempts: wait.\n", 429)(scope, receive, send)
 
+        started = False
+
         async def send_with_headers(message) -> None:
+            nonlocal started
+            started = True
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(self.HEADERS)
                 if login and message["status"] == 200:
-                    self.next_login.pop(address, None)
+                    self.next.pop(("login", address), None)
             await send(message)
 
-        await self.app(scope, receive, send_with_headers)
+        try:
+            await self.app(scope, receive, send_with_headers)
+        except Exception as e:  # a function that does not exist, for example
+            logging.error("%s failed: %s: %s", request, type(e).__name__, printable(first_line(e))[:200])
+            logging.debug("its traceback", exc_info=e)
+            if not started:
+                await PlainTextResponse("This cannot be answered.\n", 500)(scope, receive, send_with_headers)
 
-    async def _may_log_in(self, address: str) -> bool:
+    async def _hold(self, kind: str, address: str, pause: float) -> bool:
         """Wait for the turn of an attempt; return False if there are too many before it."""
         now = time.monotonic()
-        self.next_login = {known: at for known, at in self.next_login.items() if at > now}
-        turn = max(now, self.next_login.get(address, now))
-        if turn - now > MAX_LOGIN_WAIT:
+        self.next = {known: at for known, at in self.next.items() if at > now}
+        turn = max(now, self.next.get((kind, address), now))
+        if turn - now > MAX_HELD:
             return False
-        self.next_login[address] = turn + LOGIN_PAUSE
+        self.next[kind, address] = turn + pause
         await asyncio.sleep(turn - now)
         return True
 
     def _refusal(self, scope) -> tuple[int, str] | None:
         headers = Headers(scope=scope)
-        host = re.sub(r":\d+$", "", headers.get("host", ""))
-        if self.hosts is not None and host not in self.hosts:
-            return 403, "This page answers on this machine only; a password (auth) opens it to others.\n"
         # A proxy may pass on another Host than it was asked for. X-Forwarded-Host and Sec-Fetch-Site, in which the
         # browser says where a request comes from, cannot be set by another site's page.
         origin = headers.get("origin")
@@ -182,12 +209,6 @@ class Guard:
         paths = {"GET": self.GET, "HEAD": self.GET, "POST": self.POST}.get(scope["method"])
         if paths is None or not paths.fullmatch(scope["path"]):
             return 404, "Not here.\n"
-        if scope["method"] == "POST":
-            length = headers.get("content-length", "")
-            if not length.isdigit():
-                return 411, "Content-Length is missing.\n"
-            if int(length) > MAX_BODY_BYTES:
-                return 413, f"A request may have {MAX_BODY_BYTES:,} bytes.\n"
         return None
 
 
@@ -237,7 +258,12 @@ def launch(page: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None, 
     """Start the server in a thread; return its address."""
     for name in ("no_proxy", "NO_PROXY"):  # Gradio asks its own server whether it is up
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
-    hosts = None if auth else {"127.0.0.1", "localhost", host}
+    guards = [
+        Middleware(Guard, passwords=bool(auth)),
+        Middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY_BYTES),
+    ]
+    if not auth:  # else a page of another site could reach this one through a name of its own that points at 127.0.0.1
+        guards.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"]))
     # Gradio ships these fonts, but the semibold one of its default theme lacks most letters.
     theme = gr.themes.Default(font=[gr.themes.LocalFont("Source Sans Pro", (400, 700)), "system-ui", "sans-serif"])
     theme.set(  # white on its orange, and its grey on white, are hard to read
@@ -263,10 +289,12 @@ def launch(page: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None, 
             mcp_server=False,
             css=CSS + css,
             theme=theme,
-            app_kwargs={"middleware": [Middleware(Guard, hosts=hosts)]},
+            max_threads=MAX_JOBS,
+            app_kwargs={"middleware": guards},
         )
     except OSError:
         raise UserError(f"{host}:{port} cannot be used: choose another port or host") from None
+    page.server.config.http_protocol_class = Connection  # launch() passes nothing on to uvicorn (Gradio 6.31)
     return url
 
 

@@ -13,7 +13,6 @@ import torch
 from alpaca.common.memory import as_text
 from alpaca.common.text import counted
 from alpaca.inference.checks import near_zero
-from alpaca.training.checkpoints import remove_leftovers
 from alpaca.training.distributed import read_config, say
 from alpaca.training.examples import SupervisedDataset
 from alpaca.training.preflight import memory
@@ -70,7 +69,7 @@ def check_bf16(args) -> list[Finding]:
 
 
 def disk(args, rows: Sequence, sizes: Sizes, plan: Plan) -> list[Finding]:
-    """Check whether the disk holds what the run will write; first remove what an interrupted one left."""
+    """Check whether the disk holds what the run will write."""
     output_dir, (steps, an_epoch) = Path(args.output_dir), planned_steps(args, rows)
     every = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(args.save_steps * steps))
     checkpoints = math.ceil(steps / {"no": math.inf, "epoch": an_epoch}.get(args.save_strategy.value, every))
@@ -79,7 +78,6 @@ def disk(args, rows: Sequence, sizes: Sizes, plan: Plan) -> list[Finding]:
     full = bool(args.fsdp) and "FULL" in str(read_config(args.fsdp_config).get("state_dict_type"))
     checkpoint, final = memory.checkpoint_bytes(sizes, plan, full)
     needed = checkpoints * checkpoint + final
-    remove_leftovers(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     earlier = sum(folder_bytes(folder) for folder in output_dir.glob("checkpoint-*"))  # which will be deleted
     free = lowest(shutil.disk_usage(output_dir).free + earlier)

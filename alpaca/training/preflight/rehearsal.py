@@ -27,7 +27,7 @@ from alpaca.common.memory import as_text
 from alpaca.common.text import first_line
 from alpaca.inference.adapters import ADAPTER
 from alpaca.inference.load import load_model
-from alpaca.training.checkpoints import REHEARSAL, remove_leftovers
+from alpaca.training.checkpoints import REHEARSAL
 from alpaca.training.distributed import say
 from alpaca.training.meter import peak_memory
 from alpaca.training.preflight import memory
@@ -116,7 +116,6 @@ def rehearse(make: Callable, args, rows: Sequence, held_out: Sequence | None, sa
     short.save_strategy = short.eval_strategy = IntervalStrategy.NO  # _Observer asks for what is rehearsed
     subset = longest(rows, 2 * short.gradient_accumulation_steps * args.train_batch_size * args.world_size)
     evaluated = longest(held_out, args.eval_batch_size * args.world_size) if held_out else None
-    remove_leftovers(folder.parent)
     try:
         return _runs(lambda: make(short, subset, evaluated), save, folder, args.save_strategy != "no")
     finally:
