@@ -13,6 +13,7 @@ import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,8 +120,9 @@ def on_the_page(folder, questions) -> None:
 
     async def ask() -> None:
         demo, exchange = web_page.Demo([web_page.Model("m", *load(folder, "cpu"))], Settings()), None
+        visitor = SimpleNamespace(client=SimpleNamespace(host="127.0.0.1"))
         for question in questions:
-            async for shown in demo.answer(None, exchange, *question, 1, 0, 1, 0):
+            async for shown in demo.answer(visitor, exchange, *question, 1, 0, 1, 0):
                 exchange = shown[2]
             assert exchange["answers"] == [SAID.strip()]
 
