@@ -74,11 +74,14 @@ made = json.load(open(generated, encoding="utf-8")) if os.path.exists(generated)
 print(f"\ntraining data: {len(records)} records of {shipped} and {len(made)} generated ones")
 json.dump(records + made, open(target, "w", encoding="utf-8"))
 PYTHON
+# A CPU that computes in bf16 trains 1.8 times faster in it (benchmarks/results/train_cpu_bf16.json).
+BF16=False
+grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo && BF16=True
 stage "fine-tuning" "$OUT/tuned" \
   torchrun --standalone --nproc_per_node=2 train.py --model_name_or_path "$BASE" --data_path "$OUT/train_data.json" \
   --output_dir "$OUT/tuned" --eval_fraction 0.2 --fsdp --fsdp_config configs/fsdp.json \
   --num_train_epochs 1 --per_device_train_batch_size 4 --per_device_eval_batch_size 4 --learning_rate 1e-4 \
-  --weight_decay 0. --warmup_steps 0.03 --lr_scheduler_type cosine --logging_steps 1 --save_strategy no
+  --bf16 "$BF16" --weight_decay 0. --warmup_steps 0.03 --lr_scheduler_type cosine --logging_steps 1 --save_strategy no
 
 # 4. The weights as a diff, recovered, and compared bit by bit.
 stage "weight diff" "$OUT/diff" \
