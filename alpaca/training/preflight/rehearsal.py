@@ -55,7 +55,8 @@ def rehearsal(make: Callable, args, rows: Sequence, held_out: Sequence | None, s
         what = "saving and resuming were not rehearsed: the three DeepSpeed engines that it takes were never tested"
         cure = "a short run with max_steps=2 and save_steps=1, resumed once, shows the same"
         return finish([Finding("warning", what, "a failing save would show late", cure)])
-    say("rehearsal: two steps on the longest examples, a save, a resume and the final save; it loads the model twice")
+    resume = "" if args.save_strategy == "no" else ", a save, a resume"
+    say(f"rehearsal: two steps on the longest examples{resume} and the final save")
     try:
         finish(rehearse(make, args, rows, held_out, save))
     except torch.OutOfMemoryError as e:
