@@ -16,7 +16,7 @@ from alpaca.common.text import check_utf8, first_line
 from alpaca.prompts import BEFORE_ANSWER, PROMPT_DICT, continued, format_prompt
 
 PRIVATE = "\U000f0000"  # a private-use character
-# The beginning of a template with which its model was trained: chat and judging then use it without being told. As a
+# The beginning of a template with which its model was trained: chat and judging then use it without a flag. As a
 # comment it changes nothing for servers, and it goes wherever the tokenizer's files go.
 TRAINED = "{# its model was trained with this template #}"
 

@@ -183,4 +183,4 @@ def set_aside_newer(output_dir: Path, checkpoint: Path | None) -> None:
         for path in newer:
             os.rename(path, left / path.name)
         names, begin = ", ".join(path.name for path in newer), checkpoint or "the beginning"
-        say(f"note: moved {names} to {left}: this run goes on from {begin}; delete what you do not need")
+        say(f"note: moved {names} to {left}: this run continues from {begin}; delete what you do not need")

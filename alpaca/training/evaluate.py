@@ -121,7 +121,7 @@ class Samples(TrainerCallback):
             return
         try:
             answers = self._answers(trainer.model, trainer.is_fsdp_enabled)
-        except Exception as e:  # of any architecture; training goes on
+        except Exception as e:  # of any architecture; training continues
             self.prompts = []
             say(f"note: no sample answers, this model does not generate here: {first_line(e)}")
             return

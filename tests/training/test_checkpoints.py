@@ -383,7 +383,7 @@ def test_a_branch_that_was_left_is_never_chosen_again_and_never_deleted(
             run(model, data, tmp_path, "--resume_from_checkpoint", tmp_path / "checkpoint-1", *limit)
     printed = capsys.readouterr().out
     assert (
-        f"moved checkpoint-4, checkpoint-3 to {tmp_path}/abandoned-1: this run goes on from {tmp_path}/checkpoint-1"
+        f"moved checkpoint-4, checkpoint-3 to {tmp_path}/abandoned-1: this run continues from {tmp_path}/checkpoint-1"
         in printed
     )
     assert names(tmp_path) == {".saving", "checkpoint-1", "abandoned-1"}
