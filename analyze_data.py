@@ -1,6 +1,6 @@
-"""Analyze instruction data: fetch the released records, count, find faults, draw pictures.
+"""Analyze instruction data: fetch the released records, count, find faults, plot, publish.
 
-The 52,002 records that Stanford Alpaca released (CC BY-NC 4.0), checked byte for byte; the same command resumes:
+Fetch the 52,002 records that Stanford Alpaca released (CC BY-NC 4.0), verified by hash; the same command resumes:
 
     python analyze_data.py fetch --output_path alpaca_data_released.json
 
@@ -8,15 +8,15 @@ Counts, lengths and first verbs; in tokens too, given a folder with a tokenizer:
 
     python analyze_data.py stats --data_path alpaca_data.json --tokenizer MODEL
 
-Faults, each with a reason and evidence; clean and rejected records can be written to separate files:
+Find faulty records, each with a reason and evidence; write clean and rejected records to separate files:
 
     python analyze_data.py lint --data_path alpaca_data.json --output_path clean.json --rejects_path rejects.json
 
-Pictures of the diversity, as PNG files and one HTML page:
+Plot lengths and diversity, as PNG files and one HTML page:
 
     python analyze_data.py plot --data_path alpaca_data.json --output_dir pictures
 
-A folder for others: Parquet, JSON Lines and a dataset card; with --push OWNER/NAME also on the Hugging Face hub:
+Publish a folder of Parquet, JSON Lines and a dataset card; with --push OWNER/NAME also on the Hugging Face hub:
 
     python analyze_data.py publish --data_path alpaca_data.json --output_dir published --license cc-by-nc-4.0
 """
@@ -55,35 +55,35 @@ RELEASED_URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main
 def fetch(output_path: str, url: str = RELEASED_URL, blob_id: str = RELEASED_BLOB) -> None:
     """Download the released 52,002 records, and verify them before OUTPUT_PATH appears.
 
-    An interrupted download stays in OUTPUT_PATH.part, and the same command resumes it. A complete file with other
+    An interrupted download stays in OUTPUT_PATH.part, and the same command resumes it. A complete file with the wrong
     content is kept as OUTPUT_PATH.wrong. An existing file is never overwritten.
 
     Args:
-        output_path: the file to write.
+        output_path: file to write.
         url: the original's address, a mirror's, file://…, or the path of a local copy.
-        blob_id: the git blob id of the right file; change it only for other versions of the data.
+        blob_id: the right file's git blob id; change it only for another version of the data.
     """
     output = Path(output_path)
     part, wrong = (output.with_name(output.name + suffix) for suffix in (".part", ".wrong"))
     if output.is_dir():
-        raise UserError(f"--output_path {output} is a folder: name the file to make in it")
+        raise UserError(f"--output_path {output} is a folder: choose a file in it")
     if output.exists():
         if (found := git_blob_id(output)) != blob_id:
             raise UserError(
-                f"{output} exists with blob id {found}, not {blob_id}: move it away, or choose another --output_path"
+                f"{output} exists with blob id {found}, not {blob_id}: remove it, or choose another --output_path"
             )
-        print(f"{output} exists and is right (blob id {blob_id}); nothing to do")
+        print(f"{output} exists and is correct (blob id {blob_id}); nothing to do")
         return
     output.parent.mkdir(parents=True, exist_ok=True)
     download(url if "://" in url else Path(url).absolute().as_uri(), part, blob_id)
     if (found := git_blob_id(part)) != blob_id:
         os.replace(part, wrong)
         raise UserError(
-            f"{url} is another file: blob id {found}, not {blob_id}; kept as {wrong}. Try another --url, "
-            "or the same command again if the download began at another address"
+            f"{url} is a different file (blob id {found}, not {blob_id}), kept as {wrong}: try another --url, "
+            "or run the same command again if the download started from another one"
         )
     os.replace(part, output)
-    print(f"{output}: {output.stat().st_size:,} bytes, with the right blob id {blob_id}")
+    print(f"{output}: {output.stat().st_size:,} bytes, with the correct blob id {blob_id}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,13 +93,13 @@ def fetch(output_path: str, url: str = RELEASED_URL, blob_id: str = RELEASED_BLO
 def stats(
     data_path: str, tokenizer: str | None = None, output_path: str | None = None, fields: str | None = None
 ) -> None:
-    """Print counts, lengths, duplicates and the most common first verbs of a data set.
+    """Print counts, lengths, duplicates and the most common first verbs of a dataset.
 
     Args:
-        data_path: records to read: a file, a folder, several with commas between, or a name on the hub.
-        tokenizer: a folder with a tokenizer (or its name on the hub), to count tokens too.
-        output_path: where to write the same figures as JSON.
-        fields: of data in an unknown format: instruction=question,output=answer, with the names of its fields.
+        data_path: records to read: a file, a folder, several separated by commas, or a hub dataset.
+        tokenizer: folder or hub name of a tokenizer, to count tokens too.
+        output_path: file for the same figures as JSON.
+        fields: field names of data in another format: instruction=question,output=answer.
     """
     _refuse_same_files(data_path=data_path, output_path=output_path)
     records = utils.load_records(data_path, fields)
@@ -185,20 +185,20 @@ def lint(
 ) -> None:
     """Find records that should not be trained on, each with a class, a reason and the evidence.
 
-    DATA_PATH stays as it is. The exit code is 0 whatever is found; with --strict True, findings make it 1. The class
+    DATA_PATH is not changed. The exit code is 0 even with findings; with --strict True it is then 1. The class
     no-full-stop is checked only if --only names it. All classes: empty-output, na-output, input-field, link,
     missing-input, empty-code, needs-media, nonsense, merged, chat-token, as-an-ai, error-text, label, chatter, echo,
     repetition, cut-off, no-full-stop, wrong-arithmetic, mojibake, stray-escape, duplicate, near-duplicate.
 
     Args:
-        data_path: records to read: a file, a folder, several with commas between, or a name on the hub.
-        output_path: where to write the records without a finding, in Alpaca's fields (JSON Lines if it ends in .jsonl).
-        rejects_path: where to write the others, each with its findings in a field "lint".
-        report_path: where to write the findings, one JSON object a line.
+        data_path: records to read: a file, a folder, several separated by commas, or a hub dataset.
+        output_path: file for the records without a finding, in Alpaca's fields (JSON Lines if it ends in .jsonl).
+        rejects_path: file for the others, each with its findings in a field "lint".
+        report_path: file for the findings, as JSON Lines.
         only: classes to check, separated by commas.
-        skip: classes not to check.
-        strict: exit with code 1 if something is found.
-        fields: of data in an unknown format: instruction=question,output=answer, with the names of its fields.
+        skip: classes to leave out, separated by commas.
+        strict: exit with code 1 if there are findings.
+        fields: field names of data in another format: instruction=question,output=answer.
     """
     _refuse_same_files(data_path=data_path, output_path=output_path, rejects_path=rejects_path, report_path=report_path)
     wanted = _classes("only", only) or set(CLASSES) - OPT_IN
@@ -215,17 +215,17 @@ def lint(
         print(f"\nrecord {finding['record']}, {finding['class']}\n  {printable(finding['evidence'])}")
     bad = {finding["record"] for finding in findings}
     more = " (the first 20 above; --report_path writes all)" if len(findings) > 20 and not report_path else ""
-    print(f"\n{len(findings):,} findings in {len(bad):,} of {len(records):,} records{more}")
+    print(f"\n{counted(len(findings), 'finding')} in {len(bad):,} of {counted(len(records), 'record')}{more}")
 
     if output_path:
         write_records([record for i, record in enumerate(records) if i not in bad], output_path)
-        print(f"{len(records) - len(bad):,} clean records in {output_path}")
+        print(f"{counted(len(records) - len(bad), 'clean record')} in {output_path}")
     if rejects_path:
         reasons: dict[int, list] = {i: [] for i in sorted(bad)}
         for finding in findings:
             reasons[finding["record"]].append({key: finding[key] for key in ("class", "reason", "evidence")})
         write_records([records[i] | {"lint": found} for i, found in reasons.items()], rejects_path)
-        print(f"{len(bad):,} rejected records in {rejects_path}")
+        print(f"{counted(len(bad), 'rejected record')} in {rejects_path}")
     if report_path:
         write_records(findings, report_path, lines=True)
     if strict and findings:
@@ -252,12 +252,12 @@ def _refuse_same_files(**paths: str | None) -> None:
 
 
 def plot(data_path: str, output_dir: str, fields: str | None = None) -> None:
-    """Draw what the instructions ask for, how long the records are and how alike, into OUTPUT_DIR.
+    """Plot what the instructions ask for, how long the records are, and how similar, into OUTPUT_DIR.
 
     Args:
-        data_path: records to read: a file, a folder, several with commas between, or a name on the hub.
+        data_path: records to read: a file, a folder, several separated by commas, or a hub dataset.
         output_dir: folder for the PNG files and the HTML page.
-        fields: of data in an unknown format: instruction=question,output=answer, with the names of its fields.
+        fields: field names of data in another format: instruction=question,output=answer.
     """
     from alpaca.data import plots  # the other tasks need neither matplotlib nor spaCy
 
@@ -282,25 +282,25 @@ def publish(
 ) -> None:
     """Make a folder that others can load: Parquet, JSON Lines, and a dataset card (README.md) to complete.
 
-    The card has the counts and lengths of stats, the findings of lint, and the questions of a datasheet. What the
-    figures do not answer is marked "To be answered by the publisher". Nothing is sent anywhere without --push.
+    The card has the counts and lengths of stats, the findings of lint, and the questions of a datasheet; those that the
+    figures do not answer are marked "To be answered by the publisher". Nothing is uploaded without --push.
 
     Args:
-        data_path: records to publish: a file, a folder, several with commas between, or a name on the hub.
-        output_dir: the folder to make; it may not exist yet, or be empty.
-        license: under which others may use the data, as the hub names it: cc-by-nc-4.0, cc-by-4.0, apache-2.0, …
-        language: of the records, as codes: en, or en,zh.
+        data_path: records to publish: a file, a folder, several separated by commas, or a hub dataset.
+        output_dir: folder to make, new or empty.
+        license: the data's license, by the hub's name for it: cc-by-nc-4.0, cc-by-4.0, apache-2.0, …
+        language: language codes of the records: en, or en,zh.
         eval_fraction: about this share becomes the split "test"; copies of a task stay together.
         eval_data_path: records for the split "test".
-        report_path: the report.json that generate_instruction.py wrote beside the data, for the card.
-        fields: of data in an unknown format: instruction=question,output=answer, with the names of its fields.
-        push: OWNER/NAME of a data set on the hub to upload the folder to; it is made if it does not exist.
-        private: whether a data set that is made there is private.
+        report_path: the report.json that generate_instruction.py wrote next to the data, for the card.
+        fields: field names of data in another format: instruction=question,output=answer.
+        push: OWNER/NAME of the hub dataset to upload the folder to; created if it does not exist.
+        private: whether a dataset created by --push is private.
     """
-    from alpaca.data import publish as folders  # the other tasks need neither pyarrow nor a client of the hub
+    from alpaca.data import publish as folders  # the other tasks need neither pyarrow nor the hub's client
 
     if eval_data_path and eval_fraction:
-        raise UserError("--eval_data_path and --eval_fraction both make the split test: drop one of them")
+        raise UserError("--eval_data_path and --eval_fraction both set the split test: drop one of them")
     report = folders.read_report(report_path) if report_path else None
     output, paths = Path(output_dir).absolute(), [data_path, *filter(None, [eval_data_path])]
     splits = {name: folders.read(path, fields) for name, path in zip(("train", "test"), paths, strict=False)}
@@ -311,7 +311,8 @@ def publish(
     if eval_fraction:
         splits = dict(zip(("train", "test"), folders.split(records, eval_fraction), strict=True))
         if not all(splits.values()):
-            raise UserError(f"--eval_fraction {eval_fraction} of {len(records)} records leaves a split empty: try 0.1")
+            of = counted(len(records), "record")
+            raise UserError(f"--eval_fraction {eval_fraction} of {of} leaves a split empty: try 0.1")
     facts = {"license": license, "restricted": restricted, "generator": report, "drawn": bool(eval_fraction)}
     facts |= {
         "languages": re.findall(r"[\w-]+", language or ""),
@@ -335,22 +336,21 @@ def publish(
 
 
 def _restricted(records: list[dict], paths: list[str]) -> str:
-    """Return which records may only be published as they were: those of Alpaca and of this project; "" for none."""
+    """Return which records must keep their license: those of Alpaca and of this project; "" for none."""
     parts = restricted_parts(records, [file for path in paths for file in files_of(path)])
-    found = [f"{counted(count, 'record')} {'is' if count == 1 else 'are'} of {name}" for name, count in parts.items()]
+    found = [f"{counted(count, 'record')} {'is' if count == 1 else 'are'} from {name}" for name, count in parts.items()]
     return f"{' and '.join(found)}, under CC BY-NC 4.0." if found else ""
 
 
 def _check_license(license: str | None, restricted: str) -> None:
     names = SHIPPED_LICENSE if restricted else "cc-by-4.0, cc-by-nc-4.0, apache-2.0, …"
     if not license:
-        question = "under which license others may use the data, as the hub names it"
-        raise UserError(f"{restricted} --license is missing: say {question} ({names})".strip())
+        raise UserError(f"{restricted} --license is missing: give the data's license ({names})".strip())
     if restricted and license != SHIPPED_LICENSE:
-        cure = f"give --license {SHIPPED_LICENSE}, or leave those records out"
-        raise UserError(f"--license {license} is not possible: {restricted} Nobody else may change that: {cure}")
+        cure = f"give --license {SHIPPED_LICENSE}, or remove those records"
+        raise UserError(f"--license {license} is not possible: {restricted} Only its owners may change that: {cure}")
     if not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", license):
-        raise UserError(f"--license {license!r} is not as the hub writes it, in lower case without spaces: {names}")
+        raise UserError(f"--license {license!r} is not a name on the hub, in lower case without spaces: use {names}")
 
 
 if __name__ == "__main__":

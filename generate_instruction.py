@@ -4,18 +4,18 @@ A hosted teacher (its key in OPENAI_API_KEY):
 
     python generate_instruction.py generate_instruction_following_data --output_dir ./ --num_instructions_to_generate 100 --model_name MODEL
 
-A teacher of your own, behind any OpenAI-compatible server:
+A teacher on any OpenAI-compatible server:
 
     python generate_instruction.py generate_instruction_following_data --base_url http://127.0.0.1:8000/v1 --model_name MODEL --output_dir ./
 
-Use --api completions for a base model, which continues a text, and --api chat (the default) for everything else.
+Use --api completions for a base model, and --api chat (the default) for everything else.
 
-Existing data, without its near-duplicates:
+Remove near-duplicates from existing data:
 
     python generate_instruction.py dedup --input_path IN.json --output_path OUT.json
 
-Each reply is on disk, in OUTPUT_DIR/regen.journal, before it counts, and regen.json is made from it. After Ctrl-C, a
-crash or kill -9 the same command continues, requests nothing twice, and ends where an uninterrupted run would have.
+Each reply is saved in OUTPUT_DIR/regen.journal before it counts, and regen.json is built from it. After Ctrl-C, a crash
+or kill -9, run the same command to continue: nothing is requested twice, and the result is that of an unbroken run.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ KEYWORDS = (
     "image,images,graph,graphs,picture,pictures,file,files,map,maps,draw,plot,go to,video,audio,music,flowchart,diagram"
 )
 
-PATIENCE = 100  # replies in a row that bring nothing new: the teacher repeats itself
-UNREADABLE = 10  # replies in a row without one whole item: the teacher does not keep to the format
-ENOUGH_UNSEEN = 10  # instructions that the tokenizer hardly sees, before the run warns of it
+PATIENCE = 100  # replies in a row with nothing new: the teacher repeats itself
+UNREADABLE = 10  # replies in a row without a complete item: the teacher does not follow the format
+ENOUGH_UNSEEN = 10  # instructions that the tokenizer mostly drops, before the run warns about it
 MOST_NEW, FEW_NEW = 17, 1  # new instructions a reply, for the forecast: the prompt asks for 17
-FIRST_BATCH = 100  # requests of the first round at most: a teacher that brings nothing new should not cost more
+FIRST_BATCH = 100  # requests in the first round, at most: a teacher with nothing new should not cost more
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Filters:
         filter_keywords: drop an instruction with one of these words, separated by commas ("" for none).
         min_words: drop shorter instructions.
         max_words: drop longer ones.
-        tokenizer: rouge compares as the original does, by a-z and 0-9 alone; unicode by the words of any script, which
-            then also count as words, and any letter may come first.
+        tokenizer: rouge compares a-z and 0-9 only, like the original; unicode compares and counts words in any script,
+            and lets an instruction start with any letter.
     """
 
     filter_keywords: str = KEYWORDS
@@ -112,7 +112,7 @@ def filter_reason(record: dict | str, filters: Filters = Filters()) -> str | Non
 class Selection:
     """Takes replies one by one and keeps what passes the filters and is new: kept + Σ dropped = parsed, always.
 
-    The result depends on the replies and their order alone.
+    The result depends only on the replies and their order.
     """
 
     seed_tasks: list[dict]  # count as kept, but are not written
@@ -120,16 +120,16 @@ class Selection:
     target: int  # how many to keep in all
     num_prompt_instructions: int  # examples in the prompt; a reply's numbers follow theirs
     filters: Filters
-    stats: bool  # whether kept records gain the two similarity fields; it changes no decision
-    rejected: TextIO  # gets a JSON line for each dropped record: the reason and, of a near-duplicate, the nearest
+    stats: bool  # whether kept records get the two similarity fields; it changes no decision
+    rejected: TextIO  # gets a JSON line for each dropped record: the reason and, for a near-duplicate, the nearest
     format: str = "text"  # of replies, or json
 
     def __post_init__(self):
         self.kept, self.fed, self.parsed, self.dropped = list(self.start), 0, 0, Counter()
-        self.unseen = 0  # kept, but the tokenizer "rouge" sees so little of it that near-duplicates get through
-        self.barren = self.unused = 0  # replies in a row that brought nothing; replies after the end
-        self.unreadable = 0  # replies in a row without one whole item
-        self.shown = ""  # the last reply that brought nothing
+        self.unseen = 0  # kept, but the tokenizer "rouge" drops most of it, so near-duplicates get through
+        self.barren = self.unused = 0  # replies in a row with nothing new; replies after the end
+        self.unreadable = 0  # replies in a row without a complete item
+        self.shown = ""  # the last reply with nothing new
         self.known = [one["instruction"] for one in self.seed_tasks + self.start]  # and then all that is kept
         self.pool = DistinctPool(self.known, MAX_SIMILARITY, self.stats, self.filters.tokenizer)
 
@@ -141,7 +141,7 @@ class Selection:
         return len(self.kept) - len(self.start)
 
     def counts(self) -> dict:
-        """Return the selection's part of report.json, earlier runs in the same folder included."""
+        """Return the selection's part of report.json, including earlier runs in the same folder."""
         counts = {"unused_replies": self.unused, "parsed": self.parsed, "dropped": dict(self.dropped.most_common())}
         return counts | {"kept": self.new(), "kept_before": len(self.start)}
 
@@ -150,7 +150,7 @@ class Selection:
         if self.is_over():
             self.unused += 1
             return
-        if reply.error:  # which does not mean that the teacher repeats itself
+        if reply.error:  # not a sign that the teacher repeats itself
             return
         before = len(self.kept)
         if self.format == "json":
@@ -178,8 +178,8 @@ class Selection:
             self.shown = reply.text
 
     def unseen_warning(self) -> str:
-        what = f"{self.unseen} of {self.new()} kept instructions are mostly not ASCII"
-        return f"warning: {what}, so their near-duplicates are not found: --tokenizer unicode sees all scripts"
+        what = f"{self.unseen} of {counted(self.new(), 'kept instruction')} {'is' if self.unseen == 1 else 'are'}"
+        return f"warning: {what} mostly non-ASCII, so near-duplicates may be missed: use --tokenizer unicode"
 
     def _drop(self, reason: str, record: dict | str, **more: str) -> None:
         self.dropped[reason] += 1
@@ -189,7 +189,7 @@ class Selection:
 def begin(
     journal: Journal, regen_path: Path, seed: int | None, num_prompt_instructions: int, format: str
 ) -> tuple[dict, list]:
-    """Return the run's own entry in the journal, written first if that is new, and the records from before the run."""
+    """Return the run's first entry in the journal, written now if it is new, and the records from before the run."""
     records = utils.load_records(regen_path) if regen_path.exists() else []
     if not journal.entries:
         run = {"seed": random.randrange(2**31) if seed is None else seed, "seeded": seed is not None}
@@ -199,17 +199,17 @@ def begin(
     run, replies = {"format": "text"} | journal.entries[0], sum("i" in entry for entry in journal.entries)
     for name, given in (("num_prompt_instructions", num_prompt_instructions), ("seed", seed), ("format", format)):
         if given is not None and given != run[name]:
-            raise UserError(f"this run was begun with --{name} {run[name]}: keep that, or take another --output_dir")
+            raise UserError(f"this run was started with --{name} {run[name]}: use that, or choose another --output_dir")
     if len(records) < run["start"]:
         raise UserError(
-            f"{regen_path} held {run['start']} records when this run began and holds {len(records)} now: "
-            "put it back, or take another --output_dir"
+            f"{regen_path} had {run['start']} records when this run started and has {len(records)} now: "
+            "restore it, or choose another --output_dir"
         )
     if journal.repaired_bytes:
-        print(f"{journal.path}: the last {journal.repaired_bytes} bytes were torn by a crash and are cut off")
+        print(f"note: {journal.path} ended in an incomplete entry ({journal.repaired_bytes} bytes), which was removed")
     if run["start"] or replies:
-        begun = f"begun with {counted(run['start'], 'record')}"
-        print(f"continuing {regen_path.parent}, {begun}: {counted(replies, 'reply')} since")
+        begun = f"started with {counted(run['start'], 'record')}"
+        print(f"continuing {regen_path.parent}, {begun}: {counted(replies, 'reply')} so far")
     return run, records[: run["start"]]
 
 
@@ -236,36 +236,36 @@ def generate_instruction_following_data(
 
     Each kept record also has its 10 nearest instructions with their ROUGE-L (most_similar_instructions) and its mean
     ROUGE-L to all seeds and kept instructions (avg_similarity_score). Next to it are regen.journal (every reply),
-    rejected.jsonl (what was dropped, and why) and report.json (the counts). Stop it at any time: the same command
+    rejected.jsonl (what was dropped, and why) and report.json (the counts). You can stop at any time; the same command
     continues.
 
     Args:
-        output_dir: where the results go; an existing run is continued, and so is a regen.json alone.
-        seed_tasks_path: JSON Lines of seed tasks; examples are drawn from it for each request.
-        prompt_path: the text that opens each request.
-        num_instructions_to_generate: stop when this many are kept, those of an earlier run included.
-        model_name: the teacher, by the name that its server knows.
+        output_dir: folder for the results; an existing run, or a regen.json alone, is continued.
+        seed_tasks_path: JSON Lines of seed tasks; each request shows a random few of them.
+        prompt_path: the text at the start of each request.
+        num_instructions_to_generate: stop when this many are kept, including those of earlier runs.
+        model_name: the teacher's name on its server.
         num_prompt_instructions: seed tasks shown in each request.
-        temperature: sampling temperature; 0 asks for the likeliest text.
-        top_p: nucleus sampling.
+        temperature: sampling temperature; 0 is greedy.
+        top_p: nucleus sampling: the share of probability to sample from.
         max_tokens: the longest reply, in tokens.
         api: chat, or completions for a base model.
-        format: of the replies: text (numbered items), or json, described to the server by a JSON schema.
-        seed: draws the same examples, and asks the teacher to sample the same way, each time.
-        similarity_stats: False leaves the two similarity fields out and is faster; the same records are kept.
-        request_batch_size: the original's; accepted and ignored, --max_concurrency replaces it.
-        num_cpus: the original's; accepted and ignored, similarity takes microseconds in one process.
+        format: of replies: text (numbered items), or json (a JSON schema is sent with each request).
+        seed: makes a run repeatable: the same examples, and a seed sent with each request.
+        similarity_stats: False omits the two similarity fields and is faster; the same records are kept.
+        request_batch_size: a flag of the original, ignored; use --max_concurrency.
+        num_cpus: a flag of the original, ignored; similarity takes microseconds in one process.
     """
     tokenizer_named(filters.tokenizer)
     if request_batch_size is not None or num_cpus is not None:
-        print("note: --request_batch_size and --num_cpus have no effect; --max_concurrency replaces them")
+        print("note: --request_batch_size and --num_cpus are ignored: use --max_concurrency")
     seed_tasks, prompt = utils.load_seed_tasks(seed_tasks_path), utils.read_text(prompt_path)
     if not 1 <= num_prompt_instructions <= len(seed_tasks):
         raise UserError(f"--num_prompt_instructions must be 1 to {len(seed_tasks)}, the tasks in {seed_tasks_path}")
     if format not in ("text", "json"):
         raise UserError(f"--format must be text or json, not {format!r}")
     if (as_json := format == "json") and api == "completions":
-        raise UserError("--format json needs --api chat: a base model continues the numbered items of --format text")
+        raise UserError("--format json needs --api chat: for a base model use --format text")
     # The prompt asks for 20 tasks; a base model would not stop there.
     way = {"response_format": JSON_SCHEMA} if as_json else {"stop": ["\n21. Instruction:"]}
     decoding = OpenAIDecodingArguments(max_tokens, temperature, top_p, **way)
@@ -293,8 +293,8 @@ def generate_instruction_following_data(
             try:
                 more = asyncio.run(collect(teacher, request, journal, budget, selection, save))
             except KeyboardInterrupt:
-                if not requests.batched:  # a batch says where it continues
-                    print(f"\nthe same command continues: the replies are in {journal.path}", file=sys.stderr)
+                if not requests.batched:  # a batch says how to continue
+                    print(f"\nreplies so far are in {journal.path}: the same command continues", file=sys.stderr)
                 raise
             finally:  # after Ctrl-C and errors too
                 counts = save()
@@ -304,9 +304,9 @@ def generate_instruction_following_data(
 
 
 def write_results(output: Path, about: dict, earlier: int, budget: Budget, selection: Selection) -> dict:
-    """Write regen.json, once it would not hold less than after the ``earlier`` replies, and report.json.
+    """Write report.json, and regen.json unless it would hold less than after the ``earlier`` replies.
 
-    Return the counts; the report also says what the run was (``about``).
+    Return the counts; the report also describes the run (``about``).
     """
     if selection.new() and (selection.fed >= earlier or selection.is_over()):
         utils.jdump(selection.kept, output / "regen.json")
@@ -317,20 +317,20 @@ def write_results(output: Path, about: dict, earlier: int, budget: Budget, selec
 
 
 async def collect(teacher, request, journal, budget, selection, save) -> str | None:
-    """Ask until the selection has enough or may not continue; ``save`` keeps regen.json up to date.
+    """Send requests until the selection is over or a limit is reached; ``save`` keeps regen.json up to date.
 
-    Return why a batch is not over, if so.
+    Return why a batch is not finished, or None.
     """
     last, warned = max(entry.get("i", -1) for entry in journal.entries), False
 
     def replies_left() -> float:
-        """As if there had been 4 more replies with 2 new instructions each: the first ones tell too little."""
+        """Estimate, as if there had been 4 more replies with 2 new instructions each: the first few say too little."""
         each = (selection.new() + 8) / (selection.fed - selection.unused + 4)
         return (selection.target - len(selection.kept)) / each
 
     def round_left() -> float:
-        """The same for a round, whose requests are all sent at once: rather too few, by two standard errors."""
-        replies = selection.fed - selection.unused  # others wait for one that is asked again
+        """Estimate for a round, whose requests are all sent at once: low by two standard errors."""
+        replies = selection.fed - selection.unused  # others wait for an earlier one that is retried
         each = min(selection.new() * (1 + 2 / replies**0.5) / replies if selection.new() else MOST_NEW, MOST_NEW)
         left = (selection.target - len(selection.kept)) / each
         return left if selection.new() else min(left, FIRST_BATCH)
@@ -347,7 +347,7 @@ async def collect(teacher, request, journal, budget, selection, save) -> str | N
             return False
         if number < last:  # was in flight when an earlier run was killed: later replies wait for it
             return True
-        # Near the end no more requests than it should take: each is paid for.
+        # Near the end, send no more requests than needed: each is paid for.
         return not budget.exhausted() and in_flight < (round_left() if budget.settings.batched else replies_left())
 
     if last < 0 and not selection.is_over():
@@ -364,7 +364,7 @@ async def collect(teacher, request, journal, budget, selection, save) -> str | N
 
 
 def conclude(selection: Selection, budget: Budget, regen_path: Path, more: str | None) -> None:
-    """Print what there is now, and why it is less than was asked for.
+    """Print what was made, and why it is less than was asked for.
 
     Raises:
         UserError: too many requests failed, replies cannot be read, or nothing was kept.
@@ -382,14 +382,14 @@ def conclude(selection: Selection, budget: Budget, regen_path: Path, more: str |
         most = "".join(f", most often {reason}" for reason, _ in selection.dropped.most_common(1))
         why = budget.exhausted() or f"{selection.barren} replies in a row without a new one (dropped{most})"
         if unreadable := selection.unreadable >= UNREADABLE:
-            why = f"{selection.unreadable} replies in a row without one whole item (dropped{most})"
+            why = f"{selection.unreadable} replies in a row without a complete item (dropped{most})"
         if not (selection.new() or selection.shown):
             raise UserError(f"{why} ended the run; {made}")
         if unreadable or not selection.new():
             cure = "raise --max_tokens" if most.endswith("cut off") else "try another --model_name or --format"
             begins = f"a reply begins: {printable(shorten(selection.shown, 200))}"
             raise UserError(f"{why} ended the run; {made}; {cure}, in another --output_dir; {begins}")
-        print(f"{why} ended the run before {selection.target} were kept")
+        print(f"{why} ended the run short of {counted(selection.target, 'instruction')}")
     print(made)
 
 

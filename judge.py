@@ -1,26 +1,27 @@
-"""Compares models on an instruction set, blind, in stages that each leave a file: answer → judge → report.
+"""Compares models blind on an instruction set, in stages that each write a file: answer → judge → report.
 
-Answers of a local model (or LoRA adapter), and of a model behind any OpenAI-compatible server:
+Answer with a local model (or LoRA adapter), and with a model on any OpenAI-compatible server:
 
     python judge.py answer --instructions user_oriented_instructions.jsonl --model_path DIR --output_path ours.jsonl
     python judge.py answer --instructions user_oriented_instructions.jsonl --model_name MODEL --output_path theirs.jsonl
 
-A judge, by its server's name for it, sees each pair twice, with one answer first and with the other:
+A judge model sees each pair twice, in both orders:
 
     python judge.py judge --instructions user_oriented_instructions.jsonl --answers ours.jsonl,theirs.jsonl --model_name MODEL --output_path judged.jsonl
 
-People can judge as well, in a browser (pip install -e '.[web]'):
+People can judge too, in a browser (pip install -e '.[web]'):
 
     python judge.py people --instructions user_oriented_instructions.jsonl --answers ours.jsonl,theirs.jsonl --output_path votes.jsonl
 
-And what that comes to, by more than chance or not:
+Report who wins, and whether by more than chance:
 
     python judge.py report --instructions user_oriented_instructions.jsonl --answers ours.jsonl,theirs.jsonl --judgments judged.jsonl,votes.jsonl --output_dir report
 
-Answers that others have published do as well: Self-Instruct's *_predictions.jsonl, alpaca_eval's model_outputs.json.
+Published answers work too: Self-Instruct's *_predictions.jsonl, alpaca_eval's model_outputs.json.
 
-The instructions are Self-Instruct's 252, AlpacaEval's, or any data that train.py reads. Each reply is on disk before it
-counts (OUT.journal): after Ctrl-C, a crash or kill -9 the same command continues, and requests nothing twice.
+The instructions are Self-Instruct's 252, AlpacaEval's, or any data that train.py reads. Each reply is saved in
+OUT.journal before it counts: after Ctrl-C, a crash or kill -9, run the same command to continue; nothing is requested
+twice.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from alpaca.endpoint.client import THOUGHT, Answerer, Completion, OpenAIDecoding
 from alpaca.endpoint.parallel import ask_each, summarize
 from alpaca.judging import prompt as judge_prompt
 
-# A base model would write the next instruction, and answer that too.
+# A base model would write the next instruction, and answer it too.
 STOP = ["\n### Instruction:"]
 PROMPT = Path(__file__).parent / "configs" / "judge" / "pairwise.txt"
 EXAMPLES = 5  # of the clearest wins, and of the clearest losses
@@ -71,50 +72,46 @@ def answer(
     fields: str | None = None,
     requests: RequestSettings = RequestSettings(),  # noqa: B008  never changed
 ) -> None:
-    """Answer an instruction set with a local model (--model_path) or one behind a server (--model_name).
+    """Answer an instruction set with a local model (--model_path) or one on a server (--model_name).
 
     Each row of OUTPUT_PATH has "id", "instruction", "input", "output", "finish_reason" ("length": it was cut off) and
-    "generator"; one that could not be answered has "error" and no "output". By default each model takes its likeliest
-    token each time.
+    "generator"; a row without an answer has "error" in place of "output". Decoding is greedy by default.
 
     Args:
-        instructions: the set: Self-Instruct's 252, AlpacaEval's, or any that train.py reads.
-        output_path: where the answers go: JSON Lines, or, if it ends in .json, a list for alpaca_eval, which has the
-            input after the instruction under "### Input:".
-        model_path: the folder of a model, or of a LoRA adapter.
-        model_name: a model by the name that its server knows.
-        generator: the model's name in the rows (default: the folder's, or the server's name for it).
+        instructions: the set: Self-Instruct's 252, AlpacaEval's, or any data that train.py reads.
+        output_path: file for the answers: JSON Lines, or, if it ends in .json, a list for alpaca_eval, with the input
+            after the instruction under "### Input:".
+        model_path: folder of a local model or LoRA adapter.
+        model_name: the model's name on its server.
+        generator: the model's name in the rows (default: the folder's name, or --model_name).
         max_new_tokens: the longest answer, in tokens.
-        temperature: 0 always takes the likeliest token.
-        top_p: sample from the fewest tokens whose probabilities add up to this.
-        seed: the same seed gives the same answers, at a server as far as it can.
-        template: of a local model: alpaca, or chat, the model's own chat template (default: the one that it was
-            trained with).
-        reference_loss: of a local model: each row also gets its loss on the set's reference, in nats a token, and the
+        temperature: sampling temperature; 0 is greedy.
+        top_p: nucleus sampling: the share of probability to sample from.
+        seed: makes sampling repeatable, as far as the server can.
+        template: of a local model: alpaca, or chat for its own chat template (default: the one it was trained with).
+        reference_loss: also write a local model's loss on the set's reference answers, in nats per token, and the
             number of tokens.
-        base_path: the base of a LoRA adapter, if it is not where the adapter says.
+        base_path: folder of a LoRA adapter's base model, if it has moved.
         device: of a local model: cpu, cuda, mps, … (default: the accelerator if there is one).
-        dtype: of a local model: float32, bfloat16 or float16 (default: what suits the device).
-        batch_tokens: of a local model: the most tokens of a batch, prompts and answers together.
-        api: at a server: chat asks with the instruction, and the input after it under "### Input:"; completions lets
-            the model continue Alpaca's prompt.
-        fields: of a set in an unknown format: instruction=question,output=answer, with the names of its fields.
+        dtype: of a local model: float32, bfloat16 or float16 (default: depends on the device).
+        batch_tokens: of a local model: the most tokens in a batch, prompts and answers together.
+        api: of a server: chat sends the instruction, with the input after it under "### Input:"; completions lets the
+            model continue Alpaca's prompt.
+        fields: field names of a set in another format: instruction=question,output=answer.
     """
     local = model_path is not None
     for wrong, message in (
-        (local == (model_name is not None), "give --model_path, a folder, or --model_name, at a server"),
-        (not local and not is_name(model_name), "--model_name must be a name in one line"),
+        (local == (model_name is not None), "give either --model_path (a folder) or --model_name (on a server)"),
         (generator is not None and not is_name(generator), "--generator must be a name in one line"),
-        (template not in (None, "alpaca", "chat"), f"--template takes alpaca or chat, not {template!r}"),
-        (max_new_tokens < 1, "--max_new_tokens must be at least 1"),
+        (template not in (None, "alpaca", "chat"), f"--template must be alpaca or chat, not {template!r}"),
         (batch_tokens < 1, "--batch_tokens must be at least 1"),
         (
             not local and (reference_loss or base_path or device or dtype or template),
-            "--reference_loss, --base_path, --device, --dtype and --template are for --model_path, not a server",
+            "--reference_loss, --base_path, --device, --dtype and --template need --model_path, a local model",
         ),
         (
             local and (requests.base_url or api != "chat" or requests.batched),
-            "--base_url, --api and batches are for --model_name: a local model is asked without a server",
+            "--base_url, --api and --batch need --model_name, a model on a server",
         ),
     ):
         if wrong:
@@ -132,7 +129,7 @@ def answer(
 
 
 def _answer_there(items, output_path, model_name, generator, api, requests, max_new_tokens, temperature, top_p, seed):
-    """Answer with a model behind a server."""
+    """Answer with a model on a server."""
     output, journal_path = check_output(output_path)
     decoding = OpenAIDecodingArguments(max_new_tokens, temperature, top_p, STOP if api == "completions" else None)
     teacher, budget = Answerer(model_name, decoding, api, requests), Budget(requests)
@@ -140,7 +137,7 @@ def _answer_there(items, output_path, model_name, generator, api, requests, max_
         prompts = [Talk(item.task, item.messages) if item.messages else item.task for item in items]
     elif talks := sum(map(has_several_turns, map(vars, items))):
         what = f"{counted(talks, 'conversation')} of several turns"
-        raise UserError(f"the set has {what}, which --api completions cannot send: use --api chat")
+        raise UserError(f"--api completions cannot send {what}: use --api chat")
     else:
         prompts = [utils.format_prompt(item.instruction, item.input) for item in items]
     run = {"task": "answer", "model_name": model_name, "api": api, "seed": seed, "prompts": _digest(prompts)}
@@ -156,7 +153,7 @@ def _answer_there(items, output_path, model_name, generator, api, requests, max_
     notes = [(sum(row.get("finish_reason") == "length" for row in rows), "cut off at --max_new_tokens")]
     notes += [(sum(row.get("output") == "" for row in rows), "empty, and counted as answers")]
     thought = sum(THOUGHT in row.get("error", "") for row in rows)
-    notes += [(thought, "only thoughts: raise --max_new_tokens, with another --output_path")]
+    notes += [(thought, "only thoughts: raise --max_new_tokens, and choose another --output_path")]
     summarize(f"{counted(sum('output' in row for row in rows), 'answer')} in {output}", replies, budget, journal, notes)
 
 
@@ -170,7 +167,7 @@ def _answered(reply: Completion | None) -> dict:
 
 def _answer_here(items, output_path, model_path, generator, template, sampling, loading, batch_tokens, reference_loss):
     """Answer with a model on this machine, as chat.py --batch_path does."""
-    # torch and transformers take seconds to load: the flags are checked first
+    # torch and transformers take seconds to load: check the flags first
     from transformers.utils import logging
 
     from alpaca.inference import answer_file as answers
@@ -196,16 +193,16 @@ def _answer_here(items, output_path, model_path, generator, template, sampling, 
         more=(lambda: _reference_fields(model, tokenizer, template, items)) if reference_loss else None,
         finish_reason=True,
     )
-    notes = [(counts["earlier"], "of an earlier run")]
-    notes += [(counts["cut"], "cut off at --max_new_tokens or the context's end")]
+    notes = [(counts["earlier"], "from an earlier run")]
+    notes += [(counts["cut"], "cut off at --max_new_tokens or the end of the context")]
     notes += [(counts["too_long"], 'too long for the context: "error" in their rows')]
-    notes += [(counts["unended"], 'thought without an end: raise --max_new_tokens ("error" in their rows)')]
+    notes += [(counts["unended"], 'did not stop thinking: raise --max_new_tokens ("error" in their rows)')]
     notes += [(counts["examples"], "of several turns: in Alpaca's template the earlier ones are examples")]
     print(f"{counted(counts['answers'], 'answer')} in {output_path}" + in_brackets(notes))
 
 
 def _reference_fields(model, tokenizer, template, items) -> list[dict]:
-    """Return {"reference_loss", "reference_tokens"} of each item, or {} if it has no reference that could be scored."""
+    """Return {"reference_loss", "reference_tokens"} of each item, or {} if it has no reference to score."""
     from alpaca.training.evaluate import reference_losses
 
     known = [item for item in items if item.reference]
@@ -231,27 +228,22 @@ def judge(
 ) -> None:
     """Have a model compare two files of answers, each pair in both orders, at temperature 0.
 
-    OUTPUT_PATH gets a row for each time that it was asked: who was shown first, what it preferred and said, which model
-    answered by which prompt and settings. A reply without a verdict is requested again twice, and then is a failure,
-    never a tie. Two equal answers are a tie without being asked about.
+    OUTPUT_PATH gets a row for each request: who was shown first, what the judge preferred and said, and its model,
+    prompt and settings. A reply without a verdict is requested twice more, and then counts as a failure, never as a
+    tie. Two equal answers are a tie; the judge is not asked.
 
     Args:
         instructions: the set that was answered.
-        answers: the two files, A.jsonl,B.jsonl.
-        output_path: where the judgments go, as JSON Lines.
-        model_name: the judge, by the name that its server knows.
-        prompt: a file with the judge's prompt (default: configs/judge/pairwise.txt; the README there describes it).
+        answers: the two files: A.jsonl,B.jsonl.
+        output_path: file for the judgments, as JSON Lines.
+        model_name: the judge's name on its server.
+        prompt: file with the judge's prompt (default: configs/judge/pairwise.txt; see configs/judge/README.md).
         max_tokens: the longest reply, in tokens; a reasoning model needs more.
         seed: sent with each request.
         fields: see the task answer.
     """
-    for wrong, message in (
-        (not model_name, "no judge named: --model_name takes the name that its server knows"),
-        (not is_name(model_name), f"--model_name must be a name in one line, not {model_name!r}"),
-        (output_path.endswith(".json"), "--output_path takes a name that ends in .jsonl: judgments are JSON Lines"),
-    ):
-        if wrong:
-            raise UserError(message)
+    if output_path.endswith(".json"):
+        raise UserError("--output_path must end in .jsonl: judgments are JSON Lines")
     output, journal_path = check_output(output_path)
     items, (a, b) = read_pair(instructions, answers, fields)
     text, prompt_sha256 = judge_prompt.read_prompt(PROMPT if prompt is None else prompt)
@@ -276,13 +268,13 @@ def judge(
     for place, (item, shown) in enumerate(pairs):
         reply = reply_to.get(place)
         if reply is None and place in reply_to:
-            continue  # the run ended before
+            continue  # the run ended before this request
         fewer = {"max_tokens": reply.max_tokens} if reply and reply.max_tokens else {}  # than requested
         rows.append(judge_prompt.judgment(item, shown, by | {"settings": settings | fewer}, reply))
     write_records(rows, output, lines=True)
-    notes = [(sum("note" in row for row in rows), "for equal answers, which are a tie unasked")]
+    notes = [(sum("note" in row for row in rows), "ties of equal answers, not asked")]
     cut = sum(row["error"] == judge_prompt.CUT_OFF for row in rows)
-    notes += [(cut, "cut off: raise --max_tokens, with another --output_path")]
+    notes += [(cut, "cut off: raise --max_tokens, and choose another --output_path")]
     summarize(f"{counted(len(rows), 'judgment')} in {output}", replies, budget, journal, notes)
 
 
@@ -296,18 +288,18 @@ def people(
     seed: int | None = None,
     fields: str | None = None,
 ) -> None:
-    """Have people compare two files of answers on a page that does not say whose they are.
+    """Have people compare two files of answers on a web page that does not say which model wrote which.
 
     They enter a name, and choose by a key or a button. Votes are saved at once; the same command continues a run.
 
     Args:
         instructions: the set that was answered.
-        answers: the two files, A.jsonl,B.jsonl.
-        output_path: where the votes go, as JSON Lines like those of the task judge.
-        host: the address to listen at; any other than this machine's own needs --auth.
-        port: 0 takes a free one.
-        auth: user:password, which the page then asks for.
-        seed: of the order of the pairs and of the sides (default: drawn at random, so that no voter can guess it).
+        answers: the two files: A.jsonl,B.jsonl.
+        output_path: file for the votes, as JSON Lines in the format of the task judge.
+        host: address to listen on; any address but this machine's own needs --auth.
+        port: port to listen on; 0 picks a free one.
+        auth: user:password to log in to the page.
+        seed: for the order of pairs and sides (default: random, so that no voter can guess it).
         fields: see the task answer.
     """
     items, pair = read_pair(instructions, answers, fields)
@@ -336,20 +328,20 @@ def report(
 ) -> None:
     """Report who is better, and whether by more than chance: report.json, report.png and report.html in OUTPUT_DIR.
 
-    Without judgments it has what needs no judge: ROUGE-L and the models' loss on the set's reference answers, and the
-    overlap with training data.
+    Without judgments, the report has what needs no judge: ROUGE-L and the models' loss on the set's reference answers,
+    and the overlap with training data.
 
     Args:
-        instructions: the instruction set that was answered.
-        answers: files of answers to it, separated by commas: A.jsonl,B.jsonl. Wins are A's.
+        instructions: the set that was answered.
+        answers: files of answers, separated by commas: A.jsonl,B.jsonl. Wins are counted for A.
         output_dir: folder for the three files.
-        judgments: files that the tasks judge and people wrote about A and B, separated by commas.
-        data_path: training data, in which the instructions are looked for.
-        seed: of the resamples behind the bootstrap intervals.
+        judgments: files written by the tasks judge and people about A and B, separated by commas.
+        data_path: training data to search for the instructions.
+        seed: for the bootstrap intervals.
         fields: see the task answer.
         data_fields: the same for the training data.
     """
-    # numpy, scipy and what draws: the other tasks do without
+    # numpy, scipy and plotting: the other tasks do not need them
     from alpaca.common.files import check_writable
     from alpaca.data import rouge
     from alpaca.judging import comparison, metrics, overlap, report_text, verdicts
@@ -360,11 +352,9 @@ def report(
     answerers = [read_answers(path, items) for path in _paths("answers", answers)]
     names = [one.generator for one in answerers]
     if len(set(names)) < len(names):
-        raise UserError(f'--answers are by {", ".join(names)}: give each another name ("generator" in its rows)')
+        raise UserError(f'--answers are by {", ".join(names)}: give each its own name ("generator" in its rows)')
     if judgments is not None and len(answerers) != 2:
-        raise UserError(
-            f"--judgments compare two answerers, and --answers names {len(answerers)}: give A.jsonl,B.jsonl"
-        )
+        raise UserError(f"--judgments needs two files of --answers, not {len(answerers)}: give A.jsonl,B.jsonl")
 
     found: dict = {
         "set": {
@@ -389,7 +379,7 @@ def report(
         for figures in found["judges"]:
             figures["asked_with"] = verdicts.settings_of(rows, figures["judge"])
             figures["repeated"] = repeated[figures["judge"]]
-        # ROUGE-L breaks ties between examples: it may confirm what a person or a model took for a clear win.
+        # ROUGE-L breaks ties between examples: it may confirm what a person or a model saw as a clear win.
         margins = {id: scores[0][id] - scores[1][id] for id in scores[0] if id in scores[1]}
         found["examples"] = comparison.examples(folded, items, *answerers, margins, EXAMPLES)
     if data_path is not None:
@@ -408,7 +398,7 @@ def report(
 def _paths(flag: str, text: str) -> list[str]:
     paths = [path.strip() for path in text.split(",")]
     if not all(paths):
-        raise UserError(f"--{flag} {text!r} names no file beside a comma: give A.jsonl,B.jsonl")
+        raise UserError(f"--{flag} {text!r} has a comma without a file: give A.jsonl,B.jsonl")
     return paths
 
 

@@ -16,10 +16,10 @@ Two processes on a CPU, as in `make demo`:
     torchrun --nproc_per_node=2 train.py --model_name_or_path MODEL --data_path ./alpaca_data.json --output_dir OUT \\
         --eval_fraction 0.1 --fsdp --fsdp_config configs/fsdp.json
 
---help_all shows the flags of transformers.TrainingArguments too. --config FILE reads flags from YAML or JSON (those of
-the command line win), or from a finished run's training_receipt.json, which repeats it into another --output_dir.
+--help_all also shows the flags of transformers.TrainingArguments. --config FILE reads flags from YAML or JSON (the
+command line wins); a finished run's training_receipt.json repeats that run, into another --output_dir.
 To resume a run that was killed, add --resume_from_checkpoint auto to its command; the number of GPUs may differ.
-SIGTERM and SIGUSR1 make it save (not with --save_strategy no) and exit with 75, "try again", Ctrl-C with 130.
+SIGTERM and SIGUSR1 save a checkpoint (unless --save_strategy no) and exit with 75, "try again"; Ctrl-C exits with 130.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from __future__ import annotations
 import alpaca.common.environment  # noqa: F401  # isort: skip
 import importlib.util
 import json
-import math
 import os
 import sys
 from collections.abc import Sized
@@ -107,50 +106,48 @@ class ModelArguments:
 class DataArguments:
     data_path: str | None = _flag(
         None,
-        "Instruction data: JSON, JSON Lines, CSV, Parquet, a folder, files with commas between, or a name on the hub.",
+        "Instruction data: JSON, JSON Lines, CSV or Parquet, a folder, several separated by commas, or a hub dataset.",
     )
     eval_data_path: str | None = _flag(None, "Held-out data.")
-    fields: str | None = _flag(None, "For data of an unknown shape: instruction=question,input=context,output=answer.")
+    fields: str | None = _flag(None, "Field names of other formats: instruction=question,input=context,output=answer.")
     template: Literal["alpaca", "chat"] | None = _flag(
         None,
-        "alpaca: Alpaca's prompt. chat: the base model's own chat template. Default: alpaca, but chat for data with "
-        "several turns if the base model has a chat template. Chatting and judging then use the same.",
+        "alpaca: Alpaca's prompt. chat: the base model's chat template. Default: chat for data with several turns if "
+        "the base model has a chat template, else alpaca. Chat and judge later use the same.",
     )
     eval_fraction: float = _flag(0.0, "Hold out this share of --data_path instead (drawn with --data_seed or --seed).")
     padding: Literal["free", "longest"] = _flag(
         "free",
-        "free: the examples of a batch in one row, without pad tokens; same examples a step and same loss. longest: "
-        "as in the original, each example padded to the longest of its batch.",
+        "free: all examples of a batch in one row, without pad tokens; the loss is the same. longest: pad each example "
+        "to the longest of its batch, like the original.",
     )
     packing: bool = _flag(
         False,
-        "Fill bins of model_max_length tokens with examples; a batch size then counts bins. Faster, but another "
-        "recipe: several times more examples a step, so fewer steps (reduce the batch size to make up for it).",
+        "Pack examples into bins of model_max_length tokens; the batch size then counts bins. Faster, but another "
+        "recipe: several times more examples per step, so fewer steps (reduce the batch size to compensate).",
     )
 
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
-    cache_dir: str | None = _flag(None, "Where downloaded models are kept.")
+    cache_dir: str | None = _flag(None, "Folder for downloaded models.")
     optim: str = _flag("adamw_torch_fused", "The optimizer.")
     model_max_length: int = _flag(512, "Longest example in tokens, prompt and answer; longer ones are cut.")
-    lora_r: int = _flag(0, "Rank of LoRA matrices, 16 is usual; 0 trains all weights.")
-    lora_alpha: float = _flag(32.0, "LoRA's update is scaled by alpha / r.")
-    lora_dropout: float = _flag(0.05, "Dropout in front of the LoRA matrices.")
+    lora_r: int = _flag(0, "LoRA rank; 16 is usual, 0 trains all weights.")
+    lora_alpha: float = _flag(32.0, "The LoRA update is scaled by alpha / r.")
+    lora_dropout: float = _flag(0.05, "Dropout before the LoRA matrices.")
     load_in_4bit: bool = _flag(False, "Keep the frozen weights in 4 bits (QLoRA).")
-    logging_steps: float = _flag(10, "Steps from one log line to the next; the last step always has one.")
+    logging_steps: float = _flag(10, "Steps between log lines; the last step is always logged.")
     report_to: None | str | list[str] = _flag(
         None, "tensorboard, wandb, trackio, …; default: tensorboard if installed."
     )
-    gpu_hour_price: float = _flag(0.0, "US dollars for an hour of one GPU, for the cost in training_receipt.json.")
+    gpu_hour_price: float = _flag(0.0, "Price of a GPU hour in US dollars, for the cost in training_receipt.json.")
     preflight_only: bool = _flag(False, "Check everything, train nothing.")
-    skip_save_rehearsal: bool = _flag(False, "Do not save, reload and resume a step before the first one.")
+    skip_save_rehearsal: bool = _flag(False, "Skip the rehearsal, which saves, reloads and resumes before training.")
 
     def __post_init__(self):
         # As given: what follows, here and in the library, depends on the machine.
         self.given = receipt.without_secrets({field.name: getattr(self, field.name) for field in fields(self)})
-        if not 0 <= self.gpu_hour_price < math.inf:  # NaN fails too
-            raise UserError(f"--gpu_hour_price {self.gpu_hour_price} is not a price: use dollars, as in 2.5")
         if self.report_to is None:
             self.report_to = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
         self.remove_unused_columns = False  # a batch without padding has columns that no model names
@@ -165,36 +162,32 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")
     if args.model_max_length < 8:
-        raise UserError("--model_max_length must leave room for a prompt and an answer: 512 is the recipe's")
-    if not 0 <= args.learning_rate < math.inf:  # NaN fails too
-        raise UserError(f"--learning_rate {args.learning_rate} is not a rate: 2e-5 is the recipe's for 7B")
+        raise UserError("--model_max_length must leave room for a prompt and an answer: use 512")
     if not (args.max_steps > 0 or (args.max_steps == -1 and args.num_train_epochs > 0)):  # NaN fails too
-        raise UserError("--max_steps or --num_train_epochs must be above 0: --preflight_only checks without training")
+        raise UserError("--max_steps or --num_train_epochs must be above 0; to train nothing, use --preflight_only")
     if data_args.eval_data_path and data_args.eval_fraction:
         raise UserError("--eval_data_path and --eval_fraction both set held-out data: drop one of them")
     if args.eval_strategy != "no" and not (data_args.eval_data_path or data_args.eval_fraction):
         raise UserError("--eval_strategy needs held-out data: --eval_data_path or --eval_fraction")
     if args.metric_for_best_model not in (None, "loss", "eval_loss"):
-        raise UserError(f"--metric_for_best_model {args.metric_for_best_model} is not measured: use loss")
+        raise UserError(f"--metric_for_best_model {args.metric_for_best_model} is not available: use loss")
     if args.save_strategy == "best" and (args.eval_strategy == "no" or not args.metric_for_best_model):
         raise UserError("--save_strategy best needs --metric_for_best_model loss and an --eval_strategy")
     if data_args.packing and data_args.padding == "longest":
-        raise UserError("--packing puts examples into one row, and --padding longest does not: drop one of them")
+        raise UserError("--packing does not work with --padding longest: drop one of them")
     if data_args.packing and args.train_sampling_strategy == "group_by_length":
-        raise UserError("--packing makes rows of one length: leave --train_sampling_strategy group_by_length out")
-    if args.lora_r < 0 or args.lora_alpha <= 0 or not 0 <= args.lora_dropout < 1:
-        raise UserError("--lora_r must be at least 0, --lora_alpha above 0 and --lora_dropout from 0 to below 1")
+        raise UserError("--packing makes all rows equally long: drop --train_sampling_strategy group_by_length")
     if args.load_in_4bit and not args.lora_r:
-        raise UserError("--load_in_4bit trains an adapter beside frozen weights: set --lora_r too (16 is usual)")
+        raise UserError("--load_in_4bit trains a LoRA adapter: add --lora_r 16")
     if args.load_in_4bit and args.fsdp:
-        raise UserError("--load_in_4bit does not shard: drop --fsdp (each GPU then holds the 4-bit model)")
+        raise UserError("--load_in_4bit cannot be sharded: drop --fsdp (each GPU then holds the whole 4-bit model)")
     if args.lora_r and args.deepspeed:
-        raise UserError("--lora_r does not work with --deepspeed: use --fsdp, which shards the frozen weights as well")
+        raise UserError("--lora_r does not work with --deepspeed: use --fsdp, which also shards the frozen weights")
     if args.lora_r:
         lora.need_peft("--lora_r")
     if args.use_liger_kernel and not importlib.util.find_spec("liger_kernel"):
         raise UserError("--use_liger_kernel needs the package: pip install liger-kernel (and a GPU)")
-    try:  # what --report_to and --optim need would otherwise be missing after the model is loaded
+    try:  # otherwise what --report_to and --optim need is found missing only after the model is loaded
         for reporter in get_reporting_integration_callbacks(args.report_to):
             reporter()
         if not any(name in str(args.optim) for name in ("galore", "apollo", "lomo")):  # those need the model
@@ -212,23 +205,22 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
         try:
             HfApi(token=args.hub_token).whoami()
         except Exception as e:  # whatever the network does
-            raise UserError(
-                f"--push_to_hub needs the hub ({first_line(e)}): check the network, hf auth login"
-            ) from None
+            cure = "check the network, or run hf auth login"
+            raise UserError(f"--push_to_hub cannot log in to the hub ({first_line(e)}): {cure}") from None
     for entry in fields(args):
         if entry.name in NO_EFFECT and args.given[entry.name] not in (entry.default, []):
             say(f"warning: --{entry.name} has no effect here")
 
 
 def check_not_quantized(model: str, cache_dir: str | None) -> None:
-    """Raise UserError if the config of a folder or a hub's model says that its weights are quantized."""
+    """Raise UserError if the config of a model, in a folder or on the hub, says that its weights are quantized."""
     try:
         config, _ = transformers.PretrainedConfig.get_config_dict(model, cache_dir=cache_dir)
-    except Exception:  # whatever is wrong with it: what loads it says so
+    except Exception:  # whatever is wrong with it is reported when it is loaded
         return
     if quantization := config.get("quantization_config"):
         method = str(dict(quantization).get("quant_method", "an unknown method"))
-        cure = "give the unquantized one (--load_in_4bit with --lora_r quantizes it while it is loaded)"
+        cure = "use the unquantized model (with --lora_r, --load_in_4bit quantizes it as it loads)"
         raise UserError(f"--model_name_or_path {model} is quantized ({method}): {cure}")
 
 
@@ -236,9 +228,8 @@ def check_batch_count(rows: Sized, args: TrainingArguments) -> None:
     """Raise UserError if --dataloader_drop_last leaves no batch."""
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and len(rows) < batch:
-        raise UserError(
-            f"--dataloader_drop_last leaves nothing: {len(rows)} examples, {batch} in a batch: drop the flag"
-        )
+        what = f"{counted(len(rows), 'example')} of {batch} in a batch"
+        raise UserError(f"--dataloader_drop_last leaves no batch ({what}): drop the flag")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,11 +267,11 @@ def choose_template(wanted: str | None, tokenizer, records: list[dict]) -> tuple
     if isinstance(tokenizer.chat_template, dict):  # by name, as for tools
         tokenizer.chat_template = tokenizer.chat_template.get("default")
     if wanted == "chat" and not tokenizer.chat_template:
-        raise UserError("--template chat: this base model has no chat template, leave it out or choose a chat model")
+        raise UserError("--template chat: this base model has no chat template; drop the flag, or use a chat model")
     template = wanted or ("chat" if several and tokenizer.chat_template else "alpaca")
     if several and not wanted:
         which = "the base model's own chat template" if template == "chat" else "Alpaca's, the base model has none"
-        say(f"template: {which}, as {counted(several, 'record')} of {len(records):,} have several turns")
+        say(f"template: {which}; conversations of several turns: {several:,} of {counted(len(records), 'record')}")
     for record in records if several and template == "alpaca" else ():
         if record.get("messages"):
             record["messages"] = without_system(record["messages"])
@@ -288,11 +279,11 @@ def choose_template(wanted: str | None, tokenizer, records: list[dict]) -> tuple
 
 
 def use_end_token(tokenizer) -> None:
-    """Make the token with which the chat template ends answers the tokenizer's EOS. What it writes does not change."""
+    """Make the token that ends answers in the chat template the tokenizer's EOS. What the template writes stays."""
     end, eos = end_token(tokenizer), tokenizer.eos_token
     if not end or end == eos:
         return
-    say(f"note: answers end with {end!r}, as in the chat template; the tokenizer's EOS was {eos!r}")
+    say(f"note: answers end with {end!r}, as in the chat template, instead of the tokenizer's EOS {eos!r}")
     if eos and "eos_token" in tokenizer.chat_template:
         tokenizer.chat_template = before_template(f"{{% set eos_token = {json.dumps(eos)} %}}", tokenizer.chat_template)
     tokenizer.add_special_tokens({"eos_token": end})
@@ -316,13 +307,13 @@ def load_data(data_args: DataArguments, seed: int) -> tuple[list[dict], list[dic
         held_out = load_records(data_args.eval_data_path, data_args.fields, say)
         if both := asked_in_both(records, held_out):
             what = f"{len(both)} of {len(held_out)} held-out records {'are' if both[1:] else 'is'} in the training data"
-            why = "the eval loss will look better than it is"
-            say(f"warning: {what} as well (the first: record {both[0]}): {why}; remove them from --eval_data_path")
+            why = "the eval loss will be too low"
+            say(f"warning: {what} too (the first: record {both[0]}): {why}; remove them from --eval_data_path")
         return records, held_out
     count = round(len(records) * share) if 0 <= share < 1 else 0  # NaN is refused too
     parts = hold_out(records, count, seed)
     if share and not all(parts):
-        raise UserError(f"--eval_fraction {share} of {len(records)} records must leave some on both sides: try 0.1")
+        raise UserError(f"--eval_fraction {share} of {counted(len(records), 'record')} leaves one side empty: try 0.1")
     return parts
 
 
@@ -337,11 +328,11 @@ def make_batches(model, dataset, pad_token_id: int, data_args: DataArguments, tr
 
     def fall_back(model, reason: str) -> None:
         if data_args.packing:
-            raise UserError(f"--packing is not possible here ({reason}): leave it out")
+            raise UserError(f"--packing is not possible here ({reason}): drop it")
         collator.padding_free = False
         packing.set_attention(model, packing.library_attention(model))
 
-    needs = {"label_smoothing_factor": "needs the logits of prompts", "neftune_noise_alpha": "goes by a row's length"}
+    needs = {"label_smoothing_factor": "needs the logits of prompts", "neftune_noise_alpha": "depends on row length"}
     reasons = [f"--{name} {need}" for name, need in needs.items() if getattr(training_args, name)]
     if reason := reasons[0] if reasons else packing.use_segments(model):
         say(f"warning: examples are padded, as with --padding longest: {reason}")
@@ -371,7 +362,7 @@ def make_tokenizer(base: str, data_args, args, records: list[dict], held_out: li
         try:
             check_template(part, tokenizer, name)
         except Unanswerable as e:
-            raise UserError(f"{e}: leave such records out, or use --template alpaca") from None
+            raise UserError(f"{e}: remove such records, or use --template alpaca") from None
     return tokenizer, template, findings
 
 
@@ -384,7 +375,7 @@ def load_base(
     once: bool = False,
     **options,
 ):
-    """Load the model to fine-tune, and add what it lacks; the first time, with ``findings``, mend the tokenizer too.
+    """Load the model to fine-tune, and add what it lacks; the first time, with ``findings``, fix the tokenizer too.
 
     With ``once``, every rank must call it, and rank 0 alone reads the weights: see sharding.load_on_rank_0.
     """
@@ -394,8 +385,8 @@ def load_base(
     model = sharding.load_on_rank_0(read) if once else read()
     packing.weigh_router_loss(model)
     if share := lora.freeze_other_senses(model):
-        what = f"what reads images or sound stays as it is ({share:.1%} of the parameters): the data is text"
-        dropped.append(f"{what}. Its processor's files are not in the result; copy them from the base to use it")
+        what = f"the parts for images or sound are not trained ({share:.1%} of the parameters)"
+        dropped.append(f"{what}: to use them, copy the processor's files from the base model")
     if findings is None:
         add_special_tokens(tokenizer, model)
         return model
@@ -429,7 +420,7 @@ def load_trained(load, args, findings: list[Finding] | None = None):
 
 
 def check_before_loading(base: str, args) -> tuple[memory.Sizes | None, memory.Plan, list[Finding]]:
-    """Return the model's sizes, how it will be trained, and what to say of both; raise UserError if it cannot fit."""
+    """Return the model's sizes, how it will be trained, and findings on both; raise UserError if it cannot fit."""
     plan = memory.Plan.of(args, lora.base_options(args)["dtype"] if args.lora_r else torch.float32)
     sizes = memory.sizes_of(base, args.cache_dir)
     findings = memory.check_loading(sizes, plan, args.device) if sizes and not args.deepspeed else []
@@ -510,10 +501,11 @@ def finish(trainer: Trainer, save, samples: Samples, begun: dict, arguments: dic
         facts["samples"] = samples.shown()
         ollama = receipt.modelfile(trainer.processing_class, context_length(trainer.model))
         say(f"{', '.join(receipt.write(facts, output_dir, Modelfile=ollama))} in {output_dir}")
-    say(f"{trainer.state.global_step} steps on {len(examples)} examples; model in {output_dir}")
+    steps, count = counted(trainer.state.global_step, "step"), counted(len(examples), "example")
+    say(f"{steps} on {count}; model in {output_dir}")
     if held_out:
-        losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-        say(f"eval loss on {len(held_out)} held-out examples: {losses[0]:.4f} before, {losses[-1]:.4f} after")
+        losses, count = [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e], len(held_out)
+        say(f"eval loss on {counted(count, 'held-out example')}: {losses[0]:.4f} before, {losses[-1]:.4f} after")
 
 
 class ArgumentParser(transformers.HfArgumentParser):

@@ -1,4 +1,4 @@
-"""Mechanisms behind the scripts. Nothing in here imports a script; importing this package loads no heavy library."""
+"""Mechanisms behind the scripts. Nothing here imports a script; importing this package loads no heavy library."""
 
 
 class UserError(Exception):
@@ -9,4 +9,4 @@ class UserError(Exception):
 
 
 class RankError(UserError):
-    """Met by this process, maybe by no other of the run: it says so itself, whichever it is."""
+    """An error that may have hit this process alone: any rank prints it, not only the first."""

@@ -16,23 +16,23 @@ from alpaca.common.text import check_utf8, first_line
 from alpaca.prompts import BEFORE_ANSWER, PROMPT_DICT, continued, format_prompt
 
 PRIVATE = "\U000f0000"  # a private-use character
-# The beginning of a template with which its model was trained: chat and judging then use it without a flag. As a
-# comment it changes nothing for servers, and it goes wherever the tokenizer's files go.
+# Marks a template that its model was trained with: chat and judging then use it without a flag. It is a comment, so it
+# changes nothing for servers, and it travels with the tokenizer's files.
 TRAINED = "{# its model was trained with this template #}"
 
 
 def mark_trained(template: str) -> str:
-    """Return a chat template that says that its model was trained with it. What it renders stays the same."""
+    """Return a chat template, marked as the one its model was trained with. What it renders stays the same."""
     return template if template.startswith(TRAINED) else before_template(TRAINED, template)
 
 
 def before_template(block: str, template: str) -> str:
-    """Return a template behind a block or comment, after which Jinja drops a line end."""
+    """Return a template with a block or comment before it, after which Jinja drops a line end."""
     return block + "\n" * template.startswith("\n") + template
 
 
 def saved_template(tokenizer) -> str:
-    """Return "chat" for a model that was trained with its own chat template, "alpaca" for every other."""
+    """Return "chat" for a model that was trained with its own chat template, "alpaca" for any other."""
     return "chat" if str(tokenizer.chat_template).startswith(TRAINED) else "alpaca"
 
 
@@ -45,7 +45,7 @@ def messages_of(record: dict) -> list[dict]:
 
 
 def without_system(messages: Sequence[dict]) -> list[dict]:
-    """Return messages with a system text, if there is one, before the first question: Alpaca's prompt has no other."""
+    """Return messages with a system text, if any, put into the first question: Alpaca's prompt has no place for it."""
     if messages[0]["role"] != "system":
         return list(messages)
     system, first, *others = messages
@@ -53,7 +53,7 @@ def without_system(messages: Sequence[dict]) -> list[dict]:
 
 
 def asked_of(record: dict) -> list[dict]:
-    """Return the messages with which a model is asked: a record's conversation without the answer at its end."""
+    """Return the messages to send to a model: a record's conversation without the answer at its end."""
     messages = messages_of(record)
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
@@ -69,7 +69,7 @@ def chat_template(tokenizer) -> str:
     preface_input, preface = (text[: text.index("{instruction}")] for text in (with_input, without))
     ending = without.removeprefix(preface + "{instruction}")
     assert with_input == f"{preface_input}{{instruction}}{INPUT_HEADING}{{input}}{ending}"
-    refusal = "Alpaca is trained without messages of this role, put their text into the instruction: "
+    refusal = "Alpaca was not trained on messages of this role, put their text into the instruction: "
     return (
         "{%- for message in messages -%}"
         "{%- set text = message['content'] if message['content'] is string"
@@ -105,7 +105,7 @@ def _start(tokenizer) -> str:
 
 
 def end_token(tokenizer) -> str | None:
-    """Return the token with which the tokenizer's chat template ends an answer, None if it writes none.
+    """Return the token with which the tokenizer's chat template ends an answer; None if there is none.
 
     Raises:
         UserError: the template fails, or leaves the answer out.
@@ -119,11 +119,11 @@ def end_token(tokenizer) -> str | None:
 def go_template(tokenizer) -> str:
     """Return the tokenizer's chat template as Ollama needs it, in Go's language, for questions and answers in turn.
 
-    It is read from what two questions and an answer between become. A BOS that the tokenizer adds by itself is left
-    out: Ollama adds it too.
+    It is derived from a rendered question, answer and question. A BOS that the tokenizer adds by itself is left out:
+    Ollama adds it too.
 
     Raises:
-        UserError: the template fails, or does more than to write something around each message.
+        UserError: the template fails, or does more than write something around each message.
     """
     signs, roles = [chr(ord(PRIVATE) + i) for i in range(3)], ("user", "assistant", "user")
     turns = [{"role": role, "content": sign} for role, sign in zip(roles, signs, strict=True)]
@@ -143,7 +143,7 @@ def go_template(tokenizer) -> str:
 def chat_ids(tokenizer, messages: Sequence[dict]) -> list[int]:
     """Return the tokens of a conversation by the tokenizer's own chat template, up to where the answer begins.
 
-    A special token that somebody types stays text, as in training, unless the tokenizer is a slow one.
+    A special token in the text stays text, as in training, unless the tokenizer is a slow one.
 
     Args:
         tokenizer: with a chat template.
@@ -162,7 +162,7 @@ def chat_ids(tokenizer, messages: Sequence[dict]) -> list[int]:
     try:
         [text] = chats.render([messages], True)
     except Unanswerable as e:
-        raise UserError(f"{e}: leave such messages out, or use the alpaca template") from None
+        raise UserError(f"{e}: remove such messages, or use the alpaca template") from None
     [(ids, _)] = chats.encode([text])
     return ids
 
@@ -171,10 +171,10 @@ def chat_turns(tokenizer, conversations: Sequence[Sequence[dict]]) -> list[tuple
     """Return, for the last answer of each conversation, the tokens of its prompt and those that must be generated.
 
     The prompt is chat_ids() of the messages before it. What must be generated is what the template writes after that,
-    as in answer_ids(), up to its first special token behind the answer. If there is none, EOS ends the answer.
+    as in answer_ids(), up to the first special token after the answer. If there is none, EOS ends the answer.
 
     Raises:
-        Unanswerable: the template fails, or begins answers in another way than it asks for them.
+        Unanswerable: the template fails, or does not start answers as it prompts for them.
     """
     chats = _chats(tokenizer, conversations)
     prompts = chats.render([messages[:-1] for messages in conversations], True)
@@ -182,7 +182,7 @@ def chat_turns(tokenizer, conversations: Sequence[Sequence[dict]]) -> list[tuple
     for i, (prompt, whole) in enumerate(zip(prompts, chats.render(conversations, False), strict=True)):
         if not whole.startswith(prompt):
             same = len(os.path.commonprefix([prompt, whole]))
-            why = f"this chat template asks with {prompt[same:]!r}, and does not begin answers with it"
+            why = f"this chat template prompts with {prompt[same:]!r}, but does not start answers with it"
             raise Unanswerable(i, why)
         answer, end = chats.split(whole[len(prompt) :], conversations[i])
         answers.append(answer)
@@ -194,7 +194,7 @@ def chat_turns(tokenizer, conversations: Sequence[Sequence[dict]]) -> list[tuple
 
 
 class Unanswerable(UserError):
-    """A conversation that a chat template cannot write; ``place`` is its index among those that were given."""
+    """A conversation that a chat template cannot write; ``place`` is its index in the list."""
 
     def __init__(self, place: int, message: str):
         super().__init__(message)
@@ -202,12 +202,12 @@ class Unanswerable(UserError):
 
 
 def _rendered(tokenizer, conversations: Sequence[Sequence[dict]], asks: bool) -> list[str]:
-    """Return the texts that the template writes; ``asks``: up to where the next answer begins."""
+    """Return the texts that the template writes; with ``asks``, up to where the next answer begins."""
     plain = [[{name: message[name] for name in ("role", "content")} for message in one] for one in conversations]
     try:
         return tokenizer.apply_chat_template(plain, add_generation_prompt=asks, tokenize=False)
-    except Exception as e:  # of a stranger's template
-        if len(plain) > 1:  # whose?
+    except Exception as e:  # a third party's template can raise anything
+        if len(plain) > 1:  # find out which one failed
             for place, messages in enumerate(plain):
                 try:
                     _rendered(tokenizer, [messages], asks)
@@ -228,7 +228,7 @@ def _any_of(texts: Iterable[str]) -> re.Pattern:
 
 
 def _chats(tokenizer, conversations: Sequence[Sequence[dict]]) -> _Chats:
-    """Return what writes these conversations; it is made once for each tokenizer and template."""
+    """Return the _Chats for these conversations; it is made once for each tokenizer and template."""
     used = set().union(*(message["content"] for messages in conversations for message in messages))
     count = 2 * sum(token.special for token in tokenizer.added_tokens_decoder.values()) or 1
     start = ord(PRIVATE) + 1
@@ -242,11 +242,11 @@ def _made(tokenizer, first: int, *state) -> _Chats:
 
 
 class _Chats:
-    """Conversations as texts and tokens in which special tokens of the template are kept apart from typed ones.
+    """Conversations as texts and tokens in which the template's special tokens are kept apart from those in the text.
 
     A private-use character stands for each typed name while the template is rendered. Then another one, a mark, takes
     the place of each of the template's own tokens. In a copy of the tokenizer the marks are added tokens, and the names
-    are text. Nothing changes after it is made: threads may share it.
+    are text. It is immutable, so threads may share it.
 
     Args:
         tokenizer: a fast one, with a chat template.
@@ -309,7 +309,7 @@ class _Chats:
         return (answer + tail[: end.start()], self.special[end[0]]) if end else (answer, None)
 
     def since_mark(self, text: str) -> str:
-        """Return the end of a text, from its last mark on: what is before does not change its tokens."""
+        """Return the end of a text, from its last mark on: the text before it does not change its tokens."""
         return text[max((mark.start() for mark in self.any_mark.finditer(text)), default=0) :]
 
     def encode(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:

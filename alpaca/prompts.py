@@ -35,7 +35,7 @@ def format_prompt(instruction: str, input: str = "") -> str:
 def prompt_ids(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
     """Return the tokens of each prompt, as training, chat, judge and a server send them.
 
-    A special token that somebody types stays text, and an EOS that the tokenizer appends is removed.
+    A special token in the text stays text, and an EOS that the tokenizer appends is removed.
 
     Raises:
         UserError: a prompt that UTF-8 cannot encode.
@@ -46,12 +46,12 @@ def prompt_ids(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
 
 
 def answer_ids(tokenizer, answers: Sequence[str]) -> list[list[int]]:
-    """Return the tokens of each answer as it continues a prompt: the ones that the model has to generate.
+    """Return the tokens of each answer as it continues a prompt: those that the model must generate.
 
     Tokenizing prompt and answer together can join the prompt's last character and the answer's first (":" and "The" are
-    one token, ":The", in today's vocabularies); the model would then be asked with a token that it never saw in
-    training. Tokenizing the answer alone puts a space before it with LLaMA's tokenizers. So it is tokenized after the
-    first of BEFORE_ANSWER with which it shares no token. Without specials, BOS or EOS; special tokens stay text.
+    one token, ":The", in today's vocabularies); chat would then send a token that the model never saw in training.
+    Tokenizing the answer alone puts a space before it with LLaMA's tokenizers. So it is tokenized after the first of
+    BEFORE_ANSWER with which it shares no token. No BOS or EOS is added; special tokens stay text.
     """
 
     def encode(texts: list[str]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
@@ -67,11 +67,11 @@ def continued(
     befores: Sequence[Sequence[str]],
     texts: Sequence[str],
 ) -> list[list[int]]:
-    """Return the tokens of each text behind another one with which it shares no token, or else alone.
+    """Return the tokens of each text after another one with which it shares no token, or else alone.
 
     Args:
         encode: texts → the tokens of each, and where each token begins and ends, in characters.
-        befores: lists of texts to try in this order, each with one for each text.
+        befores: lists of preceding texts to try in this order, each with one for each text.
         texts: to tokenize.
     """
     found: list = [None] * len(texts)

@@ -97,7 +97,7 @@ def test_an_earlier_turn_is_an_example_of_its_own(templated):
 
 
 def test_a_system_message_is_refused_and_not_dropped(templated):
-    with pytest.raises(Exception, match="without messages of this role, put their text into the instruction: system"):
+    with pytest.raises(Exception, match="messages of this role, put their text into the instruction: system"):
         ids(templated, ("system", "Be brief."), ("user", "Sing."))
 
 

@@ -1,1 +1,1 @@
-"""What every room needs: command lines, files that are whole or absent, records and journals."""
+"""What every room needs: command lines, atomic files, records and journals."""

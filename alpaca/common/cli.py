@@ -37,9 +37,9 @@ def run_cli(commands: Commands) -> None:
     """Call the function that ``sys.argv`` names, with its flags as arguments.
 
     Flags are checked and converted to the annotated types before anything runs; text stays text. A parameter annotated
-    with a dataclass stands for a flag for each of that one's fields. UserError, OSError and Ctrl-C end in one line.
+    with a dataclass stands for one flag per field of it. UserError, OSError and Ctrl-C end in one line.
     """
-    if hasattr(sys.stdout, "reconfigure"):  # one that is not UTF-8 must not end a run at the first emoji
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal that is not UTF-8 must not end a run at the first emoji
         sys.stdout.reconfigure(errors="replace")
     try:
         if (call := parse(commands, sys.argv[1:])) is None:
@@ -60,7 +60,7 @@ def run_cli(commands: Commands) -> None:
 
 
 def end_on_signals() -> None:
-    """Let SIGTERM and SIGHUP end the process as Ctrl-C does: what is half-written is removed."""
+    """Let SIGTERM and SIGHUP end the process like Ctrl-C: half-written files are removed."""
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # Windows has no SIGHUP
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores it
             signal.signal(number, lambda number, _: sys.exit(128 + number))
@@ -70,14 +70,14 @@ def parse(commands: Commands, argv: list[str]) -> tuple[Callable, dict[str, obje
     """Return the function that a command line names and its arguments by name, or None if it asks for help.
 
     Raises:
-        UserError: an unknown task or flag, a value of another type, or a required flag that is missing.
+        UserError: an unknown task or flag, a value of the wrong type, or a missing required flag.
     """
     rest = list(argv)
     if isinstance(commands, dict):
         if not rest or rest[0] in ("-h", "--help"):
             return None
         if rest[0] not in commands:
-            raise UserError(f"no task named {rest[0]!r}: choose from {', '.join(commands)}")
+            raise UserError(f"unknown task {rest[0]!r}: choose from {', '.join(commands)}")
         commands = commands[rest.pop(0)]
     flags, values = _flags(commands), {}
     while rest:
@@ -85,7 +85,7 @@ def parse(commands: Commands, argv: list[str]) -> tuple[Callable, dict[str, obje
         if token in ("-h", "--help"):
             return None
         if not token.startswith("--"):
-            raise UserError(f"unexpected argument {token!r}: values follow a flag, as in --{next(iter(flags))} …")
+            raise UserError(f"unexpected argument {token!r}: put a flag before it, as in --{next(iter(flags))} …")
         name, has_value, value = token[2:].partition("=")
         name = name.replace("-", "_")
         if name not in flags and not has_value and (positive := re.sub("^no_?", "", name)) in flags:
@@ -102,7 +102,7 @@ def parse(commands: Commands, argv: list[str]) -> tuple[Callable, dict[str, obje
         values[name] = _convert(name, value, flags[name])
     for name, flag in flags.items():
         if flag.default is inspect.Parameter.empty and name not in values:
-            raise UserError(f"--{name} is missing: it has no default (--help explains it)")
+            raise UserError(f"--{name} is missing (--help explains it)")
     for name, parameter in inspect.signature(commands, eval_str=True).parameters.items():
         if dataclasses.is_dataclass(group := parameter.annotation):
             values[name] = group(**{field: values.pop(field) for field in _flags(group) if field in values})
@@ -133,7 +133,7 @@ def _convert(name: str, text: str, flag: Flag):
             return value
     except (KeyError, ValueError, OverflowError):
         pass
-    raise UserError(f"--{name} takes {KINDS[flag.kind]}, not {text!r}")
+    raise UserError(f"--{name} must be {KINDS[flag.kind]}, not {text!r}")
 
 
 def help_text(script: str, commands: Commands, argv: list[str]) -> str:
@@ -165,18 +165,18 @@ def _documented(function: Callable) -> tuple[str, str, dict[str, str]]:
 
 
 def say(message: str) -> None:
-    """Print on the first process of a run alone."""
+    """Print, on the first process of a run only."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(message, flush=True)
 
 
 def fail(e: UserError) -> NoReturn:
-    """Exit with ``error: …``. All processes of a run meet the same error, and the first of a node reports it.
+    """Exit with ``error: …``. All processes of a run meet the same error; only the first of a node prints it.
 
-    A RankError may be of this process alone, and so reports it whichever it is.
+    A RankError may have hit this process alone, so any process prints it.
     """
     here = int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(e, RankError)
-    sys.exit(f"error: {printable(str(e))}" if here else 1)  # it may quote a stranger's file
+    sys.exit(f"error: {printable(str(e))}" if here else 1)  # it may quote an untrusted file
 
 
 def unknown_flag(name: str, known: Iterable[str]) -> UserError:
@@ -186,19 +186,18 @@ def unknown_flag(name: str, known: Iterable[str]) -> UserError:
 
 
 def os_error_message(e: OSError) -> str:
-    """Return one line for a failed file operation: the file, the reason, and for a full disk the remedy."""
+    """Return one line for a failed file operation: the file, the reason, and for a full disk what to do."""
     remedy = ": free some, or choose another folder" if e.errno == errno.ENOSPC else ""
     return f"{e.filename2 or e.filename or 'writing'}: {e.strerror or e}{remedy}"
 
 
 def free_port(port: int = 0) -> int:
     """Return ``port`` if nothing listens there, or any free one for 0."""
-    if not 0 <= port <= 65535:
-        raise UserError(f"port {port} is out of range: choose 1 to 65535, or 0 for a free one")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
-        except OSError as e:
-            raise UserError(f"port {port} cannot be used ({e.strerror}): choose another, or 0 for a free one") from e
+        except (OSError, OverflowError) as e:  # OverflowError: out of range
+            why = getattr(e, "strerror", None) or e
+            raise UserError(f"port {port} cannot be used ({why}): choose another, or 0 for a free one") from e
         return probe.getsockname()[1]

@@ -4,7 +4,7 @@ import logging
 import sys
 from pathlib import Path
 
-# bitsandbytes, which peft imports, warns on any CPU that it has not downloaded a faster kernel for 4-bit weights.
+# peft imports bitsandbytes, which warns on any CPU that it has not downloaded a faster kernel for 4-bit weights.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 
 
@@ -18,6 +18,6 @@ def _explain(kind, error, trace) -> None:
     )
 
 
-# Only where one of our scripts is run: a program that imports one keeps its own tracebacks.
+# Only when one of our scripts runs: a program that imports one keeps its own tracebacks.
 if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parents[2]:
     sys.excepthook = _explain

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent, whatever happens while they are written."""
+"""Files and folders that are complete or absent, whatever happens while they are written."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def open_bytes(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def _wrong_file(head: bytes) -> str:
-    """Return what a file is that people take for their data, by its first bytes, or ""."""
+    """Return what a file really is, by its first bytes, if it is often mistaken for data, else ""."""
     if head.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the file that it stands for: run git lfs pull"
+        return "a Git LFS pointer, not the file itself: run git lfs pull"
     if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|head|\?xml)\b", head, re.IGNORECASE):
         return "a web page (HTML), not data: download the file itself"
     if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head[:2]:
-        return "UTF-16, or not text at all: convert it to UTF-8"
+        return "UTF-16 or binary: convert it to UTF-8"
     return ""
 
 
@@ -61,7 +61,7 @@ def open_text(path: str | os.PathLike, newline: str | None = None) -> Iterator[T
             yield io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
     except UnicodeDecodeError as e:
         fault = f"{_bad_line(path)}{e.reason}"
-        raise UserError(f"{path} is not UTF-8 text ({fault}), maybe Latin-1: convert it to UTF-8") from None
+        raise UserError(f"{path} is not UTF-8 ({fault}): convert it to UTF-8") from None
 
 
 def _bad_line(path: str | os.PathLike) -> str:
@@ -122,30 +122,27 @@ def new_folder(
     inputs: Iterable[Path] = (),
     may_replace: Callable[[Path], None] | None = None,
 ) -> Iterator[Path]:
-    """Yield ``.NAME.unfinished`` next to ``path``; on success one rename makes it ``path``, with all of it on disk.
+    """Yield ``.NAME.unfinished`` next to ``path``; on success it is fsynced and renamed to ``path``.
 
     After an exception it is removed. A kill leaves it; the next call for the same ``path`` removes it. A file in it
-    named ``….unfinished`` gets its name last, so that a model's config.json does not exist before everything else.
+    named ``….unfinished`` is renamed last, so that a model's config.json does not exist before everything else.
 
     Args:
         path: the folder to make; it may exist if it is empty.
         flag: the command line's name for it, for messages.
-        inputs: folders that are read meanwhile, and so neither replaced nor added to.
-        may_replace: raises UserError unless an existing folder, its argument, may be replaced. That one is moved aside,
-            and removed after the rename. None: nothing is replaced.
+        inputs: folders that are read meanwhile, so they are neither replaced nor added to.
+        may_replace: raises UserError unless an existing folder, its argument, may be replaced. The old one is moved
+            aside, and removed after the rename. None: nothing is replaced.
 
     Raises:
         UserError: ``path`` exists, another process is making it, or its parent cannot be written.
     """
     path = Path(os.path.realpath(path))  # a link stays, and its target is made
     for folder in inputs:
-        source = folder.resolve()
-        if path in (source, *source.parents):
-            raise UserError(f"{flag} {path} is, or holds, the input {folder}: choose another folder")
-        if source in path.parents:
-            raise UserError(f"{flag} {path} is inside the input {folder}: choose another folder")
+        if (source := folder.resolve()) in (path, *path.parents) or path in source.parents:
+            raise UserError(f"{flag} {path} is, contains or lies in the input {folder}: choose another folder")
     if os.path.ismount(path):  # no folder can be renamed to it
-        raise UserError(f"{flag or 'folder'} {path} is where a disk is mounted: choose a folder inside it")
+        raise UserError(f"{flag or 'folder'} {path} is a mount point: choose a folder inside it")
     check_writable(path.parent, flag or "folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.parent / f".{path.name}{UNFINISHED}"
@@ -158,10 +155,10 @@ def new_folder(
             elif (path / "config.json").exists():
                 shutil.rmtree(replaced)
             else:
-                raise UserError(f"{path} exists, but {replaced} holds what it replaced: move one of them away")
+                raise UserError(f"{path} exists, and {replaced} holds what it replaced: remove one of them")
         if not is_free(path):
             if may_replace is None:
-                raise UserError(f"{flag} {path}".strip() + " already exists: remove it, or choose another path")
+                raise UserError(f"{flag} {path}".strip() + " already exists: remove it, or choose another folder")
             may_replace(path)
         for entry in unfinished.iterdir():  # of a process that was killed
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
@@ -192,7 +189,7 @@ def is_free(path: Path) -> bool:
 def try_lock(descriptor: int) -> bool:
     """Lock an open file or folder for as long as it is open; return False if another process has locked it.
 
-    Where there are no such locks (Windows, some network file systems) nothing keeps a second process away.
+    Without such locks (Windows, some network file systems) nothing keeps a second process away.
     """
     if fcntl is None:
         return True
@@ -205,10 +202,10 @@ def try_lock(descriptor: int) -> bool:
 
 @contextlib.contextmanager
 def only_process(folder: str | os.PathLike) -> Iterator[None]:
-    """Make a folder, and keep other processes that call this away from it until the block, or the process, ends.
+    """Make a folder, and lock it against other callers until the block, or the process, ends.
 
     Raises:
-        UserError: another process is in its block; the message has its id.
+        UserError: another process holds the lock; the message has its id.
     """
     path, made = Path(folder) / ".lock", not os.path.exists(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -234,17 +231,13 @@ def only_process(folder: str | os.PathLike) -> Iterator[None]:
 
 
 def _locked_folder(unfinished: Path, path: Path) -> int:
-    """Make the folder and lock it; return its descriptor. The lock ends with the process, however that ends."""
+    """Make the folder and lock it; return its descriptor. The lock ends with the process."""
     while True:
         try:
             unfinished.mkdir(exist_ok=True)
             descriptor = os.open(unfinished, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:  # another process has just removed or renamed it
             continue
-        except OSError as e:
-            if e.errno not in (errno.ENOTDIR, errno.ELOOP, errno.EEXIST):
-                raise
-            raise UserError(f"{unfinished} is a link or a file, not left by an interrupted run: remove it") from None
         if not try_lock(descriptor):
             os.close(descriptor)
             raise UserError(f"{path} is being written by another process ({unfinished} is locked): wait for it")
@@ -258,27 +251,27 @@ def check_writable(path: str | os.PathLike, flag: str) -> None:
     """Raise UserError unless ``path`` is a writable folder or can be made one; make nothing."""
     nearest = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} {path} cannot be written: {nearest} is a file or read-only, choose another folder")
+        raise UserError(f"{flag} {path} cannot be written, {nearest} is a file or read-only: choose another folder")
 
 
 def check_space(folder: Path, size: int) -> None:
     """Raise UserError unless ``size`` bytes are free on the disk of ``folder``."""
     free = shutil.disk_usage(folder).free
     if size > free:
-        need = f"{folder.parent} has {free / 1e9:.2f} GB free, {size / 1e9:.2f} GB are needed"
+        need = f"{folder.parent} has {free / 1e9:.2f} GB free, of {size / 1e9:.2f} GB needed"
         raise UserError(f"{need}: free some, or choose another folder")
 
 
 def fsync_tree(path: Path) -> None:
-    """Put a file, or a folder and everything in it, on disk."""
+    """Flush a file, or a folder and everything in it, to disk."""
     for entry in path.iterdir() if path.is_dir() else ():
         fsync_tree(entry)
     fsync(path)
 
 
 def fsync(path: Path) -> None:
-    """Put a file, or a folder's list of names, on disk."""
-    if os.name != "posix" and path.is_dir():  # Windows opens no folder
+    """Flush a file, or a folder's list of names, to disk."""
+    if os.name != "posix" and path.is_dir():  # Windows cannot open folders
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:

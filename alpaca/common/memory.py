@@ -22,7 +22,7 @@ def as_text(size: float) -> str:
 def available_bytes(device: torch.device) -> int:
     """Return the bytes that this process can use on the device, including those that it holds.
 
-    On a CPU: what the machine (or its control group) has left, shared by the processes on it.
+    On a CPU: what the machine (or its control group) has left, divided among the processes on it.
     """
     if device.type == "cuda":
         import torch
@@ -44,7 +44,7 @@ def host_free(swap: bool = False) -> int:
 
 
 def _control_groups_free(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """Return what each control group of this process (v1 or v2), and each above it, leaves of its limit in bytes.
+    """Return the free bytes of each control group of this process (v1 or v2), and of each above it.
 
     Cached files count as free: the kernel drops them first.
     """

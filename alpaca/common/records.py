@@ -1,8 +1,8 @@
-"""Records in and out: files in the formats and shapes that people have, read the same way by every script.
+"""Records in and out: files in any common format and shape, read the same way by every script.
 
-A path is a file, a folder of files, several of these with commas between, or a data set's name on the hub. JSON (a
-list, or an object with one list of objects) and JSON Lines are known by their content; CSV, TSV and Parquet by name.
-Text may be compressed (.gz). The shapes of records are in shapes.py; the names of other fields can be given.
+A path is a file, a folder of files, several of these separated by commas, or a hub dataset. JSON (a list, or an object
+with one list of objects) and JSON Lines are recognized by content; CSV, TSV and Parquet by name. Text may be compressed
+(.gz). The shapes of records are in shapes.py; other field names can be given.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Entry = tuple[str, str, Any, str]  # the file; "record 3" or "line 3"; its value
 def sources(path: str | os.PathLike) -> list[str]:
     """Return the files, and names on the hub, that a path stands for.
 
-    A folder stands for the data files in it, at any depth; as on the hub, for those named "train" alone if any are.
+    A folder stands for the data files in it, at any depth; as on the hub, only for those named "train" if any are.
     """
     found: list[str] = []
     for part in [str(path)] if os.path.exists(path) else [part.strip() for part in str(path).split(",")]:
@@ -49,20 +49,20 @@ def sources(path: str | os.PathLike) -> list[str]:
         names = sorted(file.relative_to(part).as_posix() for file in Path(part).rglob("[!.]*"))
         names = [name for name in names if name.endswith(SUFFIXES) and "/." not in f"/{name}"]
         if not names:
-            raise UserError(f"{part} is a folder without data files: choose another ({', '.join(SUFFIXES)})")
+            raise UserError(f"{part} is a folder without data files ({', '.join(SUFFIXES)}): choose another")
         train = [name for name in names if re.search(r"(?<![a-z])train(?![a-z])", name)]
         found += [os.path.join(part, name) for name in train or names]
     return found
 
 
 def is_on_hub(source: str) -> bool:
-    """Return whether a source is a data set on the hub: it reads OWNER/NAME, and there is no such file."""
+    """Return whether a source is a hub dataset: it looks like OWNER/NAME, and no such file exists."""
     is_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) and not source.endswith(SUFFIXES)
     return bool(is_name) and not os.path.exists(source)
 
 
 def files_of(path: str | os.PathLike) -> list[Path]:
-    """Return the files that a path stands for, without what is on the hub."""
+    """Return the files that a path stands for, without hub datasets."""
     return [Path(source) for source in sources(path) if not is_on_hub(source)]
 
 
@@ -75,7 +75,7 @@ def read_entries(path: str | os.PathLike) -> Iterator[Entry]:
     """Yield every value that a path stands for. JSON Lines are streamed: they take the memory of a line.
 
     Raises:
-        UserError: a file that is missing, unreadable or not what its name says, or without a list of records.
+        UserError: a file is missing, unreadable, not what its name says, or has no list of records.
     """
     for file in sources(path):
         name = file.removesuffix(".gz")
@@ -100,12 +100,12 @@ def _hub(name: str) -> Iterable[dict]:
         import datasets
         import huggingface_hub
 
-        if not huggingface_hub.is_offline_mode():  # load_dataset() tries for 24 s to reach a hub that is out of reach
+        if not huggingface_hub.is_offline_mode():  # load_dataset() tries for 24 s to reach an unreachable hub
             huggingface_hub.dataset_info(name, timeout=10)
         return datasets.load_dataset(name, split="train")
     except Exception as e:  # of the network, and of two libraries
         why = first_line(e)
-        raise UserError(f"{name} is not a file, and cannot be loaded from the Hugging Face hub: {why}") from None
+        raise UserError(f"{name} is not a file, and the hub dataset cannot be loaded: {why}") from None
 
 
 def _parquet(file: str) -> Iterator[dict]:
@@ -116,22 +116,22 @@ def _parquet(file: str) -> Iterator[dict]:
             for batch in pyarrow.parquet.ParquetFile(raw).iter_batches():
                 yield from batch.to_pylist()
         except pyarrow.ArrowException as e:
-            raise UserError(f"{file} is not a whole Parquet file: {first_line(e)}") from None
+            raise UserError(f"{file} is not a complete Parquet file ({first_line(e)}): download it again") from None
 
 
 def _csv(file: str, text: TextIO, delimiter: str) -> Iterator[Entry]:
-    """Yield the rows of a table as texts: pandas, and so datasets, would make a number of 42 and a null of N/A."""
+    """Yield the rows of a table as strings: pandas, and so datasets, would turn 42 into a number and N/A into null."""
     csv.field_size_limit(2**31 - 1)  # 131,072 characters by default
     rows = csv.DictReader(text, delimiter=delimiter, strict=True)
     try:
         for number, row in enumerate(rows, 1):
-            yield file, f"record {number}", row, "more columns than the first line has" if None in row else ""
+            yield file, f"record {number}", row, "more columns than the header" if None in row else ""
     except csv.Error as e:
         raise UserError(f"{file}, line {rows.line_num}: malformed table, {e}") from None
 
 
 def _json(file: str, text: TextIO) -> Iterator[Entry]:
-    """Yield the entries of JSON or JSON Lines: the first line shows which it is, or the name if that is malformed."""
+    """Yield the entries of JSON or JSON Lines: the first line shows which, or the name if that line is malformed."""
     first, second = text.readline(), text.readline()
     (data, fault), named_so = _parsed(first), file.endswith(LINES)
     if fault:
@@ -153,8 +153,8 @@ def _json(file: str, text: TextIO) -> Iterator[Entry]:
     if fault:
         raise UserError(f"{file}{', ' if fault.startswith('line') else ': '}{fault}")
     if (records := _list_in(data)) is None:
-        what = f"a JSON {type(data).__name__}, not a list of records or an object with one such list"
-        raise UserError(f"{file} holds {what}: wrap the records in [ ]")
+        what = f"is a JSON {type(data).__name__}, not a list of records or an object with one such list"
+        raise UserError(f"{file} {what}: wrap the records in [ ]")
     yield from _numbered(file, records)
 
 
@@ -167,7 +167,7 @@ def _list_in(data) -> list | None:
 
 
 def _parsed(text: str, whole: bool = False) -> tuple[Any, str]:
-    """Return the value of JSON, and "" or its fault; that of a whole file begins with the line."""
+    """Return the value of JSON, and "" or its fault; for a whole file, the fault starts with the line number."""
     try:
         return json.loads(text), ""
     except json.JSONDecodeError as e:
@@ -179,7 +179,7 @@ def _parsed(text: str, whole: bool = False) -> tuple[Any, str]:
 
 
 def jload(path: str | os.PathLike) -> list:
-    """Return everything that a path stands for, as it is.
+    """Return all values that a path stands for, unchanged.
 
     Raises:
         UserError: see read_entries; also a malformed line, with its number.
@@ -209,20 +209,20 @@ def read_records(
 ) -> Iterator[tuple[str, dict]]:
     """Yield (file and number, record) in Alpaca's fields; other fields are kept, and Alpaca's own records unchanged.
 
-    A conversation of several turns, or with a system text, has "messages" too (shapes.py). One that cannot be asked
-    turn by turn, or has tools or images, is dropped and counted.
+    A conversation of several turns, or with a system text, also has "messages" (shapes.py). One that is not a sequence
+    of text turns (tools, images) is dropped and counted.
 
     Args:
         path: see sources().
-        fields: our fields by their names there, for records of no known shape: "instruction=question,output=answer".
+        fields: field names of records in another format: "instruction=question,output=answer".
         say: gets one line at the end, unless all were in Alpaca's format: what was recognized, and what was dropped.
-        answers: whether records need the texts "input" (a null or missing one becomes "") and "output". One without an
-            answer is dropped, but in Alpaca's format an empty text is an answer, and none at all is a fault. So is a
-            conversation's last question, if nothing answers it.
+        answers: whether records need the texts "input" (null or missing becomes "") and "output". A record without an
+            answer is dropped, and so is a last question without one. In Alpaca's format an empty text is an answer,
+            and a missing one is a fault.
         on_fault: gets the file, number and fault of a malformed record; by default it raises.
 
     Raises:
-        UserError: see read_entries; also no record at all, a name in ``fields`` that no record has, and faults.
+        UserError: see read_entries; also no records, a name in ``fields`` that no record has, or a malformed record.
     """
     names, shapes, dropped, there, seen, several = _field_map(fields), Counter(), {}, {}, False, 0
     for file, place, entry, fault in read_entries(path):
@@ -244,16 +244,16 @@ def read_records(
             where = "" if file == str(path) else f"{Path(file).name} "
             dropped.setdefault(record, []).append(where + place.split()[1])
     if unknown := ", ".join(sorted(set(names.values()) - there.keys() - set(FIELDS))) if there else "":
-        raise UserError(f"{path} has no field {unknown}: its fields are {shorten(', '.join(there), 200)}")
+        raise UserError(f"{path} has no field {unknown}: choose from {shorten(', '.join(there), 200)}")
     found = ", ".join(f"{counted(count, 'record')} in {shape}" for shape, count in shapes.items())
     found += f", {several:,} of several turns" if several else ""
     for why, numbers in dropped.items():
         found += f"; {len(numbers):,} {why} dropped: {', '.join(numbers[:10])}" + ", …" * (len(numbers) > 10)
     if not seen:
         if not found:
-            raise UserError(f"{path} holds no records: choose a file with at least one")
-        cure = "name other fields, as in instruction=question,output=answer, or choose other data"
-        raise UserError(f"{path}: {found}, so none is left: {cure}")
+            raise UserError(f"{path} has no records: choose another file")
+        cure = "set fields, as in instruction=question,output=answer, or choose other data"
+        raise UserError(f"{path}: {found}; no records left: {cure}")
     if dropped or several or shapes.keys() - {ALPACA}:
         say(f"{path}: {found}")
 
@@ -262,7 +262,7 @@ def _field_map(text: str | None) -> dict[str, str]:
     """Return "instruction=question,output=answer" as a dictionary with all of our fields; {} for no text."""
     given = dict(part.strip().partition("=")[::2] for part in (text or "").split(",") if part.strip())
     if not all(ours in FIELDS and theirs for ours, theirs in given.items()):
-        raise UserError(f"fields are given as in instruction=question,input=context,output=answer, not {text!r}")
+        raise UserError(f"fields must look like instruction=question,input=context,output=answer, not {text!r}")
     return {field: field for field in FIELDS} | given if given else {}
 
 
@@ -274,9 +274,9 @@ def load_records(
 
 
 def restricted_parts(records: Iterable[dict], files: Iterable[Path]) -> dict[str, int]:
-    """Return how many records are of data under CC BY-NC 4.0, by that data's name: this project's, and the released.
+    """Return how many records are from data under CC BY-NC 4.0, by the name of that data: this project's or Stanford's.
 
-    Each record is compared by its texts. The released ones are known where their whole file is among ``files``.
+    Records are compared by their texts. Stanford's are recognized only if their whole file is among ``files``.
     """
     places = [("alpaca_data.json of alpaca-reproduced", SHIPPED)] if SHIPPED.exists() else []
     released = [file for file in files if file.is_file() and git_blob_id(file) == RELEASED_BLOB]
@@ -293,10 +293,10 @@ def load_seed_tasks(path: str | os.PathLike) -> list[dict]:
     """Read seed tasks, one JSON object a line: ``{"instruction": str, "instances": [{"input": str, "output": str}]}``.
 
     Raises:
-        UserError: see jload; also no task at all, or one without these texts (with its number).
+        UserError: see jload; also no tasks, or one without these texts (with its number).
     """
     if not (tasks := jload(path)):
-        raise UserError(f"{path} holds no seed tasks: choose a file with at least one")
+        raise UserError(f"{path} has no records: choose another file")
     for number, task in enumerate(tasks, 1):
         try:
             instance = task["instances"][0]
@@ -315,13 +315,13 @@ def load_seed_tasks(path: str | os.PathLike) -> list[dict]:
 
 
 def jdump(obj, path: str | os.PathLike, indent: int = 4) -> None:
-    """Write JSON through a temporary file and a rename, so that readers see the old file or the new one, whole."""
+    """Write JSON through a temporary file and a rename: readers see the old file or the new one, never a part."""
     with replace_file(path) as file:
         file.write(json_text(obj, indent) + "\n")
 
 
 def json_text(obj, indent: int | None = None) -> str:
-    """Return JSON that UTF-8 can encode: all ASCII if it has half of a surrogate pair, which JSON can spell."""
+    """Return JSON that UTF-8 can encode: all ASCII if it contains half of a surrogate pair, which JSON allows."""
     text = json.dumps(obj, indent=indent, ensure_ascii=False)
     try:
         text.encode()
@@ -331,7 +331,7 @@ def json_text(obj, indent: int | None = None) -> str:
 
 
 def write_records(records: Iterable[dict], path: str | os.PathLike, lines: bool | None = None) -> int:
-    """Write records as they come, to appear at once; return how many. Where one raises, ``path`` stays as it was.
+    """Write records as they come into a temporary file, and rename it at the end; return how many.
 
     Args:
         records: JSON objects.

@@ -1,8 +1,8 @@
-"""Shapes: an entry as people write it → a record in Alpaca's fields, with messages where these cannot hold it all.
+"""Shapes: any common entry → a record in Alpaca's fields, with messages where these cannot hold everything.
 
-Known are Alpaca's fields (also with LLaMA-Factory's "history" and "system"), Dolly's, prompt and completion (texts, or
-TRL's lists of messages), and conversations as OpenAI and ShareGPT write them. A conversation of several turns, or with
-a system text or answers that must not be learned, has normalized "messages" too; Alpaca's fields then hold its first
+Known shapes: Alpaca's fields (also with LLaMA-Factory's "history" and "system"), Dolly's, prompt and completion (texts,
+or TRL's lists of messages), and the conversations of OpenAI and ShareGPT. A conversation of several turns, or with a
+system text or answers that must not be learned, also has normalized "messages"; Alpaca's fields then hold its first
 exchange.
 """
 
@@ -31,14 +31,14 @@ def in_our_fields(entry, names: dict[str, str], answers: bool) -> tuple[str, dic
 
     Args:
         entry: any JSON value.
-        names: our fields' names there; {} to recognize them.
+        names: our field → its name in the entry; {} to recognize the shape.
         answers: see records.read_records.
 
     Raises:
         UserError: no shape is recognized, or a field is not a text.
     """
     if not isinstance(entry, dict):
-        raise UserError(f"a {type(entry).__name__} where an object was expected")
+        raise UserError(f"a JSON {type(entry).__name__}, not an object")
     shape, theirs = "the given fields", names
     if not names:
         is_dolly = "output" not in entry and ("response" in entry or "context" in entry)
@@ -50,15 +50,15 @@ def in_our_fields(entry, names: dict[str, str], answers: bool) -> tuple[str, dic
     record = _renamed(entry, theirs) if theirs else entry
     if not isinstance(record.get("instruction"), str):
         name, others = names.get("instruction", "instruction"), shorten(", ".join(entry), 200)
-        hint = "name them as in instruction=question,output=answer"
-        raise UserError(f'no text "{name}" among its fields ({others}): {hint}')
+        hint = "set fields, as in instruction=question,output=answer"
+        raise UserError(f'no text "{name}" in its fields ({others}): {hint}')
     if record.get("messages"):
         record = {name: value for name, value in record.items() if name != "messages"}  # they are not conversations
     return shape, _with_answer(record, shape == ALPACA) if answers else record
 
 
 def _differs(record: dict | str, entry: dict) -> bool:
-    """Return whether an entry's messages say something else than its own fields, such as an output that was edited."""
+    """Return whether an entry's messages differ from its own fields, such as an output that was edited."""
     if isinstance(record, str) or not entry.get("messages"):
         return False
     instruction, input, output = (text_of(entry, field) or "" for field in FIELDS)
@@ -77,7 +77,7 @@ def _with_answer(record: dict, is_alpaca: bool) -> dict | str:
     """Return a record with a text as input, or why it is dropped."""
     input, output = text_of(record, "input"), text_of(record, "output")
     if is_alpaca and output is None:
-        raise UserError('no "output" field with a text')
+        raise UserError('no text "output"')
     if not (is_alpaca or (output or "").strip()):
         return "without an answer"
     return record | {"input": ""} if input is None else record
@@ -124,7 +124,7 @@ def _recorded(turns: list, entry: dict, shape: str, answers: bool) -> dict | str
     if isinstance(messages, str):
         return messages
     if answers and messages[-1]["role"] == "user":
-        messages.pop()  # nothing answers it
+        messages.pop()  # a question without an answer
     if answers and not any(_is_learned(message) for message in messages):
         return "without an answer"
     system = [message["content"] for message in messages if message["role"] == "system"]
@@ -147,7 +147,7 @@ def _recorded(turns: list, entry: dict, shape: str, answers: bool) -> dict | str
 
 
 def _messages(turns: list) -> list[dict] | str:
-    """Return turns as {"role", "content"} with a "weight" of 0 where it must not be learned, or why that cannot be."""
+    """Return turns as {"role", "content"}, with a "weight" of 0 if not to be learned, or why the entry is dropped."""
     messages: list[dict] = []
     for turn in turns:
         if not isinstance(turn, dict):
@@ -189,10 +189,10 @@ def user_message(instruction: str, input: str = "") -> dict[str, str]:
 
 
 def text_of(record: dict, field: str) -> str | None:
-    """Return a field's text, or None if it is null or missing; UserError if it is something else."""
+    """Return a field's text, or None if it is null or missing; UserError if it is not text."""
     value = record.get(field)
     if not isinstance(value, str | None):
-        raise UserError(f'"{field}" must be a text')
+        raise UserError(f'"{field}" must be text')
     return value
 
 
@@ -200,23 +200,23 @@ def task_of(record: dict) -> tuple[str, str]:
     """Return a record's instruction and input ("" for none); Self-Instruct's tasks have theirs in "instances".
 
     Raises:
-        UserError: something else than a text, an instruction that is blank, or several instances.
+        UserError: a field that is not text, a blank instruction, or several instances.
     """
     instruction, input = text_of(record, "instruction"), text_of(record, "input")
     if not (instruction or "").strip():
-        raise UserError('needs a text "instruction"')
+        raise UserError('no text "instruction"')
     if input is None and record.get("instances") is not None:
         instances = record["instances"]
         if not isinstance(instances, list) or len(instances) != 1 or not isinstance(instances[0], dict):
-            raise UserError('"instances" must be a list of one object: make a record of each')
+            raise UserError('"instances" must be a list of one object: split it into records')
         input = text_of(instances[0], "input")
     return instruction, input or ""
 
 
 def task_key(record: dict, *fields: str) -> tuple[str, ...]:
-    """Return a key that is equal for records that ask the same, ignoring case and white space.
+    """Return a key that is equal for records with the same task, ignoring case and white space.
 
-    A conversation asks with all that precedes its last answer. With ``fields``, those alone are compared.
+    A conversation's task is everything before its last answer. With ``fields``, only those are compared.
     """
     texts = [record[field] for field in fields or ("instruction", "input")]
     messages = () if fields else record.get("messages") or ()

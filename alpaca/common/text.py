@@ -10,7 +10,7 @@ from pathlib import Path
 
 from alpaca import UserError
 
-# What a terminal obeys, bidirectional overrides included; tab and line feed are left.
+# Characters that a terminal obeys, including bidirectional overrides, but not tab and line feed.
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 # Where thoughts begin or end. No part can match the same characters in two ways, so a search takes linear time.
@@ -32,7 +32,7 @@ def first_line(error: BaseException) -> str:
 
 
 def shorten(text: str, most: int = 60) -> str:
-    """Return text in one line of at most ``most`` characters; one that was cut ends in "…"."""
+    """Return text in one line of at most ``most`` characters; a cut text ends in "…"."""
     text = " ".join(text.split())
     return text if len(text) <= most else text[: most - 1] + "…"
 
@@ -48,7 +48,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def in_brackets(notes: Iterable[tuple[int, str]]) -> str:
-    """Return " (3 of this; 1 of that)" without counts of 0, or "" if nothing is left."""
+    """Return " (3 of this; 1 of that)" without counts of 0, or "" if none remain."""
     text = "; ".join(f"{count:,} {what}" for count, what in notes if count)
     return f" ({text})" if text else ""
 
@@ -59,14 +59,14 @@ def printable(text: str) -> str:
 
 
 def plain_markdown(value):
-    """Turn text into one line that Markdown shows as it is: names come from strangers. Markup and numbers stay."""
+    """Turn untrusted text into one line that Markdown shows literally. Markup and numbers stay."""
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
     return re.sub(r"[\\`*<>\[\]|]", r"\\\g<0>", " ".join(printable(value).split()))
 
 
 def templates(*folders: Path, html: bool = False):
-    """Return a jinja2 environment for folders of templates. Values are escaped for HTML, or else are plain_markdown."""
+    """Return a jinja2 environment for folders of templates. Values are escaped, for HTML or as plain_markdown."""
     import jinja2
 
     way = {"autoescape": True} if html else {"finalize": plain_markdown, "lstrip_blocks": True}
@@ -76,23 +76,23 @@ def templates(*folders: Path, html: bool = False):
 
 
 def public_name(path: str) -> str:
-    """Return the name of a model to publish: of a folder of this machine its last part, since a path is private."""
+    """Return a model's name for publication: only the last part of a local folder, since a path is private."""
     local = os.path.exists(path) or path.startswith((".", "/", "~"))
     return Path(path).resolve().name if local else path
 
 
 def check_utf8(text: str, what: str) -> None:
-    """Raise UserError if UTF-8 cannot encode the text. JSON can spell half of a surrogate pair, as in "\\ud83d".
+    """Raise UserError if UTF-8 cannot encode the text. JSON allows half of a surrogate pair, as in "\\ud83d".
 
     Args:
         text: to check.
-        what: the text's name, which begins the message: "training record 3".
+        what: the text's name for the message: "training record 3".
     """
     try:
         text.encode()
     except UnicodeEncodeError as e:
         half = ascii(e.object[e.start])
-        raise UserError(f"{what} contains {half}, half of a surrogate pair, which is not text: remove it") from None
+        raise UserError(f"{what} contains {half}, half of a surrogate pair: remove it") from None
 
 
 def without_thoughts(text: str) -> str | None:
@@ -103,8 +103,7 @@ def without_thoughts(text: str) -> str | None:
     must begin or end a line, so that text about tags remains.
 
     Returns:
-        The answer, which is "" if nothing follows complete thoughts. None if thoughts do not end: there is no closing
-        tag, or no final channel.
+        The answer, "" if nothing follows the thoughts. None if the thoughts do not end (no closing tag or channel).
     """
     start, inside, opened, leading, harmony = 0, None, 0, True, False
     for mark in THOUGHTS.finditer(text):

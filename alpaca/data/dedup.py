@@ -1,6 +1,6 @@
-"""Near-duplicates by ROUGE-L: what generate_instruction.py keeps and writes, and the same as a task for existing data.
+"""Near-duplicates by ROUGE-L: for the generator's selection, and as a task for existing data.
 
-Records are taken in order. One is kept if the highest ROUGE-L F of its instruction to the seeds and to every
+Records are taken in order. A record is kept if the highest ROUGE-L F of its instruction to the seeds and to every
 instruction kept so far is at most the threshold.
 """
 
@@ -15,18 +15,19 @@ from tqdm import tqdm
 
 from alpaca import UserError
 from alpaca.common.records import LINES, files_of, read_records, sources, write_records
+from alpaca.common.text import counted
 from alpaca.data.rouge import RougePool, is_mostly_unseen, tokenizer_named
 
 MAX_SIMILARITY = 0.7  # ROUGE-L F; above it two texts are near-duplicates, as in Self-Instruct (Wang et al., 2022)
-NEAREST = 10  # instructions that are written beside each kept one
-BLOCK = 64  # records scored at a time: unpacking the other text is two thirds of a comparison, and is done once a block
+NEAREST = 10  # instructions written with each kept one
+BLOCK = 64  # records scored at a time: unpacking the other text is two thirds of a comparison, done once per block
 
 
 def similarity_fields(scores: np.ndarray, instructions: list[str]) -> dict:
-    """Return the two fields that a kept record gains from its scores against ``instructions``, as in the original.
+    """Return the two fields that a kept record gets from its scores against ``instructions``, as in the original.
 
-    The 10 nearest are in falling order; of equal scores the later one comes first. An instruction that occurs twice
-    takes two of the ten places but appears once, since instructions are the keys. Without instructions the mean is 0.
+    The 10 nearest are in descending order, the later of equal scores first. An instruction that occurs twice takes two
+    of the ten places but appears once, since instructions are the keys. Without instructions the mean is 0.
     """
     if not len(scores):
         return {"most_similar_instructions": {}, "avg_similarity_score": 0.0}
@@ -42,7 +43,7 @@ def similarity_fields(scores: np.ndarray, instructions: list[str]) -> dict:
 class DistinctPool:
     """The instructions kept so far; decides in order which new ones to add.
 
-    With stats every pair is scored; without, few pairs are, and the decisions are the same.
+    With stats every pair is scored; without, only a few pairs, and the decisions are the same.
 
     Args:
         instructions: kept before the first call (seeds, records of an earlier run), numbered from 0.
@@ -64,10 +65,10 @@ class DistinctPool:
         self._texts = instructions if similarity_stats else None  # what the similarity fields name
 
     def take(self, texts: list[str]) -> list[tuple[int | None, dict]]:
-        """Decide on each text in order: (number of the nearest kept text if that is too near, else None; fields).
+        """Decide on each text in order: (number of the nearest kept text if it is too near, else None; fields).
 
-        A text with None is kept. The fields are ``similarity_fields``; empty for a text that is not kept, and without
-        stats. A block of texts is scored several times faster than the same texts one by one.
+        A text with None is kept. The fields are ``similarity_fields``, or empty for a dropped text and without stats.
+        A block of texts is scored several times faster than the same texts one by one.
         """
         verdicts: list[tuple[int | None, dict]] = []
         if self._texts is None:
@@ -101,7 +102,7 @@ def distinct(
 ) -> Iterator[dict]:
     """Yield the records that are kept, in order; with stats as copies that have ``similarity_fields``.
 
-    Memory: the encoded instructions of the kept records; with stats their texts too.
+    Memory: the encoded instructions of the kept records; with stats also their texts.
 
     Args:
         records: read twice without stats (first to learn which tokens are rare), so not a generator.
@@ -154,18 +155,18 @@ def dedup(
     """Drop near-duplicates from instruction data, as the generator does, and write the rest in the same order.
 
     A record is kept if the highest ROUGE-L of its instruction to the seeds and to every instruction kept so far is at
-    most the threshold. Records need no field but "instruction" and keep all that they have; those in another format are
-    written in Alpaca's fields. Of JSON Lines, which are streamed, the records take no memory.
+    most the threshold. Records need only the field "instruction" and keep all their fields; other formats are written
+    in Alpaca's fields. JSON Lines are streamed, so the records take no memory.
 
     Args:
-        input_path: the data: a file, a folder, several with commas between, or a name on the hub.
-        output_path: where the kept records go, as JSON Lines if it ends in .jsonl; an existing file is replaced.
-        seed_tasks_path: instructions that count as kept (they are not written); default: none.
+        input_path: the data: a file, a folder, several separated by commas, or a hub dataset.
+        output_path: file for the kept records, as JSON Lines if it ends in .jsonl; an existing file is replaced.
+        seed_tasks_path: instructions that count as kept but are not written; default: none.
         threshold: ROUGE-L F, 0 to 1; above it two instructions are near-duplicates.
-        similarity_stats: adds most_similar_instructions (the 10 nearest) and avg_similarity_score. 52,000 records take
-            about a minute with it and seconds without; what is kept is the same.
-        tokenizer: rouge compares as the original does, by a-z and 0-9 alone; unicode by the words of any script.
-        fields: of records in an unknown format: instruction=question, with the name of the field there.
+        similarity_stats: add most_similar_instructions (the 10 nearest) and avg_similarity_score. 52,000 records take
+            about a minute with it and seconds without; the same records are kept.
+        tokenizer: rouge compares a-z and 0-9 only, like the original; unicode compares words in any script.
+        fields: field name of records in another format: instruction=question.
     """
     if not 0 <= threshold <= 1:
         raise UserError(f"threshold must be from 0 to 1, not {threshold}")
@@ -174,13 +175,12 @@ def dedup(
     if target.exists() and any(source.exists() and source.samefile(target) for source in files_of(input_path)):
         raise UserError(f"output_path {output_path} is the input: choose another file")
     if target.is_dir():
-        raise UserError(f"output_path {output_path} is a folder: name a file")
+        raise UserError(f"output_path {output_path} is a folder: choose a file in it")
     seeds = [record["instruction"] for record in Records(seed_tasks_path)] if seed_tasks_path else []
     records = Records(input_path, fields)
     if tokenizer == "rouge" and (unseen := sum(is_mostly_unseen(record["instruction"]) for record in records)):
-        print(
-            f"warning: {unseen} of {len(records)} instructions are mostly not ASCII, and the tokenizer rouge sees only "
-            "ASCII: their near-duplicates may be missed (the tokenizer unicode sees all scripts)"
-        )
+        what = f"{unseen} of {counted(len(records), 'instruction')} {'is' if unseen == 1 else 'are'} mostly non-ASCII"
+        print(f"warning: {what}, so near-duplicates may be missed: use --tokenizer unicode")
     kept = write_records(distinct(records, seeds, threshold, similarity_stats, tokenizer), target)
-    print(f"{len(records)} records: {kept} kept, {len(records) - kept} near-duplicates; {output_path}")
+    dropped = counted(len(records) - kept, "near-duplicate")
+    print(f"{counted(len(records), 'record')}: {kept:,} kept in {output_path}, {dropped} dropped")

@@ -1,4 +1,4 @@
-"""Instruction sets that models are judged on, and files of answers to them, in the formats in use.
+"""Instruction sets that models are judged on, and files of answers to them, in the common formats.
 
 Light: importing this loads neither torch nor an API client.
 """
@@ -30,12 +30,12 @@ class Item:
 
     Attributes:
         id: unique in its set.
-        instruction: the text as in the file; of a conversation of several turns, all of it.
+        instruction: the text as in the file; for a conversation of several turns, all of it.
         input: what the instruction is about; may be "".
         reference: a known good answer, or None.
         category: the set's own grouping (motivation_app, dataset); "" if it has none.
-        messages: of a conversation that instruction and input cannot hold, what a model is asked: {"role", "content"},
-            the question last.
+        messages: for a conversation that instruction and input cannot hold, what to send: {"role", "content"}, the
+            question last.
     """
 
     id: str
@@ -47,9 +47,9 @@ class Item:
 
     @property
     def task(self) -> str:
-        """Instruction and input as one text, the input under its heading: what a chat model is asked, and judges see.
+        """Instruction and input as one text, the input under its heading: what chat models and judges see.
 
-        A model trained by train.py turns it into training's prompt through its chat template (alpaca/prompts.py).
+        The chat template of a model trained by train.py turns it into the training prompt (alpaca/prompts.py).
         """
         return self.instruction + (INPUT_HEADING + self.input if self.input else "")
 
@@ -69,8 +69,8 @@ class Answers:
 
     Attributes:
         generator: the model's name.
-        outputs: item id → answer, stripped of white space; "" if the model answered with nothing.
-        unanswered: ids of the set's items without an answer, in the set's order.
+        outputs: item id → answer, stripped of white space; "" for an empty answer.
+        unanswered: ids of the items without an answer, in the set's order.
         rows: item id → the whole row of the file.
     """
 
@@ -93,16 +93,16 @@ def read_set(path: str | os.PathLike, fields: str | None = None) -> list[Item]:
     - AlpacaEval: {"instruction", "output", "dataset"}.
     - Alpaca: {"instruction", "input", "output"}, and all that read_records turns into it.
 
-    The output is the reference, unless it is blank. Records without an id are numbered from 1. A note on stderr says
-    when a file looks like the 252 but differs from them.
+    The output is the reference, unless it is blank. Records without an id are numbered from 1. If a file looks like the
+    252 but differs from them, a note on stderr says so.
 
     Raises:
-        UserError: a file that is missing, malformed or empty, a malformed record, a repeated id.
+        UserError: a file is missing, malformed or empty; a record is malformed, or an id repeated.
     """
     path = Path(path)
     if not path.exists() and path.name == THE_252:
         raise UserError(
-            f"{path} does not exist; it is Self-Instruct's (yizhongw/self-instruct, human_eval/{THE_252}): "
+            f"{path} does not exist; get Self-Instruct's with "
             f"python analyze_data.py fetch --url {THE_252_URL} --blob_id {THE_252_BLOB} --output_path {path}"
         )
     items: dict[str, Item] = {}
@@ -116,13 +116,13 @@ def read_set(path: str | os.PathLike, fields: str | None = None) -> list[Item]:
         for item in found:
             check_utf8(f"{item.id}{item.category}{item.task}{item.reference}", place)
             if item.id in items:
-                raise UserError(f"{path} has the id {item.id!r} twice: give each record its own, or none an id")
+                raise UserError(f"{path} has the id {item.id!r} twice: give each record its own id, or remove all ids")
             items[item.id] = item
     if from_self_instruct and path.is_file() and not is_the_252(path):
         print(
-            f"note: {path} is not the 252 instructions that Self-Instruct published "
+            f"note: {path} is not Self-Instruct's published set of 252 "
             f"({counted(len(items), 'instruction')}, git blob {git_blob_id(path)[:12]}, not {THE_252_BLOB[:12]}): "
-            "its figures do not compare with theirs",
+            "do not compare results with published ones",
             file=sys.stderr,
         )
     return list(items.values())
@@ -133,13 +133,13 @@ def read_answers(path: str | os.PathLike, items: list[Item]) -> Answers:
 
     A row has the instruction that it answers, as "instruction" and "input" or as one text (Item.task), and the answer
     as "output" (judge.py answer, chat.py's batch mode, alpaca_eval) or "response" (Self-Instruct's predictions). It
-    belongs to the item with the same texts, ignoring white space around them; among several such items to the one with
-    the row's "id", else to the first that has no answer yet. The model's name is "generator", else the file's name
-    without "_predictions". A row whose answer is missing or null counts as unanswered.
+    belongs to the item with the same texts, ignoring white space around them; if there are several, to the one with the
+    row's "id", else to the first without an answer. The model's name is "generator", else the file's name without
+    "_predictions". A row with a missing or null answer counts as unanswered.
 
     Raises:
-        UserError: a file that is missing, malformed or has no answers; a row of another set, a second answer to an
-            item, rows of several models.
+        UserError: a file is missing, malformed or without answers; a row answers another set or an item a second time,
+            or rows are from several models.
     """
     path = Path(path)
     places: dict[tuple[str, str], list[Item]] = {}
@@ -154,7 +154,7 @@ def read_answers(path: str | os.PathLike, items: list[Item]) -> Answers:
         place = f"{path}, record {number}"
         try:
             if not isinstance(row, dict):
-                raise UserError(f"a {type(row).__name__} where an object was expected")
+                raise UserError(f"a JSON {type(row).__name__}, not an object")
             instruction, input = task_of(row)
             if has_several_turns(row):
                 instruction, input = _as_text(asked_of(row)), ""
@@ -172,7 +172,7 @@ def read_answers(path: str | os.PathLike, items: list[Item]) -> Answers:
         named = [item for item in same if item.id == str(row.get("id"))]
         free = [item for item in named or same if item.id not in rows]
         if not free:
-            raise UserError(f"{place} answers {shorten(instruction)!r} again: keep one answer to each")
+            raise UserError(f"{place} answers {shorten(instruction)!r} again: keep one answer to each instruction")
         if name:
             names[name] = None
         rows[free[0].id] = row
@@ -180,11 +180,11 @@ def read_answers(path: str | os.PathLike, items: list[Item]) -> Answers:
             outputs[free[0].id] = answer.strip()
     if strangers:
         raise UserError(
-            f"{path}: {len(strangers)} of its {len(strangers) + len(rows)} answers are to instructions that the set "
-            f"does not contain ({strangers[0]}): give the set that they answer"
+            f"{path}: {len(strangers)} of {counted(len(strangers) + len(rows), 'answer')} do not belong to this set "
+            f"({strangers[0]}): give the set that they answer"
         )
     if not outputs:
-        raise UserError(f"{path} contains no answers: give a file with at least one")
+        raise UserError(f"{path} has no answers: choose another file")
     if len(names) > 1:
         raise UserError(f"{path} has answers of {len(names)} models ({', '.join(names)}): give each its own file")
     name = re.sub(r"\.(json|ndjson|csv|tsv|parquet).*", "", path.name).removesuffix("_predictions")
@@ -202,11 +202,11 @@ def read_pair(
     """
     items, paths = read_set(instructions, fields), [path.strip() for path in answers.split(",")]
     if len(paths) != 2:
-        raise UserError(f"answers must be two files with a comma between them, A.jsonl,B.jsonl, not {len(paths)}")
+        raise UserError(f"answers must be two files, not {len(paths)}: give A.jsonl,B.jsonl")
     pair = [read_answers(path, items) for path in paths]
     if pair[0].generator == pair[1].generator:
         raise UserError(
-            f'both files of answers are by {pair[0].generator!r}: change the name ("generator") in the rows of one'
+            f'both files have answers of {pair[0].generator!r}: change the name ("generator") in the rows of one'
         )
     for one in pair:
         if one.unanswered:
@@ -220,7 +220,7 @@ def _items(record: dict, number: int) -> list[Item]:
     id, instances = record.get("id"), record.get("instances")  # null in a table without them
     id, instances = number if id is None else id, [record] if instances is None else instances
     if not isinstance(id, str | int):
-        raise UserError('"id" must be a text or a whole number')
+        raise UserError('"id" must be text or a whole number')
     if not isinstance(instances, list) or not instances or not all(isinstance(one, dict) for one in instances):
         raise UserError('"instances" must be a list with at least one object')
     if record.get("messages"):
@@ -237,10 +237,10 @@ def _items(record: dict, number: int) -> list[Item]:
 
 
 def _as_text(messages: list[dict]) -> str:
-    """Return a conversation as judges see it: each message behind "User: ", "Assistant: " or "System: "."""
+    """Return a conversation as judges see it: each message after "User: ", "Assistant: " or "System: "."""
     return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
 
 
 def is_name(name) -> bool:
-    """Return whether this can be the name of a model or a judge: a text in one line, all of it printable."""
+    """Return whether this can be the name of a model or a judge: printable text in one line."""
     return isinstance(name, str) and bool(name.strip()) and name.isprintable()

@@ -1,4 +1,4 @@
-"""Three pictures of an instruction data set, and one page with all of them: what ``analyze_data.py plot`` draws.
+"""Three plots of instruction data, and one page with all of them, for ``analyze_data.py plot``.
 
 ``pip install '.[plots]'`` installs the dependency parser (spaCy) and matplotlib; they are imported where they are used.
 """
@@ -30,18 +30,18 @@ HUES = ("#332288", "#88ccee", "#44aa99", "#117733", "#999933", "#ddcc77", "#cc66
 BAR, WARNING = "#44aa99", "#cc6677"
 HALF, TEXT = 5.0, 12  # the sunburst's half width in inches and its letters in points
 MOST_LETTERS = 20  # of a name in the sunburst
-NO_GLYPH = "Glyph .* missing from"  # the warning for each letter that the font lacks: the picture shows a box instead
+NO_GLYPH = "Glyph .* missing from"  # the warning for each letter that the font lacks: the plot shows a box instead
 
 
 class Figure(NamedTuple):
-    """A picture and what the page says about it."""
+    """A plot and what the page says about it."""
 
     name: str
     png: bytes
     title: str
     caption: str
     alt: str
-    table: list[tuple[str, ...]]  # the numbers behind it; the first row is the head
+    table: list[tuple[str, ...]]  # the numbers behind it; the first row is the header
 
     @property
     def src(self) -> str:
@@ -87,7 +87,7 @@ def plot(data_path: str, output_dir: str, fields: str | None = None) -> None:
 
 
 def page(name: str, records: int, figures: Sequence[Figure]) -> str:
-    """Return one HTML page with the pictures inside: it can be mailed, or opened from a disk without a network."""
+    """Return one self-contained HTML page with the plots inside."""
     template = templates(Path(__file__).with_name("templates"), html=True).get_template("plots.html")
     return template.render(name=name, records=records, figures=figures)
 
@@ -97,7 +97,7 @@ def page(name: str, records: int, figures: Sequence[Figure]) -> str:
 
 
 def verb_noun_figure(pairs: Sequence[tuple[str, str]], records: int) -> Figure:
-    """Draw the sunburst: angles in proportion to the counts, but no slice too thin for its name."""
+    """Draw the sunburst: angles proportional to the counts, but no slice too thin for its name."""
     top = most_common_pairs(pairs)
     shown = sum(count for verb in top for _, count in verb.objects)
     figure, (axes,) = _canvas(2 * HALF, 2 * HALF)
@@ -114,10 +114,10 @@ def verb_noun_figure(pairs: Sequence[tuple[str, str]], records: int) -> Figure:
         title="What the instructions ask for",
         caption=(
             f"The {len(top)} most common root verbs (inside) and up to {TOP_OBJECTS} of the most common direct objects "
-            f"of each (outside), from the first English command in each instruction. {len(pairs):,} of "
-            f"{counted(records, 'instruction')} ({_percent(len(pairs), records)}) have such a pair, "
-            f"{len(set(pairs)):,} of them different; the others are questions, statements, commands without an object, "
-            f"or in other languages. Shown: {counted(shown, 'instruction')} ({_percent(shown, records)})."
+            f"of each (outside), from the first English command in each instruction. With such a pair: {len(pairs):,} "
+            f"of {counted(records, 'instruction')} ({_percent(len(pairs), records)}), {len(set(pairs)):,} of the pairs "
+            "distinct; the others are questions, statements, commands without an object, or not English. Shown: "
+            f"{counted(shown, 'instruction')} ({_percent(shown, records)})."
             f"{' Slices too thin for their names are widened.' * widened}"
         ),
         alt="Sunburst of verbs and their objects. Most common: "
@@ -133,7 +133,7 @@ def _draw_sunburst(axes, top: list[Verb]) -> bool:
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Wedge
 
-    # The radii of the two rings, and where the objects' names begin.
+    # The radii of the two rings, and of the start of the objects' names.
     inner, middle, outer, text = 0.25, 0.49, 0.69, 0.71
     longest = max((_width(shorten(noun, MOST_LETTERS)) for verb in top for noun, _ in verb.objects), default=0)
     limit = text / (1 - 1.02 * longest / HALF)
@@ -180,9 +180,9 @@ def _radial_text(axes, text: str, angle: float, radius: float, align: str, **sty
 
 
 def slice_angles(counts: Sequence[int], floors: Sequence[float]) -> list[float]:
-    """Return degrees for each count, 360 in all: in proportion, but none below its floor.
+    """Return degrees for each count, 360 in total: proportional, but none below its floor.
 
-    Slices at their floor are left out of the proportion, which is computed again until no other falls below.
+    Slices at their floor are left out of the proportion, which is recomputed until no other falls below.
     """
     share, floor = np.asarray(counts, dtype=np.float64), np.asarray(floors, dtype=np.float64)
     floor = floor * min(1.0, 360 / floor.sum()) if len(floor) else floor
@@ -196,7 +196,7 @@ def slice_angles(counts: Sequence[int], floors: Sequence[float]) -> list[float]:
 
 
 def lengths_figure(lengths: dict[str, list[int]], records: int) -> Figure:
-    """Draw a histogram of the words in each field; the last bar gathers the longest, at most 1%."""
+    """Draw a histogram of the words in each field; the last bar collects the longest, at most 1%."""
     figure, axes = _canvas(7, 9, rows=3)
     rows = [("field", "records", "shortest", "median", "mean", "99%", "longest")]
     for ax, (field, counts) in zip(axes, lengths.items(), strict=True):
@@ -218,10 +218,10 @@ def lengths_figure(lengths: dict[str, list[int]], records: int) -> Figure:
         png=png_bytes(figure),
         title="How long they are",
         caption=(
-            f"Words (between white space; each character of Chinese, Japanese, Thai and the like) of "
+            f"Words (separated by white space; in Chinese, Japanese, Thai and similar scripts, characters) of "
             f"{counted(records, 'instruction')}, {counted(len(lengths['input']), 'input')} "
-            f"({_percent(len(lengths['input']), records)} of the records have one) and {counted(records, 'output')}. "
-            "The gray bar gathers the longest, at most 1%."
+            f"(in {_percent(len(lengths['input']), records)} of the records) and {counted(records, 'output')}. "
+            "The gray bar collects the longest, at most 1%."
         ),
         alt=f"Three histograms of lengths in words. Medians: {medians}.",
         table=rows,
@@ -239,7 +239,7 @@ def _draw_lengths(axes, counts: np.ndarray) -> None:
     bins = max(int(most // width) + 1, 2)
     heights = np.bincount(np.minimum(counts // width, bins), minlength=bins + 1)
     axes.bar(np.arange(bins + 1) + 0.5, heights, width=0.9, color=[BAR] * bins + [FAINT])
-    step = max(1, -(-bins // 8))  # some eight ticks, and none that would touch the last
+    step = max(1, -(-bins // 8))  # about eight ticks, none touching the last
     ticks = [tick for tick in range(0, bins, step) if bins - tick >= step] + [bins]
     shift = 0.5 if width == 1 else 0.0  # a bar of one length is named below its middle, others where they begin
     axes.set_xticks([tick + (0.5 if tick == bins else shift) for tick in ticks])
@@ -267,7 +267,7 @@ def similarity_figure(nearest: np.ndarray) -> Figure:
     return Figure(
         name="similarity.png",
         png=png_bytes(figure),
-        title="How alike they are",
+        title="How similar they are",
         caption=(
             f"The highest ROUGE-L of each of {counted(len(nearest), 'instruction')} to any other: median {median:.2f}, "
             f"highest {nearest.max():.2f}. The generator drops a candidate above {MAX_SIMILARITY}; "
@@ -315,7 +315,7 @@ def _style(axes, title: str, unit: str) -> None:
 
 
 def png_bytes(figure) -> bytes:
-    """Return the figure in 256 colors: flat pictures lose nothing visible, and are a third of the size."""
+    """Return the figure in 256 colors: flat plots lose nothing visible, and are a third of the size."""
     from PIL import Image
 
     raw, small = io.BytesIO(), io.BytesIO()

@@ -1,7 +1,7 @@
-"""A data set as a folder that others can load: Parquet and JSON Lines, a card (README.md), and the way to the hub.
+"""A dataset as a folder that others can load: Parquet and JSON Lines, a card (README.md), and its upload to the hub.
 
 The card's header names the Parquet files, so ``datasets.load_dataset`` reads each record once. So does our own reader,
-which takes the files of a folder that are named "train", if any are: the JSON Lines have other names.
+which reads only the files named "train" in a folder, if there are any: the JSON Lines have other names.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ OPEN = "To be answered by the publisher."
 
 
 def names(path: str) -> dict[str, str]:
-    """Return each source with its name to publish: of a file as much of its path as sets it apart from the others."""
+    """Return each source with its public name: for a file, as much of its path as sets it apart from the others."""
     local = {file: os.path.abspath(file) for file in sources(path) if not is_on_hub(file)}
     shared = os.path.commonpath([os.path.dirname(place) for place in local.values()]) if local else ""
     named = {file: Path(os.path.relpath(place, shared)).as_posix() for file, place in local.items()}
@@ -41,7 +41,7 @@ def names(path: str) -> dict[str, str]:
 
 
 def read(path: str, fields: str | None) -> list[dict]:
-    """Return the records of a path; of several files each with its "source", unless it has one already."""
+    """Return the records of a path; with several files each gets its "source", unless it has one."""
     named, records = names(path), []
     for place, record in read_records(path, fields, answers=True):
         check_utf8(json.dumps(record, ensure_ascii=False), place)
@@ -51,9 +51,9 @@ def read(path: str, fields: str | None) -> list[dict]:
 
 
 def give_ids(records: list[dict]) -> None:
-    """Give each record an "id" that stays when others come or go: the start of its conversation's SHA-256.
+    """Give each record an "id" that does not depend on the others: the start of its conversation's SHA-256.
 
-    The n-th copy of a conversation ends in "-n". Another id that a record has becomes its "original_id".
+    The n-th copy of a conversation ends in "-n". A record's own id, if different, becomes its "original_id".
     """
     seen: Counter[str] = Counter()
     for record in records:
@@ -68,7 +68,7 @@ def give_ids(records: list[dict]) -> None:
 def split(records: list[dict], fraction: float) -> tuple[list[dict], list[dict]]:
     """Return (train, test): a hash of instruction and input decides, so copies of a task are on the same side.
 
-    A task also stays on its side when the data grows. The test gets about the fraction, not exactly.
+    A task also stays on its side when the data grows. The test gets about this fraction, not exactly.
     """
     sides: tuple[list[dict], list[dict]] = [], []
     for record in records:
@@ -78,7 +78,7 @@ def split(records: list[dict], fraction: float) -> tuple[list[dict], list[dict]]
 
 
 def columns(records: list[dict]) -> pyarrow.Schema:
-    """Return the columns' types. A field of several types, or of lists and objects, becomes a column of JSON text."""
+    """Return the columns' types. A field with mixed types, lists or objects becomes a column of JSON text."""
     kinds: dict[str, set] = {name: {str} for name in ("id", *FIELDS, "messages")}
     parts = {"role": TEXT, "content": TEXT}
     for record in records:
@@ -120,19 +120,19 @@ def write(folder: Path, splits: dict[str, list[dict]], schema: pyarrow.Schema) -
 
 
 def read_report(path: str) -> dict:
-    """Return what the generator has written about its run, with a name for its teacher that may be published."""
+    """Return the generator's report of its run, with a public name for the teacher."""
     try:
         report = json.loads(read_text(path))
         report["parsed"] + report["kept"] + sum(report["dropped"].values())
         return report | {"model_name": public_name(report["model_name"])}
     except (ValueError, LookupError, TypeError, AttributeError):
-        raise UserError(f"{path} is not a report.json of generate_instruction.py: give such a file") from None
+        raise UserError(f"{path} is not a report.json of generate_instruction.py: choose another file") from None
 
 
 def card(splits: dict[str, list[dict]], schema: pyarrow.Schema, paths: list[str], findings: list[dict], **facts) -> str:
     """Return the card in Markdown, with the header that the hub and ``datasets`` read.
 
-    ``findings`` are lint's of all records from ``paths``; ``facts`` is what else templates/dataset_card.md needs.
+    ``findings`` are lint's for all records from ``paths``; ``facts`` is what else templates/dataset_card.md needs.
     """
     files = []
     for file, name in [named for path in paths for named in names(path).items()]:
@@ -159,7 +159,7 @@ def card(splits: dict[str, list[dict]], schema: pyarrow.Schema, paths: list[str]
 
 
 def upload(folder: Path, repo: str, private: bool) -> str:
-    """Upload a folder to a data set on the hub, made if it does not exist; return its address."""
+    """Upload a folder to a hub dataset, created if it does not exist; return its address."""
     try:
         api = huggingface_hub.HfApi()
         address = api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
@@ -168,5 +168,5 @@ def upload(folder: Path, repo: str, private: bool) -> str:
         why = getattr(e, "server_message", None) or first_line(e)
         again = "" if huggingface_hub.get_token() else "run hf auth login, then "
         again += f"hf upload {repo} {folder} --repo-type dataset"
-        raise UserError(f"{folder} is complete, but not on the hub: {why}. To upload it, {again}") from None
+        raise UserError(f"{folder} is complete, but its upload failed ({why}): to upload it, {again}") from None
     return str(address)

@@ -1,4 +1,4 @@
-"""Download a file whose git blob id is known: resume after a break, and trust the id rather than the server."""
+"""Download a file with a known git blob id: resume after a break, and trust the id rather than the server."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def download(url: str, part: Path, blob_id: str) -> None:
     """Download to ``part`` until its content is right, or until the server has sent all that it announced.
 
     Raises:
-        UserError: not an address, an HTTP error that no retry cures, or ATTEMPTS requests without a new byte.
+        UserError: not a URL, a permanent HTTP error, or ATTEMPTS requests without a new byte.
     """
     idle, problem = 0, ""
     if size := _size(part):
         print(f"resuming {part} after {size:,} bytes")
     while idle < ATTEMPTS:
-        if _size(part) and git_blob_id(part) == blob_id:  # also where only the rename was missing
+        if _size(part) and git_blob_id(part) == blob_id:  # also if only the rename was missing
             return
         if idle:
             wait = WAIT * 2 ** (idle - 1)
@@ -41,8 +41,8 @@ def download(url: str, part: Path, blob_id: str) -> None:
             return
         idle = 0 if _size(part) > size else idle + 1
     raise UserError(
-        f"{url}: {problem}, {ATTEMPTS} times in a row; {part} keeps {_size(part):,} bytes. Run the same command to "
-        "resume, or use a mirror's url"
+        f"{url}: {problem}, {ATTEMPTS} times in a row; {part} has {_size(part):,} bytes: run the same command to "
+        "resume, or give a mirror's url"
     )
 
 
@@ -51,7 +51,7 @@ def _size(part: Path) -> int:
 
 
 def _request(url: str, part: Path, size: int) -> str:
-    """Request the bytes after ``size``. Return "" if all that was announced has come, else why not."""
+    """Request the bytes after ``size``. Return "" if everything announced has arrived, else why not."""
     headers = {"User-Agent": "analyze_data.py", "Accept-Encoding": "identity"}
     if size:
         headers["Range"] = f"bytes={size}-"
@@ -61,15 +61,15 @@ def _request(url: str, part: Path, size: int) -> str:
         e.close()
         if e.code == 416:  # there are no bytes after these
             part.unlink()
-            return "the partial file on disk did not fit"
+            return "the partial file on disk did not match"
         if e.code in (408, 425, 429) or e.code >= 500:
             return f"HTTP {e.code}"
-        raise UserError(f"{url} answers HTTP {e.code} ({e.reason}): check the url, or use a mirror's") from None
+        raise UserError(f"{url} answers HTTP {e.code} ({e.reason}): check the url, or give a mirror's") from None
     except ValueError as e:
-        raise UserError(f"{url} is not an address: {e}") from None
+        raise UserError(f"{url} is not a URL ({e}): give an https address or the path of a copy") from None
     except (OSError, http.client.HTTPException) as e:
         if url.startswith("file:"):
-            raise UserError(f"{url} is not a file: give a web address (https://…) or the path of a copy") from None
+            raise UserError(f"{url} is not a file: give an https address or the path of a copy") from None
         return f"no connection ({getattr(e, 'reason', e) or type(e).__name__})"
     with reply:
         resumed = reply.status == 206
@@ -87,6 +87,6 @@ def _request(url: str, part: Path, size: int) -> str:
                     out.write(chunk)
                     bar.update(len(chunk))
             except (OSError, http.client.HTTPException) as e:
-                return f"the connection broke off ({type(e).__name__})"
+                return f"the connection broke ({type(e).__name__})"
     got = _size(part)
-    return "" if end is None or got >= end else f"the connection broke off at {got:,} of {end:,} bytes"
+    return "" if end is None or got >= end else f"the connection broke at {got:,} of {end:,} bytes"

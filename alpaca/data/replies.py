@@ -1,4 +1,4 @@
-"""What a teacher is asked for, and the records in its reply, as numbered text or as JSON.
+"""The teacher's prompt, and the records in its reply, as numbered text or as JSON.
 
 Each item of a reply is a record, or stays text: ``CutOff`` if the reply ended in the middle of it, else malformed.
 """
@@ -48,7 +48,7 @@ DECODER = json.JSONDecoder(strict=False)  # with line breaks in strings, as some
 
 
 class CutOff(str):
-    """The item in which a reply reached its longest length: never a record, however whole it looks."""
+    """The item in which a reply reached its token limit: never a record, however complete it looks."""
 
 
 def encode_prompt(seed_tasks: list[dict], prompt: str) -> str:
@@ -64,7 +64,7 @@ def encode_prompt(seed_tasks: list[dict], prompt: str) -> str:
 
 
 def encode_json_prompt(seed_tasks: list[dict], prompt: str) -> str:
-    """Return a request for JSON: the prompt, the seed tasks in the shape of JSON_SCHEMA, and what to reply with."""
+    """Return a request for JSON: the prompt, the seed tasks as in JSON_SCHEMA, and what to reply with."""
     shown = json_text({"tasks": [_example(task) for task in seed_tasks]}, 2)
     rest = "Reply with the rest of the list, as one JSON object of the same shape, and with nothing else."
     return f"{prompt.rstrip()}\n{shown}\n\nThese are the first {len(seed_tasks)}. {rest}"
@@ -84,7 +84,7 @@ def parse_response(text: str, finish_reason: str | None, num_prompt_instructions
 
     Args:
         text: the reply.
-        finish_reason: only "length" means that the reply was cut; its last item is then ``CutOff``.
+        finish_reason: only "length" means that the reply was cut off; its last item is then ``CutOff``.
         num_prompt_instructions: examples in the prompt; a reply that continues it has the next number.
     """
     text, number = text.replace("\r\n", "\n"), num_prompt_instructions + 1
@@ -126,7 +126,7 @@ def _parse_item(item: str) -> dict | None:
 
 
 def _record(instruction: str, input_text: str, output: str) -> dict:
-    """Return a record; "<noinput>" is an empty input, however it is quoted or escaped."""
+    """Return a record; "<noinput>" is an empty input, even if quoted or escaped."""
     if re.sub(r"[\W_]", "", html.unescape(input_text)).lower() == "noinput":
         input_text = ""
     return {"instruction": instruction.strip(), "input": input_text.strip(), "output": output.strip()}
@@ -161,7 +161,7 @@ def parse_json(text: str, finish_reason: str | None) -> list[dict | str]:
     """Read the objects of a JSON reply, also from a code fence, a bare list, and between other text.
 
     An object without the texts "instruction" and "output" stays text; so does one that is not JSON, up to the next. The
-    object in which a reply was cut (``finish_reason`` "length") is ``CutOff``; those before it are whole.
+    object in which a reply was cut off (``finish_reason`` "length") is ``CutOff``; those before it are complete.
     """
     records: list[dict | str] = []
     first = FIRST_OBJECT.search(text)
@@ -171,7 +171,7 @@ def parse_json(text: str, finish_reason: str | None) -> list[dict | str]:
             value, end = DECODER.raw_decode(text, at)
             given = [value.get(name) for name in ("instruction", "input", "output")]
             given[1] = "" if given[1] is None else given[1]
-            # JSON can spell half of a surrogate pair, which no file can hold.
+            # JSON allows half of a surrogate pair, which no file can hold.
             fields = [field.encode("utf-8", "replace").decode() for field in given if isinstance(field, str)]
             records.append(_record(*fields) if len(fields) == 3 else text[at:end])
         except (ValueError, RecursionError):

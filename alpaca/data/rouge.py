@@ -3,7 +3,7 @@
 Each distinct token becomes one character, so a text is a string and rapidfuzz's bit-parallel kernel finds the longest
 common subsequence of two texts in one call. The oracle is ``rouge_score`` (tests/oracles.py).
 
-Scores need every pair. Whether any text of the pool scores above a threshold can be decided from few of them:
+Scores need every pair. Whether any text of the pool scores above a threshold can be decided from a few of them:
 ``RougePool.exceeds`` uses an inverted index of rare tokens.
 """
 
@@ -33,14 +33,14 @@ CACHED_LENGTH = 4096  # in tokens: longer texts are rare, and their tables large
 
 
 def tokenize(text: str) -> list[str]:
-    """Return rouge_score's tokens without a stemmer: runs of a-z and 0-9 in the lower-cased text, and nothing else."""
+    """Return rouge_score's tokens without a stemmer: runs of a-z and 0-9 in the lower-cased text."""
     return re.findall(r"[a-z0-9]+", text.lower())
 
 
 @cache
 def _unicode_words(unspaced_only: bool = False):
-    # `regex` rather than `re`: it knows scripts and combining marks by name. \w of `re` has no marks: it cuts Hindi at
-    # each vowel sign. Imported on first use (30 ms).
+    # `regex` rather than `re`: it knows scripts and combining marks by name. \w of `re` has no marks, and so splits
+    # Hindi at each vowel sign. Imported on first use (30 ms).
     import regex
 
     unspaced = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
@@ -89,11 +89,11 @@ def is_mostly_unseen(text: str) -> bool:
 
 
 class RougePool:
-    """Texts to compare with, numbered from 0 in the order of adding. Memory: about 100 bytes a text.
+    """Texts to compare with, numbered from 0 in the order of adding. Memory: about 100 bytes per text.
 
     Args:
         texts: the first ones.
-        tokenizer: "rouge", as in rouge_score, which drops all that is not ASCII; or "unicode".
+        tokenizer: "rouge", as in rouge_score, which drops everything but ASCII; or "unicode".
     """
 
     def __init__(self, texts: Iterable[str] = (), tokenizer: str = "rouge"):
@@ -178,9 +178,9 @@ class RougePool:
         return int(found[best]) if f[best] > threshold else None
 
     def learn(self, texts: Iterable[str]) -> None:
-        """Count the tokens of texts that will come later. ``exceeds`` gets faster by it, and decides the same.
+        """Count the tokens of texts to come. This makes ``exceeds`` faster, with the same decisions.
 
-        Without it, tokens that come later are assumed to be rarer.
+        Without it, later tokens are assumed to be rarer.
         """
         counts = Counter(key for text in texts for key in _bag(self._encode(text)))
         for key, _ in counts.most_common():
@@ -202,7 +202,7 @@ def _lcs(rows: list, columns: list) -> np.ndarray:
 
 
 def _f_measure(lcs: np.ndarray, query_lengths: np.ndarray, pool_lengths: np.ndarray) -> np.ndarray:
-    """Return F from the lengths of longest common subsequences and of texts, broadcast; 0 where nothing is common.
+    """Return F from the lengths of longest common subsequences and of texts, broadcast; 0 if nothing is common.
 
     p = lcs/len(a), r = lcs/len(b), F = 2pr/(p+r), evaluated in this order so that the floats equal rouge_score's.
     """

@@ -1,1 +1,1 @@
-"""Any OpenAI-compatible server: one request, many at once, and what they may cost."""
+"""Any OpenAI-compatible server: one request, many at once, and their cost."""

@@ -1,7 +1,7 @@
-"""Requests in batches: a file of them goes to the server, which answers within a day, mostly at half price.
+"""Requests in batches: the server gets a file of them and answers within a day, often at half price.
 
-A round: upload a file of requests, create a batch of it, wait, read the results. Each step is journaled before the next
-begins, so that a run that was killed finds its batch and pays for nothing twice:
+A round: upload a file of requests, create a batch from it, wait, read the results. Each step is journaled before the
+next begins, so a killed run finds its batch and pays for nothing twice:
 
     {"batch": {"file": ID, "requests": [0, 1, …]}}        uploaded: from here on the batch is open
     {"batch": {"id": ID}}                                 created
@@ -35,10 +35,10 @@ from alpaca.endpoint.run import Run
 from alpaca.endpoint.transport import Lost
 
 MOST_REQUESTS, MOST_BYTES = 50_000, 190_000_000  # of a file; OpenAI takes 200 MB
-ENOUGH = 8  # replies, to tell how many tokens the others will have
-MOST_FAULTS = 3  # times that a request expires or meets a passing fault, until it has failed
-POLL = 1.0, 60.0  # seconds between two looks at a batch: a tenth of the wait so far, within these
-MOST_TRIES = 20  # in about half a minute, until a batch exists; after that any fault is waited for
+ENOUGH = 8  # replies, to estimate how many tokens the others will have
+MOST_FAULTS = 3  # times that a request may expire or meet a transient fault before it has failed
+POLL = 1.0, 60.0  # seconds between two polls of a batch: a tenth of the wait so far, within these
+MOST_TRIES = 20  # in about half a minute, until a batch exists; after that any fault is waited out
 QUEUE_FULL = re.compile(r"token_limit_exceeded|queued[ _]token", re.I)  # a smaller batch may fit
 
 
@@ -55,27 +55,27 @@ def refuse_open_batch(journal: Journal) -> None:
     """Raise UserError if a batch is open: its requests must not be sent a second time."""
     if batch := open_batch(journal):
         name = batch.get("id", batch["file"])
-        raise UserError(f"batch {name} is open: continue it in batch mode, or cancel it first")
+        raise UserError(f"batch {name} is still open: continue with batch, or end it with batch_cancel")
 
 
 @dataclass
 class Batches(Run):
-    """Ask in batches, one at a time: ``want`` fills them. A time limit ends the waiting, and not the batch."""
+    """Send requests in batches, one at a time: ``want`` fills them. A time limit ends the waiting, not the batch."""
 
     def __post_init__(self):
         super().__post_init__()
         self.settings = self.budget.settings
-        # Another run's results have the same numbers: the journal's first entry says what a run is.
+        # Another run's results have the same numbers: the journal's first entry identifies the run.
         self.token = hashlib.sha256(json.dumps(self.journal.entries[0], sort_keys=True).encode()).hexdigest()[:8]
         self.open, self.most = open_batch(self.journal), MOST_REQUESTS
-        # Of each request: "times" it was asked, "tries" that brought no good reply, passing "faults", and all tokens.
+        # For each request: "times" it was sent, "tries" without a good reply, transient "faults", and all tokens.
         self.asked: dict[int, Counter] = defaultdict(Counter)
 
     async def run(self) -> str | None:
-        """Return why there is more to ask, or None if all is done.
+        """Return why there is more to send, or None if all is done.
 
         Raises:
-            UserError: the server refused a call or the batch, or somebody cancelled it. What it answered is journaled.
+            UserError: the server refused a call or the batch, or it was cancelled. What it answered is journaled.
         """
         for entry in self.journal.entries:
             if "asked" in (batch := entry.get("batch", {})):
@@ -87,7 +87,7 @@ class Batches(Run):
             if self.settings.offline:
                 return self._use_files()
             if (cancel := self.settings.batch_cancel) and not self.open:
-                raise UserError(f"{self.journal.path} has no open batch: there is nothing to cancel")
+                raise UserError(f"{self.journal.path} has no open batch: drop batch_cancel")
             lines: dict[int, bytes] = {}
             while self.open or (lines := self._next_round()):
                 if (became := await self._round(lines)) is None:
@@ -100,7 +100,7 @@ class Batches(Run):
             await self.teacher.close()
             if self.open:
                 name = self.open.get("id", self.open["file"])
-                print(f"batch {name} continues at the server; the same command finds it", file=sys.stderr)
+                print(f"batch {name} continues on the server; the same command finds it", file=sys.stderr)
 
     def _use_files(self) -> str | None:
         refuse_open_batch(self.journal)
@@ -109,10 +109,10 @@ class Batches(Run):
             print(f"{source}: {self._take(source, Path(source).read_bytes())}")
         lines = self._next_round()
         if not (lines and target):
-            return f"{counted(len(lines), 'more request')} to be answered: write them to a file" if lines else None
+            return f"{counted(len(lines), 'request')} left: write them to a file with batch_write" if lines else None
         with replace_file(target, "wb") as file:
             file.writelines(lines.values())
-        return f"{target} holds {counted(len(lines), 'request')}: have them answered, then read the replies"
+        return f"{target} has {counted(len(lines), 'request')}: have them answered, then use batch_read"
 
     def _next_round(self) -> dict[int, bytes]:
         """Return the lines of a file, by the numbers of their requests."""
@@ -133,7 +133,7 @@ class Batches(Run):
         return lines
 
     def _question(self, number: int) -> tuple[str, dict]:
-        """Return a request's prompt and its JSON, as they are sent this time."""
+        """Return a request's prompt and JSON body for this try."""
         prompt, seed = self.teacher.variant(*self.request(number), self.asked[number]["tries"])
         return prompt, self.teacher.body(prompt, seed)
 
@@ -150,11 +150,11 @@ class Batches(Run):
             batch = await self._find() or await self._call("POST", "/batches", "id", json=order)
         except UserError as e:
             self._note({"done": None})  # the same command begins with another file
-            raise UserError(f"{e}; for a server without a Batch API, write the requests to a file") from None
+            raise UserError(f"{e}: if the server has no Batch API, use batch_write") from None
         self._note({"id": batch["id"]})
 
     async def _find(self) -> dict | None:
-        """Return the batch of the open file, if the server has one and lists its batches."""
+        """Return the batch of the open file, if the server has one and can list its batches."""
         page, after = {"data": [None], "has_more": True}, ""
         with suppress(UserError):
             while page["data"] and page.get("has_more"):
@@ -166,7 +166,7 @@ class Batches(Run):
         return None
 
     async def _round(self, lines: dict[int, bytes]) -> str | None:
-        """Do what is left of a round; return what became of its batch, or None when the time limit has passed."""
+        """Finish a round; return what became of its batch, or None when the time limit has passed."""
         began, faults, limit = time.monotonic(), 0, self.settings.time_limit
         total, form = len(lines or self.open["requests"]), "{desc}: {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
         with tqdm(total=total, desc="batch", bar_format=form) as bar:
@@ -191,17 +191,17 @@ class Batches(Run):
                 except UserError as e:
                     if self.settings.batch_cancel and self.open and "HTTP 404" in str(e):  # the run must not be stuck
                         self._note({"done": None})
-                        raise UserError(f"{e}; it is forgotten, and the next command asks again") from None
+                        raise UserError(f"{e}: the batch is gone; run without batch_cancel to send it again") from None
                     raise
                 if limit is not None and self.budget.seconds() > limit:
                     return None
                 pause = min(POLL[1], max(POLL[0], (time.monotonic() - began) / 10))
                 then = time.strftime("%H:%M:%S", time.localtime(time.time() + pause))
-                bar.set_postfix_str(f"{state}, next look at {then}")
+                bar.set_postfix_str(f"{state}, next check at {then}")
                 await asyncio.sleep(pause)
 
     async def _finish(self, batch: dict) -> str:
-        """Take the results of a batch that is over; return what became of it."""
+        """Read the results of a finished batch; return what became of it."""
         status, name, numbers = batch["status"].lower(), f"batch {self.open['id']}", self.open["requests"]
         cancel, files = self.settings.batch_cancel, [batch.get("output_file_id"), batch.get("error_file_id")]
         data = b"\n".join([await self._call("GET", f"/files/{file}/content") for file in files if file])
@@ -214,16 +214,16 @@ class Batches(Run):
             if len(numbers) == 1 or not QUEUE_FULL.search(errors):
                 raise UserError(became)
             self.most = len(numbers) // 2
-            return f"{became}; the next holds {counted(self.most, 'request')}"
+            return f"{became}; the next one has {counted(self.most, 'request')}"
         if status == "cancelled" and not cancel:
-            raise UserError(f"{became}; they are kept, and the same command asks for the rest")
+            raise UserError(f"{became}: run the same command for the rest")
         return f"{became}; tokens {self.budget.used()}"
 
     def _take(self, where: str, data: bytes, missing: list[int] | None = None) -> str:
         """Journal the results in the lines of a file or batch, count them, hand them on, and say how many there were.
 
-        A line may be torn, there twice, or another run's. The requests in ``missing`` should have one.
-        UserError if all are another run's, or one says that no more can be had (key, credit).
+        A line may be incomplete, repeated, or another run's. The requests in ``missing`` should have one.
+        UserError if all are another run's, or one says that retrying is useless (key, credit).
         """
         found, foreign = {}, 0
         for line in data.splitlines():
@@ -240,7 +240,7 @@ class Batches(Run):
             elif status or b"batch_cancelled" not in text:  # those were not tried
                 found.setdefault(key, (status, text))
         if foreign and not found and missing != []:  # a proxy's page, or a file of another run
-            raise UserError(f"{where} has no result of this run")
+            raise UserError(f"{where} has no results of this run: read the file that answers its requests")
         found = {(number, self.asked[number]["times"]): (0, b"no result") for number in missing or ()} | found
         due = {n: found[n, times] for n, times in found if n not in self.known and times == self.asked[n]["times"]}
         sent = {number: self._question(number) for number in due}  # before read() learns what the server refuses
@@ -270,15 +270,15 @@ class Batches(Run):
         self.hand_on(replies)
         if end:
             raise end
-        notes = [(again.total(), f"to ask again: {in_words(again)}"), (len(found) - len(due), "read before")]
-        return counted(len(replies), "result") + in_brackets([*notes, (foreign, "not of this run")])
+        notes = [(again.total(), f"to retry: {in_words(again)}"), (len(found) - len(due), "read before")]
+        return counted(len(replies), "result") + in_brackets([*notes, (foreign, "not from this run")])
 
     def _note(self, batch: dict, replies: dict[int, Completion] | None = None) -> None:
         self.write(replies or {}, {"batch": batch})
         self.open = open_batch(self.journal)
 
     async def _call(self, method: str, path: str, key: str = "", **payload):
-        """Return the server's answer: bytes, or an object that has ``key``. UserError: refused. Lost: it may pass."""
+        """Return the server's answer: bytes, or an object with ``key``. UserError: refused. Lost: may be transient."""
         status, _, data = await self.teacher.http(method, path, **payload)
         what = f"{method} {path.partition('?')[0]}"
         if status // 100 != 2:
@@ -287,4 +287,4 @@ class Batches(Run):
         try:
             return {**answer, key: answer[key]} if key and (answer := json.loads(data)) else data
         except (ValueError, TypeError, LookupError, RecursionError):
-            raise Lost(f"{what}: not the answer of a Batch API") from None  # a proxy's page
+            raise Lost(f"{what}: not a Batch API answer") from None  # a proxy's page

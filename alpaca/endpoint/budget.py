@@ -1,4 +1,4 @@
-"""How requests are sent and when they end: the flags of every task that asks a server, and what a run has used."""
+"""How requests are sent and when they end: the flags of every task that uses a server, and what a run has used."""
 
 from __future__ import annotations
 
@@ -16,29 +16,28 @@ class RequestSettings:
 
     Args:
         base_url: the server, e.g. http://127.0.0.1:8000/v1 (default: OPENAI_BASE_URL, then api.openai.com).
-        max_concurrency: requests in flight at once.
+        max_concurrency: the most requests in flight.
         request_timeout: seconds until a request is retried (at most 5 times, with exponential backoff).
         time_limit: stop sending after this many seconds.
-        max_total_tokens: stop sending when prompts and replies, earlier runs included, have used this many tokens;
+        max_total_tokens: stop sending when prompts and replies have used this many tokens, including earlier runs;
             requests in flight are still answered.
         max_cost_usd: the same for their cost in dollars; needs the two prices.
         prompt_price: dollars per million prompt tokens.
         completion_price: dollars per million reply tokens.
-        max_failure_rate: end the run when more than this share of its last 100 requests (at least 10) failed for good.
-        requests_per_minute: send no more than this (default: the server's refusals and headers set the pace).
+        max_failure_rate: end the run when more than this share of the last 100 requests (at least 10) failed for good.
+        requests_per_minute: the most requests to send (default: adapted to the server's 429s and headers).
         tokens_per_minute: the same for tokens of prompts and replies.
         give_up_after: end the run when the server has refused everything for this many seconds, or asks to wait longer.
-        extra_body: JSON with further fields of each request, for what a provider has besides, such as
-            {"reasoning_effort": "low"}.
-        batch: send requests through the server's Batch API, which answers within a day, mostly at half price. After
-            Ctrl-C or a kill the same command finds its batch.
-        batch_cancel: cancel this run's batch and keep the replies that it already has.
+        extra_body: JSON with more fields for each request, such as {"reasoning_effort": "low"}.
+        batch: send requests through the server's Batch API, which answers within a day, often at half price. After
+            Ctrl-C or a kill, the same command finds its batch.
+        batch_cancel: cancel this run's batch and keep the replies so far.
         batch_discount: the share of the price that a batch saves; 0.5 is half price.
         batch_write: write the requests to this file and stop; vllm run-batch and other tools answer them offline.
-        batch_read: read replies to those requests from this file.
+        batch_read: read the replies to those requests from this file.
 
     Raises:
-        UserError: a limit in dollars without a price, a discount that is not a share, or an extra_body that is not an
+        UserError: max_cost_usd without a price, a batch_discount that is not a share, or an extra_body that is not an
             object.
     """
 
@@ -63,12 +62,12 @@ class RequestSettings:
 
     def __post_init__(self):
         if not 0 <= self.batch_discount <= 1:
-            raise UserError("batch_discount must be 0 to 1: 0.5 is half price")
+            raise UserError("batch_discount must be from 0 to 1: 0.5 is half price")
         try:
             if not isinstance(self.extra, dict):
                 raise ValueError("not an object")
         except ValueError as e:
-            raise UserError(f'extra_body is not a JSON object ({e}): it looks like {{"top_k": 40}}') from None
+            raise UserError(f'extra_body is not a JSON object ({e}): use one such as {{"top_k": 40}}') from None
         if self.max_cost_usd and not self.prompt_price + self.completion_price:
             raise UserError("max_cost_usd needs prompt_price and completion_price, in dollars per million tokens")
 
@@ -79,7 +78,7 @@ class RequestSettings:
 
     @property
     def offline(self) -> bool:
-        """Whether requests and replies are in files, so that no server is needed."""
+        """Whether requests and replies are files, so that no server is needed."""
         return bool(self.batch_write or self.batch_read)
 
     @property
@@ -89,12 +88,12 @@ class RequestSettings:
 
     @property
     def price(self) -> float:
-        """What the coming requests cost, relative to direct ones."""
+        """What new requests cost, relative to direct ones."""
         return 1 - self.batch_discount if self.batched else 1.0
 
 
 class Budget:
-    """Counts replies, tokens, dollars and failures against limits. Earlier runs' replies count, but not their time."""
+    """Counts replies, tokens, dollars and failures against limits. Earlier runs' replies count, their time does not."""
 
     def __init__(self, settings: RequestSettings):
         self.settings, self.started = settings, time.monotonic()
@@ -102,11 +101,11 @@ class Budget:
         self.replies = self.new_replies = self.prompt_tokens = self.completion_tokens = 0
         self.recent: deque[str | None] = deque(maxlen=100)  # this run's: the kind of failure, or None
         self.failures: Counter[str] = Counter()
-        self.changed: set[str] = set()  # settings that the server did not take, in words
+        self.changed: set[str] = set()  # settings that the server refused, and what was done
         self._first: dict[str, str] = {}  # "HTTP 400" → the first message of that kind: others differ in numbers
 
     def arrived(self, reply, new: bool) -> None:
-        """Count a Completion; ``new`` is False for one that an earlier run paid for."""
+        """Count a Completion; ``new`` is False for one from an earlier run."""
         self.replies += 1
         self.prompt_tokens += reply.prompt_tokens
         self.completion_tokens += reply.completion_tokens
@@ -129,9 +128,9 @@ class Budget:
         return (prompt_tokens * self.settings.prompt_price + completion_tokens * self.settings.completion_price) / 1e6
 
     def exhausted(self, *more: float) -> str | None:
-        """Name the limit that is reached, or return None. Asked before each request; those in flight overshoot it.
+        """Name the limit that is reached, or return None. Checked before each request; those in flight overshoot it.
 
-        ``more`` are prompt and reply tokens that will be used as well.
+        ``more`` are prompt and reply tokens about to be used.
         """
         limits, tokens = self.settings, self.prompt_tokens + self.completion_tokens + sum(more)
         if limits.time_limit is not None and self.seconds() > limits.time_limit:
@@ -151,7 +150,7 @@ class Budget:
         return None
 
     def forecast(self, requests: tuple[float, float], prompt_tokens: float, reply_tokens: tuple[float, float]) -> str:
-        """Describe what requests of so many tokens each will use, least and most, with dollars if prices are known."""
+        """Describe what so many requests will use, at least and at most, with dollars if prices are known."""
         pairs = list(zip(requests, reply_tokens, strict=True))
         tokens = [n * (prompt_tokens + each) for n, each in pairs]
         dollars = [self.settings.price * n * self.dollars(prompt_tokens, each) for n, each in pairs]
@@ -164,7 +163,7 @@ class Budget:
         return tokens + (f", ${self.cost:,.2f}" if self.cost else "")
 
     def counts(self) -> dict:
-        """Return the figures of a report: replies of earlier runs included, but this run's seconds alone."""
+        """Return the figures for a report: replies of all runs, but only this run's seconds."""
         return {
             "requests": self.replies,
             "failed": dict(self.failures.most_common()),
@@ -182,5 +181,5 @@ def spread(low: float, high: float, form: str = "{:,.0f}") -> str:
 
 
 def in_words(counts: Counter) -> str:
-    """Return the names that were counted, the most frequent first; with their counts if there are several."""
+    """Return the counted names, the most frequent first; with their counts if there are several."""
     return ", ".join(f"{count} × {name}" if len(counts) > 1 else name for name, count in counts.most_common())

@@ -16,10 +16,10 @@ from alpaca.endpoint.dialects import NO_CREDIT, NO_MODEL, Reply, Settings, maske
 from alpaca.endpoint.pacing import Pace
 from alpaca.endpoint.transport import Lost, Server
 
-BUSY = (429, 503, 529)  # the server has too much to do, or we ask for too much: slower, and again
-PASSING = (408, 409, 425)  # and all of 500 and above
+BUSY = (429, 503, 529)  # overload or a rate limit: slow down and retry
+PASSING = (408, 409, 425)  # transient, like 500 and above
 THOUGHT = "went into thoughts"  # in the error of a reply that thought until its tokens were used up
-ANOTHER_TRY = ("empty reply", "content filter", "cut off", "unreadable reply")  # errors that another seed may mend
+ANOTHER_TRY = ("empty reply", "content filter", "cut off", "unreadable reply")  # errors that another seed may avoid
 
 
 @dataclasses.dataclass
@@ -43,13 +43,13 @@ class Completion:
     completion_tokens: int = 0
     error: str | None = None
     model: str | None = dataclasses.field(default=None, compare=False)  # that answered, according to its server
-    changed: list[str] | None = dataclasses.field(default=None, compare=False)  # settings that the server did not take
-    max_tokens: int | None = dataclasses.field(default=None, compare=False)  # requested, if fewer than asked for
-    price: float = dataclasses.field(default=1.0, compare=False)  # relative to a direct request's: batches cost less
+    changed: list[str] | None = dataclasses.field(default=None, compare=False)  # settings that the server refused
+    max_tokens: int | None = dataclasses.field(default=None, compare=False)  # sent, if fewer than configured
+    price: float = dataclasses.field(default=1.0, compare=False)  # relative to a direct request: batches cost less
 
 
 class Talk(str):
-    """A conversation as a prompt: its text, by which limits and estimates go, and the messages that are sent."""
+    """A conversation as a prompt: its text, used for limits and estimates, and the messages that are sent."""
 
     def __new__(cls, text: str, messages: list[dict]):
         made = super().__new__(cls, text)
@@ -58,21 +58,21 @@ class Talk(str):
 
 
 class Teacher(Server):
-    """A model behind an OpenAI-compatible server.
+    """A model on an OpenAI-compatible server.
 
     Args:
-        model_name: the model, as its server calls it.
+        model_name: the model's name on its server.
         decoding: how it samples.
         api: "chat" sends a prompt as one user message; "completions" lets a base model continue it.
-        settings: the server, its timeout, and its limits. With a budget, a reply without a text is not requested again
-            (else twice): each try is paid for.
+        settings: the server, its timeout, and its limits. Replies without text are retried twice, but not with a
+            budget: each try is paid for.
         max_retries: for 408, 409, 5xx, timeouts and lost connections, with exponential backoff and jitter between 0.5
-            and 8 s. Requests that are refused because there are too many (429, 503, 529) are sent again without limit,
-            at the pace that the server allows.
+            and 8 s. Rate-limited requests (429, 503, 529) are retried without limit, at the pace that the server
+            allows.
 
     Raises:
-        UserError: no model; neither a key nor a base URL; a key that no header can carry, or one beside
-            user:password@ in the URL; an ``api`` that is neither of the two; no request in flight, or no token.
+        UserError: no model; neither a key nor a base URL; a key that no header can carry, or a key and user:password@
+            in the URL; another ``api``; max_concurrency or max_tokens below 1.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Teacher(Server):
         if api not in ("chat", "completions"):
             raise UserError(f"api must be chat or completions, not {api!r}")
         if not model_name:
-            raise UserError("no model to ask: model_name is the name that its server knows")
+            raise UserError("no model to ask: set model_name, its name on the server")
         for name, value in (("max_concurrency", settings.max_concurrency), ("max_tokens", decoding.max_tokens)):
             if value < 1:
                 raise UserError(f"{name} must be at least 1")
@@ -98,14 +98,14 @@ class Teacher(Server):
         limits = settings.requests_per_minute, settings.tokens_per_minute, settings.give_up_after
         self.pace = Pace(settings.max_concurrency, *limits)
         self._ends = settings.time_limit and time.monotonic() + settings.time_limit
-        self._answered, self._reply_tokens = 0, decoding.max_tokens / 4  # of this run; the mean, guessed at first
+        self._answered, self._reply_tokens = 0, decoding.max_tokens / 4  # in this run; the mean, guessed at first
 
     def variant(self, prompt: str, seed: int | None, tries: int) -> tuple[str, int | None]:
-        """Return what to send at the tries-th time: another seed, since with the same a server would repeat itself."""
+        """Return what to send at the tries-th try: another seed, since with the same a server would repeat itself."""
         return prompt, None if seed is None else seed + tries
 
     def settle(self, reply: Completion, tries: int) -> Completion | None:
-        """Return the reply to keep after ``tries`` earlier ones, or None to ask again."""
+        """Return the reply to keep after ``tries`` earlier ones, or None to retry."""
         empty = reply.text is None and reply.error.startswith(ANOTHER_TRY) and reply.finish_reason != "length"
         return None if empty and tries < self._empty_retries else reply
 
@@ -116,10 +116,10 @@ class Teacher(Server):
         return {"model": self.model_name, **self.settings.of(prompt, seed), **asked}
 
     def read(self, prompt: str, body: dict, status: int, data: bytes) -> tuple[Completion, str]:
-        """Return what a response means, and what follows.
+        """Return what a response means, and what to do next.
 
-        "done": a text or a lasting failure. "retry": a passing fault. "throttled": too many requests. "changed": the
-        server refused a setting; body() is another one now.
+        "done": a text or a permanent failure. "retry": a transient fault. "throttled": too many requests. "changed":
+        the server refused a setting; body() now leaves it out.
 
         Raises:
             UserError: no retry can help: wrong key, no credit, no permission, unknown model.
@@ -137,7 +137,7 @@ class Teacher(Server):
         failure = Completion(None, error=named(status, said))
         no_credit = NO_CREDIT.search(f"{fault.code} {fault.words}")
         if status == 402 or no_credit and no_credit[0] not in prompt:  # a refusal may quote the prompt
-            raise UserError(f"the account at {self.where} has no credit left ({failure.error})")
+            raise UserError(f"{self.where} has no credit left: add some, or use another key ({failure.error})")
         if status == 401:
             raise UserError(f"{self.where} refused the key: check OPENAI_API_KEY ({failure.error})")
         if status in BUSY:
@@ -146,19 +146,20 @@ class Teacher(Server):
             return failure, "retry"
         if status in (400, 413, 422) and self.settings.learn(prompt, body, fault):
             return failure, "changed"
-        first = not self._answered  # later, a refusal may be of this request's content
+        first = not self._answered  # later, a refusal may be due to this request's content
         unknown = NO_MODEL.search(f"{fault.code} {fault.words}")
         unknown = unknown or re.search(rf"(?<!\w){re.escape(self.model_name)}(?!\w)", fault.words)
         if first and (status == 404 or status in (400, 422) and unknown):
             what = f"has no model {self.model_name!r}, or no {self.api} endpoint: check model_name and base_url"
             raise UserError(f"{self.where} {what} ({failure.error})")
         if first and status in (403, 451) and "flagged" not in fault.words:
-            raise UserError(f"{self.where} does not let you use {self.model_name!r} ({failure.error})")
+            cure = "use another key or model"
+            raise UserError(f"{self.where} does not let you use {self.model_name!r}: {cure} ({failure.error})")
         return failure, "done"
 
     def _completion(self, prompt: str, body: dict, data: dict) -> Completion:
         reply = read_reply(data)
-        # A refused or empty reply was paid for too. English has about 4 characters a token.
+        # A refused or empty reply was paid for too. English has about 4 characters per token.
         tokens = reply.usage or (len(prompt) // 4, len(reply.text + reply.thoughts) // 4)
         error = _fault_of(reply, tokens[1])
         if not error:
@@ -180,8 +181,8 @@ class Teacher(Server):
         None if the time limit passed while it waited to be sent.
 
         Raises:
-            UserError: no retry can help: wrong key, no permission, no credit, unknown model, no server there, or
-                nothing but refusals for too long.
+            UserError: no retry can help: wrong key, no permission, no credit, unknown model, no server, or only
+                refusals for too long.
         """
         prompt_tokens = completion_tokens = 0
         for tries in count():
@@ -209,8 +210,8 @@ class Teacher(Server):
                 reply, follows = self.read(prompt, body, status, data)
             except Lost as e:
                 if e.unreachable and not self._answered:
-                    raise UserError(f"nothing answers at {self.where}: {e}; is the server running?") from None
-                # One that has answered before may be starting again.
+                    raise UserError(f"no answer from {self.where} ({e}): start the server, or check base_url") from None
+                # A server that has answered before may be restarting.
                 reply, follows = Completion(None, error=str(e)), "throttled" if e.unreachable else "retry"
             now = time.monotonic()
             if follows == "throttled":
@@ -228,13 +229,13 @@ class Teacher(Server):
 
 
 class Answerer(Teacher):
-    """A teacher that is being judged: an empty reply that ended normally is its answer, as it is a local model's.
+    """A teacher that is being judged: an empty reply that ended normally is its answer, as for a local model.
 
-    A refused, cut off or unreadable reply stays a failure.
+    A refused, cut off or unreadable reply is still a failure.
     """
 
     def settle(self, reply: Completion, tries: int) -> Completion | None:
-        """Return the reply to keep; its text is "" where an empty one had the finish reason "stop"."""
+        """Return the reply to keep; an empty one with the finish reason "stop" has the text ""."""
         settled = super().settle(reply, tries)
         if settled and settled.text is None and settled.error == "empty reply (finish_reason stop)":
             return dataclasses.replace(settled, text="", error=None)
@@ -249,5 +250,5 @@ def _fault_of(reply: Reply, tokens: int) -> str | None:
     if reply.finish_reason == "length" and reply.thoughts:
         return f"no answer: all {tokens:,} tokens {THOUGHT}; allow more tokens"
     if reply.thoughts:
-        return "no answer: the server put all of the text into its thoughts"
+        return "no answer: the server returned all of the text as thoughts"
     return f"empty reply (finish_reason {reply.finish_reason})"

@@ -1,6 +1,6 @@
-"""What OpenAI-compatible servers refuse, and what they mean by what they say: one table for each.
+"""What OpenAI-compatible servers refuse, and what their replies mean: one table for each.
 
-A server with a dialect of its own needs a word in a table here, and a line in tests/endpoint/test_dialects.py.
+A server with its own dialect needs a word in a table here, and a line in tests/endpoint/test_dialects.py.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ FINISH_REASONS = {
     "prohibited_content spii refusal sensitive".split(),
     "error": "error abort aborted cancelled canceled insufficient_system_resource network_error".split(),
 }
-# Settings that may be left out where a server refuses them: of two that it does not take together, the first here.
+# Settings that may be left out if a server refuses them: of two that it does not take together, the first here.
 OPTIONAL = ("response_format", "seed", "top_p", "stop", "temperature")
 LENGTHS = ("max_tokens", "max_completion_tokens")  # the second is the name that reasoning models use
-# What servers that pass a request on to another one call it: TGI, Vertex, Bedrock.
+# Names for it in servers behind a proxy: TGI, Vertex, Bedrock.
 OTHER_LENGTHS = re.compile(r"max_new_tokens|max_?output_?tokens|maximum tokens|generation length", re.I)
 DEFAULTS = {"temperature": 1.0, "top_p": 1.0}  # of the API; a setting at its default is not sent
 MIN_TOKENS = 64  # a context without room for these is too short for the prompt
-SAID = ("message", "msg", "error", "errors", "detail", "title", "raw")  # where a body of any shape has its words
-# Marks of a turn's end that a server did not take for one.
+SAID = ("message", "msg", "error", "errors", "detail", "title", "raw")  # the keys of messages, in a body of any shape
+# End-of-turn tokens that a server left in the text.
 END = re.compile(r"(\s*(</s>|<end_of_turn>|<\|(im_end|eot_id|end|endoftext|end_of_text)\|>))+\s*$")
 # Prompt and reply are too long together, for the context or, at Groq, for a minute.
 CONTEXT = re.compile(
@@ -46,7 +46,7 @@ NO_MODEL = re.compile(r"model\b.{0,200}\b(not exist|n.t exist|not found|not a va
 
 @dataclasses.dataclass
 class Fault:
-    """What an error body says: ``names`` are the settings that it points at, ``status`` its own idea of the status."""
+    """What an error body says: ``names`` are the settings that it points at, ``status`` the status that it states."""
 
     words: str = ""
     code: str = ""
@@ -55,7 +55,7 @@ class Fault:
 
 
 def read_fault(data: bytes) -> Fault:
-    """Return what an error body says, whatever its shape: an object, a list, text, a page."""
+    """Return what an error body says, whatever its shape: an object, a list, text, a web page."""
     try:
         body = json.loads(data)
     except (ValueError, RecursionError):
@@ -82,7 +82,7 @@ def read_fault(data: bytes) -> Fault:
 
 
 def _leaves(node, key: str = "", depth: int = 0) -> Iterator[tuple[str, object]]:
-    """Yield (key, value) for all that is neither object nor list; members of a list have the list's key."""
+    """Yield (key, value) for everything but objects and lists; members of a list have the list's key."""
     if depth > 20:
         return
     if isinstance(node, dict):
@@ -96,9 +96,9 @@ def _leaves(node, key: str = "", depth: int = 0) -> Iterator[tuple[str, object]]
 
 
 def masked(words: str, *secrets: str) -> str:
-    """Return a server's words in one line of text for a terminal, without the words that show a part of a secret.
+    """Return a server's words in one line for a terminal, without the words that show a part of a secret.
 
-    Such a word has five characters of one, all of it, or the marks by which servers hide the middle of a key.
+    Such a word has five characters of a secret, all of it, or the dots or stars that hide the middle of a key.
     """
     parts = {secret[at : at + 5] for secret in secrets for at in range(max(1, len(secret) - 4))} - {""}
     shows = re.compile("|".join([*map(re.escape, parts), r"\*{3}|\w(\*\*|\.{3}|…|x{4,})\w"]))
@@ -107,27 +107,27 @@ def masked(words: str, *secrets: str) -> str:
 
 
 def named(status: int, words: str) -> str:
-    """Return "HTTP 400: the server's words", with HTTP's own name of the status where words are missing."""
+    """Return "HTTP 400: the server's words", or HTTP's own name of the status if there are none."""
     if status == 200:
         return f"error with HTTP 200: {words or 'no choices'}"
     return f"HTTP {status}" + (f": {text}" if (text := words or responses.get(status)) else "")
 
 
 class Settings:
-    """The settings that a model's requests carry, less what its server refuses: learned once, and for good.
+    """The settings of a model's requests, without those that its server refuses: learned once per run.
 
     Args:
         model_name: for the warnings.
-        decoding: what was asked for. Where prompt and reply do not fit the context, ``max_tokens`` is halved; what fits
+        decoding: the wanted settings. If prompt and reply do not fit the context, ``max_tokens`` is halved; what fits
             then is the limit for all prompts of that length or longer.
-        extra: what is sent besides, as it is.
+        extra: more fields, sent unchanged.
     """
 
     def __init__(self, model_name: str, decoding, extra: dict):
         self.model_name, self.extra, self.max_tokens = model_name, extra, decoding.max_tokens
         asked = dataclasses.asdict(decoding)
         self.asked = {key: value for key, value in asked.items() if value is not None and value != DEFAULTS.get(key)}
-        # As JSON can hold it: setting → what was done with it; [characters of a prompt, tokens of a reply that fit].
+        # JSON-serializable: setting → what was done with it; [characters of a prompt, tokens of a reply that fit].
         self.learned: dict = {"changed": {}, "fitting": []}
         self._trying: dict[str, int] = {}  # prompt → tokens of a reply that may fit
         self._doubtful: dict[str, list[str]] = {}  # prompt → settings left out because of its refusal
@@ -147,7 +147,7 @@ class Settings:
     def learn(self, prompt: str, body: dict, fault: Fault) -> bool:
         """Learn from a refusal of ``body`` what this server does not take; return whether there was anything to learn.
 
-        Other requests may have taught the same meanwhile.
+        Another request may have taught the same meanwhile.
         """
         said = f"{fault.code} {fault.words}"
         tokens = next((body[name] for name in LENGTHS if name in body), 0)
@@ -167,17 +167,17 @@ class Settings:
             if tokens <= self._longest(0):
                 self.learned["fitting"].append([0, tokens // 2])
                 self._change("length", f"max_tokens halved to {tokens // 2}")
-        else:  # refused without them as well: the word may be part of the prompt that was quoted
+        else:  # refused without them too: the word may be part of a quoted prompt
             for doubtful in self._doubtful.pop(prompt, ()):
                 self.changed.pop(doubtful, None)
-            if name in LENGTHS:  # so few are not too many
+            if name in LENGTHS:  # so few cannot be too many
                 self.learned["fitting"] = [pair for pair in self.learned["fitting"] if pair[0]]
                 self.changed.pop("length", None)
             return False
         return True
 
     def succeeded(self, prompt: str) -> None:
-        """Keep a length that fitted for all prompts as long: only now, since a prompt may be too long by itself."""
+        """Keep a length that fitted for all prompts as long. Not earlier: a prompt may be too long by itself."""
         self._doubtful.pop(prompt, None)
         limit = self._trying.pop(prompt, None)
         if limit and limit < self._longest(len(prompt)):
@@ -186,19 +186,19 @@ class Settings:
             self._change("context", f"max_tokens lowered to {limit} after {prompts}")
 
     def _longest(self, characters: int) -> int:
-        """Return the most tokens to ask for after a prompt of so many characters: a long one limits no shorter one."""
+        """Return the most tokens to request after a prompt of so many characters; limits come from shorter prompts."""
         return min((n for length, n in self.learned["fitting"] if length <= characters), default=self.max_tokens)
 
     def _change(self, key: str, what: str) -> None:
         if self.changed.get(key) != what:
-            # Above a progress bar, not behind it.
+            # tqdm.write prints above a progress bar.
             tqdm.write(f"warning: {printable(self.model_name)} refused a setting: {what}", file=sys.stderr)
         self.changed[key] = what
 
 
 @dataclasses.dataclass
 class Reply:
-    """A reply's choice, as it is meant. ``text`` may be ""; ``thoughts`` are what a server does not count as text."""
+    """A reply's choice, normalized. ``text`` may be ""; ``thoughts`` are what a server returns apart from the text."""
 
     text: str
     finish_reason: str | None  # "stop", "length", "content_filter", "error", or None: not given
@@ -224,7 +224,7 @@ def read_reply(reply: dict) -> Reply:
 
 
 def finish_reason(spelled) -> str | None:
-    """Return "stop", "length", "content_filter" or "error" for any spelling; None if none was given."""
+    """Return "stop", "length", "content_filter" or "error" for any spelling; None if missing."""
     if not isinstance(spelled, str) or not spelled.strip():
         return None
     spelled = spelled.strip().lower().removeprefix("finish_reason_")
@@ -232,7 +232,7 @@ def finish_reason(spelled) -> str | None:
 
 
 def _joined(content) -> str:
-    """Return a text, or the texts among its parts. No file can hold half of a surrogate pair: it becomes "?"."""
+    """Return a text, or the texts among its parts. Half of a surrogate pair, which no file can hold, becomes "?"."""
     parts = content if isinstance(content, list) else [content]
     parts = [part if isinstance(part, dict) else {"text": part} for part in parts]
     texts = [part.get("text") for part in parts if part.get("type", "text") in ("text", "output_text")]
@@ -240,13 +240,13 @@ def _joined(content) -> str:
 
 
 def _usage(usage) -> tuple[int, int] | None:
-    """Return the tokens of prompt and reply; None where a server does not count, or counts 0."""
+    """Return the tokens of prompt and reply; None if a server does not count them, or counts 0."""
     names = ("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens"), ("total_tokens",) * 2
     for one in usage if isinstance(usage, list) else [usage]:
         if isinstance(one, dict):
             found = (one.get(a, one.get(b)) for a, b in names)
             prompt, reply, total = (n if isinstance(n, int | float) and 0 <= n < 1e9 else None for n in found)
             if None not in (prompt, reply) and prompt + reply:
-                # xAI and Gemini count thoughts in the total alone.
+                # xAI and Gemini count thoughts in the total only.
                 return int(prompt), int(max(reply, (total or 0) - prompt))
     return None

@@ -15,13 +15,13 @@ from alpaca import UserError
 
 
 class Limit:
-    """What the server took when it last refused, and more later: twice as much after ``patience`` seconds."""
+    """What the server accepted when it last refused, and more later: twice as much after ``patience`` seconds."""
 
-    FIRST = 0.5  # seconds of patience while nothing is known; each refusal makes it four times as long, up to a minute
+    FIRST = 0.5  # seconds of patience at first; each refusal makes it four times as long, up to a minute
     value, since, patience = math.inf, 0.0, FIRST
 
     def at(self, now: float) -> float:
-        x = max(0.0, now - self.since) / self.patience  # as TCP CUBIC does: slowly first, and faster and faster later
+        x = max(0.0, now - self.since) / self.patience  # like TCP CUBIC: slowly first, then faster and faster
         return self.value * (1 + x / 6 + x**3)
 
     def learn(self, value: float, since: float, longest: float) -> None:
@@ -32,12 +32,12 @@ class Pace:
     """The pace of all requests of a run.
 
     A token bucket is empty whenever it refuses. What it accepts between two refusals, divided by the time, is therefore
-    the server's rate: it is measured, not guessed by halving. So is the number of requests that it takes at once.
-    aiolimiter must be given the rate; tenacity lets each request back off on its own. Times are in seconds.
+    the server's rate: it is measured, not found by halving. So is the number of requests that it takes at once.
+    aiolimiter needs to know the rate; tenacity lets each request back off on its own. Times are in seconds.
 
     Args:
         max_concurrency: requests in flight at once, at most.
-        requests_per_minute: spaces requests evenly, at most so many a minute.
+        requests_per_minute: spaces requests evenly, at most so many per minute.
         tokens_per_minute: the same for tokens, prompts and replies together.
         give_up_after: seconds of refusals without one success until stuck() says so.
         clock: read by turn(), window and str().
@@ -65,7 +65,7 @@ class Pace:
 
     @property
     def in_flight(self) -> int:
-        """Return the number of requests that were sent and have not ended."""
+        """Return the number of requests that are sent and not answered."""
         return len(self._open)
 
     @property
@@ -75,12 +75,12 @@ class Pace:
 
     def __str__(self) -> str:
         limit, flying = self._rate, f"{self.in_flight} in flight"
-        if limit.patience == Limit.FIRST or limit.at(self.clock()) > 2 * limit.value:  # not yet measured, or long ago
+        if limit.patience == Limit.FIRST or limit.at(self.clock()) > 2 * limit.value:  # not measured, or long ago
             return flying
         return f"{flying}, limit {float(f'{60 * limit.value:.2g}'):,.6g}/min"
 
     def wait(self, now: float) -> float:
-        """Return the seconds until the next request may be sent, or until it is worth asking again."""
+        """Return the seconds until the next request may be sent, or until it is worth checking again."""
         full = self.in_flight + 1 > min(self._at_once.at(now), self.max_concurrency)
         return max(Limit.FIRST if full else 0.0, self._next - now, self._next_by_tokens - now)
 
@@ -88,7 +88,7 @@ class Pace:
         """Count a request with an estimate of its tokens. Return its ticket."""
         self._sent += 1
         self._open[self._sent] = now, self.in_flight, tokens
-        # At first and after a refusal one at a time, so that a refusal can stop the rest. Later, replies set the pace.
+        # At first and after a refusal, send one at a time: a refusal then stops the rest. Later, replies set the pace.
         left = self._ramp_end - self._sent
         ramp_gap = 0.008 if left >= self.max_concurrency - 8 else 0.002 if left >= 0 else 0.0
         self._next = max(self._next, now) + max(ramp_gap, self._request_gap, 1 / self._rate.at(now))
@@ -96,14 +96,14 @@ class Pace:
         return self._sent
 
     def accepted(self, now: float, ticket: int, headers: Mapping[str, str], tokens: int | None = None) -> None:
-        """Count any reply that is not a refusal, and the tokens that it used."""
+        """Count a reply that is not a refusal, and the tokens that it used."""
         at, _, estimate = self._end(ticket)
         self._failing_since = math.inf
         self._next_by_tokens += ((tokens or estimate) - estimate) * self._token_gap
         self._pause(now, at + _asked(headers))  # the server's seconds count from the request, not from its reply
 
     def failed(self, now: float, ticket: int) -> None:
-        """Count a request that ended without any reply, which says nothing about the pace."""
+        """Count a request that ended without a reply, which says nothing about the pace."""
         self._end(ticket)
 
     def refused(self, now: float, ticket: int, headers: Mapping[str, str], error: str = "HTTP 429") -> None:
@@ -115,7 +115,7 @@ class Pace:
         self._asked_until = max(self._asked_until, now + _asked(headers))
         self._pause(now, self._asked_until)
         if at <= self._last_refusal:
-            return  # sent before the last refusal came, which has slowed us down already
+            return  # sent before the last refusal, which has already slowed the pace
         accepted = ticket - self._refused
         self._in_a_row = self._in_a_row + 1 if accepted <= self._accepted else 0
         self._last_refusal, self._accepted, self._ramp_end = now, accepted, self._sent + self.max_concurrency
@@ -126,12 +126,12 @@ class Pace:
             self._rate.learn(rate, since, patience)
             if not self._in_a_row:
                 self._marks = [*self._marks[-1:], (at, accepted)]
-        # More than it is known to take at once: a limit, and a lasting one where it is no higher than last time.
+        # More than it takes at once: a limit, and a lasting one if it is no higher than last time.
         most = max((others + 1 for _, others, _ in self._open.values()), default=0)
         if others >= most:
             self._at_once.learn(most or 1, since, max(60, patience) if 0 < most <= self._at_once.value else Limit.FIRST)
         if self._in_a_row > 4 or since - at > 30:
-            self._marks = []  # an outage, or a quota: it would be measured as a low rate
+            self._marks = []  # an outage or a quota would be measured as a low rate
 
     def _end(self, ticket: int) -> tuple[float, int, float]:
         self._news.set()
@@ -143,12 +143,12 @@ class Pace:
             self._next = max(self._next, until + (until - now) * random.uniform(0, 0.1))
 
     def _measured(self, now: float, accepted: int) -> tuple[float, float]:
-        """Return the server's rate (requests/s) since the last mark but one, and the patience that it deserves."""
+        """Return the server's rate (requests/s) since the last mark but one, and the patience to use with it."""
         start, before = self._marks[0] if self._marks else (now, accepted)
         if accepted <= before:
             return 2.0, Limit.FIRST  # after the first refusal: the bucket was full at first, which measures nothing
         rate, last = (accepted - before) / (now - start), self._rate.at(now)
-        if last > 1.3 * rate:  # at far more than was accepted: the bucket was full for a while, the truth lies between
+        if last > 1.3 * rate:  # far more than was accepted: the bucket was full for a while, the truth lies between
             rate = min(2 * rate, math.sqrt(rate * last))
         return rate, max(60, 30 / rate)
 
@@ -159,12 +159,12 @@ class Pace:
             return None
         asked = f"the server asks to wait {until - now:,.0f} s"
         why = asked if until > now else f"no request has succeeded for {now - since:,.0f} s"
-        return f"{why} (last error: {self._last_error})"
+        return f"{why} (last error: {self._last_error}): try later, or raise give_up_after"
 
     async def turn(self, tokens: float = 0, again: bool = False) -> int:
         """Wait in line until a request may be sent, count it, and return its ticket. Raise UserError if stuck().
 
-        One that is sent ``again`` goes before those that are new: the replies after it wait for its own.
+        A retry (``again``) goes before new requests: the replies after it wait for its own.
         """
         async with contextlib.nullcontext() if again else self._newcomers, self._line:
             while not (why := self.stuck(self.clock())):
@@ -177,7 +177,7 @@ class Pace:
 
 
 def _asked(headers: Mapping[str, str]) -> float:
-    """Return the seconds that a server asks to wait, or 0. At most 120 until a reset: a refusal would say more."""
+    """Return the seconds that a server asks to wait, or 0. At most 120 until a reset: a refusal would say if longer."""
     headers = {name.lower(): value for name, value in headers.items()}
     used_up = [name for name, left in headers.items() if "ratelimit-remaining" in name and left == "0"]
     resets = [_seconds(headers.get(name.replace("remaining", "reset"), "")) for name in used_up]

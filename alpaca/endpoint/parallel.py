@@ -1,6 +1,6 @@
 """Many requests at once: each reply is on disk before it counts, and replies are handed on in the order of requests.
 
-With what such a run shows: a forecast, a progress bar and a summary.
+Also what a run prints: a forecast, a progress bar and a summary.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Direct(Run):
     """Send requests with many in flight, at the pace that the server allows.
 
     Args:
-        at_intervals: called every half minute in the thread of in_order(), while that waits for a reply as well.
+        at_intervals: called every half minute in the thread of in_order(), also while that waits for a reply.
     """
 
     at_intervals: Callable[[], None] | None = None
@@ -45,10 +45,10 @@ class Direct(Run):
         self.journaling, self.handing = asyncio.Lock(), asyncio.Lock()
 
     async def run(self) -> None:
-        """Ask until ``want`` declines and all replies are handed on.
+        """Send requests until ``want`` returns False and all replies are handed on.
 
         Raises:
-            UserError: from Teacher.ask. It and Ctrl-C end the requests in flight; replies that have arrived are
+            UserError: from Teacher.ask. It and Ctrl-C cancel the requests in flight; replies that have arrived are
                 journaled.
         """
         self.replay()
@@ -86,7 +86,7 @@ class Direct(Run):
 
     def _next(self) -> int | None:
         """Return the number of the next request to send, or None if it has to wait."""
-        # While one request hangs, only so many others may be sent: their replies wait for its turn.
+        # While one request hangs, only so many others may be sent: their replies wait for it.
         most = 8 * self.teacher.pace.max_concurrency
         while (ahead := self.sent - self.handed_on) < most and self.want(self.sent, ahead):
             self.sent += 1
@@ -95,7 +95,7 @@ class Direct(Run):
         return None
 
     async def _keep_asking(self, i: int | None) -> None:
-        # The next request is sent in the same step as a reply arrives. With a task for each, replies that arrive
+        # Send the next request in the same step as a reply arrives. With one task per request, replies that arrive
         # together would all be read before the first request is sent, and would stay together: 88% instead of 93% of
         # the ideal rate at 64 in flight.
         while i is not None:
@@ -111,12 +111,12 @@ class Direct(Run):
         async with self.journaling:
             batch, self.new = self.new, {}
             if not batch:
-                return  # another call took them
+                return  # another call has written them
             await asyncio.to_thread(self.write, batch)
         await self._in_turn(self.hand_on, batch)
 
     async def _in_turn(self, work: Callable, *arguments) -> None:
-        """Call what must not run while other such work does."""
+        """Run work that must not overlap with other such work."""
         async with self.handing:
             await asyncio.to_thread(work, *arguments)
 
@@ -133,14 +133,14 @@ async def progress_bar(
 ) -> AsyncIterator[None]:
     """Show a bar with what a run has used and the server's pace, and a forecast after 8, 16, 32, … replies.
 
-    It is redrawn twice a second on a terminal, and twice a minute in a file, which would fill with it.
+    It is redrawn twice a second on a terminal, and twice a minute in a log file, to keep that short.
 
     Args:
         budget: counts the replies.
         pace: the teacher's.
-        total: how many are wanted.
+        total: how many results are wanted.
         done: how many there are.
-        left: how many more requests that should take, judged by the replies so far.
+        left: how many more requests that should take, given the replies so far.
         exact: whether ``left`` is a count, not an estimate.
     """
 
@@ -167,11 +167,11 @@ async def progress_bar(
             redraw()
             if budget.new_replies >= forecast_due and left() >= 1 and budget.prompt_tokens:
                 forecast_due = 2 * budget.new_replies
-                bar.write(forecast())  # which shows the bar again
+                bar.write(forecast())  # also redraws the bar
             await asyncio.sleep(0.5)
 
     often = 0.5 if sys.stderr.isatty() else 30  # s
-    # Without the rate: of 80 columns, it leaves too few for what has failed and what it costs.
+    # Without the rate: in 80 columns it would leave no room for failures and cost.
     form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
     bar = tqdm(total=total, initial=done(), bar_format=form, disable=not total, mininterval=often, miniters=0)
     with bar:
@@ -186,17 +186,17 @@ async def progress_bar(
 def ask_each(
     teacher: Teacher, prompts: list[str], seed: int | None, journal: Journal, budget: Budget
 ) -> list[Completion | None]:
-    """Ask for a reply to each prompt that has none with a text in the journal, within a budget.
+    """Request a reply to each prompt that has none with a text in the journal, within a budget.
 
     Args:
         teacher: as in Run; a request that failed in an earlier run is sent again.
         prompts: the same, in the same order, each time that the run continues.
         seed: sent with each request.
         journal: as in Run.
-        budget: when it is spent, or too much fails, nothing more is sent.
+        budget: when it is spent, or too many requests fail, nothing more is sent.
 
     Returns:
-        For each prompt the reply, or the failure, or None where the run ended before it was asked.
+        For each prompt the reply, the failure, or None if the run ended before it was sent.
     """
     earlier = sum(reply.text is not None for _, reply in recorded(journal))
     missing = len(prompts) - earlier
@@ -222,7 +222,7 @@ def ask_each(
             print(printable(more))
     except KeyboardInterrupt:
         if not budget.settings.batched:
-            print(f"\nthe same command continues: the replies are in {journal.path}", file=sys.stderr)
+            print(f"\nreplies so far are in {journal.path}: the same command continues", file=sys.stderr)
         raise
     found = dict(recorded(journal))
     return [found.get(number) for number in range(len(prompts))]
@@ -231,32 +231,32 @@ def ask_each(
 def summarize(
     made: str, replies: list[Completion | None], budget: Budget, journal: Journal, notes: list[tuple[int, str]]
 ) -> None:
-    """Print what a run of ask_each() made. Its journal is kept while the same command has something left to ask.
+    """Print what a run of ask_each() made. Its journal is kept while the same command has something left to send.
 
     Args:
-        made: what there is now, "504 judgments in J.jsonl".
+        made: the result so far, "504 judgments in J.jsonl".
         replies: from ask_each().
         budget: the run's.
         journal: the run's, closed.
         notes: counts and what they count.
 
     Raises:
-        UserError: too many requests failed, or all of them: there may be too few for the budget to judge their share.
+        UserError: too many requests failed, or all of them (there may be too few for max_failure_rate).
     """
     errors = Counter(reply.error for reply in replies if reply and reply.error)
     unasked = sum(reply is None for reply in replies)
-    why = budget.failing()  # which says why they failed
+    why = budget.failing()  # it says why they failed
     notes = [*notes, (errors.total(), "failed" if why else f"failed: {in_words(errors)}"), (unasked, "not asked")]
     made += f"{in_brackets(notes)}; tokens {budget.used()}"
     if unasked or any(reply.text is None for reply in replies if reply):
-        made += "; the same command continues with what is missing"
+        made += "; run the same command for the rest"
     else:
         journal.path.unlink()
     if why:
         raise UserError(f"{why}: the run ended; {made}")
     why = unasked and budget.exhausted()
     if (errors or why) and all(reply is None or reply.error for reply in replies):
-        raise UserError(f"{'not one request succeeded' if errors else f'{why} ended the run'}: {made}")
+        raise UserError(f"{'all requests failed' if errors else f'{why} ended the run'}: {made}")
     if why:
         print(f"{why} ended the run")
     print(made)

@@ -1,4 +1,4 @@
-"""HTTP to one server: its address, key and proxy, and the true name of what goes wrong below HTTP."""
+"""HTTP to one server: its address, key and proxy, and clear names for connection errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IDLE = 30.0  # seconds without a byte, once a reply has begun, until it counts a
 
 
 class Lost(Exception):
-    """A request that brought no HTTP response. ``unreachable``: not even a connection."""
+    """A request without an HTTP response. ``unreachable``: there was not even a connection."""
 
     unreachable = False
 
@@ -30,11 +30,11 @@ class Server:
 
     Args:
         base_url: its address (default: OPENAI_BASE_URL, then api.openai.com); user:password@ in it is sent as a login.
-        timeout: seconds that a request may take in all.
+        timeout: seconds that a request may take in total.
         offline: whether nothing will be sent, so that no address is needed.
 
     Raises:
-        UserError: neither a key nor a base URL; a key that no header can carry, or one beside user:password@.
+        UserError: neither a key nor a base URL; a key that no header can carry, or a key and user:password@.
     """
 
     def __init__(self, base_url: str | None, timeout: float, offline: bool = False):
@@ -42,9 +42,9 @@ class Server:
         key = os.environ.get("OPENAI_API_KEY", "").strip()
         if odd := re.search("[^!-~]", key):
             where = f"{odd[0]!a} as character {odd.start() + 1}"
-            raise UserError(f"OPENAI_API_KEY has {where}, which no key has: copy it again")
+            raise UserError(f"OPENAI_API_KEY has {where}, which is not allowed in a key: copy it again")
         if not (key or given or offline):
-            own = "base_url (or OPENAI_BASE_URL) for a server of your own"
+            own = "base_url (or OPENAI_BASE_URL) for another server"
             raise UserError(f"no server to ask: set OPENAI_API_KEY, or {own}")
         base_url = given or "https://api.openai.com/v1"
         try:
@@ -53,14 +53,13 @@ class Server:
         except ValueError:
             fits = False
         if not (fits and base_url.isprintable() and " " not in base_url):
-            raise UserError("base_url is not a URL: it looks like http://127.0.0.1:8000/v1")
+            raise UserError("base_url is not a URL: use one such as http://127.0.0.1:8000/v1")
         login, _, netloc = parts.netloc.rpartition("@")
         if login and key:
-            both = "base_url has user:password@ and OPENAI_API_KEY is set"
-            raise UserError(f"{both}; a request carries only one: remove the other")
+            raise UserError("base_url has user:password@, and OPENAI_API_KEY is set: remove one of them")
         secret = urllib.parse.unquote(login) or key
         coded = base64.b64encode(secret.encode()).decode()
-        # A local server asks for no key, but some refuse a request without any.
+        # A local server needs no key, but some refuse a request without one.
         self._headers = {"Authorization": f"Basic {coded}" if login else f"Bearer {secret or 'none'}"}
         in_query = [value for name, value in urllib.parse.parse_qsl(parts.query) if name != "api-version"]
         self.secrets = (secret, coded, login, *in_query)
@@ -94,11 +93,11 @@ class Server:
             raise lost from None
 
     def _open(self) -> aiohttp.ClientSession:
-        # Some systems' Pythons have no root certificates of their own (macOS); SSL_CERT_FILE counts as well.
+        # Python has no root certificates of its own on some systems (macOS); SSL_CERT_FILE is used too.
         context = ssl.create_default_context() if self.where.startswith("https") else None
         if context:
             context.load_verify_locations(certifi.where())
-        # Servers close idle connections after 5 s (uvicorn) or more: a request on one that is being closed is lost.
+        # Servers close idle connections after 5 s (uvicorn) or more: a request on a closing connection is lost.
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4, ssl=context or True)
         timeout = aiohttp.ClientTimeout(total=self._timeout)
         self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=self._headers)
@@ -112,12 +111,12 @@ class Server:
 
 
 def _transport_fault(e: Exception, stalled: bool) -> str:
-    """Name what happened to a request that brought no response."""
+    """Name what happened to a request without a response."""
     if isinstance(e, aiohttp.ClientConnectorCertificateError):
         return f"certificate refused: {e.certificate_error}"
     for kind, name in (
         (TimeoutError, f"timeout: the reply stalled for {IDLE:g} s" if stalled else "timeout"),
-        (aiohttp.ClientConnectorSSLError, "no TLS there: does the address begin with http://?"),
+        (aiohttp.ClientConnectorSSLError, "TLS failed: if the server has none, use http://"),
         (aiohttp.ClientConnectorDNSError, "no such host"),
         (aiohttp.ClientHttpProxyError, f"the proxy answered HTTP {getattr(e, 'status', None)}"),
         (aiohttp.ClientResponseError, "the response is not HTTP"),
@@ -130,7 +129,7 @@ def _transport_fault(e: Exception, stalled: bool) -> str:
 
 
 def _proxy_for(scheme: str, host: str) -> tuple[str | None, str]:
-    """Return the proxy that the environment names for a host, never for this machine itself, and a note for errors."""
+    """Return the proxy that the environment names for a host (none for this machine), and a note for errors."""
     local = host in ("localhost", "::1") or host.startswith("127.")
     proxy = None if local or urllib.request.proxy_bypass(host) else urllib.request.getproxies().get(scheme)
     proxy = f"http://{proxy}" if proxy and "://" not in proxy else proxy  # as curl reads "proxy:3128"

@@ -1,6 +1,6 @@
-"""What a judge is biased by: the place where an answer is shown, and its length.
+"""A judge's biases: the position in which an answer is shown, and its length.
 
-Figures are plain dictionaries, as report.json holds them.
+Figures are plain dictionaries, as in report.json.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import numpy as np
 from alpaca.judging import statistics
 from alpaca.judging.verdicts import Ask, Verdict, counts, fold
 
-SMALL = 10  # items; of fewer no rate is given: that of 9, evenly split, has an interval 55 points wide
+SMALL = 10  # items; for fewer no rate is given: for 9, evenly split, the interval is 55 points wide
 NONE = (math.nan, math.nan)
 
 
 def position_bias(asks: Sequence[Ask], seed: int = 0) -> dict:
     """Return how often one judge preferred what it saw first, among the asks that it decided.
 
-    Asked in both orders, a judge without bias prefers the first in half of them by construction. So the items are what
+    Asked in both orders, a judge without bias prefers the first in half of them by construction. So items are what
     varies, and the test is a sign test over items: those where more firsts than seconds were preferred, against the
-    reverse. An ask of a model whose other order failed, or was not asked yet, says who is better rather than which
-    place is preferred, and is left out; a person's sides were drawn at random.
+    reverse. A model's ask without its other order (failed, or not asked yet) says who is better rather than which
+    position is preferred, and is left out; a person's sides were drawn at random.
 
     Returns:
         decided asks, of decided_items; share_first of them with a bootstrap interval over items and p; both_orders,
@@ -63,7 +63,7 @@ def length_bias(verdicts: Sequence[Verdict], lengths: Mapping[str, tuple[int, in
     Returns:
         longer: mean difference a - b in characters; correlation of outcome and difference; bins by difference, with
         counts, win rate and Wilson interval; length_controlled win rate with its bootstrap interval, NaN for fewer
-        than statistics.FEWEST items, on which a regression would be certain of anything.
+        than statistics.FEWEST items, too few for a regression.
     """
     judged = [verdict for verdict in verdicts if verdict.outcome is not None]
     outcomes = np.array([verdict.outcome for verdict in judged], np.float64)

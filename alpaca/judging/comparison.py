@@ -1,6 +1,6 @@
-"""What verdicts come to: who wins and whether by chance, and whether judges agree.
+"""What verdicts add up to: who wins and whether by chance, and whether judges agree.
 
-Figures are plain dictionaries, as report.json holds them. Every share is of the items that have a verdict.
+Figures are plain dictionaries, as in report.json. Every share is of the items that have a verdict.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from alpaca.judging.verdicts import PEOPLE, Ask, Verdict, counts, fold, majority
 def judge_figures(
     asks: Sequence[Ask], items: Sequence[Item], a: Answers, b: Answers, seed: int = 0
 ) -> tuple[list[dict], dict, list[Verdict]]:
-    """Return the figures of each judge, people first, and before them those of their majority if there are several.
+    """Return the figures of each judge: the majority of people if there are several, each person, then models.
 
     Returns:
         A dict for each judge: judge, kind, the figures of win_rate, not_judged, words, position and position_words
@@ -37,7 +37,7 @@ def judge_figures(
     for verdict in verdicts:
         groups.setdefault(verdict.judge, []).append(verdict)
     figures = []
-    # Not one more group: a person may have taken that very name.
+    # Not one more group: a person may have the same name.
     for judge, own in [*([(PEOPLE, together)] if together else []), *groups.items()]:
         rate = win_rate(own, seed)
         length = length_bias(own, lengths, seed)
@@ -84,7 +84,7 @@ def win_rate(verdicts: Sequence[Verdict], seed: int = 0) -> dict:
 
     Returns:
         judged, wins, ties, losses, failed, skipped: counts; win_rate and interval in [0, 1]; p of the sign test;
-        detectable: the smallest win rate that so many items would have shown (statistics.detectable_win_rate).
+        detectable: the smallest win rate that this many items would show (statistics.detectable_win_rate).
     """
     outcomes = [verdict.outcome for verdict in verdicts if verdict.outcome is not None]
     counted = counts(outcomes)
@@ -120,14 +120,14 @@ def by_category(verdicts: Sequence[Verdict], categories: Mapping[str, str]) -> l
 
 
 def agreement(verdicts: Sequence[Verdict]) -> dict:
-    """Return how far judges agree: raw share and Cohen's kappa of each two, Krippendorff's alpha of more than two.
+    """Return how far judges agree: raw share and Cohen's kappa of each pair, Krippendorff's alpha of more than two.
 
-    Items with equal answers are left out: a model was not asked about them, and to agree on a tie there is no merit.
+    Items with equal answers are left out: models are not asked about them, and agreement on such a tie means nothing.
 
     Returns:
         pairs of judges with their kinds ("person–model"), common items, raw agreement and kappa; by_kinds: raw
         agreement over all pairs of two kinds, each weighted by its items; alpha of all judges and alpha_people of the
-        people among them, NaN where there are not more than two.
+        people among them, NaN for two or fewer.
     """
     table: dict[str, dict[str, float | None]] = {}
     kinds: dict[str, str] = {}
@@ -169,13 +169,13 @@ def agreement(verdicts: Sequence[Verdict]) -> dict:
 def clearest(verdicts: Sequence[Verdict], side: float, witness: Mapping[str, float], most: int) -> list[str]:
     """Return the ids of the items that were won most clearly.
 
-    First those that every judge gave to that side, a model in both orders; then by the share of it that they gave.
-    More judges go before fewer, and then the larger margin of an independent witness.
+    First those that every judge gave to that side, a model in both orders; then by the share of judges that did. More
+    judges come before fewer, then the larger margin of an independent witness.
 
     Args:
         verdicts: of all judges.
         side: 1.0 for a's wins, 0.0 for b's.
-        witness: item id → a margin of a over b that is no judge's (ROUGE-L to the reference, say).
+        witness: item id → a margin of a over b that does not come from a judge (such as ROUGE-L to the reference).
         most: how many ids.
     """
     shares: dict[str, list[float]] = {}

@@ -1,4 +1,4 @@
-"""How near answers come to reference answers, without a judge: ROUGE-L, and a model's loss on the references."""
+"""How close answers are to reference answers, without a judge: ROUGE-L, and a model's loss on the references."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from alpaca.judging.statistics import bootstrap_interval, weighted_mean
 def rouge_l(pairs: Iterable[tuple[str, str]]) -> list[float]:
     """Return ROUGE-L F in [0, 1] of each (answer, reference), with Porter's stemmer.
 
-    The words are rouge_score's with use_stemmer, as in Tk-Instruct's compute_metrics.py, by which Self-Instruct (Wang
-    et al., 2022, table 3) reports its models on Super-NaturalInstructions, times 100 and averaged over instances. Text
-    in scripts other than a-z and 0-9 has no words there, and scores 0.
+    The words are rouge_score's with use_stemmer, as in Tk-Instruct's compute_metrics.py, which Self-Instruct (Wang et
+    al., 2022, table 3) uses for its models on Super-NaturalInstructions, times 100 and averaged over instances. Text in
+    other scripts than a-z and 0-9 has no words there, and scores 0.
 
-    rapidfuzz finds the common subsequence: the floats equal RougeScorer's, whose table in Python takes 60 s for 805
-    pairs of 400 words where this takes 11 s, nearly all of them for the stemmer.
+    rapidfuzz finds the common subsequence: the floats equal RougeScorer's, which takes 60 s in Python for 805 pairs of
+    400 words; this takes 11 s, nearly all of it for the stemmer.
     """
     tokenize = DefaultTokenizer(use_stemmer=True).tokenize
     scores = []
@@ -33,7 +33,7 @@ def rouge_l(pairs: Iterable[tuple[str, str]]) -> list[float]:
 
 
 def reference_losses(rows: Mapping[str, dict]) -> dict[str, tuple[float, int]]:
-    """Return item id → mean loss of the reference in nats per token, and its number of tokens, where rows have them.
+    """Return item id → mean loss of the reference in nats per token, and its number of tokens, for rows that have both.
 
     NaN and infinity, which float16 can produce, are left out.
     """
@@ -48,8 +48,8 @@ def reference_losses(rows: Mapping[str, dict]) -> dict[str, tuple[float, int]]:
 def summary(items: Sequence[Item], answerers: Sequence[Answers], seed: int = 0) -> tuple[list[dict], list[dict]]:
     """Return the reference metrics of each answerer, compared with those of the first.
 
-    An item without a reference is left out, and so is one that the answerer left unanswered (an empty answer scores
-    0). Differences are paired: of the items that both have.
+    Items without a reference or an answer are left out (an empty answer scores 0). Differences are paired: over the
+    items that both have.
 
     Returns:
         For each answerer a dict: name; answered, unanswered and empty counts; cut, how many answers were cut off

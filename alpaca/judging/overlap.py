@@ -28,7 +28,7 @@ class Overlap:
     Attributes:
         id: of the item.
         words: number of words in its instruction and input.
-        longest: length in words of its longest n-gram that is in a training record; 0 if none of its words is.
+        longest: length in words of its longest n-gram that is in a training record, or 0.
         ngram: that n-gram.
         ngram_record: number of the first record that has it, from 0; None without one.
         rouge_l: highest ROUGE-L F of its instruction to a record's instruction.
@@ -45,7 +45,7 @@ class Overlap:
 
 
 def measure(items: Sequence[Item], records: Sequence[dict]) -> list[Overlap]:
-    """Return the overlap of each item with training records: 252 items with 52,000 records in some ten seconds.
+    """Return the overlap of each item with training records: 252 items with 52,000 records in about ten seconds.
 
     Args:
         items: the evaluation set.
@@ -65,7 +65,7 @@ def measure(items: Sequence[Item], records: Sequence[dict]) -> list[Overlap]:
 
 
 def duplicates(items: Sequence[Item], records: Sequence[dict]) -> tuple[list[str], list[str]]:
-    """Return ids of items whose instruction, and whose instruction and input, a record has in the same words."""
+    """Return ids of items with the same words as a record: in the instruction, and in instruction and input."""
     of_items = {item.id: tuple(tokenize_unicode(item.instruction)) for item in items}
     inputs: dict[tuple, set] = {words: set() for words in of_items.values()}
     for record in records:
@@ -127,12 +127,12 @@ def longest_shared(
 ) -> list[tuple[int, int, int | None]]:
     """Return each text's longest run of words that is in a document of the corpus.
 
-    The texts become one automaton, through which each document goes once, word by word: the time is linear in the words
-    of both, and the memory in those of the texts.
+    The texts become one automaton that reads each document once, word by word: the time is linear in the words of both,
+    and the memory in those of the texts.
 
     Returns:
         (length, where it begins in the text, number of the first document that has it) for each text, the first of
-        several runs; (0, 0, None) where no word is shared.
+        several runs; (0, 0, None) if no word is shared.
     """
     runs, ends, last = _Automaton(), [], 0
     for text in texts:
@@ -155,13 +155,13 @@ def longest_shared(
                     longest[state], witness[state] = matched, number
                     first[state] = min(first[state], number)
     states = sorted(range(1, len(length)), key=length.__getitem__)
-    for state in reversed(states):  # the shorter runs at the end of a run are wherever it is
+    for state in reversed(states):  # the shorter runs at the end of a run are everywhere it is
         shorter = link[state]
         if longest[state] and shorter:
             before = witness[shorter] if longest[shorter] == length[shorter] else math.inf
             longest[shorter], witness[shorter] = length[shorter], min(before, first[state])
             first[shorter] = min(first[shorter], first[state])
-    for state in states:  # a run that is nowhere may end in one that is somewhere
+    for state in states:  # a run that occurs nowhere may end in one that does
         if not longest[state]:
             longest[state], witness[state] = longest[link[state]], witness[link[state]]
     found = []
@@ -193,7 +193,7 @@ class _Automaton:
         return new
 
     def _state_of(self, before: int, word) -> int:
-        """Return the state of the run ``before`` with one more word, split from the longer runs that it was with."""
+        """Return the state of the run ``before`` plus one word, split from the longer runs in the same state."""
         after, length = self.follow[before][word], self.length[before] + 1
         if self.length[after] == length:
             return after

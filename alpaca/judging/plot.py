@@ -1,4 +1,4 @@
-"""The picture of a report: who wins, by how much, by length, and how near the answers come to the references."""
+"""The plot of a report: who wins, by how much, by length, and how close the answers are to the references."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from alpaca.judging.report_text import COUNTS, signed, without_middle
 A_COLOR, TIE_COLOR, B_COLOR = "#332288", "#ddcc77", "#cc6677"  # of Paul Tol's "muted" scheme; distinct in gray, too
 GRID = "#dfe2e5"
 WIDTH, LETTERS = 7.0, 13  # inches at 1,500 pixels; points
-MOST_JUDGES = 8  # that are drawn; the page's table has them all
+MOST_JUDGES = 8  # drawn; the page's table has them all
 
 
 def picture(report: dict) -> bytes | None:
-    """Return the figures of a report as a PNG, 1,500 pixels wide; None where there is nothing to draw.
+    """Return the figures of a report as a PNG, 1,500 pixels wide; None if there is nothing to draw.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -56,7 +56,7 @@ def _style(axes, title: str) -> None:
 
 
 def _rows(axes, names: list[str], room: float = 0.0) -> None:
-    """Make a row for each name, with the name above it (no margin is that wide), and room for a legend below."""
+    """Make a row for each name, with the name above it (a margin would be too narrow), and room for a legend below."""
     axes.set(ylim=(len(names) - 0.45 + room, -0.6), yticks=[])
     left, _ = axes.get_xlim()
     for row, name in enumerate(names):
@@ -86,7 +86,7 @@ def _counts(axes, judges: list[dict], names: list[str]) -> None:
 
 
 def _legend(axes, handles: list, labels: list[str]) -> None:
-    """Write a row of labels at the bottom of the axes, where _rows left room."""
+    """Write a row of labels at the bottom of the axes, in the room that _rows left."""
     style = {"loc": "lower left", "ncols": 3, "fontsize": LETTERS - 1, "labelcolor": INK}
     style |= {"facecolor": PAPER, "edgecolor": "none", "framealpha": 1}  # hides the lines behind it
     space = {"handlelength": 1, "columnspacing": 1.2, "borderaxespad": 0.2, "borderpad": 0}
@@ -113,7 +113,7 @@ def _rates(axes, judges: list[dict], name: str) -> None:
 
 
 def _interval(axes, value: float, interval: list, y: float, marker: str, color: str, scale: float = 1.0):
-    """Draw a figure and its interval, whose ends are None for a single item."""
+    """Draw a figure and its interval; the ends are None for a single item."""
     ends = [scale * end for end in interval if end is not None]
     axes.plot(ends, [y] * len(ends), color=color, lw=2.5, solid_capstyle="round")
     return axes.plot([scale * value], [y], marker, ms=9, color=color, ls="", clip_on=False)[0]
@@ -130,7 +130,7 @@ def _bins(axes, judge: dict) -> None:
     axes.set(yticks=[0, 0.5, 1], yticklabels=["0", "50%", "100%"])
     axes.axhline(0.5, color=INK, lw=1.2, ls=(0, (4, 2)))
     axes.grid(axis="y", color=GRID, lw=0.8)
-    axes.set_xlabel("characters longer than the other's", size=LETTERS, color=INK, labelpad=8)
+    axes.set_xlabel("characters longer than the other answer", size=LETTERS, color=INK, labelpad=8)
 
 
 def _rouge(axes, answerers: list[dict]) -> None:

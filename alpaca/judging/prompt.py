@@ -1,4 +1,4 @@
-"""Two answers before a judge: the prompt, the verdict in its reply, and the row that is kept of it.
+"""A judge's prompt for two answers, the verdict in its reply, and the row that records it.
 
 Light: importing this does not load torch.
 """
@@ -16,18 +16,18 @@ from alpaca.common.text import without_thoughts
 from alpaca.data.instruction_sets import Item
 from alpaca.endpoint.client import Completion, Teacher
 
-Shown = list[tuple[str, str | None]]  # generator and answer, the first and the second; None: it has no answer
+Shown = list[tuple[str, str | None]]  # generator and answer, the first and the second; None: no answer
 
 PLACEHOLDERS = ("{task}", "{answer_a}", "{answer_b}", "{fence}")
 CUT_OFF = "cut off before a verdict"
-ASKS = 3  # for a verdict, before a reply without one is a failure
+ASKS = 3  # requests for a verdict, before a reply without one is a failure
 REMINDER = (
     "\n\nA reply that does not end in the line asked for cannot be counted. Its last line must be one of these three, "
     "with nothing behind it:\nVerdict: A\nVerdict: B\nVerdict: tie"
 )
 
 
-# No two neighboring parts match the same run of characters, so a degenerate reply is read fast too.
+# No two neighboring parts match the same run of characters, so a degenerate reply is also read fast.
 MARKUP = re.compile(r"[*_`#$]|\\(?:boxed|text\w*|[()\[\]])|</\w+>|<answer>|<\|[^|<>\n]*\|>")  # "</s>", "<|im_end|>" too
 # Two other spellings: a pair of a JSON object, and [[A]] or \boxed{A} on its own line.
 SPELLED = re.compile(
@@ -40,12 +40,12 @@ SAID = (
 GAP = r""" \t\r\xa0:：=–—"'“‘(\[{<>-"""  # characters that may stand between "Verdict" and "A"
 END = r"[^\w\n?/❌]*$"  # of the line; "!" and emoji may precede it
 VERDICT = re.compile(
-    # "Verdict" begins a line or follows a sentence; in quotes within a line it is another's.
+    # "Verdict" begins a line or follows a sentence; in quotes within a line it is someone else's.
     r"(?:^[^\w\n]*|(?<=[.!?…]\s)|(?<=。))(?:(?:the|my)\s)?(?:(?:final|overall)\s)?verdict\b"
     # After "A" the line ends, or a sentence, or a reason follows: "A good answer", "A or B" and "A?" are no verdicts.
     rf"(?:(?:\sis\b)?[{GAP}]*{SAID}(?:{END}|[\"'”’)\]}}>]*(?:[.!。！](?=\s)(?!.*\?)|,?\s(?:because|since|as)\b"
     r"|(?=\s?[,;(–—]|\s-\s)(?!.*(?:\b(?:a|b|or|tie|not|no)\b|\?))))"
-    # It may have the next line to itself, but not as the first of a list of the three.
+    # It may be alone on the next line, but not as the first of a list of the three.
     rf"|[{GAP}]*\n[\n{GAP}]*{SAID}{END}(?!\W*(?:a|b|tie)\W*$))?",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -55,10 +55,10 @@ RETRACTED = re.compile(
 
 
 def read_prompt(path: str | os.PathLike) -> tuple[str, str]:
-    """Return a judge's prompt and its SHA-256; UserError if one of PLACEHOLDERS is not in it."""
+    """Return a judge's prompt and its SHA-256; UserError if it lacks one of PLACEHOLDERS."""
     text = read_text(path)
     if missing := [name for name in PLACEHOLDERS if name not in text]:
-        raise UserError(f"{path} does not say where {', '.join(missing)} goes: put it in")
+        raise UserError(f"{path} lacks {', '.join(missing)}: add it, as in configs/judge/pairwise.txt")
     return text, sha256(text)
 
 
@@ -67,7 +67,7 @@ def sha256(text: str) -> str:
 
 
 def to_ask(shown: Shown) -> bool:
-    """Return whether somebody has to judge two answers: both exist, and they differ."""
+    """Return whether two answers have to be judged: both exist, and they differ."""
     (_, first), (_, second) = shown
     return first is not None and second is not None and first != second
 
@@ -75,7 +75,7 @@ def to_ask(shown: Shown) -> bool:
 def fill(prompt: str, item: Item, shown: Shown) -> str:
     """Return the prompt with the task and two answers, quoted as data.
 
-    {fence} becomes a line of tildes that is longer than any in the texts, so none of them can end its own quotation.
+    {fence} becomes a line of tildes, longer than any in the texts, so that no text can end its own quotation.
     """
     (_, answer_a), (_, answer_b) = shown
     longest = max(map(len, re.findall("~+", f"{item.task}\n{answer_a}\n{answer_b}")), default=0)
@@ -85,10 +85,10 @@ def fill(prompt: str, item: Item, shown: Shown) -> str:
 
 
 def verdict(reply: str) -> str | None:
-    """Return "first", "second" or "tie", as the reply says in its last verdict ("Verdict: A", "B" or "tie"), else None.
+    """Return "first", "second" or "tie" from the reply's last verdict ("Verdict: A", "B" or "tie"), else None.
 
     Case and Markdown do not matter, a reason may precede or follow, and thoughts are not part of a reply. None if the
-    reply contains two different verdicts or takes one back, or if its last one can be read in two ways.
+    reply contains two different verdicts or retracts one, or if its last one is ambiguous.
     """
     text = SPELLED.sub(r"\nVerdict: \1\2\n", MARKUP.sub("", without_thoughts(reply) or ""))
     found = list(VERDICT.finditer(text))
@@ -100,17 +100,17 @@ def verdict(reply: str) -> str | None:
 
 
 class Judge(Teacher):
-    """A teacher that is asked for a verdict; after a reply without one it is asked again, with a reminder."""
+    """A teacher that must give a verdict; after a reply without one it is asked again, with a reminder."""
 
     def variant(self, prompt: str, seed: int, tries: int) -> tuple[str, int]:
-        """Return the prompt and the seed of the request after so many ``tries``."""
+        """Return the prompt and the seed of the request after ``tries`` earlier ones."""
         return prompt + REMINDER * bool(tries), seed + tries
 
     def settle(self, reply: Completion, tries: int) -> Completion | None:
-        """Return the reply to keep after so many ``tries`` before it, or None to ask again.
+        """Return the reply to keep after ``tries`` earlier ones, or None to ask again.
 
-        ASKS replies without a verdict are a failure, with the last one's text. A reply cut off for length has none:
-        what looks like one may be part of unfinished thoughts.
+        ASKS replies without a verdict are a failure, with the last one's text. A reply cut off for length has no
+        verdict: what looks like one may be part of unfinished thoughts.
         """
         cut = reply.finish_reason == "length"
         if reply.text is None or not cut and verdict(reply.text):
@@ -126,7 +126,7 @@ def judgment(item: Item, shown: Shown, judge: dict, reply: Completion | None = N
         item: what was answered.
         shown: the two answers.
         judge: who judged, and how.
-        reply: the judge's, or a failure; None for two equal answers, a tie that nobody was asked about.
+        reply: the judge's, or a failure; None for two equal answers, a tie without a request.
     """
     row = {"id": item.id, "first": shown[0][0], "second": shown[1][0], "preferred": None, "judge": judge, "error": None}
     if missing := [generator for generator, answer in shown if answer is None]:

@@ -1,4 +1,4 @@
-"""A report as files: report.json, report.png, and one HTML page that needs nothing else."""
+"""A report as files: report.json, report.png, and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COUNTED_WITH = ("numpy", "scipy", "rapidfuzz", "rouge-score", "nltk")  # the las
 
 
 def made_from(files: Mapping[str, Iterable[Path]]) -> dict:
-    """Return what a report's figures depend on besides its seed.
+    """Return what a report's figures depend on, besides its seed.
 
     Args:
         files: "set", "answers", "judgments", "data" → paths of files that have been read.
@@ -39,7 +39,7 @@ def made_from(files: Mapping[str, Iterable[Path]]) -> dict:
 
 
 def without_nan(value):
-    """Return a report with None where a figure does not exist, since JSON has no NaN; tuples become lists."""
+    """Return a report with None for NaN, which JSON does not have; tuples become lists."""
     if isinstance(value, dict):
         return {key: without_nan(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -48,17 +48,17 @@ def without_nan(value):
 
 
 def write(report: dict, output_dir: str | os.PathLike) -> list[str]:
-    """Write report.json, report.png (where matplotlib is installed and there is something to draw) and report.html.
+    """Write report.json, report.png (if matplotlib is installed and there is something to draw) and report.html.
 
     Returns:
-        The names of the files written.
+        The names of the files.
     """
     folder = Path(output_dir)
     try:
         png = plot.picture(report)
     except ImportError:
         png = None
-        note = "report.png was not drawn: matplotlib is not installed (pip install '.[judge]')."
+        note = "report.png was not drawn, matplotlib is not installed: pip install '.[judge]'"
         report = report | {"notes": [*report["notes"], note]}
         print(f"note: {note}")
     jdump(report, folder / "report.json", indent=2)
@@ -71,7 +71,7 @@ def write(report: dict, output_dir: str | os.PathLike) -> list[str]:
 
 
 def page(report: dict, png: bytes | None) -> str:
-    """Return one HTML page with everything inside: no script, no request; what models and people wrote is text."""
+    """Return one self-contained HTML page without scripts; what models and people wrote is escaped."""
     environment = templates(
         *(Path(__file__).parents[1] / room / "templates" for room in ("judging", "data")), html=True
     )
@@ -80,12 +80,12 @@ def page(report: dict, png: bytes | None) -> str:
     return environment.get_template("report.html").render(
         report=report,
         say=report_text,
-        title=(" against " if report["judges"] else ", ").join(names),
+        title=(" vs. " if report["judges"] else ", ").join(names),
         picture=base64.b64encode(png).decode() if png else None,
         size=[int.from_bytes(png[at : at + 4], "big") for at in (16, 20)] if png else None,  # in the PNG's header
     )
 
 
 def _unbroken(cell: str) -> str:
-    """Return a cell whose interval, "(45.0 to 55.4)", stays in one line."""
+    """Return a cell with its interval, "(45.0 to 55.4)", kept on one line."""
     return re.sub(r"\(\S+ to \S+\)", lambda interval: interval[0].replace(" ", "\u00a0"), cell)

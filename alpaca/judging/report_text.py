@@ -1,6 +1,6 @@
 """A report as text: each sentence and table, written once for the terminal, the page and report.json.
 
-A report is the dictionary that judge.py report writes as report.json; None is a figure that does not exist.
+A report is the dictionary that judge.py report writes as report.json; None is a missing figure.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def p_value(p: float) -> str:
 
 
 def without_middle(name: str, most: int = 60) -> str:
-    """Return a name without its middle if it is long: its end may be what distinguishes two judges of one name."""
+    """Return a name without its middle if it is long: only its end may distinguish two judges with the same name."""
     return name if len(name) <= most else f"{name[: most // 2]}…{name[1 - most // 2 :]}"
 
 
@@ -43,7 +43,7 @@ def percent(share: float | None) -> str:
 def with_interval(
     value: float | None, interval: Sequence[float | None], scale: float = 100.0, unit: str = "%", sign: str = ""
 ) -> str:
-    """Return "50.2% (45.0 to 55.4)"; a dash where there is no figure. The sign "+" is for differences."""
+    """Return "50.2% (45.0 to 55.4)", or a dash for a missing figure. The sign "+" is for differences."""
     if value is None:
         return "–"
     places = 1 if scale == 100 else 3
@@ -60,23 +60,23 @@ def with_interval(
 def win_words(rate: dict, a: str, b: str) -> str:
     """Return whether a difference in comparison.win_rate's figures is larger than chance, in a sentence or two."""
     if not rate["judged"]:
-        return "There is no verdict to count."
+        return "There are no verdicts."
     decided, ties = rate["wins"] + rate["losses"], counted(rate["ties"], "tie")
     text = f"{a} wins {rate['wins']}, {b} {rate['losses']}, {ties}: {_rate(rate['win_rate'], rate['interval'], a)}. "
     if not decided:
-        return text + "Nothing was decided, so nothing can be said about a difference."
+        return text + "All are ties, so this says nothing about a difference."
     p = f"sign test, p {p_value(rate['p'])}"
     if rate["p"] < 0.05:
-        return text + f"{a if rate['wins'] > rate['losses'] else b} wins more often than chance explains ({p})."
-    text += f"No difference can be seen ({p}). "
+        return text + f"{a if rate['wins'] > rate['losses'] else b} wins more often than by chance ({p})."
+    text += f"The difference is not significant ({p}). "
     if decided < FEWEST:
         few = counted(decided, "decided instruction")
-        return text + f"A sign test of {few} can show nothing: it takes at least {FEWEST}."
+        return text + f"A sign test of {few} cannot show one: it takes at least {FEWEST}."
     if rate["detectable"] >= 0.5 + decided / rate["judged"] / 2:  # more than if one side had won them all
-        return text + f"{decided} decided instructions are too few to show any but the largest."
+        return text + f"{decided} decided instructions are too few to show any but the largest difference."
     return text + (
-        f"With {rate['judged']} instructions{' and so many ties' if rate['ties'] else ''}, only a win rate beyond "
-        f"{rate['detectable']:.1%}, or below {1 - rate['detectable']:.1%}, would have been, four times in five."
+        f"{rate['judged']} instructions{' with so many ties' if rate['ties'] else ''} detect, four times in five, only "
+        f"win rates above {rate['detectable']:.1%} or below {1 - rate['detectable']:.1%}."
     )
 
 
@@ -86,35 +86,35 @@ def _rate(share: float, interval: Sequence[float], a: str) -> str:
 
 
 def position_words(position: dict) -> str:
-    """Return whether a judge prefers a place rather than an answer, in a sentence or two."""
+    """Return whether a judge prefers a position rather than an answer, in a sentence or two."""
     if not position["decided"]:
-        return "No ask was decided, so nothing can be said about a preference for a place."
-    share, asks = position["share_first"], counted(position["decided"], "decided ask")
-    text = f"What was shown first was preferred in {share:.1%} of {asks} (p {p_value(position['p'])}): "
+        return "No comparison was decided, so position bias cannot be measured."
+    share, asks = position["share_first"], counted(position["decided"], "decided comparison")
+    text = f"The answer shown first was preferred in {share:.1%} of {asks} (p {p_value(position['p'])}): "
     if position["p"] < 0.05:
-        text += f"{'more' if share > 0.5 else 'less'} than chance explains."
+        text += f"{'more' if share > 0.5 else 'less'} often than by chance."
     elif position["decided_items"] < FEWEST:
-        text += "too few to show a preference for a place."
+        text += "too few to show position bias."
     else:
-        text += "no preference for a place can be seen."
+        text += "no significant position bias."
     if position["both_orders"]:
-        text += f" Asked in both orders, the verdict was the same for {position['agreed']:.1%} of the items."
+        text += f" In both orders, the verdict was the same for {position['agreed']:.1%} of the items."
     return text
 
 
 def length_words(rate: dict, length: dict, a: str, b: str) -> str | None:
-    """Return whether the verdict would change at equal length; None where it could not, or would not.
+    """Return whether the verdict would change at equal length; None if it could not, or would not.
 
-    A difference is larger than chance if the interval of the length-controlled win rate leaves out one half.
+    A difference is larger than chance if the interval of the length-controlled win rate excludes one half.
     """
     if rate["wins"] + rate["losses"] < FEWEST:
         return None
     controlled, (low, high) = length["length_controlled"], length["interval"]
     figures = _rate(controlled, (low, high), a)
     if low <= 0.5 <= high:
-        return f"At equal length no difference can be seen any more: {figures}." if rate["p"] < 0.05 else None
+        return f"At equal length the difference is no longer significant: {figures}." if rate["p"] < 0.05 else None
     if rate["p"] < 0.05 and (controlled > 0.5) == (rate["wins"] > rate["losses"]):
-        return f"At equal length it stays: {figures}."
+        return f"At equal length the difference remains: {figures}."
     return f"At equal length {a if controlled > 0.5 else b} would win more often: {figures}."
 
 
@@ -123,7 +123,7 @@ def words(judge: dict) -> list[str]:
 
 
 def asked_with(judge: dict) -> list[str]:
-    """Return how a model was asked, one line for each way: prompt, settings, and which model its server named."""
+    """Return how a model was asked, one line for each way: prompt, settings, and the model named by its server."""
     said = []
     for way in judge["asked_with"] if judge["kind"] == "model" else ():
         settings = way.get("settings")
@@ -135,12 +135,12 @@ def asked_with(judge: dict) -> list[str]:
 
 
 def set_words(report: dict) -> str:
-    published = ", those that Self-Instruct published" if report["set"]["is_the_252"] else ""
-    return f"{counted(report['set']['items'], 'instruction')} of {report['set']['file']}{published}"
+    published = ", Self-Instruct's published set" if report["set"]["is_the_252"] else ""
+    return f"{counted(report['set']['items'], 'instruction')} from {report['set']['file']}{published}"
 
 
 def length_figures(report: dict, judge: dict) -> str:
-    """Return what a judge's verdicts have to do with length."""
+    """Return how a judge's verdicts relate to length."""
     (a, b), length = (each["name"] for each in report["answerers"]), judge["length"]
     longer, direction = (
         counted(round(abs(length["longer"])), "character"),
@@ -149,16 +149,16 @@ def length_figures(report: dict, judge: dict) -> str:
     text = f"{a}'s answers are {longer} {direction} than {b}'s on average."
     if length["length_controlled"] is not None:
         controlled = with_interval(length["length_controlled"], length["interval"])
-        text += f" At equal length its win rate would be {controlled}, against {percent(judge['win_rate'])} as the "
-        text += f"answers are ({judge['judge']})."
+        text += f" At equal length its win rate would be {controlled} instead of {percent(judge['win_rate'])} "
+        text += f"({judge['judge']})."
     if length["correlation"] is not None:
         correlation = f"{length['correlation']:+.2f}".replace("-", "−")
-        text += f" Outcome and difference of length correlate by {correlation}."
+        text += f" The correlation of outcome and length difference is {correlation}."
     return text
 
 
 def agreement_words(report: dict) -> str:
-    """Return the agreement over all pairs of a kind, where there are several, and over all judges at once."""
+    """Return the agreement over all pairs of a kind, if there are several, and over all judges at once."""
     found = report["agreement"]
     parts = [
         f"{kind['kinds']}: the same verdict in {percent(kind['raw'])} of {counted(kind['items'], 'comparison')} by "
@@ -176,15 +176,15 @@ def agreement_words(report: dict) -> str:
 
 def overlap_words(overlap: dict) -> str:
     shared = "; ".join(
-        f"{g['n']} words in a row with a record: {g['shared']} of the {g['long_enough']} that are so long"
+        f"{g['n']} consecutive words with a record: {g['shared']} of the {g['long_enough']} that are long enough"
         for g in overlap["ngrams"]
     )
     return (
-        f"Searched in {overlap['file']} ({counted(overlap['records'], 'record')}). Instructions with their input that "
-        f"share {shared}. Instructions in the same words as a record's: {len(overlap['same_instruction'])}, with the "
+        f"Compared with {overlap['file']} ({counted(overlap['records'], 'record')}). Instructions (with input) that "
+        f"share {shared}. Instructions with the same words as a record's: {len(overlap['same_instruction'])}, with the "
         f"same input too: {len(overlap['same_task'])}. Highest ROUGE-L to a record's instruction: "
-        f"{overlap['rouge_l']['highest']:.2f} (median over the set {overlap['rouge_l']['median']:.2f}); above "
-        f"{MAX_SIMILARITY}, where the generator drops a candidate as a duplicate: {overlap['above_duplicate']}."
+        f"{overlap['rouge_l']['highest']:.2f} (median over the set {overlap['rouge_l']['median']:.2f}); above the "
+        f"generator's threshold for near-duplicates, {MAX_SIMILARITY}: {overlap['above_duplicate']}."
     )
 
 
@@ -192,38 +192,37 @@ def notes(found: dict, answerers: list[Answers]) -> list[str]:
     """Return what a reader must know before trusting the figures."""
     said = []
     if unseen := found["set"]["unseen_by_rouge"]:
-        said.append(f"ROUGE-L reads only a to z and 0 to 9, which leaves out most of {counted(unseen, 'reference')}.")
+        said.append(f"ROUGE-L reads only a to z and 0 to 9, which omits most of {counted(unseen, 'reference')}.")
     for one in answerers:
         if one.unanswered:
             few = ", ".join(one.unanswered[:3]) + (", …" if len(one.unanswered) > 3 else "")
             missing = counted(len(one.unanswered), "instruction")
-            said.append(f"{one.generator} has no answer to {missing}, left out: {few}")
+            said.append(f"{one.generator} has no answer to {missing}, which are left out: {few}")
     for one in found["answerers"]:
         if one["cut"]:
             answers = counted(one["answered"], "answer")
-            said.append(f"{one['name']} was cut off in {one['cut']} of {answers}: it had more to say.")
+            said.append(f"{one['name']} was cut off in {one['cut']} of {answers}: raise --max_new_tokens.")
         if not_finite := one["loss_not_finite"]:
             said.append(f"{one['name']}'s loss is not finite on {counted(not_finite, 'reference')}: left out.")
     for judge in found["judges"]:
         name = judge["judge"]
         if judge["failed"]:
-            said.append(f"{name} gave no verdict on {counted(judge['failed'], 'item')}: left out, not taken for a tie.")
+            said.append(f"{name} gave no verdict on {counted(judge['failed'], 'item')}: left out, not counted as ties.")
         if judge["kind"] == "model" and (ways := len(judge["asked_with"])) > 1:
             said.append(
-                f"{name} was asked in {ways} ways, or answered by {ways} models: where it judged the same twice, the "
-                "last counts."
+                f"{name} was asked in {ways} ways, or answered by {ways} models: of repeated judgments the last counts."
             )
         elif judge["repeated"]:
-            said.append(f"{name} has {counted(judge['repeated'], 'row')} that a later one about the same ask replaces.")
+            said.append(f"{name} has {counted(judge['repeated'], 'row')} replaced by a later one on the same pair.")
         if judge["not_judged"]:
             said.append(f"{name} has not judged {judge['not_judged']} of the answered instructions.")
         if 1 < judge["judged"] < FEW:
-            said.append(f"{name} judged {judge['judged']} items: with so few, intervals are too narrow.")
+            said.append(f"{name} judged only {judge['judged']} items: its intervals are too narrow.")
     return said
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tables: rows of cells, the head first.
+# Tables: rows of cells, the header first.
 
 
 def judge_table(report: dict) -> list[list[str]]:
@@ -285,7 +284,7 @@ def agreement_table(report: dict) -> list[list[str]]:
 
 
 def terminal(report: dict) -> str:
-    """Return the figures as text, 100 columns or so wide."""
+    """Return the figures as text, about 100 columns wide."""
     lines = [set_words(report)]
     for judge in report["judges"]:
         lines += ["", f"{judge['judge']}:"]

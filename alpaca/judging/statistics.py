@@ -1,6 +1,6 @@
 """What a comparison of two answerers can claim: intervals, tests and agreement, on numpy and scipy.
 
-An outcome is 1.0 where a wins, 0.5 for a tie, 0.0 where b wins. Failed verdicts are left out before they come here.
+An outcome is 1.0 if a wins, 0.5 for a tie, 0.0 if b wins. Failed verdicts are left out before.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from scipy import stats
 RESAMPLES = 10_000  # the ends of a 95% interval then move by about a twentieth of its width with the seed
 AT_ONCE = 1_000_000  # numbers in a block of resamples: 8 MB each
 Z_LEVEL, Z_POWER = stats.norm.ppf([0.975, 0.8])
-FEWEST = 6  # decided items: of five, even a clean sweep has p = 2/2^5 = 0.06 in a sign test
+FEWEST = 6  # decided items: with five, even a clean sweep has p = 2/2^5 = 0.06 in a sign test
 
 
 def bootstrap_interval(
@@ -24,14 +24,14 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Return the 95% percentile interval of a statistic over resampled items (Efron, 1979), by scipy.stats.bootstrap.
 
-    It says how far the figure could lie elsewhere with other instructions of the same kind. It knows nothing beyond
-    the items: of fewer than some 30 it is too narrow, and of items that are all alike it has no width.
+    It says how much the figure would vary with other instructions of the same kind. It knows only these items: with
+    fewer than about 30 it is too narrow, and with identical items it has no width.
 
     Args:
         statistic: takes arrays of shape (…, items), one for each column, and the axis to reduce.
         columns: numbers of each item, float64, all of one length; an item keeps its columns together.
-        resamples: how often all items are drawn.
-        seed: of the draws; the same seed gives the same interval.
+        resamples: number of resamples.
+        seed: the same seed gives the same interval.
 
     Returns:
         The 2.5% and 97.5% percentiles; NaN for fewer than two items.
@@ -58,10 +58,10 @@ def weighted_mean(values: np.ndarray, weights: np.ndarray, axis: int = -1) -> np
 
 
 def wilson_interval(mean: float, count: int) -> tuple[float, float]:
-    """Return the 95% score interval of a share (Wilson, 1927), for a handful of items, where a bootstrap is blind.
+    """Return the 95% score interval of a share (Wilson, 1927), for a few items, where a bootstrap fails.
 
     With ties as halves it is too wide rather than too narrow: a tie varies less than a win or a loss. scipy's
-    ``proportion_ci`` equals it to 1e-12, but takes whole wins only.
+    ``proportion_ci`` equals it to 1e-12, but takes only whole wins.
     """
     if count == 0:
         return math.nan, math.nan
@@ -74,7 +74,7 @@ def wilson_interval(mean: float, count: int) -> tuple[float, float]:
 def sign_test(wins: int, losses: int) -> float:
     """Return the exact two-sided p-value of wins against losses, ties dropped: the sign test (Dixon and Mood, 1946).
 
-    It is the chance that a fair coin comes out at least as unevenly; 1 without a decided item.
+    It is the probability that a fair coin is at least as uneven; 1 without a decided item.
     """
     return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
@@ -82,8 +82,8 @@ def sign_test(wins: int, losses: int) -> float:
 def detectable_win_rate(items: int, decided: int) -> float:
     """Return the smallest win rate above 1/2 that a sign test at 5% finds with 80% power, by a normal approximation.
 
-    1/2 + (z_0.975 + z_0.8)·sqrt(d/4/N) for N items, a share d of them decided. Ties do not vary, and so with many ties
-    a smaller difference shows (Lachin, 1981, "Introduction to sample size determination").
+    1/2 + (z_0.975 + z_0.8)·sqrt(d/4/N) for N items, a share d of them decided. Ties do not vary, so with many ties a
+    smaller difference is detected (Lachin, 1981, "Introduction to sample size determination").
     """
     if items == 0 or decided == 0:
         return math.nan
@@ -94,9 +94,9 @@ def length_controlled(outcomes: np.ndarray, differences: np.ndarray, axis: int =
     """Return the win rate that a would have if its answers were as long as b's, by logistic regression.
 
     P(a preferred) = σ(θ + φ·tanh(Δ/s)), with Δ the difference of lengths and s its standard deviation; the result is
-    σ(θ). That is the length-controlled win rate of AlpacaEval 2 (Dubois et al., 2024, arXiv 2404.04475) without what
-    its leaderboard adds: an instruction's difficulty, estimated from many models' answers to its 805 instructions.
-    A ridge of 1e-3, which only keeps the fit finite where all is won or lost, replaces its cross-validated L1 penalty.
+    σ(θ). This is the length-controlled win rate of AlpacaEval 2 (Dubois et al., 2024, arXiv 2404.04475) without its
+    leaderboard's difficulty of instructions, estimated from many models' answers to 805 instructions. A ridge of 1e-3,
+    which only keeps the fit finite if everything is won or lost, replaces its cross-validated L1 penalty.
 
     Args:
         outcomes: in [0, 1], shape (items,) or (rows, items); each row is fitted separately.
@@ -116,7 +116,7 @@ def _fit_logistic(y: np.ndarray, x: np.ndarray, ridge: float = 1e-3, tolerance: 
     """Return intercept and slope of each row, shape (rows, 2), by Newton's method with step halving.
 
     Minimizes Σ log(1 + e^η) - y·η + ridge/2·(θ² + φ²), η = θ + φ·x, which is strictly convex. scipy.optimize.minimize
-    finds the same to 2e-4, a row at a time: 8.3 s for 10,000 resamples of 252 items, where all rows at once take 1.3 s.
+    finds the same to 2e-4, a row at a time: 8.3 s for 10,000 resamples of 252 items; all rows at once take 1.3 s.
     """
 
     def losses(b, y, x):
@@ -151,7 +151,7 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Return Pearson's r; NaN where one of the two never varies (scipy's pearsonr warns there, and fails below two)."""
+    """Return Pearson's r; NaN if one of the two is constant (scipy's pearsonr warns then, and fails below two)."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if len(a) < 2 or a.std() == 0 or b.std() == 0:
         return math.nan

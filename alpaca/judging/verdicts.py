@@ -1,8 +1,8 @@
-"""Judgments, read and folded into one verdict of each judge on each item.
+"""Judgments, folded into one verdict of each judge on each item.
 
-A judgment is one ask: two answers in an order, and which was preferred. A model is asked in both orders; where it
-contradicts itself its verdict is a tie, and where one of the two asks failed there is no verdict. A person is asked
-once, in an order drawn at random.
+A judgment is one ask: two answers in an order, and which was preferred. A model is asked in both orders: if it
+contradicts itself the verdict is a tie, and if one of the two asks failed there is none. A person is asked once, in a
+random order.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Ask:
 
     Attributes:
         id: of the item.
-        judge: its name, with what distinguishes it from others of that name.
+        judge: its name, with what distinguishes it from others with that name.
         kind: "model" or "person".
         a_first: whether a's answer was shown first.
-        preferred: "first", "second", "tie", or None: none was given.
-        error: why none was given.
-        equal: the two answers were the same text, so nobody had to be asked.
+        preferred: "first", "second", "tie", or None.
+        error: why there is no preference.
+        equal: the two answers were the same text, so no one was asked.
     """
 
     id: str
@@ -49,8 +49,8 @@ class Verdict:
     """What one judge thinks of one item.
 
     Attributes:
-        outcome: 1.0 where a wins, 0.5 a tie, 0.0 where b wins; None: no verdict.
-        agreed: whether both orders gave the same verdict; None where only one was asked.
+        outcome: 1.0 if a wins, 0.5 for a tie, 0.0 if b wins; None: no verdict.
+        agreed: whether both orders gave the same verdict; None if only one was asked.
         failure: why there is no verdict: "skipped", or what went wrong.
         equal: the two answers were the same text.
     """
@@ -68,13 +68,13 @@ def read_judgments(paths: Iterable[str | os.PathLike]) -> list[dict]:
     """Return the rows of files that judge.py judge and judge.py people wrote.
 
     Raises:
-        UserError: a file that cannot be read or holds no row, or a row without a field that is needed.
+        UserError: a file that cannot be read or has no rows, or a row without a required field.
     """
     rows: list[dict] = []
     for path in paths:
         found = jload(path)
         if not found:
-            raise UserError(f"{path} holds no judgments: give a file with at least one")
+            raise UserError(f"{path} has no judgments: choose another file")
         for number, row in enumerate(found, 1):
             if fault := _fault(row):
                 raise UserError(f"{path}, row {number}: {fault}; give files that judge.py judge or people wrote")
@@ -84,7 +84,7 @@ def read_judgments(paths: Iterable[str | os.PathLike]) -> list[dict]:
 
 def _fault(row) -> str | None:
     if not isinstance(row, dict):
-        return f"a {type(row).__name__} where an object was expected"
+        return f"a JSON {type(row).__name__}, not an object"
     for field in ("id", "first", "second"):
         if not isinstance(row.get(field), str):
             return f'no text "{field}"'
@@ -102,15 +102,15 @@ def _fault(row) -> str | None:
 
 
 def read_asks(rows: Sequence[dict], a: Answers, b: Answers) -> list[Ask]:
-    """Return judgment rows in terms of a and b; of an ask that was repeated (retried, or undone) the last one counts.
+    """Return judgment rows in terms of a and b; of a repeated ask (retried, or undone) the last one counts.
 
     Args:
         rows: from ``read_judgments``.
-        a: the answers whose wins are counted, and that were judged.
-        b: the other ones.
+        a: the answers to count wins for.
+        b: the other answers.
 
     Raises:
-        UserError: rows about other generators, or about other answers of theirs.
+        UserError: rows about other generators, or about other answers of them.
     """
     hashes = {(id, one.generator): sha256(text) for one in (a, b) for id, text in one.outputs.items()}
     asks: dict[tuple, Ask] = {}
@@ -118,17 +118,17 @@ def read_asks(rows: Sequence[dict], a: Answers, b: Answers) -> list[Ask]:
         id, shown = row["id"], (row["first"], row["second"])
         if set(shown) != {a.generator, b.generator}:
             raise UserError(
-                f"a judgment of item {id} compares {shown[0]} with {shown[1]}, the answers are {a.generator}'s and "
-                f"{b.generator}'s: give the judgments of these two"
+                f"item {id} was judged between {shown[0]} and {shown[1]}, but the answers are from {a.generator} and "
+                f"{b.generator}: give the judgments of these two"
             )
         for generator, judged in zip(shown, row["answers_sha256"], strict=True):
             if hashes.get((id, generator)) != judged:
                 raise UserError(
-                    f"item {id} was judged with another answer of {generator} than the one given: judge it again, or "
-                    "give the answers that were judged"
+                    f"item {id} was judged with another answer of {generator}: judge it again, or give the answers "
+                    "that were judged"
                 )
         if None in row["answers_sha256"]:
-            continue  # one of the two had no answer: nobody was asked
+            continue  # one of the two had no answer: no one was asked
         kind, a_first, equal = row["judge"]["kind"], row["first"] == a.generator, len(set(row["answers_sha256"])) == 1
         asks.pop((judge, id, a_first), None)
         asks[judge, id, a_first] = Ask(id, judge, kind, a_first, row["preferred"], row.get("error"), equal)
@@ -136,15 +136,15 @@ def read_asks(rows: Sequence[dict], a: Answers, b: Answers) -> list[Ask]:
 
 
 def repeated(rows: Sequence[dict], asks: Sequence[Ask]) -> Counter[str]:
-    """Return how many rows of each judge do not count, because a later row is about the same ask."""
+    """Return how many rows of each judge are replaced by a later row on the same ask."""
     counting = [name for name, row in zip(judge_names(rows), rows, strict=True) if None not in row["answers_sha256"]]
     return Counter(counting) - Counter(ask.judge for ask in asks)
 
 
 def judge_names(rows: Sequence[dict]) -> list[str]:
-    """Return each row's judge by name, with its kind, prompt or seed where the name alone would mix two judges.
+    """Return each row's judge by name, with its kind, prompt or seed if the name alone would mix two judges.
 
-    A person's seed is the page's: at two pages, which draw their sides separately, one name may be two people.
+    A person's seed is the page's: on two pages, which draw their sides separately, one name may be two people.
     """
     different: dict[str, set] = {}
     for judge in (row["judge"] for row in rows):
@@ -166,8 +166,8 @@ def _facts(judge: dict) -> tuple[str, ...]:
 def settings_of(rows: Sequence[dict], judge: str) -> list[dict]:
     """Return the different ways in which a judge was asked, with the model that its server names; [] for a majority.
 
-    Rows without a reply (it failed, or the answers are equal) lack the server's name of the model: they count as a way
-    of their own only if no row with a reply was asked that way.
+    Rows without a reply (failed, or equal answers) lack the server's model name: they count as a separate way only if
+    no row with a reply was asked that way.
     """
     found, silent = [], []
     for row, name in zip(rows, judge_names(rows), strict=True):
@@ -181,7 +181,7 @@ def settings_of(rows: Sequence[dict], judge: str) -> list[dict]:
 def fold(asks: Iterable[Ask]) -> list[Verdict]:
     """Return one verdict of each judge on each item, in order of appearance.
 
-    An item that a model has seen in one order only, because its run has not ended, has none yet.
+    An item that a model has seen in one order only, because its run has not finished, has none yet.
     """
     groups: dict[tuple[str, str], list[Ask]] = {}
     for ask in asks:
@@ -202,7 +202,7 @@ def _verdict(asks: list[Ask]) -> Verdict | None:
 
 
 def majority(verdicts: Iterable[Verdict]) -> list[Verdict]:
-    """Return one verdict of all judges together on each item: the side that more of them took, else a tie."""
+    """Return one verdict of all judges together on each item: the side with more votes, else a tie."""
     votes: dict[str, list[float]] = {}
     for verdict in verdicts:
         if verdict.outcome is not None:
@@ -212,5 +212,5 @@ def majority(verdicts: Iterable[Verdict]) -> list[Verdict]:
 
 
 def counts(outcomes: Sequence[float]) -> dict[str, int]:
-    """Return how many of some outcomes are wins, ties and losses of a."""
+    """Return the numbers of wins, ties and losses of a among outcomes."""
     return {"wins": outcomes.count(1.0), "ties": outcomes.count(0.5), "losses": outcomes.count(0.0)}

@@ -57,7 +57,7 @@ def test_a_flipped_bit_before_the_last_line_is_an_error_with_its_line_number(tmp
     data = bytearray((tmp_path / "j").read_bytes())
     data[data.index(b"\n") + 15] ^= 1
     (tmp_path / "j").write_bytes(data)
-    with pytest.raises(UserError, match="line 2: damaged"):
+    with pytest.raises(UserError, match="line 2 is damaged"):
         Journal(tmp_path / "j")
     assert (tmp_path / "j").read_bytes() == data
 
@@ -115,4 +115,4 @@ def test_after_a_write_that_failed_in_the_middle_of_a_line_nothing_is_written_be
 
 @pytest.mark.parametrize("path", ["", ".", "/", "..", "no/folder/out.jsonl"])
 def test_an_output_that_can_be_no_file_is_refused(path):
-    assert_user_error(lambda: check_output(path), "must be a file in a folder that exists")
+    assert_user_error(lambda: check_output(path), "must be a file in an existing folder")

@@ -66,8 +66,8 @@ def test_braces_in_a_record_are_text():
         ("data.json", b"[" + b"1" * 5_000 + b"]", ["data.json: malformed JSON, a number with too many digits"]),
         ("data.json", b'{\n"a": 1}', ["a JSON dict, not a list", "[ ]"]),
         ("data.json", b'"text"', ["a JSON str, not a list"]),
-        ("data.json", '["é"]'.encode("latin-1"), ["not UTF-8", "is not UTF-8 text (line 1: "]),
-        ("data.jsonl", '{}\n"é"\n'.encode("latin-1"), ["is not UTF-8 text (line 2: "]),
+        ("data.json", '["é"]'.encode("latin-1"), ["not UTF-8", "is not UTF-8 (line 1: "]),
+        ("data.jsonl", '{}\n"é"\n'.encode("latin-1"), ["is not UTF-8 (line 2: "]),
     ],
 )
 def test_a_file_that_is_no_json_list_is_refused_with_the_place(tmp_path, name, content, words):
@@ -95,15 +95,15 @@ RECORD = {"instruction": "Name a tree.", "input": "", "output": "Oak."}
 @pytest.mark.parametrize(
     ("records", "words"),
     [
-        ([], ["holds no records"]),
-        ([RECORD, RECORD | {"input": 4}], ["record 2", '"input" must be a text']),
-        ([RECORD, RECORD, RECORD | {"output": 3}], ["record 3", '"output" must be a text']),
+        ([], ["has no records"]),
+        ([RECORD, RECORD | {"input": 4}], ["record 2", '"input" must be text']),
+        ([RECORD, RECORD, RECORD | {"output": 3}], ["record 3", '"output" must be text']),
         ([RECORD | {"instruction": None}], ["record 1", 'no text "instruction"']),
-        ([RECORD, {"instruction": "x"}], ["record 2", 'no "output" field']),
-        ([RECORD | {"output": None}], ["record 1", 'no "output" field']),
+        ([RECORD, {"instruction": "x"}], ["record 2", 'no text "output"']),
+        ([RECORD | {"output": None}], ["record 1", 'no text "output"']),
         ([{"instruction": "x", "context": "y"}] * 2, ["2 records in Dolly's", "2 without an answer dropped: 1, 2"]),
         ([RECORD, {"question": "x", "answer": "y"}], ["record 2", "(question, answer)", "instruction=question"]),
-        ([RECORD, "text"], ["record 2", "a str where an object was expected"]),
+        ([RECORD, "text"], ["record 2", "a JSON str, not an object"]),
     ],
 )
 def test_records_without_the_three_texts_are_refused_with_their_number(tmp_path, records, words):
@@ -201,7 +201,7 @@ def test_dropped_records_of_several_files_are_named_with_their_file(tmp_path):
 
 def test_a_name_on_the_hub_is_tried_only_if_it_looks_like_one(monkeypatch):
     """No test reaches the hub: what the library would give stands in for it."""
-    assert_user_error(lambda: utils.load_records("nobody/nothing"), "nobody/nothing is not a file", "Hugging Face hub")
+    assert_user_error(lambda: utils.load_records("nobody/nothing"), "nobody/nothing is not a file", "hub dataset")
     for name in ("./nobody/nothing", "nobody/nothing.json", "nothing", "a/b/c"):
         assert_user_error(lambda name=name: utils.load_records(name), f"{name} does not exist")
     monkeypatch.setattr(
@@ -221,16 +221,20 @@ def test_a_name_on_the_hub_is_tried_only_if_it_looks_like_one(monkeypatch):
         ("a.json", b"\n<!DOCTYPE html>\n<html lang=en>", ["a web page (HTML)"]),
         ("a.json", json.dumps(RECORDS).encode("utf-16"), ["UTF-16", "convert it to UTF-8"]),
         ("a.csv", TABLE.encode("utf-16-le"), ["UTF-16", "convert it to UTF-8"]),
-        ("a.jsonl", lines(RECORDS) + '"é"\n'.encode("latin-1"), ["line 3: ", "Latin-1"]),
-        ("a.jsonl.gz", gzip.compress(lines(RECORDS * 99) + '"é"\n'.encode("latin-1")), ["line 199: ", "Latin-1"]),
+        ("a.jsonl", lines(RECORDS) + '"é"\n'.encode("latin-1"), ["line 3: ", "convert it to UTF-8"]),
+        (
+            "a.jsonl.gz",
+            gzip.compress(lines(RECORDS * 99) + '"é"\n'.encode("latin-1")),
+            ["line 199: ", "to UTF-8"],
+        ),
         ("a.jsonl.gz", gzip.compress(lines(RECORDS * 99))[:-9], ["cannot be read", "ended before"]),
-        ("a.parquet", parquet(RECORDS)[:-9], ["not a whole Parquet file"]),
-        ("a.csv", b"instruction,output\na,b,c\n", ["record 1: more columns than the first line"]),
+        ("a.parquet", parquet(RECORDS)[:-9], ["not a complete Parquet file"]),
+        ("a.csv", b"instruction,output\na,b,c\n", ["record 1: more columns than the header"]),
         ("a.csv", b'instruction,output\na,b\n"a,b\n', ["malformed table"]),
         ("a.csv", b"instruction;output\na;b\n", ["record 1", "(instruction;output)"]),
         ("a.json", json.dumps({"train": RECORDS, "test": RECORDS}, indent=1).encode(), ["one such list"]),
-        ("a.csv", b"instruction,input,output\n", ["holds no records"]),
-        ("a.json", b"[]", ["holds no records"]),
+        ("a.csv", b"instruction,input,output\n", ["has no records"]),
+        ("a.json", b"[]", ["has no records"]),
     ],
 )
 def test_a_file_that_is_not_what_it_seems_is_named_in_one_line(tmp_path, name, content, words):
@@ -442,7 +446,7 @@ def test_messages_that_say_something_else_than_the_other_fields_are_not_used_in_
 
 def test_where_no_record_is_left_the_cure_is_to_name_fields(tmp_path):
     (path := tmp_path / "a.json").write_text('[{"prompt": "Hi", "response": "Hello"}]')
-    words = "1 record in prompt/completion format; 1 without an answer dropped: 1, so none is left: name other fields"
+    words = "1 record in prompt/completion format; 1 without an answer dropped: 1, no records left: set fields"
     assert_user_error(lambda: utils.load_records(path), words)
     assert utils.load_records(path, "instruction=prompt,output=response")[0]["output"] == "Hello"
 
@@ -537,7 +541,7 @@ def test_every_task_takes_fields_and_says_which_there_are(tmp_path, script, task
     more += ("--answers", "a,b") if task in ("judge", "people", "report") else ()
     more += ("--model_name", "m", "--base_url", "http://127.0.0.1:9") if task in ("answer", "judge") else ()
     result = run_script(script, task, flag, path, "--fields", "instruction=quest", *more)
-    assert_one_line_error(result, f'{path}, line 1: no text "quest" among its fields (question, answer)')
+    assert_one_line_error(result, f'{path}, line 1: no text "quest" in its fields (question, answer)')
 
 
 def test_what_is_written_is_indented_utf_8_that_reads_back(tmp_path):

@@ -77,15 +77,15 @@ def test_where_the_252_come_from_is_said_when_they_are_missing(tmp_path):
 @pytest.mark.parametrize(
     "rows, said",
     [
-        ([], "holds no records"),
-        (["text"], "record 1: a str where an object"),
-        ([{"instruction": "x"}, {"instruction": " "}], 'record 2: needs a text "instruction"'),
-        ([{"instruction": "x", "input": 3}], 'record 1: "input" must be a text'),
-        ([{"instruction": "x", "output": 3}], 'record 1: "output" must be a text'),
+        ([], "has no records"),
+        (["text"], "record 1: a JSON str, not an object"),
+        ([{"instruction": "x"}, {"instruction": " "}], 'record 2: no text "instruction"'),
+        ([{"instruction": "x", "input": 3}], 'record 1: "input" must be text'),
+        ([{"instruction": "x", "output": 3}], 'record 1: "output" must be text'),
         ([{"instruction": "\ud83d"}], r"record 1 contains '\\ud83d', half of a surrogate pair"),
         ([{"instruction": "x", "instances": []}], "record 1: .*a list with at least one object"),
         ([{"instruction": "x", "id": "a"}, {"instruction": "y", "id": "a"}], "the id 'a' twice"),
-        ([{"instruction": "x", "motivation_app": 3}], 'record 1: "motivation_app" must be a text'),
+        ([{"instruction": "x", "motivation_app": 3}], 'record 1: "motivation_app" must be text'),
         ([{"instruction": "x", "id": "\ud83d"}], r"record 1 contains '\\ud83d', half of a surrogate pair"),
         ([{"instruction": "x", "dataset": "\ud83d"}], r"record 1 contains '\\ud83d', half of a surrogate pair"),
     ],
@@ -167,17 +167,17 @@ def test_an_error_is_unanswered_and_an_empty_answer_is_one(tmp_path):
 @pytest.mark.parametrize(
     "rows, said",
     [
-        ([], "contains no answers"),
-        ([{"instruction": "a", "error": "x"}], "contains no answers"),
+        ([], "has no answers"),
+        ([{"instruction": "a", "error": "x"}], "has no answers"),
         (
             [{"instruction": "z" * 80, "output": "x"}],
             "1 of its 1 answers are to instructions that .*record 1, 'z{59}…'",
         ),
         ([{"instruction": "a", "output": "x"}] * 2, "record 2 answers 'a' again"),
         ([{"instruction": "a", "output": "x", "id": 1}, {"instruction": "a", "id": "1"}], "record 2 answers 'a' again"),
-        ([{"instruction": "a", "output": 3}], 'record 1: "output" must be a text'),
+        ([{"instruction": "a", "output": 3}], 'record 1: "output" must be text'),
         ([{"instruction": "a", "output": "\udc00"}], r"record 1 contains '\\udc00', half of a surrogate pair"),
-        ([{"output": "x"}], 'record 1: needs a text "instruction"'),
+        ([{"output": "x"}], 'record 1: no text "instruction"'),
         ([{"instruction": "a", "output": "x", "generator": "m\ud83d"}], 'record 1: "generator" must be a name'),
         ([{"instruction": "a", "output": "x", "generator": "\x1b[2Jm"}], 'record 1: "generator" must be a name'),
         (

@@ -84,7 +84,7 @@ def test_replies_arrive_in_order_from_one_batch_and_a_second_run_asks_nothing(ba
     assert why is None and [reply.text for reply in replies] == expected(6)
     assert (budget.replies, budget.prompt_tokens, budget.completion_tokens) == (6, 42, 30)
     assert server.steps == ["upload", "list", "create", "poll", "poll", "poll", "content"]
-    assert "batch batch-0 completed: 6 results (2 not of this run)" in capsys.readouterr().out
+    assert "batch batch-0 completed: 6 results (2 not from this run)" in capsys.readouterr().out
     assert drive(server, tmp_path)[1] == replies and len(server.steps) == 7
     assert [line["custom_id"].split("-")[1:] for line in server.lines[0]] == [[str(i), "0"] for i in range(6)]
     assert server.lines[0][2]["body"] == {
@@ -172,7 +172,7 @@ def test_a_batch_costs_its_share_of_the_price_and_direct_replies_all_of_it(batch
         budget.forecast((1000, 2000), 7, (5, 5)) == "1,000 to 2,000 requests, 12,000 to 24,000 tokens, $38.40 to $76.80"
     )
     assert drive(server, tmp_path, 3, limits=limits)[2].cost == pytest.approx(budget.cost)  # as it was paid
-    assert_user_error(lambda: RequestSettings(batch_discount=50), "batch_discount must be 0 to 1")
+    assert_user_error(lambda: RequestSettings(batch_discount=50), "batch_discount must be from 0 to 1")
 
 
 def test_a_round_holds_no_more_than_the_budget_allows(batch_server, tmp_path):
@@ -218,7 +218,7 @@ def test_a_batch_that_does_not_fit_the_servers_queue_is_halved_and_sent_again_at
     server.finish = finish
     assert [reply.text for reply in drive(server, tmp_path, 9)[1]] == expected(9)
     assert [len(lines) for lines in server.lines] == [9, 4, 2, 2, 2, 2, 1]
-    said = f"the server refused batch batch-0: {error['message']}; the next holds 4 requests\n"
+    said = f"the server refused batch batch-0: {error['message']}; the next one has 4 requests\n"
     assert said in capsys.readouterr().out
     server.finish = lambda batch: batch.update(status="failed", errors=[error])
     assert_user_error(lambda: drive(server, tmp_path, 11), "refused batch batch-8", error["message"])
@@ -227,7 +227,9 @@ def test_a_batch_that_does_not_fit_the_servers_queue_is_halved_and_sent_again_at
 
 def test_a_batch_cancelled_by_someone_keeps_what_arrived_and_the_same_command_asks_for_the_rest(batch_server, tmp_path):
     server = batch_server(echo, ends=["cancelled"])
-    assert_user_error(lambda: drive(server, tmp_path), "batch batch-0 cancelled: 3 results (", "asks for the rest")
+    assert_user_error(
+        lambda: drive(server, tmp_path), "batch batch-0 cancelled: 3 results (", "same command for the rest"
+    )
     *_, over = entries(tmp_path)
     assert over["batch"]["asked"] == {number: {"times": 1} for number in "024"}  # what was not tried has not failed
     assert [reply.text for reply in drive(server, tmp_path)[1]] == expected(6)
@@ -253,12 +255,12 @@ def interrupted(server, folder, step="poll", count=2, **how) -> None:
 def test_after_ctrl_c_the_batch_goes_on_and_is_found(batch_server, tmp_path, capsys):
     server = batch_server(echo, looks=5)
     interrupted(server, tmp_path)
-    assert "batch batch-0 continues at the server; the same command finds it" in capsys.readouterr().err
+    assert "batch batch-0 continues on the server; the same command finds it" in capsys.readouterr().err
     with Journal(tmp_path / "journal") as journal:
         assert open_batch(journal) == {"file": "file-0", "requests": [0, 1, 2, 3, 4, 5], "id": "batch-0"}
-        assert_user_error(lambda: refuse_open_batch(journal), "batch batch-0 is open", "continue it", "cancel it")
+        assert_user_error(lambda: refuse_open_batch(journal), "batch batch-0 is still open", "batch_cancel")
     write = RequestSettings(batch_write=str(tmp_path / "file"))
-    assert_user_error(lambda: drive(server, tmp_path, settings=write), "batch batch-0 is open")
+    assert_user_error(lambda: drive(server, tmp_path, settings=write), "batch batch-0 is still open")
     assert [reply.text for reply in drive(server, tmp_path)[1]] == expected(6)
     assert server.steps.count("upload") == server.steps.count("create") == 1
     with Journal(tmp_path / "journal") as journal:
@@ -269,7 +271,7 @@ def test_a_time_limit_ends_the_waiting_and_not_the_batch(batch_server, tmp_path,
     server = batch_server(echo, looks=10**9)
     why, replies, _ = drive(server, tmp_path, limits=RequestSettings(time_limit=0.05))
     assert why == "the time limit of 0.05 s ended the waiting" and not replies
-    assert "batch batch-0 continues at the server" in capsys.readouterr().err
+    assert "batch batch-0 continues on the server" in capsys.readouterr().err
     server.looks = 1
     assert [reply.text for reply in drive(server, tmp_path)[1]] == expected(6)
 
@@ -296,7 +298,7 @@ def test_cancelling_what_is_over_reads_it_and_what_is_gone_is_forgotten(batch_se
     interrupted(server, tmp_path, requests=9)
     del server.batches["batch-1"]
     assert_user_error(lambda: drive(server, tmp_path, 9), "HTTP 404: no batch batch-1")
-    assert_user_error(lambda: drive(server, tmp_path, settings=cancel), "no batch batch-1; it is forgotten")
+    assert_user_error(lambda: drive(server, tmp_path, settings=cancel), "no batch batch-1: the batch is gone")
     interrupted(server, tmp_path, "upload", 1, requests=9)
     server.after = lambda step: (404, {"error": {"message": "no such file"}}) if step == "create" else None
     assert_user_error(lambda: drive(server, tmp_path, settings=cancel), "POST /batches: HTTP 404: no such file")
@@ -314,7 +316,7 @@ def test_a_call_that_is_not_answered_is_repeated_and_nothing_is_asked_twice(batc
 
     server = batch_server(echo, looks=2, after=after)
     if step == "content" and fault == (200, b"<html>"):
-        assert_user_error(lambda: drive(server, tmp_path), "batch batch-0 has no result of this run")
+        assert_user_error(lambda: drive(server, tmp_path), "batch batch-0 has no results of this run")
     assert [reply.text for reply in drive(server, tmp_path)[1]] == expected(6)
     assert set(server.bill().values()) == {1} and len(server.answered) == 6 and len(server.batches) == 1
 
@@ -336,9 +338,7 @@ def test_a_batch_is_found_on_the_third_page_of_a_server_whose_address_has_a_quer
 
 def test_a_server_without_batches_says_so(batch_server, tmp_path):
     server = batch_server(echo, after=lambda step: (404, {"error": {"message": "no such path"}}))
-    assert_user_error(
-        lambda: drive(server, tmp_path), "POST /files: HTTP 404: no such path", "write the requests to a file"
-    )
+    assert_user_error(lambda: drive(server, tmp_path), "POST /files: HTTP 404: no such path", "use batch_write")
 
 
 def test_large_rounds_are_split(batch_server, tmp_path, monkeypatch):
@@ -355,9 +355,7 @@ def test_files_are_written_and_read_without_a_server(batch_server, tmp_path, cap
     server = batch_server(echo)
     server.server.server_close()
     write, read = RequestSettings(batch_write=str(asked)), RequestSettings(batch_read=str(replies))
-    assert (
-        drive(server, tmp_path, 3, write)[0] == f"{asked} holds 3 requests: have them answered, then read the replies"
-    )
+    assert drive(server, tmp_path, 3, write)[0] == f"{asked} has 3 requests: have them answered, then use batch_read"
     lines = [json.loads(line) for line in asked.read_text().splitlines()]
     assert lines[1]["url"] == "/v1/chat/completions" and lines[1]["body"]["messages"][0]["content"] == "request 1"
 
@@ -381,7 +379,7 @@ def test_files_are_written_and_read_without_a_server(batch_server, tmp_path, cap
     replies.write_text(row(json.loads(asked.read_text()), 400))
     assert drive(server, tmp_path, 4, read)[1][3].error == "HTTP 400: out of memory"
     replies.write_text(row({"custom_id": "0badc0de-1-0"}, text="?"))
-    assert_user_error(lambda: drive(server, tmp_path, 4, read), str(replies), "has no result of this run")
+    assert_user_error(lambda: drive(server, tmp_path, 4, read), str(replies), "has no results of this run")
 
 
 def test_replies_of_an_unknown_server_are_not_taken_for_openais(monkeypatch):
@@ -542,7 +540,7 @@ def test_answers_and_judgments_in_batches_are_those_of_direct_requests(batch_ser
 
     to |= {"model_name": "j", "output_path": paths["f.jsonl"], "batch": False, "base_url": None}
     call(judge.judge, batch_write=paths["asked"], **to)
-    assert "asked holds 6 requests: have them answered" in capsys.readouterr().out
+    assert "asked has 6 requests: have them answered" in capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "asked").read_text().splitlines()]
     rows = [line | {"response": {"status_code": 200, "body": said(reply(line["body"]))}} for line in lines]
     (tmp_path / "asked").write_text("".join(json.dumps(row) + "\n" for row in rows))

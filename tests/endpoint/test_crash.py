@@ -95,7 +95,7 @@ def test_a_torn_last_line_is_cut_off_told_and_asked_again(teacher, tmp_path):
     (tmp_path / "regen.json").unlink()
     again = run_script(*argv)
     assert again.returncode == 0, again.stderr
-    assert "were torn by a crash and are cut off" in again.stdout
+    assert "ended in an incomplete entry" in again.stdout
     assert digest(tmp_path) == expected
 
 
@@ -177,7 +177,7 @@ def test_a_budget_is_overshot_by_no_more_than_the_requests_in_flight(teacher, tm
     server = teacher(lambda number, body: time.sleep(0.02) or items(body["seed"]))
     result = run_script(*command(server, tmp_path, "--num_instructions_to_generate", 500, *flags))
     assert result.returncode == 0, result.stderr
-    assert f"{said} ended the run before 500 were kept" in result.stdout
+    assert f"{said} ended the run short of 500 instructions" in result.stdout
     assert 10 <= len(server.requests) <= 10 + 4
     tokens = json.loads((tmp_path / "report.json").read_text())
     assert tokens["prompt_tokens"] + tokens["completion_tokens"] == 12 * len(server.requests)
@@ -234,7 +234,7 @@ def test_another_seed_on_a_run_that_was_begun_is_refused(teacher, tmp_path):
     server = teacher(steady)
     assert run_script(*command(server, tmp_path, "--num_instructions_to_generate", 3)).returncode == 0
     other = run_script(*command(server, tmp_path, "--num_instructions_to_generate", 9, "--seed", 4))
-    assert_one_line_error(other, "was begun with --seed 3", "another --output_dir")
+    assert_one_line_error(other, "was started with --seed 3", "another --output_dir")
 
 
 def test_filters_are_flags_and_the_rejected_name_their_reason_and_neighbour(teacher, tmp_path):
@@ -270,7 +270,7 @@ def test_near_duplicates_in_another_script_are_warned_of_and_found_with_the_unic
     flags = ("--num_instructions_to_generate", 2, "--min_words", 1)
     blind = run_script(*command(teacher(answer), tmp_path / "a", *flags))
     assert blind.returncode == 0, blind.stderr
-    assert "warning: 2 of 2 kept instructions are mostly not ASCII" in blind.stdout
+    assert "warning: 2 of 2 kept instructions are mostly non-ASCII" in blind.stdout
     seeing = run_script(
         *command(teacher(answer), tmp_path / "b", *flags, "--tokenizer", "unicode", "--max_total_tokens", 24)
     )
@@ -285,5 +285,5 @@ def test_the_warning_of_another_script_comes_while_the_run_can_still_be_stopped(
     flags = ("--num_instructions_to_generate", 12, "--min_words", 1, "--max_concurrency", 1)
     result = run_script(*command(teacher(answer), tmp_path, *flags))
     assert result.returncode == 0, result.stderr
-    assert "warning: 10 of 10 kept instructions are mostly not ASCII" in result.stdout
-    assert "warning: 12 of 12 kept instructions are mostly not ASCII" in result.stdout
+    assert "warning: 10 of 10 kept instructions are mostly non-ASCII" in result.stdout
+    assert "warning: 12 of 12 kept instructions are mostly non-ASCII" in result.stdout

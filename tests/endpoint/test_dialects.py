@@ -200,11 +200,15 @@ def test_a_status_without_words_has_http_own_name(teacher):
     ("status", "body", "said"),
     [
         (401, {"error": "expired"}, "refused the key: check OPENAI_API_KEY (HTTP 401: expired)"),
-        (402, {"error": "pay first"}, "has no credit left (HTTP 402: pay first)"),
+        (402, {"error": "pay first"}, "has no credit left: add some, or use another key (HTTP 402: pay first)"),
         (400, openai_error("Your credit balance is too low"), "has no credit left"),  # Anthropic
-        (429, openai_error("You exceeded", code="insufficient_quota"), "has no credit left (HTTP 429: You exceeded)"),
-        (403, {"error": WORDS}, f"does not let you use 'm' (HTTP 403: {WORDS})"),
-        (451, {"detail": WORDS}, f"does not let you use 'm' (HTTP 451: {WORDS})"),
+        (
+            429,
+            openai_error("You exceeded", code="insufficient_quota"),
+            "or use another key (HTTP 429: You exceeded)",
+        ),
+        (403, {"error": WORDS}, f"does not let you use 'm': use another key or model (HTTP 403: {WORDS})"),
+        (451, {"detail": WORDS}, f"does not let you use 'm': use another key or model (HTTP 451: {WORDS})"),
         (404, b"<html>nginx</html>", "has no model 'm', or no chat endpoint"),
         (400, {"detail": "Server is pinned to 'a'; requested 'm'."}, "has no model 'm', or no chat endpoint"),
         (400, openai_error("The model x does not exist"), "has no model 'm', or no chat endpoint"),
@@ -391,7 +395,7 @@ def test_any_object_is_read_as_a_reply(body):
         (
             {"content": None, "reasoning_content": "hm"},
             "stop",
-            "no answer: the server put all of the text into its thoughts",
+            "no answer: the server returned all of the text as thoughts",
         ),
         (
             {"content": None, "reasoning": "hm"},
@@ -399,7 +403,7 @@ def test_any_object_is_read_as_a_reply(body):
             "no answer: all 5 tokens went into thoughts; allow more tokens",
         ),
         ({"content": "<think>\nhm"}, "MAX_TOKENS", "no answer: all 5 tokens went into thoughts; allow more tokens"),
-        ({"content": "<think>\nhm"}, "stop", "no answer: the server put all of the text into its thoughts"),
+        ({"content": "<think>\nhm"}, "stop", "no answer: the server returned all of the text as thoughts"),
         ({"content": None, "tool_calls": [{}]}, "tool_calls", "empty reply (finish_reason stop)"),
     ],
 )
@@ -534,7 +538,7 @@ def test_a_reply_that_takes_long_to_begin_is_not_stalled(teacher, monkeypatch):
 
 def test_https_on_a_plain_port_and_an_unknown_certificate_are_named(raw, tmp_path):
     url = raw(b"HTTP/1.1 400 Bad Request\r\n\r\n").url.replace("http:", "https:")
-    assert_user_error(lambda: ask(url), "nothing answers at", "no TLS there: does the address begin with http://?")
+    assert_user_error(lambda: ask(url), "no answer from", "TLS failed: if the server has none, use http://")
     name = tmp_path / "cert.pem"
     made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=x"]
     subprocess.run([*made, "-keyout", name, "-out", name], check=True, capture_output=True)
@@ -554,7 +558,7 @@ def test_https_on_a_plain_port_and_an_unknown_certificate_are_named(raw, tmp_pat
 
 
 def test_a_host_that_does_not_exist_is_named():
-    assert_user_error(lambda: ask("http://nowhere.invalid/v1"), "nothing answers", "no such host")
+    assert_user_error(lambda: ask("http://nowhere.invalid/v1"), "no answer from", "no such host")
 
 
 def test_a_server_that_goes_away_in_mid_run_is_waited_for(teacher):
@@ -585,7 +589,7 @@ def test_a_proxy_is_not_asked_for_this_machine_and_is_named_for_others(teacher, 
     server = teacher(lambda n, body: "ok")
     assert ask(server)[0].text == "ok"
     assert ask(server.base_url.replace("127.0.0.1", "localhost"))[0].text == "ok"
-    said = "nothing answers", "connection refused, through the proxy of http_proxy"
+    said = "no answer from", "connection refused, through the proxy of http_proxy"
     assert_user_error(lambda: ask("http://10.0.0.1/v1"), *said)
 
 

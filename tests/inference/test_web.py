@@ -1141,7 +1141,7 @@ def test_reports_from_many_threads_stay_whole_lines(tmp_path):
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"temperature": 3.0}, "temperature must be from 0 to 2"),
         ({"seed": -1}, "seed from 0 to 2147483647"),
-        ({"port": 70_000}, "port 70000 is out of range"),
+        ({"port": 70_000}, "port 70000 cannot be used"),
     ],
 )
 def test_a_bad_flag_is_told_before_a_model_is_loaded(flags, words):

@@ -150,10 +150,10 @@ def test_the_page_says_how_a_model_was_asked_and_a_second_way_is_told(files, tmp
 def test_the_terminal_says_who_wins_and_whether_by_chance(judged):
     text = report_text.terminal(judged[1])
     flat = " ".join(text.split())
-    assert f"{A} wins 18, {B} 5, 0 ties" in flat and f"{A} wins more often than chance explains" in flat
-    assert "No difference can be seen" in flat  # Ada, Grace and both
-    assert "What was shown first was preferred in 100.0% of 24 decided asks (p < 0.0001)" in flat
-    assert "share 8 words in a row with a record: 1 of the 24 that are so long" in flat
+    assert f"{A} wins 18, {B} 5, 0 ties" in flat and f"{A} wins more often than by chance" in flat
+    assert "The difference is not significant" in flat  # Ada, Grace and both
+    assert "The answer shown first was preferred in 100.0% of 24 decided comparisons (p < 0.0001)" in flat
+    assert "share 8 consecutive words with a record: 1 of the 24 that are long enough" in flat
     table = next(line for line in text.splitlines() if line.startswith("<i>gpt</i>  "))
     assert table.split()[1:6] == ["23", "18", "0", "5", "1"]
 
@@ -228,9 +228,9 @@ def test_a_model_whose_losses_are_all_nan_has_none_and_that_is_told(files, tmp_p
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"answers": "a.jsonl,,b.jsonl"}, "--answers 'a.jsonl,,b.jsonl' names no file beside a comma"),
-        ({"answers": "{0}/a.jsonl,{0}/a.jsonl"}, "give each another name"),
-        ({"answers": "{0}/a.jsonl", "judgments": "{0}/model.jsonl"}, "--judgments compare two answerers"),
+        ({"answers": "a.jsonl,,b.jsonl"}, "--answers 'a.jsonl,,b.jsonl' has a comma without a file"),
+        ({"answers": "{0}/a.jsonl,{0}/a.jsonl"}, "give each its own name"),
+        ({"answers": "{0}/a.jsonl", "judgments": "{0}/model.jsonl"}, "--judgments needs two files of --answers, not 1"),
         ({"judgments": "{0}/missing.jsonl"}, "missing.jsonl does not exist"),
         ({"judgments": "{0}/a.jsonl"}, 'a.jsonl, row 1: no text "first"'),
         ({"data_path": "{0}/missing.json"}, "missing.json does not exist"),
@@ -254,7 +254,7 @@ def test_a_report_of_two_items_and_of_a_judge_without_a_verdict(files, tmp_path)
     (tmp_path / "failed.jsonl").write_text("".join(judged))
     found = run(tmp_path, tmp_path / "out", judgments=f"{tmp_path}/failed.jsonl")
     assert found["judges"][0]["judged"] == 0 and found["judges"][0]["win_rate"] is None
-    assert found["judges"][0]["words"] == "There is no verdict to count."
+    assert found["judges"][0]["words"] == "There are no verdicts."
     assert report_text.judge_table(found)[1] == ["<i>gpt</i>", "0", "0", "0", "0", "1", "–", "–", "–", "–"]
 
 
@@ -268,11 +268,15 @@ def test_one_item_is_named_in_the_singular_has_a_wide_interval_and_no_figure_at_
     ]
     printed = capsys.readouterr()
     shown, text = " ".join(printed.out.split()), (tmp_path / "out" / "report.html").read_text()
-    assert "published (1 instruction, git blob" in printed.err
+    assert "published set of 252 (1 instruction, git blob" in printed.err
     for said in (shown, text):
-        assert "1 instruction of set.jsonl" in said and "1 instructions" not in said and "(2 records)" in said
-        assert "A sign test of 1 decided instruction can show nothing: it takes at least 6." in said
-        assert "At equal length its" not in said and "At equal length it stays" not in said and "nan" not in said
+        assert "1 instruction from set.jsonl" in said and "1 instructions" not in said and "(2 records)" in said
+        assert "A sign test of 1 decided instruction cannot show one: it takes at least 6." in said
+        assert (
+            "At equal length its" not in said
+            and "At equal length the difference remains" not in said
+            and "nan" not in said
+        )
     assert "Does the longer answer win?" not in text and "too narrow" not in shown
     assert (tmp_path / "out" / "report.png").exists()
 
@@ -383,7 +387,7 @@ def test_the_page_in_a_browser_is_as_wide_as_a_phone_and_runs_nothing_it_was_tol
             page.goto((judged[0] / "report.html").as_uri())
             assert page.evaluate("document.documentElement.scrollHeight") < (7_000 if width == 360 else 5_500)
             hint = page.evaluate("getComputedStyle(document.querySelector('.wide'), '::before').content")
-            assert ("push the table sideways" in hint) == (width == 360)
+            assert ("Scroll sideways" in hint) == (width == 360)
             page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (width, scheme)
             assert [url for url in asked if not url.startswith(("file:", "data:"))] == [] and errors == []

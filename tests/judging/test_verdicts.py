@@ -174,7 +174,7 @@ def test_rows_that_are_no_objects_or_no_judgments_are_named(tmp_path):
 
 def test_a_file_without_a_row_is_named(tmp_path):
     (tmp_path / "judged.jsonl").write_text("\n")
-    with pytest.raises(UserError, match="judged.jsonl holds no judgments"):
+    with pytest.raises(UserError, match="judged.jsonl has no judgments"):
         verdicts.read_judgments([tmp_path / "judged.jsonl"])
 
 
@@ -200,16 +200,16 @@ def test_the_published_90_to_89_is_no_difference():
     assert rate["interval"] == pytest.approx((0.450, 0.554), abs=4e-3)
     assert report_text.win_words(rate | {"interval": (0.45, 0.554)}, "Alpaca", "text-davinci-003") == (
         "Alpaca wins 90, text-davinci-003 89, 73 ties: a win rate of 50.2% for Alpaca (95% interval 45.0% to 55.4%). "
-        "No difference can be seen (sign test, p = 1.00). With 252 instructions and so many ties, only a win rate "
-        "beyond 57.4%, or below 42.6%, would have been, four times in five."
+        "The difference is not significant (sign test, p = 1.00). 252 instructions with so many ties detect, four "
+        "times in five, only win rates above 57.4% or below 42.6%."
     )
 
 
 def test_a_difference_is_called_one_for_the_side_that_wins():
     words = report_text.win_words(comparison.win_rate(some(150, 90, 12)), A, B)
-    assert "alpaca wins more often than chance explains (sign test, p = 0.0001)." in words
+    assert "alpaca wins more often than by chance (sign test, p = 0.0001)." in words
     words = report_text.win_words(comparison.win_rate(some(10, 90)), A, B)
-    assert "davinci wins more often than chance explains (sign test, p < 0.0001)." in words
+    assert "davinci wins more often than by chance (sign test, p < 0.0001)." in words
 
 
 def test_p_on_either_side_of_a_twentieth_is_told_apart_from_it():
@@ -226,10 +226,10 @@ def test_p_on_either_side_of_a_twentieth_is_told_apart_from_it():
 @pytest.mark.parametrize(
     "wins, losses, ties, words",
     [
-        (3, 2, 0, "A sign test of 5 decided instructions can show nothing: it takes at least 6."),
-        (5, 0, 0, "A sign test of 5 decided instructions can show nothing: it takes at least 6."),
-        (1, 0, 30, "A sign test of 1 decided instruction can show nothing: it takes at least 6."),
-        (4, 2, 0, "6 decided instructions are too few to show any but the largest."),
+        (3, 2, 0, "A sign test of 5 decided instructions cannot show one: it takes at least 6."),
+        (5, 0, 0, "A sign test of 5 decided instructions cannot show one: it takes at least 6."),
+        (1, 0, 30, "A sign test of 1 decided instruction cannot show one: it takes at least 6."),
+        (4, 2, 0, "6 decided instructions are too few to show any but the largest difference."),
     ],
 )
 def test_of_too_few_no_rate_is_named_that_would_have_shown(wins, losses, ties, words):
@@ -240,9 +240,9 @@ def test_of_too_few_no_rate_is_named_that_would_have_shown(wins, losses, ties, w
 def test_one_item_has_a_wide_interval_and_no_figure_at_equal_length():
     rate, length = comparison.win_rate(some(1, 0)), bias.length_bias(some(1, 0), {"0": (30, 20)})
     assert report_text.win_words(rate, A, B) == (
-        "alpaca wins 1, davinci 0, 0 ties: a win rate of 100.0% for alpaca (95% interval 20.7% to 100.0%). No "
-        "difference can be seen (sign test, p = 1.00). A sign test of 1 decided instruction can show nothing: it takes "
-        "at least 6."
+        "alpaca wins 1, davinci 0, 0 ties: a win rate of 100.0% for alpaca (95% interval 20.7% to 100.0%). "
+        "The difference is not significant (sign test, p = 1.00). A sign test of 1 decided instruction cannot show one"
+        ": it takes at least 6."
     )
     assert math.isnan(length["length_controlled"]) and report_text.length_words(rate, length, A, B) is None
     five, six = (bias.length_bias(some(n, 0), {str(i): (30, 20 + i) for i in range(n)}) for n in (5, 6))
@@ -252,8 +252,8 @@ def test_one_item_has_a_wide_interval_and_no_figure_at_equal_length():
 def test_the_place_of_few_asks_is_named_in_the_singular_and_shows_nothing():
     said = report_text.position_words(bias.position_bias(asks_of([row("1", A, "first", kind="person")])))
     assert said == (
-        "What was shown first was preferred in 100.0% of 1 decided ask (p = 1.00): too few to show a preference for a "
-        "place."
+        "The answer shown first was preferred in 100.0% of 1 decided comparison (p = 1.00): too few to show position "
+        "bias."
     )
 
 
@@ -263,7 +263,7 @@ def test_failures_and_skips_are_counted_apart_and_left_out():
     assert (rate["judged"], rate["failed"], rate["skipped"], rate["win_rate"]) == (4, 2, 1, 0.75)
     rate = comparison.win_rate(rest)
     assert rate["judged"] == 0 and math.isnan(rate["win_rate"])
-    assert report_text.win_words(rate, A, B) == "There is no verdict to count."
+    assert report_text.win_words(rate, A, B) == "There are no verdicts."
 
 
 def test_a_judge_that_always_says_first_is_all_bias_and_no_verdict():
@@ -272,19 +272,19 @@ def test_a_judge_that_always_says_first_is_all_bias_and_no_verdict():
     assert (position["share_first"], position["interval"], position["agreed"]) == (1.0, (1.0, 1.0), 0.0)
     assert position["p"] < 1e-50
     assert report_text.position_words(position) == (
-        "What was shown first was preferred in 100.0% of 504 decided asks (p < 0.0001): more than chance explains. "
-        "Asked in both orders, the verdict was the same for 0.0% of the items."
+        "The answer shown first was preferred in 100.0% of 504 decided comparisons (p < 0.0001): more often than by "
+        "chance. In both orders, the verdict was the same for 0.0% of the items."
     )
     rate = comparison.win_rate(verdicts.fold(asks))
     assert (rate["wins"], rate["ties"], rate["losses"], rate["win_rate"], rate["p"]) == (0, 252, 0, 0.5, 1.0)
-    assert "Nothing was decided" in report_text.win_words(rate, A, B)
+    assert "All are ties" in report_text.win_words(rate, A, B)
 
 
 def test_a_consistent_judge_has_no_position_bias_whoever_wins():
     asks = asks_of([row(str(n), A, "first") for n in range(40)] + [row(str(n), B, "second") for n in range(40)])
     position = bias.position_bias(asks)
     assert (position["decided"], position["share_first"], position["p"], position["agreed"]) == (80, 0.5, 1.0, 1.0)
-    assert "no preference for a place can be seen" in report_text.position_words(position)
+    assert "no significant position bias" in report_text.position_words(position)
 
 
 def test_position_bias_is_tested_over_items_not_over_asks():
@@ -318,7 +318,7 @@ def test_equal_answers_say_nothing_about_a_judges_consistency():
     asks = verdicts.read_asks(rows, answers(A, ["1"], "same"), answers(B, ["1"], "same"))
     position = bias.position_bias(asks)
     assert position["both_orders"] == 0 and math.isnan(position["share_first"])
-    assert "No ask was decided" in report_text.position_words(position)
+    assert "No comparison was decided" in report_text.position_words(position)
     assert verdicts.fold(asks)[0].outcome == 0.5
 
 
@@ -351,13 +351,13 @@ def test_length_bias_bins_by_the_difference():
             90,
             0.60,
             (0.55, 0.65),
-            "At equal length it stays: a win rate of 60.0% for alpaca (95% interval 55.0% to",
+            "At equal length the difference remains: a win rate of 60.0% for alpaca (95% interval 55.0% to",
         ),
         (150, 90, 0.40, (0.35, 0.45), "At equal length davinci would win more often: a win rate of 40.0% for alpaca"),
         (90, 89, 0.60, (0.55, 0.65), "At equal length alpaca would win more often"),
         (0, 1, 0.005, (0.005, 0.005), None),  # a regression on one item is as sure as it can be
         (5, 0, 0.995, (0.995, 0.995), None),
-        (6, 0, 0.995, (0.995, 0.995), "At equal length it stays"),
+        (6, 0, 0.995, (0.995, 0.995), "At equal length the difference remains"),
     ],
 )
 def test_what_equal_length_would_change_is_said(wins, losses, controlled, interval, words):

@@ -225,7 +225,7 @@ def test_a_name_is_one_person_however_it_is_spaced_or_spelled(opened):
         ({"b": answers("other")}, "a run that differs in generators, pairs"),
         ({"b": answers("ann-7b")}, "both answer files are of ann-7b"),
         ({"b": Answers("none", {"t0": ""}, [], {}), "items": ITEMS[1:]}, "no instruction has an answer of both"),
-        ({"name": "no/votes.jsonl"}, "must be a file in a folder that exists"),
+        ({"name": "no/votes.jsonl"}, "must be a file in an existing folder"),
         ({"name": "votes.json"}, "becomes JSON Lines: let its name end in .jsonl"),
         ({"name": "old.jsonl"}, "old.jsonl exists: move it away, or choose another name"),
     ],

@@ -419,8 +419,8 @@ def test_a_vote_that_cannot_be_saved_is_told_and_tells_no_path(site, monkeypatch
     [
         ({"host": "0.0.0.0"}, "host 0.0.0.0 lets other machines in: set auth to user:password too"),
         ({"auth": "user"}, "auth must be user:password"),
-        ({"port": 70_000}, "port 70000 is out of range"),
-        ({"output_path": "no/votes.jsonl"}, "must be a file in a folder that exists"),
+        ({"port": 70_000}, "port 70000 cannot be used"),
+        ({"output_path": "no/votes.jsonl"}, "must be a file in an existing folder"),
     ],
 )
 def test_a_bad_flag_is_told_and_leaves_nothing(tmp_path, monkeypatch, flags, message):

@@ -453,13 +453,13 @@ def test_lint_parts_the_records_and_leaves_the_input_alone(data, tmp_path, capsy
     assert report[2] == {
         "record": 4,
         "class": "mojibake",
-        "reason": "text that was decoded with the wrong encoding",
+        "reason": "text decoded with the wrong encoding",
         "evidence": "output: Gr\ufffdn.",
     }
     assert [found["record"] for found in report] == [1, 1, 4, 5]
     printed = capsys.readouterr().out
     assert "4 findings in 3 of 6 records" in printed and "3 clean records in" in printed
-    assert f"{'mojibake':<16}{1:>8}   text that was decoded" in printed
+    assert f"{'mojibake':<16}{1:>8}   text decoded" in printed
 
 
 def test_lint_looks_for_the_classes_that_only_and_skip_leave(data, capsys):
@@ -656,11 +656,11 @@ def test_fetch_puts_a_verified_file_in_place_and_does_nothing_the_second_time(mi
         analyze_data.fetch(str(out), server.url, blob)
     assert out.read_bytes() == CONTENT and names(out.parent) == {"data.json"}
     assert server.ranges == [None]
-    assert "exists and is right" in capsys.readouterr().out
+    assert "exists and is correct" in capsys.readouterr().out
 
 
 def test_fetch_into_a_folder_says_to_name_a_file(tmp_path):
-    with pytest.raises(UserError, match="is a folder: name the file"):
+    with pytest.raises(UserError, match="is a folder: choose a file"):
         analyze_data.fetch(str(tmp_path))
 
 
@@ -712,7 +712,7 @@ def test_fetch_finishes_a_part_that_is_whole_without_a_request(mirror, blob, tmp
 @pytest.mark.parametrize("fault", [None, "whole"])
 def test_fetch_refuses_a_wrong_file_with_both_ids_and_keeps_it_aside(mirror, blob, tmp_path, fault):
     server, out = mirror(fault, content=b"hello\n"), tmp_path / "data.json"
-    ids = f"blob id ce013625030ba8dba906f756967f9e9ca394464a, not {blob}; kept as"
+    ids = f"\\(blob id ce013625030ba8dba906f756967f9e9ca394464a, not {blob}\\), kept as"
     with pytest.raises(UserError, match=ids):
         analyze_data.fetch(str(out), server.url, blob)
     assert names(tmp_path) == {"data.json.wrong"}
@@ -731,7 +731,7 @@ def test_fetch_takes_a_local_copy_by_path_and_by_file_url(blob, tmp_path):
     for i, url in enumerate((str(tmp_path / "right"), (tmp_path / "right").as_uri())):
         analyze_data.fetch(str(tmp_path / f"{i}.json"), url, blob)
         assert (tmp_path / f"{i}.json").read_bytes() == CONTENT
-    with pytest.raises(UserError, match="is not a file: give a web address"):
+    with pytest.raises(UserError, match="is not a file: give an https address"):
         analyze_data.fetch(str(tmp_path / "2.json"), str(tmp_path / "nowhere"), blob)
 
 
@@ -740,7 +740,7 @@ def test_fetch_retries_a_busy_server_but_not_a_missing_page(mirror, blob, tmp_pa
     analyze_data.fetch(str(tmp_path / "data.json"), busy.url, blob)
     assert busy.ranges == [None] * 3
     missing = mirror(404)
-    with pytest.raises(UserError, match="answers HTTP 404 .*: check the url, or use a mirror's"):
+    with pytest.raises(UserError, match="answers HTTP 404 .*: check the url, or give a mirror's"):
         analyze_data.fetch(str(tmp_path / "other.json"), missing.url, blob)
     assert missing.ranges == [None]
 
@@ -894,7 +894,7 @@ def test_push_lists_the_files_and_uploads_the_folder_as_it_is(own, tmp_path, hub
 )
 def test_a_push_that_fails_says_why_in_a_line_and_the_folder_is_whole(own, tmp_path, hub, env, word):
     run = push(own, tmp_path, **{"HF_ENDPOINT": hub.url} | env)
-    assert_one_line_error(run, "is complete, but not on the hub: ", word, "hf upload me/birds")
+    assert_one_line_error(run, "is complete, but its upload failed ", word, "hf upload me/birds")
     assert TOKEN not in run.stdout + run.stderr and "hf_other" not in run.stdout + run.stderr
     assert [r["instruction"] for r in utils.load_records(tmp_path / "out")] == [r["instruction"] for r in OWN]
 

@@ -449,9 +449,9 @@ def test_answers_are_not_written_over(tiny_llama, tmp_path, monkeypatch):
 BAD_LINES = {
     "{broken": "malformed JSON, Expecting property name enclosed in double quotes at column 2",
     "[1]": "a list where an object was expected",
-    '{"input": "x"}': 'no text "instruction" among its fields (input)',
-    '{"instruction": "  "}': 'needs a text "instruction"',
-    '{"instruction": "x", "input": 3}': '"input" must be a text',
+    '{"input": "x"}': 'no text "instruction" in its fields (input)',
+    '{"instruction": "  "}': 'no text "instruction"',
+    '{"instruction": "x", "input": 3}': '"input" must be text',
     '{"instruction": "x", "instances": []}': '"instances" must be a list of one object',
     '{"instruction": "a\\ud800"}': "the text contains '\\ud800', half of a surrogate pair",
     '{"instruction": "x", "more": ' + "[" * 100_000: "malformed JSON, nested too deeply",
@@ -564,7 +564,7 @@ def test_a_terminal_gets_control_characters_spelled_out_and_a_file_gets_every_by
 def test_no_instruction_at_all_is_told(tiny_llama, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as exit:
         run_file(monkeypatch, tiny_llama, "\n", tmp_path / "out.jsonl")
-    assert "holds no records" in exit.value.code
+    assert "has no records" in exit.value.code
 
 
 MANY = [{"instruction": f"Count to {i}.", "input": "x" * (i % 7)} for i in range(24)]

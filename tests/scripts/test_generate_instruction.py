@@ -255,7 +255,7 @@ def test_a_run_that_has_enough_asks_nothing_and_writes_nothing(teacher, run, tmp
 
 def test_num_cpus_is_accepted_with_a_note(teacher, run, capsys):
     run(teacher(always_fresh()), num_instructions_to_generate=1, num_cpus=16)
-    assert "note: --request_batch_size and --num_cpus have no effect" in capsys.readouterr().out
+    assert "note: --request_batch_size and --num_cpus are ignored" in capsys.readouterr().out
 
 
 def test_the_same_seed_and_the_same_replies_give_the_same_bytes_and_another_seed_other_prompts(teacher, run, tmp_path):
@@ -381,7 +381,7 @@ def test_with_format_json_the_request_has_a_schema_and_no_stop_string_and_the_re
 
 def test_a_run_is_continued_in_the_format_that_it_was_begun_with(teacher, run):
     run(teacher(lambda n, body: as_json(fresh(0))), format="json", num_instructions_to_generate=1)
-    with pytest.raises(UserError, match="was begun with --format json: keep that"):
+    with pytest.raises(UserError, match="was started with --format json: use that"):
         run("http://127.0.0.1:1/v1", num_instructions_to_generate=2)
 
 
@@ -389,7 +389,7 @@ def test_a_journal_from_before_there_were_formats_is_of_text(teacher, run, tmp_p
     (tmp_path / "out").mkdir()
     with Journal(tmp_path / "out" / "regen.journal") as journal:
         journal.append([{"seed": 1, "seeded": False, "start": 0, "num_prompt_instructions": 3}])
-    with pytest.raises(UserError, match="was begun with --format text: keep that"):
+    with pytest.raises(UserError, match="was started with --format text: use that"):
         run("http://127.0.0.1:1/v1", format="json")
     assert texts(run(teacher(always_fresh()), num_instructions_to_generate=1)) == [fresh(0)]
 
@@ -400,7 +400,7 @@ def test_the_time_limit_ends_a_run_with_a_plain_statement(teacher, run, capsys):
         return reply(fresh(0))
 
     assert texts(run(teacher(answer), time_limit=0.5)) == [fresh(0)]
-    assert "the time limit of 0.5 s ended the run before 100 were kept\n1 instruction in" in capsys.readouterr().out
+    assert "limit of 0.5 s ended the run short of 100 instructions\n1 instruction in" in capsys.readouterr().out
 
 
 def test_the_run_goes_on_through_faults_and_ends_with_enough(teacher, run, tmp_path):
@@ -435,7 +435,7 @@ def test_the_run_goes_on_through_faults_and_ends_with_enough(teacher, run, tmp_p
     ("flags", "words"),
     [
         ({"api": "responses"}, ["api must be chat or completions"]),
-        ({"model_name": None}, ["no model to ask: model_name"]),
+        ({"model_name": None}, ["no model to ask: set model_name"]),
         ({"max_concurrency": 0}, ["max_concurrency must be at least 1"]),
         ({"num_prompt_instructions": 0}, ["--num_prompt_instructions must be 1 to 4, the tasks in"]),
         ({"num_prompt_instructions": 5}, ["--num_prompt_instructions must be 1 to 4, the tasks in"]),
@@ -444,7 +444,7 @@ def test_the_run_goes_on_through_faults_and_ends_with_enough(teacher, run, tmp_p
         ({"max_tokens": 0}, ["max_tokens must be at least 1"]),
         ({"seed_tasks_path": "no.jsonl"}, ["no.jsonl does not exist"]),
         ({"prompt_path": "no.txt"}, ["no.txt does not exist"]),
-        ({"prompt_path": sys.executable}, ["is not UTF-8 text"]),
+        ({"prompt_path": sys.executable}, ["is not UTF-8"]),
         ({"base_url": "127.0.0.1:8000"}, ["base_url is not a URL"]),
         ({"base_url": None}, ["no server to ask: set OPENAI_API_KEY"]),
     ],
@@ -477,7 +477,7 @@ def test_a_bad_seed_task_is_told_with_its_number(tmp_path, task):
 
 def test_no_seed_tasks_are_refused(tmp_path):
     (tmp_path / "seeds.jsonl").write_text("\n")
-    with pytest.raises(UserError, match="holds no seed tasks"):
+    with pytest.raises(UserError, match="has no records"):
         utils.load_seed_tasks(str(tmp_path / "seeds.jsonl"))
 
 

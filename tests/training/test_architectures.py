@@ -119,7 +119,7 @@ def test_a_family_trains_is_saved_reads_back_and_answers(name, adapted, bases, d
     row["packed"] = "" if "examples are padded" in printed else "yes"
     row["asked"] = "" if name in CANNOT_BE_ASKED else "yes"
     row["left"] = found(r"LoRA leaves [\d.]+% of the parameters .*?: (.*)", printed) if adapted else row.get("left", "")
-    row["frozen"] = "the part for images" if "images or sound stays as it is" in printed else ""
+    row["frozen"] = "the part for images" if "images or sound are not trained" in printed else ""
     row["dropped"] = found(r"of the checkpoint's values: (\S+) \([\d.]+%\)", printed)
 
 

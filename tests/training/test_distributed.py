@@ -441,7 +441,7 @@ def test_tokens_that_were_added_to_the_vocabulary_get_their_rows(tiny_llama, tmp
 @pytest.mark.parametrize(
     "records, extra, message",
     [
-        ([{"instruction": "Say x.", "input": ""}], (), 'record 1: no "output" field'),
+        ([{"instruction": "Say x.", "input": ""}], (), 'record 1: no text "output"'),
         ([], (), "data.json"),
         (make_records(4), ("--model_max_length", 32), "raise model_max_length"),
         (make_records(4), ("--model_max_length", 4), "--model_max_length must leave room"),

@@ -178,13 +178,8 @@ def test_an_adapter_that_learned_nothing_leaves_no_model(tiny_llama, data, tmp_p
 
 
 def test_flags_that_do_not_go_together_are_one_line(tiny_llama, data, tmp_path):
-    for flags, words in [
-        (("--load_in_4bit", "True", "--lora_r", 0), "set --lora_r too"),
-        (("--lora_dropout", 1.0), "--lora_dropout from 0 to below 1"),
-        (("--lora_r", -1), "--lora_r must be at least 0"),
-    ]:
-        with pytest.raises(UserError, match=words):
-            run(tiny_llama, data, tmp_path, *flags)
+    with pytest.raises(UserError, match="add --lora_r 16"):
+        run(tiny_llama, data, tmp_path, "--load_in_4bit", "True", "--lora_r", 0)
 
 
 def test_a_base_without_an_eos_is_refused(tiny_llama, data, tmp_path):

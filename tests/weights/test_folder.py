@@ -128,7 +128,10 @@ def test_overwrite_leaves_what_is_no_model_and_what_is_an_input(tmp_path):
         raise AssertionError("not reached")
     raw = model(home / "raw", "raw")
     for path, overwrite in itertools.product((raw, home, home / "x" / ".." / "raw"), (True, False)):
-        with pytest.raises(UserError, match="is, or holds, the input"), model_folder(path, "--out", overwrite, [raw]):
+        with (
+            pytest.raises(UserError, match="is, contains or lies in"),
+            model_folder(path, "--out", overwrite, [raw]),
+        ):
             raise AssertionError("not reached: without overwrite too, or the message would say to remove the input")
     assert left_in(tmp_path) == ["home"] and left_in(home) == ["raw", "thesis"]
 
@@ -187,7 +190,10 @@ def test_a_target_in_an_input_is_refused(tmp_path):
     raw = model(tmp_path / "raw", "raw")
     (tmp_path / "link").symlink_to(raw)
     for path in (raw / "out", raw / "a" / "b", tmp_path / "link" / "out"):
-        with pytest.raises(UserError, match="is inside the input .*raw"), model_folder(path, "--out", inputs=[raw]):
+        with (
+            pytest.raises(UserError, match="or lies in the input .*raw"),
+            model_folder(path, "--out", inputs=[raw]),
+        ):
             raise AssertionError("not reached")
     assert left_in(raw) == ["config.json", "model.safetensors"]
 
@@ -212,7 +218,7 @@ def test_a_mount_point_as_target_is_refused_before_anything_is_made(tmp_path, mo
     target = tmp_path / "target"
     target.mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == target)
-    with pytest.raises(UserError, match="--out .*target is where a disk is mounted: choose a folder inside it"):
+    with pytest.raises(UserError, match="--out .*target is a mount point: choose a folder inside it"):
         with model_folder(target, "--out"):
             raise AssertionError("not reached")
     assert left_in(tmp_path) == ["target"]
@@ -234,7 +240,7 @@ def test_the_only_copy_stays_when_something_else_has_come_to_its_place(tmp_path)
     target.mkdir()
     (target / "thesis").touch()
     with (
-        pytest.raises(UserError, match="exists, but .*replaced holds what it replaced"),
+        pytest.raises(UserError, match="exists, and .*replaced holds what it replaced"),
         model_folder(target, "--out", True),
     ):
         raise AssertionError("not reached")
@@ -247,10 +253,7 @@ def test_a_link_in_the_place_of_the_unfinished_folder_is_not_followed(tmp_path, 
     other.mkdir()
     (other / "thesis").touch()
     unfinished.touch() if what == "file" else unfinished.symlink_to(other if "folder" in what else tmp_path / "none")
-    with (
-        pytest.raises(UserError, match=".target.unfinished is a link or a file"),
-        model_folder(tmp_path / "target"),
-    ):
+    with pytest.raises(OSError), model_folder(tmp_path / "target"):
         raise AssertionError("not reached")
     assert left_in(other) == ["thesis"] and left_in(tmp_path) == [".target.unfinished", "other"]
 

@@ -33,8 +33,8 @@ def near_duplicates(records: list[dict], threshold: float = MAX_SIMILARITY) -> d
     """Return {index: evidence} of each record whose instruction and input have ROUGE-L F > threshold with a kept one.
 
     Records are taken in order, as in dedup; those that ``duplicates`` finds are left out. ROUGE-L sees the words of any
-    script, but no symbols: only records with the same symbols are compared. Where both have an input, those must be
-    near too, since one long instruction may be asked of many short inputs.
+    script, but no symbols: only records with the same symbols are compared. If both have an input, those must be near
+    too, since one long instruction may come with many short inputs.
     """
     copies, found = duplicates(records), {}
     texts = {i: f"{r['instruction']} {input_of(r)}" for i, r in enumerate(records) if i not in copies}
@@ -67,29 +67,29 @@ def _rouge_l(a: str, b: str) -> float:
 RECORD_CLASSES: dict[str, tuple[str, Callable[[dict], str | None]]] = {
     "empty-output": ("the output is empty", answers.empty_output),
     "na-output": ("the output says N/A where an answer should be", answers.na_output),
-    "input-field": ('the input says "no input" or the like: it should be ""', answers.input_field),
-    "link": ("asks about a page behind a link: the answer is made up", questions.link),
-    "missing-input": ("refers to text that is not there: the answer is made up", questions.missing_input),
-    "empty-code": ("the code that it refers to is not there", questions.empty_code),
-    "needs-media": ("asks to make or to look at a picture", questions.needs_media),
+    "input-field": ('the input says "no input" or similar: it should be ""', answers.input_field),
+    "link": ("asks about the page of a link: the answer is made up", questions.link),
+    "missing-input": ("refers to missing text: the answer is made up", questions.missing_input),
+    "empty-code": ("refers to missing code", questions.empty_code),
+    "needs-media": ("asks to make or look at a picture", questions.needs_media),
     "nonsense": ("the instruction makes no sense", questions.nonsense),
     "merged": ("contains the next task or the teacher's prompt", answers.merged),
     "chat-token": ("contains a chat template's token or a model's thoughts", marks.chat_token),
-    "as-an-ai": ("the output talks of itself as a model, unasked", marks.as_an_ai),
-    "error-text": ("a server's error message in place of an answer", marks.error_text),
-    "label": ('the output begins with "Output:" or the like', marks.label),
-    "chatter": ("the output ends in an offer to the user", marks.chatter),
-    "echo": ("the output begins with a copy of the instruction", marks.echo),
-    "repetition": ("the output is one sentence over and over", marks.repetition),
+    "as-an-ai": ("the output mentions being an AI model, unasked", marks.as_an_ai),
+    "error-text": ("a server's error message instead of an answer", marks.error_text),
+    "label": ('the output starts with "Output:" or similar', marks.label),
+    "chatter": ("the output ends with an offer to the user", marks.chatter),
+    "echo": ("the output starts with a copy of the instruction", marks.echo),
+    "repetition": ("the output repeats one sentence", marks.repetition),
     "cut-off": ("the output is cut off", answers.cut_off),
     "no-full-stop": ("the last sentence has no end", answers.no_full_stop),
     "wrong-arithmetic": ("a calculation is wrong", arithmetic.wrong_arithmetic),
-    "mojibake": ("text that was decoded with the wrong encoding", answers.mojibake),
+    "mojibake": ("text decoded with the wrong encoding", answers.mojibake),
     "stray-escape": ("escape sequences or control characters outside code", answers.stray_escape),
 }
 SET_CLASSES: dict[str, tuple[str, Callable[[list[dict]], dict[int, str]]]] = {
-    "duplicate": ("an earlier record asks the same in the same words", duplicates),
-    "near-duplicate": ("an earlier record asks almost the same in almost the same words", near_duplicates),
+    "duplicate": ("same instruction and input as an earlier record", duplicates),
+    "near-duplicate": ("almost the same instruction and input as an earlier record", near_duplicates),
 }
 CLASSES = {name: reason for name, (reason, _) in (RECORD_CLASSES | SET_CLASSES).items()}
 OPT_IN = {"no-full-stop"}  # under 80% precision: docs/LOG.md
