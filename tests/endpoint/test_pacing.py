@@ -304,10 +304,7 @@ def test_the_breaker_waits_for_what_is_in_flight():
     pace.refused(2, first, {}, "HTTP 503: overloaded")
     assert pace.stuck(700) is None  # the second may still succeed
     pace.refused(700, second, {}, "HTTP 429: slow down")
-    assert (
-        pace.stuck(700)
-        == "no request has succeeded for 700 s: run the same command later, or raise give_up_after (last error: HTTP 429: slow down)"
-    )
+    assert pace.stuck(700).startswith("no request has succeeded for 700 s (last error: HTTP 429: slow down): try later")
     third = pace.sent(701)
     pace.accepted(702, third, {})
     assert pace.stuck(5000) is None
@@ -322,9 +319,8 @@ def test_a_wait_beyond_the_breaker_is_reported_at_once():
     pace.refused(1, first, {"retry-after": "3601"}, "HTTP 429: quota of the day")
     assert pace.stuck(1) is None
     pace.accepted(2, second, {})
-    assert (
-        pace.stuck(2)
-        == "the server asks to wait 3,600 s: run the same command later, or raise give_up_after (last error: HTTP 429: quota of the day)"
+    assert pace.stuck(2).startswith(
+        "the server asks to wait 3,600 s (last error: HTTP 429: quota of the day): try later"
     )
     pace = Pace(4)
     pace.refused(1, pace.sent(0), {"retry-after": "500"})
@@ -374,10 +370,7 @@ def test_all_who_wait_are_released_when_it_is_stuck():
 
     errors = asyncio.run(asyncio.wait_for(run(), 20))
     assert [type(error) for error in errors] == [UserError] * 3
-    assert (
-        str(errors[0])
-        == "the server asks to wait 7,200 s: run the same command later, or raise give_up_after (last error: HTTP 429: no more today)"
-    )
+    assert str(errors[0]).startswith("the server asks to wait 7,200 s (last error: HTTP 429: no more today): try later")
 
 
 def test_a_refused_request_goes_before_those_that_were_never_sent():
