@@ -1,7 +1,7 @@
-"""Which checkpoint a run resumes from: the newest that is complete, if it is of this model, data and recipe.
+"""Which checkpoint a run resumes from: the newest complete one, if its model, data and recipe are the same.
 
 trainer.py writes checkpoints so that every checkpoint-N is complete, with a checkpoint.json that lists its files. This
-module handles what happens to them later: a copy that lost a file, another command, a return to an older one.
+module handles what happens to them later: a copy without some file, another command, a return to an older one.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from alpaca.training.distributed import say
 from alpaca.training.examples import columns
 from alpaca.weights.checkpoint import WEIGHTS, read_json
 
-RESUME = "--resume_from_checkpoint auto"  # what messages advise to add to the same command
-STAGING = ".saving"  # in the output folder: what is not complete yet
+RESUME = "--resume_from_checkpoint auto"  # messages advise to add this to the same command
+STAGING = ".saving"  # in the output folder: incomplete saves
 REHEARSAL = ".save-rehearsal"  # in the output folder: what the rehearsal saves, on the file system of the run
-MANIFEST = "checkpoint.json"  # each file of a checkpoint with its size, and what run wrote it
+MANIFEST = "checkpoint.json"  # each file of a checkpoint with its size, and the run that wrote it
 # Folders of torch.distributed.checkpoint under FSDP, as accelerate names them: each rank writes its own shard.
 SHARDED_MODEL, SHARDED_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
-# Arguments that the states of optimizer and schedule in a checkpoint override (torch 2.13), or that make another model;
-# and some that may differ.
+# Arguments that a checkpoint's optimizer and schedule states override (torch 2.13), or that change the model; then
+# those that may differ.
 FIXED = {"learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args"}
 FIXED |= {"optim_target_modules", "lr_scheduler_type", "lr_scheduler_kwargs", "lora_r", "tensors"}
 OF_A_SESSION = {"output_dir", "resume_from_checkpoint", "preflight_only", "skip_save_rehearsal", "gpu_hour_price"}
-# Facts that must stay the same (see run_facts), and the arguments that they follow from. With other data, a record that
-# is held out now may have been trained on; in another order, some examples come twice in an epoch.
+# Facts that must stay the same (see run_facts), and the arguments that decide them. With other data, a record that is
+# held out now may have been trained on; in another order, some examples come twice in an epoch.
 MUST_STAY = {
     "examples": "data_path, eval_fraction, data_seed or seed, packing, model_max_length, template and tokenizer",
     "examples_per_step": "batch size x gradient_accumulation_steps x processes",
@@ -56,30 +56,30 @@ def choose_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
     """
     chosen = Path(resume) if resume else None
     if any((output_dir / name).exists() for name in WEIGHTS):
-        raise UserError(f"{output_dir} holds a trained model, the run is finished: choose another folder, or remove it")
+        raise UserError(f"{output_dir} has a trained model, the run is finished: choose another folder, or remove it")
     if resume == "auto":
         chosen = newest_complete_checkpoint(output_dir)
-        say(f"resuming from {chosen}" if chosen else f"no complete checkpoint in {output_dir}: from the beginning")
+        say(f"resuming from {chosen}" if chosen else f"no complete checkpoint in {output_dir}: starting from scratch")
     elif chosen and (chosen / TRAINER_STATE_NAME).exists() and not (chosen / MANIFEST).exists():
-        say(f"note: {chosen} has no {MANIFEST} (a plain Trainer's?): it may be incomplete, or of another model")
+        say(f"note: {chosen} has no {MANIFEST}: it may be incomplete, or from another model")
     elif chosen and (missing := what_is_missing(chosen)):
-        raise UserError(f"{chosen} is not a complete checkpoint ({missing}): {RESUME} takes the newest that is")
+        raise UserError(f"{chosen} is not a complete checkpoint ({missing}): use the newest complete one with {RESUME}")
     elif not chosen and (there := newest_first(output_dir)):
-        raise UserError(f"{there[0]} is of an interrupted run: resume it with {RESUME}, or choose another folder")
+        raise UserError(f"{there[0]} is from an interrupted run: resume it with {RESUME}, or choose another folder")
     if torch.distributed.is_initialized():
         seen = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(seen, chosen and chosen.name)
         if len(set(seen)) > 1:
-            raise UserError(f"the nodes see different checkpoints: all must share {output_dir}")
+            raise UserError(f"the nodes see different checkpoints: put {output_dir} on a shared file system")
     return chosen
 
 
 def newest_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
-    """Return the complete checkpoint of the highest step in a folder; print which newer ones it skips, and why."""
+    """Return the newest complete checkpoint in a folder; print which newer ones are skipped, and why."""
     for path in newest_first(Path(output_dir)):
         if (missing := what_is_missing(path)) is None:
             return path
-        say(f"note: {path} is not complete ({missing}): skipped")
+        say(f"note: skipped {path}, which is incomplete ({missing})")
     return None
 
 
@@ -92,8 +92,8 @@ def newest_first(output_dir: Path) -> list[Path]:
 def what_is_missing(folder: Path) -> str | None:
     """Return why a folder is not known to be a complete checkpoint, in a few words; None if it is one.
 
-    All files that its checkpoint.json lists must be there in their sizes. A plain Trainer's checkpoint has none: what a
-    kill left half-written looks like a whole one.
+    All files listed in its checkpoint.json must exist with their sizes. A plain Trainer's checkpoint has no such file:
+    one left half-written by a kill looks like a complete one.
     """
     try:
         files = read_json(folder / MANIFEST)["files"]
@@ -102,11 +102,11 @@ def what_is_missing(folder: Path) -> str | None:
     for name, size in files.items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != size:
             return f"{name} is missing or does not have its {size:,} bytes"
-    return None if any(name.startswith("rng_state") for name in files) else "save_only_model left out its optimizer"
+    return None if any(name.startswith("rng_state") for name in files) else "save_only_model omitted its optimizer"
 
 
 def run_facts(model: torch.nn.Module, dataset: Sequence, args) -> dict[str, str | int | bool]:
-    """Describe a run for checkpoint.json: what must stay the same when it is resumed, and its number of processes.
+    """Describe a run for checkpoint.json: what must stay the same on resume, and the number of processes.
 
     The model must not be sharded yet. The dataset may be bins or a subset, with the examples as its ``dataset``.
     """
@@ -126,10 +126,10 @@ def run_facts(model: torch.nn.Module, dataset: Sequence, args) -> dict[str, str 
 
 
 def compare(checkpoint: Path, here: dict) -> None:
-    """Compare a run's arguments, or its facts, with those in a checkpoint.json, and print those that may change.
+    """Compare a run's arguments, or its facts, with those in a checkpoint.json, and print the changes.
 
     Raises:
-        UserError: one that may not change has changed.
+        UserError: a change that is not allowed.
     """
     file = checkpoint / MANIFEST
     manifest = read_json(file) if file.exists() else {}
@@ -137,20 +137,20 @@ def compare(checkpoint: Path, here: dict) -> None:
     names = sorted(name for name in there.keys() & here.keys() - OF_A_SESSION if there[name] != here[name])
     changes = {name: f"{name} {there[name]} (now {here[name]})" for name in names}
     if fixed := [changes[name] for name in names if name in FIXED]:
-        cure = "give the same again, or start a new run in another folder"
+        cure = "use the same, or start a new run in another folder"
         raise UserError(f"{checkpoint} was trained with {', '.join(fixed)}, which cannot change midway: {cure}")
     for name in [name for name in names if name in MUST_STAY]:
-        cure = f'give the same {MUST_STAY[name]}, or, to continue anyway, remove "{name}" from {file}'
+        cure = f'use the same {MUST_STAY[name]}, or, to continue anyway, remove "{name}" from {file}'
         raise UserError(f"{checkpoint} was trained with {changes[name]}: {cure}")
     if changes:
-        say(f"note: {checkpoint.name} was trained with {', '.join(changes.values())}: obeyed from here on")
+        say(f"note: {checkpoint.name} was trained with {', '.join(changes.values())}: the new values apply from here")
 
 
 @contextlib.contextmanager
 def only_run(output_dir: str | os.PathLike) -> Iterator[None]:
-    """Keep other runs away from a folder, and remove what a killed one left half-written in it.
+    """Lock a folder against other runs, and remove what a killed one left half-written in it.
 
-    Every rank must call it; UserError on each if another run is there.
+    Every rank must call it; each gets a UserError if another run holds the lock.
     """
     refused = [None]
     with contextlib.ExitStack() as held:
@@ -171,8 +171,8 @@ def only_run(output_dir: str | os.PathLike) -> Iterator[None]:
 def set_aside_newer(output_dir: Path, checkpoint: Path | None) -> None:
     """Move checkpoints newer than the one a run resumes from (all, if that is elsewhere) into OUT/abandoned-1 (2, …).
 
-    They are incomplete or of a branch that was left: they must not be chosen later, nor count in save_total_limit.
-    Nothing is deleted: one may return to that branch by name. Only rank 0 does it.
+    They are incomplete or from an abandoned branch: they must not be chosen later, nor count in save_total_limit.
+    Nothing is deleted: a later run can resume that branch by name. Only rank 0 does it.
     """
     if int(os.environ.get("RANK", 0)) != 0:
         return
@@ -183,4 +183,4 @@ def set_aside_newer(output_dir: Path, checkpoint: Path | None) -> None:
         for path in newer:
             os.rename(path, left / path.name)
         names, begin = ", ".join(path.name for path in newer), checkpoint or "the beginning"
-        say(f"note: moved {names} to {left}: this run continues from {begin}; delete what you do not need")
+        say(f"note: moved {names} to {left}, as this run continues from {begin}; delete them if not needed")

@@ -1,4 +1,4 @@
-"""How a run is distributed: process groups, and FSDP or DeepSpeed set up so that they are really on.
+"""How a run is distributed: process groups, and FSDP or DeepSpeed set up so that they are really used.
 
 ``before_init`` and ``after_init`` work on train.py's TrainingArguments, around the library's own ``__post_init__``.
 """
@@ -23,10 +23,10 @@ from alpaca.weights.checkpoint import read_json
 
 
 def before_init(args) -> None:
-    """Settle on ``args`` what the library would refuse, ignore, or do by halves.
+    """Set on ``args`` what the library would refuse, ignore, or do only in part.
 
     Raises:
-        UserError: bf16, FSDP or DeepSpeed cannot be had here, or not as they were asked for.
+        UserError: bf16, FSDP or DeepSpeed is not available, or not as requested.
     """
     gpu = torch.accelerator.is_available() and not args.use_cpu
     if args.tf32 and not (gpu and is_torch_tf32_available()):
@@ -34,28 +34,28 @@ def before_init(args) -> None:
         args.tf32 = None
     if (args.bf16 or args.bf16_full_eval) and gpu and torch.cuda.is_available():
         if not torch.cuda.is_bf16_supported(including_emulation=False):  # the library lets emulation pass
-            raise UserError("this GPU has no bf16 (emulated, it is many times slower): use fp16, or neither")
+            raise UserError("this GPU has no bf16 (emulation is many times slower): use fp16, or neither")
     _translate_fsdp(args)
     if args.fsdp and args.deepspeed:
-        raise UserError("fsdp and deepspeed both shard the model: drop one of them")
+        raise UserError("--fsdp and --deepspeed both shard the model: drop one of them")
     if args.fsdp:
         _set_up_fsdp(args, gpu)
     elif args.deepspeed:
         _set_up_deepspeed(args, gpu)
     elif not gpu:
-        # Without this, each of several processes would train alone, and all of them would write the result.
+        # Otherwise each of several processes would train alone, and all of them would write the result.
         args.use_cpu = True
 
 
 def after_init(args) -> None:
-    """Set what needs the library's finished arguments: one GPU a process, and FSDP's types under bf16."""
+    """Set what needs the library's finished arguments: one GPU per process, and FSDP's types under bf16."""
     if (gpus := getattr(args, "_n_gpu", 1)) > 1:
         # The library would split each batch over all of them by nn.DataParallel, and multiply the batch size. Private,
-        # as it has no argument for the number of GPUs (5.23).
-        say(f"note: one GPU of {gpus} is used; torchrun --nproc_per_node={gpus} train.py … uses them all")
+        # as there is no argument for the number of GPUs (5.23).
+        say(f"note: using one of {gpus} GPUs; to use all, run torchrun --nproc_per_node={gpus} train.py …")
         args._n_gpu = 1
     if args.fsdp and args.bf16:
-        # The default output type is bf16 as well, and that rounds the loss itself to 8 bits of mantissa.
+        # The default output type is also bf16, which rounds the loss itself to 8 bits of mantissa.
         args.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
         )
@@ -68,7 +68,7 @@ def _translate_fsdp(args) -> None:
     if words in (["false"], ["true"]):
         return
     if unknown := set(words) - {"full_shard", "auto_wrap", "offload"}:
-        raise UserError(f"--fsdp {' '.join(sorted(unknown))} is not known: use --fsdp with configs/fsdp.json")
+        raise UserError(f"--fsdp {' '.join(sorted(unknown))} is unknown: use --fsdp --fsdp_config configs/fsdp.json")
     offload = "offload" in words
     file = "fsdp_offload.json" if offload else "fsdp.json"
     say(f'warning: --fsdp "{" ".join(words)}" is now --fsdp --fsdp_config configs/{file}')
@@ -77,10 +77,10 @@ def _translate_fsdp(args) -> None:
 
 def _set_up_fsdp(args, gpu: bool) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) < 2:
-        raise UserError("fsdp shards over processes, and there is only one: start more with torchrun, or leave it out")
+        raise UserError("--fsdp shards over processes, and there is only one: start more with torchrun, or drop --fsdp")
     config = args.fsdp_config = read_config(args.fsdp_config)
     if config.get("version", 2) != 2:
-        raise UserError(f"fsdp_config has version {config['version']}: leave it out, FSDP2 is used")
+        raise UserError(f"--fsdp_config has version {config['version']}: remove it (FSDP2 is used)")
     config.setdefault("state_dict_type", "SHARDED_STATE_DICT")  # the library's default gathers each save
     if config.get("cpu_offload"):
         # While gradients accumulate, each GPU would hold all of them, unsharded: 27 GB for 7B in float32.
@@ -90,8 +90,8 @@ def _set_up_fsdp(args, gpu: bool) -> None:
         os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"} if gpu else {}
     if not gpu:
         config.pop("cpu_offload", None)  # everything is in the CPU's memory already
-        # Without an accelerator the library would quietly train with DDP instead: FSDP is enabled only for a process
-        # group that calls itself MULTI_GPU. The group is made here, so that it does.
+        # Without an accelerator the library would silently train with DDP: it enables FSDP only for a process group of
+        # type MULTI_GPU. So the group is made here with that type.
         _configure_cpu_state(args, "MULTI_GPU")
 
 
@@ -100,21 +100,21 @@ def _set_up_deepspeed(args, gpu: bool) -> None:
         install = "DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed==0.19.8"
         raise UserError(f"DeepSpeed is not installed: {install}; or use FSDP with configs/fsdp_offload.json")
     if "LOCAL_RANK" not in os.environ:
-        raise UserError("DeepSpeed needs torchrun, also with one GPU: torchrun --nproc_per_node=1 train.py …")
+        raise UserError("DeepSpeed needs torchrun, even with one GPU: torchrun --nproc_per_node=1 train.py …")
     config = args.deepspeed = read_config(args.deepspeed)
     if "scheduler" in config:
-        say("warning: the scheduler of the DeepSpeed file replaces lr_scheduler_type: remove it there")
+        say("warning: the scheduler in the DeepSpeed file overrides --lr_scheduler_type: remove it there")
     zero = config.get("zero_optimization", {})
     if zero.get("stage") == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True  # the original's file has False: no model is saved
     if not gpu:
-        for part in ("offload_optimizer", "offload_param"):  # both need a GPU: pinned memory, and a place to leave
+        for part in ("offload_optimizer", "offload_param"):  # both need a GPU: pinned memory, and a GPU to offload
             zero.pop(part, None)
         _configure_cpu_state(args, "DEEPSPEED")
 
 
 def _configure_cpu_state(args, distributed_type: str) -> None:
-    """Make the process group of CPUs, under the name from which the library infers what it may do with it."""
+    """Make the process group of CPUs, with the type from which the library infers what it may do with it."""
     if distributed_type == "DEEPSPEED":
         os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"}
         import deepspeed
@@ -127,7 +127,7 @@ def _configure_cpu_state(args, distributed_type: str) -> None:
 
 
 def read_config(config: str | dict | None) -> dict:
-    """Return a copy of a configuration that is a file, JSON text, a dictionary, or None (empty)."""
+    """Return a copy of a configuration given as a file, JSON text, a dictionary, or None (empty)."""
     if not isinstance(config, str):
         return copy.deepcopy(config or {})
     if not config.lstrip().startswith("{"):

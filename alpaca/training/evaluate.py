@@ -1,5 +1,5 @@
-"""What an evaluation gives: losses summed over the supervised tokens of each example, however they are batched; the
-loss of each record; and sample answers, to see a model learn."""
+"""Evaluation: losses summed over each example's supervised tokens, independent of batching; the loss of each record;
+sample answers, to watch a model learn."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from alpaca.training.packing import SEGMENTS, library_attention, pad, set_attent
 
 BATCH_TOKENS = 2048  # padding included: their logits over 128,256 tokens are 1 GB in float32
 GREEDY = Settings(max_new_tokens=60, temperature=0)
-KEY = "eval_sample_{}"  # in the Trainer's log, and so in TensorBoard, W&B and trackio, and in a checkpoint
-ANSWER = "\n\n→ "  # between prompt and answer there
+KEY = "eval_sample_{}"  # in the Trainer's log, and so in TensorBoard, W&B, trackio and checkpoints
+ANSWER = "\n\n→ "  # between prompt and answer in it
 
 
 def sums_by_example(logits: torch.Tensor, batch: dict) -> torch.Tensor:
@@ -54,7 +54,7 @@ def sums_by_example(logits: torch.Tensor, batch: dict) -> torch.Tensor:
 def reference_losses(
     model, tokenizer, records: list[dict], template: str | None = None
 ) -> list[tuple[float, int] | None]:
-    """Return the loss of each record's last answer after the tokens with which a model is asked it, as in training.
+    """Return the loss of each record's last answer, given the prompt's tokens as in training and chat.
 
     Args:
         model: a causal model, which computes in its own type.
@@ -63,7 +63,7 @@ def reference_losses(
         template: as for inference.chat.request_ids(); by default the one that the model was trained with.
 
     Returns:
-        Mean negative log-likelihood in nats a token, and the number of tokens; None where no token of the output fits.
+        Mean negative log-likelihood in nats per token, and the number of tokens; None if no token of the output fits.
     """
     if not records:
         return []
@@ -91,17 +91,16 @@ def reference_losses(
 
 
 class Samples(TrainerCallback):
-    """Answer the first held-out prompts with the tokens and the code with which chat asks, and log them.
+    """Answer the first held-out prompts with chat's tokens and code, and log the answers.
 
-    Training does not notice: nothing is drawn at temperature 0, the library has just evaluated, so the model is in
-    eval mode, and the attention of flattened batches is put back. Under FSDP every forward pass gathers weights from
-    all ranks, so each rank answers all prompts, and always to the last of max_new_tokens: none may end early. Under
-    DeepSpeed nothing is answered, since its engine keeps no whole weights for this. A model that cannot generate is
-    reported once.
+    Training is not affected: nothing is sampled at temperature 0, the library has just evaluated, so the model is in
+    eval mode, and the attention of flattened batches is restored. Under FSDP every forward pass gathers weights from
+    all ranks, so each rank answers all prompts, always up to max_new_tokens: none may stop early. Under DeepSpeed
+    there are no answers, since its engine has no whole weights for this. A model that cannot generate is reported once.
 
     Args:
         trainer: of the run.
-        records: held out; the first ones are used whose prompts are shorter than ``longest`` tokens.
+        records: held out; the first three whose prompts are shorter than ``longest`` tokens are used.
     """
 
     def __init__(self, trainer, records: Sequence[dict], longest: int):
@@ -121,9 +120,9 @@ class Samples(TrainerCallback):
             return
         try:
             answers = self._answers(trainer.model, trainer.is_fsdp_enabled)
-        except Exception as e:  # of any architecture; training continues
+        except Exception as e:  # from any architecture; training continues
             self.prompts = []
-            say(f"note: no sample answers, this model does not generate here: {first_line(e)}")
+            say(f"note: no sample answers, as this model cannot generate here: {first_line(e)}")
             return
         pairs = list(zip(self.texts, answers, strict=True))
         trainer.log({KEY.format(n): text + ANSWER + answer for n, (text, answer) in enumerate(pairs)})
@@ -152,7 +151,7 @@ class Samples(TrainerCallback):
         return [text.rest() for text in texts]
 
     def shown(self) -> list[dict]:
-        """Return each prompt with its answer at each step; those of earlier sessions are in a checkpoint's log."""
+        """Return each prompt with its answers by step; those of earlier sessions come from a checkpoint's log."""
         found = []
         for n, text in enumerate(self.texts):
             log = [entry for entry in self.trainer.state.log_history if KEY.format(n) in entry]

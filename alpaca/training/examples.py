@@ -21,12 +21,12 @@ from alpaca.prompts import answer_ids, format_prompt, prompt_ids
 
 IGNORE_INDEX = -100  # torch's cross entropy skips it
 
-# In the cache's key: raise it when the same record gives other tokens or labels, or a cache has other files.
+# In the cache's key: raise it when the same record gives other tokens or labels, or the cache's files change.
 RULE_VERSION = 4
 
 
 def make_example(prompt: list[int], answer: list[int], max_length: int) -> dict[str, list[int]]:
-    """Return the row that teaches an answer: ``input_ids``, and ``labels`` that are IGNORE_INDEX for the prompt."""
+    """Return the row for an answer: ``input_ids``, and ``labels`` that are IGNORE_INDEX for the prompt."""
     labels = [IGNORE_INDEX] * len(prompt) + answer
     return {"input_ids": [*prompt, *answer][:max_length], "labels": labels[:max_length]}
 
@@ -34,9 +34,9 @@ def make_example(prompt: list[int], answer: list[int], max_length: int) -> dict[
 def preprocess(records: list[dict], tokenizer, max_length: int) -> list[dict]:
     """Return the example of each record in Alpaca's prompt, cut to max_length tokens.
 
-    The tokens are those of the prompt, exactly as chat asks it, then those of the answer, then EOS. The original
+    The tokens are those of the prompt, exactly as chat sends it, then those of the answer, then EOS. The original
     tokenized prompt and answer together: the tokens are the same except where one token would span both. A special
-    token that is written out in the data, such as "</s>", stays text.
+    token in the data, such as "</s>", stays text.
     """
     prompts = prompt_ids(tokenizer, [format_prompt(record["instruction"], record["input"]) for record in records])
     answers = answer_ids(tokenizer, [record["output"] for record in records])
@@ -45,7 +45,7 @@ def preprocess(records: list[dict], tokenizer, max_length: int) -> list[dict]:
 
 
 def tokenize(records: Sequence[dict], tokenizer, max_length: int) -> list[list[dict]]:
-    """Return the rows of each record, and of each row whether it was "cut".
+    """Return the rows of each record, and for each row whether it was "cut".
 
     A tokenizer whose chat template is marked as trained writes conversations (preprocess_chat). With any other, the
     fields of a record are one row in Alpaca's prompt (preprocess).
@@ -59,10 +59,10 @@ def tokenize(records: Sequence[dict], tokenizer, max_length: int) -> list[list[d
 def preprocess_chat(records: Sequence[dict], tokenizer, max_length: int) -> list[list[dict]]:
     """Return the rows of each record by the tokenizer's own chat template: as preprocess's, and whether each was "cut".
 
-    Each answer follows the tokens with which chat asks for it. Those of the second answer begin with the first one's
-    row in most templates: then both are learned in that row. Where a template writes earlier turns differently (Qwen3's
-    leaves out thoughts), or a token joins an answer's end and what follows, the second answer has a row of its own.
-    Answers of weight 0 are not learned. Answers whose prompt alone fills max_length are left out.
+    Each answer follows the tokens that chat sends for it. Those of the second answer begin with the first one's row in
+    most templates: then both are learned in that row. If a template writes earlier turns differently (Qwen3's leaves
+    out thoughts), or a token spans an answer's end and what follows, the second answer gets its own row. Answers of
+    weight 0 are not learned. Answers whose prompt alone fills max_length are left out.
 
     Raises:
         Unanswerable: the template cannot write a record; ``place`` is its index.
@@ -117,10 +117,10 @@ def _numbers(records: Sequence[dict]) -> Sequence[int]:
 
 
 def hold_out(records: list[dict], count: int, seed: int) -> tuple[Records, Records]:
-    """Return the records without ``count`` of them, drawn at random, and those.
+    """Return (rest, held out): ``count`` records drawn at random are held out.
 
-    Records that ask the same (task_key) go to the same side. Where there are any, the number may differ a little from
-    ``count``; it is 0 only if ``count`` is, or if all records ask the same.
+    Records with the same task (task_key) go to the same side. If there are any, the number may differ a little from
+    ``count``; it is 0 only if ``count`` is, or if all records have the same task.
     """
     groups: dict[tuple, list[int]] = {}
     for i, record in enumerate(records if count else ()):
@@ -192,7 +192,7 @@ class SupervisedDataset:
 
 
 def check_template(records: Sequence[dict], tokenizer, name: str) -> None:
-    """Raise Unanswerable if the chat template fails on a record: the first with each sequence of roles is tried."""
+    """Raise Unanswerable if the chat template fails on a record: one per sequence of roles is tried."""
     tried: set[tuple[str, ...]] = set()
     for number, record in zip(_numbers(records), records, strict=True):
         roles = tuple(message["role"] for message in messages_of(record))
@@ -207,8 +207,8 @@ def check_template(records: Sequence[dict], tokenizer, name: str) -> None:
 def columns(examples: Sequence[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return (ids, lengths, labels, lengths of labels): int64 arrays, all examples end to end.
 
-    ``examples`` is a ``datasets.Dataset`` (read as Arrow, without a Python object for each token), something that has
-    one as its ``examples``, or any sequence of {"input_ids", "labels"}.
+    ``examples`` is a ``datasets.Dataset`` (read as Arrow, without a Python object per token), an object with one as its
+    ``examples``, or any sequence of {"input_ids", "labels"}.
     """
     import datasets
 
@@ -223,7 +223,7 @@ def columns(examples: Sequence[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The cache: an Arrow file for each content, made by one process, mapped by all.
+# The cache: one Arrow file per content, made by one process, mapped by all.
 
 
 def cache_folder() -> Path:
@@ -231,9 +231,9 @@ def cache_folder() -> Path:
 
 
 def load_tokens(records: list[dict], tokenizer, max_length: int):
-    """Return the rows of ``records`` that have a label, from the cache, which is filled first if it lacks them.
+    """Return the rows of ``records`` that have a label, from the cache, which is filled first if needed.
 
-    ``datasets`` makes a cache's folder whole or not at all, and lets one process of a node in at a time.
+    ``datasets`` makes a cache folder completely or not at all, and admits one process of a node at a time.
 
     Returns:
         A memory-mapped ``datasets.Dataset``, in the records' order: ``input_ids``, ``labels`` (lists of int32),
@@ -254,7 +254,7 @@ def load_tokens(records: list[dict], tokenizer, max_length: int):
         if not isinstance(cause, OSError):
             raise cause from None
         where = f"{cause.filename or cache_folder()}: {cause.strerror or cause}"
-        raise UserError(f"{where}: tokens are cached there, XDG_CACHE_HOME moves them") from None
+        raise UserError(f"the token cache cannot be written, {where}: set XDG_CACHE_HOME to another folder") from None
 
 
 def _rows(records: Sequence[dict], tokenizer, max_length: int) -> Iterator[dict]:
@@ -271,15 +271,15 @@ def _rows(records: Sequence[dict], tokenizer, max_length: int) -> Iterator[dict]
                     count += 1
                     yield {**row, "record": number, "length": len(row["input_ids"])}
     if not count:  # datasets cannot read a table of none
-        raise UserError(f"no example of the data fits in {max_length} tokens: raise model_max_length")
+        raise UserError(f"no example fits in {max_length} tokens: raise --model_max_length")
 
 
 def content_key(records: list[dict], tokenizer, max_length: int) -> str:
-    """Return a hash of all that decides the tokens: the records, the tokenizer's content, the maximum, the rule."""
+    """Return a hash of everything that decides the tokens: records, tokenizer, max_length, rule."""
     if not tokenizer.is_fast:
-        raise UserError("this tokenizer has no offsets: convert it to a tokenizer.json with AutoTokenizer")
+        raise UserError("this tokenizer is a slow one, without offsets: convert it to a tokenizer.json")
     core = json.loads(tokenizer.backend_tokenizer.to_str())
-    core["truncation"] = core["padding"] = None  # what its last call asked for
+    core["truncation"] = core["padding"] = None  # settings of its last call
     rule = [RULE_VERSION, tokenizers.__version__, max_length, core]
     rule += [tokenizer.chat_template, tokenizer.special_tokens_map]
     digest = hashlib.sha256(json.dumps(rule, sort_keys=True).encode())

@@ -1,8 +1,7 @@
-"""A script's flags: --help, --config, and those of the original and others of 2023 in today's words.
+"""A script's flags: --help, --config, and the flags of the original and of 2023, translated to today's.
 
 Names, defaults and explanations are read from sources without importing them: a script that reads its command line here
-before it imports torch answers --help and mistakes in a fifth of a second. The one module of the package that names
-flags.
+before it imports torch answers --help and mistakes in a fifth of a second.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ RENAMED = {
 }
 # Flags that switched something on: True becomes this flag and value, False becomes nothing.
 SWITCHES = {"group_by_length": ("train_sampling_strategy", "group_by_length"), "adafactor": ("optim", "adafactor")}
-# Flags without a successor that takes the same value: they are dropped, and the warning says this.
+# Flags without a successor that takes the same value: they are dropped with this warning.
 REMOVED = {
     "fsdp_transformer_layer_cls_to_wrap": "the layer class is found automatically",
     "fsdp_min_num_params": "each decoder layer is sharded on its own",
@@ -88,12 +87,12 @@ def library_flags() -> Flags:
 
 
 def read(argv: Sequence[str], script: str | os.PathLike, about: str, required: Sequence[str] = ()) -> list[str]:
-    """Return a command line with the flags of --config FILE in front of its own, which so win. --help ends here.
+    """Return a command line with the flags of --config FILE before its own, which win. --help is printed here.
 
     Args:
         argv: the words after the script's name.
-        script: with the classes of its flags, one of them made from the library's.
-        about: what --help shows first.
+        script: has the classes of its flags, one of them derived from the library's.
+        about: the text at the top of --help.
         required: flags that must be given.
 
     Raises:
@@ -113,21 +112,21 @@ def read(argv: Sequence[str], script: str | os.PathLike, about: str, required: S
     for name in sorted(given - known - ALL):
         raise unknown_flag(name, sorted(known | {"config"}))
     if missing := [name for name in required if name not in given]:
-        raise UserError(f"--{', --'.join(missing)} must be given (--help shows an example)")
+        raise UserError(f"--{', --'.join(missing)} {'are' if missing[1:] else 'is'} missing (--help shows an example)")
     return words
 
 
 def config_words(path: str | os.PathLike) -> list[str]:
-    """Return the flags in a YAML or JSON file as words of a command line; of a receipt, those that repeat its run."""
+    """Return the flags in a YAML or JSON file as words of a command line; for a receipt, those that repeat its run."""
     text = read_text(path)
-    try:  # in YAML, a save_strategy of no is text, as on a command line, and not false
+    try:  # in YAML, "save_strategy: no" means text, as on a command line, and not false
         config = json.loads(text) if str(path).endswith(".json") else yaml.load(text, yaml.BaseLoader)
     except (ValueError, yaml.YAMLError) as e:
         raise UserError(f"--config {path} is malformed: {' '.join(str(e).split())}") from None
     if isinstance(config, dict) and isinstance(config.get("arguments"), dict):
         config = config["arguments"] | {"resume_from_checkpoint": None}
     if not isinstance(config, dict):
-        raise UserError(f"--config {path} holds no flags: write a line for each, as in learning_rate: 2e-5")
+        raise UserError(f"--config {path} has no flags: write one per line, as in learning_rate: 2e-5")
     words = []
     for name, value in config.items():
         if isinstance(value, list):
@@ -156,11 +155,11 @@ def _help(about: str, groups: dict[str, Flags]) -> str:
 
 
 def translate_flags(argv: list[str], known: set[str]) -> list[str]:
-    """Return a command line of 2023 in today's words; print one warning for each flag that changed.
+    """Return a command line of 2023 with today's flags; print one warning for each flag that changed.
 
     Args:
         argv: the arguments; a value follows its flag, or an equals sign in the same word.
-        known: flags (with their dashes) that the parser has: what the library in use still accepts is left alone.
+        known: flags (with their dashes) of the parser: what the installed library still accepts is left alone.
 
     Raises:
         UserError: a warm-up ratio that is not from 0 to below 1.
@@ -183,7 +182,7 @@ def translate_flags(argv: list[str], known: set[str]) -> list[str]:
             say(f"warning: {flag} is now {new} {wanted}")
             out += (new, wanted) if value.lower() in ("", "true", "1", "yes") else ()
         elif (new := f"--{RENAMED[name]}") in given:
-            say(f"warning: {flag} is now {new}, which is given as well: {flag} is ignored")
+            say(f"warning: {flag} is now {new}, which is also given: {flag} is ignored")
         else:
             ratio = f" {_ratio(value)} (below 1 it is a ratio)" if name == "warmup_ratio" else ""
             say(f"warning: {flag} is now {new}{ratio}")

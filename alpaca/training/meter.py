@@ -1,7 +1,7 @@
-"""What a run shows while it trains: real tokens a second, padding, MFU, peak memory, ETA; log lines and bars.
+"""What a run shows while it trains: real tokens per second, padding, MFU, peak memory, ETA; log lines and bars.
 
-A Trainer calls ``count`` with each batch, ``gather`` before it logs or saves, and logs ``figures`` beside the loss. A
-real token is one that is not padding.
+A Trainer calls ``count`` with each batch, ``gather`` before it logs or saves, and logs ``figures`` with the loss. Real
+tokens are those that are not padding.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from transformers.trainer_callback import ProgressCallback
 
 from alpaca.training.examples import IGNORE_INDEX
 
-# FLOP/s of one GPU at bf16 (V100, T4: fp16) without sparsity, from NVIDIA's data sheets; half the figure if a sheet has
-# only that with sparsity. A card matches the first entry whose words all occur in its name.
+# FLOP/s of one GPU at bf16 (V100, T4: fp16) without sparsity, from NVIDIA's data sheets; half the figure if a sheet
+# states it only with sparsity. A card matches the first entry whose words all occur in its name.
 PEAK_FLOPS = {"GB200": 2500e12, "B200": 2250e12}
 PEAK_FLOPS |= {"H100 PCIe": 756e12, "H100 NVL": 835e12} | dict.fromkeys(("GH200", "H200", "H100", "H800"), 989e12)
 PEAK_FLOPS |= {"L40S": 362e12, "RTX 4090": 165e12}
@@ -33,7 +33,7 @@ PEAK_FLOPS |= {"V100": 125e12, "T4": 65e12}
 
 
 def peak_flops(name: str) -> float | None:
-    """Return FLOP/s of the GPU of that name (``torch.cuda.get_device_name``); None if unknown, or a slice of a GPU."""
+    """Return FLOP/s of the GPU with that name (``torch.cuda.get_device_name``); None if unknown, or a slice of one."""
     words = set(re.split(r"[^A-Za-z0-9]+", name))
     known = (flops for card, flops in PEAK_FLOPS.items() if words.issuperset(card.split()))
     return None if "MIG" in words else next(known, None)
@@ -49,9 +49,9 @@ def model_flops(model: nn.Module) -> tuple[int, int]:
     ``first·T + second·T²``. Recomputation under activation checkpointing does not count.
 
     The input embedding is a look-up and does not count; the output embedding does, tied or not, for each real token.
-    (A run that computes only the logits of supervised tokens spends less than it is credited with: at most 2% at 7B.)
-    A frozen matrix, as under LoRA, has no weight gradient: 4 FLOPs a token. Of a mixture's experts, those that a token
-    passes through count (all of them where the config does not say how many). Convolutions and scans do not count.
+    (A run that computes only the logits of supervised tokens does less than is counted: at most 2% at 7B.) A frozen
+    matrix, as under LoRA, has no weight gradient: 4 FLOPs a token. Of a mixture's experts, those that a token passes
+    through count (all of them if the config does not say how many). Convolutions and scans do not count.
     """
     per_token, config = 0, model.config.get_text_config()
     for module in model.modules():
@@ -115,9 +115,9 @@ class Totals:
     peak_memory: int = 0  # bytes on the fullest rank
 
     def rates(self, peak: float | None) -> dict[str, float]:
-        """Return rates of these counts, as they are logged.
+        """Return rates of these counts, as logged.
 
-        "mfu" is the FLOPs for real tokens as a share of what GPUs of ``peak`` FLOP/s in all could do; None: left out.
+        "mfu" is the FLOPs for real tokens as a share of ``peak``, the FLOP/s of all GPUs; left out if that is None.
         """
         seconds = max(self.train_seconds, 1e-9)
         return {
@@ -129,7 +129,7 @@ class Totals:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that this process has held: allocated by torch on a GPU, resident on a CPU."""
+    """Return this process's peak memory in bytes: allocated by torch on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")  # getrusage's figure would start with that of the parent process
@@ -142,8 +142,8 @@ class Meter(TrainerCallback):
 
     Attributes:
         totals: what was counted until the last ``gather``, over all ranks.
-        earlier_seconds: of the sessions before this one, as far as they are in the checkpoint.
-        peak: FLOP/s of all GPUs at bf16; None if that is unknown.
+        earlier_seconds: of the sessions before this one, as far as the checkpoint knows them.
+        peak: FLOP/s of all GPUs at bf16; None if unknown.
     """
 
     KEY = "meter_totals"  # in trainer_state.json's stateful_callbacks, from which a resumed run continues
@@ -201,7 +201,7 @@ class Meter(TrainerCallback):
     # Callbacks.
 
     def on_train_begin(self, args, state, control, **kwargs):
-        # What came before does not count; what a checkpoint had counted does.
+        # Counts before this point are discarded; those of a checkpoint are kept.
         saved = (state.stateful_callbacks or {}).get(self.KEY, {"attributes": {}})["attributes"]
         self.totals, self._logged = Totals(**saved), Totals(**saved)
         self._seconds, self.earlier_seconds = self.totals.train_seconds, self.totals.wall_seconds
@@ -212,7 +212,7 @@ class Meter(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_log = True  # otherwise the last steps are not logged if logging_steps does not divide them
         if self.device.type == "cuda" and (control.should_log or control.should_evaluate or control.should_save):
-            torch.cuda.synchronize(self.device)  # otherwise the queue's rest would count as evaluation or saving
+            torch.cuda.synchronize(self.device)  # otherwise queued work would count as evaluation or saving
         self._seconds += time.monotonic() - self._since
         self.pause()
 
@@ -238,7 +238,7 @@ class Meter(TrainerCallback):
 
 
 class Bars(ProgressCallback):
-    """The library's bars of steps and of evaluation, with the loss; the lines beside them are a Meter's."""
+    """The library's bars of steps and of evaluation, with the loss; a Meter prints the lines."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None and "loss" in logs:
@@ -264,5 +264,5 @@ def rates_text(rates: dict[str, float]) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Return seconds as ``h:mm:ss``, from a day on as ``1 day, h:mm:ss``."""
+    """Return seconds as ``h:mm:ss``, or ``1 day, h:mm:ss``."""
     return str(timedelta(seconds=round(seconds)))

@@ -1,7 +1,7 @@
 """Batches without padding: examples in one row, attention within each example, logits only where there is a label.
 
-A step has the same examples and the same loss as with padding; what is saved is the work on pad tokens and on the
-logits of prompts. Filling bins of fixed length (``fill_bins``) is different: it changes which examples make a step.
+A step has the same examples and the same loss as with padding, without the work on pad tokens and on the logits of
+prompts. Filling bins of fixed length (``fill_bins``) is different: it changes which examples make a step.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
-from alpaca import UserError
 from alpaca.training.examples import IGNORE_INDEX
 
 # The signature differs between releases of torch: `window_size` replaced `is_causal`, `enable_gqa` was added (by 2.13).
@@ -106,13 +105,13 @@ def segment_attention(
         sliding_window: how many tokens each token sees, itself included; all before it by default.
         cu_seq_lens_q: (segments + 1,) int32, where each segment starts, and the total.
         max_length_q: of the longest segment.
-        kwargs: what else the model passes on.
+        kwargs: other arguments from the model.
 
     Returns:
         (1, total, heads, dim) and None for the weights.
 
     Raises:
-        NotImplementedError: the batch is not a row of segments, or the model's attention has a feature beyond these.
+        NotImplementedError: the batch is not a row of segments, or the model's attention needs another feature.
     """
     beyond = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if beyond or cu_seq_lens_q is None or attention_mask is not None or query.shape[0] != 1:
@@ -149,7 +148,7 @@ def _has_varlen_kernel(query: torch.Tensor, value: torch.Tensor, dropout: float,
 
 
 def _varlen(query, key, value, ends, longest, scaling, sliding_window) -> torch.Tensor:
-    """Attend in all segments by one kernel of torch."""
+    """Attend in all segments with one kernel of torch."""
     options = {"scale": scaling}
     if "window_size" in VARLEN_PARAMETERS:
         options["window_size"] = (-1 if sliding_window is None else sliding_window - 1, 0)
@@ -199,7 +198,7 @@ def _for_each_query_head(query, key, value) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def set_attention(model, name: str) -> bool:
-    """Give the model the attention of that name. Return False if its code does not let one choose."""
+    """Give the model the attention of that name. Return False if its code does not support the choice."""
     try:
         model.set_attn_implementation(name)
     except (ValueError, KeyError, AttributeError):
@@ -208,22 +207,22 @@ def set_attention(model, name: str) -> bool:
 
 
 def use_segments(model) -> str:
-    """Give the model the attention of flattened batches. Return "", or why it cannot be had."""
+    """Give the model the attention of flattened batches. Return "", or why that is not possible."""
     if getattr(model, "_is_stateful", False):  # private: transformers has no other mark of a recurrent model (5.23)
-        return f"{type(model).__name__} is recurrent, and would carry its state from one example into the next"
+        return f"{type(model).__name__} is recurrent and would carry its state from one example to the next"
     return "" if set_attention(model, SEGMENTS) else f"the attention of {type(model).__name__} cannot be chosen"
 
 
 def library_attention(model) -> str:
-    """Name the attention of padded batches: torch's, or the model's own code if it does not support that."""
+    """Return the name of the attention of padded batches: torch's, or else the model's own code."""
     return "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"  # private, what the library asks (5.23)
 
 
 def weigh_router_loss(model) -> None:
-    """Count a mixture's load-balancing loss (config's output_router_logits) once a step, however the step is split.
+    """Count a mixture's load-balancing loss (config's output_router_logits) once per step, however the step is split.
 
-    A model adds it whole to the loss of each batch, which is already divided by the labels of all batches and ranks:
-    in 12 batches it would count 12 times. So it gets the batch's share of these labels as its weight.
+    A model adds all of it to the loss of each batch, which is already divided by the labels of all batches and ranks:
+    in 12 batches it would count 12 times. So its weight becomes the batch's share of these labels.
     """
     coefficient = getattr(model, "router_aux_loss_coef", None)
 
@@ -246,17 +245,12 @@ def fill_bins(lengths: list[int], capacity: int) -> list[list[int]]:
     It needs at most 11/9 of the fewest possible bins, and one more (D. S. Johnson, 1973; Alpaca's are 99% full).
 
     Args:
-        lengths: tokens of each example.
+        lengths: tokens of each example, each at most ``capacity``.
         capacity: tokens of a bin.
 
     Returns:
         The examples' numbers (from 0) bin by bin, each exactly once.
-
-    Raises:
-        UserError: an example is longer than a bin.
     """
-    if lengths and max(lengths) > capacity:
-        raise UserError(f"an example of {max(lengths)} tokens does not fit into a bin of {capacity}")
     bins: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (room, number of the bin) of each bin that is not full, sorted
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -280,8 +274,8 @@ class PackedDataset:
         self.bins = fill_bins(list(dataset.lengths), capacity)
         self.summary = (
             f"packing: {len(dataset)} examples in {len(self)} bins of {capacity} tokens, "
-            f"{sum(dataset.lengths) / (len(self) * capacity):.1%} full; a batch size counts bins, of "
-            f"{len(dataset) / len(self):.1f} examples each"
+            f"{sum(dataset.lengths) / (len(self) * capacity):.1%} full; the batch size counts bins of "
+            f"{len(dataset) / len(self):.1f} examples on average"
         )
 
     def __len__(self) -> int:

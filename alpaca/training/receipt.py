@@ -1,7 +1,7 @@
-"""What a finished run leaves beside the model: training_receipt.json, model_card.md and loss.png.
+"""What a finished run writes next to the model: training_receipt.json, model_card.md and loss.png.
 
-The receipt says what the model was made from, how, on what, and at what cost. The card (templates/model_card.md) is
-filled from the receipt, and the plot drawn from its losses. None of them contains a secret.
+The receipt says what the model was made from, how, on what hardware, and at what cost. The card
+(templates/model_card.md) is filled from the receipt, and the plot drawn from its losses. They contain no secrets.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ SECRET = re.compile(r"(_token|secret|password|api_?key)$", re.I)
 
 
 def data_facts(path: str | os.PathLike, records: Sequence[dict]) -> dict:
-    """Return hash and size of data (of several files, the hash of all in order; of the hub's, none), and its license.
+    """Return hash and size of data (of several files, the hash of all in order; for hub data, none), and its license.
 
-    ``parts`` says how many of the records that were read are of data that is known, and ``licence`` is the strictest
-    of theirs: None if no record is known.
+    ``parts`` says how many of the records are from known data, and ``licence`` is the strictest of its licenses: None
+    if no record is known.
     """
     files, digest = files_of(path), hashlib.sha256()
     for file in files:
@@ -64,7 +64,7 @@ def git_state(root: Path = ROOT) -> dict | None:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what is installed of ``PACKAGES``."""
+    """Return the versions of the installed ``PACKAGES``."""
     installed = {package.name: package.version for package in metadata.distributions()}
     found = {"python": platform.python_version(), "cuda": torch.version.cuda}
     return {name: version for name, version in (found | installed).items() if version and name in PACKAGES}
@@ -107,8 +107,8 @@ def begin(data_path: str, records: Sequence[dict], eval_data_path: str | None, h
 def collect(begun: dict, trainer, arguments: dict, examples: tuple[int, int]) -> dict:
     """Return the receipt of a run that has just ended: what ``begin`` returned, and what was done since.
 
-    Of a resumed run, what led to the model counts: not what an earlier session did after its last checkpoint.
-    ``arguments`` are all of the run's by name; ``examples`` the numbers of those to train on and held out.
+    For a resumed run, what led to the model counts: not what an earlier session did after its last checkpoint.
+    ``arguments`` are all of the run's, by name; ``examples`` the numbers of training and held-out examples.
     """
     meter, state, config = trainer.meter, trainer.state, trainer.model.config
     totals, machine = meter.totals, hardware(meter.device, meter.devices)
@@ -160,7 +160,7 @@ def collect(begun: dict, trainer, arguments: dict, examples: tuple[int, int]) ->
 
 
 def modelfile(tokenizer, context: int | None) -> str:
-    """Return the file from which ``ollama create`` makes a model; a chat template that fails is left to Ollama."""
+    """Return the file for ``ollama create``, without a template if the tokenizer's cannot be translated."""
     try:
         template = f'TEMPLATE """{go_template(tokenizer)}"""\n'
     except UserError:
@@ -189,7 +189,7 @@ def write(receipt: dict, output_dir: str | os.PathLike, **others: str) -> list[s
 def model_card(receipt: dict) -> str:
     """Return a short card in Markdown, with the front matter that the hub reads in a README.md.
 
-    A model or data file of this machine is called by its last name: a card is published, and a path is private.
+    A local model or data file appears by its last name only: a card is published, and a path is private.
     """
     environment = templates(Path(__file__).with_name("templates"))
     environment.filters |= {"clock": clock, "human_count": human_count, "number": format}
@@ -206,7 +206,7 @@ def model_card(receipt: dict) -> str:
 
 
 def human_count(count: int) -> str:
-    """Return a count as people say it: "6.74 B", "112.6 M", "7,000"."""
+    """Return a count for people: "6.74 B", "112.6 M", "7,000"."""
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
 
 
@@ -223,7 +223,7 @@ def loss_plot(receipt: dict) -> bytes | None:
     window = max(3, len(losses) // 20) | 1
     values = torch.tensor([losses], dtype=torch.float64)
     mean = torch.nn.functional.avg_pool1d(values, window, 1, window // 2, count_include_pad=False)[0].tolist()
-    axes.plot(steps, mean, color="#332288", linewidth=2, label=f"training, mean of {window} around it")
+    axes.plot(steps, mean, color="#332288", linewidth=2, label=f"training, moving average of {window}")
     if evals := receipt["eval_losses"]:
         x, y = [e["step"] for e in evals], [e["loss"] for e in evals]
         axes.plot(x, y, "o:", color="#cc6677", linewidth=1, label=f"held out: {y[0]:.3f} → {y[-1]:.3f}")
@@ -242,13 +242,13 @@ def loss_plot(receipt: dict) -> bytes | None:
 # ---------------------------------------------------------------------------------------------------------------------
 # The hub.
 
-# Files of an output folder that are uploaded: the model, what it needs to be used, and the run's record.
+# Files of an output folder that are uploaded: the model, what is needed to use it, and the run's record.
 PUBLISHED = ("*.safetensors", "*.safetensors.index.json", "config.json", *SIDE_FILES, f"{CHAT_TEMPLATES}/*.jinja")
 PUBLISHED += ("model_card.md", "training_receipt.json", "loss.png", "Modelfile")
 
 
 def open_repository(args) -> str | None:
-    """Make the repository that push_to_hub asks for, or find it, on the first rank; return its name there."""
+    """Create the repository for push_to_hub, if needed, on the first rank; return its name there."""
     if not args.push_to_hub or args.process_index != 0:
         return None
     name = args.hub_model_id or Path(args.output_dir).absolute().name
@@ -269,7 +269,7 @@ def upload(repository: str | None, output_dir: Path, args) -> None:
     where = {"token": args.hub_token, "revision": getattr(args, "hub_revision", None)}
     try:
         HfApi().create_commit(repository, commit, commit_message="The trained model", **where)
-    except Exception as e:  # whatever the network does, the run is done
+    except Exception as e:  # whatever the network does, the run is finished
         raise UserError(
             f"the upload to {repository} failed ({first_line(e)}); the model in {output_dir} is complete: "
             f"hf upload {repository} {output_dir} . --exclude '*/*' --exclude trainer_state.json"

@@ -1,8 +1,8 @@
 """FSDP: weights are read by one process and sent to the others, and any checkpoint is read under any sharding.
 
-Rank 0 alone reads a model. The others get its modules on the meta device, where they take no memory. Once FSDP has
-sharded these, rank 0 sends each rank its part of one tensor after the other, and frees it: together the ranks of a node
-hold little more than one model.
+Only rank 0 reads a model. The others get its modules on the meta device, where they take no memory. Once FSDP has
+sharded these, rank 0 sends each rank its part, tensor by tensor, and frees it: together the ranks of a node hold little
+more than one model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from alpaca.training.checkpoints import SHARDED_MODEL, SHARDED_OPTIMIZER
 
 
 def load_on_rank_0(load: Callable[[], torch.nn.Module]) -> torch.nn.Module:
-    """Return the model that ``load`` returns, with its values on rank 0 alone: on the meta device elsewhere.
+    """Return the model that ``load`` returns, with its values on rank 0 only, and on the meta device elsewhere.
 
     Raises:
         UserError: on every rank, what ``load`` raises on rank 0.
@@ -53,9 +53,9 @@ def take_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def fill(trainer, values: dict[str, torch.Tensor]) -> None:
-    """Send values of rank 0, by name, into the trainer's sharded model; each is removed, and so freed, once it is sent.
+    """Send values of rank 0, by name, into the trainer's sharded model; each is removed, and so freed, once sent.
 
-    Every rank calls it with the same names. What is on the meta device is replaced, the rest is overwritten.
+    Every rank calls it with the same names. Tensors on the meta device are replaced, the others overwritten.
     """
     here, new = tensors(trainer.model), {}
     for name in [name for name in values if name in here]:  # not the second name of a tied tensor
@@ -78,13 +78,13 @@ def fill(trainer, values: dict[str, torch.Tensor]) -> None:
 
 
 def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return parameters and buffers by the names that they have without activation checkpointing and compilation."""
+    """Return parameters and buffers by their names without activation checkpointing and compilation."""
     named = [*model.named_parameters(), *model.named_buffers()]
     return {name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""): x for name, x in named}
 
 
 def _put(model: torch.nn.Module, new: dict[str, torch.Tensor]) -> None:
-    """Replace tensors of a model, by name; one that several modules share, in each."""
+    """Replace tensors of a model, by name; a shared one in each of its modules."""
     by_old = {}
     for name, old in tensors(model).items():
         if name in new:
@@ -99,7 +99,7 @@ def _put(model: torch.nn.Module, new: dict[str, torch.Tensor]) -> None:
 def load_weights(trainer, checkpoint: Path) -> None:
     """Load a checkpoint's weights into the trainer's model, whatever wrote them."""
     model, states = trainer.model, trainer.model.state_dict()
-    if adapter := hasattr(model, "peft_config"):  # a checkpoint has it alone, and not its name
+    if adapter := hasattr(model, "peft_config"):  # a checkpoint has only the adapter, without its name
         names = {name.replace(f".{model.active_adapter}.", "."): name for name in states if ".lora_" in name}
         states = {saved: states[name] for saved, name in names.items()}
     if (checkpoint / SHARDED_MODEL).is_dir():
@@ -117,7 +117,7 @@ def load_weights(trainer, checkpoint: Path) -> None:
 
 
 def load_optimizer(trainer, checkpoint: Path, library: Callable[[str], None]) -> None:
-    """Load the states of optimizer and scheduler; ``library`` is Trainer's own way, used where no process shards."""
+    """Load the states of optimizer and scheduler; ``library`` is Trainer's own function, used if nothing is sharded."""
     shards, gathered, plain = (checkpoint / name for name in (SHARDED_OPTIMIZER, OPTIMIZER_NAME_BIN, OPTIMIZER_NAME))
     if trainer.is_deepspeed_enabled or (plain.exists() and not trainer.is_fsdp_enabled):
         return library(str(checkpoint))

@@ -1,4 +1,4 @@
-"""A run that is asked to stop (SIGTERM, SIGUSR1, Ctrl-C) finishes its step, saves a checkpoint and exits."""
+"""On SIGTERM, SIGUSR1 or Ctrl-C, a run finishes its step, saves a checkpoint and exits."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, 
 class Stopped(Exception):
     """A signal ended the run, which has saved a checkpoint.
 
-    ``code`` is the exit code: 130 for a Ctrl-C; else 75, EX_TEMPFAIL of sysexits.h: a scheduler should start it again.
+    ``code`` is the exit code: 130 for Ctrl-C; else 75, EX_TEMPFAIL of sysexits.h: a scheduler should restart it.
     """
 
     def __init__(self, number: int, state: transformers.TrainerState):
         super().__init__(
-            f"stopped by {signal.Signals(number).name} with checkpoint-{state.global_step} of {state.max_steps} steps "
-            f"saved; to resume, run the same command with {RESUME}"
+            f"stopped by {signal.Signals(number).name} after step {state.global_step} of {state.max_steps}, checkpoint "
+            f"saved; to resume, add {RESUME} to the same command"
         )
         self.code = 130 if number == signal.SIGINT else 75
 
@@ -31,20 +31,20 @@ class Stopped(Exception):
 class StopOnSignal(transformers.TrainerCallback):
     """Ends training with a checkpoint after the step in which SIGTERM, SIGUSR1 or Ctrl-C arrived at any rank.
 
-    A second signal ends the process at once. One within two seconds counts as the same request: a terminal or a
-    scheduler sends it to torchrun and to its workers, and torchrun passes it on to them again.
+    A second signal ends the process at once. Within two seconds it counts as the same request: a terminal or a
+    scheduler sends it to torchrun and its workers, and torchrun forwards it to them again.
     """
 
     def __init__(self):
-        self.received = 0  # the number of the signal that this rank got
-        self.stopped_by = 0  # the number of the one that ended the run before its last step: the same on every rank
+        self.received = 0  # the signal that this rank got
+        self.stopped_by = 0  # the signal that ended the run before its last step: the same on every rank
         self._since = 0.0
 
     def handle(self, number: int, frame) -> None:
         now = time.monotonic()
         if not self.received:
             self.received, self._since = number, now
-            if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # os.write: print may be what was interrupted
+            if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # os.write: the signal may have interrupted print
                 os.write(2, f"\n{signal.Signals(number).name}: saving a checkpoint after this step\n".encode())
         elif now - self._since > 2:
             signal.signal(number, signal.SIG_DFL)
@@ -59,7 +59,7 @@ class StopOnSignal(transformers.TrainerCallback):
         if received and state.global_step < state.max_steps:
             self.stopped_by = received
             control.should_save = control.should_training_stop = True
-            control.should_evaluate = False  # it would delay the save, and save_strategy=best would let it decide on it
+            control.should_evaluate = False  # it would delay the save, or with save_strategy=best prevent it
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.stopped_by:
@@ -69,7 +69,7 @@ class StopOnSignal(transformers.TrainerCallback):
 
 
 def train_until_stopped(trainer, checkpoint: str | os.PathLike | None) -> None:
-    """Train from a checkpoint, or from the beginning; with save_strategy=no a signal ends the process, as usual.
+    """Train from a checkpoint or from scratch; with save_strategy=no a signal ends the process, as usual.
 
     Raises:
         Stopped: a signal ended it early, with a checkpoint saved.

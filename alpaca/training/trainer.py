@@ -1,8 +1,8 @@
-"""The one Trainer: it counts tokens, weighs each the same, and saves so that no kill and no full disk spoils a model.
+"""The one Trainer: it counts tokens, weighs each the same, and saves so that no kill or full disk spoils a model.
 
-A checkpoint is written into ``OUT/.saving`` and becomes ``OUT/checkpoint-N`` by one rename once every process has
-written its part and all of it is on the disk; only then are older ones deleted. So every checkpoint-N is complete, at
-any moment. The final model is moved into place file by file, the weights (or their index) last.
+A checkpoint is written into ``OUT/.saving`` and renamed to ``OUT/checkpoint-N`` once every process has written its part
+and everything is on disk; only then are older ones deleted. So every checkpoint-N is complete at any moment. The final
+model is moved into place file by file, the weights (or their index) last.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from alpaca.weights.checkpoint import WEIGHTS
 
 
 class Trainer(transformers.Trainer):
-    """The library's Trainer, with losses as means over supervised tokens, a meter, and checkpoints that are complete.
+    """The library's Trainer, with losses as means over supervised tokens, a meter, and complete checkpoints.
 
-    Three methods that it overrides are private, with the same signatures in transformers 5.17 and 5.23:
+    Three of the overridden methods are private, with the same signatures in transformers 5.17 and 5.23:
 
     - ``_save_checkpoint``: the library writes a checkpoint in place, file by file; a kill leaves half of one. Not
       needed once it writes into another folder and renames that.
@@ -62,13 +62,13 @@ class Trainer(transformers.Trainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Return a stand-in under FSDP: the real one is made of sharded parameters, which come later.
 
-        accelerate (1.15) wants an optimizer with the model, and finds a shard by the address of its whole parameter:
-        on the meta device all have the same.
+        accelerate (1.15) requires an optimizer with the model, and finds a shard by the address of its whole parameter:
+        on the meta device all addresses are equal.
         """
         if not self.is_fsdp_enabled:
             return super().create_optimizer(model)
         plugin = self.accelerator.state.fsdp_plugin
-        if plugin.transformer_cls_names_to_wrap is None:  # the library's names have some that a composite model lacks
+        if plugin.transformer_cls_names_to_wrap is None:  # the library names some classes that a composite model lacks
             present = {type(module).__name__ for module in self.model.modules()}
             plugin.transformer_cls_names_to_wrap = sorted(present.intersection(self.model._no_split_modules or ()))
         self._values = sharding.take_values(self.model)
@@ -76,7 +76,7 @@ class Trainer(transformers.Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        """Under FSDP, send first what rank 0 has read, and make the optimizer: this is called once all is sharded."""
+        """Under FSDP, first send what rank 0 has read, and make the optimizer: this is called once all is sharded."""
         if self.is_fsdp_enabled:
             sharding.fill(self, self._values)
             self.optimizer.param_groups[0]["params"] = []  # accelerate keeps the stand-in, and would scale gradients
@@ -92,7 +92,7 @@ class Trainer(transformers.Trainer):
         """
         if self.state.global_step >= self.state.max_steps:
             # Resumed after its last step, the library (5.23) would train one more unless an epoch ends there.
-            say(f"all {self.state.max_steps} steps were done already: nothing is trained")
+            say(f"all {self.state.max_steps} steps are already done: nothing to train")
             self._saved_step, self.control.should_training_stop = self.state.global_step, True
             return [], None
         batches, count = super().get_batch_samples(*args, **kwargs)
@@ -101,11 +101,11 @@ class Trainer(transformers.Trainer):
         return batches, count.long() if torch.is_tensor(count) else count
 
     def store_flos(self) -> None:
-        """Gather: the library calls this on every rank before it logs, writes a checkpoint or loads the best one."""
+        """Gather counts: the library calls this on every rank before it logs, saves or loads the best checkpoint."""
         self.meter.gather(self.accelerator.gather, self.state)
         super().store_flos()
         if (best := Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}").is_dir():
-            self.state.best_model_checkpoint = str(best)  # the library knows it by its path, and the folder may move
+            self.state.best_model_checkpoint = str(best)  # the library stores its path, and the folder may move
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
@@ -115,14 +115,14 @@ class Trainer(transformers.Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
         loss, logits, _ = super().prediction_step(model, inputs, False, ignore_keys)
-        # In the last batch of several ranks examples are repeated to make it whole: gathering leaves them out.
+        # With several ranks, examples are repeated to fill the last batch: gathering leaves them out.
         self._held_out.append(self.accelerator.gather_for_metrics(sums_by_example(logits, inputs)))
         return loss, None, None
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         """Make the loss a mean over all supervised tokens.
 
-        The library's is a mean of batch means, in which a token of a batch with few labels counts for more: 5.06 in one
+        The library's is a mean of batch means, in which a token of a batch with few labels counts more: 5.06 in one
         batch of 10 unequal examples is 5.50 in batches of 8, and 4.74 on two ranks of 4.
         """
         self._held_out: list[torch.Tensor] = []
@@ -132,13 +132,13 @@ class Trainer(transformers.Trainer):
         return output
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Let the library save into the staging folder, and rename the checkpoint once all of it is on the disk."""
+        """Let the library save into the staging folder, and rename the checkpoint once it is on disk."""
         step, output_dir = self.state.global_step, Path(self.args.output_dir)
         if step == self._saved_step:  # a stop at the end of an epoch asks twice
             return
         if hasattr(self.model, "peft_config"):
-            # peft puts the base's name back in each save. Where it knows it, it finds that the vocabulary grew by
-            # [PAD], and stores the embeddings too: 1 GB at 7B for rows that are not trained.
+            # peft restores the base's name in each save. With it, peft sees that the vocabulary grew by [PAD], and
+            # stores the embeddings too: 1 GB at 7B for rows that are not trained.
             self.model.active_peft_config.base_model_name_or_path = None
         unfinished, target = output_dir / checkpoints.STAGING / f"checkpoint-{step}", output_dir / f"checkpoint-{step}"
         self.args.output_dir = str(unfinished.parent)
@@ -146,7 +146,7 @@ class Trainer(transformers.Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.local_process_index == 0:
-                fsync_tree(unfinished)  # on each node what its ranks have written
+                fsync_tree(unfinished)  # on each node, what its ranks have written
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 self._publish(unfinished, target)
@@ -158,7 +158,7 @@ class Trainer(transformers.Trainer):
             self.state.best_model_checkpoint = str(target)
             self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
         if not self.args.save_only_model and len(list(unfinished.glob("rng_state*.pth"))) < self.args.world_size:
-            raise RankError(f"{target.name} lacks what some ranks have written: all nodes must share output_dir")
+            raise RankError(f"{target.name} lacks files of some ranks: put output_dir on a file system of all nodes")
         files = {str(p.relative_to(unfinished)): p.stat().st_size for p in unfinished.rglob("*") if p.is_file()}
         facts, given = (getattr(self.args, name, {}) for name in ("facts", "given"))  # train.py's
         manifest = {"step": self.state.global_step, **facts, "arguments": given, "files": dict(sorted(files.items()))}
@@ -170,7 +170,7 @@ class Trainer(transformers.Trainer):
             kept = {target.name, Path(self.state.best_model_checkpoint or target).name}
             others = [path for path in checkpoints.newest_first(target.parent) if path.name not in kept]
             for path in others[max(0, limit - len(kept)) :]:
-                os.rename(path, unfinished.parent / path.name)  # none is called checkpoint-N while it is deleted
+                os.rename(path, unfinished.parent / path.name)  # a half-deleted one must not be called checkpoint-N
         shutil.rmtree(unfinished.parent, ignore_errors=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
@@ -184,7 +184,7 @@ class Trainer(transformers.Trainer):
         """Write a folder that ``from_pretrained`` reads, gathered tensor by tensor in CPU memory on rank 0.
 
         Its weights (or their index) are renamed into place last: a folder that has them is complete. ``write``, if
-        given, is called on every rank with the folder to write into, instead of saving this trainer's own model.
+        given, is called on every rank with the folder to write to, instead of saving this trainer's own model.
         """
         staging = output_dir / checkpoints.STAGING / "model"
         self.model.config.use_cache = self._use_cache
@@ -219,7 +219,7 @@ def trainer_maker(load: Callable, model, **options) -> Callable[..., Trainer]:
 
 @contextmanager
 def _one_line_if_it_fails(what: str, output_dir: Path):
-    """Turn a failed save into one line with its cause, and free the space that it took.
+    """Turn a failed save into one line with its cause, and free its space.
 
     A full disk is an OSError, safetensors' own error, a RuntimeError of torch.save, or, under FSDP, a
     CheckpointException, which has the causes of all ranks.
@@ -230,13 +230,13 @@ def _one_line_if_it_fails(what: str, output_dir: Path):
         cause = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
         free = f"{shutil.disk_usage(output_dir).free / 1e9:.1f} GB free"
         shutil.rmtree(output_dir / checkpoints.STAGING, ignore_errors=True)
-        what = f"{what} could not be saved in {output_dir}, which had {free} ({first_line(cause)})"
-        raise RankError(f"{what}: free some if that is why, then resume with {checkpoints.RESUME}") from e
+        what = f"{what} could not be saved in {output_dir} ({first_line(cause)}), which had {free}"
+        raise RankError(f"{what}: fix the cause, then resume with {checkpoints.RESUME}") from e
 
 
 def _move_files(source: Path, target: Path) -> None:
     """Move the files of a folder into another, those that make it a model last."""
-    for path in source.rglob("*.safetensors"):  # safetensors makes files that only the owner can read
+    for path in source.rglob("*.safetensors"):  # safetensors writes files that only the owner can read
         shutil.copymode(source / "config.json", path)
     fsync_tree(source)
     for path in sorted(source.iterdir(), key=lambda path: (path.name in WEIGHTS, path.name)):

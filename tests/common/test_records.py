@@ -446,7 +446,7 @@ def test_messages_that_say_something_else_than_the_other_fields_are_not_used_in_
 
 def test_where_no_record_is_left_the_cure_is_to_name_fields(tmp_path):
     (path := tmp_path / "a.json").write_text('[{"prompt": "Hi", "response": "Hello"}]')
-    words = "1 record in prompt/completion format; 1 without an answer dropped: 1, no records left: set fields"
+    words = "1 record in prompt/completion format; 1 without an answer dropped: 1; no records left: set fields"
     assert_user_error(lambda: utils.load_records(path), words)
     assert utils.load_records(path, "instruction=prompt,output=response")[0]["output"] == "Hello"
 

@@ -319,9 +319,7 @@ def test_a_wait_beyond_the_breaker_is_reported_at_once():
     pace.refused(1, first, {"retry-after": "3601"}, "HTTP 429: quota of the day")
     assert pace.stuck(1) is None
     pace.accepted(2, second, {})
-    assert pace.stuck(2).startswith(
-        "the server asks to wait 3,600 s (last error: HTTP 429: quota of the day): try later"
-    )
+    assert pace.stuck(2).startswith("the server asks to wait 3,600 s (last error: HTTP 429: quota of the day): try")
     pace = Pace(4)
     pace.refused(1, pace.sent(0), {"retry-after": "500"})
     assert pace.stuck(1) is None

@@ -234,8 +234,8 @@ def test_a_model_whose_losses_are_all_nan_has_none_and_that_is_told(files, tmp_p
         ({"judgments": "{0}/missing.jsonl"}, "missing.jsonl does not exist"),
         ({"judgments": "{0}/a.jsonl"}, 'a.jsonl, row 1: no text "first"'),
         ({"data_path": "{0}/missing.json"}, "missing.json does not exist"),
-        ({"output_dir": "{0}/a.jsonl"}, "--output_dir .*a.jsonl is a file or read-only, choose another folder"),
-        ({"output_dir": "{0}/a.jsonl/new"}, "--output_dir .*a.jsonl/new .*a.jsonl is a file or read-only, choose"),
+        ({"output_dir": "{0}/a.jsonl"}, "--output_dir .*a.jsonl is a file or read-only: choose another folder"),
+        ({"output_dir": "{0}/a.jsonl/new"}, "--output_dir .*a.jsonl/new .*a.jsonl is a file or read-only: choose"),
     ],
 )
 def test_a_bad_argument_is_one_line_and_nothing_is_written(change, message, files, tmp_path):

@@ -314,7 +314,7 @@ def test_a_folder_with_a_trained_model_is_not_overwritten(tiny_llama, tmp_path):
     data = write_data(tmp_path / "data.json")
     before = (tiny_llama / "model.safetensors").read_bytes()
     result = run_script(*arguments(tiny_llama, data, tiny_llama))
-    assert_one_line_error(result, "holds a trained model", "choose another folder")
+    assert_one_line_error(result, "has a trained model", "choose another folder")
     assert (tiny_llama / "model.safetensors").read_bytes() == before
 
 

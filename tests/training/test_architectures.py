@@ -151,7 +151,7 @@ def test_the_shares_that_are_reported_are_right(bases, data, tmp_path, capsys):
     left = ("out_proj.weight", "x_proj.weight", "A_log", "conv1d.weight", "dt_proj.weight")
     (finding,) = lora.check_coverage(model, arguments)
     share = numel(tensors, *left) / numel(tensors, "")
-    assert finding.what.startswith(f"LoRA leaves {share:.1%} of the parameters as they are")
+    assert finding.what.startswith(f"LoRA leaves {share:.1%} of the parameters unchanged")
 
     findings = lora.check_coverage(train.load_model(bases("OLMoE"), torch.float32), arguments)
     assert "lora_dropout is 0 here" in findings[1].what

@@ -445,7 +445,7 @@ def test_a_checkpoint_with_a_truncated_file_is_passed_over(interrupted, capsys, 
 
 def test_a_checkpoint_of_the_weights_alone_is_no_place_to_go_on_from(model, data, tmp_path):
     run(model, data, tmp_path, "--max_steps", 1, "--save_only_model", "True")
-    assert checkpoints.what_is_missing(tmp_path / "checkpoint-1") == "save_only_model left out its optimizer"
+    assert checkpoints.what_is_missing(tmp_path / "checkpoint-1") == "save_only_model omitted its optimizer"
 
 
 def test_a_folder_with_an_interrupted_run_is_not_overwritten(interrupted):
@@ -457,7 +457,7 @@ def test_a_folder_with_an_interrupted_run_is_not_overwritten(interrupted):
 
 def test_auto_begins_where_there_is_no_checkpoint(tmp_path, capsys):
     assert checkpoints.choose_checkpoint("auto", tmp_path) is None
-    assert "from the beginning" in capsys.readouterr().out
+    assert "starting from scratch" in capsys.readouterr().out
 
 
 def test_an_incomplete_checkpoint_that_is_named_is_refused(interrupted):
@@ -472,14 +472,14 @@ def test_an_incomplete_checkpoint_that_is_named_is_refused(interrupted):
 
 def test_a_finished_run_is_told(whole):
     for resume in ("auto", str(whole / "checkpoint-2"), None):
-        with pytest.raises(UserError, match="holds a trained model, the run is finished: choose another folder"):
+        with pytest.raises(UserError, match="has a trained model, the run is finished: choose another folder"):
             checkpoints.choose_checkpoint(resume, whole)
 
 
 def test_a_run_that_was_killed_before_its_final_save_only_saves(model, data, whole, tmp_path, capsys):
     shutil.copytree(whole / f"checkpoint-{STEPS}", tmp_path / f"checkpoint-{STEPS}")
     run(model, data, tmp_path, "--resume_from_checkpoint", "auto")
-    assert f"all {STEPS} steps were done already" in capsys.readouterr().out
+    assert f"all {STEPS} steps are already done" in capsys.readouterr().out
     assert_same_result(tmp_path, whole)
 
 
@@ -497,9 +497,7 @@ def test_a_checkpoint_of_another_model_is_refused(tiny_opt, tiny_llama, data, in
 
 
 def test_another_number_of_examples_a_step_is_refused_with_the_cure(model, data, interrupted):
-    with pytest.raises(
-        UserError, match="examples_per_step 8 .now 4.: give the same batch size x gradient_accumulation"
-    ):
+    with pytest.raises(UserError, match="examples_per_step 8 .now 4.: use the same batch size x gradient_accumulation"):
         run(model, data, interrupted, "--resume_from_checkpoint", "auto", "--per_device_train_batch_size", 4)
 
 
@@ -523,7 +521,7 @@ def test_other_data_than_a_checkpoint_was_trained_on_is_refused_with_the_cure(mo
 
 
 def test_another_order_of_the_data_is_refused(model, data, interrupted):
-    with pytest.raises(UserError, match="in order 42, .* .now 24 in order 7, .* give the same .* data_seed or seed"):
+    with pytest.raises(UserError, match="in order 42, .* .now 24 in order 7, .* use the same .* data_seed or seed"):
         run(model, data, interrupted, "--resume_from_checkpoint", "auto", "--data_seed", 7)
 
 

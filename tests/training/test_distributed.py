@@ -234,7 +234,7 @@ def test_a_deepspeed_file_that_saves_no_weights_is_mended_and_its_scheduler_repo
     distributed.before_init(args)
     said = capsys.readouterr().out.splitlines()
     assert args.deepspeed["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
-    assert len(said) == 1 and "replaces lr_scheduler_type" in said[0]
+    assert len(said) == 1 and "overrides --lr_scheduler_type" in said[0]
     args = Arguments(deepspeed=str(ROOT / "configs" / "default_offload_opt_param.json"))
     distributed.before_init(args)
     assert capsys.readouterr().out == ""
@@ -243,8 +243,8 @@ def test_a_deepspeed_file_that_saves_no_weights_is_mended_and_its_scheduler_repo
 @pytest.mark.parametrize(
     "fields, environment, message",
     [
-        ({"fsdp": "full_shard"}, {}, "fsdp shards over processes.*start more with torchrun, or leave it out"),
-        ({"deepspeed": "x.json"}, {}, "DeepSpeed needs torchrun, also with one GPU"),
+        ({"fsdp": "full_shard"}, {}, "fsdp shards over processes.*start more with torchrun, or drop"),
+        ({"deepspeed": "x.json"}, {}, "DeepSpeed needs torchrun, even with one GPU"),
         ({"deepspeed": "none.json"}, {"LOCAL_RANK": "0"}, "none.json does not exist"),
         ({"fsdp": True, "deepspeed": "x.json"}, {"WORLD_SIZE": "2"}, "drop one of them"),
         ({"fsdp": True, "fsdp_config": "none.json"}, {"WORLD_SIZE": "2"}, "none.json does not exist"),
@@ -460,7 +460,7 @@ def test_an_output_folder_with_a_finished_run_or_a_file_in_its_place_is_refused(
     data = write_data(tmp_path / "data.json", 8)
     train_here(tiny_llama, data, tmp_path / "out")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
-    with pytest.raises(UserError, match="holds a trained model"):
+    with pytest.raises(UserError, match="has a trained model"):
         train_here(tiny_llama, data, tmp_path / "out", "--overwrite_output_dir", "True")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()} == before
     with pytest.raises(UserError, match="--output_dir .* cannot be written"):

@@ -318,7 +318,7 @@ def test_data_of_which_nothing_fits_is_refused_also_from_the_cache(tokenizer):
 def test_a_cache_that_cannot_be_written_is_one_line_with_the_cure(tokenizer, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(UserError, match="XDG_CACHE_HOME moves them"):
+    with pytest.raises(UserError, match="set XDG_CACHE_HOME"):
         examples.load_tokens(make_records(2), tokenizer, 512)
 
 

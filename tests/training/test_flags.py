@@ -101,7 +101,7 @@ def test_a_file_of_flags_reads_as_they_are_written_on_a_command_line(tmp_path):
     [
         ("run.yaml", "a: [", "run.yaml is malformed"),
         ("run.json", '{"a": ', "run.json is malformed"),
-        ("run.yaml", "- learning_rate", "holds no flags"),
+        ("run.yaml", "- learning_rate", "has no flags"),
         ("run.yaml", "learning_rat: 1", "did you mean --learning_rate"),
         ("run.yaml", "learning_rate: fast", "learning_rate"),
     ],

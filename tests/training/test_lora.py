@@ -187,7 +187,7 @@ def test_a_base_without_an_eos_is_refused(tiny_llama, data, tmp_path):
     shutil.copytree(tiny_llama, base)
     config = json.loads((base / "tokenizer_config.json").read_text())
     (base / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": None}))
-    with pytest.raises(UserError, match="EOS is a new token"):
+    with pytest.raises(UserError, match="has no EOS"):
         run(base, data, tmp_path)
 
 

@@ -110,7 +110,7 @@ def test_the_card_is_filled_and_honest(finished):
         assert fact in card
     assert f"{paper['losses'][-1]['loss']:.3f} at step 6" in card
     assert f"{paper['eval_losses'][0]['loss']:.3f} before, {paper['eval_losses'][-1]['loss']:.3f} after" in card
-    assert "Its license is not known" in card and "No GPU-hours were paid for" in card
+    assert "Its license is unknown" in card and "No GPU-hours." in card
 
 
 def test_one_epoch_and_warm_up_steps_read_as_english(finished):
@@ -142,8 +142,11 @@ def test_a_mix_states_its_parts_and_keeps_the_strictest_license(finished, tmp_pa
     card = receipt.model_card(finished[1] | {"data": {"train": facts | {"examples": 6}, "eval": None}})
     assert card.startswith("---\nlicense: cc-by-nc-4.0\n")
     for name, count in ((ours, 2), (released, 1)):
-        assert f"{count} of the 6 records are of {name}, under CC BY-NC 4.0: not for commercial use." in card
-    assert "The license of the others is not known" in card and "Not commercial use, which the data forbids" in card
+        assert f"{count} of the 6 records are from {name}, under CC BY-NC 4.0: not for commercial use." in card
+    assert (
+        "The license of the others is unknown" in card
+        and "Not for commercial use, which the data's license forbids" in card
+    )
 
 
 def test_several_files_have_one_hash_and_a_data_set_of_the_hub_has_none(finished, tmp_path):

@@ -1,4 +1,4 @@
-"""Checks of the model, its rows and the disk, and one report of all; rehearsal.py comes after it."""
+"""Checks of the model, its rows and the disk, and one report of all checks; rehearsal.py comes next."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ def check_difference(model) -> list[Finding]:
 
 
 def check_positions(model, longest: int) -> list[Finding]:
-    """Check whether the longest example, in tokens, is within the positions that the model knows.
+    """Check whether the longest example, in tokens, is within the model's positions.
 
-    Learned ones (OPT, GPT-2) are rows of an embedding; rotary ones are computed, also beyond what the model has seen.
+    Learned ones (OPT, GPT-2) are rows of an embedding; rotary ones are computed, also beyond those seen in training.
     """
     known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not known or longest <= known:
         return []
-    level, why = "warning", "it was not trained beyond them, and answers worse there"
+    level, why = "warning", "the model was not trained beyond them, and is worse there"
     tables = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)]
     if any(re.search(r"pos[^.]*$|wpe$", name) for name in tables):
-        level, why = "error", "beyond the last row the lookup fails (on a GPU as a device-side assert without a cause)"
-    what = f"the longest example has {longest} tokens, and the model has {known} positions"
+        level, why = "error", "beyond the last row the lookup fails (on a GPU with an unclear device-side assert)"
+    what = f"the longest example has {longest} tokens, but the model only {known} positions"
     return [Finding(level, what, why, f"model_max_length={known}")]
 
 
 def check_repeats(rows: Sequence, args) -> list[Finding]:
-    """Report how many examples an epoch repeats, so that each process gets whole batches.
+    """Report how many examples an epoch repeats so that each process gets full batches.
 
     accelerate fills up the last ones with the epoch's first examples (data_loader.BatchSamplerShard, ``even_batches``).
     """
@@ -55,17 +55,17 @@ def check_repeats(rows: Sequence, args) -> list[Finding]:
     if args.world_size == 1 or args.dataloader_drop_last or not config.even_batches or steps < an_epoch or not again:
         return []
     noun = "bins" if hasattr(rows, "bins") else "examples"
-    what = f"each epoch trains {len(rows) + again} {noun}, {again} of them repeats"
+    what = f"each epoch has {len(rows) + again} {noun}, {again} of them repeated"
     why = f"{args.world_size} processes of {args.train_batch_size} each fill up the last batch with the first {noun}"
     return [Finding("note", f"{what}: {why}")]
 
 
 def check_bf16(args) -> list[Finding]:
-    """Suggest bf16 on a CPU that computes in it (python benchmarks/bench_train.py --contenders ours ours_bf16)."""
+    """Suggest bf16 on a CPU that supports it (python benchmarks/bench_train.py --contenders ours ours_bf16)."""
     can = getattr(torch.cpu, "get_capabilities", dict)()  # not in every release of torch
     if args.bf16 or args.fp16 or args.device.type != "cpu" or not (can.get("avx512_bf16") or can.get("amx_bf16")):
         return []
-    return [Finding("note", "this CPU computes in bf16: bf16=True may train faster")]
+    return [Finding("note", "this CPU supports bf16: bf16=True may train faster")]
 
 
 def disk(args, rows: Sequence, sizes: Sizes, plan: Plan) -> list[Finding]:
@@ -74,7 +74,7 @@ def disk(args, rows: Sequence, sizes: Sizes, plan: Plan) -> list[Finding]:
     every = args.save_steps if args.save_steps >= 1 else max(1, math.ceil(args.save_steps * steps))
     checkpoints = math.ceil(steps / {"no": math.inf, "epoch": an_epoch}.get(args.save_strategy.value, every))
     if args.save_total_limit:
-        checkpoints = min(checkpoints, args.save_total_limit + 1)  # with the one that is being written
+        checkpoints = min(checkpoints, args.save_total_limit + 1)  # including the one being written
     full = bool(args.fsdp) and "FULL" in str(read_config(args.fsdp_config).get("state_dict_type"))
     checkpoint, final = memory.checkpoint_bytes(sizes, plan, full)
     needed = checkpoints * checkpoint + final
@@ -82,26 +82,26 @@ def disk(args, rows: Sequence, sizes: Sizes, plan: Plan) -> list[Finding]:
     earlier = sum(folder_bytes(folder) for folder in output_dir.glob("checkpoint-*"))  # which will be deleted
     free = lowest(shutil.disk_usage(output_dir).free + earlier)
     what = (
-        f"disk in {output_dir}: {counted(checkpoints, 'checkpoint')} of {as_text(checkpoint)} at a time, the model "
-        f"{as_text(final)}; {as_text(needed)} of {as_text(free)} free"
+        f"disk space in {output_dir}: {as_text(needed)} needed ({counted(checkpoints, 'checkpoint')} of "
+        f"{as_text(checkpoint)}, the model {as_text(final)}), {as_text(free)} free"
     )
     if needed <= free:
         return [Finding("note", what)]
     fitting = int((free - final) // checkpoint) - 1  # one more is being written
     fewer = f"save_total_limit={fitting}, " if fitting > 0 else ""
     cure = f"{fewer}a larger disk for output_dir, or save_strategy=no (then the run cannot be resumed)"
-    return [Finding("error", what, "a save would fail in the middle of the run", cure)]
+    return [Finding("error", what, "a save would fail during the run", cure)]
 
 
 def preflight(model, tokenizer, rows: Sequence, args, findings: Sequence[Finding] = ()) -> None:
     """Check model and examples, and print the report and the first example on rank 0.
 
     Args:
-        model: that will be trained.
-        tokenizer: its own.
+        model: to be trained.
+        tokenizer: the model's.
         rows: a SupervisedDataset, or a PackedDataset of one.
         args: train.py's TrainingArguments.
-        findings: what was found before; errors among them stop the run too.
+        findings: earlier findings; errors among them stop the run too.
 
     Raises:
         UserError: there are errors, which the report lists.
@@ -111,6 +111,6 @@ def preflight(model, tokenizer, rows: Sequence, args, findings: Sequence[Finding
     found += check_examples(dataset, tokenizer.eos_token_id, tokenizer.model_max_length)
     found += check_positions(model, max(dataset.lengths))
     finish(gather(found))
-    how = "dim: masked, green: learned" if colour_wanted() else "learned: what is between « and »"
+    how = "dim: masked, green: learned" if colour_wanted() else "learned: between « and »"
     say(f"{paint('example ', '36')} the first one ({how}):\n{show_example(dataset[0], tokenizer)}")
     say(f"{paint('border  ', '36')} where its answer begins: {show_border(dataset[0], tokenizer)}")

@@ -1,4 +1,4 @@
-"""What must be true of a tokenizer, and of every tokenized example, before training starts."""
+"""Checks of the tokenizer and of every tokenized example, before training starts."""
 
 from __future__ import annotations
 
@@ -16,45 +16,45 @@ def check_tokenizer(tokenizer, rows: int, config=None) -> Iterator[Finding]:
     """Check special tokens and whether the ids fit the model; call it before missing tokens are added.
 
     Args:
-        tokenizer: a fast tokenizer as it was loaded.
+        tokenizer: a fast tokenizer, as loaded.
         rows: number of rows of the model's input embedding.
-        config: the model's, as it was loaded; None skips the comparison with it.
+        config: the model's, as loaded; None skips the comparison with it.
     """
     added = set(tokenizer.get_added_vocab().values())
     beyond = sorted(id_ for id_ in tokenizer.get_vocab().values() if id_ >= rows)
     if words := [id_ for id_ in beyond if id_ not in added]:
         what = f"the tokenizer has {len(words)} tokens beyond the model's {rows} rows (ids {words[0]} to {words[-1]})"
         why = "it belongs to another model: its ids mean other words to this one"
-        yield Finding("error", what, why, "use the tokenizer files of the model that is trained")
+        yield Finding("error", what, why, "use the tokenizer files of the base model")
     elif beyond:
         what = f"{len(beyond)} added tokens have no row in the model ({tokenizer.convert_ids_to_tokens(beyond[0])!r})"
-        cure = "nothing, if the folder's maker added them without resizing the model"
+        cure = "none needed if they were added on purpose, without resizing the model"
         yield Finding("warning", what, "they get rows that start as the mean of all rows", cure)
     for role in ("bos", "eos", "pad", "unk"):
         if getattr(tokenizer, f"{role}_token") == "":
-            why = "conversions of LLaMA made this mistake; an empty EOS is never trained, and answers never end"
-            cure = f"another token takes its place; better set {role}_token in tokenizer_config.json"
+            why = "early LLaMA conversions have this fault; an empty EOS is never trained, and answers never end"
+            cure = f"it was replaced for this run; set {role}_token in tokenizer_config.json"
             yield Finding("warning", f"the tokenizer's {role} token is empty ('')", why, cure)
     if tokenizer.bos_token and tokenizer("a")["input_ids"][:2] == [tokenizer.bos_token_id] * 2:
-        cure = "remove one: add_bos_token, or the post processor in tokenizer.json"
-        yield Finding("warning", "the tokenizer puts BOS in front twice", "the model has never seen that", cure)
+        cure = "remove one: add_bos_token, or the post-processor in tokenizer.json"
+        yield Finding("warning", "the tokenizer adds BOS twice", "the base model was not trained on that", cure)
     if not (eos := tokenizer.eos_token):
         return
     eos_id, as_text = tokenizer.convert_tokens_to_ids(eos), tokenizer(eos, add_special_tokens=False)["input_ids"]
     if as_text != [eos_id]:
-        what = f"the eos token {eos!r} is not one id: as text it becomes {as_text}"
-        cure = "mark it as special (added_tokens) in tokenizer.json, or use the tokenizer made with the model"
+        what = f"the EOS token {eos!r} is not one id: as text it becomes {as_text}"
+        cure = "mark it as special (added_tokens) in tokenizer.json, or use the base model's own tokenizer"
         yield Finding("error", what, "the model would never see it as one token", cure)
     named = getattr(config, "eos_token_id", None)
     if named is not None and eos_id not in (named if isinstance(named, list) else [named]):
-        what = f"the model's config ends text with id {named}, the tokenizer with {eos_id}"
-        why = "answers will end with the tokenizer's EOS, which the base model may have used for something else"
-        cure = "check which of the two is right for this model; old conversions of LLaMA have a wrong config"
+        what = f"EOS is id {named} in the model's config and {eos_id} in the tokenizer"
+        why = "answers will end with the tokenizer's EOS, which the base model may use for something else"
+        cure = "check which is right for this model; old LLaMA conversions have a wrong config"
         yield Finding("warning", what, why, cure)
 
 
 def check_examples(dataset: SupervisedDataset, eos_id: int, max_length: int) -> list[Finding]:
-    """Report the records that teach something unwanted, or nothing. 52,000 examples take about a second.
+    """Report records that teach something unwanted, or nothing. 52,000 examples take about a second.
 
     Args:
         dataset: the training data.
@@ -70,14 +70,14 @@ def check_examples(dataset: SupervisedDataset, eos_id: int, max_length: int) -> 
     def warn(numbers, what: str, why: str, cure: str) -> None:
         if numbers := sorted(set(map(int, numbers))):  # of tokens; several examples may come from one record, too
             listed = ", ".join(map(str, numbers[:10])) + (", …" if len(numbers) > 10 else "")
-            what = f"{len(numbers)} of {every} records {what} (record {listed})"
+            what = f"{len(numbers)} of {every} records {what} (record{'s' * (len(numbers) > 1)} {listed})"
             findings.append(Finding("warning", what, why, cure))
 
-    cure = "remove these records (python analyze_data.py lint names more)"
-    warn(record[(labels == eos_id) & after_prompt], "have an empty answer", "the model learns to say nothing", cure)
+    cure = "remove these records (python analyze_data.py lint finds more)"
+    warn(record[(labels == eos_id) & after_prompt], "with an empty answer", "the model learns to say nothing", cure)
     why = "the model learns neither what was cut nor where these answers end"
-    warn(dataset.cut, f"do not fit in {max_length} tokens and were cut", why, longer)
-    what = f"were left out, as their prompt alone fills {max_length} tokens"
+    warn(dataset.cut, f"cut to {max_length} tokens", why, longer)
+    what = f"left out, as the prompt alone fills {max_length} tokens"
     warn(dataset.left_out, what, "they teach nothing", longer)
     return findings
 
@@ -91,7 +91,7 @@ def show_example(example: dict, tokenizer) -> str:
     """Return the text of an example, with what is learned marked."""
     ids, parts, before = example["input_ids"], [], ""
     for learned, places in itertools.groupby(range(len(ids)), lambda i: example["labels"][i] != IGNORE_INDEX):
-        # All up to here: decoded alone, the answer of a LLaMA tokenizer would lose its first space.
+        # Decode everything up to here: decoded alone, the answer of a LLaMA tokenizer would lose its first space.
         text = printable(tokenizer.decode(ids[: max(places) + 1]))
         parts.append(_marked(text[len(before) :], learned))
         before = text

@@ -1,4 +1,4 @@
-"""What preflight has to say: findings, and one report of them."""
+"""The preflight's findings, and one report of them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ COLOURS = {"error": "31", "warning": "33", "note": "36"}  # SGR codes: red, yell
 class Finding:
     """One thing that preflight found."""
 
-    level: str  # "error" (training would be wasted, so it stops), "warning" (it may be) or "note" (good to know)
-    what: str  # was found, in one line
-    why: str = ""  # it matters: what it would do to the run
+    level: str  # "error" (training would be wasted, so it stops), "warning" (it may be wasted) or "note"
+    what: str  # what was found, in one line
+    why: str = ""  # what it would do to the run
     cure: str = ""  # what to do about it
 
 
@@ -38,7 +38,7 @@ def paint(text: str, code: str) -> str:
 def gather(findings: list[Finding]) -> list[Finding]:
     """Return the findings of all ranks, each once, in the same order on every rank; every rank must call it.
 
-    If one rank alone stopped at an error, the others would wait for it in their next collective.
+    If only one rank stopped at an error, the others would wait for it in their next collective.
     """
     return list(dict.fromkeys(gather_object(findings)))
 

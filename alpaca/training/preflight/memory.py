@@ -1,6 +1,6 @@
 """How much memory weights, gradients and optimizer need on each device, exactly, and which arguments would reduce it.
 
-It is known before anything is loaded. What a step needs beside it (activations, logits) the rehearsal measures.
+This is known before anything is loaded. The rehearsal measures what a step needs besides (activations, logits).
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ FOUR_BITS = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a model, in elements."""
+    """A model's sizes, in elements."""
 
     parameters: int
     trained: int  # without LoRA: all that reads text
     linear: int  # in linear layers, which QLoRA keeps in 4 bits; not the output embedding
-    rank_one: int  # of LoRA with r = 1: in + out for each matrix that it adapts (Hu et al., 2021)
+    rank_one: int  # of LoRA with r = 1: in + out for each adapted matrix (Hu et al., 2021)
 
     @classmethod
     def of(cls, model) -> Sizes:
@@ -52,20 +52,20 @@ class Sizes:
 
 
 def sizes_of(path: str, cache_dir: str | None = None) -> Sizes | None:
-    """Return the sizes of a model in a folder or on the hub, by its config alone; None if that says too little."""
+    """Return the sizes of a model in a folder or on the hub, from its config; None if that is not enough."""
     try:
         config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         freeze_other_senses(model)
         return Sizes.of(model)
-    except Exception:  # whatever a library says to a strange config.json: loading it will say the same
+    except Exception:  # a library's error on a strange config.json: loading the model reports the same
         return None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a model is to be trained."""
+    """How a model will be trained."""
 
     ranks: int = 1
     sharded: bool = False  # by FSDP, over the ranks
@@ -78,7 +78,7 @@ class Plan:
 
     @classmethod
     def of(cls, args, dtype: torch.dtype) -> Plan:
-        """Read it from train.py's arguments; ``dtype`` is the one that the weights are loaded as."""
+        """Read it from train.py's arguments; the weights are loaded as ``dtype``."""
         master = 4 if args.deepspeed and (args.bf16 or args.fp16) else 0  # DeepSpeed's float32 weights
         sync = (args.accelerator_config.gradient_accumulation_kwargs or {}).get("sync_each_batch", False)
         return cls(
@@ -131,9 +131,9 @@ def parts(sizes: Sizes, plan: Plan) -> dict[str, int]:
 
 
 def advise(sizes: Sizes, plan: Plan, available: int) -> list[str]:
-    """Return up to three sets of arguments with which the exact part fits ``available`` bytes; the mildest first.
+    """Return up to three sets of arguments with which the exact part fits ``available`` bytes, the mildest first.
 
-    Each is a text such as ``lora_r=16 (12.6 GiB)``, with what is needed then.
+    Each is a text such as ``lora_r=16 (12.6 GiB)``, with the memory then needed.
     """
 
     def needed(plan: Plan) -> int:
@@ -159,7 +159,7 @@ def advise(sizes: Sizes, plan: Plan, available: int) -> list[str]:
 
 
 def smaller_step(args) -> str:
-    """Return the arguments that make a step's activations smaller, for a run whose step ran out of memory."""
+    """Return the arguments that make a step's activations smaller, for a step that ran out of memory."""
     checkpoints = getattr(args, CHECKPOINTING) or read_config(args.fsdp_config).get("activation_checkpointing")
     batch = args.per_device_train_batch_size
     one = f"per_device_train_batch_size=1 gradient_accumulation_steps={batch * args.gradient_accumulation_steps}"
@@ -171,7 +171,7 @@ def checkpoint_bytes(sizes: Sizes, plan: Plan, full_fsdp: bool = False) -> tuple
     """Return the bytes on disk of (one checkpoint, the final model).
 
     A checkpoint holds the model or its adapter, its optimizer states, and under FSDP's FULL_STATE_DICT a second copy
-    of the weights (pytorch_model_fsdp.bin). With an adapter both it and the merged model are the result.
+    of the weights (pytorch_model_fsdp.bin). With an adapter, the result is the adapter and the merged model.
     """
     trainable, model = plan.trainable(sizes), 4 * sizes.parameters
     weights = 4 * trainable if plan.lora_r else model
@@ -180,7 +180,7 @@ def checkpoint_bytes(sizes: Sizes, plan: Plan, full_fsdp: bool = False) -> tuple
 
 
 def check_loading(sizes: Sizes, plan: Plan, device: torch.device) -> list[Finding]:
-    """Check, before the model is loaded, whether machine and device hold it. Every rank must call it."""
+    """Check, before the model is loaded, whether it fits machine and device. Every rank must call it."""
     one = sizes.parameters * plan.dtype_bytes
     processes = 1 if plan.sharded else int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # FSDP: rank 0 alone loads it
     free = lowest(host_memory.host_free(swap=True))  # of all ranks before any of them loads
@@ -188,19 +188,19 @@ def check_loading(sizes: Sizes, plan: Plan, device: torch.device) -> list[Findin
         return check_memory(sizes, plan, lowest(host_memory.available_bytes(device)))
     loaded = f"{processes} processes each load the whole model" if processes > 1 else "the model is loaded"
     left, fitting = as_text(max(0, free)), int(free // one)
-    what = f"{loaded} into the machine's memory: {as_text(one * processes)}, but only {left} is free"
+    what = f"{loaded} into the machine's memory: {as_text(one * processes)} needed, {left} free"
     fewer = f"torchrun --nproc_per_node={fitting}, or " if fitting > 0 else ""
-    cure = f"{fewer}a machine (or a memory limit of the scheduler's job) with more memory"
+    cure = f"{fewer}more memory for the machine or the scheduler's job"
     return [Finding("error", what, "the kernel kills a process that takes more, without a message", cure)]
 
 
 def check_memory(sizes: Sizes, plan: Plan, available: int) -> list[Finding]:
-    """Compare what weights, gradients and optimizer need on each device with the bytes that it has."""
+    """Compare what weights, gradients and optimizer need on each device with the available bytes."""
     needed = parts(sizes, plan)
     text = ", ".join(f"{name} {as_text(size)}" for name, size in needed.items())
-    what = f"memory per device without activations: {text or 'none'}, of {as_text(available)}"
+    what = f"memory per device without activations: {text or 'none'}; available: {as_text(available)}"
     if sum(needed.values()) <= available:
         return [Finding("note", what)]
     advice = advise(sizes, plan, available)
-    cure = f"one of: {'; '.join(advice)}" if advice else "a larger device or a smaller model: no argument is enough"
-    return [Finding("error", what, "this is exact, and more than there is", cure)]
+    cure = f"use one of {'; '.join(advice)}" if advice else "use a larger device or a smaller model"
+    return [Finding("error", what, "this is exact, and more than is available", cure)]

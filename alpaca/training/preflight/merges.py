@@ -1,4 +1,4 @@
-"""A BPE tokenizer must split text as the sentencepiece model beside it does; if not, its merges are put in order."""
+"""A BPE tokenizer must split text like the sentencepiece model next to it; if not, its merges are reordered."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.convert_slow_tokenizer import generate_merges
 from alpaca.inference.load import set_merges
 from alpaca.training.preflight.findings import Finding
 
-# Where merges in another order show: runs of spaces, as in code, and rare characters.
+# Texts that reveal another order of merges: runs of spaces, as in code, and rare characters.
 SAMPLES = (
     "def f(x):\n    if x:\n        return  x\n            # done",
     "a  b   c    d     e      f       g        h",
@@ -20,14 +20,14 @@ SAMPLES = (
     "Grüße, 東京! naïve café — 3.14159e-10",
     "aaaaaaaaaaaaaaaa ................ ================",
 )
-WHY = "the base model was trained on sentencepiece's tokens; it has not seen text that is split in another way"
+WHY = "the base model was trained on sentencepiece's tokens, and has not seen text that is split differently"
 
 
 def mend_merges(tokenizer, texts: Iterable[str] = ()) -> list[Finding]:
-    """Compare a BPE tokenizer with the sentencepiece model beside it, if any; if they differ, order its merges alike.
+    """Compare a BPE tokenizer with the sentencepiece model next to it, if any; if they differ, reorder its merges.
 
     transformers converts a tokenizer.model with merges in the order of ids. sentencepiece joins the pair whose piece
-    has the best score. Where several pairs make the same piece ("▁▁" + "▁▁" or "▁" + "▁▁▁"), their order counts too.
+    has the best score. If several pairs make the same piece ("▁▁" + "▁▁" or "▁" + "▁▁▁"), their order matters too.
 
     Args:
         tokenizer: a fast tokenizer; changed in place.
@@ -44,13 +44,13 @@ def mend_merges(tokenizer, texts: Iterable[str] = ()) -> list[Finding]:
         spm = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except RuntimeError:  # a tokenizer.model of another kind (tiktoken's)
         return []
-    # sentencepiece puts a space before any text, tokenizers only before one that has none: not compared here.
+    # sentencepiece puts a space before any text, tokenizers only if there is none: not compared here.
     texts = [*SAMPLES, *(text.lstrip(" ") for text in texts)]
     pieces = [spm.id_to_piece(i) for i in range(spm.get_piece_size())]
     vocabulary = tokenizer.get_vocab()
     if any(vocabulary.get(piece, i) != i for i, piece in enumerate(pieces)):
         what = f"{path.name} and the tokenizer number their tokens differently"
-        return [Finding("error", what, WHY, "take both files from the model that is trained")]
+        return [Finding("error", what, WHY, "take both files from the base model")]
     if not (before := _different(tokenizer, spm, texts)):
         return []
     special = (spm.is_control, spm.is_unknown, spm.is_byte, spm.is_unused)
@@ -61,9 +61,9 @@ def mend_merges(tokenizer, texts: Iterable[str] = ()) -> list[Finding]:
     }
     set_merges(tokenizer, generate_merges({piece: vocabulary[piece] for piece in scores}, scores))
     after = _different(tokenizer, spm, texts)
-    what = f"merges put in sentencepiece's order: {before} of {len(texts)} sample texts were tokenized differently"
-    cure = "done; the trained model is saved with these merges"
-    return [Finding("warning" if after else "note", f"{what} from {path.name}, now {after}", WHY, cure)]
+    what = f"merges reordered as in {path.name}: {before} of {len(texts)} sample texts were tokenized differently"
+    cure = "none needed; the trained model is saved with these merges"
+    return [Finding("warning" if after else "note", f"{what}, now {after}", WHY, cure)]
 
 
 def _different(tokenizer, spm, texts: list[str]) -> int:

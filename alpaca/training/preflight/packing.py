@@ -17,18 +17,18 @@ from alpaca.training.distributed import say
 # How far packed examples may be from the same ones alone: in float32 (tf32 keeps 10 bits of mantissa) and in half
 # precision (bfloat16 keeps 7).
 MAX_DEVIATION, MAX_DEVIATION_HALF = 0.03, 0.3
-# How far they may move when another example of the row changes. Exactly 0 if they do not see it; but a mixture of
-# experts rounds differently when other tokens change.
+# How far they may move when another example of the row changes. Exactly 0 without leaks; but a mixture of experts
+# rounds differently when other tokens change.
 MAX_DEPENDENCE = 0.01
 
 
 def measure(model, examples: list[dict]) -> tuple[float, float]:
-    """Return how far examples in one row, under the model's present attention, are from what they should be.
+    """Return how far examples in one row, under the model's current attention, are from the correct result.
 
     On a sharded model every process must call it, with the same examples.
 
     Args:
-        model: of any type, on any device and mesh; dropout is off meanwhile.
+        model: of any type, on any device and mesh; dropout is off during the measurement.
         examples: at least two ``{"input_ids": [int], "labels": [int]}``, short ones.
 
     Returns:
@@ -37,7 +37,7 @@ def measure(model, examples: list[dict]) -> tuple[float, float]:
         type; attention over the whole row gave 0.8 to 1.8 in the models we tried. NaN if a logit is NaN.
 
         The dependence: how far later examples' logits move, in the same unit, when the first one's tokens are reversed.
-        No rounding hides it, as their own arithmetic is the same: it finds a recurrent layer that forgets quickly.
+        Rounding cannot hide it, as their own arithmetic is the same: it finds a recurrent layer that forgets quickly.
     """
     first = examples[0]["input_ids"]
     batch = packing.flatten(examples)
@@ -45,7 +45,7 @@ def measure(model, examples: list[dict]) -> tuple[float, float]:
     with _measuring(model):
         try:
             together, moved = _outputs(model, batch), _outputs(model, other)
-        finally:  # also if it fails: FSDP is interrupted then, with parameters half gathered, and this restores order
+        finally:  # also if it fails: FSDP is then interrupted with parameters half gathered, and this recovers it
             alone = _alone(model, examples)
     keep, targets = batch["logits_to_keep"].to(alone.device), batch["shift_labels"][0].to(alone.device)
     alone, logits = alone[keep], together.logits[0].float()
@@ -73,7 +73,7 @@ def _outputs(model, batch: dict):
 
 @contextmanager
 def _measuring(model):
-    """Evaluate without gradients. FSDP reshards in the backward pass, which never comes here: reshard at the end."""
+    """Evaluate without gradients. FSDP reshards in the backward pass, which is missing here: reshard at the end."""
     training = model.training
     model.eval()
     try:
@@ -87,15 +87,15 @@ def _measuring(model):
 
 
 class SelfCheck(transformers.TrainerCallback):
-    """Check before the first step, with the run's kernels, type and mesh, that packing is right; if not, fall back.
+    """Check before the first step, with the run's kernels, type and mesh, that packing is correct; if not, fall back.
 
     Args:
         examples: see measure.
-        fall_back: called on each process if packing is not right, with the model and the reason as part of a sentence.
+        fall_back: called on each process if packing is not correct, with the model and the reason.
 
     Attributes:
         deviation: the largest of all processes; None until it was measured.
-        reason: why packing is not right here; empty if it is.
+        reason: why packing is not correct here; empty if it is.
     """
 
     def __init__(self, examples: list[dict], fall_back):
@@ -117,14 +117,14 @@ class SelfCheck(transformers.TrainerCallback):
         half = args.bf16 or args.fp16 or next(model.parameters()).dtype != torch.float32
         self.deviation, moved = worst.tolist()
         if not self.deviation <= (MAX_DEVIATION_HALF if half else MAX_DEVIATION):
-            self.reason = self.reason or f"examples in one row differ from the same alone by {self.deviation:.2g}"
+            self.reason = self.reason or f"examples in one row differ from single ones by {self.deviation:.2g}"
         elif moved > MAX_DEPENDENCE:
-            self.reason = f"an example moves by {moved:.2g} when another of its row changes"
+            self.reason = f"an example changes by {moved:.2g} when another in its row changes"
         if self.reason:
             self.fall_back(model, self.reason)
             say(f"warning: examples are padded, as with padding=longest: {self.reason}")
         else:
-            say(f"note: packed examples equal the same alone, to {self.deviation:.1e} of their logits' deviation")
+            say(f"note: packed examples equal single ones, to {self.deviation:.1e} of their logits' deviation")
 
 
 def examples_to_check(dataset, count: int = 3) -> list[dict]:

@@ -1,9 +1,9 @@
 """Two short runs before the real one: a step, a save, another step; then load, resume and repeat that step.
 
-Both are made as the run itself is made, with its optimizer, schedule, learning rate, metric, types and mesh, and of the
+Both are set up like the run itself, with its optimizer, schedule, learning rate, metric, types and mesh, and use the
 longest examples, which need the most memory. The second begins with a freshly loaded model: whatever a checkpoint does
 not restore shows in its weights, its loss or its second step. At its end the model is saved as the run will save it,
-and read back. Nothing of the two is used by the run, which loads the model again.
+and read back. The run uses nothing from either, and loads the model again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from alpaca.training.preflight.findings import Finding, finish, gather
 from alpaca.training.sharding import tensors
 
 CHUNK = 2**22  # elements hashed at a time: 64 MB of int64
-CURE = "report it with this output; until then use skip_save_rehearsal=True, and train in one go with save_strategy=no"
+CURE = "report it with this output; meanwhile use skip_save_rehearsal=True, and train in one go with save_strategy=no"
 
 
 def planned_steps(args, rows: Sequence) -> tuple[int, int]:
@@ -52,8 +52,8 @@ def rehearsal(make: Callable, args, rows: Sequence, held_out: Sequence | None, s
         UserError: the run would fail, or could not be resumed.
     """
     if args.deepspeed:
-        what = "saving and resuming were not rehearsed: the three DeepSpeed engines that it takes were never tested"
-        cure = "a short run with max_steps=2 and save_steps=1, resumed once, shows the same"
+        what = "saving and resuming were not rehearsed: this is not supported with DeepSpeed"
+        cure = "try a short run with max_steps=2 and save_steps=1, and resume it once"
         return finish([Finding("warning", what, "a failing save would show late", cure)])
     resume = "" if args.save_strategy == "no" else ", a save, a resume"
     say(f"rehearsal: two steps on the longest examples{resume} and the final save")
@@ -61,16 +61,16 @@ def rehearsal(make: Callable, args, rows: Sequence, held_out: Sequence | None, s
         finish(rehearse(make, args, rows, held_out, save))
     except torch.OutOfMemoryError as e:
         cure = memory.smaller_step(args)
-        raise RankError(f"preflight: a step ran out of memory: one of {cure}; nothing was trained") from e
+        raise RankError(f"preflight: a step ran out of memory: use one of {cure}; nothing was trained") from e
     except (UserError, OSError):
         raise
     except Exception as e:  # a check must not end in a traceback, whatever a model's code does
-        hint = "skip_save_rehearsal=True leaves the rehearsal out; another rank's message may name the cause"
-        raise RankError(f"preflight: the rehearsal failed: {first_line(e)} ({hint})") from e
+        hint = "see the other ranks' messages, or skip it with skip_save_rehearsal=True"
+        raise RankError(f"preflight: the rehearsal failed ({first_line(e)}): {hint}") from e
 
 
 class _Observer(TrainerCallback):
-    """End a run after step 2, save and evaluate after step 1 if asked to, and note what each step leaves."""
+    """End a run after step 2, save and evaluate after step 1 if asked to, and record the state after each step."""
 
     def __init__(self, saves: bool, evaluates: bool):
         self.saves, self.evaluates = saves, evaluates
@@ -100,16 +100,16 @@ def rehearse(make: Callable, args, rows: Sequence, held_out: Sequence | None, sa
 
     Args:
         make: (arguments, rows, held-out rows) → a Trainer with a freshly loaded model, as the run will be made.
-        args: of the run. Its output folder gets a folder ``.save-rehearsal``, which is removed again.
-        rows: what the run trains on; the rehearsal takes the fewest that make its steps, the longest.
-        held_out: what it is evaluated on, or None.
+        args: of the run. Its output folder gets a folder ``.save-rehearsal``, which is removed at the end.
+        rows: the run's training data; the rehearsal takes as few as its steps need, the longest.
+        held_out: the run's evaluation data, or None.
         save: (trainer, folder) → None, writes the trained model as the run will at its end; every rank calls it.
 
     Returns:
         What is wrong, as errors; or one note with losses, sizes, step time and peak memory (on rank 0).
     """
-    folder, short = Path(args.output_dir) / REHEARSAL, copy.copy(args)  # all that shapes a step stays as it is
-    short.output_dir, short.max_steps = str(folder), max(2, planned_steps(args, rows)[0])  # which shape the schedule
+    folder, short = Path(args.output_dir) / REHEARSAL, copy.copy(args)  # what shapes a step stays the same
+    short.output_dir, short.max_steps = str(folder), max(2, planned_steps(args, rows)[0])  # max_steps: the schedule's
     short.gradient_accumulation_steps = min(2, args.gradient_accumulation_steps)
     short.report_to, short.disable_tqdm = [], True
     short.logging_nan_inf_filter = short.save_only_model = short.ignore_data_skip = False
@@ -131,17 +131,17 @@ def _runs(new_trainer: Callable, save: Callable, folder: Path, saves: bool) -> l
         """Return a trainer after step 2, its observer, and the losses of its steps."""
         trainer = new_trainer()
         observer = _Observer(saves, evaluates=trainer.eval_dataset is not None)
-        trainer.remove_callback(trainer.meter)  # which shows a run
+        trainer.remove_callback(trainer.meter)  # it would print lines
         trainer.add_callback(observer)
         trainer.train(resume)
         return trainer, observer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
     trainer, first, losses = run(None)
     if not all(map(math.isfinite, losses)):
-        what, why = f"the loss of the first steps is not finite: {losses}", "training would end in a model of NaN"
+        what, why = f"the loss of the first steps is not finite: {losses}", "the trained weights would be NaN"
         cure = "check the base model (does chat.py answer?) and use bf16 or float32 instead of fp16"
         return [Finding("error", what, why, cure)]
-    outcome = f"two steps and the final save are as they should be: loss {losses[-1]:.4f}"
+    outcome = f"two steps and the final save succeeded: loss {losses[-1]:.4f}"
     if saves:
         say(f"rehearsal: the first run took {time.perf_counter() - begin:.0f} s; the second takes about as long")
         uninterrupted, trainer = losses[-1], _freed(trainer)
@@ -150,10 +150,10 @@ def _runs(new_trainer: Callable, save: Callable, folder: Path, saves: bool) -> l
         if faults := gather(_compare(first.states, second.states, uninterrupted, losses[-1], deterministic=cpu)):
             return faults
         exact = first.states[2] == second.states[2]
-        equal = "bit for bit" if exact else "to rounding, as this device adds in any order"
+        equal = "bit for bit" if exact else "up to rounding, as this device adds in any order"
         outcome = (
-            f"saved, reloaded and resumed: weights and optimizer equal, the next step equal {equal}, loss "
-            f"{losses[-1]:.4f} as without; checkpoint {as_text(folder_bytes(checkpoint))}"
+            f"saved, reloaded and resumed: weights and optimizer equal, the next step equal {equal} (loss "
+            f"{losses[-1]:.4f}); checkpoint {as_text(folder_bytes(checkpoint))}"
         )
     whole.mkdir(parents=True, exist_ok=True)
     save(trainer, whole)
@@ -163,9 +163,9 @@ def _runs(new_trainer: Callable, save: Callable, folder: Path, saves: bool) -> l
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()  # the run measures its own
     faults = gather(_read_back(whole, expected))
-    step = f"{first.seconds:.1f} s a step of the longest examples, peak memory {as_text(peak)}"
+    step = f"{first.seconds:.1f} s per step of the longest examples, peak memory {as_text(peak)}"
     seconds = time.perf_counter() - begin
-    return faults or [Finding("note", f"{outcome}; model {as_text(size)}; {step}; {seconds:.0f} s in all")]
+    return faults or [Finding("note", f"{outcome}; model {as_text(size)}; {step}; {seconds:.0f} s in total")]
 
 
 def _freed(trainer) -> None:
@@ -180,13 +180,13 @@ def _freed(trainer) -> None:
 def _compare(first: dict, second: dict, loss: float, resumed_loss: float, deterministic: bool) -> list[Finding]:
     """Compare two runs: what was saved after step 1 and what was loaded, and what step 2 left (_Observer's states).
 
-    What was loaded must be equal bit for bit on every device. The second step's weights are not where kernels add in
-    any order; there the loss shows whether data and random state came back as well.
+    What was loaded must be equal bit for bit on every device. The second step's weights may differ if kernels add in
+    any order; then the loss shows whether data and random state were restored too.
     """
     what = []
     for kind, saved, loaded in zip(("weights", "optimizer's states"), first[1], second[1], strict=True):
         if names := _differences(saved, loaded):
-            what.append(f"the {kind} do not come back from a checkpoint as they were saved ({names})")
+            what.append(f"a checkpoint does not restore the {kind} ({names})")
     if not math.isclose(loss, resumed_loss, rel_tol=1e-4):
         what.append(f"the resumed step has loss {resumed_loss:.6f}, the uninterrupted one {loss:.6f}")
     elif deterministic and (names := _differences(first[2][0], second[2][0])):
@@ -195,7 +195,7 @@ def _compare(first: dict, second: dict, loss: float, resumed_loss: float, determ
 
 
 def _read_back(folder: Path, expected: dict[str, int]) -> list[Finding]:
-    """Read the final save on rank 0, as its users will, and compare all that was trained with what was saved."""
+    """Read the final save on rank 0, as its users will, and compare it with what was trained."""
     if int(os.environ.get("RANK", 0)) != 0:
         return []
     try:
@@ -205,14 +205,14 @@ def _read_back(folder: Path, expected: dict[str, int]) -> list[Finding]:
             expected = {name.replace(".default.", "."): value for name, value in expected.items()}
         if not (names := _differences(expected, {name: found.get(name) for name in expected})):
             return []
-        what = f"the final save, read back, holds other values than were trained ({names})"
+        what = f"the final save has other values than were trained ({names})"
     except UserError as e:
         what = f"the final save cannot be read: {e}"
     return [Finding("error", what, "the trained model would be lost at the end", CURE)]
 
 
 def longest(dataset: Sequence, count: int) -> Subset:
-    """Return the ``count`` items that have the most tokens of a SupervisedDataset or its PackedDataset, or all."""
+    """Return the ``count`` items with the most tokens of a SupervisedDataset or PackedDataset, or all."""
     sizes = getattr(dataset, "dataset", dataset).lengths
     sizes = [sum(sizes[i] for i in numbers) for numbers in dataset.bins] if hasattr(dataset, "bins") else sizes
     return Subset(dataset, sorted(range(len(sizes)), key=lambda i: -sizes[i])[:count])
@@ -223,15 +223,15 @@ def folder_bytes(folder: Path) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Fingerprints: whether weights and optimizer states came back bit for bit, without a copy of them.
+# Fingerprints: whether weights and optimizer states are equal bit for bit, without a copy of them.
 
 
 def fingerprint(tensor: torch.Tensor) -> int:
     """Return a hash of a tensor's local bits: Σ bits·(position in its chunk), chunks joined by a factor, mod 2^64.
 
     Any single changed bit changes it (of elements of up to 4 bytes), and so does their order. torch.hash_tensor (2.13)
-    is not enough: it is the XOR of all elements, so it is 0 for an even number of ones as well as of zeros, and equal
-    for a transposed matrix. This one takes 64 MB, where a copy of the weights would take as much as they do.
+    is not enough: it is the XOR of all elements, so it is 0 for an even number of ones as for zeros, and equal for a
+    transposed matrix. This one takes 64 MB; a copy of the weights would double their memory.
     """
     local = (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
@@ -263,6 +263,6 @@ def _states(optimizer) -> dict[str, int | float | tuple]:
 
 
 def _differences(a: dict, b: dict) -> str:
-    """Return how many values differ and the first one's name; empty if none does."""
+    """Return how many values differ and the first one's name; empty if they are equal."""
     names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
     return f"{len(names)} values: {names[0]}" + (", …" if len(names) > 1 else "") if names else ""
