@@ -142,7 +142,8 @@ def test_a_mix_states_its_parts_and_keeps_the_strictest_license(finished, tmp_pa
     card = receipt.model_card(finished[1] | {"data": {"train": facts | {"examples": 6}, "eval": None}})
     assert card.startswith("---\nlicense: cc-by-nc-4.0\n")
     for name, count in ((ours, 2), (released, 1)):
-        assert f"{count} of the 6 records are from {name}, under CC BY-NC 4.0: not for commercial use." in card
+        verb = "is" if count == 1 else "are"
+        assert f"{count} of the 6 records {verb} from {name}, under CC BY-NC 4.0: not for commercial use." in card
     assert (
         "The license of the others is unknown" in card
         and "Not for commercial use, which the data's license forbids" in card

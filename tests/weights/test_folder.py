@@ -380,7 +380,7 @@ def test_a_folder_that_a_live_process_makes_is_left_to_it(tmp_path):
 @pytest.mark.parametrize("place", ["file/target", "file/deeper/target"])
 def test_a_place_that_cannot_be_written_is_refused(tmp_path, place):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be written: .*file is a file or read-only"):
+    with pytest.raises(UserError, match="cannot be written, .*file is a file or read-only"):
         with model_folder(tmp_path / place, "--out"):
             raise AssertionError("not reached")
 
