@@ -311,14 +311,9 @@ def publish(
     if eval_fraction:
         splits = dict(zip(("train", "test"), folders.split(records, eval_fraction), strict=True))
         if not all(splits.values()):
-            of = counted(len(records), "record")
-            raise UserError(f"--eval_fraction {eval_fraction} of {of} leaves a split empty: try 0.1")
-    facts = {"license": license, "restricted": restricted, "generator": report, "drawn": bool(eval_fraction)}
-    facts |= {
-        "languages": re.findall(r"[\w-]+", language or ""),
-        "address": push or output.name,
-        "date": utc_now()[:10],
-    }
+            raise UserError(f"--eval_fraction {eval_fraction} of {len(records)} records leaves a split empty: try 0.1")
+    facts = {"license": license, "restricted": restricted, "drawn": eval_fraction, "date": utc_now()[:10]}
+    facts |= {"languages": re.findall(r"[\w-]+", language or ""), "address": push or output.name, "generator": report}
     inputs = [Path(part.strip()) for path in paths for part in path.split(",")]
     with new_folder(output, "--output_dir", [part for part in inputs if part.is_dir()]) as folder:
         schema = folders.columns(records)

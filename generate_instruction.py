@@ -8,7 +8,6 @@ A teacher on any OpenAI-compatible server:
 
     python generate_instruction.py generate_instruction_following_data --base_url http://127.0.0.1:8000/v1 --model_name MODEL --output_dir ./
 
-Use --api completions for a base model, and --api chat (the default) for everything else.
 
 Remove near-duplicates from existing data:
 
@@ -234,10 +233,9 @@ def generate_instruction_following_data(
 ) -> None:
     """Ask a teacher for new instructions until enough are kept, and write them to OUTPUT_DIR/regen.json.
 
-    Each kept record also has its 10 nearest instructions with their ROUGE-L (most_similar_instructions) and its mean
-    ROUGE-L to all seeds and kept instructions (avg_similarity_score). Next to it are regen.journal (every reply),
-    rejected.jsonl (what was dropped, and why) and report.json (the counts). You can stop at any time; the same command
-    continues.
+    Each record has its 10 nearest instructions with their ROUGE-L (most_similar_instructions) and its mean ROUGE-L to
+    all seeds and kept instructions (avg_similarity_score). OUTPUT_DIR also gets regen.journal (every reply),
+    rejected.jsonl (what was dropped, and why) and report.json (counts). Stop at any time: the same command continues.
 
     Args:
         output_dir: folder for the results; an existing run, or a regen.json alone, is continued.

@@ -20,8 +20,7 @@ Report who wins, and whether by more than chance:
 Published answers work too: Self-Instruct's *_predictions.jsonl, alpaca_eval's model_outputs.json.
 
 The instructions are Self-Instruct's 252, AlpacaEval's, or any data that train.py reads. Each reply is saved in
-OUT.journal before it counts: after Ctrl-C, a crash or kill -9, run the same command to continue; nothing is requested
-twice.
+OUT.journal before it counts: after Ctrl-C, a crash or kill -9 the same command continues, and requests nothing twice.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from alpaca.common.journal import Journal, check_output
 from alpaca.common.records import files_of, title, write_records
 from alpaca.common.shapes import has_several_turns
 from alpaca.common.text import counted, in_brackets
-from alpaca.data.instruction_sets import is_name, is_the_252, read_answers, read_pair, read_set
+from alpaca.data.instruction_sets import is_the_252, read_answers, read_pair, read_set
 from alpaca.endpoint.budget import Budget, RequestSettings
 from alpaca.endpoint.client import THOUGHT, Answerer, Completion, OpenAIDecodingArguments, Talk
 from alpaca.endpoint.parallel import ask_each, summarize
@@ -102,7 +101,6 @@ def answer(
     local = model_path is not None
     for wrong, message in (
         (local == (model_name is not None), "give either --model_path (a folder) or --model_name (on a server)"),
-        (generator is not None and not is_name(generator), "--generator must be a name in one line"),
         (template not in (None, "alpaca", "chat"), f"--template must be alpaca or chat, not {template!r}"),
         (batch_tokens < 1, "--batch_tokens must be at least 1"),
         (
@@ -228,9 +226,8 @@ def judge(
 ) -> None:
     """Have a model compare two files of answers, each pair in both orders, at temperature 0.
 
-    OUTPUT_PATH gets a row for each request: who was shown first, what the judge preferred and said, and its model,
-    prompt and settings. A reply without a verdict is requested twice more, and then counts as a failure, never as a
-    tie. Two equal answers are a tie; the judge is not asked.
+    OUTPUT_PATH gets a row per request: who was shown first, what the judge preferred and said, its model, prompt and
+    settings. A reply without a verdict is requested twice more, and then fails. Equal answers are a tie, not sent.
 
     Args:
         instructions: the set that was answered.
@@ -364,12 +361,8 @@ def report(
             "without_reference": sum(item.reference is None for item in items),
             "unseen_by_rouge": sum(rouge.is_mostly_unseen(item.reference or "") for item in items),
         },
-        "judges": [],
-        "agreement": None,
-        "examples": [],
-        "overlap": None,
-        "seed": seed,
     }
+    found |= {"judges": [], "agreement": None, "examples": [], "overlap": None, "seed": seed}
     found["answerers"], scores = metrics.summary(items, answerers, seed)
     if judgments is not None:
         rows = verdicts.read_judgments(_paths("judgments", judgments))

@@ -105,7 +105,7 @@ def _start(tokenizer) -> str:
 
 
 def end_token(tokenizer) -> str | None:
-    """Return the token with which the tokenizer's chat template ends an answer; None if there is none.
+    """Return the token with which the tokenizer's chat template ends an answer, or None.
 
     Raises:
         UserError: the template fails, or leaves the answer out.
@@ -171,7 +171,7 @@ def chat_turns(tokenizer, conversations: Sequence[Sequence[dict]]) -> list[tuple
     """Return, for the last answer of each conversation, the tokens of its prompt and those that must be generated.
 
     The prompt is chat_ids() of the messages before it. What must be generated is what the template writes after that,
-    as in answer_ids(), up to the first special token after the answer. If there is none, EOS ends the answer.
+    as in answer_ids(), up to the first special token after the answer, or up to EOS if it writes no special token.
 
     Raises:
         Unanswerable: the template fails, or does not start answers as it prompts for them.

@@ -131,8 +131,7 @@ def new_folder(
         path: the folder to make; it may exist if it is empty.
         flag: the command line's name for it, for messages.
         inputs: folders that are read meanwhile, so they are neither replaced nor added to.
-        may_replace: raises UserError unless an existing folder, its argument, may be replaced. The old one is moved
-            aside, and removed after the rename. None: nothing is replaced.
+        may_replace: gets an existing folder, and raises UserError unless it may be replaced. None: it never may.
 
     Raises:
         UserError: ``path`` exists, another process is making it, or its parent cannot be written.
@@ -145,8 +144,7 @@ def new_folder(
         raise UserError(f"{flag or 'folder'} {path} is a mount point: choose a folder inside it")
     check_writable(path.parent, flag or "folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.parent / f".{path.name}{UNFINISHED}"
-    replaced = path.parent / f".{path.name}.replaced"
+    unfinished, replaced = (path.parent / f".{path.name}{suffix}" for suffix in (UNFINISHED, ".replaced"))
     lock = _locked_folder(unfinished, path)
     try:
         if replaced.exists():  # a kill came between two renames, or after them

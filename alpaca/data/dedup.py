@@ -180,7 +180,7 @@ def dedup(
     records = Records(input_path, fields)
     if tokenizer == "rouge" and (unseen := sum(is_mostly_unseen(record["instruction"]) for record in records)):
         what = f"{unseen} of {counted(len(records), 'instruction')} {'is' if unseen == 1 else 'are'} mostly non-ASCII"
-        print(f"warning: {what}, so near-duplicates may be missed: use --tokenizer unicode")
+        print(f"warning: {what}, so near-duplicates may be missed: use tokenizer=unicode")
     kept = write_records(distinct(records, seeds, threshold, similarity_stats, tokenizer), target)
     dropped = counted(len(records) - kept, "near-duplicate")
     print(f"{counted(len(records), 'record')}: {kept:,} kept in {output_path}, {dropped} dropped")

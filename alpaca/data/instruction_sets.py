@@ -132,14 +132,12 @@ def read_answers(path: str | os.PathLike, items: list[Item]) -> Answers:
     """Read a model's answers to a set, in any order.
 
     A row has the instruction that it answers, as "instruction" and "input" or as one text (Item.task), and the answer
-    as "output" (judge.py answer, chat.py's batch mode, alpaca_eval) or "response" (Self-Instruct's predictions). It
-    belongs to the item with the same texts, ignoring white space around them; if there are several, to the one with the
-    row's "id", else to the first without an answer. The model's name is "generator", else the file's name without
-    "_predictions". A row with a missing or null answer counts as unanswered.
+    as "output" or "response" (Self-Instruct's predictions). It belongs to the item with the same texts, ignoring white
+    space around them; if there are several, to the one with the row's "id", else to the first without an answer. The
+    model's name is "generator", else the file's name. A row with a missing or null answer counts as unanswered.
 
     Raises:
-        UserError: a file is missing, malformed or without answers; a row answers another set or an item a second time,
-            or rows are from several models.
+        UserError: a file is missing, malformed or without answers; rows of another set, of one item, or several models.
     """
     path = Path(path)
     places: dict[tuple[str, str], list[Item]] = {}

@@ -107,7 +107,7 @@ def masked(words: str, *secrets: str) -> str:
 
 
 def named(status: int, words: str) -> str:
-    """Return "HTTP 400: the server's words", or HTTP's own name of the status if there are none."""
+    """Return "HTTP 400: the server's words", or HTTP's own name of the status."""
     if status == 200:
         return f"error with HTTP 200: {words or 'no choices'}"
     return f"HTTP {status}" + (f": {text}" if (text := words or responses.get(status)) else "")

@@ -201,7 +201,7 @@ def notes(found: dict, answerers: list[Answers]) -> list[str]:
     for one in found["answerers"]:
         if one["cut"]:
             answers = counted(one["answered"], "answer")
-            said.append(f"{one['name']} was cut off in {one['cut']} of {answers}: raise --max_new_tokens.")
+            said.append(f"{one['name']} was cut off in {one['cut']} of {answers}: raise max_new_tokens.")
         if not_finite := one["loss_not_finite"]:
             said.append(f"{one['name']}'s loss is not finite on {counted(not_finite, 'reference')}: left out.")
     for judge in found["judges"]:

@@ -1,8 +1,8 @@
 """Judgments, folded into one verdict of each judge on each item.
 
 A judgment is one ask: two answers in an order, and which was preferred. A model is asked in both orders: if it
-contradicts itself the verdict is a tie, and if one of the two asks failed there is none. A person is asked once, in a
-random order.
+contradicts itself the verdict is a tie, and if one of the two asks failed the item has none. A person is asked once, in
+a random order.
 """
 
 from __future__ import annotations

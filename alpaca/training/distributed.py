@@ -37,7 +37,7 @@ def before_init(args) -> None:
             raise UserError("this GPU has no bf16 (emulation is many times slower): use fp16, or neither")
     _translate_fsdp(args)
     if args.fsdp and args.deepspeed:
-        raise UserError("--fsdp and --deepspeed both shard the model: drop one of them")
+        raise UserError("fsdp and deepspeed both shard the model: drop one of them")
     if args.fsdp:
         _set_up_fsdp(args, gpu)
     elif args.deepspeed:
@@ -68,7 +68,7 @@ def _translate_fsdp(args) -> None:
     if words in (["false"], ["true"]):
         return
     if unknown := set(words) - {"full_shard", "auto_wrap", "offload"}:
-        raise UserError(f"--fsdp {' '.join(sorted(unknown))} is unknown: use --fsdp --fsdp_config configs/fsdp.json")
+        raise UserError(f"--fsdp {' '.join(sorted(unknown))} is unknown: use --fsdp with configs/fsdp.json")
     offload = "offload" in words
     file = "fsdp_offload.json" if offload else "fsdp.json"
     say(f'warning: --fsdp "{" ".join(words)}" is now --fsdp --fsdp_config configs/{file}')
@@ -77,10 +77,10 @@ def _translate_fsdp(args) -> None:
 
 def _set_up_fsdp(args, gpu: bool) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) < 2:
-        raise UserError("--fsdp shards over processes, and there is only one: start more with torchrun, or drop --fsdp")
+        raise UserError("fsdp shards over processes, and there is only one: start more with torchrun, or drop fsdp")
     config = args.fsdp_config = read_config(args.fsdp_config)
     if config.get("version", 2) != 2:
-        raise UserError(f"--fsdp_config has version {config['version']}: remove it (FSDP2 is used)")
+        raise UserError(f"fsdp_config has version {config['version']}: remove it (FSDP2 is used)")
     config.setdefault("state_dict_type", "SHARDED_STATE_DICT")  # the library's default gathers each save
     if config.get("cpu_offload"):
         # While gradients accumulate, each GPU would hold all of them, unsharded: 27 GB for 7B in float32.
@@ -103,7 +103,7 @@ def _set_up_deepspeed(args, gpu: bool) -> None:
         raise UserError("DeepSpeed needs torchrun, even with one GPU: torchrun --nproc_per_node=1 train.py …")
     config = args.deepspeed = read_config(args.deepspeed)
     if "scheduler" in config:
-        say("warning: the scheduler in the DeepSpeed file overrides --lr_scheduler_type: remove it there")
+        say("warning: the scheduler in the DeepSpeed file overrides lr_scheduler_type: remove it there")
     zero = config.get("zero_optimization", {})
     if zero.get("stage") == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True  # the original's file has False: no model is saved

@@ -271,7 +271,7 @@ def _rows(records: Sequence[dict], tokenizer, max_length: int) -> Iterator[dict]
                     count += 1
                     yield {**row, "record": number, "length": len(row["input_ids"])}
     if not count:  # datasets cannot read a table of none
-        raise UserError(f"no example fits in {max_length} tokens: raise --model_max_length")
+        raise UserError(f"no example fits in {max_length} tokens: raise model_max_length")
 
 
 def content_key(records: list[dict], tokenizer, max_length: int) -> str:

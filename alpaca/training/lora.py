@@ -36,7 +36,7 @@ def base_options(args) -> dict:
     if not args.load_in_4bit:
         return {"dtype": half}
     if not importlib.util.find_spec("bitsandbytes"):
-        raise UserError("--load_in_4bit needs bitsandbytes: pip install 'alpaca-reproduced[qlora]'")
+        raise UserError("load_in_4bit needs bitsandbytes: pip install 'alpaca-reproduced[qlora]'")
     # nf4, quantized twice: Dettmers et al., 2023, arXiv:2305.14314
     quantization = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=half
@@ -127,7 +127,7 @@ def check_eos(tokenizer) -> None:
     """Raise UserError if the tokenizer lacks an EOS, which would be a new token: no linear layer trains its row."""
     if not tokenizer.eos_token:
         what = "this tokenizer has no EOS, and LoRA cannot train a new one: answers would never end"
-        raise UserError(f"{what}; use a base model with an EOS, or drop --lora_r")
+        raise UserError(f"{what}; use a base model with an EOS, or drop lora_r")
 
 
 def save(trainer, output_dir: Path, load_base: Callable[[], torch.nn.Module]) -> None:

@@ -192,7 +192,7 @@ def test_a_warning_where_the_default_tokenizer_sees_nothing(tmp_path, capsys):
     dedup.dedup(source, str(out))
     printed = capsys.readouterr().out
     assert "warning: 2 of 3 instructions" in printed and "3 kept" in printed
-    assert "use --tokenizer unicode" in printed
+    assert "use tokenizer=unicode" in printed
     dedup.dedup(source, str(out), tokenizer="unicode")
     printed = capsys.readouterr().out
     assert "warning:" not in printed and "2 kept" in printed

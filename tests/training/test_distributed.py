@@ -234,7 +234,7 @@ def test_a_deepspeed_file_that_saves_no_weights_is_mended_and_its_scheduler_repo
     distributed.before_init(args)
     said = capsys.readouterr().out.splitlines()
     assert args.deepspeed["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
-    assert len(said) == 1 and "overrides --lr_scheduler_type" in said[0]
+    assert len(said) == 1 and "overrides lr_scheduler_type" in said[0]
     args = Arguments(deepspeed=str(ROOT / "configs" / "default_offload_opt_param.json"))
     distributed.before_init(args)
     assert capsys.readouterr().out == ""

@@ -44,7 +44,7 @@ def mend_merges(tokenizer, texts: Iterable[str] = ()) -> list[Finding]:
         spm = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except RuntimeError:  # a tokenizer.model of another kind (tiktoken's)
         return []
-    # sentencepiece puts a space before any text, tokenizers only if there is none: not compared here.
+    # sentencepiece puts a space before any text, tokenizers only if it has no space: not compared here.
     texts = [*SAMPLES, *(text.lstrip(" ") for text in texts)]
     pieces = [spm.id_to_piece(i) for i in range(spm.get_piece_size())]
     vocabulary = tokenizer.get_vocab()
