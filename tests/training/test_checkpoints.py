@@ -202,7 +202,7 @@ def test_a_stopped_run_keeps_its_newest_checkpoint_beside_the_best_and_finds_bot
     keep += ("--metric_for_best_model", "loss")
     with monkeypatch.context() as patch:
         send_at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(stop.Stopped, match="checkpoint-3 of 4 steps saved"):
+        with pytest.raises(stop.Stopped, match="after step 3 of 4, checkpoint saved"):
             run(model, data, tmp_path / "here", *keep)
     state = json.loads((tmp_path / "here" / "checkpoint-3" / "trainer_state.json").read_text())
     best = Path(state["best_model_checkpoint"]).name
@@ -305,7 +305,7 @@ def test_arguments_that_a_checkpoint_overrides_are_refused_with_both_values(
 def test_a_longer_run_is_reported_and_follows_the_new_schedule(model, data, whole, interrupted, capsys):
     run(model, data, interrupted, "--resume_from_checkpoint", "auto", "--max_steps", 10)
     out = capsys.readouterr().out
-    assert "note: checkpoint-2 was trained with max_steps 5 (now 10): obeyed from here on" in out
+    assert "note: checkpoint-2 was trained with max_steps 5 (now 10): the new values apply from here" in out
     log = json.loads((interrupted / "trainer_state.json").read_text())["log_history"]
     rates = {entry["step"]: entry["learning_rate"] for entry in log if "learning_rate" in entry}
     assert [rates[step] for step in (1, 4, 10)] == pytest.approx([1e-2, 7e-3, 1e-3])  # 4: 1e-2 * (10 - 3) / 10
@@ -383,7 +383,7 @@ def test_a_branch_that_was_left_is_never_chosen_again_and_never_deleted(
             run(model, data, tmp_path, "--resume_from_checkpoint", tmp_path / "checkpoint-1", *limit)
     printed = capsys.readouterr().out
     assert (
-        f"moved checkpoint-4, checkpoint-3 to {tmp_path}/abandoned-1: this run continues from {tmp_path}/checkpoint-1"
+        f"checkpoint-4, checkpoint-3 to {tmp_path}/abandoned-1, as this run continues from {tmp_path}/checkpoint-1"
         in printed
     )
     assert names(tmp_path) == {".saving", "checkpoint-1", "abandoned-1"}
@@ -427,9 +427,9 @@ def test_a_checkpoint_of_a_plain_trainer_is_resumed_only_by_name_and_with_a_note
     plain = interrupted / "checkpoint-2"
     (plain / "checkpoint.json").unlink()
     assert checkpoints.choose_checkpoint("auto", interrupted) == interrupted / "checkpoint-1"
-    assert "checkpoint-2 is not complete (checkpoint.json does not exist): skipped" in capsys.readouterr().out
+    assert "checkpoint-2, which is incomplete (checkpoint.json does not exist)" in capsys.readouterr().out
     shutil.rmtree(interrupted / "checkpoint-1")
-    with pytest.raises(UserError, match="checkpoint-2 is of an interrupted run"):
+    with pytest.raises(UserError, match="checkpoint-2 is from an interrupted run"):
         checkpoints.choose_checkpoint(None, interrupted)
     run(model, data, interrupted, "--resume_from_checkpoint", plain)
     assert f"note: {plain} has no checkpoint.json" in capsys.readouterr().out
@@ -440,7 +440,7 @@ def test_a_checkpoint_of_a_plain_trainer_is_resumed_only_by_name_and_with_a_note
 def test_a_checkpoint_with_a_truncated_file_is_passed_over(interrupted, capsys, name, size):
     os.truncate(interrupted / "checkpoint-2" / name, size)
     assert checkpoints.newest_complete_checkpoint(interrupted) == interrupted / "checkpoint-1"
-    assert re.search(f"checkpoint-2 is not complete .*{name}.*skipped", capsys.readouterr().out)
+    assert re.search(f"skipped .*checkpoint-2, which is incomplete .*{name}", capsys.readouterr().out)
 
 
 def test_a_checkpoint_of_the_weights_alone_is_no_place_to_go_on_from(model, data, tmp_path):
@@ -449,7 +449,7 @@ def test_a_checkpoint_of_the_weights_alone_is_no_place_to_go_on_from(model, data
 
 
 def test_a_folder_with_an_interrupted_run_is_not_overwritten(interrupted):
-    with pytest.raises(UserError, match="checkpoint-2 is of an interrupted run.*--resume_from_checkpoint auto"):
+    with pytest.raises(UserError, match="checkpoint-2 is from an interrupted run.*--resume_from_checkpoint auto"):
         checkpoints.choose_checkpoint(None, interrupted)
     assert checkpoints.choose_checkpoint("auto", interrupted) == interrupted / "checkpoint-2"
     assert checkpoints.choose_checkpoint(str(interrupted / "checkpoint-1"), interrupted) == interrupted / "checkpoint-1"
@@ -463,7 +463,7 @@ def test_auto_begins_where_there_is_no_checkpoint(tmp_path, capsys):
 def test_an_incomplete_checkpoint_that_is_named_is_refused(interrupted):
     (interrupted / "checkpoint-2" / "scheduler.pt").unlink()
     with pytest.raises(
-        UserError, match=r"not a complete checkpoint .scheduler.pt is missing.*: .*auto takes the newest"
+        UserError, match=r"not a complete checkpoint .scheduler.pt is missing.*: use the newest complete one"
     ):
         checkpoints.choose_checkpoint(str(interrupted / "checkpoint-2"), interrupted)
     with pytest.raises(UserError, match="checkpoint-7 is not a complete checkpoint .checkpoint.json does not exist"):
@@ -580,7 +580,7 @@ def test_a_signal_saves_and_exits_and_the_resumed_run_equals_an_uninterrupted_on
         with pytest.raises(SystemExit) as exit_:
             train.main()
     assert exit_.value.code == code
-    assert f"stopped by {number.name} with checkpoint-2 of 5 steps saved" in capsys.readouterr().out
+    assert f"stopped by {number.name} after step 2 of 5, checkpoint saved" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2"]
     assert signal.getsignal(number) == before
     if number == signal.SIGTERM:
@@ -645,7 +645,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(model, data, interrupted, mo
     with pytest.raises(RankError) as failure:
         run(model, data, interrupted, "--resume_from_checkpoint", "auto", "--save_total_limit", 1)
     assert "checkpoint-3 could not be saved" in str(failure.value) and "\n" not in str(failure.value)
-    assert "free some if that is why, then resume with --resume_from" in str(failure.value)
+    assert "fix the cause, then resume with --resume_from" in str(failure.value)
     assert [path.name for path in checkpoints.newest_first(interrupted)] == ["checkpoint-2", "checkpoint-1"]
     assert not (interrupted / ".saving").exists()
 
@@ -708,8 +708,8 @@ def stopped(tiny_llama, data, one_rank, tmp_path_factory):
     auto = ("--resume_from_checkpoint", "auto", "--save_steps", 100, *REHEARSED)
     result = torchrun(2, script, ROOT, *arguments(tiny_llama, data, out, *FSDP, *auto))
     assert re.search(r"exitcode *: 75", result.stderr), result.stderr  # of the rank that left first
-    assert "checkpoint-1 was trained with world_size 1 (now 2): obeyed from here on" in result.stdout
-    assert "stopped by SIGTERM with checkpoint-3 of 5 steps saved" in result.stdout
+    assert "checkpoint-1 was trained with world_size 1 (now 2): the new values apply from here" in result.stdout
+    assert "stopped by SIGTERM after step 3 of 5, checkpoint saved" in result.stdout
     return out
 
 

@@ -509,7 +509,7 @@ def test_a_template_that_asks_with_thoughts_and_answers_without_is_refused(reque
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif"
     )
-    with pytest.raises(UserError, match=r"training record 1: .* asks with '<think>\\n', and does not begin answers"):
+    with pytest.raises(UserError, match=r"training record 1: .* prompts with '<think>\\n', but does not start answers"):
         examples.check_template([chat("a", "b")], tokenizer, "training")
 
 

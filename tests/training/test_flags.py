@@ -50,8 +50,8 @@ def test_the_names_read_from_sources_are_those_of_the_classes():
     "argv, words",
     [
         (["--learning_rat", "1"], ["unknown flag --learning_rat", "did you mean --learning_rate"]),
-        (["--output_dir=o", "--data-path", "d"], ["--model_name_or_path must be given"]),
-        ([], ["--model_name_or_path, --data_path, --output_dir must be given"]),
+        (["--output_dir=o", "--data-path", "d"], ["--model_name_or_path is missing"]),
+        ([], ["--model_name_or_path, --data_path, --output_dir are missing"]),
         (["--config", "missing.yaml"], ["missing.yaml does not exist"]),
     ],
 )

@@ -337,7 +337,7 @@ def test_an_attention_that_is_wrong_is_found_and_training_pads(attention, monkey
 
 def test_with_packing_asked_for_a_wrong_attention_ends_the_run(monkeypatch, tmp_path):
     monkeypatch.setitem(AttentionInterface._global_mapping, packing.SEGMENTS, see_all_before)
-    with pytest.raises(UserError, match="--packing is not possible here .*: leave it out"):
+    with pytest.raises(UserError, match="--packing is not possible here .*: drop it"):
         run(tiny("llama"), tmp_path, make_examples(24), packing=True)
 
 

@@ -97,7 +97,7 @@ def test_eos_as_pad_is_learned_all_the_same(broken):
 
 def test_an_eos_that_is_not_one_id_is_an_error(broken):
     broken._special_tokens_map["eos_token"] = "<|end|>"  # named in a config, but not in the vocabulary
-    assert "eos token '<|end|>' is not one id" in whats(check_tokenizer(broken, 300), "error")
+    assert "EOS token '<|end|>' is not one id" in whats(check_tokenizer(broken, 300), "error")
 
 
 def test_a_bos_that_is_added_twice_is_found(broken):
@@ -121,7 +121,7 @@ def test_a_config_that_ends_text_with_another_id_is_found(broken, tiny_llama):
     config = AutoConfig.from_pretrained(tiny_llama)
     assert list(check_tokenizer(broken, 300, config)) == []
     config.eos_token_id = 1
-    assert "ends text with id 1, the tokenizer with 2" in whats(check_tokenizer(broken, 300, config), "warning")
+    assert "id 1 in the model's config and 2 in the tokenizer" in whats(check_tokenizer(broken, 300, config), "warning")
     config.eos_token_id = [1, 2]
     assert list(check_tokenizer(broken, 300, config)) == []
 
@@ -177,22 +177,22 @@ def test_sound_examples_get_no_finding():
 @pytest.mark.parametrize(("ids", "labels"), [([1, 2, 5, 7, 2], [-100, 2, -100, 7, 2]), ([1, 5, 2], [-100, -100, 2])])
 def test_an_empty_answer_among_sound_ones_is_named(ids, labels):
     findings = examined(GOOD, {"input_ids": ids, "labels": labels}, GOOD)
-    assert levels(findings) == ["warning"] and whats(findings) == "1 of 3 records have an empty answer (record 2)"
+    assert levels(findings) == ["warning"] and whats(findings) == "1 of 3 records with an empty answer (record 2)"
 
 
 def test_records_that_were_cut_or_left_out_are_named_by_their_numbers_and_at_most_ten():
     """Of records 1 to 5, 1 and 3 were left out."""
     findings = examined(GOOD, CUT, GOOD, numbers=[2, 4, 5], cut=[4], left_out=[1, 3])
     assert levels(findings) == ["warning", "warning"]
-    assert "1 of 5 records do not fit in 6 tokens and were cut (record 4)" in whats(findings)
-    assert "2 of 5 records were left out, as their prompt alone fills 6 tokens (record 1, 3)" in whats(findings)
+    assert "1 of 5 records cut to 6 tokens (record 4)" in whats(findings)
+    assert "2 of 5 records left out, as the prompt alone fills 6 tokens (records 1, 3)" in whats(findings)
     many = examined(*[{"input_ids": [1, 2], "labels": [-100, 2]}] * 12)
-    assert whats(many) == "12 of 12 records have an empty answer (record 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, …)"
+    assert whats(many) == "12 of 12 records with an empty answer (record 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, …)"
 
 
 def test_a_record_with_several_defective_examples_is_listed_once():
     empty = {"input_ids": [1, 2], "labels": [-100, 2]}
-    assert whats(examined(empty, empty, GOOD, numbers=[4, 4, 5])) == "1 of 2 records have an empty answer (record 4)"
+    assert whats(examined(empty, empty, GOOD, numbers=[4, 4, 5])) == "1 of 2 records with an empty answer (record 4)"
 
 
 def test_an_example_beyond_the_learnt_positions_is_an_error_and_beyond_rotary_ones_a_warning():
@@ -207,7 +207,7 @@ def test_an_example_beyond_the_learnt_positions_is_an_error_and_beyond_rotary_on
         model = AutoModelForCausalLM.from_config(config)
         assert preflight.check_positions(model, 128) == []
         [finding] = preflight.check_positions(model, 129)
-        assert finding.level == level and "129 tokens, and the model has 128 positions" in finding.what
+        assert finding.level == level and "129 tokens, but the model only 128 positions" in finding.what
         assert finding.cure == "model_max_length=128"
         if level == "error":
             with pytest.raises(IndexError):
@@ -292,7 +292,7 @@ def test_errors_of_model_and_examples_stand_in_one_report(tiny_opt, tmp_path, ca
     trainer.model.config.max_position_embeddings = 16
     with pytest.raises(UserError, match=r"all weights are near 0.*\(and 1 more, above\)"):
         preflight.preflight(trainer.model, trainer.processing_class, rows, args)
-    assert "tokens, and the model has 16 positions" in capsys.readouterr().out
+    assert "tokens, but the model only 16 positions" in capsys.readouterr().out
 
 
 def test_what_was_found_earlier_stops_too(tiny_llama, tmp_path):
@@ -349,7 +349,7 @@ def test_packing_that_mixes_examples_falls_back_to_padding(
     monkeypatch.setattr(packing_check, "measure", lambda model, examples: (deviation, 0.0))
     run(tiny_llama, tmp_path, "--preflight_only")
     out = capsys.readouterr().out
-    assert ("packed examples equal the same alone, to 1.0e-06" in out) != fell_back
+    assert ("packed examples equal single ones, to 1.0e-06" in out) != fell_back
     assert ("warning: examples are padded, as with padding=longest" in out) == fell_back
 
 
@@ -372,7 +372,7 @@ def test_training_after_a_rehearsal_equals_training_without_it_bit_for_bit(tiny_
         return trainer
 
     [note] = rehearse(counted, args, rows, None, save_whole)
-    assert note.level == "note" and "the next step equal bit for bit, loss" in note.what
+    assert note.level == "note" and "the next step equal bit for bit (loss" in note.what
     assert [model() for model in models] == [None, None]  # their memory is the run's again
     assert not (tmp_path / REHEARSAL).exists()
 
@@ -431,10 +431,10 @@ def saves_other_values(trainer, folder):
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"trainer_class": LosesWeights}, "the weights do not come back from a checkpoint"),
-        ({"trainer_class": LosesOptimizer}, "the optimizer's states do not come back"),
+        ({"trainer_class": LosesWeights}, "a checkpoint does not restore the weights"),
+        ({"trainer_class": LosesOptimizer}, "does not restore the optimizer's states"),
         ({"trainer_class": LosesRandomState}, "the resumed step has loss"),
-        ({"trainer_class": LosesSchedule}, "the optimizer's states do not come back .*: group 0 lr"),
+        ({"trainer_class": LosesSchedule}, "restore the optimizer's states .*: group 0 lr"),
         ({"save": saves_no_weights}, "the final save cannot be read"),
         ({"save": saves_half}, "the final save cannot be read: .*lacks"),
         ({"save": saves_rounded}, "has other values than were trained"),
@@ -553,7 +553,7 @@ def test_a_failing_write_is_one_line_and_leaves_nothing(tiny_llama, tmp_path, mo
         save(obj, "/dev/full", *args, **kwargs)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match="could not be saved in .*: free some|failed: .*PytorchStreamWriter.*disk full"):
+    with pytest.raises(UserError, match="could not be saved in .*: fix the cause|failed .*PytorchStream.*disk full"):
         run(tiny_llama, tmp_path)
     assert not list(tmp_path.glob("out/*"))
 
@@ -580,7 +580,7 @@ def test_a_rank_that_alone_runs_out_of_memory_says_so_itself(tiny_llama, tmp_pat
     argv = ["--model_name_or_path", tiny_llama, "--data_path", tmp_path / "data.json", "--output_dir", tmp_path / "out"]
     result = torchrun(2, script, *argv, "--max_steps", 1, "--report_to", "none")
     assert result.returncode != 0
-    assert "error: preflight: a step ran out of memory: one of" in result.stderr
+    assert "error: preflight: a step ran out of memory: use one of" in result.stderr
     assert "disk full" not in result.stderr
 
 
@@ -626,7 +626,7 @@ def test_under_fsdp_a_model_that_cannot_do_without_padding_falls_back_and_trains
     assert result.returncode == 0, result.stderr
     assert "examples are padded, as with padding=longest: padding-free attention has no softcap" in result.stdout
     assert "saved, reloaded and resumed: weights and optimizer equal" in result.stdout
-    assert "each epoch trains 8 examples, 2 of them repeats" in result.stdout
+    assert "each epoch has 8 examples, 2 of them repeated" in result.stdout
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert state["stateful_callbacks"]["meter_totals"]["attributes"]["examples"] == 8
 
@@ -656,14 +656,14 @@ def test_a_model_with_fewer_learnt_positions_than_tokens_stops_a_training(tiny_o
     config = AutoConfig.from_pretrained(tiny_opt, max_position_embeddings=128)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match="the model has 128 positions: model_max_length=128"):
+    with pytest.raises(UserError, match="the model only 128 positions: model_max_length=128"):
         run(tmp_path / "model", tmp_path, "--max_steps", "1", "--skip_save_rehearsal")
 
 
 def test_a_model_that_the_machine_cannot_hold_is_not_loaded(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr(host_memory, "host_free", lambda swap=False: 1000)
     monkeypatch.setattr(train, "load_model", None)
-    with pytest.raises(UserError, match="the model is loaded into the machine's memory: 0.4 MiB, but only 0.0 MiB"):
+    with pytest.raises(UserError, match="the model is loaded into the machine's memory: 0.4 MiB needed, 0.0 MiB free"):
         run(tiny_llama, tmp_path)
 
 
@@ -680,7 +680,7 @@ def test_with_held_out_records_the_numbers_listed_are_those_of_the_file(tiny_lla
     assert kept == [records[number - 1] for number in kept.numbers] and kept.numbers != list(range(1, 19))
     train.train(*args)
     out = capsys.readouterr().out
-    assert "1 of 18 records do not fit in 512 tokens and were cut (record 18)" in out
+    assert "1 of 18 records cut to 512 tokens (record 18)" in out
     assert "left out, as their prompt alone fills 512 tokens (record 22)" in out
 
 

@@ -126,7 +126,7 @@ def test_the_shipped_data_makes_the_card_non_commercial(finished):
     assert facts["licence"] == "CC BY-NC 4.0"
     card = receipt.model_card(paper | {"data": {"train": facts | {"examples": 1075}, "eval": None}})
     assert "license: cc-by-nc-4.0" in card
-    assert "1,075 of the 1,075 records are of alpaca_data.json of alpaca-reproduced, under CC BY-NC 4.0: not" in card
+    assert "1,075 of the 1,075 records are from alpaca_data.json of alpaca-reproduced, under CC BY-NC 4.0: not" in card
     assert "none held out" in card and "The license of the others" not in card
 
 
