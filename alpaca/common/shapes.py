@@ -14,7 +14,7 @@ from alpaca.common.text import shorten
 FIELDS = ("instruction", "input", "output")
 INPUT_HEADING = "\n\n### Input:\n"  # between instruction and input, in Alpaca's prompt and in a user's message
 ALPACA, DOLLY, PROMPTS = "Alpaca's format", "Dolly's format", "prompt/completion format"
-OTHER = "Alpaca's format beside other messages, which are used"
+OTHER = "Alpaca's format with different messages, which are used"
 THEIRS = {  # names of our fields
     DOLLY: {"instruction": "instruction", "input": "context", "output": "response"},
     PROMPTS: {"instruction": "prompt", "output": "completion"},
@@ -164,7 +164,7 @@ def _messages(turns: list) -> list[dict] | str:
             return f"with the unknown role {shorten(repr(said), 20)}"
         before = messages[-1]["role"] if messages else "system"
         if role == "assistant" and before == "system":
-            return "that begin with the assistant"
+            return "starting with the assistant"
         if messages and role in (before, "system"):
             return "with turns out of order"
         unlearned = {"weight": 0} if role == "assistant" and turn.get("weight") == 0 else {}

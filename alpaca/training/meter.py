@@ -187,7 +187,7 @@ class Meter(TrainerCallback):
         state.stateful_callbacks[self.KEY] = {"args": {}, "attributes": asdict(totals)}
 
     def figures(self, state) -> dict[str, float]:
-        """Return what is logged beside the loss: rates since the last call, over all ranks. The ETA is by the run's."""
+        """Return what is logged with the loss: rates since the last call, over all ranks, and the run's ETA."""
         now, last, self._logged = self.totals, self._logged, replace(self.totals)
         since = Totals(*(b - a for a, b in zip(astuple(last), astuple(now), strict=True)))
         since.peak_memory = now.peak_memory

@@ -280,7 +280,7 @@ SHAPES = [
             {"conversations": chat(("robot", "a"), names=("from", "value"))},
             {"conversations": []},
         ],
-        "7 records in ShareGPT's format; 1 that begin with the assistant dropped: 3; "
+        "7 records in ShareGPT's format; 1 starting with the assistant dropped: 3; "
         "1 with tool calls dropped: 5; 1 with the unknown role 'robot' dropped: 6; 1 without a question dropped: 7",
         [
             {"instruction": "Hi", "input": "", "output": "Hello", "id": "x"},
@@ -379,7 +379,7 @@ SHAPES += [
             {"prompt": TWO[:1], "chosen": TWO[1:2]},
         ],
         "6 records in prompt/completion format, 1 of several turns; 2 without an answer dropped: 4, 6; "
-        "1 that begin with the assistant dropped: 5",
+        "1 starting with the assistant dropped: 5",
         [
             {"instruction": "a", "input": "", "output": "b", "id": 3},
             {"instruction": "S\n\na", "input": "", "output": "b"}
@@ -402,7 +402,7 @@ SHAPES += [
             | {"messages": chat(("system", "S"), ("user", "a\n\n### Input:\nx"), ("assistant", "b"))},
             RECORD | {"messages": [TWO[1]]},
         ],
-        "5 records in Alpaca's format, 1 of several turns; 1 that begin with the assistant dropped: 5",
+        "5 records in Alpaca's format, 1 of several turns; 1 starting with the assistant dropped: 5",
         [
             RECORD,
             {"instruction": "c", "input": "x", "output": "d"},
@@ -438,7 +438,7 @@ def test_messages_that_say_something_else_than_the_other_fields_are_not_used_in_
     for rows in ([record], [record | {field: "edited"}]):
         (path := tmp_path / "a.json").write_text(json.dumps(rows))
         assert reader.load_records(path, say=said.append)[0]["messages"] == messages
-    assert said == [f"{path}: 1 record in Alpaca's format beside other messages, which are used"]
+    assert said == [f"{path}: 1 record in Alpaca's format with different messages, which are used"]
     path.write_text(json.dumps([record | {"output": "d", "messages": TWO}]))  # as chat.py writes its last answer
     assert reader.load_records(path, say=said.append)[0]["messages"] == TWO
     assert said[1:] == [f"{path}: 1 record in Alpaca's format, 1 of several turns"]
@@ -474,7 +474,7 @@ def test_questions_alone_are_read_where_no_answers_are_needed(tmp_path):
         {"instruction": "a", "input": "", "output": "b", "messages": TWO[:3]},
     ]
     assert said[0].endswith(
-        "3 records in OpenAI's messages, 1 of several turns; 1 that begin with the assistant dropped: 3"
+        "3 records in OpenAI's messages, 1 of several turns; 1 starting with the assistant dropped: 3"
     )
 
 
