@@ -187,7 +187,7 @@ def test_records_that_were_cut_or_left_out_are_named_by_their_numbers_and_at_mos
     assert "1 of 5 records cut to 6 tokens (record 4)" in whats(findings)
     assert "2 of 5 records left out, as the prompt alone fills 6 tokens (records 1, 3)" in whats(findings)
     many = examined(*[{"input_ids": [1, 2], "labels": [-100, 2]}] * 12)
-    assert whats(many) == "12 of 12 records with an empty answer (record 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, …)"
+    assert whats(many) == "12 of 12 records with an empty answer (records 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, …)"
 
 
 def test_a_record_with_several_defective_examples_is_listed_once():
@@ -681,7 +681,7 @@ def test_with_held_out_records_the_numbers_listed_are_those_of_the_file(tiny_lla
     train.train(*args)
     out = capsys.readouterr().out
     assert "1 of 18 records cut to 512 tokens (record 18)" in out
-    assert "left out, as their prompt alone fills 512 tokens (record 22)" in out
+    assert "left out, as the prompt alone fills 512 tokens (record 22)" in out
 
 
 def test_a_broken_tokenizer_stops_a_training(tiny_llama, tmp_path, tokenizer):
