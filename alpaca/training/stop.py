@@ -74,10 +74,12 @@ def train_until_stopped(trainer, checkpoint: str | os.PathLike | None) -> None:
     Raises:
         Stopped: a signal ended it early, with a checkpoint saved.
     """
+    if trainer.args.save_strategy == "no":
+        trainer.train(checkpoint)
+        return
     stop = StopOnSignal()
     trainer.add_callback(stop)
-    numbers = SIGNALS if trainer.args.save_strategy != "no" else []
-    before = {number: signal.signal(number, stop.handle) for number in numbers}
+    before = {number: signal.signal(number, stop.handle) for number in SIGNALS}
     try:
         trainer.train(checkpoint)
     finally:
