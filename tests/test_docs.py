@@ -29,10 +29,8 @@ def commands(text: str) -> list[str]:
 
 
 def all_commands() -> list[tuple[str, str]]:
-    found = []
-    for page in ("README.md", "docs/troubleshooting.md"):
-        shown = "\n".join(re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.S))
-        found += [(page, command) for command in commands(shown)]
+    readme = "\n".join(re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S))
+    found = [("README.md", command) for command in commands(readme)]
     for script in [*SCRIPTS, "train"]:
         found += [(f"{script}.py", command) for command in commands(importlib.import_module(script).__doc__)]
     return found
