@@ -178,8 +178,8 @@ def read_answers(path: str | os.PathLike, items: list[Item]) -> Answers:
             outputs[free[0].id] = answer.strip()
     if strangers:
         raise UserError(
-            f"{path}: {len(strangers)} of {counted(len(strangers) + len(rows), 'answer')} do not belong to this set "
-            f"({strangers[0]}): give the set that they answer"
+            f"{path} has answers to another set, {len(strangers)} of {len(strangers) + len(rows)} ({strangers[0]}): "
+            "give the set that they answer"
         )
     if not outputs:
         raise UserError(f"{path} has no answers: choose another file")

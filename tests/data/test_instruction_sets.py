@@ -47,7 +47,7 @@ def test_self_instructs_tasks_are_an_item_for_each_instance(tmp_path, capsys):
         Item("user_oriented_task_1", "Name a dish.", "", "Soup", "Tasty"),
         Item("user_oriented_task_1#2", "Name a dish.", "cold", None, "Tasty"),
     ]
-    assert "is not the 252 instructions that Self-Instruct published (3 instructions" in capsys.readouterr().err
+    assert "is not Self-Instruct's published set of 252 (3 instructions" in capsys.readouterr().err
 
 
 def test_alpaca_evals_records_are_numbered_and_their_data_set_is_the_category(tmp_path, capsys):
@@ -171,7 +171,7 @@ def test_an_error_is_unanswered_and_an_empty_answer_is_one(tmp_path):
         ([{"instruction": "a", "error": "x"}], "has no answers"),
         (
             [{"instruction": "z" * 80, "output": "x"}],
-            "1 of its 1 answers are to instructions that .*record 1, 'z{59}…'",
+            "has answers to another set, 1 of 1 .record 1, 'z{59}…'",
         ),
         ([{"instruction": "a", "output": "x"}] * 2, "record 2 answers 'a' again"),
         ([{"instruction": "a", "output": "x", "id": 1}, {"instruction": "a", "id": "1"}], "record 2 answers 'a' again"),

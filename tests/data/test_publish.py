@@ -78,7 +78,7 @@ def test_the_card_states_license_counts_and_what_is_left_to_answer(shipped):
             ],
         }
     ]
-    assert "1,075 records are of alpaca_data.json" in card.text and "| with an input | 490 | 45.6% |" in card.text
+    assert "1,075 records are from alpaca_data.json" in card.text and "| with an input | 490 | 45.6% |" in card.text
     assert "0 findings in 0 of 1,075 records" in card.text and "Commercial use: the license forbids it." in card.text
     assert publish.OPEN in card.text and str(shipped.parent) not in card.content
 

@@ -113,7 +113,7 @@ def test_the_figures_of_a_report(judged):
     assert first["rouge_l"]["mean"] > second["rouge_l"]["mean"]
     assert found["overlap"]["same_task"] == ["t3"] and found["overlap"]["nearest"][0]["record"] == 1
     assert {example["winner"] for example in found["examples"]} == {A, B}
-    assert "<i>gpt</i> gave no verdict on 1 item: left out, not taken for a tie." in found["notes"]
+    assert "<i>gpt</i> gave no verdict on 1 item: left out, not counted as ties." in found["notes"]
     assert "NaN" not in (folder / "report.json").read_text()
 
 
@@ -180,7 +180,7 @@ def test_without_judgments_there_are_the_reference_metrics_of_any_number_of_answ
     names = f"{files}/a.jsonl,{files}/b.jsonl,{tmp_path}/c.jsonl"
     found = run(files, tmp_path / "out", answers=names)
     assert found["judges"] == [] and [each["name"] for each in found["answerers"]] == [A, B, "third"]
-    assert found["notes"] == ["third has no answer to 2 instructions, left out: t22, t23"]
+    assert found["notes"] == ["third has no answer to 2 instructions, which are left out: t22, t23"]
     assert "third" in capsys.readouterr().out
     assert (tmp_path / "out" / "report.html").exists()
 
@@ -191,7 +191,7 @@ def test_references_that_rouge_does_not_see_are_told(tmp_path):
     write(tmp_path / "a.jsonl", rows)
     found = run(tmp_path, tmp_path / "out", answers=f"{tmp_path}/a.jsonl")
     assert found["answerers"][0]["rouge_l"]["mean"] == 0.5
-    assert found["notes"] == ["ROUGE-L reads only a to z and 0 to 9, which leaves out most of 1 reference."]
+    assert found["notes"] == ["ROUGE-L reads only a to z and 0 to 9, which omits most of 1 reference."]
 
 
 def test_answers_that_were_cut_off_are_counted_and_told(files, tmp_path):
@@ -200,7 +200,7 @@ def test_answers_that_were_cut_off_are_counted_and_told(files, tmp_path):
     write(tmp_path / "a.jsonl", [row | {"finish_reason": end} for row, end in zip(rows, ends, strict=True)])
     found = run(files, tmp_path / "out", answers=f"{tmp_path}/a.jsonl,{files}/b.jsonl")
     assert [each["cut"] for each in found["answerers"]] == [2, None]  # nobody says how b's ended
-    assert found["notes"] == [f"{A} was cut off in 2 of {COUNT} answers: it had more to say."]
+    assert found["notes"] == [f"{A} was cut off in 2 of {COUNT} answers: raise max_new_tokens."]
 
 
 def test_a_model_before_and_after_training_is_compared_by_its_loss(files, tmp_path):
@@ -296,7 +296,7 @@ def test_a_very_long_name_does_not_widen_the_terminals_tables(judged):
 def test_judgments_that_were_given_twice_are_told_and_count_once(files, tmp_path):
     found = run(files, tmp_path, judgments=f"{files}/model.jsonl,{files}/model.jsonl")
     assert found["judges"][0]["judged"] + found["judges"][0]["failed"] == COUNT
-    assert f"<i>gpt</i> has {2 * COUNT} rows that a later one about the same ask replaces." in found["notes"]
+    assert f"<i>gpt</i> has {2 * COUNT} rows replaced by a later one on the same pair." in found["notes"]
 
 
 def test_without_matplotlib_the_page_has_no_picture_and_says_why(judged, tmp_path, monkeypatch):

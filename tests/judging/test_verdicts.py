@@ -118,7 +118,7 @@ def test_one_name_at_two_pages_is_two_people_and_their_votes_make_no_tie():
 
 
 def test_other_generators_and_other_answers_are_refused():
-    with pytest.raises(UserError, match="item 1 compares alpaca with gpt4"):
+    with pytest.raises(UserError, match="item 1 was judged between alpaca and gpt4"):
         asks_of([row("1", A, "tie", second="gpt4")])
     changed = row("1", A, "tie")
     changed["answers_sha256"][1] = "0" * 64
@@ -214,7 +214,7 @@ def test_a_difference_is_called_one_for_the_side_that_wins():
 
 def test_p_on_either_side_of_a_twentieth_is_told_apart_from_it():
     """142 of 252 have p 0.0506 and 143 have 0.0374: "0.05" would stand for either claim."""
-    assert "No difference can be seen (sign test, p = 0.0506)." in report_text.win_words(
+    assert "The difference is not significant (sign test, p = 0.0506)." in report_text.win_words(
         comparison.win_rate(some(142, 110)), A, B
     )
     assert [report_text.p_value(p) for p in (0, 0.00123, 0.0496, 0.0504, 0.234)] == [
@@ -344,7 +344,7 @@ def test_length_bias_bins_by_the_difference():
             90,
             0.52,
             (0.46, 0.58),
-            "At equal length no difference can be seen any more: a win rate of 52.0% for alpaca",
+            "At equal length the difference is no longer significant: a win rate of 52.0% for alpaca",
         ),
         (
             150,

@@ -220,14 +220,14 @@ def test_a_name_is_one_person_however_it_is_spaced_or_spelled(opened):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"seed": 4}, "a run that differs in seed: give the same again, or choose another output path"),
-        ({"a": answers("ann-7b", ITEMS[:5])}, "a run that differs in pairs"),
-        ({"b": answers("other")}, "a run that differs in generators, pairs"),
+        ({"seed": 4}, "started with another seed: use the same again, or choose another output path"),
+        ({"a": answers("ann-7b", ITEMS[:5])}, "started with another pairs"),
+        ({"b": answers("other")}, "started with another generators, pairs"),
         ({"b": answers("ann-7b")}, "both answer files are of ann-7b"),
         ({"b": Answers("none", {"t0": ""}, [], {}), "items": ITEMS[1:]}, "no instruction has an answer of both"),
         ({"name": "no/votes.jsonl"}, "must be a file in an existing folder"),
         ({"name": "votes.json"}, "becomes JSON Lines: let its name end in .jsonl"),
-        ({"name": "old.jsonl"}, "old.jsonl exists: move it away, or choose another name"),
+        ({"name": "old.jsonl"}, "old.jsonl already exists: remove it, or choose another name"),
     ],
 )
 def test_votes_on_one_thing_do_not_go_on_with_another(opened, tmp_path, changed, message):

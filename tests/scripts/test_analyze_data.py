@@ -673,7 +673,7 @@ def test_fetch_resumes_where_the_server_broke_off(mirror, blob, tmp_path):
 
 def test_fetch_gives_up_in_the_end_keeps_the_part_and_the_same_command_resumes(mirror, blob, tmp_path, capsys):
     server, out = mirror("half", "nothing"), tmp_path / "data.json"
-    with pytest.raises(UserError, match="broke off at 1,024 of 2,048 bytes, 6 times in a row; .* keeps 1,024 bytes"):
+    with pytest.raises(UserError, match="broke at 1,024 of 2,048 bytes, 6 times in a row; .* has 1,024 bytes"):
         analyze_data.fetch(str(out), server.url, blob)
     assert names(tmp_path) == {"data.json.part"} and len(server.ranges) == 7
     sound = mirror()
@@ -765,7 +765,7 @@ def own(tmp_path):
 
 
 def test_publish_asks_for_a_license_that_the_hub_knows(own, tmp_path):
-    with pytest.raises(UserError, match="^--license is missing: say under which license .*cc-by-4.0"):
+    with pytest.raises(UserError, match="^--license is missing: give the data's license .*cc-by-4.0"):
         analyze_data.publish(str(own), str(tmp_path / "out"))
     with pytest.raises(UserError, match="--license 'CC BY 4.0' is not as the hub writes it"):
         analyze_data.publish(str(own), str(tmp_path / "out"), "CC BY 4.0")
@@ -776,19 +776,19 @@ def test_one_shipped_record_among_others_keeps_its_license(own, tmp_path):
     """Recognized by its texts, whatever the file, the case and the white space."""
     shipped = utils.load_records(SHIPPED)[7]
     utils.jdump([*OWN, shipped | {"instruction": shipped["instruction"].upper() + " "}], own)
-    with pytest.raises(UserError, match="^1 record is of alpaca_data.json.* CC BY-NC 4.0. --license is missing"):
+    with pytest.raises(UserError, match="^1 record is from alpaca_data.json.* CC BY-NC 4.0. --license is missing"):
         analyze_data.publish(str(own), str(tmp_path / "out"))
     with pytest.raises(
         UserError, match="--license apache-2.0 is not possible: 1 record is of .*cc-by-nc-4.0, or leave"
     ):
         analyze_data.publish(str(own), str(tmp_path / "out"), "apache-2.0")
     analyze_data.publish(str(own), str(tmp_path / "out"), "cc-by-nc-4.0")
-    assert "1 record is of alpaca_data.json" in (tmp_path / "out" / "README.md").read_text()
+    assert "1 record is from alpaca_data.json" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_the_released_file_keeps_its_license(own, tmp_path, monkeypatch):
     monkeypatch.setattr("alpaca.common.records.RELEASED_BLOB", released.git_blob_id(own))
-    with pytest.raises(UserError, match="are of the data that Stanford Alpaca released, under CC BY-NC 4.0"):
+    with pytest.raises(UserError, match="are from the data that Stanford Alpaca released, under CC BY-NC 4.0"):
         analyze_data.publish(str(own), str(tmp_path / "out"), "mit")
 
 

@@ -442,13 +442,13 @@ def test_answers_are_not_written_over(tiny_llama, tmp_path, monkeypatch):
     (tmp_path / "out.jsonl").write_text("precious")
     with pytest.raises(SystemExit) as exit:
         run_file(monkeypatch, tiny_llama, RECORDS, tmp_path / "out.jsonl")
-    assert "out.jsonl exists: move it away" in exit.value.code
+    assert "out.jsonl already exists: remove it" in exit.value.code
     assert (tmp_path / "out.jsonl").read_text() == "precious"
 
 
 BAD_LINES = {
     "{broken": "malformed JSON, Expecting property name enclosed in double quotes at column 2",
-    "[1]": "a list where an object was expected",
+    "[1]": "a JSON list, not an object",
     '{"input": "x"}': 'no text "instruction" in its fields (input)',
     '{"instruction": "  "}': 'no text "instruction"',
     '{"instruction": "x", "input": 3}': '"input" must be text',
@@ -602,7 +602,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_as_an_uninterrupted_one(tiny_lla
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit:
         run_file(monkeypatch, tiny_llama, MANY, out, *flags, "--temperature", "0")
-    assert "is of a run that differs in temperature: give the same again" in exit.value.code
+    assert "was started with another temperature: use the same again" in exit.value.code
     assert run_file(monkeypatch, tiny_llama, MANY, out, *flags) == whole
     assert "of an earlier run" in capsys.readouterr().err
     assert out.read_bytes() == (tmp_path / "a" / "out.jsonl").read_bytes()
@@ -655,7 +655,7 @@ def test_another_model_in_the_same_folder_does_not_finish_a_run(tiny_llama, tmp_
     os.utime(model / "model.safetensors")
     with pytest.raises(SystemExit) as exit:
         run_file(monkeypatch, model, RECORDS[:3], out)
-    assert "differs in model, requests: give the same again, or choose another output path" in exit.value.code
+    assert "started with another model, requests: use the same again, or choose another output path" in exit.value.code
 
 
 def test_a_run_goes_on_in_the_template_that_it_began_with_named_or_not(tiny_llama, tmp_path, monkeypatch):
@@ -667,7 +667,7 @@ def test_a_run_goes_on_in_the_template_that_it_began_with_named_or_not(tiny_llam
             run_file(monkeypatch, model, RECORDS, out)
     with pytest.raises(SystemExit) as exit:
         run_file(monkeypatch, model, RECORDS, out, "--template", "chat")
-    assert "differs in template: give the same again" in exit.value.code
+    assert "started with another template: use the same again" in exit.value.code
     assert len(run_file(monkeypatch, model, RECORDS, out, "--template", "alpaca")) == len(RECORDS)
 
 
@@ -682,14 +682,14 @@ def test_another_base_or_dtype_does_not_finish_a_run(tiny_llama, tmp_path, monke
             run_file(monkeypatch, adapter, RECORDS, out)
     with pytest.raises(SystemExit) as exit:
         run_file(monkeypatch, adapter, RECORDS, out, "--dtype", "bfloat16")
-    assert "differs in dtype: give the same again" in exit.value.code
+    assert "started with another dtype: use the same again" in exit.value.code
     with pytest.raises(SystemExit) as exit:
         run_file(monkeypatch, adapter, RECORDS, out, "--base_path", tiny_llama)
-    assert "differs in base_path: give the same again" in exit.value.code
+    assert "started with another base_path: use the same again" in exit.value.code
     os.utime(base / "model.safetensors")
     with pytest.raises(SystemExit) as exit:
         run_file(monkeypatch, adapter, RECORDS, out)
-    assert "differs in base: give the same again" in exit.value.code
+    assert "started with another base: use the same again" in exit.value.code
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -239,7 +239,7 @@ def test_a_run_goes_on_from_a_regen_json_of_the_original(teacher, run, tmp_path,
     assert texts(records[2:]) == [fresh(0)]
     assert ORIGINALS[0]["instruction"] in records[2]["most_similar_instructions"]
     printed = capsys.readouterr().out
-    assert "begun with 2 records: 0 replies since" in printed and "(1 new)" in printed
+    assert "started with 2 records: 0 replies so far" in printed and "(1 new)" in printed
 
 
 def test_a_run_that_has_enough_asks_nothing_and_writes_nothing(teacher, run, tmp_path, capsys):
@@ -332,7 +332,7 @@ def test_ten_replies_in_a_row_without_a_whole_item_end_the_run_and_one_is_shown(
     with pytest.raises(UserError) as caught:
         run(server, max_total_tokens=10**9)
     message = str(caught.value)
-    assert message.startswith("10 replies in a row without one whole item ") and "\n" not in message
+    assert message.startswith("10 replies in a row without a complete item ") and "\n" not in message
     assert all(word in message for word in [*words, "1 instruction in", "(1 new)"]), message
     shown = message.partition("; a reply begins: ")[2]
     assert shown.startswith(("I am \\x1b[2Jsorry. No.", "Compare red0")) and 50 < len(shown) <= 203
@@ -451,7 +451,7 @@ def test_the_run_goes_on_through_faults_and_ends_with_enough(teacher, run, tmp_p
 )
 def test_bad_input_is_told_before_any_request_and_nothing_is_written(run, tmp_path, flags, words):
     with pytest.raises(UserError) as caught:
-        run("http://127.0.0.1:1/v1", **flags)  # a request would end in "nothing answers"
+        run("http://127.0.0.1:1/v1", **flags)  # a request would end in "no answer from"
     assert all(word in str(caught.value) for word in words), caught.value
     assert not (tmp_path / "out").exists()
 

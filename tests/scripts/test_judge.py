@@ -91,7 +91,7 @@ def test_the_committed_prompt_shows_each_text_once_and_names_no_model():
 
 def test_a_prompt_without_a_place_for_an_answer_is_refused(tmp_path):
     (tmp_path / "p.txt").write_text("{task} {answer_a} {fence}")
-    with pytest.raises(UserError, match="does not say where {answer_b} goes"):
+    with pytest.raises(UserError, match="lacks {answer_b}"):
         judge_prompt.read_prompt(tmp_path / "p.txt")
 
 
@@ -205,7 +205,7 @@ def test_equal_answers_are_a_tie_that_nobody_is_asked_about(teacher, files, tmp_
     assert [row["preferred"] for row in rows] == ["tie", "tie", "first", "first"]
     assert [row.get("note") for row in rows] == ["equal answers, not asked"] * 2 + [None] * 2
     assert rows[0]["reply"] is None and rows[0]["error"] is None and len(server.requests) == 2
-    assert "2 for equal answers, which are a tie unasked" in capsys.readouterr().out
+    assert "2 ties of equal answers, not asked" in capsys.readouterr().out
 
 
 def test_a_missing_answer_is_told_and_recorded_as_a_failure(teacher, files, tmp_path, capsys):
@@ -297,7 +297,7 @@ def test_a_run_does_not_go_on_from_one_with_other_answers_prompt_judge_settings_
 def test_a_finished_file_is_never_written_over(teacher, files, tmp_path):
     server, flags = teacher(prefers_long), files(1)
     call(judge.judge, **flags, base_url=server.base_url)
-    with pytest.raises(UserError, match="j.jsonl exists: move it away"):
+    with pytest.raises(UserError, match="j.jsonl already exists: remove it"):
         call(judge.judge, **flags, base_url=server.base_url)
     assert len(server.requests) == 2
 
@@ -388,7 +388,7 @@ def test_faults_of_every_kind_cost_no_judgment(teacher, files, tmp_path):
     "flags, words",
     [
         ({"answers": "one.jsonl"}, ["answers must be two files", "not 1"]),
-        ({"answers": "TWICE"}, ["both files of answers are by 'a'", '"generator"']),
+        ({"answers": "TWICE"}, ["both files have answers of 'a'", '"generator"']),
         ({"model_name": None}, ["no model to ask", "model_name"]),
         ({"instructions": "nowhere.json"}, ["nowhere.json does not exist"]),
         ({"prompt": "nowhere.txt"}, ["nowhere.txt does not exist"]),
@@ -397,7 +397,6 @@ def test_faults_of_every_kind_cost_no_judgment(teacher, files, tmp_path):
         ({"base_url": "no url"}, ["base_url is not a URL"]),
         ({"base_url": None}, ["set OPENAI_API_KEY"]),
         ({"max_tokens": 0}, ["max_tokens must be at least 1"]),
-        ({"model_name": "a\nb"}, ["--model_name must be a name in one line, not 'a\\nb'"]),
     ],
 )
 def test_bad_input_is_one_line_with_the_cure(files, tmp_path, flags, words):
@@ -532,7 +531,7 @@ def test_what_a_server_does_not_answer_has_an_error_and_is_asked_again(teacher, 
     broken = False
     call(judge.answer, str(instructions), str(output), **flags)
     assert [row["output"] for row in read(output)] == ["3", "3"] and len(server.requests) == 3
-    with pytest.raises(UserError, match="out.jsonl exists"):
+    with pytest.raises(UserError, match="out.jsonl already exists"):
         call(judge.answer, str(instructions), str(output), **flags)
 
 
@@ -552,7 +551,7 @@ def test_answers_do_not_go_on_from_another_models(teacher, tmp_path):
     flags = {"base_url": server.base_url, "max_concurrency": 1}
     call(judge.answer, str(instructions), str(tmp_path / "o.jsonl"), model_name="m", **flags, max_total_tokens=5)
     assert read(tmp_path / "o.jsonl")[1]["error"] == "not asked"
-    with pytest.raises(UserError, match="of a run that differs in model_name, temperature"):
+    with pytest.raises(UserError, match="started with another model_name, temperature"):
         call(judge.answer, str(instructions), str(tmp_path / "o.jsonl"), model_name="n", temperature=1.0, **flags)
 
 
