@@ -202,7 +202,7 @@ def test_a_warning_where_the_default_tokenizer_sees_nothing(tmp_path, capsys):
     ("text", "words"),
     [
         ('{"instruction": "a"}\n{"instruction": ', ["line 2", "malformed JSON"]),
-        ('{"instruction": "a"}\n\n["a"]\n', ["line 3", "a list where an object"]),
+        ('{"instruction": "a"}\n\n["a"]\n', ["line 3", "a JSON list, not an object"]),
         ('{"instruction": 5}\n', ["line 1", "instruction"]),
         ("\n", ["no records"]),
         (b"\xff\xfe", ["UTF-8"]),
