@@ -208,8 +208,8 @@ def begin(
     if journal.repaired_bytes:
         print(f"{journal.path}: the last {journal.repaired_bytes} bytes were torn by a crash and are cut off")
     if run["start"] or replies:
-        begun = f"begun with {counted(run['start'], 'record')}"
-        print(f"continuing {regen_path.parent}, {begun}: {counted(replies, 'reply')} since")
+        begun = f", begun with {counted(run['start'], 'record')}" if run["start"] else ""
+        print(f"continuing {regen_path.parent}{begun}: {counted(replies, 'reply')} so far")
     return run, records[: run["start"]]
 
 
@@ -369,7 +369,8 @@ def conclude(selection: Selection, budget: Budget, regen_path: Path, more: str |
     Raises:
         UserError: too many requests failed, replies cannot be read, or nothing was kept.
     """
-    made = f"{counted(len(selection.kept), 'instruction')} in {regen_path} ({selection.new():,} new)"
+    new = f" ({selection.new():,} new)" if selection.start else ""
+    made = f"{counted(len(selection.kept), 'instruction')} in {regen_path}{new}"
     if selection.unseen:
         print(selection.unseen_warning())
     if cut := selection.dropped["cut off"]:
