@@ -70,6 +70,6 @@ def test_a_stage_that_fails_names_its_log_and_leaves_the_results_of_an_earlier_d
     log = tmp_path / "demo" / "logs" / "fine-tuning.log"
     last = f'error: the stage "fine-tuning" failed: what it printed is above and in {log}'
     assert (process.returncode, printed.splitlines()[-1]) == (1, last)
-    assert "module 'transformers' has no attribute" in log.read_text()
+    assert "ChildFailedError" in log.read_text()  # torchrun's, on stderr
     assert [path.read_text() for path in earlier] == ["earlier"] * 3
     assert not list((tmp_path / "demo").glob(".*"))
