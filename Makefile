@@ -6,10 +6,10 @@ PIP := $(BIN)/pip install -q -c requirements.txt -c constraints.txt
 .PHONY: help demo test format clean
 
 help:
-	@echo 'make demo     The whole system on a real small model, without a GPU, a key or a download of weights: about'
-	@echo '              4 minutes on 2 CPU cores, after installing about 2 GB into $(VENV) (a few minutes, once).'
-	@echo '              Results: demo/, 1.7 GB; the converted model: ~/.cache/alpaca, 0.5 GB.'
-	@echo 'make test     Lint and tests: about 15 minutes, after installing their tools, 0.6 GB more.'
+	@echo 'make demo     The whole system on a real small model; needs no GPU, no key and no hub: about 4 minutes on'
+	@echo '              2 CPU cores, after installing about 2 GB into $(VENV) (a few minutes, once).'
+	@echo '              Its results are in demo/ (1.6 GB), the converted model in ~/.cache/alpaca (0.5 GB).'
+	@echo 'make test     Lint and tests: about 6 minutes on 2 quiet cores, after installing their tools (0.6 GB more).'
 	@echo 'make format   Format the code and fix what ruff can fix.'
 	@echo 'make clean    Remove $(VENV), demo/ and the caches here; ~/.cache/alpaca stays.'
 
