@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from alpaca import UserError  # noqa: E402
 from alpaca.common.cli import end_on_signals, run_cli  # noqa: E402
-from alpaca.common.files import new_folder  # noqa: E402
+from alpaca.common.files import new_folder, read_text  # noqa: E402
 from alpaca.common.text import printable, shorten  # noqa: E402
 from alpaca.embedded_model import DIE_WITH_PARENT  # noqa: E402
 
@@ -46,7 +46,7 @@ def demo(output_dir: str = "demo", records: int = 64) -> None:
 
     # The base model is the teacher too. One this small copies short examples best, so it is shown the 40 shortest
     # seed tasks; the reply is short as well, since it repeats itself after two or three items.
-    seeds = sorted(Path("seed_tasks.jsonl").read_text(encoding="utf-8").splitlines(), key=len)[:40]
+    seeds = sorted(read_text("seed_tasks.jsonl").splitlines(), key=len)[:40]
     (folder / "short_seed_tasks.jsonl").write_text("\n".join(seeds) + "\n", encoding="utf-8")
     command = f"""python -m alpaca.embedded_model run --model_path {base} --log_path {out}/logs/teacher.log --
         python generate_instruction.py generate_instruction_following_data --output_dir {out}
@@ -55,7 +55,7 @@ def demo(output_dir: str = "demo", records: int = 64) -> None:
         --max_concurrency 8 --time_limit 600 --request_timeout 300"""
     stage(folder, "self-instruct", r"\d+ instructions? in .*", command)
 
-    shipped, made = (json.loads(Path(name).read_text()) for name in ("alpaca_data.json", folder / "regen.json"))
+    shipped, made = (json.loads(read_text(path)) for path in ("alpaca_data.json", folder / "regen.json"))
     short = [record for record in shipped if len(record["output"]) < 600][:records]
     (folder / "train_data.json").write_text(json.dumps(short + made), encoding="utf-8")
     # A CPU that computes in bf16 trains 1.8 times faster in it (benchmarks/results/train_cpu_bf16.json).
@@ -94,16 +94,19 @@ def stage(folder: Path, name: str, made: str, command: str) -> None:
     """
     started, log = time.monotonic(), folder / "logs" / f"{re.sub('[^a-z-]+', '_', name)}.log"
     print(f"\n── {name}\n   " + " \\\n     ".join(line.strip() for line in command.splitlines()), flush=True)
-    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    apart = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONUNBUFFERED": "1"}
     env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}  # two processes train
-    own = {"start_new_session": True, "preexec_fn": DIE_WITH_PARENT}  # Ctrl-C reaches us alone
-    with log.open("wb") as file, subprocess.Popen(shlex.split(command), env=env, **streams, **own) as child:
+    apart |= {"start_new_session": True, "preexec_fn": DIE_WITH_PARENT}  # Ctrl-C reaches us alone
+    with (
+        log.open("wb", buffering=0) as file,
+        subprocess.Popen(shlex.split(command), env=env, **apart) as child,
+    ):
         try:
             while data := child.stdout.read1():
-                for stream in (file, sys.stdout.buffer):
-                    stream.write(data)
-                    stream.flush()
+                file.write(data)
+                parts = data.decode(errors="replace").split("\r")  # of progress bars
+                print("\r".join(map(printable, parts)), end="", flush=True)
         except BaseException:
             print(f"\nstopping {name} (its log: {log}); what was complete before is kept", file=sys.stderr, flush=True)
             child.terminate()
@@ -117,7 +120,7 @@ def stage(folder: Path, name: str, made: str, command: str) -> None:
 
 def summarize(folder: Path, seconds: int) -> None:
     """Print the table, the answers and what to do next, in 100 columns; write them to summary.json."""
-    receipt = json.loads((folder / "tuned" / "training_receipt.json").read_text(encoding="utf-8"))
+    receipt = json.loads(read_text(folder / "tuned" / "training_receipt.json"))
     summary = {"command": "make demo", "seconds": seconds, "stages": ROWS}
     summary |= {name: receipt[name] for name in ("samples", "git", "hardware", "versions")}
     (folder / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

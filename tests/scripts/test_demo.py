@@ -14,9 +14,11 @@ import pytest
 from conftest import ROOT
 from test_embedded_model import HEALTHY, assert_gone
 
+from runs import demo
+
 
 @pytest.fixture
-def demo(tmp_path):
+def start(tmp_path):
     """A started demo: its model is a config.json, and in place of transformers there is a server without answers."""
     base = tmp_path / "cache" / "alpaca" / "smollm2-135m-instruct" / "config.json"
     server = tmp_path / "site" / "transformers" / "cli" / "transformers.py"
@@ -27,20 +29,20 @@ def demo(tmp_path):
     command = [sys.executable, "runs/demo.py", "--output_dir", str(tmp_path / "demo")]
     started = []
 
-    def start() -> subprocess.Popen:
+    def start_once() -> subprocess.Popen:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         started.append(subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes))
         return started[0]
 
-    yield start
+    yield start_once
     started[0].kill()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_demo_ends_all_that_it_started_says_so_in_few_lines_and_its_logs_have_both_streams(
-    demo, tmp_path, number
+    start, tmp_path, number
 ):
-    log, process = tmp_path / "demo" / "logs" / "self-instruct.log", demo()
+    log, process = tmp_path / "demo" / "logs" / "self-instruct.log", start()
     deadline = time.monotonic() + 60
     while not (log.exists() and "0/8" in log.read_text()):  # the progress bar, on stderr
         assert time.monotonic() < deadline and process.poll() is None
@@ -56,7 +58,7 @@ def test_a_stopped_demo_ends_all_that_it_started_says_so_in_few_lines_and_its_lo
     assert "teacher at http" in log.read_text()  # on stdout
 
 
-def test_a_stage_that_fails_names_its_log_and_leaves_the_results_of_an_earlier_demo(demo, tmp_path):
+def test_a_stage_that_fails_names_its_log_and_leaves_the_results_of_an_earlier_demo(start, tmp_path):
     """Fine-tuning fails for want of transformers; what it says on stderr is in the log."""
     (tmp_path / "demo").mkdir()
     records = [{"instruction": f"Name {n} towns.", "input": "", "output": "Bath."} for n in range(8)]
@@ -65,7 +67,7 @@ def test_a_stage_that_fails_names_its_log_and_leaves_the_results_of_an_earlier_d
     for path in earlier:
         path.parent.mkdir()
         path.write_text("earlier")
-    process = demo()
+    process = start()
     printed, _ = process.communicate(timeout=120)
     log = tmp_path / "demo" / "logs" / "fine-tuning.log"
     last = f'error: the stage "fine-tuning" failed: what it printed is above and in {log}'
@@ -73,3 +75,11 @@ def test_a_stage_that_fails_names_its_log_and_leaves_the_results_of_an_earlier_d
     assert "ChildFailedError" in log.read_text()  # torchrun's, on stderr
     assert [path.read_text() for path in earlier] == ["earlier"] * 3
     assert not list((tmp_path / "demo").glob(".*"))
+
+
+def test_what_a_model_writes_does_not_reach_the_terminal_as_control_characters(tmp_path, capsys):
+    (tmp_path / "logs").mkdir()
+    demo.stage(tmp_path, "chat, after", "clear.*", r"""python -c 'print("1%\r100%\nclear \x1b[2J\x9b2J")'""")
+    assert capsys.readouterr().out.endswith("1%\r100%\nclear \\x1b[2J\\x9b2J\n")
+    assert "\x1b[2J" in (tmp_path / "logs" / "chat_after.log").read_text()
+    assert demo.ROWS.pop()["made"] == "clear \\x1b[2J\\x9b2J"
