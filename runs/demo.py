@@ -95,9 +95,9 @@ def stage(folder: Path, name: str, made: str, command: str) -> None:
     started, log = time.monotonic(), folder / "logs" / f"{re.sub('[^a-z-]+', '_', name)}.log"
     print(f"\n── {name}\n   " + " \\\n     ".join(line.strip() for line in command.splitlines()), flush=True)
     apart = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    apart |= {"start_new_session": True, "preexec_fn": DIE_WITH_PARENT}  # Ctrl-C reaches us alone
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONUNBUFFERED": "1"}
     env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}  # two processes train
-    apart |= {"start_new_session": True, "preexec_fn": DIE_WITH_PARENT}  # Ctrl-C reaches us alone
     with (
         log.open("wb", buffering=0) as file,
         subprocess.Popen(shlex.split(command), env=env, **apart) as child,
