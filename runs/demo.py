@@ -52,7 +52,7 @@ def demo(output_dir: str = "demo", records: int = 64) -> None:
         python generate_instruction.py generate_instruction_following_data --output_dir {out}
         --seed_tasks_path {out}/short_seed_tasks.jsonl --model_name {base} --api completions
         --num_instructions_to_generate 8 --max_tokens 128 --temperature 0.7 --top_p 0.9 --seed 0
-        --max_concurrency 8 --request_timeout 900"""
+        --max_concurrency 8"""
     stage(folder, "self-instruct", r"\d+ instructions? in .*", command)
 
     shipped, made = (json.loads(read_text(path)) for path in ("alpaca_data.json", folder / "regen.json"))
