@@ -218,13 +218,13 @@ def lint(
     print(f"\n{counted(len(findings), 'finding')} in {len(bad):,} of {counted(len(records), 'record')}{more}")
 
     if output_path:
-        write_records([record for i, record in enumerate(records) if i not in bad], output_path)
+        write_records([record for i, record in enumerate(records, 1) if i not in bad], output_path)
         print(f"{counted(len(records) - len(bad), 'clean record')} in {output_path}")
     if rejects_path:
         reasons: dict[int, list] = {i: [] for i in sorted(bad)}
         for finding in findings:
             reasons[finding["record"]].append({key: finding[key] for key in ("class", "reason", "evidence")})
-        write_records([records[i] | {"lint": found} for i, found in reasons.items()], rejects_path)
+        write_records([records[i - 1] | {"lint": found} for i, found in reasons.items()], rejects_path)
         print(f"{counted(len(bad), 'rejected record')} in {rejects_path}")
     if report_path:
         write_records(findings, report_path, lines=True)

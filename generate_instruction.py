@@ -207,8 +207,8 @@ def begin(
     if journal.repaired_bytes:
         print(f"note: {journal.path} ended in an incomplete entry ({journal.repaired_bytes} bytes), which was removed")
     if run["start"] or replies:
-        begun = f"started with {counted(run['start'], 'record')}"
-        print(f"continuing {regen_path.parent}, {begun}: {counted(replies, 'reply')} so far")
+        begun = f", started with {counted(run['start'], 'record')}" if run["start"] else ""
+        print(f"continuing {regen_path.parent}{begun}: {counted(replies, 'reply')} so far")
     return run, records[: run["start"]]
 
 
@@ -367,7 +367,8 @@ def conclude(selection: Selection, budget: Budget, regen_path: Path, more: str |
     Raises:
         UserError: too many requests failed, replies cannot be read, or nothing was kept.
     """
-    made = f"{counted(len(selection.kept), 'instruction')} in {regen_path} ({selection.new():,} new)"
+    new = f" ({selection.new():,} new)" if selection.start else ""
+    made = f"{counted(len(selection.kept), 'instruction')} in {regen_path}{new}"
     if selection.unseen:
         print(selection.unseen_warning())
     if cut := selection.dropped["cut off"]:

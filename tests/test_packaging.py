@@ -61,10 +61,11 @@ def test_every_imported_package_is_declared(where):
     if where == "tests and benchmarks":
         files, allowed = [*ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/*.py")], declared(*EXTRAS)
     else:
-        files = [*ROOT.glob("alpaca/**/*.py"), *ROOT.glob("*.py")]
+        files = [*ROOT.glob("alpaca/**/*.py"), *ROOT.glob("*.py"), *ROOT.glob("runs/*.py")]
         allowed = declared(*EXTRAS.keys() - {"test", "bench"})
     ours = {
         "alpaca",
+        "runs",
         *(path.stem for folder in (".", "tests/**", "benchmarks") for path in ROOT.glob(f"{folder}/*.py")),
     }
     for path in files:

@@ -12,8 +12,8 @@ def _explain(kind, error, trace) -> None:
     if not issubclass(kind, ModuleNotFoundError):
         return sys.__excepthook__(kind, error, trace)
     print(
-        f"error: {sys.executable} has no {error.name}: run `source .venv/bin/activate` after `make`, or install with "
-        "`pip install -r requirements.txt`",
+        f"error: {sys.executable} has no {error.name}: run `source .venv/bin/activate` after `make demo`, or install "
+        "with `pip install -r requirements.txt`",
         file=sys.stderr,
     )
 

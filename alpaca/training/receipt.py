@@ -229,7 +229,7 @@ def loss_plot(receipt: dict) -> bytes | None:
         axes.plot(x, y, "o:", color="#cc6677", linewidth=1, label=f"held out: {y[0]:.3f} → {y[-1]:.3f}")
     base, data = public_name(receipt["model"]["started_from"]), title(receipt["data"]["train"]["path"])
     axes.set_title(f"{base} on {data}", loc="left")
-    axes.set_xlabel(f"optimizer step ({receipt['examples_per_step']:g} examples each)")
+    axes.set_xlabel(f"optimizer step ({receipt['examples_per_step']:g} examples on average)")
     axes.set_ylabel("cross entropy (nats per supervised token)")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(axis="y", color="#e5e7eb")

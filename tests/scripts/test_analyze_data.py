@@ -291,11 +291,11 @@ def test_duplicates_are_later_copies_whatever_the_case_and_white_space():
         record("Name a colour.", "Red.", "from a flag"),
         record("name a  colour.", "Blue.", "From the rainbow\n"),
     ]
-    assert lint.duplicates(records) == {2: "same instruction and input as record 0"}
+    assert lint.duplicates(records) == {2: "same instruction and input as record 1"}
 
 
 def test_near_duplicates_are_near_an_earlier_kept_record_and_copies_are_no_near_duplicates():
-    """8 of 9 tokens in common: F = 8/9. Record 3 is near only to the dropped record 1 (6 of 9), so it stays."""
+    """8 of 9 tokens in common: F = 8/9. Record 4 is near only to the dropped record 2 (6 of 9), so it stays."""
     records = [
         record("Tell me how bees find their way back home"),
         record("Tell me how bees find the way back home"),
@@ -304,7 +304,7 @@ def test_near_duplicates_are_near_an_earlier_kept_record_and_copies_are_no_near_
         record("What is the capital of Peru?"),
     ]
     found = lint.near_duplicates(records)
-    assert found == {1: "ROUGE-L 0.89 with record 0: Tell me how bees find their way back home"}
+    assert found == {1: "ROUGE-L 0.89 with record 1: Tell me how bees find their way back home"}
 
 
 @pytest.mark.parametrize(
@@ -341,8 +341,8 @@ def test_near_duplicates_are_found_in_any_script_and_whatever_their_punctuation(
     ]
     found = lint.near_duplicates([record(task) for task in tasks])
     assert found == {
-        1: "ROUGE-L 0.91 with record 0: 请写一首关于春天的诗。",
-        3: "ROUGE-L 1.00 with record 2: Name a well-known (old) poem.",
+        1: "ROUGE-L 0.91 with record 1: 请写一首关于春天的诗。",
+        3: "ROUGE-L 1.00 with record 3: Name a well-known (old) poem.",
     }
 
 
@@ -451,12 +451,12 @@ def test_lint_parts_the_records_and_leaves_the_input_alone(data, tmp_path, capsy
         ["duplicate"],
     ]
     assert report[2] == {
-        "record": 4,
+        "record": 5,
         "class": "mojibake",
         "reason": "text decoded with the wrong encoding",
         "evidence": "output: Gr\ufffdn.",
     }
-    assert [found["record"] for found in report] == [1, 1, 4, 5]
+    assert [found["record"] for found in report] == [2, 2, 5, 6]
     printed = capsys.readouterr().out
     assert "4 findings in 3 of 6 records" in printed and "3 clean records in" in printed
     assert f"{'mojibake':<16}{1:>8}   text decoded" in printed

@@ -1,11 +1,13 @@
-"""The demo's stages, by their commands, on a tiny model and a local teacher: seeds in, an answer out."""
+"""Seeds in, an answer out: instructions from a local teacher, then the demo with them, on a tiny model."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
+from pathlib import Path
 
-from conftest import ROOT, run_script, torchrun
+from conftest import run_script
 from openai import OpenAI
 
 from alpaca.embedded_model import serve
@@ -40,45 +42,32 @@ def test_from_seed_tasks_to_an_answer(teacher, tiny_llama, tmp_path):
     assert len(generated) >= 8 and f"{len(generated)} instructions in" in made.stdout
     assert not any("Say no more" in record["instruction"] for record in generated)
 
-    records = json.loads((ROOT / "alpaca_data.json").read_text())[:24] + generated
-    (tmp_path / "train.json").write_text(json.dumps(records))
-    trained = torchrun(
-        2,
-        *("train.py", "--model_name_or_path", tiny_llama, "--data_path", tmp_path / "train.json"),
-        *("--output_dir", tmp_path / "tuned", "--eval_fraction", 0.2, "--fsdp", "--fsdp_config", "configs/fsdp.json"),
-        *("--num_train_epochs", 1, "--per_device_train_batch_size", 4, "--learning_rate", 1e-2),
-        *("--save_strategy", "no", "--logging_steps", 1),
-        cold=True,
+    cache = tmp_path / "cache"
+    base = Path(shutil.copytree(tiny_llama, cache / "alpaca" / "smollm2-135m-instruct"))
+    demo = run_script(
+        *("runs/demo.py", "--output_dir", tmp_path / "data", "--records", 24), env={"XDG_CACHE_HOME": str(cache)}
     )
-    assert trained.returncode == 0, trained.stderr
-    before, after = map(float, re.search(r"eval loss .*: ([\d.]+) before, ([\d.]+) after", trained.stdout).groups())
+    assert demo.returncode == 0, demo.stdout + demo.stderr
+    before, after = map(float, re.search(r"eval loss .*: ([\d.]+) before, ([\d.]+) after", demo.stdout).groups())
     assert after < before
+    end = demo.stdout[demo.stdout.index("\nstage ") :]
+    assert max(map(len, end.partition("\nAll of it took")[0].splitlines())) <= 100  # then come paths
+    table = [re.split("  +", line, maxsplit=2) for line in end.splitlines()[3:9]]
+    assert all(len(row) == 3 for row in table), table  # what each stage made; answers may be white space
+    assert end.count("\n  prompt  ") == end.count("\n  before  ") == end.count("\n  after   ") == 3
+    for name in ("recovered/config.json", "tuned/loss.png", "tuned/model_card.md", "regen.json", "summary.json"):
+        assert (tmp_path / "data" / name).is_file(), name
 
-    diff = run_script(
-        *("weight_diff.py", "make_diff", "--path_raw", tiny_llama, "--path_tuned", tmp_path / "tuned"),
-        *("--path_diff", tmp_path / "diff", "--method", "exact"),
-    )
-    assert diff.returncode == 0, diff.stderr
-    recovered = run_script(
-        *("weight_diff.py", "recover", "--path_raw", tiny_llama, "--path_diff", tmp_path / "diff"),
-        *("--path_tuned", tmp_path / "recovered", "--test_inference", "False"),
-    )
-    assert recovered.returncode == 0, recovered.stderr
-    compared = run_script(
-        *("weight_diff.py", "compare", "--path_a", tmp_path / "recovered", "--path_b", tmp_path / "tuned")
-    )
-    assert compared.returncode == 0, compared.stderr
-    assert "are equal, bit for bit" in compared.stdout
-
+    recovered = tmp_path / "data" / "recovered"
     question = ("--instruction", "Describe a river.", "--max_new_tokens", 8, "--temperature", 0)
-    answers = [run_script("chat.py", "--model_path", path, *question) for path in (tmp_path / "recovered", tiny_llama)]
+    answers = [run_script("chat.py", "--model_path", path, *question) for path in (recovered, base)]
     assert [a.returncode for a in answers] == [0, 0], answers[0].stderr
     assert answers[0].stdout != answers[1].stdout  # training did change what it says
 
-    with serve(tmp_path / "recovered", tmp_path / "server.log") as url:
+    with serve(recovered, tmp_path / "server.log") as url:
         client = OpenAI(base_url=url, api_key="none", max_retries=0)
         reply = client.chat.completions.create(
-            model=str(tmp_path / "recovered"),
+            model=str(recovered),
             messages=[{"role": "user", "content": question[1]}],
             max_tokens=8,
             temperature=0,

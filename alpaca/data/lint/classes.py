@@ -26,7 +26,7 @@ def duplicates(records: list[dict]) -> dict[int, str]:
     """Return {index of a later copy: evidence}: a record with the same task as an earlier one."""
     first: dict[tuple, int] = {}
     copies = {i: n for i, record in enumerate(records) if (n := first.setdefault(task_key(record), i)) != i}
-    return {i: f"same instruction and input as record {n}" for i, n in copies.items()}
+    return {i: f"same instruction and input as record {n + 1}" for i, n in copies.items()}
 
 
 def near_duplicates(records: list[dict], threshold: float = MAX_SIMILARITY) -> dict[int, str]:
@@ -53,7 +53,7 @@ def near_duplicates(records: list[dict], threshold: float = MAX_SIMILARITY) -> d
                 kept.append(i)
             else:
                 start = around(records[other]["instruction"], 0, 60)
-                found[i] = f"ROUGE-L {_rouge_l(texts[i], texts[other]):.2f} with record {other}: {start}"
+                found[i] = f"ROUGE-L {_rouge_l(texts[i], texts[other]):.2f} with record {other + 1}: {start}"
     return found
 
 
@@ -96,7 +96,7 @@ OPT_IN = {"no-full-stop"}  # under 80% precision: docs/LOG.md
 
 
 def find(records: list[dict], classes: set[str]) -> list[dict]:
-    """Return all findings of these classes, by record: {"record": index from 0, "class", "reason", "evidence"}."""
+    """Return all findings of these classes, by record: {"record": number from 1, "class", "reason", "evidence"}."""
     found = []
     rules = [(name, rule) for name, (_, rule) in RECORD_CLASSES.items() if name in classes]
     for i, record in enumerate(tqdm(records, desc="lint", unit="record", disable=None)):
@@ -105,4 +105,4 @@ def find(records: list[dict], classes: set[str]) -> list[dict]:
         if name in classes:
             found += [(i, name, text) for i, text in rule(records).items()]
     found.sort(key=lambda finding: finding[0])
-    return [{"record": i, "class": name, "reason": CLASSES[name], "evidence": text} for i, name, text in found]
+    return [{"record": i + 1, "class": name, "reason": CLASSES[name], "evidence": text} for i, name, text in found]
