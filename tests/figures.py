@@ -46,6 +46,11 @@ def loading(what: str, kind: str = "anonymous") -> Callable:
     return lambda run: f"{run[what][f'{kind}_peak_in_models']:.2f}"
 
 
+def against_rouge_score(run: dict) -> str:
+    contender = run["pairs"]["result"]["contenders"]["RougePool.scores_of_each, 16 at a time"]
+    return f"{contender['times_rouge_score']:.0f}×"
+
+
 def deduplicated(growth: str, records: int) -> Callable:
     def figure(run: dict) -> str:
         (row,) = [row for row in run[growth]["result"] if row["records"] == records]
@@ -151,9 +156,7 @@ FIGURES: dict[str, dict[str, Callable]] = {
     },
     "tokens.json": {"tokenized": lambda run: f"{run['seconds']['first']:.1f} s, {run['seconds']['again']:.1f} s"},
     "rouge.json": {
-        "per pair": lambda run: (
-            f"{run['pairs']['result']['contenders']['RougePool.scores_of_each, 16 at a time']['times_rouge_score']:.0f}×"
-        ),
+        "per pair": against_rouge_score,
         "52,000 records": deduplicated("growth with stats", 52_000),
         "1,000,000 records": deduplicated("growth decisions only", 1_000_000),
     },

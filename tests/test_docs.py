@@ -1,4 +1,4 @@
-"""What a newcomer reads is true: commands parse, links lead somewhere, flags and figures are those of code and results."""
+"""What a newcomer reads is true: commands parse, links lead somewhere, flags and figures are the real ones."""
 
 from __future__ import annotations
 
