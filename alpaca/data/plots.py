@@ -1,4 +1,4 @@
-"""Three pictures of an instruction data set, light and dark, and one page: what ``analyze_data.py plot`` draws.
+"""Three plots of instruction data, and one page with all of them, for ``analyze_data.py plot``.
 
 ``pip install '.[plots]'`` installs the dependency parser (spaCy) and matplotlib; they are imported where they are used.
 """
