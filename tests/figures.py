@@ -168,7 +168,11 @@ FIGURES: dict[str, dict[str, Callable]] = {
         "`recover`, 1.1 B parameters, against the disk": against_disk("1.1", "recover"),
         "`make_diff`, 1.1 B parameters, against the disk": against_disk("1.1", "make_diff"),
     },
-    "weight_diff_7b.json": {f"`{task}`, 7 B parameters": seven(task) for task in ("recover", "make_diff", "verify")},
+    "weight_diff_7b.json": {f"`{task}`, 7 B parameters": seven(task) for task in ("recover", "make_diff", "verify")}
+    | {
+        f"`{task}`, 7 B parameters, against the disk": against_disk("7", task)
+        for task in ("recover", "make_diff", "verify")
+    },
     "chat.json": {
         "one answer at a time": against_generate("one by one"),
         "in batches": against_generate("by length"),
