@@ -242,7 +242,7 @@ def test_a_server_asks_with_the_tokens_of_training(folders, serve, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_known_limit_a_server_takes_the_typed_name_of_a_special_token_for_that_token(folders, serve, kind):
-    """It tokenizes the rendered text in one piece. docs/publish.md says so."""
+    """It tokenizes the rendered text in one piece. docs/chat.md says so."""
     tokenizer = load_tokenizer(folders[kind])
     for record in [single(*texts) for texts in TYPED]:
         asked = messages_of(record)[:-1]

@@ -1,18 +1,32 @@
-"""Every command that a newcomer reads is one that works: README and docstrings, parsed by the scripts' own parsers."""
+"""What a newcomer reads is true: commands parse, links lead somewhere, flags and figures are the real ones."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import json
 import re
 import shlex
+import statistics
+import subprocess
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_script
+from figures import FIGURES
 from test_boundaries import ARROWS
 
 import train
+from alpaca import embedded_model
 from alpaca.common import cli
+from alpaca.endpoint.budget import RequestSettings
 from alpaca.training import distributed
+
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "benchmarks" / "results"
+# docs/LOG.md shows commands as they were then.
+DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md") if path.name != "LOG.md")]
+PAGES = ["docs/data.md", "docs/generate.md", "docs/train.md", "docs/weights.md", "docs/chat.md", "docs/judge.md"]
 
 SCRIPTS = {
     "generate_instruction": ["generate_instruction_following_data", "dedup"],
@@ -23,22 +37,49 @@ SCRIPTS = {
 }
 
 
+EMBEDDED = {"prepare": embedded_model.prepare, "run": embedded_model.run}
+TEACHER = "generate_instruction.py generate_instruction_following_data"
+
+
+def commands_of(module: str) -> cli.Commands:
+    """What a script hands to run_cli."""
+    if module == "alpaca.embedded_model":
+        return EMBEDDED
+    script = importlib.import_module(module)
+    return {task: getattr(script, task) for task in SCRIPTS[module]} if SCRIPTS[module] else script.chat
+
+
+def text_of(document: str) -> str:
+    return (ROOT / document).read_text()
+
+
 def commands(text: str) -> list[str]:
-    lines = text.replace("\\\n", " ").splitlines()
-    return [line.strip() for line in lines if re.match(r"\s*(python|torchrun) ", line)]
+    lines = re.sub(r"\\\n\s*", "", text).splitlines()
+    return [line.strip() for line in lines if re.match(r"\s*(\S+/)?(python|torchrun) ", line)]
 
 
 def all_commands() -> list[tuple[str, str]]:
-    readme = "\n".join(re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S))
-    found = [("README.md", command) for command in commands(readme)]
+    """Those of code blocks, those that are a code span, and those of the scripts' docstrings."""
+    found = []
+    for document in DOCUMENTS:
+        text = text_of(document)
+        found += [(document, command) for command in commands("\n".join(re.findall(r"```bash\n(.*?)```", text, re.S)))]
+        spans = re.findall(r"`(python [^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M))
+        found += [(document, span) for span in spans if "--" in span]
     for script in [*SCRIPTS, "train"]:
         found += [(f"{script}.py", command) for command in commands(importlib.import_module(script).__doc__)]
-    return found
+    return [(where, command) for where, command in found if "llama.cpp/" not in command]  # not ours
 
 
 @pytest.mark.parametrize("where, command", all_commands(), ids=lambda text: text[:60])
 def test_a_documented_command_parses(where, command, monkeypatch, tmp_path):
     words = shlex.split(command, comments=True)
+    if "alpaca.embedded_model" in words:  # what it runs follows "--"
+        own, _, words = " ".join(words).partition(" -- ")
+        assert cli.parse(EMBEDDED, own.split()[3:])[1]
+        words = words.split()
+        if not words:
+            return
     script = next(word for word in words if word.endswith(".py"))
     argv = [str(tmp_path) if word == "OUT" else word for word in words[words.index(script) + 1 :]]
     if script == "train.py":
@@ -47,10 +88,12 @@ def test_a_documented_command_parses(where, command, monkeypatch, tmp_path):
         model_args, _, _ = train.parse_args(argv)
         assert model_args.model_name_or_path == "MODEL"
         return
-    module = importlib.import_module(script.removesuffix(".py"))
-    tasks = SCRIPTS[module.__name__]
-    functions = module.chat if tasks is None else {task: getattr(module, task) for task in tasks}
-    assert cli.parse(functions, argv)[1]
+    function, flags = cli.parse(commands_of(script.removesuffix(".py")), argv)
+    assert flags
+    if function.__name__ == "plot":
+        tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+        folder = Path(flags["output_dir"]).as_posix()
+        assert not any(file.startswith(f"{folder}/") for file in tracked), "it would draw over the project's pictures"
 
 
 def test_the_readme_shows_every_script():
@@ -59,19 +102,180 @@ def test_the_readme_shows_every_script():
         assert f"{script}.py" in shown, script
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags.
+
+
+REQUEST = [field.name for field in dataclasses.fields(RequestSettings)]
+FLAG_TABLE = re.compile(r"(?<=^### )(?:Flags of `(.+)`|Request flags)\n[^|#]*\n(\| flag .*\n(?:\|.*\n)+)", re.M)
+
+
+def flag_table(command: str | None) -> str:
+    """What --help says of a command's flags, as a table; those of each request are in one of their own (None)."""
+    if command == "train.py":
+        text = run_script("train.py", "--help").stdout
+    else:
+        script, *words = (command or TEACHER).removeprefix("python -m ").split()
+        text = cli.help_text(script, commands_of(script.removesuffix(".py")), words)
+    rows = {}
+    for name, required, default, about in re.findall(
+        r"^    --(\w+) \(.*?(?:, (required)|, default: (.*))?\)\n((?:        .*\n?)*)", text, re.M
+    ):
+        default = f"`{default.strip(chr(39))}`" if default else required
+        rows[name] = f"| `--{name}` | {default} | {' '.join(about.split())} |".replace("|  |", "| |")
+    if command is None:
+        rows = {name: rows[name] for name in REQUEST}
+    elif rows.keys() >= set(REQUEST):
+        rows = {name: row for name, row in rows.items() if name not in REQUEST}
+        rows["…"] = "| [request flags](generate.md#request-flags) | | how requests are sent, limited and paid for |"
+    return "\n".join(["| flag | default | what it does |", "|---|---|---|", *rows.values(), ""])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_flag_table_says_what_help_says(page):
+    text = text_of(page)
+    new = FLAG_TABLE.sub(lambda found: found[0].replace(found[2], flag_table(found[1])), text)
+    if new != text:
+        (ROOT / page).write_text(new)
+        pytest.fail(f"{page} was out of date and is now rewritten: read it and commit it")
+
+
+def test_every_task_has_a_flag_table():
+    shown = [found[1] or "requests" for page in PAGES for found in FLAG_TABLE.finditer(text_of(page))]
+    tasks = [f"{script}.py {task}".strip() for script, names in SCRIPTS.items() for task in names or [""]]
+    tasks += [f"python -m alpaca.embedded_model {task}" for task in EMBEDDED]
+    assert sorted(shown) == sorted([*tasks, "train.py", "requests"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# English.
+
+# Words by which English reads as if it were translated.
+ODD = re.compile(
+    r"\b(told|anew|whoever|of which|is none|are none|is no \w+:|stands? (in|behind|before|there)|"
+    r"that is there( already)?|comes? along|goes? on\b|give it|lies? there)\b"
+)
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of paragraphs and list items, without code blocks, tables, headings and HTML; links as text."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+    text = re.sub(r"^(#|\||<).*$", "", text, flags=re.M)
+    text = re.sub(r"^(> |- |\d\. )", "\n", text, flags=re.M)
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text)
+    paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text)]
+    parts = [part for text in paragraphs for part in re.split(r"(?<=[.!?])[*)]*\s+(?=[^a-z])", text)]
+    return [part for part in parts if part]
+
+
+@pytest.mark.parametrize("document", ["README.md", *PAGES, "docs/results.md"])
+def test_sentences_are_short_and_plain(document):
+    found = sentences(text_of(document))
+    lengths = [len(sentence.split()) for sentence in found]
+    assert statistics.mean(lengths) < 18
+    assert max(lengths) <= 30, max(found, key=lambda sentence: len(sentence.split()))
+    assert not [match[0] for match in ODD.finditer(text_of(document))]
+
+
+def test_the_readme_can_be_skimmed():
+    assert README.count("\n") <= 250
+    order = ["Quick start", "Data", "Generate", "Train", "Recover", "Chat", "Judge", "Measured results", "Files"]
+    headings = re.findall(r"^## (.+)$", README, re.M)
+    assert [heading for heading in headings if heading in order] == order and headings[-1].startswith("Licenses")
+    assert max(len(line) for line in re.search(r"```\n(stage .*?)```", README, re.S)[1].splitlines()) <= 100
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures.
+
+
+def figure_rows() -> list[tuple[str, list[str]]]:
+    """Each row of a table whose last column says from which file its figure is."""
+    rows = []
+    for document in ("README.md", "docs/results.md"):
+        for table in re.findall(r"^\| what \| figure \|.* from \|\n\|[-|]+\|\n((?:\|.*\n)+)", text_of(document), re.M):
+            rows += [(document, re.split(r" \| ", line.strip("| "))) for line in table.splitlines()]
+    return rows
+
+
+@pytest.mark.parametrize(
+    "document, row", figure_rows(), ids=lambda value: value if isinstance(value, str) else value[0]
+)
+def test_a_figure_is_that_of_its_file(document, row):
+    what, figure, *commit, source = row
+    path = (ROOT / document).parent / re.search(r"\((.+)\)", source)[1]
+    result = json.loads(path.read_text())
+    phrase = max((phrase for phrase in FIGURES[path.name] if phrase in what), key=len)
+    assert figure == FIGURES[path.name][phrase](result)
+    known = {result["commit"]} if "commit" in result else {part["commit"] for part in result.values()}
+    assert set(commit) <= known
+
+
+def test_every_figure_is_in_the_results_and_the_ten_that_matter_in_the_readme():
+    shown = {document: [] for document, _ in figure_rows()}
+    for document, (what, *_, source) in figure_rows():
+        name = re.search(r"\[(.+)\]", source)[1]
+        shown[document].append((name, max((phrase for phrase in FIGURES[name] if phrase in what), key=len)))
+    all_of_them = [(name, phrase) for name, phrases in FIGURES.items() for phrase in phrases]
+    assert sorted(shown["docs/results.md"]) == sorted(all_of_them)
+    assert len(set(shown["README.md"])) == len(shown["README.md"]) == 10
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.name)
+def test_a_result_names_the_commit_of_its_code(path):
+    result = json.loads(path.read_text())
+    for part in [result] if "commit" in result else result.values():
+        assert re.fullmatch(r"[0-9a-f]{7,40}", part["commit"]) and part["command"]
+
+
+def test_the_sample_of_the_demo_is_that_of_its_file():
+    sample = re.search(r"```\nstage [^\n]*\n─[^\n]*\n(.*?)```", README, re.S)[1].splitlines()
+    rows = [re.fullmatch(r"(.+?) {2,}(\d+) s +(.+)", line).groups() for line in sample]
+    stages = json.loads((RESULTS / "demo_cpu.json").read_text())["stages"]
+    assert [row[:2] for row in rows] == [(stage["stage"], str(stage["seconds"])) for stage in stages]
+    for (_, _, shown), stage in zip(rows, stages, strict=True):
+        begins, cut, _ = shown.partition("…")
+        assert stage["made"].startswith(begins.strip()) if cut else stage["made"] == shown
+
+
+def test_what_has_not_been_run_on_a_gpu_is_not_said_to_have_been():
+    for document in ("README.md", "docs/train.md"):
+        said = re.search(r"(has not yet|has) been run on GPUs here( yet)? \(", " ".join(text_of(document).split()))
+        assert bool(said) != (RESULTS / "gpu").exists(), document
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names.
+
+
 def test_every_make_target_of_the_readme_exists():
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
-    named = set(re.findall(r"\bmake ([a-z]+)", (ROOT / "README.md").read_text()))
+    named = set(re.findall(r"(?:`|^)make ([a-z]+)", README, re.M))
     assert named and named <= set(targets)
 
 
-def test_every_path_of_the_readme_exists():
-    text = (ROOT / "README.md").read_text()
-    for path in re.findall(r"\]\(([^)#:]+)\)|src=\"([^\":]+)\"", text):
-        path = "".join(path)
-        assert (ROOT / path).exists(), path
-    for line in re.search(r"## Files\n+```\n(.*?)```", text, re.S).group(1).splitlines():
-        assert (ROOT / line.split()[0]).exists(), line
+def anchors(document: Path) -> set[str]:
+    """Those that GitHub makes of the headings."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", document.read_text(), flags=re.S | re.M), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, "docs/LOG.md"])
+def test_every_link_leads_to_a_file_and_a_heading(document):
+    text = re.sub(r"^```.*?^```", "", text_of(document), flags=re.S | re.M)
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"(?:src|srcset)=\"([^\"]+)\"", text)
+    for link in links:
+        if link.startswith("http"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / document).parent / path if path else ROOT / document
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_file_of_the_readmes_tree_exists():
+    for line in re.search(r"## Files\n+```\n(.*?)```", README, re.S)[1].splitlines():
+        assert list(ROOT.glob(line.split()[0])), line
 
 
 MAP = (ROOT / "docs" / "architecture.md").read_text()
@@ -107,7 +311,7 @@ def test_every_file_that_a_document_or_a_comment_names_exists():
     for folder in ("alpaca", "tests", "benchmarks"):
         sources += ROOT.glob(f"{folder}/**/*.py")
     for path in sources:
-        for named in re.findall(r"\b(?:alpaca|tests|benchmarks|configs|runs)/[\w/]+\.(?:py|sh)\b", path.read_text()):
+        for named in re.findall(r"\b(?:alpaca|tests|benchmarks|configs|runs)/[a-z\d_/]+\.(?:py|sh)\b", path.read_text()):
             assert (ROOT / named).exists(), f"{path.relative_to(ROOT)} names {named}"
 
 

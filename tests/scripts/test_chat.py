@@ -693,11 +693,11 @@ def test_another_base_or_dtype_does_not_finish_a_run(tiny_llama, tmp_path, monke
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# docs/publish.md.
+# docs/weights.md.
 
 
 def published() -> str:
-    return (ROOT / "docs" / "publish.md").read_text()
+    return (ROOT / "docs" / "weights.md").read_text()
 
 
 def test_what_goes_to_the_hub_is_the_model_and_what_tells_of_it(tiny_llama, tmp_path):
