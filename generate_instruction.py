@@ -42,7 +42,8 @@ from alpaca.common.cli import run_cli
 from alpaca.common.journal import Journal
 from alpaca.common.text import counted, printable, shorten, utc_now
 from alpaca.data.dedup import MAX_SIMILARITY, DistinctPool, dedup
-from alpaca.data.replies import JSON_SCHEMA, CutOff, encode_json_prompt, encode_prompt, parse_json, parse_response
+from alpaca.data.replies import CutOff, parse_json, parse_response
+from alpaca.data.requests import JSON_SCHEMA, encode_json_prompt, encode_prompt
 from alpaca.data.rouge import is_mostly_unseen, tokenize_unicode, tokenizer_named
 from alpaca.endpoint.batch_api import Batches, refuse_open_batch
 from alpaca.endpoint.budget import Budget, RequestSettings

@@ -1,4 +1,4 @@
-"""What a teacher is asked for, and the records in its reply, as numbered text or as JSON.
+"""The records in a teacher's reply, as numbered text or as JSON.
 
 Each item of a reply is a record, or stays text: ``CutOff`` if the reply ended in the middle of it, else malformed.
 """
@@ -8,8 +8,6 @@ from __future__ import annotations
 import html
 import json
 import re
-
-from alpaca.common.records import json_text
 
 # "4. Instruction:", also as "**4. Instruction:**", "4) instruction:" and "### 4. **Instruction**：". Repetitions are
 # bounded, so that a reply of 100,000 newlines, digits or asterisks takes no time.
@@ -34,13 +32,6 @@ ABOUT = re.compile(
 )
 
 
-def _object(properties: dict) -> dict:
-    return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
-
-
-TASK = _object({name: {"type": "string"} for name in ("instruction", "input", "output")})
-TASKS = _object({"tasks": {"type": "array", "items": TASK}})
-JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "tasks", "strict": True, "schema": TASKS}}
 FIRST_OBJECT = re.compile(r'\[\s*(?=\{)|(?=\{\s*"(?:instruction|input|output)")')
 NEXT_OBJECT = re.compile(r'\}[\s,]*(?=\{\s*")')  # not inside a JSON string, where a quote has a backslash
 BETWEEN = re.compile(r"[\s,]*")
@@ -49,31 +40,6 @@ DECODER = json.JSONDecoder(strict=False)  # with line breaks in strings, as some
 
 class CutOff(str):
     """The item in which a reply reached its longest length: never a record, however whole it looks."""
-
-
-def encode_prompt(seed_tasks: list[dict], prompt: str) -> str:
-    """Return a request: the prompt, the seed tasks as numbered examples, and the number of the next one."""
-    text = prompt.rstrip("\n") + "\n"
-    for number, task in enumerate(map(_example, seed_tasks), 1):
-        text += (
-            f"###\n{number}. Instruction: {task['instruction']}\n"
-            f"{number}. Input:\n{task['input']}\n"
-            f"{number}. Output:\n{task['output']}\n"
-        )
-    return text + f"###\n{len(seed_tasks) + 1}. Instruction:"
-
-
-def encode_json_prompt(seed_tasks: list[dict], prompt: str) -> str:
-    """Return a request for JSON: the prompt, the seed tasks in the shape of JSON_SCHEMA, and what to reply with."""
-    shown = json_text({"tasks": [_example(task) for task in seed_tasks]}, 2)
-    rest = "Reply with the rest of the list, as one JSON object of the same shape, and with nothing else."
-    return f"{prompt.rstrip()}\n{shown}\n\nThese are the first {len(seed_tasks)}. {rest}"
-
-
-def _example(task: dict) -> dict:
-    instance = task["instances"][0]
-    instruction = re.sub(r"\s+", " ", task["instruction"]).strip().rstrip(":")
-    return {"instruction": instruction, "input": instance["input"] or "<noinput>", "output": instance["output"]}
 
 
 def parse_response(text: str, finish_reason: str | None, num_prompt_instructions: int) -> list[dict | str]:

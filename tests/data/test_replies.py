@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alpaca.data.replies import JSON_SCHEMA, CutOff, encode_json_prompt, encode_prompt, parse_json, parse_response
+from alpaca.data.replies import CutOff, parse_json, parse_response
+from alpaca.data.requests import JSON_SCHEMA, encode_json_prompt, encode_prompt
 from generate_instruction import Filters, filter_reason
 
 quick = settings(deadline=None, database=None, max_examples=100)

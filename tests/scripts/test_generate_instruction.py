@@ -25,7 +25,8 @@ import utils
 from alpaca import UserError
 from alpaca.common import cli
 from alpaca.common.journal import Journal
-from alpaca.data.replies import JSON_SCHEMA, encode_json_prompt, parse_json
+from alpaca.data.replies import parse_json
+from alpaca.data.requests import JSON_SCHEMA, encode_json_prompt
 from alpaca.endpoint import parallel
 from alpaca.endpoint.client import Completion
 from generate_instruction import Filters, encode_prompt, filter_reason, parse_response
