@@ -9,6 +9,8 @@ import html
 import json
 import re
 
+from alpaca.data.requests import FIELDS, LABEL_FIRST
+
 # "4. Instruction:", also as "**4. Instruction:**", "4) instruction:" and "### 4. **Instruction**：". Repetitions are
 # bounded, so that a reply of 100,000 newlines, digits or asterisks takes no time.
 HEADER = r"\*{0,3}(?<![\w(])(?P<number>\d{1,4})[.)]\*{0,3}\s{0,9}\*{0,3}(?P<name>%s)\*{0,3}\s{0,3}[:：]\*{0,3}"
@@ -45,6 +47,8 @@ class CutOff(str):
 def parse_response(text: str, finish_reason: str | None, num_prompt_instructions: int) -> list[dict | str]:
     """Split a reply into records; an item that is not exactly instruction, input and output stays text.
 
+    The output may come before the input: the label of a classification is asked for first.
+
     An item begins at its header, "5. Instruction:". Without a "###" or a rule before it, that must be at the start
     of a line and the number must be the next one, because answers have numbers and headings of their own.
 
@@ -70,25 +74,27 @@ def parse_response(text: str, finish_reason: str | None, num_prompt_instructions
     if finish_reason == "length":
         cut = items.pop()
         ended = IN_SEPARATOR.search(cut)
-        last = _parse_item(cut[: ended.start()]) if ended else None
-        if last and last["output"] and not re.search(r"^(?:#|```)", last["output"], re.M):  # a heading or a comment?
-            items.append(cut[: ended.start()])
+        whole = cut[: ended.start()] if ended else ""
+        last = _parse_item(whole)
+        if last and last["output"] and not re.search(r"^(?:#|```)", FIELD.split(whole)[-1], re.M):
+            items.append(whole)  # cut neither in a heading nor in a comment
             cut = cut[ended.start() :].lstrip("\n#")
-    records = [_parse_item(item) or item for item in items]
-    if finish_reason != "length" and isinstance(records[-1], dict):
-        records[-1]["output"] = _without_tail(records[-1]["output"])
+    ends_here = len(items) - 1 if finish_reason != "length" else None
+    records = [_parse_item(item, place == ends_here) or item for place, item in enumerate(items)]
     return records + [CutOff(cut)] * bool(cut.strip())
 
 
-def _parse_item(item: str) -> dict | None:
+def _parse_item(item: str, ends_the_reply: bool = False) -> dict | None:
     # split: [before, number, field, text, number, field, text, …]; two items run together give more than three fields
     parts = FIELD.split(item)
     numbers, fields, texts = set(parts[1::3]), [name.lower() for name in parts[2::3]], parts[3::3]
-    if fields != ["instruction", "input", "output"] or len(numbers) != 1:
+    if tuple(fields) not in (FIELDS, LABEL_FIRST) or len(numbers) != 1:
         return None
     if texts[0].count("**") % 2:  # the bold type of "**4. Instruction: Name a tree.**"
         texts[0] = texts[0].rstrip().removesuffix("**")
-    return _record(*texts[:2], "\n".join(_without_rules(texts[2].split("\n"))))
+    texts[2] = _without_tail(texts[2].strip()) if ends_the_reply else "\n".join(_without_rules(texts[2].split("\n")))
+    found = dict(zip(fields, texts, strict=True))
+    return _record(*(found[name] for name in FIELDS))
 
 
 def _record(instruction: str, input_text: str, output: str) -> dict:
@@ -135,7 +141,7 @@ def parse_json(text: str, finish_reason: str | None) -> list[dict | str]:
     while first and text.startswith("{", at):
         try:
             value, end = DECODER.raw_decode(text, at)
-            given = [value.get(name) for name in ("instruction", "input", "output")]
+            given = [value.get(name) for name in FIELDS]
             given[1] = "" if given[1] is None else given[1]
             # JSON can spell half of a surrogate pair, which no file can hold.
             fields = [field.encode("utf-8", "replace").decode() for field in given if isinstance(field, str)]
