@@ -5,8 +5,8 @@
 A local teacher answers by the request alone, after 5 to 35 ms. A run is killed after a random time, started
 again, killed again, …, up to 6 times, then left to end; its regen.json and rejected.jsonl are compared with those of a
 run that nobody killed, and its journal is searched for replies that are lost or there twice. Then the next run begins,
-with another seed and the next arm: a plain run, one that shows what it has made, one with topics, one with labels first,
-and one with all three. Writes benchmarks/results/kills.json.
+with another seed and the next arm: a plain run, one that shows what it has made, one with topics, one with labels
+first, and one with all three. Writes benchmarks/results/kills.json.
 """
 
 from __future__ import annotations
