@@ -28,7 +28,7 @@ import string
 import sys
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TextIO
@@ -41,8 +41,10 @@ from alpaca.common.cli import run_cli
 from alpaca.common.journal import Journal
 from alpaca.common.text import counted, printable, shorten, utc_now
 from alpaca.data.dedup import MAX_SIMILARITY, DistinctPool, dedup
-from alpaca.data.replies import JSON_SCHEMA, CutOff, encode_json_prompt, encode_prompt, parse_json, parse_response
+from alpaca.data.replies import CutOff, parse_json, parse_response
+from alpaca.data.requests import JSON_SCHEMA, Draw, encode_prompt  # noqa: F401  encode_prompt: the original's name
 from alpaca.data.rouge import is_mostly_unseen, tokenize_unicode, tokenizer_named
+from alpaca.data.topics import Topic, TopicCounts, in_turn, label_balance, read_topics
 from alpaca.endpoint.batch_api import Batches, refuse_open_batch
 from alpaca.endpoint.budget import Budget, RequestSettings
 from alpaca.endpoint.client import Completion, OpenAIDecodingArguments, Teacher
@@ -57,7 +59,26 @@ PATIENCE = 100  # replies in a row with nothing new: the teacher repeats itself
 UNREADABLE = 10  # replies in a row without a complete item: the teacher does not follow the format
 ENOUGH_UNSEEN = 10  # instructions that the tokenizer mostly drops, before the run warns about it
 MOST_NEW, FEW_NEW = 17, 1  # new instructions a reply, for the forecast: the prompt asks for 17
+SPREAD = ("topics", "dry_topics", "classification")  # of the report; see print_spread()
 FIRST_BATCH = 100  # requests in the first round, at most: a teacher with nothing new should not cost more
+
+
+@dataclass(frozen=True)
+class Variety:
+    """What requests show and ask for besides seed tasks. All of it is off by default, as in Alpaca.
+
+    Args:
+        generated_in_prompt: so many of the examples in a request are instructions that this run has kept, once there
+            are as many (Self-Instruct: 2 of 8).
+        topics_path: a file of topics, one a line; each request asks for tasks on one of them, in turn. "cooking | 3 |
+            for beginners" comes three times as often, and the request says "for beginners" too.
+        output_first: ask for classification tasks apart from others, the label before the input, so that the labels
+            are balanced; seed tasks with "is_classification": true are their examples.
+    """
+
+    generated_in_prompt: int = 0
+    topics_path: str | None = None
+    output_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,14 +138,15 @@ class Selection:
     seed_tasks: list[dict]  # count as kept, but are not written
     start: list[dict]  # records from before the run
     target: int  # how many to keep in all
-    num_prompt_instructions: int  # examples in the prompt; a reply's numbers follow theirs
+    draw: Draw  # what each request asked for
     filters: Filters
     stats: bool  # whether kept records get the two similarity fields; it changes no decision
     rejected: TextIO  # gets a JSON line for each dropped record: the reason and, for a near-duplicate, the nearest
-    format: str = "text"  # of replies, or json
 
     def __post_init__(self):
         self.kept, self.fed, self.parsed, self.dropped = list(self.start), 0, 0, Counter()
+        self.sizes = [len(self.start)]  # how many were kept after 0, 1, 2, … replies
+        self.topics = TopicCounts(self.draw.topics)
         self.unseen = 0  # kept, but the tokenizer "rouge" drops most of it, so near-duplicates get through
         self.barren = self.unused = 0  # replies in a row with nothing new; replies after the end
         self.unreadable = 0  # replies in a row without a complete item
@@ -142,20 +164,35 @@ class Selection:
     def counts(self) -> dict:
         """Return the selection's part of report.json, including earlier runs in the same folder."""
         counts = {"unused_replies": self.unused, "parsed": self.parsed, "dropped": dict(self.dropped.most_common())}
-        return counts | {"kept": self.new(), "kept_before": len(self.start)}
+        counts |= {"kept": self.new(), "kept_before": len(self.start)}
+        if self.draw.topics:
+            counts |= {"topics": self.topics.counts, "dry_topics": self.topics.dry()}
+        if self.draw.output_first:
+            labeled = [record for record in self.kept[len(self.start) :] if record.get("is_classification")]
+            counts |= {"classification": label_balance(labeled)}
+        return counts
+
+    def kept_by(self, replies: int) -> list[dict]:
+        """Return what was kept after so many replies, all of which have come."""
+        return self.kept[: self.sizes[max(0, replies)]]
 
     def feed(self, reply: Completion) -> None:
-        self.fed += 1
+        """Take the next reply."""
         if self.is_over():
             self.unused += 1
-            return
-        if reply.error:  # not a sign that the teacher repeats itself
-            return
-        before = len(self.kept)
-        if self.format == "json":
+        elif not reply.error:  # not a sign that the teacher repeats itself
+            self._take(reply, self.draw.topic(self.fed), self.draw.asks_labels(self.fed))
+        self.sizes.append(len(self.kept))  # before fed, which another thread reads
+        self.fed += 1
+
+    def _take(self, reply: Completion, topic: Topic | None, labels: bool) -> None:
+        before, dropped, near = len(self.kept), self.dropped.total(), self.dropped["near-duplicate"]
+        if self.draw.as_json:
             records = parse_json(reply.text, reply.finish_reason)
         else:
-            records = parse_response(reply.text, reply.finish_reason, self.num_prompt_instructions)
+            records = parse_response(reply.text, reply.finish_reason, self.draw.examples)
+        about = {"topic": topic.name} if topic else {}
+        about |= {"is_classification": True} if labels else {}
         self.unreadable = self.unreadable + 1 if all(isinstance(record, str) for record in records) else 0
         reasons = [filter_reason(record, self.filters) for record in records]
         passed = [record["instruction"] for record, reason in zip(records, reasons, strict=True) if reason is None]
@@ -167,12 +204,16 @@ class Selection:
                 continue
             nearest, similarity = next(verdicts)
             if nearest is None:
-                self.kept.append(record | similarity)
+                self.kept.append(record | about | similarity)
                 self.known.append(record["instruction"])
                 self.unseen += self.filters.tokenizer == "rouge" and is_mostly_unseen(record["instruction"])
             else:
                 self._drop("near-duplicate", record, nearest=self.known[nearest])
-        self.barren = 0 if len(self.kept) > before else self.barren + 1
+        kept = len(self.kept) - before
+        if topic:
+            dropped, near = self.dropped.total() - dropped, self.dropped["near-duplicate"] - near
+            self.topics.add(topic, kept, dropped, near)
+        self.barren = 0 if kept else self.barren + 1
         if self.barren:
             self.shown = reply.text
 
@@ -185,20 +226,23 @@ class Selection:
         self.rejected.write(utils.json_text({"reason": reason, "record": record} | more) + "\n")
 
 
-def begin(
-    journal: Journal, regen_path: Path, seed: int | None, num_prompt_instructions: int, format: str
-) -> tuple[dict, list]:
-    """Return the run's first entry in the journal, written now if it is new, and the records from before the run."""
+def begin(journal: Journal, regen_path: Path, seed: int | None, given: dict, lag: int) -> tuple[dict, list]:
+    """Return the run's first entry in the journal, written now if it is new, and the records from before the run.
+
+    Args:
+        given: what requests depend on, by flag; a run can only be continued with the same.
+        lag: see request_lag(); kept with the run.
+    """
     records = utils.load_records(regen_path) if regen_path.exists() else []
     if not journal.entries:
         run = {"seed": random.randrange(2**31) if seed is None else seed, "seeded": seed is not None}
-        run |= {"start": len(records), "num_prompt_instructions": num_prompt_instructions, "format": format}
-        run["started"] = utc_now()
-        journal.append([run])
-    run, replies = {"format": "text"} | journal.entries[0], sum("i" in entry for entry in journal.entries)
-    for name, given in (("num_prompt_instructions", num_prompt_instructions), ("seed", seed), ("format", format)):
-        if given is not None and given != run[name]:
-            raise UserError(f"this run was started with --{name} {run[name]}: use that, or choose another --output_dir")
+        journal.append([run | {"start": len(records), "lag": lag, **given, "started": utc_now()}])
+    older = {"format": "text", "generated_in_prompt": 0, "output_first": False, "topics_path": [], "lag": lag}
+    run, replies = older | journal.entries[0], sum("i" in entry for entry in journal.entries)
+    for name, value in ({"seed": seed} | given).items():
+        if value is not None and value != run[name]:
+            started = f"this run was started with --{name} {shorten(str(run[name]), 100)}"
+            raise UserError(f"{started}: use that, or choose another --output_dir")
     if len(records) < run["start"]:
         raise UserError(
             f"{regen_path} had {run['start']} records when this run started and has {len(records)} now: "
@@ -226,7 +270,8 @@ def generate_instruction_following_data(
     format: str = "text",
     seed: int | None = None,
     similarity_stats: bool = True,
-    filters: Filters = Filters(),  # noqa: B008  never changed
+    variety: Variety = Variety(),  # noqa: B008  never changed
+    filters: Filters = Filters(),  # noqa: B008
     requests: RequestSettings = RequestSettings(),  # noqa: B008
     request_batch_size: int | None = None,
     num_cpus: int | None = None,
@@ -264,32 +309,36 @@ def generate_instruction_following_data(
         raise UserError(f"--format must be text or json, not {format!r}")
     if (as_json := format == "json") and api == "completions":
         raise UserError("--format json needs --api chat: for a base model use --format text")
+    if as_json and variety.output_first:
+        raise UserError("--output_first needs --format text: a JSON schema fixes the order of the fields")
     # The prompt asks for 20 tasks; a base model would not stop there.
     way = {"response_format": JSON_SCHEMA} if as_json else {"stop": ["\n21. Instruction:"]}
     decoding = OpenAIDecodingArguments(max_tokens, temperature, top_p, **way)
     teacher, budget = Teacher(model_name, decoding, api, requests), Budget(requests)
 
+    topics = read_topics(variety.topics_path) if variety.topics_path else []
+    given = {"num_prompt_instructions": num_prompt_instructions, "format": format}
+    given |= asdict(variety) | {"topics_path": [list(asdict(topic).values()) for topic in topics]}
+    draw = partial(Draw, prompt, seed_tasks, examples=num_prompt_instructions, generated=variety.generated_in_prompt)
+    draw = partial(draw, topics=in_turn(topics), output_first=variety.output_first, as_json=as_json)
+    draw(0)  # finds what is wrong before there is a journal
+
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
     with Journal(output / "regen.journal") as journal:
-        run, start = begin(journal, output / "regen.json", seed, num_prompt_instructions, format)
-
-        def request(i: int) -> tuple[str, int | None]:
-            rng = random.Random(f"{run['seed']}/{i}")
-            encode = encode_json_prompt if as_json else encode_prompt
-            text = encode(rng.sample(seed_tasks, num_prompt_instructions), prompt)
-            return text, rng.randrange(2**31) if run["seeded"] else None
-
+        lag = request_lag(num_instructions_to_generate, requests)
+        run, start = begin(journal, output / "regen.json", seed, given, lag)
         with open(output / "rejected.jsonl", "w", encoding="utf-8") as rejected:
-            numbers = num_instructions_to_generate, num_prompt_instructions
-            selection = Selection(seed_tasks, start, *numbers, filters, similarity_stats, rejected, format)
+            numbers = num_instructions_to_generate, draw(run["seed"])
+            selection = Selection(seed_tasks, start, *numbers, filters, similarity_stats, rejected)
             earlier = sum("i" in entry for entry in journal.entries)
             about = {"model_name": model_name, "api": api, "temperature": temperature, "top_p": top_p}
             about |= {"prompt": Path(prompt_path).name, "seed_tasks": Path(seed_tasks_path).name}
             about |= {name: run.get(name) for name in ("num_prompt_instructions", "format", "seed", "started")}
+            about |= {name: run[name] for name in ("generated_in_prompt", "output_first") if run[name]}
             save = partial(write_results, output, about, earlier, budget, selection)
             try:
-                more = asyncio.run(collect(teacher, request, journal, budget, selection, save))
+                more = asyncio.run(collect(teacher, run, journal, budget, selection, save))
             except KeyboardInterrupt:
                 if not requests.batched:  # a batch says how to continue
                     print(f"\nreplies so far are in {journal.path}: the same command continues", file=sys.stderr)
@@ -297,7 +346,8 @@ def generate_instruction_following_data(
             finally:  # after Ctrl-C and errors too
                 counts = save()
                 if counts["requests"]:
-                    print_counts(counts)
+                    print_counts({name: n for name, n in counts.items() if name not in SPREAD})
+                    print_spread(counts)
     conclude(selection, budget, output / "regen.json", more)
 
 
@@ -314,12 +364,26 @@ def write_results(output: Path, about: dict, earlier: int, budget: Budget, selec
     return counts
 
 
-async def collect(teacher, request, journal, budget, selection, save) -> str | None:
+def request_lag(target: int, requests: RequestSettings) -> int:
+    """Return the number of replies between a request and the last one whose records it may show as examples.
+
+    It exceeds the number of requests in flight, so that requests seldom wait for it. In a short run it is smaller, or no
+    record would ever be shown. In batch mode it is the size of a round.
+    """
+    quarter = max(4, math.ceil(target / MOST_NEW / 4))
+    return quarter if requests.batched else min(quarter, 2 * requests.max_concurrency)
+
+
+async def collect(teacher, run, journal, budget, selection, save) -> str | None:
     """Send requests until the selection is over or a limit is reached; ``save`` keeps regen.json up to date.
 
     Return why a batch is not finished, or None.
     """
     last, warned = max(entry.get("i", -1) for entry in journal.entries), False
+
+    def request(i: int) -> tuple[str, int | None]:
+        text, seed = selection.draw.request(i, selection.kept_by(i - run["lag"]) if selection.draw.generated else [])
+        return text, seed if run["seeded"] else None
 
     def replies_left() -> float:
         """Estimate, as if there had been 4 more replies with 2 new instructions each: the first few say too little."""
@@ -342,6 +406,8 @@ async def collect(teacher, request, journal, budget, selection, save) -> str | N
 
     def want(number: int, in_flight: int) -> bool:
         if selection.is_over() or budget.failing():
+            return False
+        if selection.draw.generated and number - run["lag"] > selection.fed:  # what it shows is not known yet
             return False
         if number < last:  # was in flight when an earlier run was killed: later replies wait for it
             return True
@@ -390,6 +456,17 @@ def conclude(selection: Selection, budget: Budget, regen_path: Path, more: str |
             raise UserError(f"{why} ended the run; {made}; {cure}, in another --output_dir; {begins}")
         print(f"{why} ended the run short of {counted(selection.target, 'instruction')}")
     print(made)
+
+
+def print_spread(counts: dict) -> None:
+    """Print how the kept records are spread over topics and labels."""
+    if topics := counts.get("topics"):
+        kept = [found["kept"] for found in topics.values()]
+        dry = f"; run dry: {', '.join(map(printable, counts['dry_topics']))}" if counts["dry_topics"] else ""
+        print(f"{counted(len(topics), 'topic')}: {min(kept):,} to {max(kept):,} kept each (see report.json){dry}")
+    if (labels := counts.get("classification")) and labels["records"]:
+        first, share = printable(shorten(next(iter(labels["labels"])), 40)), labels["most_common_share"]
+        print(f"{counted(labels['records'], 'classification record')}: {share:.0%} have the same label, {first!r}")
 
 
 def print_counts(counts: dict) -> None:

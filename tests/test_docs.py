@@ -311,7 +311,9 @@ def test_every_file_that_a_document_or_a_comment_names_exists():
     for folder in ("alpaca", "tests", "benchmarks"):
         sources += ROOT.glob(f"{folder}/**/*.py")
     for path in sources:
-        for named in re.findall(r"\b(?:alpaca|tests|benchmarks|configs|runs)/[a-z\d_/]+\.(?:py|sh)\b", path.read_text()):
+        for named in re.findall(
+            r"\b(?:alpaca|tests|benchmarks|configs|runs)/[a-z\d_/]+\.(?:py|sh)\b", path.read_text()
+        ):
             assert (ROOT / named).exists(), f"{path.relative_to(ROOT)} names {named}"
 
 

@@ -1,4 +1,4 @@
-"""The teacher's prompt, and the records in its reply, as numbered text or as JSON.
+"""The records in a teacher's reply, as numbered text or as JSON.
 
 Each item of a reply is a record, or stays text: ``CutOff`` if the reply ended in the middle of it, else malformed.
 """
@@ -9,7 +9,7 @@ import html
 import json
 import re
 
-from alpaca.common.records import json_text
+from alpaca.data.requests import FIELDS, LABEL_FIRST
 
 # "4. Instruction:", also as "**4. Instruction:**", "4) instruction:" and "### 4. **Instruction**：". Repetitions are
 # bounded, so that a reply of 100,000 newlines, digits or asterisks takes no time.
@@ -34,13 +34,6 @@ ABOUT = re.compile(
 )
 
 
-def _object(properties: dict) -> dict:
-    return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
-
-
-TASK = _object({name: {"type": "string"} for name in ("instruction", "input", "output")})
-TASKS = _object({"tasks": {"type": "array", "items": TASK}})
-JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "tasks", "strict": True, "schema": TASKS}}
 FIRST_OBJECT = re.compile(r'\[\s*(?=\{)|(?=\{\s*"(?:instruction|input|output)")')
 NEXT_OBJECT = re.compile(r'\}[\s,]*(?=\{\s*")')  # not inside a JSON string, where a quote has a backslash
 BETWEEN = re.compile(r"[\s,]*")
@@ -51,33 +44,10 @@ class CutOff(str):
     """The item in which a reply reached its token limit: never a record, however complete it looks."""
 
 
-def encode_prompt(seed_tasks: list[dict], prompt: str) -> str:
-    """Return a request: the prompt, the seed tasks as numbered examples, and the number of the next one."""
-    text = prompt.rstrip("\n") + "\n"
-    for number, task in enumerate(map(_example, seed_tasks), 1):
-        text += (
-            f"###\n{number}. Instruction: {task['instruction']}\n"
-            f"{number}. Input:\n{task['input']}\n"
-            f"{number}. Output:\n{task['output']}\n"
-        )
-    return text + f"###\n{len(seed_tasks) + 1}. Instruction:"
-
-
-def encode_json_prompt(seed_tasks: list[dict], prompt: str) -> str:
-    """Return a request for JSON: the prompt, the seed tasks as in JSON_SCHEMA, and what to reply with."""
-    shown = json_text({"tasks": [_example(task) for task in seed_tasks]}, 2)
-    rest = "Reply with the rest of the list, as one JSON object of the same shape, and with nothing else."
-    return f"{prompt.rstrip()}\n{shown}\n\nThese are the first {len(seed_tasks)}. {rest}"
-
-
-def _example(task: dict) -> dict:
-    instance = task["instances"][0]
-    instruction = re.sub(r"\s+", " ", task["instruction"]).strip().rstrip(":")
-    return {"instruction": instruction, "input": instance["input"] or "<noinput>", "output": instance["output"]}
-
-
 def parse_response(text: str, finish_reason: str | None, num_prompt_instructions: int) -> list[dict | str]:
     """Split a reply into records; an item that is not exactly instruction, input and output stays text.
+
+    The output may come before the input: the label of a classification is asked for first.
 
     An item begins at its header, "5. Instruction:". Without a "###" or a rule before it, that must be at the start
     of a line and the number must be the next one, because answers have numbers and headings of their own.
@@ -104,25 +74,27 @@ def parse_response(text: str, finish_reason: str | None, num_prompt_instructions
     if finish_reason == "length":
         cut = items.pop()
         ended = IN_SEPARATOR.search(cut)
-        last = _parse_item(cut[: ended.start()]) if ended else None
-        if last and last["output"] and not re.search(r"^(?:#|```)", last["output"], re.M):  # a heading or a comment?
-            items.append(cut[: ended.start()])
+        whole = cut[: ended.start()] if ended else ""
+        last = _parse_item(whole)
+        if last and last["output"] and not re.search(r"^(?:#|```)", FIELD.split(whole)[-1], re.M):
+            items.append(whole)  # cut neither in a heading nor in a comment
             cut = cut[ended.start() :].lstrip("\n#")
-    records = [_parse_item(item) or item for item in items]
-    if finish_reason != "length" and isinstance(records[-1], dict):
-        records[-1]["output"] = _without_tail(records[-1]["output"])
+    ends_here = len(items) - 1 if finish_reason != "length" else None
+    records = [_parse_item(item, place == ends_here) or item for place, item in enumerate(items)]
     return records + [CutOff(cut)] * bool(cut.strip())
 
 
-def _parse_item(item: str) -> dict | None:
+def _parse_item(item: str, ends_the_reply: bool = False) -> dict | None:
     # split: [before, number, field, text, number, field, text, …]; two items run together give more than three fields
     parts = FIELD.split(item)
     numbers, fields, texts = set(parts[1::3]), [name.lower() for name in parts[2::3]], parts[3::3]
-    if fields != ["instruction", "input", "output"] or len(numbers) != 1:
+    if tuple(fields) not in (FIELDS, LABEL_FIRST) or len(numbers) != 1:
         return None
     if texts[0].count("**") % 2:  # the bold type of "**4. Instruction: Name a tree.**"
         texts[0] = texts[0].rstrip().removesuffix("**")
-    return _record(*texts[:2], "\n".join(_without_rules(texts[2].split("\n"))))
+    texts[2] = _without_tail(texts[2].strip()) if ends_the_reply else "\n".join(_without_rules(texts[2].split("\n")))
+    found = dict(zip(fields, texts, strict=True))
+    return _record(*(found[name] for name in FIELDS))
 
 
 def _record(instruction: str, input_text: str, output: str) -> dict:
@@ -169,7 +141,7 @@ def parse_json(text: str, finish_reason: str | None) -> list[dict | str]:
     while first and text.startswith("{", at):
         try:
             value, end = DECODER.raw_decode(text, at)
-            given = [value.get(name) for name in ("instruction", "input", "output")]
+            given = [value.get(name) for name in FIELDS]
             given[1] = "" if given[1] is None else given[1]
             # JSON allows half of a surrogate pair, which no file can hold.
             fields = [field.encode("utf-8", "replace").decode() for field in given if isinstance(field, str)]

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alpaca.data.replies import JSON_SCHEMA, CutOff, encode_json_prompt, encode_prompt, parse_json, parse_response
+from alpaca.data.replies import CutOff, parse_json, parse_response
+from alpaca.data.requests import JSON_SCHEMA, encode_json_prompt, encode_prompt
 from generate_instruction import Filters, filter_reason
 
 quick = settings(deadline=None, database=None, max_examples=100)
@@ -247,7 +248,6 @@ def test_an_answer_keeps_its_numbers_and_headings(output):
         " Name a tree.\n4. Input:\n<noinput>\n4. Output:\nOak.\n12. Instruction: Add.\n12. Input:\n1\n12. Output:\n2",
         " Name a tree.\n4. Input:\n<noinput>\n4. Output:\nSay 12. Instruction: like this",
         " Name a tree.\n4. Output:\nOak.",
-        " Name a tree.\n4. Output:\nOak.\n4. Input:\n<noinput>",
         " Name a tree.\n4. Input:\n<noinput>\n5. Output:\nOak.",
         " Name a tree.\n4. Input:\n1\n4. Input:\n2\n4. Output:\nOak.",
         " Name a tree.",
@@ -431,3 +431,14 @@ def test_json_comes_back_and_cut_anywhere_has_only_whole_records(tasks, indent):
         whole += [last] * isinstance(last, dict)
         assert whole == records[: len(whole)]
         assert isinstance(last, dict) or type(last) is CutOff
+
+
+def test_the_output_may_come_before_the_input_and_the_reply_may_end_in_chatter():
+    text = " Is it a fruit or a nut?\n4. Output:\nnut\n4. Input:\nacorn\n\nLet me know if you would like more tasks!"
+    record = {"instruction": "Is it a fruit or a nut?", "input": "acorn", "output": "nut"}
+    assert parse_response(text, "stop", 3) == [record]
+    cut = " Is it a fruit or a nut?\n4. Output:\nnut\n4. Input:\nacorn\n###\n5. Instr"
+    assert parse_response(cut, "length", 3) == [record, CutOff("5. Instr")]
+    assert parse_response(text.partition("\n4. Input")[0], "stop", 3) == [
+        "4. Instruction: Is it a fruit or a nut?\n4. Output:\nnut"
+    ]

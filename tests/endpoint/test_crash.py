@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from conftest import ROOT, assert_one_line_error, run_script
 
 from alpaca.common.journal import Journal
+from alpaca.data.requests import LABELS
 
 WORDS = (ROOT / "prompt.txt").read_text().split()
 
@@ -33,6 +35,24 @@ def items(seed: int) -> str:
 def steady(number, body):
     time.sleep(0.005 + (body["seed"] % 7) / 200)
     return items(body["seed"])
+
+
+def suggestible(number, body):
+    """As steady(), but what it says depends on all that it was shown; labels come first where the prompt wants that."""
+    prompt = body["messages"][0]["content"]
+    time.sleep(0.005 + (body["seed"] % 7) / 200)
+    text = items(zlib.crc32(prompt.encode()) ^ body["seed"])
+    if LABELS in prompt:
+        text = re.sub(r"(\d+\. Input:\n.*\n)(\d+\. Output:\n.*\n)", r"\2\1", text)
+    return text
+
+
+def arms(folder) -> dict[str, tuple]:
+    """The flags of each way to vary requests, whose topics are in a file in ``folder``."""
+    topics = folder / "topics.txt"
+    topics.write_text("tea | 2\nchess\ntax law | 1 | for beginners\n")
+    pool, topics, labels = ("--generated_in_prompt", 2), ("--topics_path", topics), ("--output_first", "True")
+    return {"pool": pool, "topics": topics, "output_first": labels, "all": (*pool, *topics, *labels)}
 
 
 def command(server, folder, *flags) -> list[str]:
@@ -61,9 +81,10 @@ def journalled(folder) -> list[dict]:
     return [json.loads(line[9:]) for line in lines[1:]]
 
 
-def test_killed_again_and_again_a_run_ends_where_an_uninterrupted_one_does(teacher, tmp_path):
-    server = teacher(steady)
-    target = ("--num_instructions_to_generate", 60)
+@pytest.mark.parametrize("arm", ["", "pool", "all"])
+def test_killed_again_and_again_a_run_ends_where_an_uninterrupted_one_does(teacher, tmp_path, arm):
+    server = teacher(suggestible if arm else steady)
+    target = ("--num_instructions_to_generate", 60, *arms(tmp_path).get(arm, ()))
     whole = run_script(*command(server, tmp_path / "whole", *target))
     assert whole.returncode == 0, whole.stderr
 

@@ -25,7 +25,8 @@ import utils
 from alpaca import UserError
 from alpaca.common import cli
 from alpaca.common.journal import Journal
-from alpaca.data.replies import JSON_SCHEMA, encode_json_prompt, parse_json
+from alpaca.data.replies import parse_json
+from alpaca.data.requests import JSON_SCHEMA, Draw, encode_json_prompt
 from alpaca.endpoint import parallel
 from alpaca.endpoint.client import Completion
 from generate_instruction import Filters, encode_prompt, filter_reason, parse_response
@@ -103,6 +104,7 @@ SEEDS = [
     "Sort the following words by length.",
     "Explain why the sky is blue.",
 ]
+DRAW = Draw("", [], 0)
 
 
 def item(instruction: str, output: str = "An answer from 2020. It is short.", number: int = 4) -> str:
@@ -637,7 +639,7 @@ def test_a_teacher_that_repeats_itself_ends_the_run(teacher, tmp_path):
 def test_after_a_run_is_over_a_late_reply_changes_nothing():
     """How many are still in flight then depends on the clock; what is kept may not."""
     rejected = io.StringIO()
-    selection = generate_instruction.Selection([seed_task(SEEDS[0])], [], 2, 3, Filters(), True, rejected)
+    selection = generate_instruction.Selection([seed_task(SEEDS[0])], [], 2, DRAW, Filters(), True, rejected)
     for _ in range(generate_instruction.PATIENCE):
         selection.feed(Completion(None, error="timeout"))
     assert not selection.is_over()  # a failure says nothing about what the teacher still knows
@@ -650,7 +652,7 @@ def test_after_a_run_is_over_a_late_reply_changes_nothing():
 
 def test_a_rejected_record_is_kept_with_its_reason_its_text_and_its_nearest():
     rejected = io.StringIO()
-    selection = generate_instruction.Selection([seed_task(SEEDS[0])], [], 9, 3, Filters(), True, rejected)
+    selection = generate_instruction.Selection([seed_task(SEEDS[0])], [], 9, DRAW, Filters(), True, rejected)
     selection.feed(Completion(reply(fresh(0), SEEDS[0] + " Now", fresh(0) + " now"), "stop"))
     notes = [json.loads(line) for line in rejected.getvalue().splitlines()]
     assert [(note["reason"], note.get("nearest")) for note in notes] == [
