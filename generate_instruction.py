@@ -367,8 +367,8 @@ def write_results(output: Path, about: dict, earlier: int, budget: Budget, selec
 def request_lag(target: int, requests: RequestSettings) -> int:
     """Return the number of replies between a request and the last one whose records it may show as examples.
 
-    It exceeds the number of requests in flight, so that requests seldom wait. A short run has a smaller one, or no record
-    would ever be shown. In batch mode it is the size of a round.
+    It exceeds the number of requests in flight, so that requests seldom wait. A short run has a smaller one, or no
+    record would ever be shown. In batch mode it is the size of a round.
     """
     quarter = max(4, math.ceil(target / MOST_NEW / 4))
     return quarter if requests.batched else min(quarter, 2 * requests.max_concurrency)
