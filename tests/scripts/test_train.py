@@ -290,7 +290,7 @@ def test_a_quantized_model_is_refused_by_its_method(method, tiny_llama, tmp_path
     config = json.loads((tiny_llama / "config.json").read_text()) | {"quantization_config": {"quant_method": method}}
     (tmp_path / "quantized" / "config.json").write_text(json.dumps(config))
     argv = [*map(str, arguments(tmp_path / "quantized", write_data(tmp_path / "data.json"), tmp_path / "o")[1:])]
-    with pytest.raises(UserError, match=rf"is quantized \({method}\): give the unquantized one"):
+    with pytest.raises(UserError, match=rf"is quantized \({method}\): use the unquantized model"):
         train.train(*train.parse_args(argv))
 
 
