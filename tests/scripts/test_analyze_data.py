@@ -767,7 +767,7 @@ def own(tmp_path):
 def test_publish_asks_for_a_license_that_the_hub_knows(own, tmp_path):
     with pytest.raises(UserError, match="^--license is missing: give the data's license .*cc-by-4.0"):
         analyze_data.publish(str(own), str(tmp_path / "out"))
-    with pytest.raises(UserError, match="--license 'CC BY 4.0' is not as the hub writes it"):
+    with pytest.raises(UserError, match="--license 'CC BY 4.0' is not a name on the hub"):
         analyze_data.publish(str(own), str(tmp_path / "out"), "CC BY 4.0")
     assert not (tmp_path / "out").exists()
 
@@ -779,7 +779,7 @@ def test_one_shipped_record_among_others_keeps_its_license(own, tmp_path):
     with pytest.raises(UserError, match="^1 record is from alpaca_data.json.* CC BY-NC 4.0. --license is missing"):
         analyze_data.publish(str(own), str(tmp_path / "out"))
     with pytest.raises(
-        UserError, match="--license apache-2.0 is not possible: 1 record is of .*cc-by-nc-4.0, or leave"
+        UserError, match="--license apache-2.0 is not possible: 1 record is from .*cc-by-nc-4.0, or remove"
     ):
         analyze_data.publish(str(own), str(tmp_path / "out"), "apache-2.0")
     analyze_data.publish(str(own), str(tmp_path / "out"), "cc-by-nc-4.0")

@@ -122,8 +122,8 @@ def test_held_out_records_that_are_trained_on_are_reported_in_one_line(tmp_path,
     arguments_ = train.DataArguments(paths[0], eval_data_path=paths[1])
     assert [len(part) for part in train.load_data(arguments_, 0)] == [20, 11]
     assert capsys.readouterr().out.splitlines() == [
-        "warning: 2 of 11 held-out records are in the training data as well (the first: record 3): the eval loss will "
-        "look better than it is; remove them from --eval_data_path"
+        "warning: 2 of 11 held-out records are in the training data too (the first: record 3): the eval loss will "
+        "be too low; remove them from --eval_data_path"
     ]
     (tmp_path / "held-out.json").write_text(json.dumps(held_out[:7]))
     train.load_data(arguments_, 0)
@@ -290,7 +290,7 @@ def test_a_quantized_model_is_refused_by_its_method(method, tiny_llama, tmp_path
     config = json.loads((tiny_llama / "config.json").read_text()) | {"quantization_config": {"quant_method": method}}
     (tmp_path / "quantized" / "config.json").write_text(json.dumps(config))
     argv = [*map(str, arguments(tmp_path / "quantized", write_data(tmp_path / "data.json"), tmp_path / "o")[1:])]
-    with pytest.raises(UserError, match=rf"is quantized \({method}\): give the unquantized one"):
+    with pytest.raises(UserError, match=rf"is quantized \({method}\): use the unquantized model"):
         train.train(*train.parse_args(argv))
 
 

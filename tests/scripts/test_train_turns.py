@@ -67,7 +67,7 @@ def test_two_turns_are_learned_saved_and_answered(family, flags, tokenizer, tmp_
     made = FAMILIES[family].on(tokenizer)
     model, saved = trained(base(tmp_path / "base", made), TALKS, tmp_path, *flags)
     out = capsys.readouterr().out
-    why = "template: the base model's own chat template, as 3 records of 3 have several turns"
+    why = "template: the base model's own chat template; conversations of several turns: 3 of 3 records"
     assert (why in out) == (not flags)
     assert saved_template(saved) == "chat"
     assert saved.eos_token == (FAMILIES[family].end if family != "mistral" else "</s>")
@@ -129,7 +129,7 @@ def test_what_cannot_be_trained_is_one_line_and_nothing_is_written(tokenizer, tm
             [*TALKS, system],
             (),
             "training record 4: this tokenizer's chat template fails: System role not supported: "
-            "leave such records out, or use --template alpaca$",
+            "remove such records, or use --template alpaca$",
         ),
     ):
         with pytest.raises(UserError, match=words):

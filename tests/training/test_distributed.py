@@ -154,7 +154,7 @@ def test_fsdp_words_become_the_configuration(two_processes, tmp_path, monkeypatc
         args = parse(*words, "--fsdp_config", "configs/fsdp.json", out=tmp_path)
         assert args.fsdp is True and args.fsdp_config["reshard_after_forward"] is True
     assert not parse("--fsdp", "False", out=tmp_path).fsdp
-    with pytest.raises(UserError, match="--fsdp hybrid_shard is not known: use --fsdp with configs/fsdp.json"):
+    with pytest.raises(UserError, match="--fsdp hybrid_shard is unknown: use --fsdp with configs/fsdp.json"):
         parse("--fsdp", "hybrid_shard", out=tmp_path)
 
 
@@ -167,7 +167,7 @@ def test_offload_keeps_gradients_sharded_and_is_nothing_without_a_gpu(two_proces
 
 
 def test_fsdp_1_is_refused(two_processes, tmp_path):
-    with pytest.raises(UserError, match="fsdp_config has version 1: leave it out"):
+    with pytest.raises(UserError, match="fsdp_config has version 1: remove it"):
         parse("--fsdp", "--fsdp_config", '{"version": 1}', out=tmp_path)
 
 
@@ -177,7 +177,7 @@ def test_one_process_trains_on_one_gpu_of_many_and_says_so(tmp_path, capsys):
     args._n_gpu = 8
     distributed.after_init(args)
     assert args.n_gpu == 1 and args.train_batch_size == 4
-    assert "note: one GPU of 8 is used; torchrun --nproc_per_node=8 train.py" in capsys.readouterr().out
+    assert "note: using one of 8 GPUs; to use all, run torchrun --nproc_per_node=8 train.py" in capsys.readouterr().out
 
 
 def test_fsdp_computes_in_bf16_and_returns_float32(two_processes, tmp_path):
@@ -271,7 +271,7 @@ def test_bf16_on_a_gpu_that_only_emulates_it_is_refused_and_on_a_cpu_is_run_ther
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    with pytest.raises(UserError, match="this GPU has no bf16 .emulated, it is many times slower.: use fp16"):
+    with pytest.raises(UserError, match="this GPU has no bf16 .emulation is many times slower.: use fp16"):
         distributed.before_init(Arguments(bf16=True))
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     args = Arguments(bf16=True)
@@ -416,7 +416,7 @@ def spoil(folder, how, tmp_path):
         ("truncated", "the model cannot be loaded"),
         (
             "larger tokenizer",
-            "has 50 tokens beyond the model's 300 rows .*: use the tokenizer files of the model that is trained",
+            "has 50 tokens beyond the model's 300 rows .*: use the tokenizer files of the base model",
         ),
     ],
 )
