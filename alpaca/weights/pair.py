@@ -55,10 +55,9 @@ def check_floats(reader: CheckpointReader, what: str = "") -> None:
     """Raise UserError unless all tensors are floating-point numbers of 16, 32 or 64 bits."""
     for name, (kind, _) in reader.specs().items():
         if kind not in BITS:
-            quantized = reader.config.get("quantization_config")
-            how = (
-                f"is quantized ({quantized.get('quant_method')})" if isinstance(quantized, dict) else "seems quantized"
-            )
+            quantized, how = reader.config.get("quantization_config"), "seems quantized"
+            if isinstance(quantized, dict):
+                how = f"is quantized ({quantized.get('quant_method')})"
             why = f"{name} is {str(kind).removeprefix('torch.')}, not floating point"
             raise UserError(f"{what} {reader.folder} {how}: {why}; give the unquantized model".strip())
 
@@ -105,20 +104,17 @@ class Hashes:
     """
 
     def __init__(self):
-        self._digests, self._pool, self._due = defaultdict(hashlib.sha256), ThreadPoolExecutor(1), None
+        self._digests, self._pool = defaultdict(hashlib.sha256), ThreadPoolExecutor(1)
+        self._due = self._pool.submit(bool)
 
     def update(self, name: str, rows: torch.Tensor) -> None:
-        """Wait for the block before, and leave the next to the thread. Its values must stay as they are."""
-        self._wait()
+        """Leave the next rows, whose values must stay as they are, to the thread, once it is done with those before."""
+        self._due.result()
         self._due = self._pool.submit(self._digests[name].update, as_bytes(rows).numpy())
 
     def hex(self) -> dict[str, str]:
-        self._wait()
+        self._due.result()
         return {name: digest.hexdigest() for name, digest in self._digests.items()}
-
-    def _wait(self) -> None:
-        if self._due:
-            self._due.result()
 
 
 def sha256_of_all(reader: CheckpointReader, names: Collection[str], what: str) -> dict[str, str]:
