@@ -104,6 +104,12 @@ def without_folders(value, key: str = ""):
     return ",".join(map(last, value.split(",")))
 
 
+def published_receipt(receipt: dict) -> dict:
+    """Return a training_receipt.json to publish, without the folders of paths; answers, which are texts, stay."""
+    paths = {key: without_folders(receipt[key]) for key in ("model", "data", "arguments") if key in receipt}
+    return receipt | paths | {"note": "of each path, only the last part is published"}
+
+
 def check_utf8(text: str, what: str) -> None:
     """Raise UserError if UTF-8 cannot encode the text. JSON can spell half of a surrogate pair, as in "\\ud83d".
 

@@ -13,11 +13,10 @@ from pathlib import Path
 
 from alpaca import UserError
 from alpaca.common.files import UNFINISHED, new_folder
-from alpaca.common.text import without_folders
+from alpaca.common.text import published_receipt
 from alpaca.weights.checkpoint import CHAT_TEMPLATES, MANIFEST, SIDE_FILES, WEIGHTS, read_json
 
-# What train.py leaves beside a model, by which it can be repeated, judged and credited.
-RECEIPT, CARD = "training_receipt.json", "model_card.md"
+RECEIPT, CARD = "training_receipt.json", "model_card.md"  # by which a model can be repeated, judged and credited
 
 SHARD = re.compile(r"(model|pytorch_model)-[0-9]+-of-[0-9]+\.(safetensors|bin)")
 
@@ -42,10 +41,9 @@ def check_is_model(path: Path, flag: str = "") -> None:
         raise UserError(f"{what} is not a model, {cure}")
     own = {"config.json", MANIFEST, RECEIPT, CARD, *WEIGHTS, *SIDE_FILES}
     for entry in sorted(path.iterdir()):
+        known = entry.name in own or SHARD.fullmatch(entry.name)
         if entry.is_dir():
             known = entry.name == CHAT_TEMPLATES and all(file.suffix == ".jinja" for file in entry.iterdir())
-        else:
-            known = entry.name in own or SHARD.fullmatch(entry.name)
         if not known:
             raise UserError(f"{what} holds more than a model ({entry.name}), {cure}")
 
@@ -75,10 +73,8 @@ def copy_side_files(source: Path, target: Path, config: dict) -> None:
         (target / CHAT_TEMPLATES).mkdir(exist_ok=True)
         shutil.copyfile(template, target / CHAT_TEMPLATES / template.name)
     if (source / RECEIPT).exists():
-        receipt = read_json(source / RECEIPT)
-        receipt |= {key: without_folders(receipt[key]) for key in ("model", "data", "arguments") if key in receipt}
-        receipt["note"] = "of each path, only the last part is published"
-        (target / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(published_receipt(read_json(source / RECEIPT)), indent=2)
+        (target / RECEIPT).write_text(text + "\n", encoding="utf-8")
     if "quantization_config" in config:  # stale: the weights are floating-point numbers
         print(f"note: {source / 'config.json'} has a quantization_config, but its weights are not quantized: left out")
     if config.get("auto_map"):

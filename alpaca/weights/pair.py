@@ -55,9 +55,8 @@ def check_floats(reader: CheckpointReader, what: str = "") -> None:
     """Raise UserError unless all tensors are floating-point numbers of 16, 32 or 64 bits."""
     for name, (kind, _) in reader.specs().items():
         if kind not in BITS:
-            quantized, how = reader.config.get("quantization_config"), "seems quantized"
-            if isinstance(quantized, dict):
-                how = f"is quantized ({quantized.get('quant_method')})"
+            config = reader.config.get("quantization_config")
+            how = f"is quantized ({config.get('quant_method')})" if isinstance(config, dict) else "seems quantized"
             why = f"{name} is {str(kind).removeprefix('torch.')}, not floating point"
             raise UserError(f"{what} {reader.folder} {how}: {why}; give the unquantized model".strip())
 
@@ -127,6 +126,5 @@ def sha256_of_all(reader: CheckpointReader, names: Collection[str], what: str) -
         bar.update(size_of({name: reader.spec(name)}))
         return digest.hexdigest()
 
-    # Twice as many threads as processors: while some hash, others wait for the disk.
-    with progress(reader, names, what) as bar, ThreadPoolExecutor(4) as pool:
+    with progress(reader, names, what) as bar, ThreadPoolExecutor(4) as pool:  # some wait for the disk
         return dict(zip(names, pool.map(sha256, names), strict=True))
