@@ -21,14 +21,7 @@ from alpaca import UserError
 from alpaca.common import cli, memory
 from alpaca.common.text import first_line
 from alpaca.weights.checkpoint import FLOATS, MANIFEST, CheckpointReader, Specs, as_bytes, check_model_folder, size_of
-from alpaca.weights.diff import (
-    NotFinite,
-    add_difference,
-    is_finite,
-    mean_row,
-    precise_sum,
-    take_difference,
-)
+from alpaca.weights.diff import NotFinite, add_difference, is_finite, mean_row, precise_sum, take_difference
 from alpaca.weights.folder import check_links, copy_side_files, model_folder
 from alpaca.weights.manifest import (
     METHODS,
@@ -144,7 +137,7 @@ def recover(
     diff = CheckpointReader(_folder(path_diff, "--path_diff", diff=True))
     check_links(diff.folder)
     manifest = read_manifest(diff)
-    exact, proved = manifest.get("method") == "exact", bool(manifest.get("tensors"))
+    exact = manifest.get("method") == "exact"
     specs = matching_specs(raw, diff, ("--path_raw", "--path_diff"))
     if not exact:
         check_floats(diff, "--path_diff")
@@ -153,37 +146,10 @@ def recover(
     written = {name: (computed[name] if exact else kind, shape) for name, (kind, shape) in specs.items()}
     if dtype:
         written = {name: (FLOATS[dtype], shape) for name, (_, shape) in written.items()}
-    hashes, sums, not_finite = Hashes(), [], NotFinite()
-
-    def work(name: str, raw_rows: torch.Tensor, rows: torch.Tensor) -> tuple:
-        if check:
-            check.look(name, raw_rows, rows)
-        recovered = add_difference(raw_rows, rows, computed[name], means.get(name))
-        sums.append(precise_sum(recovered))
-        if exact or not math.isfinite(sums[-1]):  # the bits of exact can turn a NaN into a finite number
-            found = {"the base model": raw_rows, "the diff": rows, "the recovered model": recovered}
-            not_finite.look(name, found)
-        return name, recovered
-
     target = model_folder(path_tuned, "--path_tuned", overwrite, [raw.folder, diff.folder]) if path_tuned else None
     with target or nullcontext() as folder:
         with ShardWriter(folder, written, max_shard_size) if folder else nullcontext() as writer:
-            check = InputCheck(manifest, raw, diff) if proved else None
-            if not check:
-                _check_without_hashes(manifest, raw, diff, check_integrity_naively)
-            means = {} if exact else _mean_rows(raw, specs, manifest.get("mean_rows", {}))
-            for name, recovered in pairs(specs, raw, diff, "recover", work):
-                hashes.update(name, recovered)
-                out = recovered.to(written[name][0])
-                if out.dtype != recovered.dtype:
-                    not_finite.look(name, {f"what is written as {out.dtype}": out})
-                if folder:
-                    writer.write(name, out)
-        if proved:
-            check.finish(hashes.hex())
-        elif check_integrity_naively and not manifest and _is_alpaca_7b(diff.config):
-            _check_released_sum(sums)
-        not_finite.warn()
+            _add_up(raw, diff, manifest, computed, written, writer, check_integrity_naively)
         if folder:
             config = diff.config
             if dtype or not exact:  # then it is not tuned's type
@@ -192,9 +158,43 @@ def recover(
                 config["dtype"] = str(kind).removeprefix("torch.")
             copy_side_files(diff.folder, folder, config)
     where = f" in {path_tuned}" if path_tuned else " (neither written nor tested: no --path_tuned)"
-    print(f"{len(specs)} tensors recovered{where}" + (", each with the manifest's hash" if proved else ""))
+    proved = ", each with the manifest's hash" if manifest.get("tensors") else ""
+    print(f"{len(specs)} tensors recovered{where}{proved}")
     if test_inference and path_tuned:
         _smoke_test(path_tuned, device, size_of(written))
+
+
+def _add_up(
+    raw: CheckpointReader, diff: CheckpointReader, manifest: dict, computed: dict, written: Specs, writer, naively: bool
+) -> None:
+    """Write raw + diff, computed in one type and written in perhaps another; UserError if a check of them fails."""
+    exact, hashes, sums, not_finite = manifest.get("method") == "exact", Hashes(), [], NotFinite()
+    check = InputCheck(manifest, raw, diff) if manifest.get("tensors") else None
+    if not check:
+        _check_without_hashes(manifest, raw, diff, naively)
+    means = {} if exact else _mean_rows(raw, written, manifest.get("mean_rows", {}))
+
+    def work(name: str, raw_rows: torch.Tensor, rows: torch.Tensor) -> tuple:
+        if check:
+            check.look(name, raw_rows, rows)
+        recovered = add_difference(raw_rows, rows, computed[name], means.get(name))
+        sums.append(precise_sum(recovered))
+        if exact or not math.isfinite(sums[-1]):  # the bits of exact can turn a NaN into a finite number
+            not_finite.look(name, {"the base model": raw_rows, "the diff": rows, "the recovered model": recovered})
+        return name, recovered
+
+    for name, recovered in pairs(written, raw, diff, "recover", work):
+        hashes.update(name, recovered)
+        out = recovered.to(written[name][0])
+        if out.dtype != recovered.dtype:
+            not_finite.look(name, {f"what is written as {out.dtype}": out})
+        if writer:
+            writer.write(name, out)
+    if check:
+        check.finish(hashes.hex())
+    elif naively and not manifest and _is_alpaca_7b(diff.config):
+        _check_released_sum(sums)
+    not_finite.warn()
 
 
 def verify(path: str, path_diff: str) -> None:

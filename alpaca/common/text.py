@@ -81,6 +81,35 @@ def public_name(path: str) -> str:
     return Path(path).resolve().name if local else path
 
 
+# What of a run may be on the hub, and there has the form OWNER/NAME.
+ON_THE_HUB = ("started_from", "model_name_or_path", "hub_model_id", "path", "data_path", "eval_data_path")
+
+
+def without_folders(value, key: str = ""):
+    """Return a JSON value to publish: each path in it, at any depth, is reduced to its last part.
+
+    A path names users, projects and machines. Models and data on the hub keep their names, which give credit.
+    """
+    if isinstance(value, dict):
+        return {name: without_folders(entry, name) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [without_folders(entry, key) for entry in value]
+    if not isinstance(value, str) or not re.search(r"[/\\]", value):
+        return value
+
+    def last(path: str) -> str:
+        owned = key in ON_THE_HUB and re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.gz)(?<!\.jsonl)(?<!\.json)(?<!\.csv)", path)
+        return path if owned and not os.path.exists(path) else re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+
+    return ",".join(map(last, value.split(",")))
+
+
+def published_receipt(receipt: dict) -> dict:
+    """Return a training_receipt.json to publish, without the folders of paths; answers, which are texts, stay."""
+    paths = {key: without_folders(receipt[key]) for key in ("model", "data", "arguments") if key in receipt}
+    return receipt | paths | {"note": "of each path, only the last part is published"}
+
+
 def check_utf8(text: str, what: str) -> None:
     """Raise UserError if UTF-8 cannot encode the text. JSON allows half of a surrogate pair, as in "\\ud83d".
 

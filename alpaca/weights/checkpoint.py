@@ -179,8 +179,9 @@ class CheckpointReader:
             return self.lazy(name).reshape(1)[start:stop]
         return self.lazy(name)[min(start, shape[0]) : min(stop, shape[0])]
 
-    def shard_of(self, name: str) -> str:
-        return self._stored[name].shard
+    def shards_of(self, names: list[str]) -> str:
+        """Return the files that hold the named tensors, in one line."""
+        return ", ".join(sorted({self._stored[name].shard for name in names}))
 
     def bins(self, zipped: bool) -> list[Path]:
         """Return ``.bin`` shards: zip files, or those from before PyTorch 1.6, loaded whole and without checksums."""

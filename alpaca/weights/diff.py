@@ -15,7 +15,7 @@ from alpaca.weights.checkpoint import CheckpointReader
 from alpaca.weights.names import some
 from alpaca.weights.pair import BITS
 
-MEAN_BYTES = 1 << 28  # of an embedding's columns in float32 while their mean is taken
+MEAN_BYTES = 1 << 24  # of an embedding's columns in float32 while their mean is taken
 
 
 def take_difference(

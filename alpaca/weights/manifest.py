@@ -146,7 +146,7 @@ def _other_tensors(role: str, reader: CheckpointReader, bad: list[str], tensors:
         return f"{what}: they are those of {ROLES[found]}; are the base model and the diff swapped?"
     what += f" ({some(bad)})"
     if role == "diff":
-        return f"{what}: damaged or cut off in the download, get {_shards(reader, bad)} again"
+        return f"{what}: damaged or cut off in the download, get {reader.shards_of(bad)} again"
     (kind, shape), (wanted, published) = reader.spec(bad[0]), _spec_of(tensors[bad[0]], role)
     if published != shape:
         rows = "as published, without added tokens" if shape > published else "with the tokens added before"
@@ -158,15 +158,14 @@ def _other_tensors(role: str, reader: CheckpointReader, bad: list[str], tensors:
         return f"{what}: another vocabulary; use the base model as published, without added tokens"
     if len(bad) == len(tensors):
         return f"{what}: another base model, or another size or version of it"
-    cure = f"convert it again with the transformers of the diff's time, or get {_shards(reader, bad)} again"
+    cure = f"convert it again with the transformers of the diff's time, or get {reader.shards_of(bad)} again"
     return f"{what}, all others are right: another conversion of the base model, or damage; {cure}"
 
 
 def identify(reader: CheckpointReader, names: list[str], tensors: dict, known: dict[str, str]) -> str | None:
     """Return the role that more than half of the named tensors have, bit for bit, or None.
 
-    A tensor may have several: what training did not change, as LoRA does not change the norms, is both raw and tuned.
-    ``known`` are the SHA-256 that are known already.
+    A tensor that training did not change has several: it is both raw and tuned. ``known`` are SHA-256 known already.
     """
     known = known | sha256_of_all(reader, [name for name in names if name not in known], "what is it?")
     counts = {role: sum(tensors[name]["sha256"].get(role) == known[name] for name in names) for role in ROLES}
@@ -193,14 +192,8 @@ def verify_folder(manifest: dict, reader: CheckpointReader) -> str:
         raise UserError(f"{reader.folder} is not raw, diff, tuned or recovered: {why}")
     kind, wanted = reader.spec(bad[0]), _spec_of(tensors[bad[0]], best)
     why = f"{bad[0]} is {described(kind)}, not {described(wanted)}" if kind != wanted else some(bad)
-    why = f"{len(bad)} of {len(names)} tensors differ ({why}), in {_shards(reader, bad)}"
-    raise UserError(
-        f"{reader.folder} is nearest to {ROLES[best]}, but {why}: damaged or changed; get those files again"
-    )
-
-
-def _shards(reader: CheckpointReader, names: list[str]) -> str:
-    return ", ".join(sorted({reader.shard_of(name) for name in names}))
+    why = f"{len(bad)} of {len(names)} tensors differ ({why}), in {reader.shards_of(bad)}: damaged or changed"
+    raise UserError(f"{reader.folder} is nearest to {ROLES[best]}, but {why}; get those files again")
 
 
 def _spec_of(entry: dict, role: str) -> tuple[torch.dtype, tuple[int, ...]]:

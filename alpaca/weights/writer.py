@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class ShardWriter:
+class ShardWriter(AbstractContextManager):
     """Writes tensors of known name → (dtype, shape) into ``folder``, in any order, the blocks of each in turn.
 
     A shard has at most ``max_shard_size``, such as 5GB (powers of 1000), or one tensor.
@@ -72,9 +72,6 @@ class ShardWriter:
         if hasattr(os, "posix_fadvise"):
             with suppress(OSError):  # some file systems take no advice
                 os.posix_fadvise(self._file.fileno(), offset, self._file.tell() - offset, os.POSIX_FADV_DONTNEED)
-
-    def __enter__(self) -> ShardWriter:
-        return self
 
     def __exit__(self, *error) -> None:
         if self._file:

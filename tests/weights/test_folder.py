@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import time
@@ -93,6 +94,54 @@ def test_side_files_are_copied_byte_for_byte_and_nothing_else_is(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Overwriting, kills, other processes.
+
+
+def test_a_receipt_is_copied_without_folders_and_a_card_as_it_is(tmp_path):
+    receipt = {
+        "model": {"started_from": "huggyllama/llama-7b", "parameters": 6738415616},
+        "data": {
+            "train": {"path": "/home/ann/secret/a.json,../b.jsonl", "sha256": "ab12", "parts": {"tatsu-lab/alpaca": 2}},
+            "eval": {"path": "tatsu-lab/alpaca_eval"},
+        },
+        "arguments": {
+            "model_name_or_path": "/home/ann/models/llama-7b/",
+            "data_path": "secret/a.json",
+            "output_dir": "ann/run",
+            "logging_dir": "C:\\Users\\ann\\logs",
+            "deepspeed": {"nvme_path": "/scratch/ann/nvme"},
+            "report_to": ["file:///home/ann/wandb"],
+            "learning_rate": 2e-05,
+        },
+        "samples": [{"prompt": "km/h and /etc?"}],
+        "losses": [{"step": 1, "loss": 1.5}],
+    }
+    source, diff, recovered = (tmp_path / name for name in ("tuned", "diff", "recovered"))
+    source.mkdir()
+    (source / "training_receipt.json").write_text(json.dumps(receipt))
+    (source / "model_card.md").write_bytes(b"# A card\r\n")
+    for before, after in ((source, diff), (diff, recovered)):  # make_diff, and recover from what it made
+        with model_folder(after) as unfinished:
+            copy_side_files(before, unfinished, {})
+        assert (after / "model_card.md").read_bytes() == b"# A card\r\n"
+        assert json.loads((after / "training_receipt.json").read_text()) == {
+            "model": {"started_from": "huggyllama/llama-7b", "parameters": 6738415616},
+            "data": {
+                "train": {"path": "a.json,b.jsonl", "sha256": "ab12", "parts": {"tatsu-lab/alpaca": 2}},
+                "eval": {"path": "tatsu-lab/alpaca_eval"},
+            },
+            "arguments": {
+                "model_name_or_path": "llama-7b",
+                "data_path": "a.json",
+                "output_dir": "run",
+                "logging_dir": "logs",
+                "deepspeed": {"nvme_path": "nvme"},
+                "report_to": ["wandb"],
+                "learning_rate": 2e-05,
+            },
+            "samples": [{"prompt": "km/h and /etc?"}],
+            "losses": [{"step": 1, "loss": 1.5}],
+            "note": "of each path, only the last part is published",
+        }
 
 
 def model(path: Path, text: str) -> Path:
@@ -406,7 +455,10 @@ def test_a_link_out_of_a_diff_is_refused_and_those_of_the_hubs_cache_are_not(tmp
     (folder / "tokenizer.model").symlink_to(tmp_path / "private")
     with pytest.raises(UserError, match="tokenizer.model is a link out of its folder"):
         check_links(folder)
-    (folder / "tokenizer.model").unlink()
+    (folder / "tokenizer.model").rename(folder / "model_card.md")
+    with pytest.raises(UserError, match="model_card.md is a link"):
+        check_links(folder)
+    (folder / "model_card.md").unlink()
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "a.jinja").symlink_to(tmp_path / "private")
     with pytest.raises(UserError, match="a.jinja is a link"):
