@@ -19,6 +19,7 @@ from test_boundaries import ARROWS
 import train
 from alpaca import embedded_model
 from alpaca.common import cli
+from alpaca.common.text import shorten
 from alpaca.endpoint.budget import RequestSettings
 from alpaca.training import distributed
 
@@ -51,6 +52,13 @@ def commands_of(module: str) -> cli.Commands:
 
 def text_of(document: str) -> str:
     return (ROOT / document).read_text()
+
+
+def up_to_date(document: str, new: str) -> None:
+    """Fail if a document is not as ``new``, and write that."""
+    if new != text_of(document):
+        (ROOT / document).write_text(new)
+        pytest.fail(f"{document} was out of date and is now rewritten: read it and commit it")
 
 
 def commands(text: str) -> list[str]:
@@ -135,9 +143,7 @@ def flag_table(command: str | None) -> str:
 def test_a_flag_table_says_what_help_says(page):
     text = text_of(page)
     new = FLAG_TABLE.sub(lambda found: found[0].replace(found[2], flag_table(found[1])), text)
-    if new != text:
-        (ROOT / page).write_text(new)
-        pytest.fail(f"{page} was out of date and is now rewritten: read it and commit it")
+    up_to_date(page, new)
 
 
 def test_every_task_has_a_flag_table():
@@ -182,7 +188,6 @@ def test_the_readme_can_be_skimmed():
     order = ["Quick start", "Data", "Generate", "Train", "Recover", "Chat", "Judge", "Measured results", "Files"]
     headings = re.findall(r"^## (.+)$", README, re.M)
     assert [heading for heading in headings if heading in order] == order and headings[-1].startswith("Licenses")
-    assert max(len(line) for line in re.search(r"```\n(stage .*?)```", README, re.S)[1].splitlines()) <= 100
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,17 +203,20 @@ def figure_rows() -> list[tuple[str, list[str]]]:
     return rows
 
 
-@pytest.mark.parametrize(
-    "document, row", figure_rows(), ids=lambda value: value if isinstance(value, str) else value[0]
-)
-def test_a_figure_is_that_of_its_file(document, row):
-    what, figure, *commit, source = row
-    path = (ROOT / document).parent / re.search(r"\((.+)\)", source)[1]
-    result = json.loads(path.read_text())
-    phrase = max((phrase for phrase in FIGURES[path.name] if phrase in what), key=len)
-    assert figure == FIGURES[path.name][phrase](result)
-    known = {result["commit"]} if "commit" in result else {part["commit"] for part in result.values()}
-    assert set(commit) <= known
+@pytest.mark.parametrize("document", ["README.md", "docs/results.md"])
+def test_a_figure_is_that_of_its_file(document):
+    new = text_of(document)
+    for cells in [cells for where, cells in figure_rows() if where == document]:
+        what, _, *commit, source = cells
+        path = (ROOT / document).parent / re.search(r"\((.+)\)", source)[1]
+        result = json.loads(path.read_text())
+        phrase = max((phrase for phrase in FIGURES[path.name] if phrase in what), key=len)
+        if commit:
+            known = [result["commit"]] if "commit" in result else [part["commit"] for part in result.values()]
+            commit = commit if commit[0] in known else known[:1]
+        row = [what, FIGURES[path.name][phrase](result), *commit, source]
+        new = new.replace(f"| {' | '.join(cells)} |", f"| {' | '.join(row)} |")
+    up_to_date(document, new)
 
 
 def test_every_figure_is_in_the_results_and_the_ten_that_matter_in_the_readme():
@@ -228,14 +236,13 @@ def test_a_result_names_the_commit_of_its_code(path):
         assert re.fullmatch(r"[0-9a-f]{7,40}", part["commit"]) and part["command"]
 
 
-def test_the_sample_of_the_demo_is_that_of_its_file():
-    sample = re.search(r"```\nstage [^\n]*\n─[^\n]*\n(.*?)```", README, re.S)[1].splitlines()
-    rows = [re.fullmatch(r"(.+?) {2,}(\d+) s +(.+)", line).groups() for line in sample]
+def test_the_sample_of_the_demo_is_what_it_printed():
     stages = json.loads((RESULTS / "demo_cpu.json").read_text())["stages"]
-    assert [row[:2] for row in rows] == [(stage["stage"], str(stage["seconds"])) for stage in stages]
-    for (_, _, shown), stage in zip(rows, stages, strict=True):
-        begins, cut, _ = shown.partition("…")
-        assert stage["made"].startswith(begins.strip()) if cut else stage["made"] == shown
+    rows = [f"{stage['stage']:<17}  {stage['seconds']:>3} s  {shorten(stage['made'], 74)}\n" for stage in stages]
+    assert max(map(len, rows)) <= 100 + len("\n")
+    readme = text_of("README.md")
+    sample = re.search(r"```\nstage [^\n]*\n─[^\n]*\n(.*?)```", readme, re.S)[1]
+    up_to_date("README.md", readme.replace(sample, "".join(rows)))
 
 
 def test_what_has_not_been_run_on_a_gpu_is_not_said_to_have_been():
@@ -271,6 +278,18 @@ def test_every_link_leads_to_a_file_and_a_heading(document):
         target = (ROOT / document).parent / path if path else ROOT / document
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_a_picture_that_exists_for_dark_pages_is_shown_there(document):
+    def in_both(found: re.Match) -> str:
+        dark = f"{found[1]}_dark.png"
+        if not ((ROOT / document).parent / dark).exists():
+            return found[0]
+        return f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">{found[0]}</picture>'
+
+    plain = re.sub(r"<picture><source [^>]+>(<img [^>]+>)</picture>", r"\1", text_of(document))
+    up_to_date(document, re.sub(r'<img src="([^"]+)\.png"[^>]*>', in_both, plain))
 
 
 def test_every_file_of_the_readmes_tree_exists():

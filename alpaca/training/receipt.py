@@ -25,11 +25,11 @@ from alpaca import UserError
 from alpaca.chat_template import go_template
 from alpaca.common.files import replace_file
 from alpaca.common.records import files_of, json_text, restricted_parts, title
-from alpaca.common.text import first_line, public_name, templates, utc_now
+from alpaca.common.text import first_line, public_name, published_receipt, templates, utc_now
 from alpaca.inference.generate import STOP
 from alpaca.training.distributed import say
 from alpaca.training.meter import clock
-from alpaca.weights.checkpoint import CHAT_TEMPLATES, SIDE_FILES
+from alpaca.weights.checkpoint import CHAT_TEMPLATES, SIDE_FILES, read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("python", "cuda", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "datasets", "peft")
@@ -265,7 +265,11 @@ def upload(repository: str | None, output_dir: Path, args) -> None:
         return
     files = sorted(path for pattern in PUBLISHED for path in output_dir.glob(pattern))
     names = {"model_card.md": "README.md"}  # what the hub shows
-    commit = [CommitOperationAdd(names.get(path.name, str(path.relative_to(output_dir))), path) for path in files]
+    commit = []
+    for path in files:
+        receipt = path.name == "training_receipt.json"
+        content = json_text(published_receipt(read_json(path)), 2).encode() if receipt else path
+        commit.append(CommitOperationAdd(names.get(path.name, str(path.relative_to(output_dir))), content))
     where = {"token": args.hub_token, "revision": getattr(args, "hub_revision", None)}
     try:
         HfApi().create_commit(repository, commit, commit_message="The trained model", **where)

@@ -227,14 +227,15 @@ def test_a_stopped_run_keeps_its_newest_checkpoint_beside_the_best_and_finds_bot
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A hub that takes everything: a list of commits, each a dictionary from the path there to the file here."""
+    """A hub that takes everything: a list of commits, each a dictionary from the path there to the file here, or to
+    the bytes."""
     commits = []
 
     def create_commit(self, repo_id, operations, **kwargs):
-        here = [Path(operation.path_or_fileobj) for operation in operations]
-        root = min((path.parent for path in here), key=lambda path: len(path.parts))
-        names = [str(path.relative_to(root)) for path in here]
-        commits.append(dict(zip([operation.path_in_repo for operation in operations], names, strict=True)))
+        sent = {operation.path_in_repo: operation.path_or_fileobj for operation in operations}
+        files = {name: Path(path) for name, path in sent.items() if isinstance(path, str)}
+        root = min((path.parent for path in files.values()), key=lambda path: len(path.parts))
+        commits.append(sent | {name: str(path.relative_to(root)) for name, path in files.items()})
 
     def upload_folder(self, *, folder_path, **kwargs):
         commits.append({"folder": str(folder_path)})
@@ -262,10 +263,13 @@ def test_the_finished_model_is_uploaded_once_and_an_interrupted_run_can_be_resum
     assert_same_result(tmp_path, whole)
     assert len(hub) == 1
     uploaded = hub[0]
+    receipt = json.loads(uploaded.pop("training_receipt.json"))
+    assert receipt["arguments"]["output_dir"] == tmp_path.name and receipt["steps"] == 6
+    assert str(tmp_path) not in json.dumps(receipt) and str(model) not in json.dumps(receipt)
     assert uploaded.pop("README.md") == "model_card.md" and all(there == here for there, here in uploaded.items())
     named = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     templates = {"chat_template.jinja", "additional_chat_templates/tool_use.jinja"}
-    assert set(uploaded) - {"loss.png"} == named | templates | {"training_receipt.json", "Modelfile"}
+    assert set(uploaded) - {"loss.png"} == named | templates | {"Modelfile"}
 
 
 def test_an_upload_that_fails_says_that_the_model_is_whole(model, data, tmp_path, monkeypatch, hub):
