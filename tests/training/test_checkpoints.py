@@ -264,7 +264,7 @@ def test_the_finished_model_is_uploaded_once_and_an_interrupted_run_can_be_resum
     assert len(hub) == 1
     uploaded = hub[0]
     receipt = json.loads(uploaded.pop("training_receipt.json"))
-    assert receipt["arguments"]["output_dir"] == tmp_path.name and receipt["steps"] == 6
+    assert receipt["arguments"]["output_dir"] == tmp_path.name
     assert str(tmp_path) not in json.dumps(receipt) and str(model) not in json.dumps(receipt)
     assert uploaded.pop("README.md") == "model_card.md" and all(there == here for there, here in uploaded.items())
     named = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
