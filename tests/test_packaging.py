@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT, assert_one_line_error, run_script
 from packaging.requirements import Requirement
 
@@ -91,6 +92,30 @@ def test_every_extra_that_a_message_or_document_names_exists():
     files = [*ROOT.glob("alpaca/**/*.py"), *ROOT.glob("*.py"), ROOT / "README.md", *ROOT.glob("docs/*.md")]
     named = {extra for path in files for extra in re.findall(r"(?:\.|reproduced)\[([a-z-]+)\]'", path.read_text())}
     assert {"web", "plots", "lora"} <= named <= EXTRAS.keys()
+
+
+def test_ci_runs_make_test_on_every_python_that_is_promised_and_on_no_other():
+    job = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["test"]
+    versions = [line.rpartition(" ")[2] for line in PROJECT["classifiers"] if " :: Python :: 3." in line]
+    assert job["strategy"]["matrix"]["python-version"] == versions
+    assert PROJECT["requires-python"] == f">={versions[0]}"
+    assert "make test" in [step.get("run") for step in job["steps"]]
+
+
+def test_the_image_is_installed_by_the_makefile():
+    built = re.findall(r"^RUN make (\S+)$", (ROOT / "Dockerfile").read_text(), re.M)
+    assert built == [".venv/installed"] and "\n$(VENV)/installed: " in (ROOT / "Makefile").read_text()
+
+
+def test_every_path_and_name_in_contributing_exists():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    words = re.findall(r"`([^`\s]+)`", text) + re.findall(r"\]\((\S+)\)", text)
+    paths = [word for word in words if re.search(r"[a-z]/|\.(py|md|toml|txt)$", word) and "ROOM" not in word]
+    assert len(paths) > 15 and not [path for path in paths if not (ROOT / path).exists()]
+    names = {word for word in words if re.fullmatch(r"[a-z]+_\w+|[A-Z]+_?[A-Z]+|[A-Z][a-z]+", word)} - {"DATA_LICENSE"}
+    code = "\n".join((ROOT / path).read_text() for path in paths if path.endswith(".py"))
+    defined = {name for found in re.findall(r"(?:def|class) (\w+)|^(\w+) =", code, re.M) for name in found}
+    assert len(names) > 10 and names <= defined, names - defined
 
 
 @pytest.fixture(scope="module")

@@ -269,6 +269,8 @@ def test_after_ctrl_c_the_batch_goes_on_and_is_found(batch_server, tmp_path, cap
 
 def test_a_time_limit_ends_the_waiting_and_not_the_batch(batch_server, tmp_path, capsys):
     server = batch_server(echo, looks=10**9)
+    interrupted(server, tmp_path)  # a batch is open, even if making one takes longer than the limit
+    capsys.readouterr()
     why, replies, _ = drive(server, tmp_path, limits=RequestSettings(time_limit=0.05))
     assert why == "the time limit of 0.05 s ended the waiting" and not replies
     assert "batch batch-0 continues on the server" in capsys.readouterr().err
