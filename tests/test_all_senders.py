@@ -120,9 +120,9 @@ def on_the_page(folder, questions) -> None:
 
     async def ask() -> None:
         demo, exchange = web_page.Demo([web_page.Model("m", *load(folder, "cpu"))], Settings()), None
-        visitor, click = SimpleNamespace(client=SimpleNamespace(host="127.0.0.1")), SimpleNamespace(target=None)
+        visitor = SimpleNamespace(client=SimpleNamespace(host="127.0.0.1"))
         for question in questions:
-            async for shown in demo.answer(visitor, click, exchange, *question, 1, 0, 1, "0"):
+            async for shown in demo.answer(visitor, exchange, *question, 1, 0, 1, "0"):
                 exchange = shown.get(demo.exchange, exchange)
             assert [record["answer"] for record in exchange] == [SAID.strip()]
 

@@ -252,9 +252,6 @@ def test_after_a_refusal_there_is_nothing_to_stop(visit, sites):
     page.ask("  ")
     page.page.get_by_text("Type an instruction first.").wait_for()
     page.page.locator(refused).wait_for()
-    page.button("Try again").click()
-    page.page.get_by_text("There is no answer yet.").wait_for()
-    page.page.locator(refused).wait_for()
     page.ask("count")
     page.see(re.compile(r" 5 "))
     page.button("Stop").click()
@@ -282,7 +279,6 @@ def test_an_answer_has_to_be_stopped_before_the_next_question(visit, sites):
     page.ask("count")
     page.see(re.compile(r" 5 "))
     asked = len(model.calls)
-    page.button("Try again").click()
     page.ask("say", "too early")
     page.page.wait_for_timeout(300)
     assert len(model.calls) == asked and model.running == 1
@@ -397,7 +393,7 @@ def test_enter_asks_and_shift_enter_makes_a_line(visit, sites):
 
 
 @needs_browser
-def test_an_example_fills_the_fields_and_try_again_takes_another_seed(visit, sites):
+def test_an_example_fills_the_fields_and_asking_again_takes_another_seed(visit, sites):
     page, calls = visit(), sites().model.calls
     page.page.get_by_role("button", name="Sampling").click()
     assert page.page.get_by_label("Seed").input_value() == ""
@@ -407,10 +403,9 @@ def test_an_example_fills_the_fields_and_try_again_takes_another_seed(visit, sit
     page.see("cat, elephant, mouse, horse")
     page.see("Answered in", ".status")
     before = len(calls)
-    page.button("Try again").click()
-    page.page.wait_for_timeout(100)
-    page.see("Answered in", ".status")
+    page.button("Answer").click()
     wait_until(lambda: len(calls) == before + 1)
+    page.see("Answered in", ".status")
     assert calls[-1][0] == calls[-2][0] == utils.format_prompt(*web_page.EXAMPLES[-1])
     assert calls[-1][1]["seed"] != calls[-2][1]["seed"]
 
@@ -474,14 +469,9 @@ def test_a_model_that_was_trained_with_turns_is_asked_with_those_that_the_page_s
     shown = page.text()
     places = [shown.index(text) for text in ("First?", "about <b>it</b>", "heard 1", "And?", "heard 2")]
     assert places == sorted(places)
-    page.button("Try again").click()
-    wait_until(lambda: len(site.model.calls) == 3)
-    assert asked(site) == second and site.model.calls[-1][1]["seed"] != site.model.calls[-2][1]["seed"]
     page.see("Answered in", ".status")
     page.button("New conversation").click()
     page.page.wait_for_function("!document.querySelector('.answer').innerText.includes('heard')")
-    page.button("Try again").click()
-    page.page.get_by_text("There is no answer yet.").wait_for()
     page.ask("Anew.")
     page.see("heard 1")
     assert asked(site) == ["user: Anew."] and "First?" not in page.text()
@@ -531,8 +521,9 @@ def test_of_two_models_each_is_asked_in_its_own_way(visit, sites, tmp_path, monk
     page.page.get_by_role("button", name="Report a harmful answer").click()
     page.button("Report").click()
     page.page.get_by_text("Saved in flagged.jsonl").wait_for()
-    (record,) = utils.jload(tmp_path / "flagged.jsonl")
+    record, other = utils.jload(tmp_path / "flagged.jsonl")
     assert (record["instruction"], record["answer"]) == ("two", "heard 2")
+    assert (other["model"], other["asked"]) == ("other", [])
     contents = [turn["content"] for turn in record["asked"]]
     assert contents == ["one\n\n### Input:\nsaid", "heard 1", "two\n\n### Input:\nsaid"]
 
@@ -1032,7 +1023,9 @@ def test_who_asked_first_is_answered_first():
 
     with futures.ThreadPoolExecutor(1) as pool:
         pool.submit(asyncio.run, scenario()).result()
-    assert [re.search(r"Input:\n(\w)", prompt)[1] for prompt, _ in model.calls] == list("abcdef")
+    order = [re.search(r"Input:\n(\w)", prompt)[1] for prompt, _ in model.calls]
+    assert sorted(order) == list("abcdef")
+    assert all(abs(place - "abcdef".index(name)) <= 1 for place, name in enumerate(order)), order  # two begin at once
 
 
 def test_of_thirty_requests_of_one_login_two_come_before_another_login(sites, monkeypatch):
@@ -1068,25 +1061,28 @@ def test_the_requests_of_one_address_are_bounded_and_end_with_the_server(sites, 
 
 def test_a_report_needs_an_answer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exchange = [
-        {"instruction": "i", "answer": answer, "model_path": path} for answer, path in (("a", "a/m"), ("", "b/m"))
-    ]
-    for bad in ((None, 0, ""), (exchange, 1, "")):
+    exchange = [{"answer": "", "model_path": path} for path in ("a/m", "b/m")]
+    for bad in (None, [], exchange):
         with pytest.raises(web_page.gr.Error):
-            web_page.flag(*bad)
+            web_page.flag(bad, "")
     assert not os.listdir(tmp_path)
-    web_page.flag(exchange, 0, None)
     exchange[1]["answer"] = "half \ud83d"
-    web_page.flag(exchange, 1, "other")
+    web_page.flag(exchange, None)
+    exchange[0]["answer"] = "a"
+    web_page.flag(exchange, "both")
     records = utils.jload("flagged.jsonl")
-    assert [(record["reason"], record["model_path"]) for record in records] == [("", "a/m"), ("other", "b/m")]
+    assert [(record["reason"], record["model_path"]) for record in records] == [
+        ("", "b/m"),
+        ("both", "a/m"),
+        ("both", "b/m"),
+    ]
     assert os.stat("flagged.jsonl").st_mode & 0o777 == 0o600
 
 
 def test_reports_from_many_threads_stay_whole_lines(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exchange = [{"answer": "x" * 5_000}]
-    threads = [threading.Thread(target=web_page.flag, args=(exchange, 0, str(n))) for n in range(20)]
+    threads = [threading.Thread(target=web_page.flag, args=(exchange, str(n))) for n in range(20)]
     for thread in threads:
         thread.start()
     for thread in threads:

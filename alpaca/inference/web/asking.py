@@ -17,7 +17,7 @@ from alpaca.inference.web.server import WORKER, page_error
 
 MAX_PROMPT_TOKENS = 2_048  # training read 512; never more than half of what the model can read
 MAX_SEED = 2**31 - 1
-STREAMS = 2  # answers of a model at once: a long one does not keep the next page waiting
+STREAMS = 2  # answers of a model at once; of those that wait, the one that asked first is next
 
 
 @dataclasses.dataclass
@@ -28,9 +28,7 @@ class Model:
     model: object
     tokenizer: object
     path: str = ""
-
-    def __post_init__(self):
-        self.streams = threading.Semaphore(STREAMS)  # who waits longest is next
+    streams: threading.Semaphore = dataclasses.field(default_factory=lambda: threading.Semaphore(STREAMS))
 
     @property
     def remembers(self) -> bool:
@@ -41,13 +39,10 @@ class Model:
 def check(models: list[Model], turns: list[list[dict]], instruction: str, input: str, seed: str, *sliders) -> Settings:
     """Check a request from a page or a program, and return its settings; without a seed they get one.
 
-    Args:
-        models, turns: all of the models must be able to read it after the turns before.
-        instruction, input, seed: as typed.
-        sliders: max_new_tokens, temperature and top_p; Gradio has kept them within the bounds of its sliders.
+    ``sliders`` are max_new_tokens, temperature and top_p: Gradio has kept them within their bounds.
 
     Raises:
-        gr.Error: a text is out of bounds; the message names them.
+        gr.Error: a text is out of bounds, for one of the models after its turns; the message names them.
     """
     if not instruction.strip():
         raise page_error("Type an instruction first.")
@@ -72,10 +67,10 @@ def check(models: list[Model], turns: list[list[dict]], instruction: str, input:
 
 async def answers(
     models: list[Model], turns: list[list[dict]], asked: tuple[str, str], settings: Settings, left: threading.Event
-) -> AsyncIterator[list[tuple[str, str]] | None]:
+) -> AsyncIterator[list[tuple[str, str]]]:
     """Yield each model's answer so far and the limit that cut it off, if any; at most some 20 times a second.
 
-    Yield None after a second without news: then Gradio sees whether the visitor has left. Each model has its own
+    Yield again after a second without news: then Gradio sees whether the visitor has left. Each model has its own
     thread, so that none holds up other pages. It keeps its stream until the model has ended, at the next token once
     ``left`` is set: for Gradio a stopped answer has ended, while the model may still be reading the prompt.
 
@@ -95,7 +90,8 @@ async def answers(
         try:
             conversations[index].turns = turns[index]
             with models[index].streams:
-                tell(index, "")  # it has begun
+                if left.is_set():
+                    return
                 for piece in conversations[index].ask(*asked, left.is_set):
                     tell(index, piece)
             tell(index, None)
@@ -109,8 +105,7 @@ async def answers(
         try:
             index, what = await asyncio.wait_for(news.get(), 1)
         except TimeoutError:
-            yield None
-            continue
+            index, what = 0, ""
         if isinstance(what, UserError):
             raise page_error(str(what))
         if isinstance(what, Exception):

@@ -24,21 +24,19 @@ from alpaca.inference.load import load
 from alpaca.inference.web.asking import STREAMS, Model, answers, check
 from alpaca.inference.web.server import check_exposure, gr, page_error, render_answer, render_status, run
 
-MAX_CHARS = 8_000  # that a visitor can type in a field; a model's limit in tokens holds for programs too
 FLAGGED = "flagged.jsonl"  # reports of harmful answers, on the machine that serves the page
 MAX_OF_LOGIN = 2  # requests of one login that wait or are answered: further ones are refused
 MAX_OF_ADDRESS = 20  # the same of one address, behind which there may be a class
 LIMITS = {"max_new_tokens": "the longest answer", "context": "the end of what the model can read"}
 EXAMPLES = [
     ["Give three tips for sleeping better.", ""],
-    ["Explain to a ten-year-old why the sky is blue.", ""],
     ["Write a Python function that tells whether a word is a palindrome.", ""],
     ["Rewrite this sentence so that it is polite.", "Send me the report now."],
     ["Sort these animals by their weight.", "cat, elephant, mouse, horse"],
 ]
-HEADING = """<h1>{}</h1><p class="notice"><b>{}</b> was fine-tuned to follow instructions. It has had no safety training
-and may be wrong, biased or harmful: check what it says before you use it. If it was trained on Alpaca data (CC BY-NC
-4.0) or on LLaMA, their licenses allow research only, no commercial use. {}</p>"""
+HEADING = """<h1>{}</h1><p class="notice"><b>{}</b> {} fine-tuned to follow instructions, without safety training:
+answers may be wrong, biased or harmful; check them before you use them. What was trained on Alpaca data (CC BY-NC 4.0) or on
+LLaMA is licensed for research only, not for commercial use. {}</p>"""
 TITLE = "Ask an Alpaca model"
 REMEMBERS = "remembers the conversation until you start a new one"
 ALONE = "answers each instruction on its own and remembers nothing"
@@ -75,7 +73,7 @@ class Demo:
         names = html.escape(" and ".join(model.name for model in self.models))
         said = [REMEMBERS if model.remembers else ALONE for model in self.models]
         memory = f"It {said[0]}." if len(set(said)) == 1 else f"A {said[0]}; B {said[1]}."
-        gr.HTML(HEADING.format(TITLE, names, memory), js_on_load=None)
+        gr.HTML(HEADING.format(TITLE, names, "were" if self.models[1:] else "was", memory), js_on_load=None)
         for lay_out in [self._lay_out_answers, self._lay_out_fields][:: 1 if self.remembers else -1]:
             lay_out()
         labels = [" ".join(pair).strip() for pair in EXAMPLES]
@@ -83,23 +81,20 @@ class Demo:
         with gr.Accordion("Sampling", open=False):
             self._lay_out_sampling()
         with gr.Accordion("Report a harmful answer", open=False):
-            note = f"A report adds question, answer and settings to {FLAGGED} on the server; nothing is sent elsewhere."
+            note = f"A report adds question, answers and settings to {FLAGGED} on the server and nowhere else."
             gr.HTML(f'<p class="notice">{note}</p>', js_on_load=None)
-            which = {"value": self.names[0], "label": "Which answer", "visible": len(self.names) > 1}
-            self.which = gr.Radio(self.names, type="index", **which)
             self.reason = gr.Textbox(label="What is wrong with it? (optional)", max_length=500, lines=1)
             self.report = gr.Button("Report", size="sm")
         self.exchange = gr.State(None)
 
     def _lay_out_fields(self) -> None:
-        limits = {"max_length": MAX_CHARS, "max_lines": 10}
+        limits = {"max_length": 8_000, "max_lines": 10}  # of what is typed; asking.check() counts tokens
         self.instruction = gr.Textbox(label="Instruction", placeholder="What should be done?", **limits)
         self.input = gr.Textbox(label="Input (optional)", placeholder="The text it is about", **limits)
         self.fields = [self.instruction, self.input]
         with gr.Row():
             self.ask = gr.Button("Answer", variant="primary", size="md", min_width=80)
             self.stop = gr.Button("Stop", variant="stop", interactive=False, size="md", min_width=80)
-            self.again = gr.Button("Try again", size="md", min_width=80)
             self.new = gr.Button("New conversation", size="md", min_width=80, visible=self.remembers)
         self.status = gr.HTML(render_status("Enter asks, Shift+Enter makes a new line."), js_on_load=None)
 
@@ -125,15 +120,15 @@ class Demo:
                 gr.Textbox(seed, label="Seed", placeholder="new each time", min_width=240),
             ]
         gr.HTML(
-            '<p class="notice">Temperature 0 takes the likeliest token each time. The same seed gives the same answer; '
-            f"<i>Try again</i> takes a new one. {STREAMS} answers are written at once; further ones wait in line.</p>",
+            '<p class="notice">Temperature 0 takes the likeliest token each time. The same seed gives the same answer. '
+            f"{STREAMS} answers are written at once; further ones wait in line.</p>",
             js_on_load=None,
         )
 
     def _connect(self) -> None:
-        """Say what happens on a click: ask, ask again, stop, start a new conversation, report."""
+        """Say what happens on a click: ask, stop, start a new conversation, report."""
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
-        triggers = [self.ask.click, self.instruction.submit, self.input.submit, self.again.click]
+        triggers = [self.ask.click, self.instruction.submit, self.input.submit]
         inputs, outputs = [self.exchange, *self.fields, *self.settings], [*self.shown, self.exchange, self.status]
         said = {"outputs": [self.status, self.stop], **quiet}
         pressed = gr.on(triggers, None, js=SAY.format("Asking …", "true"), **said)
@@ -147,7 +142,7 @@ class Demo:
         self.new.click(None, cancels=asked)
         empty = *(render_answer(name, "") for name in self.names), None, render_status("")
         self.new.click(lambda: empty, None, outputs, queue=False, **quiet)
-        self.report.click(flag, [self.exchange, self.which, self.reason], **quiet)
+        self.report.click(flag, [self.exchange, self.reason], **quiet)
 
     def _show(self, exchange: list[dict], status: str) -> dict:
         shown = [render_answer(name, r["answer"], r["asked"]) for name, r in zip(self.names, exchange, strict=True)]
@@ -163,22 +158,13 @@ class Demo:
                 raise page_error(f"{most} requests of your {what} are not answered yet: try again later.")
         return visitor
 
-    async def answer(self, request: gr.Request, event: gr.EventData, exchange, instruction, input, *given):
-        """Ask all models, after the turns that the page shows, and yield what it shows meanwhile.
-
-        The button "Try again" asks the last instruction again, with a new seed.
-        """
+    async def answer(self, request: gr.Request, exchange, instruction, input, *given):
+        """Ask all models, after the turns that the page shows, and yield what it shows meanwhile."""
         *sliders, seed = given
-        again = event.target is self.again
-        if again and not exchange:
-            raise page_error("There is no answer yet.")
-        turns = [record["asked"][:-1] if again else turns_after(record) for record in exchange or ()]
-        turns = turns or [[] for _ in self.models]
-        if again:
-            instruction, input, seed = exchange[0]["instruction"], exchange[0]["input"], None
+        turns = [turns_after(record) for record in exchange or ()] or [[] for _ in self.models]
         instruction, input = instruction or "", input or ""
         settings = check(self.models, turns, instruction, input, (seed or "").strip(), *sliders)
-        visitor, left, started = self._visitor(request), threading.Event(), None
+        visitor, left, started = self._visitor(request), threading.Event(), time.monotonic()
         question, exchange = user_message(instruction, input), []
         for model, before in zip(self.models, turns, strict=True):
             record = {"instruction": instruction, "input": input, "answer": "", "model": model.name}
@@ -187,16 +173,12 @@ class Demo:
         self.pending.append(visitor)
         try:
             place = len(self.pending) - STREAMS
-            shown = self._show(exchange, f"Waiting: number {place} in line." if place > 0 else "Asking …")
-            yield shown | dict.fromkeys(self.fields if self.remembers and not again else (), "")
-            async for news in answers(self.models, turns, (instruction, input), settings, left):
-                if not news:
-                    yield gr.skip()
-                    continue
-                said, started = news, started or time.monotonic()
+            status = f"Waiting: number {place} in line." if place > 0 else "Asking …"
+            yield self._show(exchange, status) | dict.fromkeys(self.fields if self.remembers else (), "")
+            async for said in answers(self.models, turns, (instruction, input), settings, left):
                 for record, (text, _) in zip(exchange, said, strict=True):
                     record["answer"] = text
-                yield self._show(exchange, "Answering …")
+                yield self._show(exchange, "Answering …" if any(text for text, _ in said) else status)
         finally:  # also if it is stopped
             left.set()
             self.pending.remove(visitor)
@@ -213,15 +195,15 @@ def turns_after(record: dict) -> list[dict]:
     return [*record["asked"], said] if record["asked"] and record["answer"] else record["asked"][:-1]
 
 
-def flag(exchange: list[dict] | None, which: int | None, reason: str | None) -> None:
-    """Add a line of JSON to FLAGGED: the answer of model ``which`` (its place), as far as it is written."""
-    if not exchange or not exchange[which or 0]["answer"]:
+def flag(exchange: list[dict] | None, reason: str | None) -> None:
+    """Add to FLAGGED each model's answer, as far as it is written: a line of JSON."""
+    records = [record for record in exchange or () if record["answer"]]
+    if not records:
         raise page_error("There is no answer to report yet.", "Not reported")
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    line = json_text(exchange[which or 0] | {"reason": reason or "", "time": now}) + "\n"
+    more = {"reason": reason or "", "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
     # Unbuffered: reports at the same time stay whole lines. Private: people typed it.
     with open(FLAGGED, "ab", buffering=0, opener=lambda *args: os.open(*args, 0o600)) as file:
-        file.write(line.encode())
+        file.write("".join(json_text(record | more) + "\n" for record in records).encode())
     gr.Info(f"Saved in {FLAGGED} on the machine that runs this page. Thank you.")
 
 
@@ -247,9 +229,7 @@ def serve(
     Raises:
         UserError: an argument is wrong, the port is taken, or a model cannot be loaded.
     """
-    login, settings = check_exposure(host, auth), Settings(**defaults)
-    port = free_port(port)
-    models = []
+    login, settings, port, models = check_exposure(host, auth), Settings(**defaults), free_port(port), []
     for path in filter(None, [model_path, compare_path]):
         base = base_path if is_adapter(path) else None
         models.append(Model(name_of(path), *load(path, device, dtype, base), str(path)))

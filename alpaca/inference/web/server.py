@@ -85,10 +85,7 @@ def page_error(message: str, title: str = "Not answered") -> gr.Error:
 
 
 class Connection(H11Protocol):
-    """A connection that is closed if there are too many, or if a request takes too long to arrive.
-
-    uvicorn (0.54) limits requests, and the time after one: connections without one could use up the process's files.
-    """
+    """A connection that ends if there are too many, or if a request takes long to arrive: uvicorn bounds neither."""
 
     deadline: asyncio.TimerHandle | None = None
 
@@ -115,8 +112,8 @@ class Guard:
     """Middleware that opens only the routes that the page needs (Gradio also has uploads, proxies, files, recordings).
 
     Pages of other sites are refused: Gradio lets any origin read, and over https its cookie is sent with the request.
-    Attempts to log in, and questions, of one address come one after another: a program that asks in a loop would keep
-    Gradio busy with refusals. A request that fails is one line in the log.
+    Attempts to log in, and questions, of one address come one after another: refusals of a program that asks in a loop
+    would keep Gradio busy. A request that fails is one line in the log.
     """
 
     OPEN = re.compile(
@@ -176,19 +173,15 @@ def check_exposure(host: str, auth: str | None) -> tuple[str, str] | None:
     return (user.strip(), password) if auth else None
 
 
-def run(
-    page: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None, name: str, notes: list[str], css: str = ""
-) -> None:
+def run(page: gr.Blocks, host: str, port: int, auth: tuple | None, name: str, notes: list[str], css: str = "") -> None:
     """Serve a page until Ctrl-C or SIGTERM; print its ``name``, its address and the notes."""
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
     url = launch(page, host, port, auth, css)
     if host not in LOCAL:
-        warning = (
-            "warning: other machines can reach this page, and passwords are sent unencrypted: put a proxy with https "
-        )
-        print(warning + "in front, and let in only people whom you trust with what it shows.", flush=True)
+        warning = "warning: other machines can reach this page, and passwords are sent unencrypted: put a proxy with "
+        print(warning + "https in front, and let in only people whom you trust with what it shows.", flush=True)
     print(f"{name} at {url} (Ctrl-C ends it)", *notes, sep="\n", flush=True)
     try:
         stopped.wait()
@@ -206,6 +199,7 @@ def launch(page: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None, 
         guards.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=LOCAL))
     # Gradio ships these fonts, but the semibold one of its default theme lacks most letters.
     theme = gr.themes.Default(font=[gr.themes.LocalFont("Source Sans Pro", (400, 700)), "system-ui", "sans-serif"])
+    theme.set(button_primary_background_fill="*primary_700", button_primary_background_fill_dark="*primary_700")
     off = {"share": False, "ssr_mode": False, "mcp_server": False, "run_history": False, "footer_links": []}
     options = {"theme": theme, "css": CSS + css, "max_threads": MAX_JOBS, "app_kwargs": {"middleware": guards}} | off
     try:
