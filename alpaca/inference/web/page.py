@@ -25,7 +25,7 @@ from alpaca.inference.web.asking import STREAMS, Model, answers, check
 from alpaca.inference.web.server import check_exposure, gr, page_error, render_answer, render_status, run
 
 FLAGGED = "flagged.jsonl"  # reports of harmful answers, on the machine that serves the page
-MAX_OF_LOGIN = 2  # requests of one login that wait or are answered: further ones are refused
+MAX_OF_LOGIN = 1  # requests of one login that wait or are answered: a stream is left to the others
 MAX_OF_ADDRESS = 20  # the same of one address, behind which there may be a class
 LIMITS = {"max_new_tokens": "the longest answer", "context": "the end of what the model can read"}
 EXAMPLES = [
@@ -35,8 +35,8 @@ EXAMPLES = [
     ["Sort these animals by their weight.", "cat, elephant, mouse, horse"],
 ]
 HEADING = """<h1>{}</h1><p class="notice"><b>{}</b> {} fine-tuned to follow instructions, without safety training:
-answers may be wrong, biased or harmful; check them before you use them. What was trained on Alpaca data (CC BY-NC 4.0) or on
-LLaMA is licensed for research only, not for commercial use. {}</p>"""
+answers may be wrong, biased or harmful; check them before you use them. What was trained on Alpaca data (CC BY-NC
+4.0) or on LLaMA is licensed for research only, not for commercial use. {}</p>"""
 TITLE = "Ask an Alpaca model"
 REMEMBERS = "remembers the conversation until you start a new one"
 ALONE = "answers each instruction on its own and remembers nothing"
@@ -155,7 +155,7 @@ class Demo:
         visitor = request.client.host, login
         for who, what, most in zip(visitor, ("address", "login"), (MAX_OF_ADDRESS, MAX_OF_LOGIN), strict=True):
             if who and sum(who in other for other in self.pending) >= most:
-                raise page_error(f"{most} requests of your {what} are not answered yet: try again later.")
+                raise page_error(f"Requests of your {what} not answered yet: {most}, no more at once. Try again later.")
         return visitor
 
     async def answer(self, request: gr.Request, exchange, instruction, input, *given):
