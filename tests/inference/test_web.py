@@ -651,6 +651,8 @@ def test_a_password_is_asked_for_and_needed(visit, sites):
     assert site.http("/gradio_api/call/answer", {"data": []})[0] == 401
     assert site.http("/gradio_api/queue/join", {"data": [], "fn_index": 0, "session_hash": "x"})[0] == 401
     assert "tiny" not in site.http("/")[1]
+    page.button("Login").wait_for()
+    page.stands_out("light", "button.primary")
     for password in ("wrong", "right"):
         page.page.locator("input").nth(0).fill("ann")
         page.page.locator("input[type=password]").fill(password)
@@ -814,6 +816,13 @@ def test_an_unknown_function_or_route_is_one_line_in_the_log(sites, caplog, capf
     message = record.getMessage()
     assert line in message and "\n" not in message and "\x1b" not in message and record.exc_info is None
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_what_a_page_loads_comes_from_this_server_alone(sites):
+    def policy():
+        return urllib.request.urlopen(sites().url).headers.get("Content-Security-Policy", "")
+
+    wait_until(lambda: policy().startswith("default-src 'self'"))  # uvicorn takes it over within a second
 
 
 def connect(site) -> socket.socket:
