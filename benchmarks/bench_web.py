@@ -44,6 +44,10 @@ from alpaca.inference.generate import Settings
 from alpaca.inference.web import page as demo, server
 from alpaca.judging import page as blind
 from alpaca.judging.votes import Ballots
+try:
+    from alpaca.inference.web import asking
+except ImportError:  # before: in page.py
+    asking = demo
 
 class Scripted:
     def __init__(self, *_):
@@ -56,8 +60,8 @@ class Scripted:
             yield "word "
 
 if kind == "demo":
-    demo.Conversation, demo.request_ids = Scripted, lambda *_: [[1]]
-    demo.context_length, demo.saved_template = lambda model: 2048, lambda tokenizer: "alpaca"
+    asking.Conversation, asking.request_ids = Scripted, lambda *_: [[1]]
+    asking.context_length, asking.saved_template = lambda model: 2048, lambda tokenizer: "alpaca"
     page = demo.Demo([demo.Model("model", None, None)], Settings()).page
     print(server.launch(page, "127.0.0.1", free_port(0), ("ann", "right")), flush=True)
 else:

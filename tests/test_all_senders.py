@@ -122,9 +122,9 @@ def on_the_page(folder, questions) -> None:
         demo, exchange = web_page.Demo([web_page.Model("m", *load(folder, "cpu"))], Settings()), None
         visitor = SimpleNamespace(client=SimpleNamespace(host="127.0.0.1"))
         for question in questions:
-            async for shown in demo.answer(visitor, exchange, *question, 1, 0, 1, 0):
-                exchange = shown[2]
-            assert exchange["answers"] == [SAID.strip()]
+            async for shown in demo.answer(visitor, exchange, *question, 1, 0, 1, "0"):
+                exchange = shown.get(demo.exchange, exchange)
+            assert [record["answer"] for record in exchange] == [SAID.strip()]
 
     asyncio.run(ask())
 

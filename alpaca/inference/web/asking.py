@@ -1,0 +1,118 @@
+"""Asking models for the page: what may be asked of them, and the threads in which they answer."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import secrets
+import threading
+from collections.abc import AsyncIterator
+
+from alpaca import UserError
+from alpaca.chat_template import saved_template
+from alpaca.inference.chat import Conversation, next_turn, request_ids
+from alpaca.inference.generate import Settings, context_length
+from alpaca.inference.web.server import WORKER, page_error
+
+MAX_PROMPT_TOKENS = 2_048  # training read 512; never more than half of what the model can read
+MAX_SEED = 2**31 - 1
+STREAMS = 2  # answers of a model at once; of those that wait, the one that asked first is next
+
+
+@dataclasses.dataclass
+class Model:
+    """A model under the name that the page shows."""
+
+    name: str
+    model: object
+    tokenizer: object
+    path: str = ""
+    streams: threading.Semaphore = dataclasses.field(default_factory=lambda: threading.Semaphore(STREAMS))
+
+    @property
+    def remembers(self) -> bool:
+        """Whether it was trained with a chat template, and so is asked with the earlier turns as well."""
+        return saved_template(self.tokenizer) == "chat"
+
+
+def check(models: list[Model], turns: list[list[dict]], instruction: str, input: str, seed: str, *sliders) -> Settings:
+    """Check a request from a page or a program, and return its settings; without a seed they get one.
+
+    ``sliders`` are max_new_tokens, temperature and top_p: Gradio has kept them within their bounds.
+
+    Raises:
+        gr.Error: a text is out of bounds, for one of the models after its turns; the message names them.
+    """
+    if not instruction.strip():
+        raise page_error("Type an instruction first.")
+    if seed and not (seed.isdecimal() and len(seed) < 20 and int(seed) <= MAX_SEED):
+        raise page_error(f"Seed must be a number from 0 to {MAX_SEED}.")
+    try:
+        settings = Settings(*sliders, seed=int(seed or secrets.randbelow(MAX_SEED)))
+        for model, before in zip(models, turns, strict=True):
+            record = next_turn(before, instruction, input)
+            (ids,) = request_ids(model.tokenizer, saved_template(model.tokenizer), [record])
+            most = min(MAX_PROMPT_TOKENS, (context_length(model.model) or 2 * MAX_PROMPT_TOKENS) // 2)
+            if len(ids) > most:
+                what = "The conversation and this instruction" if before else "Instruction and input"
+                raise UserError(
+                    f"{what} have {len(ids):,} tokens; {model.name} reads at most {most:,} here: "
+                    + ("start a new conversation." if before else "shorten them.")
+                )
+    except UserError as e:
+        raise page_error(str(e)) from None
+    return settings
+
+
+async def answers(
+    models: list[Model], turns: list[list[dict]], asked: tuple[str, str], settings: Settings, left: threading.Event
+) -> AsyncIterator[list[tuple[str, str]]]:
+    """Yield each model's answer so far and the limit that cut it off, if any; at most some 20 times a second.
+
+    Yield again after a second without news: then Gradio sees whether the visitor has left. Each model has its own
+    thread, so that none holds up other pages. It keeps its stream until the model has ended, at the next token once
+    ``left`` is set: for Gradio a stopped answer has ended, while the model may still be reading the prompt.
+
+    Raises:
+        gr.Error: a model failed.
+    """
+    loop, news = asyncio.get_running_loop(), asyncio.Queue()
+    conversations = [Conversation(model.model, model.tokenizer, settings) for model in models]
+
+    def tell(index: int, what: str | Exception | None) -> None:
+        try:
+            loop.call_soon_threadsafe(news.put_nowait, (index, what))
+        except RuntimeError:  # the server has ended
+            left.set()
+
+    def work(index: int) -> None:
+        try:
+            conversations[index].turns = turns[index]
+            with models[index].streams:
+                if left.is_set():
+                    return
+                for piece in conversations[index].ask(*asked, left.is_set):
+                    tell(index, piece)
+            tell(index, None)
+        except Exception as e:
+            tell(index, e)
+
+    for index in range(len(models)):
+        threading.Thread(target=work, args=(index,), name=WORKER, daemon=True).start()
+    texts, running = [""] * len(models), len(models)
+    while running:
+        try:
+            index, what = await asyncio.wait_for(news.get(), 1)
+        except TimeoutError:
+            index, what = 0, ""
+        if isinstance(what, UserError):
+            raise page_error(str(what))
+        if isinstance(what, Exception):
+            logging.error("%s failed", models[index].name, exc_info=what)
+            raise page_error(f"{models[index].name} failed; the terminal of the server says why.")
+        running -= what is None
+        texts[index] += what or ""
+        if news.empty():
+            yield [(text, conversation.cut) for text, conversation in zip(texts, conversations, strict=True)]
+            await asyncio.sleep(0.05)
