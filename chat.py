@@ -16,7 +16,6 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import replace
 
 from alpaca import UserError
@@ -218,16 +217,13 @@ def obey(conversation, command: str, text: str) -> str:
 
 def answer(conversation, instruction: str, input: str) -> None:
     """Print an answer as it comes; a terminal gets control characters spelled out: they could rewrite the screen."""
-    terminal, empty = sys.stdout.isatty(), True
-    with closing(conversation.ask(instruction, input)) as pieces:
-        for piece in pieces:
-            empty = empty and not piece.strip()
-            print(printable(piece) if terminal else piece, end="", flush=True)
+    shown = printable if sys.stdout.isatty() else str
+    text = conversation.ask(instruction, input, lambda piece: print(shown(piece), end="", flush=True))
     print(flush=True)
     if conversation.cut:
         limit = "--max_new_tokens" if conversation.cut == "max_new_tokens" else "the end of the context"
         print(f"note: cut off at {limit}", file=sys.stderr, flush=True)
-    elif empty:
+    elif not text:
         print("note: the answer is empty: the model ended at once", file=sys.stderr, flush=True)
 
 

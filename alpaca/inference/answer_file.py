@@ -163,9 +163,9 @@ def _answer_rest(model, tokenizer, prompts, planned, settings: Settings, journal
     interval = 0.5 if sys.stderr.isatty() else 30  # s; a log file would fill with it
     bar = tqdm(total=sum(map(len, planned)), initial=len(answered), unit="answer", mininterval=interval, miniters=0)
 
-    def count(tokens: int) -> None:
+    def count(pieces: list[str]) -> None:
         nonlocal new
-        new += tokens
+        new += len(pieces)
         bar.set_postfix_str(f"{new / (time.monotonic() - started):,.0f} tokens/s", refresh=False)
         bar.update(0)
 
@@ -179,8 +179,8 @@ def _answer_rest(model, tokenizer, prompts, planned, settings: Settings, journal
                 print(f"\nrun the same command to continue: the answers are in {journal.path}", file=sys.stderr)
                 raise
             entries = [
-                {"row": row, "output": text.strip(), "tokens": tokens, "cut": cut}
-                for row, (text, tokens, cut) in zip(rows, made, strict=True)
+                {"row": row, "output": answer.text, "tokens": len(answer.tokens), "cut": answer.cut}
+                for row, answer in zip(rows, made, strict=True)
                 if row not in answered  # a crash may have torn off only the end of a batch
             ]
             journal.append(entries)

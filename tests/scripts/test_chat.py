@@ -27,7 +27,7 @@ from alpaca import UserError
 from alpaca.chat_template import mark_trained
 from alpaca.common import cli
 from alpaca.inference import answer_file
-from alpaca.inference.chat import stream
+from alpaca.inference.generate import answer_batch
 from alpaca.inference.load import load
 from alpaca.inference.web import page as web_page
 
@@ -89,11 +89,11 @@ def asked(monkeypatch) -> list[str]:
     """The prompts that the model is given, special tokens left out; it continues to answer."""
     seen = []
 
-    def note(model, tokenizer, ids, settings, **given):
-        seen.append(tokenizer.decode(ids, skip_special_tokens=True))
-        return stream(model, tokenizer, ids, settings, **given)
+    def note(model, tokenizer, prompts, *given):
+        seen.extend(tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts)
+        return answer_batch(model, tokenizer, prompts, *given)
 
-    monkeypatch.setattr("alpaca.inference.chat.stream", note)
+    monkeypatch.setattr("alpaca.inference.chat.answer_batch", note)
     return seen
 
 
@@ -550,9 +550,10 @@ def test_a_terminal_gets_control_characters_spelled_out_and_a_file_gets_every_by
     class Conversation:
         cut = ""
 
-        def ask(self, instruction, input):
-            yield "é\tok\x1b]0;title\x07"
-            yield "\x9b\r\x1b[2J\u202eabc\u2066\n"
+        def ask(self, instruction, input, say):
+            for piece in ("é\tok\x1b]0;title\x07", "\x9b\r\x1b[2J\u202eabc\u2066\n"):
+                say(piece)
+            return "é"
 
     out = io.StringIO()
     out.isatty = lambda: terminal

@@ -130,8 +130,7 @@ async def answers(
 
     def work(index: int) -> None:
         try:
-            for piece in conversations[index].ask(instruction, input, turn.left.is_set):
-                tell(index, piece)
+            conversations[index].ask(instruction, input, lambda piece: tell(index, piece), turn.left.is_set)
             tell(index, None)
         except Exception as e:
             tell(index, e)
