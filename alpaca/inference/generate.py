@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from alpaca import UserError
 from alpaca.chat_template import end_token
@@ -240,7 +240,7 @@ def _answer(model, tokenizer, prompts, settings: Settings, on_step, stopped, mem
     answers = [Answer(tokenizer, ends, longest_answer(model, ids, settings.max_new_tokens)) for ids in prompts]
     draw, watch = Draw(settings, prompts), Watch(answers, on_step, stopped)
     (ids, mask), cache = left_padded(prompts, model.device), memory.take(prompts[0]) if memory else None
-    goes_on = "past_key_values" in inspect.signature(model.forward).parameters  # Mamba's generate() cannot
+    goes_on = "past_key_values" in inspect.signature(model.forward).parameters  # Mamba begins again from the text
     while watch.answers and not stopped():
         output = greedily(
             model,
@@ -252,7 +252,9 @@ def _answer(model, tokenizer, prompts, settings: Settings, on_step, stopped, mem
             return_dict_in_generate=True,
             **({"past_key_values": cache} if cache else {}),
         )
-        ids, cache = output.sequences, output.past_key_values if goes_on else None
+        ids, cache = output.sequences, output.past_key_values
+        if not goes_on or type(cache) is not DynamicCache:  # nor can xLSTM's and MiniMax's lose a row
+            cache = None
         if memory:
             memory.keep(ids[0, :-1].tolist(), cache)
         mask = functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
