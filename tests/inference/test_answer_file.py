@@ -128,7 +128,7 @@ def test_thoughts_are_left_out_of_answers_and_without_an_end_they_are_an_error(t
     records = [{"instruction": "Say it.", "input": "", "output": "stale", "error": "stale"} for _ in raw]
     requests = [answer_file.Request("", record, record["instruction"], "") for record in records]
     run = (*load(tiny_llama, "cpu"), requests, tmp_path / "out.jsonl", "alpaca", Settings(9), 1 << 14, "me", {})
-    counts = answer_file.answer_file(*run, finish_reason=True)
+    counts = answer_file.answer_file(*run)
     assert [
         (row.get("output"), row.get("error"), row.get("finish_reason")) for row in read(tmp_path / "out.jsonl")
     ] == [
@@ -137,7 +137,7 @@ def test_thoughts_are_left_out_of_answers_and_without_an_end_they_are_an_error(t
         ("", None, "stop"),
         ("It goes", None, "length"),
     ]
-    assert counts == {"answers": 3, "unended": 1, "cut": 1, "earlier": 0, "too_long": 0, "tokens": 0, "examples": 0}
+    assert counts == {"answers": 3, "unended": 1, "cut": 1, "earlier": 0, "too_long": 0, "examples": 0}
     assert [json.dumps(text.strip()) in removed[-1] for text in raw] == [True] * 4  # the journal has what was said
 
 

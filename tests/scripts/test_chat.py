@@ -422,9 +422,8 @@ def test_the_answers_of_a_file_are_those_of_streams_in_the_order_of_the_file(
 ):
     rows = run_file(monkeypatch, tiny_llama, RECORDS, tmp_path / name)
     said = ["".join(stream_text(*loaded, utils.format_prompt(*pair), 8, 0.7, 0.9, 3)).strip() for pair in PAIRS]
-    expected = [
-        record | {"output": text, "generator": "tiny-llama"} for record, text in zip(RECORDS, said, strict=True)
-    ]
+    cut = {"generator": "tiny-llama", "finish_reason": "length"}
+    expected = [record | {"output": text} | cut for record, text in zip(RECORDS, said, strict=True)]
     assert rows == expected
     out, err = capsys.readouterr()
     assert out == "" and f"4 answers in {tmp_path / name} (4 cut off at --max_new_tokens" in err
@@ -492,7 +491,7 @@ def test_any_data_is_answered_and_what_was_recognized_is_said(tiny_llama, tmp_pa
         f"{tmp_path / 'in.jsonl'}: 1 record in Dolly's format\n"
     )
     expected = {"instruction": "Name a colour.", "input": "Dark.", "category": "open_qa", "generator": "tiny-llama"}
-    assert asked == expected | {"output": asked["output"]}
+    assert asked == expected | {"output": asked["output"], "finish_reason": "length"}
     (asked,) = run_file(
         monkeypatch, tiny_llama, '{"question": "Hi"}', tmp_path / "o.jsonl", "--fields=instruction=question"
     )
@@ -513,7 +512,7 @@ def test_a_list_that_is_nested_too_deeply_is_one_line(tmp_path):
 
 def test_an_error_of_an_earlier_run_does_not_stay_beside_an_answer(tiny_llama, tmp_path, monkeypatch):
     rows = run_file(monkeypatch, tiny_llama, [{"instruction": "Hi", "error": "too long"}], tmp_path / "out.jsonl")
-    assert rows[0].keys() == {"instruction", "output", "generator"}
+    assert rows[0].keys() == {"instruction", "output", "generator", "finish_reason"}
 
 
 def test_a_stdout_that_is_not_utf_8_takes_any_answer(tmp_path, monkeypatch):
