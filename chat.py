@@ -77,9 +77,9 @@ def chat(
         instruction: answer this one and leave; the answer alone is on stdout.
         input: the text that the instruction is about, if there is one.
         batch_path: answer the instructions of this file and leave; any data that train.py reads, answers or not.
-        output_path: where their answers go: the same records with "output" and "generator", in the same order; a JSON
-            list, which alpaca_eval reads, if the name ends in .json, else JSON Lines. The same command continues a run
-            that was killed.
+        output_path: where their answers go: the same records with "output", "generator" and "finish_reason" ("length"
+            if it was cut off), in the same order; a JSON list, which alpaca_eval reads, if the name ends in .json, else
+            JSON Lines. The same command continues a run that was killed.
         template: alpaca, the prompt of the original, or chat, the model's own chat template, in which turns are
             remembered (default: the one that the model was trained with).
         max_new_tokens: the longest answer, in tokens.

@@ -190,15 +190,17 @@ class Answer:
 class Draw(LogitsProcessor):
     """Leave each row the token that it draws from its own numbers, which depend on the seed and its prompt alone."""
 
-    def __init__(self, settings: Settings, prompts: Sequence[list[int]]):
-        self.settings, self.generators = settings, []
+    def __init__(self, settings: Settings, prompts: Sequence[list[int]], longest: int):
+        self.settings, self.width, draws = settings, max(map(len, prompts)), []
         seed = random.SystemRandom().getrandbits(48) if settings.seed is None else settings.seed
         for ids in prompts:
             digest = hashlib.sha256(f"{seed} {ids}".encode()).digest()
-            self.generators.append(torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+            draws.append(torch.rand(longest, generator=generator))
+        self.draws = torch.stack(draws)  # (rows, longest), the same whatever longest is
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        draws = torch.cat([torch.rand(1, generator=generator) for generator in self.generators])
+        draws = self.draws[:, input_ids.shape[1] - self.width]
         chosen = choose(scores, self.settings.temperature, self.settings.top_p, draws)
         return scores.scatter(1, chosen[:, None], torch.inf)
 
@@ -207,13 +209,14 @@ class Watch(StoppingCriteria):
     """Give each row's tokens to its answer, and end generate() when a row has ended: it leaves, the others go on."""
 
     def __init__(self, answers: list[Answer], on_step: Callable[[list[str]], object], stopped: Callable[[], bool]):
-        self.answers, self.on_step, self.stopped = answers, on_step, stopped
+        self.answers, self.on_step, self.stopped, self.ended = answers, on_step, stopped, False
 
     def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
-        pairs = zip(self.answers, input_ids[:, -1].tolist(), strict=True)
-        self.on_step([answer.add(token) for answer, token in pairs])
-        ends = any(answer.ended for answer in self.answers) or self.stopped()
-        return torch.full((len(self.answers),), ends, device=input_ids.device)
+        if not self.ended:  # on MPS, generate() takes one step more, and forgets it (5.23)
+            pairs = zip(self.answers, input_ids[:, -1].tolist(), strict=True)
+            self.on_step([answer.add(token) for answer, token in pairs])
+            self.ended = any(answer.ended for answer in self.answers) or self.stopped()
+        return torch.full((len(self.answers),), self.ended, device=input_ids.device)
 
 
 def left_padded(prompts: Sequence[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -238,33 +241,33 @@ def _answer(model, tokenizer, prompts, settings: Settings, on_step, stopped, mem
     """Answer prompts as answer_batch() does, if they fit the memory."""
     ends = end_ids(model, tokenizer)
     answers = [Answer(tokenizer, ends, longest_answer(model, ids, settings.max_new_tokens)) for ids in prompts]
-    draw, watch = Draw(settings, prompts), Watch(answers, on_step, stopped)
+    draw, running = Draw(settings, prompts, max(answer.limit for answer in answers)), answers
     (ids, mask), cache = left_padded(prompts, model.device), memory.take(prompts[0]) if memory else None
     goes_on = "past_key_values" in inspect.signature(model.forward).parameters  # Mamba begins again from the text
-    while watch.answers and not stopped():
+    while running and not stopped():
         output = greedily(
             model,
             ids,
             mask,
-            max(answer.limit - len(answer.tokens) for answer in watch.answers),
+            max(answer.limit - len(answer.tokens) for answer in running),
             logits_processor=LogitsProcessorList([draw]),
-            stopping_criteria=StoppingCriteriaList([watch]),
+            stopping_criteria=StoppingCriteriaList([Watch(running, on_step, stopped)]),
             return_dict_in_generate=True,
             **({"past_key_values": cache} if cache else {}),
         )
         ids, cache = output.sequences, output.past_key_values
-        if not goes_on or type(cache) is not DynamicCache:  # nor can xLSTM's and MiniMax's lose a row
+        if not goes_on or type(cache) is not DynamicCache:  # MiniMax's own kind cannot lose a row
             cache = None
         if memory:
             memory.keep(ids[0, :-1].tolist(), cache)
         mask = functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
-        stay = [place for place, answer in enumerate(watch.answers) if not answer.ended]
-        if 0 < len(stay) < len(ids):
+        stay = [place for place, answer in enumerate(running) if not answer.ended]
+        if 0 < len(stay) < len(running):
             kept = torch.tensor(stay, device=model.device)
-            ids, mask = ids[kept], mask[kept]
+            ids, mask, draw.draws = ids[kept], mask[kept], draw.draws[stay]
             if cache:
                 cache.reorder_cache(kept)
-        watch.answers, draw.generators = ([of[place] for place in stay] for of in (watch.answers, draw.generators))
+        running = [running[place] for place in stay]
     return answers
 
 

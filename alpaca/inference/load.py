@@ -37,6 +37,8 @@ def reading(path: str | os.PathLike, what: str = "the model") -> Iterator[None]:
         raise
     except pickle.UnpicklingError:  # whose words explain how to run the code
         raise UserError(f"{path} holds more than tensors (its pickle asks to run code) and was not loaded") from None
+    except torch.OutOfMemoryError:
+        raise UserError(f"{path} does not fit the memory: use dtype bfloat16, device cpu, or a smaller model") from None
     except Exception as e:
         hub = "" if os.path.exists(path) else "this folder does not exist, and from the hub "
         words = printable(shorten(f"{type(e).__name__}: {e}", 300))
@@ -163,12 +165,7 @@ def load(
         if dtype is None and place.type != "cpu":
             model = model.to(_fast(model.dtype, place))
         check_model(model, tokenizer, path)
-    try:
         return model.to(place).eval(), tokenizer
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"{path} does not fit the memory of {place}: use dtype bfloat16, device cpu, or a smaller model"
-        ) from None
 
 
 def _device(name: str | None) -> torch.device:

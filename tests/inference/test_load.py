@@ -194,7 +194,7 @@ def test_a_model_that_does_not_fit_the_device_is_told(tiny_llama, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(LlamaForCausalLM, "to", full)
-    with pytest.raises(UserError, match="does not fit the memory of cpu: use dtype bfloat16, device cpu, or"):
+    with pytest.raises(UserError, match="does not fit the memory: use dtype bfloat16, device cpu, or"):
         load(tiny_llama, "cpu")
 
 
