@@ -6,8 +6,10 @@ import os
 import sys
 
 import torch
+from transformers import DynamicCache
 
 from alpaca import UserError
+from alpaca.inference.generate import context_length, end_ids
 
 
 def near_zero(model) -> str:
@@ -39,6 +41,10 @@ def check_model(model, tokenizer, path: str | os.PathLike) -> None:
     The first is a weight diff (also one that lost its weight_diff.json), and one whose rows are too few for the
     tokenizer's vocabulary, added tokens left out, or for its BOS.
     """
+    end_ids(model, tokenizer)  # before the first question: the configs may have odd values
+    DynamicCache(config=model.config)
+    if (context := context_length(model)) is not None and context < 2:
+        raise UserError(f"{path}: config.json has max_position_embeddings {context}: copy it from its base")
     if what := near_zero(model):
         raise UserError(f"{path}: {what}, as in a weight diff: recover the model first (python weight_diff.py recover)")
     rows, bos = model.get_input_embeddings().weight.shape[0], tokenizer.bos_token_id
