@@ -1,4 +1,4 @@
-"""load.py, checks.py and adapters.py: a model that would answer with garbage is refused in one line, or warned of."""
+"""load.py and adapters.py: a model that would answer with garbage is refused in one line, or warned of."""
 
 from __future__ import annotations
 
