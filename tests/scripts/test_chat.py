@@ -626,19 +626,19 @@ def test_ctrl_c_says_how_to_go_on(tiny_llama, tmp_path, monkeypatch, capsys):
     assert len(run_file(monkeypatch, tiny_llama, RECORDS, tmp_path / "out.jsonl")) == len(RECORDS)
 
 
-def test_a_torn_batch_is_answered_again_and_its_whole_rows_stay(tiny_llama, tmp_path, monkeypatch):
+def test_a_torn_batch_is_answered_again_with_the_seed_that_was_drawn(tiny_llama, tmp_path, monkeypatch):
     """Also without a seed: the journal holds the one that was drawn."""
 
     class Stop(Exception):
         pass
 
-    def stop(*_):
+    def stop(*_, **__):
         raise Stop
 
     flags = ("--batch_tokens", "700", "--seed", "None")
     out = tmp_path / "out.jsonl"
     with monkeypatch.context() as patch:
-        patch.setattr(answer_file, "_write", stop)
+        patch.setattr(answer_file, "write_records", stop)
         with pytest.raises(Stop):
             run_file(monkeypatch, tiny_llama, MANY, out, *flags)
     journal = out.with_name("out.jsonl.journal")
@@ -652,7 +652,7 @@ def test_a_torn_batch_is_answered_again_and_its_whole_rows_stay(tiny_llama, tmp_
 def test_another_model_in_the_same_folder_does_not_finish_a_run(tiny_llama, tmp_path, monkeypatch):
     model, out = shutil.copytree(tiny_llama, tmp_path / "model"), tmp_path / "out.jsonl"
     with monkeypatch.context() as patch:
-        patch.setattr(answer_file, "_write", lambda *_: 1 / 0)
+        patch.setattr(answer_file, "write_records", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run_file(monkeypatch, model, RECORDS, out)
     os.utime(model / "model.safetensors")
@@ -665,7 +665,7 @@ def test_a_run_goes_on_in_the_template_that_it_began_with_named_or_not(tiny_llam
     model, out = shutil.copytree(tiny_llama, tmp_path / "model"), tmp_path / "out.jsonl"
     (model / "chat_template.jinja").write_text(TURNS)
     with monkeypatch.context() as patch:
-        patch.setattr(answer_file, "_write", lambda *_: 1 / 0)
+        patch.setattr(answer_file, "write_records", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run_file(monkeypatch, model, RECORDS, out)
     with pytest.raises(SystemExit) as exit:
@@ -680,7 +680,7 @@ def test_another_base_or_dtype_does_not_finish_a_run(tiny_llama, tmp_path, monke
     model = peft.get_peft_model(load(base, "cpu")[0], lora)
     model.save_pretrained(adapter)
     with monkeypatch.context() as patch:
-        patch.setattr(answer_file, "_write", lambda *_: 1 / 0)
+        patch.setattr(answer_file, "write_records", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run_file(monkeypatch, adapter, RECORDS, out)
     with pytest.raises(SystemExit) as exit:
