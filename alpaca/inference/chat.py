@@ -72,8 +72,7 @@ class Conversation:
                 say(pieces[0])
 
         try:
-            given = self.model, self.tokenizer, [ids], self.settings, tell, stopped, self.memory
-            (answer,) = answer_batch(*given)
+            (answer,) = answer_batch(self.model, self.tokenizer, [ids], self.settings, tell, stopped, self.memory)
             tell([answer.rest()])  # of one that was stopped
         except Exception:  # not Ctrl-C
             said.clear()
