@@ -16,7 +16,6 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import replace
 
 from alpaca import UserError
@@ -78,9 +77,9 @@ def chat(
         instruction: answer this one and leave; the answer alone is on stdout.
         input: the text that the instruction is about, if there is one.
         batch_path: answer the instructions of this file and leave; any data that train.py reads, answers or not.
-        output_path: where their answers go: the same records with "output" and "generator", in the same order; a JSON
-            list, which alpaca_eval reads, if the name ends in .json, else JSON Lines. The same command continues a run
-            that was killed.
+        output_path: where their answers go: the same records with "output", "generator" and "finish_reason" ("length"
+            if it was cut off), in the same order; a JSON list, which alpaca_eval reads, if the name ends in .json, else
+            JSON Lines. The same command continues a run that was killed.
         template: alpaca, the prompt of the original, or chat, the model's own chat template, in which turns are
             remembered (default: the one that the model was trained with).
         max_new_tokens: the longest answer, in tokens.
@@ -218,16 +217,13 @@ def obey(conversation, command: str, text: str) -> str:
 
 def answer(conversation, instruction: str, input: str) -> None:
     """Print an answer as it comes; a terminal gets control characters spelled out: they could rewrite the screen."""
-    terminal, empty = sys.stdout.isatty(), True
-    with closing(conversation.ask(instruction, input)) as pieces:
-        for piece in pieces:
-            empty = empty and not piece.strip()
-            print(printable(piece) if terminal else piece, end="", flush=True)
+    shown = printable if sys.stdout.isatty() else str
+    text = conversation.ask(instruction, input, lambda piece: print(shown(piece), end="", flush=True))
     print(flush=True)
     if conversation.cut:
         limit = "--max_new_tokens" if conversation.cut == "max_new_tokens" else "the end of the context"
         print(f"note: cut off at {limit}", file=sys.stderr, flush=True)
-    elif empty:
+    elif not text:
         print("note: the answer is empty: the model ended at once", file=sys.stderr, flush=True)
 
 

@@ -189,7 +189,6 @@ def _answer_here(items, output_path, model_path, generator, template, sampling, 
         identity,
         skip_errors=True,
         more=(lambda: _reference_fields(model, tokenizer, template, items)) if reference_loss else None,
-        finish_reason=True,
     )
     notes = [(counts["earlier"], "from an earlier run")]
     notes += [(counts["cut"], "cut off at --max_new_tokens or the end of the context")]

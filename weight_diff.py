@@ -287,11 +287,11 @@ def _smoke_test(path: str, device: str, size: int) -> None:
         need = f"loading it whole needs {memory.as_text(size)} of memory, {memory.as_text(free)} are free"
         return print(f"not tested: {need}; on a machine with more: python chat.py --model_path {path}")
     try:
-        answer = "".join(Conversation(*load(path, device), Settings(max_new_tokens=128)).ask(SMOKE_TEST))
+        answer = Conversation(*load(path, device), Settings(max_new_tokens=128)).ask(SMOKE_TEST)
     except Exception as e:  # the recovery has succeeded, which a traceback would hide
         why = f"did not answer on {device}: {first_line(e)} (--test_inference False skips this)"
         raise UserError(f"{path} is recovered and whole, but {why}") from None
-    print(f"{SMOKE_TEST}\n{answer.strip()}")
+    print(f"{SMOKE_TEST}\n{answer}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -53,11 +53,11 @@ class Scripted:
     def __init__(self, *_):
         self.turns, self.cut = [], ""
 
-    def ask(self, instruction, input, stopped):
+    def ask(self, instruction, input, say, stopped):
         end = time.monotonic() + {ANSWER_SECONDS}
         while time.monotonic() < end and not stopped():
             time.sleep(0.05)
-            yield "word "
+            say("word ")
 
 if kind == "demo":
     asking.Conversation, asking.request_ids = Scripted, lambda *_: [[1]]

@@ -19,8 +19,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from alpaca import UserError
-from alpaca.inference.chat import stream
-from alpaca.inference.generate import Settings
+from alpaca.inference.generate import Settings, answer_batch
 from alpaca.prompts import prompt_ids
 
 
@@ -210,9 +209,11 @@ def chain(path: Path, *pieces: str, loop: bool = False) -> Path:
 
 
 def stream_text(model, tokenizer, prompt, max_new_tokens=512, temperature=0.7, top_p=0.9, seed=None, **options):
-    """The answer to a text, as chat.stream() yields it."""
-    settings = Settings(max_new_tokens, temperature, top_p, seed)
-    return stream(model, tokenizer, prompt_ids(tokenizer, [prompt])[0], settings, **options)
+    """The pieces of the answer to a text, as they come."""
+    pieces, settings = [], Settings(max_new_tokens, temperature, top_p, seed)
+    given = prompt_ids(tokenizer, [prompt]), settings, lambda step: pieces.extend(step)
+    (answer,) = answer_batch(model, tokenizer, *given, **options)
+    return [piece for piece in [*pieces, answer.rest()] if piece]
 
 
 def count_fed(model) -> list[int]:

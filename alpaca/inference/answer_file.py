@@ -12,7 +12,6 @@ import json
 import os
 import random
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -84,13 +83,13 @@ def answer_file(
     identity: dict,
     skip_errors: bool = False,
     more: Callable[[], list[dict]] | None = None,
-    finish_reason: bool = False,
 ) -> dict[str, int]:
-    """Write the requests' records with "output" and "generator" to ``output_path``, in their order.
+    """Write the requests' records with "output", "generator" and "finish_reason" to ``output_path``, in their order.
 
-    It is JSON Lines, or a JSON list if the name ends in ``.json``: alpaca_eval reads that. An instruction that does not
-    fit the context gets "error" and no "output", and so does a reply whose thoughts do not end; thoughts before an
-    answer are left out. A record with "messages" gets the answer at their end as well.
+    It is JSON Lines, or a JSON list if the name ends in ``.json``: alpaca_eval reads that. As with servers,
+    "finish_reason" is "length" for an answer that was cut off, else "stop". An instruction that does not fit the
+    context gets "error" and no "output", and so does a reply whose thoughts do not end; thoughts before an answer are
+    left out. A record with "messages" gets the answer at their end as well.
 
     Args:
         requests: from read_requests().
@@ -100,12 +99,11 @@ def answer_file(
         identity: what else the answers depend on (see identity_of); a journal that differs in it is refused.
         skip_errors: whether to pass over an instruction that does not fit the context.
         more: called when all answers are there; returns further fields for the row of each request.
-        finish_reason: whether to add "finish_reason", as servers do: "length" if the answer was cut off, else "stop".
 
     Returns:
-        Counts: "answers", "earlier" (replies found in the journal), "tokens" (of this run's replies), "cut" (answers
-        that reached max_new_tokens or the end of the context), "too_long" (instructions), "unended" (thoughts),
-        "examples" (conversations of several turns in Alpaca's template).
+        Counts: "answers", "earlier" (replies found in the journal), "cut" (answers that reached max_new_tokens or the
+        end of the context), "too_long" (instructions), "unended" (thoughts), "examples" (conversations of several turns
+        in Alpaca's template).
 
     Raises:
         UserError: the file exists, the journal is of another run, or an instruction does not fit the context.
@@ -129,76 +127,69 @@ def answer_file(
     identity |= {"template": template, "requests": content, "batch_tokens": max_tokens}
     identity |= {"dtype": str(model.dtype).removeprefix("torch.")}
     with Journal(journal_path) as journal:
-        settings = _with_seed(journal, settings)
+        begun = journal.entries[0].get("run", {}) if journal.entries else {}
+        if settings.seed is None:
+            settings = replace(settings, seed=begun.get("seed", random.SystemRandom().getrandbits(48)))
         journal.begin(identity | asdict(settings))
-        answered = {entry["row"]: entry for entry in journal.entries[1:]}
-        counts = {"earlier": len(answered), "too_long": len(errors)}
-        counts["tokens"] = _answer_rest(model, tokenizer, prompts, planned, settings, journal, answered)
-        replies = {row: without_thoughts(entry["output"]) for row, entry in answered.items()}
-        answers = {row: text.strip() for row, text in replies.items() if text is not None}
-        errors |= dict.fromkeys(replies.keys() - answers.keys(), UNENDED)
-        counts |= {"answers": len(answers), "unended": len(replies) - len(answers)}
-        counts["cut"] = sum(answered[row]["cut"] for row in answers)
-        counts["examples"] = (template == "alpaca") * sum(has_several_turns(vars(request)) for request in requests)
-        fields = more() if more else [{} for _ in requests]
-        if finish_reason:
-            for row in answers:
-                fields[row]["finish_reason"] = "length" if answered[row]["cut"] else "stop"
-        _write(output_path, requests, answers, errors, generator, fields)
+        earlier = len(journal.entries) - 1
+        replies = _answer_rest(model, tokenizer, prompts, planned, settings, journal)
+        rows = [_row(request, errors.get(i), replies.get(i), generator) for i, request in enumerate(requests)]
+        if more:
+            rows = [row | fields for row, fields in zip(rows, more(), strict=True)]
+        write_records(rows, output_path, lines=output_path.suffix != ".json")
         journal_path.unlink()
-    return counts
+    answers = [row for row in rows if "output" in row]
+    return {
+        "answers": len(answers),
+        "earlier": earlier,
+        "cut": sum(row["finish_reason"] == "length" for row in answers),
+        "too_long": len(errors),
+        "unended": len(rows) - len(answers) - len(errors),
+        "examples": (template == "alpaca") * sum(has_several_turns(vars(request)) for request in requests),
+    }
 
 
-def _with_seed(journal: Journal, settings: Settings) -> Settings:
-    """Return the settings with a seed: their own, that of the run in the journal, or a new one."""
-    if settings.seed is not None:
-        return settings
-    begun = journal.entries[0].get("run", {}) if journal.entries else {}
-    return replace(settings, seed=begun.get("seed", random.SystemRandom().getrandbits(48)))
-
-
-def _answer_rest(model, tokenizer, prompts, planned, settings: Settings, journal: Journal, answered: dict) -> int:
-    """Answer the planned batches that are not in ``answered`` yet, add them to it, and return their tokens."""
-    started, new = time.monotonic(), 0
+def _answer_rest(model, tokenizer, prompts, planned, settings: Settings, journal: Journal) -> dict[int, dict]:
+    """Answer the planned batches that the journal has no replies to, and return all replies by the request's place."""
+    replies, written = {entry["row"]: entry for entry in journal.entries[1:]}, 0
     interval = 0.5 if sys.stderr.isatty() else 30  # s; a log file would fill with it
-    bar = tqdm(total=sum(map(len, planned)), initial=len(answered), unit="answer", mininterval=interval, miniters=0)
+    bar = tqdm(total=sum(map(len, planned)), initial=len(replies), unit="answer", mininterval=interval, miniters=0)
 
-    def count(tokens: int) -> None:
-        nonlocal new
-        new += tokens
-        bar.set_postfix_str(f"{new / (time.monotonic() - started):,.0f} tokens/s", refresh=False)
+    def count(pieces: list[str]) -> None:
+        nonlocal written
+        written += len(pieces)
+        bar.set_postfix_str(f"{written:,} tokens", refresh=False)
         bar.update(0)
 
     with bar:
         for rows in planned:
-            if all(row in answered for row in rows):
+            if all(row in replies for row in rows):
                 continue
             try:
-                made = answer_batch(model, tokenizer, [prompts[row] for row in rows], settings, count)
+                answers = answer_batch(model, tokenizer, [prompts[row] for row in rows], settings, count)
             except KeyboardInterrupt:
                 print(f"\nrun the same command to continue: the answers are in {journal.path}", file=sys.stderr)
                 raise
-            entries = [
-                {"row": row, "output": text.strip(), "tokens": tokens, "cut": cut}
-                for row, (text, tokens, cut) in zip(rows, made, strict=True)
-                if row not in answered  # a crash may have torn off only the end of a batch
-            ]
+            pairs = zip(rows, answers, strict=True)
+            entries = [{"row": row, "output": answer.text, "cut": answer.cut} for row, answer in pairs]
             journal.append(entries)
-            answered |= {entry["row"]: entry for entry in entries}
+            replies |= {entry["row"]: entry for entry in entries}
             bar.update(len(entries))
-    return new
+    return replies
 
 
-def _write(path: Path, requests: list[Request], answers: dict, errors: dict, generator: str, more: list[dict]) -> None:
-    rows = []
-    for row, (request, fields) in enumerate(zip(requests, more, strict=True)):
-        said = {"error": errors[row]} if row in errors else {"output": answers[row], "generator": generator}
-        if request.record.get("messages"):
-            answer = [{"role": "assistant", "content": answers[row]}] if row in answers else []
-            said["messages"] = [*asked_of(request.record), *answer]
-        stale = "output" if row in errors else "error"  # of an earlier run
-        rows.append({key: value for key, value in request.record.items() if key != stale} | said | fields)
-    write_records(rows, path, lines=path.suffix != ".json")
+def _row(request: Request, error: str | None, reply: dict | None, generator: str) -> dict:
+    """Return a request's record with the reply to it, or with the error that it has instead."""
+    text = without_thoughts(reply["output"]) if reply else None
+    if text is None:
+        said, stale, turn = {"error": error or UNENDED}, "output", []
+    else:
+        ended = {"generator": generator, "finish_reason": "length" if reply["cut"] else "stop"}
+        said, stale = {"output": text.strip()} | ended, "error"  # of an earlier run
+        turn = [{"role": "assistant", "content": text.strip()}]
+    if request.record.get("messages"):
+        said["messages"] = [*asked_of(request.record), *turn]
+    return {key: value for key, value in request.record.items() if key != stale} | said
 
 
 def identity_of(model_path: str, base_path: str | None) -> dict:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
-from itertools import chain
-
-import torch
+from collections.abc import Callable, Sequence
 
 from alpaca.chat_template import asked_of, chat_ids, chat_template, saved_template, without_system
 from alpaca.common.shapes import has_several_turns, user_message
-from alpaca.inference.generate import Memory, Settings, Text, decode, end_ids, longest_answer, too_large
+from alpaca.inference.generate import Memory, Settings, answer_batch
 from alpaca.prompts import format_prompt, prompt_ids
 
 
@@ -38,46 +34,6 @@ def request_ids(tokenizer, template: str, records: Sequence[dict]) -> list[list[
     return ids
 
 
-def stream(
-    model,
-    tokenizer,
-    ids: list[int],
-    settings: Settings,
-    memory: Memory | None = None,
-    stopped: Callable[[], bool] = lambda: False,
-    on_cut: Callable[[str], None] = lambda limit: None,
-) -> Iterator[str]:
-    """Yield the answer to a prompt piece by piece, without white space around it.
-
-    It ends at a token of end_ids(), at STOP, at max_new_tokens, or at the end of the context.
-
-    Closing the iterator stops the model.
-
-    Args:
-        model, tokenizer, ids, settings: the ids are the prompt's.
-        memory: of the conversation that the prompt continues.
-        stopped: called before each token, also where it shows no text; True ends the answer.
-        on_cut: called with "max_new_tokens" or "context" if the answer reached that limit.
-
-    Raises:
-        UserError: the prompt is empty, fills the context, or does not fit the memory.
-    """
-    limit, ends, text = longest_answer(model, ids, settings.max_new_tokens), end_ids(model, tokenizer), Text(tokenizer)
-    try:
-        with closing(decode(model, [ids], ends, settings, (), memory, stopped)) as steps:
-            for _, token in chain.from_iterable(steps):
-                if piece := text.add(token):
-                    yield piece
-                if text.ended:
-                    return
-    except torch.OutOfMemoryError:
-        raise too_large(ids) from None
-    if piece := text.rest():
-        yield piece
-    if len(text.tokens) == limit:
-        on_cut("context" if limit < settings.max_new_tokens else "max_new_tokens")
-
-
 class Conversation:
     """Turns with a model. Where the prompts of two turns begin alike, the second reuses what the first computed.
 
@@ -96,26 +52,38 @@ class Conversation:
         """Forget the turns."""
         self.turns = []
 
-    def ask(self, instruction: str, input: str = "", stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
-        """Yield the answer piece by piece; ``stopped`` is that of stream().
+    def ask(
+        self,
+        instruction: str,
+        input: str = "",
+        say: Callable[[str], object] = lambda piece: None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> str:
+        """Return the answer; ``say`` is called with each piece of it as it comes, ``stopped`` as in answer_batch().
 
-        An answer that the reader stops becomes a turn as far as it got; one that fails does not.
+        An answer that is stopped, by that or by Ctrl-C, becomes a turn as far as it got; one that fails does not.
         """
         said, (ids,) = [], request_ids(self.tokenizer, self.template, [next_turn(self.turns, instruction, input)])
         self.cut = ""
-        options = {"memory": self.memory, "stopped": stopped, "on_cut": lambda limit: setattr(self, "cut", limit)}
+
+        def tell(pieces: list[str]) -> None:
+            if pieces[0]:
+                said.append(pieces[0])
+                say(pieces[0])
+
         try:
-            with closing(stream(self.model, self.tokenizer, ids, self.settings, **options)) as pieces:
-                for piece in pieces:
-                    said.append(piece)
-                    yield piece
-        except Exception:  # not Ctrl-C, nor the end of an iterator that is closed
+            (answer,) = answer_batch(self.model, self.tokenizer, [ids], self.settings, tell, stopped, self.memory)
+            tell([answer.rest()])  # of one that was stopped
+        except Exception:  # not Ctrl-C
             said.clear()
             raise
         finally:
             if self.template == "chat" and said:
-                answer = {"role": "assistant", "content": "".join(said)}
-                self.turns = [*self.turns, user_message(instruction, input), answer]
+                turn = {"role": "assistant", "content": "".join(said)}
+                self.turns = [*self.turns, user_message(instruction, input), turn]
+        if answer.cut:
+            self.cut = "context" if answer.limit < self.settings.max_new_tokens else "max_new_tokens"
+        return answer.text
 
 
 def next_turn(turns: list[dict], instruction: str, input: str) -> dict:

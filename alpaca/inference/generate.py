@@ -1,33 +1,29 @@
-"""Generate answers, one prompt or a batch of them: tokens from the model, and text from the tokens as they come.
+"""Generate answers with transformers' generate(), one prompt or a batch of them, and show their text as it comes.
 
 A row's tokens depend on the model, its prompt and the settings, not on the rest of the batch: each row draws from its
 own generator, seeded from the seed and the prompt. Rounding remains: matrix products of 1 row and of 32 rows add in
 different orders (1e-7 of a logit in float32, 1e-2 in bfloat16), so where two tokens are nearly as likely, a row alone
 and in a batch may differ.
-
-The loop is ours. transformers' generate() with a logits processor that makes the same draws gives the same answers
-("seeded" in benchmarks/bench_chat.py), but it calls its caller: to stream from it, to stop it and to let rows leave
-took a thread, a stopping criterion and a call for each row that ends, which is more code than the loop has.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import inspect
 import random
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from alpaca import UserError
 from alpaca.chat_template import end_token
 
 STOP = "### Instruction:"  # a model that missed its EOS continues with the next example of its training data
-STOP_TOKENS = 32  # more than STOP can have: it has 16 characters, and each token has at least one of their bytes
 NUCLEUS = 1024  # the likeliest tokens, searched first: sorting 49,152 takes 27 ms, choosing these 0.3 ms
 
 
@@ -65,26 +61,24 @@ class Memory:
         self.ids: list[int] = []
         self.cache = None
 
-    def begin(self, ids: list[int]) -> int:
-        """Keep the beginning that it shares with ``ids``, drop the rest, and return the number of tokens kept.
+    def take(self, ids: list[int]):
+        """Take out the cache of the beginning that it shares with ``ids``, the last of them left out; None if empty.
 
-        The last token of ``ids`` is never kept: its logits are needed for the next token.
+        It stays out until keep(): what Ctrl-C interrupts anywhere before has lost it, and reads all again.
         """
+        cache, self.cache = self.cache, None
         same = next((i for i, (a, b) in enumerate(zip(self.ids, ids, strict=False)) if a != b), len(self.ids))
-        same = min(same, len(ids) - 1)
-        # A sliding window has dropped what a shorter prompt needs.
-        if self.cache is None or any(type(layer) is not DynamicLayer for layer in self.cache.layers):
-            same, self.cache = 0, None
-        cache, self.cache = self.cache, None  # until it fits the tokens: Ctrl-C may come anywhere
-        if cache is not None and same < len(self.ids):
+        same = min(same, len(ids) - 1)  # the last one's logits are needed for the next token
+        # Only such layers can go back: a sliding window has dropped what a shorter prompt needs, a state has no parts.
+        if not same or not cache or any(type(layer) is not DynamicLayer for layer in cache.layers):
+            return None
+        if same < len(self.ids):
             cache.crop(same - len(self.ids))
-        self.ids = self.ids[:same]
-        self.cache = cache
-        return same
+        return cache
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokens.
+    def keep(self, ids: list[int], cache) -> None:
+        """Note the tokens that ``cache`` holds."""
+        self.ids, self.cache = ids, cache
 
 
 def choose(logits: torch.Tensor, temperature: float, top_p: float, draws: torch.Tensor | None = None) -> torch.Tensor:
@@ -152,159 +146,166 @@ def longest_answer(model, ids: list[int], max_new_tokens: int) -> int:
     return min(max_new_tokens, context - len(ids)) if context else max_new_tokens
 
 
-def _draws(seed: int, ids: list[int], count: int) -> torch.Tensor:
-    """Return (count,) uniform numbers that depend on the seed and the prompt alone."""
-    digest = hashlib.sha256(f"{seed} {ids}".encode()).digest()
-    return torch.rand(count, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
-
-
-@torch.inference_mode()
-def decode(
-    model,
-    prompts: Sequence[list[int]],
-    ends: frozenset[int],
-    settings: Settings,
-    done: Collection[int] = (),
-    memory: Memory | None = None,
-    stopped: Callable[[], bool] = lambda: False,
-) -> Iterator[list[tuple[int, int]]]:
-    """Yield (row, token) of each row that continues, step by step; a row that has ended leaves the batch.
+class Answer:
+    """A row's answer as its tokens come. Its text has no white space around it, and ends at STOP.
 
     Args:
-        model, prompts: a causal model, and token ids.
-        ends: tokens that end a row; they are not yielded.
-        settings: a row also ends at ``max_new_tokens`` and at the end of the context.
-        done: rows that the caller wants no more of; read after each step.
-        memory: of the conversation whose next prompt is ``prompts[0]``; tokens that it holds are not computed again.
-        stopped: called before each step, the first included; True ends all rows.
-
-    Raises:
-        UserError: a prompt is empty or fills the context, or the model computes NaN.
+        tokenizer: the model's.
+        ends: tokens that end it; they are no part of it.
+        limit: the most tokens that it can have.
     """
-    limits = [longest_answer(model, ids, settings.max_new_tokens) for ids in prompts]
-    seed = random.SystemRandom().getrandbits(48) if settings.seed is None else settings.seed
-    draws = torch.stack([_draws(seed, ids, max(limits)) for ids in prompts])
-    known = memory.begin(prompts[0]) if memory else 0
-    memory = memory or Memory()
-    cache = memory.cache or DynamicCache(config=model.config)
-    width = max(map(len, prompts))
-    padded = [[ids[0]] * (width - len(ids)) + ids for ids in prompts]  # on the left
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
-    positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, known:]
-    ids = torch.tensor(padded, device=model.device)[:, known:]
-    padding = min(map(len, prompts)) < width  # without, attention need not look at a mask
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft hands on what the base accepts
-    accepted = inspect.signature(base.forward).parameters
-    rows, written = list(range(len(prompts))), 0
-    while rows and not stopped():
-        inputs = {"attention_mask": mask if padding else None, "position_ids": positions, "logits_to_keep": 1}
-        inputs = {name: value for name, value in inputs.items() if name in accepted}
-        memory.cache = None  # until all layers have these tokens: Ctrl-C may come between two
-        output = model(input_ids=ids, past_key_values=cache, use_cache=True, **inputs)
-        logits = output.logits[:, -1].float()
-        chosen = choose(logits, settings.temperature, settings.top_p, draws[rows, written])
-        tokens = chosen.tolist()
-        memory.ids += ids[0].tolist()
-        memory.cache = cache  # last: from here on it holds what memory.ids says
-        written += 1
-        step = [(row, token) for row, token in zip(rows, tokens, strict=True) if token not in ends]
-        yield step
-        going = {row for row, _ in step if row not in done and written < limits[row]}
-        stay = [place for place, row in enumerate(rows) if row in going]
-        ids, positions = chosen[:, None], positions[:, -1:] + 1
-        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        if 0 < len(stay) < len(rows):
-            kept = torch.tensor(stay, device=model.device)
-            cache.batch_select_indices(kept)
-            ids, positions, mask = ids[kept], positions[kept], mask[kept]
-        rows = [rows[place] for place in stay]
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Text.
-
-
-class Text:
-    """An answer's text as its tokens come, without white space around it; it ends at STOP."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.tokens, self.shown, self.ended = tokenizer, [], "", False
+    def __init__(self, tokenizer, ends: frozenset[int], limit: int):
+        self.tokenizer, self.ends, self.limit = tokenizer, ends, limit
+        self.tokens: list[int] = []
+        self.text = ""
+        self.ended = self.cut = False  # cut: at the limit
 
     def add(self, token: int) -> str:
         """Take a token, and return the text to show now: without half a character, and what may begin STOP."""
-        self.tokens.append(token)
-        return self.rest(more=True)
+        if not self.ended and token not in self.ends:
+            self.tokens.append(token)
+            self.cut = len(self.tokens) == self.limit
+        self.ended = self.ended or token in self.ends or self.cut
+        return self.rest(more=not self.ended)
 
     def rest(self, more: bool = False) -> str:
         """Return the text that has not been shown; ``more``: tokens may follow.
 
-        All tokens are decoded each time: one by one, or line by line as in transformers' TextIteratorStreamer, a LLaMA
+        All tokens are decoded each time: one by one, or line by line as in transformers' TextStreamer, a LLaMA
         tokenizer drops a space at each beginning, and so the first of every indentation.
         """
         text, stop, _ = self.tokenizer.decode(self.tokens, skip_special_tokens=True).lstrip().partition(STOP)
-        self.ended = bool(stop)
-        if more and not stop:
+        if stop:
+            self.ended, self.cut = True, False
+        elif more:
             text = text.rstrip("\ufffd")  # it marks a character that lacks some of its bytes
             begun = next((n for n in range(min(len(STOP), len(text)), 0, -1) if STOP.startswith(text[-n:])), 0)
             text = text[: len(text) - begun]
-        new = text.rstrip()[len(self.shown) :]
-        self.shown += new
+        new = text.rstrip()[len(self.text) :]
+        self.text += new
         return new
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Answers.
+class Draw(LogitsProcessor):
+    """Leave each row the token that it draws from its own numbers, which depend on the seed and its prompt alone."""
+
+    def __init__(self, settings: Settings, prompts: Sequence[list[int]], longest: int):
+        self.settings, self.width, draws = settings, max(map(len, prompts)), []
+        seed = random.SystemRandom().getrandbits(48) if settings.seed is None else settings.seed
+        for ids in prompts:
+            digest = hashlib.sha256(f"{seed} {ids}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+            draws.append(torch.rand(longest, generator=generator))
+        self.draws = torch.stack(draws)  # (rows, longest), the same whatever longest is
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        draws = self.draws[:, input_ids.shape[1] - self.width]
+        chosen = choose(scores, self.settings.temperature, self.settings.top_p, draws)
+        return scores.scatter(1, chosen[:, None], torch.inf)
 
 
-def too_large(ids: list[int]) -> UserError:
-    """Return the error for a single prompt that does not fit the memory."""
-    return UserError(
-        f"a prompt of {len(ids)} tokens and its answer do not fit the memory: lower max_new_tokens, or use dtype "
-        "bfloat16 or device cpu"
-    )
+class Watch(StoppingCriteria):
+    """Give each row's tokens to its answer, and end generate() when a row has ended: it leaves, the others go on."""
+
+    def __init__(self, answers: list[Answer], on_step: Callable[[list[str]], object], stopped: Callable[[], bool]):
+        self.answers, self.on_step, self.stopped, self.ended = answers, on_step, stopped, False
+
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        if not self.ended:  # on MPS, generate() takes one step more, and forgets it (5.23)
+            pairs = zip(self.answers, input_ids[:, -1].tolist(), strict=True)
+            self.on_step([answer.add(token) for answer, token in pairs])
+            self.ended = any(answer.ended for answer in self.answers) or self.stopped()
+        return torch.full((len(self.answers),), self.ended, device=input_ids.device)
+
+
+def left_padded(prompts: Sequence[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return prompts, padded on the left, and their attention mask, both int64 (rows, longest)."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[ids[0]] * (width - len(ids)) + ids for ids in prompts], device=device)
+    return ids, torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+
+
+def greedily(model, ids: torch.Tensor, mask: torch.Tensor, longest: int, **more):
+    """Return what generate() makes of padded prompts, taking the likeliest token each time to the last of ``longest``.
+
+    What the model's generation_config.json asks for, such as a repetition penalty, counts for nothing.
+    """
+    given = dict.fromkeys(model.generation_config.to_diff_dict())
+    given |= {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "use_cache": True}
+    return model.generate(input_ids=ids, attention_mask=mask, **given | {"max_length": ids.shape[1] + longest} | more)
+
+
+@torch.inference_mode()
+def _answer(model, tokenizer, prompts, settings: Settings, on_step, stopped, memory: Memory | None) -> list[Answer]:
+    """Answer prompts as answer_batch() does, if they fit the memory."""
+    ends = end_ids(model, tokenizer)
+    answers = [Answer(tokenizer, ends, longest_answer(model, ids, settings.max_new_tokens)) for ids in prompts]
+    draw, running = Draw(settings, prompts, max(answer.limit for answer in answers)), answers
+    (ids, mask), cache = left_padded(prompts, model.device), memory.take(prompts[0]) if memory else None
+    goes_on = "past_key_values" in inspect.signature(model.forward).parameters  # Mamba begins again from the text
+    while running and not stopped():
+        output = greedily(
+            model,
+            ids,
+            mask,
+            max(answer.limit - len(answer.tokens) for answer in running),
+            logits_processor=LogitsProcessorList([draw]),
+            stopping_criteria=StoppingCriteriaList([Watch(running, on_step, stopped)]),
+            return_dict_in_generate=True,
+            **({"past_key_values": cache} if cache else {}),
+        )
+        ids, cache = output.sequences, output.past_key_values
+        if not goes_on or type(cache) is not DynamicCache:  # MiniMax's own kind cannot lose a row
+            cache = None
+        if memory:
+            memory.keep(ids[0, :-1].tolist(), cache)
+        mask = functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+        stay = [place for place, answer in enumerate(running) if not answer.ended]
+        if 0 < len(stay) < len(running):
+            kept = torch.tensor(stay, device=model.device)
+            ids, mask, draw.draws = ids[kept], mask[kept], draw.draws[stay]
+            if cache:
+                cache.reorder_cache(kept)
+        running = [running[place] for place in stay]
+    return answers
 
 
 def answer_batch(
-    model, tokenizer, prompts: Sequence[list[int]], settings: Settings, on_tokens: Callable[[int], None] | None = None
-) -> list[tuple[str, int, bool]]:
-    """Answer each prompt as chat.stream() does, all at once; a batch that does not fit the memory is halved.
+    model,
+    tokenizer,
+    prompts: Sequence[list[int]],
+    settings: Settings,
+    on_step: Callable[[list[str]], object] = lambda pieces: None,
+    stopped: Callable[[], bool] = lambda: False,
+    memory: Memory | None = None,
+) -> list[Answer]:
+    """Answer prompts, all at once; a batch that does not fit the memory is halved.
+
+    An answer ends at a token of end_ids(), at STOP, at max_new_tokens, or at the end of the context.
 
     Args:
         model, tokenizer, prompts, settings: the prompts are token ids.
-        on_tokens: called after each step with the number of its tokens.
+        on_step: called after each step with the text to show now of each row that was still running.
+        stopped: called before each token; True ends all answers where they are.
+        memory: of the conversation that the only prompt continues; what it holds is not computed again.
 
-    Returns:
-        Text, number of tokens, and whether that number is the limit, so that the answer may be cut off.
+    Raises:
+        UserError: a prompt is empty or fills the context, one alone does not fit the memory, or the model computes NaN.
     """
-    written, done = [[] for _ in prompts], set()
-    may_end = functools.cache(lambda token: STOP[-1] in tokenizer.decode([token]))  # few rows are decoded at each step
     try:
-        for step in decode(model, prompts, end_ids(model, tokenizer), settings, done):
-            for row, token in step:
-                written[row].append(token)
-                if may_end(token) and STOP in tokenizer.decode(written[row][-STOP_TOKENS:], skip_special_tokens=True):
-                    done.add(row)
-            if on_tokens:
-                on_tokens(len(step))
+        return _answer(model, tokenizer, prompts, settings, on_step, stopped, memory)
     except torch.OutOfMemoryError:
         if len(prompts) == 1:
-            raise too_large(prompts[0]) from None
-        written = []
-    if prompts and not written:  # outside the handler, which keeps the tensors of the failed call alive
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
-        half = len(prompts) // 2
-        parts = prompts[:half], prompts[half:]
-        return [answer for part in parts for answer in answer_batch(model, tokenizer, part, settings, on_tokens)]
-    answers = []
-    for ids, tokens in zip(prompts, written, strict=True):
-        text = Text(tokenizer)
-        for token in tokens:  # as in a stream: decoding all at once may change the text before broken bytes
-            text.add(token)
-        text.rest()
-        cut = len(tokens) == longest_answer(model, ids, settings.max_new_tokens) and not text.ended
-        answers.append((text.shown, len(tokens), cut))
-    return answers
+            raise UserError(
+                f"a prompt of {len(prompts[0])} tokens and its answer do not fit the memory: lower max_new_tokens, or "
+                "use dtype bfloat16 or device cpu"
+            ) from None
+    if torch.accelerator.is_available():  # outside the handler, which keeps the tensors of the failed call alive
+        torch.accelerator.empty_cache()
+    half = len(prompts) // 2
+    parts = prompts[:half], prompts[half:]
+    return [answer for part in parts for answer in answer_batch(model, tokenizer, part, settings, on_step, stopped)]
 
 
 def batches(lengths: Sequence[int], max_new_tokens: int, max_tokens: int) -> list[list[int]]:

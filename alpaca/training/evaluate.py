@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from itertools import islice, takewhile
+from itertools import islice
 
 import torch
 from torch.nn import functional
@@ -15,14 +15,14 @@ from transformers import TrainerCallback
 from alpaca.chat_template import asked_of, chat_turns, messages_of, saved_template
 from alpaca.common.text import first_line, printable, shorten
 from alpaca.inference.chat import request_ids
-from alpaca.inference.generate import Settings, Text, batches, context_length, decode, end_ids
+from alpaca.inference.generate import Answer, batches, context_length, end_ids, greedily, left_padded
 from alpaca.prompts import answer_ids
 from alpaca.training.distributed import say
 from alpaca.training.examples import IGNORE_INDEX, make_example
 from alpaca.training.packing import SEGMENTS, library_attention, pad, set_attention
 
 BATCH_TOKENS = 2048  # padding included: their logits over 128,256 tokens are 1 GB in float32
-GREEDY = Settings(max_new_tokens=60, temperature=0)
+LONGEST = 60  # tokens of a sample answer
 KEY = "eval_sample_{}"  # in the Trainer's log, and so in TensorBoard, W&B, trackio and checkpoints
 ANSWER = "\n\n→ "  # between prompt and answer in it
 
@@ -95,7 +95,7 @@ class Samples(TrainerCallback):
 
     Training is not affected: nothing is sampled at temperature 0, the library has just evaluated, so the model is in
     eval mode, and the attention of flattened batches is restored. Under FSDP every forward pass gathers weights from
-    all ranks, so each rank answers all prompts, always up to max_new_tokens: none may stop early. Under DeepSpeed
+    all ranks, so each rank answers all prompts, always up to the last token: none may stop early. Under DeepSpeed
     there are no answers, since its engine has no whole weights for this. A model that cannot generate is reported once.
 
     Args:
@@ -119,7 +119,7 @@ class Samples(TrainerCallback):
         if not self.prompts or not (trainer.is_fsdp_enabled or state.is_world_process_zero):
             return
         try:
-            answers = self._answers(trainer.model, trainer.is_fsdp_enabled)
+            answers = self._answers(trainer.model)
         except Exception as e:  # from any architecture; training continues
             self.prompts = []
             say(f"note: no sample answers, as this model cannot generate here: {first_line(e)}")
@@ -131,24 +131,21 @@ class Samples(TrainerCallback):
         sys.stdout.flush()
         trainer.meter.pause()
 
-    def _answers(self, model, in_step: bool) -> list[str]:
-        attention, texts = (
-            model.config._attn_implementation,
-            [Text(self.tokenizer) for _ in self.prompts],
-        )  # private (5.23)
-        ends = end_ids(model, self.tokenizer)
+    def _answers(self, model) -> list[str]:
+        attention, answers = model.config._attn_implementation, []  # private (5.23)
+        ids, mask = left_padded(self.prompts, model.device)
         if attention == SEGMENTS:
             set_attention(model, library_attention(model))
         try:
-            for step in decode(model, self.prompts, frozenset() if in_step else ends, GREEDY):
-                for row, token in step:
-                    texts[row].tokens.append(token)
+            made = greedily(model, ids, mask, LONGEST)
         finally:
             if attention == SEGMENTS:
                 set_attention(model, SEGMENTS)
-        for text in texts:
-            text.tokens = list(takewhile(lambda token: token not in ends, text.tokens))
-        return [text.rest() for text in texts]
+        for tokens in made[:, ids.shape[1] :].tolist():
+            answers.append(Answer(self.tokenizer, end_ids(model, self.tokenizer), LONGEST))
+            for token in tokens:
+                answers[-1].add(token)
+        return [answer.text for answer in answers]
 
     def shown(self) -> list[dict]:
         """Return each prompt with its answers by step; those of earlier sessions come from a checkpoint's log."""

@@ -16,9 +16,15 @@ import train
 import utils
 from alpaca.data.instruction_sets import read_answers, read_set
 from alpaca.inference import answer_file
-from alpaca.inference.generate import Settings
+from alpaca.inference.generate import Answer, Settings
 from alpaca.inference.load import load
 from alpaca.training.evaluate import reference_losses
+
+
+def answered(text: str, tokens: int, cut: bool) -> Answer:
+    answer = Answer(None, frozenset(), tokens)
+    answer.text, answer.tokens, answer.cut = text.strip(), [0] * tokens, cut
+    return answer
 
 
 def write(path, rows):
@@ -105,8 +111,8 @@ def test_an_instruction_that_does_not_fit_is_told_and_has_an_error(tiny_llama, t
 
 
 def test_an_answer_that_ended_by_itself_says_stop_and_one_that_was_cut_length(tiny_llama, tmp_path, monkeypatch):
-    made = [("It ends.", 3, False), ("It goes on and", 3, True)]
-    monkeypatch.setattr(answer_file, "answer_batch", lambda model, tokenizer, ids, *_: [made.pop(0) for _ in ids])
+    made = iter([answered("It ends.", 3, False), answered("It goes on and", 3, True)])
+    monkeypatch.setattr(answer_file, "answer_batch", lambda model, tokenizer, ids, *_: [next(made) for _ in ids])
     instructions, output = write(tmp_path / "set.jsonl", make_records(2)), tmp_path / "out.jsonl"
     judge.answer(instructions, str(output), model_path=str(tiny_llama), max_new_tokens=3, device="cpu")
     ends = {row["output"]: row["finish_reason"] for row in read(output)}
@@ -115,14 +121,14 @@ def test_an_answer_that_ended_by_itself_says_stop_and_one_that_was_cut_length(ti
 
 def test_thoughts_are_left_out_of_answers_and_without_an_end_they_are_an_error(tiny_llama, tmp_path, monkeypatch):
     raw = [" <think>\nhm\n</think>\n\nIt ends.", "<think>\nIt goes on", "<think>hm</think>", "hm\n</think>\nIt goes"]
-    made = list(zip(raw, (3, 9, 3, 9), (False, True, False, True), strict=True))
-    monkeypatch.setattr(answer_file, "answer_batch", lambda model, tokenizer, ids, *_: [made.pop(0) for _ in ids])
+    made = map(answered, raw, (3, 9, 3, 9), (False, True, False, True))
+    monkeypatch.setattr(answer_file, "answer_batch", lambda model, tokenizer, ids, *_: [next(made) for _ in ids])
     removed = []
     monkeypatch.setattr(Path, "unlink", lambda path, **_: removed.append(path.read_text()))
     records = [{"instruction": "Say it.", "input": "", "output": "stale", "error": "stale"} for _ in raw]
     requests = [answer_file.Request("", record, record["instruction"], "") for record in records]
     run = (*load(tiny_llama, "cpu"), requests, tmp_path / "out.jsonl", "alpaca", Settings(9), 1 << 14, "me", {})
-    counts = answer_file.answer_file(*run, finish_reason=True)
+    counts = answer_file.answer_file(*run)
     assert [
         (row.get("output"), row.get("error"), row.get("finish_reason")) for row in read(tmp_path / "out.jsonl")
     ] == [
@@ -131,7 +137,7 @@ def test_thoughts_are_left_out_of_answers_and_without_an_end_they_are_an_error(t
         ("", None, "stop"),
         ("It goes", None, "length"),
     ]
-    assert counts == {"answers": 3, "unended": 1, "cut": 1, "earlier": 0, "too_long": 0, "tokens": 0, "examples": 0}
+    assert counts == {"answers": 3, "unended": 1, "cut": 1, "earlier": 0, "too_long": 0, "examples": 0}
     assert [json.dumps(text.strip()) in removed[-1] for text in raw] == [True] * 4  # the journal has what was said
 
 

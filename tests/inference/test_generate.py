@@ -1,4 +1,4 @@
-"""generate.py and chat.stream: a row of a batch says what it says alone, and stops where an answer ends."""
+"""generate.py: a row of a batch says what it says alone, and stops where an answer ends."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import json
 from copy import deepcopy
 from pathlib import Path
 
+import oracles_inference
 import pytest
 import torch
-from made_models import chain, count_fed, stream_text
+from made_models import chain, count_fed, edit_json, family, stream_text
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import utils
 from alpaca import UserError
 from alpaca.inference import generate
-from alpaca.inference.chat import stream
-from alpaca.inference.generate import STOP, Settings, Text, answer_batch, batches, choose, decode
+from alpaca.inference.chat import Conversation
+from alpaca.inference.generate import STOP, Answer, Settings, answer_batch, batches, choose
 from alpaca.inference.load import load, load_tokenizer
 from alpaca.prompts import prompt_ids
 
@@ -63,7 +64,7 @@ def bytes_for_letters(text: str) -> PreTrainedTokenizerFast:
 
 def pieces_of(tokenizer, ids) -> list[str]:
     """What is shown with each token, and at the end."""
-    text = Text(tokenizer)
+    text = Answer(tokenizer, frozenset(), 10**6)
     return [*map(text.add, ids), text.rest()]
 
 
@@ -121,12 +122,12 @@ def test_text_is_stripped_and_cut_at_the_stop_however_the_pieces_split_it(text, 
 
 
 def test_only_what_may_begin_the_stop_is_held_back():
-    text = Text(Pieces())
+    text = Answer(Pieces(), frozenset(), 10**6)
     given = ["\n", "a", " b", "c ##", "x ", "#", "## Instr", "uctive", "\n", "### Instruction", ":"]
     seen = [(piece, text.add(piece)) for piece in given]
     shown = [("a", "a"), (" b", " b"), ("c ##", "c"), ("x ", " ##x"), ("uctive", " ### Instructive")]
     assert [(piece, new) for piece, new in seen if new] == shown
-    assert text.ended and text.shown == "a bc ##x ### Instructive"
+    assert text.ended and text.text == "a bc ##x ### Instructive"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,15 +178,6 @@ def test_a_stream_ends_at_max_new_tokens(tmp_path):
     assert [answer(folder, max_new_tokens=n) for n in (1, 2, 5)] == ["a", "ab", "ababa"]
 
 
-def test_closing_a_stream_early_stops_the_model(tmp_path):
-    model, tokenizer = load(chain(tmp_path / "model", "a", "b", loop=True), "cpu")
-    fed = count_fed(model)
-    pieces = stream_text(model, tokenizer, "x", max_new_tokens=10**6)
-    assert [next(pieces), next(pieces)] == ["a", "b"]
-    pieces.close()
-    assert fed == [1, 1]  # the prompt, and "a"
-
-
 def test_a_stream_of_held_back_white_space_stops_when_it_is_told_to(tmp_path):
     """It yields nothing until its end; and one that is stopped before it begins reads no prompt."""
     model, tokenizer = load(chain(tmp_path / "model", "\n", loop=True), "cpu")
@@ -196,25 +188,23 @@ def test_a_stream_of_held_back_white_space_stops_when_it_is_told_to(tmp_path):
         return len(fed) == 3
 
     list(stream_text(model, tokenizer, "x", 200, stopped=stopped))
-    assert fed == [1, 1, 1] and calls == [0, 1, 2, 3]
+    assert fed == [1, 1, 1] and calls[:4] == [0, 1, 2, 3]
     fed.clear()
     assert list(stream_text(model, tokenizer, "x", 200, stopped=lambda: True)) == fed == []
 
 
-def test_a_stream_tells_that_it_was_cut_off(tmp_path, paris, loaded):
+def test_an_answer_tells_that_it_was_cut_off(tmp_path, paris, loaded):
     looping = load(chain(tmp_path / "model", "a ", "### Instruction:", loop=True), "cpu")
-    model, tokenizer = loaded
-    cut = []
-    for which, given, longest in (
-        ("ends at EOS", load(paris, "cpu"), 5),
-        ("has a token less than that", load(paris, "cpu"), 4),
-        ("ends at STOP in its last token", looping, 2),
-        ("is in the middle", looping, 1),
+    for (model, tokenizer), longest, cut in (
+        (load(paris, "cpu"), 5, False),  # ends at EOS
+        (load(paris, "cpu"), 4, True),  # has a token less than that
+        (looping, 2, False),  # ends at STOP in its last token
+        (looping, 1, True),
     ):
-        list(stream_text(*given, "x", longest, 0, on_cut=lambda limit, which=which: cut.append((limit, which))))
-    list(stream_text(model, tokenizer, "Q" * 1020, 50, 0, on_cut=lambda limit: cut.append(limit)))
-    limit = "max_new_tokens"
-    assert cut == [(limit, "has a token less than that"), (limit, "is in the middle"), "context"]
+        (answer,) = answer_batch(model, tokenizer, [[0]], Settings(longest, 0))
+        assert (answer.cut, answer.limit) == (cut, longest)
+    (answer,) = answer_batch(*loaded, [[40] * 1020], Settings(50, 0))
+    assert answer.cut and answer.limit == 4  # the context
 
 
 def test_a_prompt_that_fills_the_context_is_refused_and_one_that_leaves_a_token_is_answered(loaded):
@@ -265,69 +255,84 @@ def any_model(request):
     return load(request.getfixturevalue(request.param), "cpu")
 
 
-def rows_of(model, prompts, settings, ends=ENDS, done=()) -> list[list[int]]:
-    written = [[] for _ in prompts]
-    for step in decode(model, prompts, ends, settings, set(done), None):
-        for row, token in step:
-            written[row].append(token)
-    return written
+def rows_of(given, prompts, settings, ends=ENDS) -> list[list[int]]:
+    """The tokens of each row, ended by ``ends``, with model and tokenizer ``given``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "end_ids", lambda *_: ends)
+        return [answer.tokens for answer in answer_batch(*given, prompts, settings)]
 
 
 def test_an_empty_prompt_is_refused(loaded):
     with pytest.raises(UserError, match="the prompt is empty"):
-        rows_of(loaded[0], [[1], []], Settings(3))
+        rows_of(loaded, [[1], []], Settings(3))
 
 
-def test_greedy_rows_are_the_tokens_that_generate_gives_each_prompt_alone(any_model):
+@pytest.mark.parametrize(("temperature", "top_p"), [(0, 1.0), (1.2, 0.9)])
+def test_rows_are_the_tokens_of_a_plain_loop_alone_and_in_a_batch(any_model, temperature, top_p):
+    """The loop reads the whole text again for each token, one prompt after the other."""
     model, tokenizer = any_model
     prompts = prompt_ids(tokenizer, PROMPTS)
-    expected = []
-    for ids in prompts:
-        tokens = model.generate(
-            torch.tensor([ids]), do_sample=False, max_new_tokens=30, eos_token_id=sorted(ENDS), pad_token_id=0
-        )[0, len(ids) :].tolist()
-        expected.append(tokens[:-1] if tokens[-1] in ENDS else tokens)
+    expected = [oracles_inference.answer(model, ids, ENDS, 30, temperature, top_p, 3) for ids in prompts]
     assert len({len(tokens) for tokens in expected}) > 2  # they end at different steps
-    assert rows_of(model, prompts, Settings(30, 0)) == expected
-    assert [rows_of(model, [ids], Settings(30, 0))[0] for ids in prompts] == expected
+    settings = Settings(30, temperature, top_p, seed=3)
+    assert rows_of(any_model, prompts, settings) == expected
+    assert [rows_of(any_model, [ids], settings)[0] for ids in prompts] == expected
 
 
-def test_a_sampled_row_is_the_same_alone_and_in_any_batch(any_model):
+def test_a_sampled_row_is_the_same_in_any_batch_and_another_seed_changes_it(any_model):
     model, tokenizer = any_model
     prompts, settings = prompt_ids(tokenizer, PROMPTS), Settings(30, 1.2, 0.9, seed=3)
-    together = rows_of(model, prompts, settings)
+    together = rows_of(any_model, prompts, settings)
     assert len({tuple(tokens) for tokens in together}) > 3
-    assert rows_of(model, prompts[::-1], settings) == together[::-1]
-    assert rows_of(model, prompts[1:3], settings) == together[1:3]
-    assert [rows_of(model, [ids], settings)[0] for ids in prompts] == together
-    assert rows_of(model, prompts, Settings(30, 1.2, 0.9, seed=4)) != together
+    assert rows_of(any_model, prompts[::-1], settings) == together[::-1]
+    assert rows_of(any_model, prompts[1:3], settings) == together[1:3]
+    assert rows_of(any_model, prompts, Settings(30, 1.2, 0.9, seed=4)) != together
 
 
 def test_a_stream_is_the_answer_in_a_batch(any_model):
     model, tokenizer = any_model
     settings = Settings(20, 1.0, 0.9, seed=5)
     answers = answer_batch(model, tokenizer, prompt_ids(tokenizer, PROMPTS), settings)
-    assert [text for text, _, _ in answers] == [
+    assert [answer.text for answer in answers] == [
         "".join(stream_text(model, tokenizer, p, 20, 1.0, 0.9, 5)) for p in PROMPTS
     ]
-    assert [cut for _, _, cut in answers] == [tokens == 20 for _, tokens, _ in answers]
-    assert any(tokens == 20 for _, tokens, _ in answers)
+    assert [answer.cut for answer in answers] == [len(answer.tokens) == 20 for answer in answers]
+    assert any(len(answer.tokens) == 20 for answer in answers)
 
 
 def test_a_row_that_has_ended_is_computed_no_further(any_model):
     model, tokenizer = load(any_model[0].config._name_or_path, "cpu")
     prompts, fed = prompt_ids(tokenizer, PROMPTS), count_fed(model)
-    written = rows_of(model, prompts, Settings(30, 0))
+    written = rows_of((model, tokenizer), prompts, Settings(30, 0))
     alive = [sum(len(tokens) >= step for tokens in written) for step in range(1, 30)]
     assert alive[0] > alive[-1]
     assert fed == [5 * max(map(len, prompts)), *(rows for rows in alive if rows)]
 
 
-def test_a_row_that_the_caller_has_enough_of_leaves_and_the_others_go_on(loaded):
-    model, tokenizer = loaded
-    prompts = prompt_ids(tokenizer, PROMPTS[:3])
-    whole = rows_of(model, prompts, Settings(6, 0), frozenset())
-    assert rows_of(model, prompts, Settings(6, 0), frozenset(), done=[1]) == [whole[0], whole[1][:1], whole[2]]
+@pytest.mark.parametrize("name", ["Mistral", "Gemma 3, text", "Gemma 3, text and images", "Falcon-H1", "Mamba"])
+def test_a_model_of_any_kind_says_in_a_batch_what_a_plain_loop_says(name, tokenizer, tmp_path):
+    """With sliding windows, shorter than the text; with states in place of keys and values, or beside them."""
+    small = {"sliding_window": 6} if name in ("Mistral", "Gemma 3, text") else {}
+    given = load(family(tmp_path / "model", name, tokenizer, **small), "cpu")
+    prompts = prompt_ids(given[1], PROMPTS[:3])
+    expected = [oracles_inference.answer(given[0], ids, ENDS, 12, 1.2, 0.9, 3) for ids in prompts]
+    assert len({len(tokens) for tokens in expected}) > 1  # some leave
+    assert rows_of(given, prompts, Settings(12, 1.2, 0.9, 3)) == expected
+    talk = Conversation(*given, Settings(12, 1.2, 0.9, 3), "alpaca")
+    texts = ["Sing.", "Sing a song."]
+    alone = [Conversation(*given, talk.settings, "alpaca").ask(text) for text in texts]
+    assert [talk.ask(text) for text in texts] == alone
+
+
+def test_what_a_generation_config_asks_for_changes_no_answer(tmp_path, capfd):
+    folder = chain(tmp_path / "model", "a", "b", loop=True)
+    asked = {"max_length": 3, "max_new_tokens": 2, "do_sample": True, "temperature": 0.5, "repetition_penalty": 10.0}
+    asked |= {"num_beams": 4, "suppress_tokens": [3], "num_return_sequences": 2, "min_length": 9, "own": "x"}
+    for name in ("generation_config.json", "config.json"):
+        edit_json(folder / name, **asked)
+    assert answer(folder, max_new_tokens=5) == "ababa"
+    said = capfd.readouterr().err.splitlines()
+    assert [line for line in said if line and "Loading" not in line and "Writing" not in line] == []
 
 
 def test_each_row_may_fill_the_context_to_its_last_token(loaded):
@@ -335,7 +340,7 @@ def test_each_row_may_fill_the_context_to_its_last_token(loaded):
     model, tokenizer = loaded
     prompts = prompt_ids(tokenizer, ["Q" * 1020, "Q" * 1018, "Q"])
     assert [len(ids) for ids in prompts] == [1021, 1019, 2]
-    assert [len(tokens) for tokens in rows_of(model, prompts, Settings(8, 0), frozenset())] == [3, 5, 8]
+    assert [len(tokens) for tokens in rows_of(loaded, prompts, Settings(8, 0), frozenset())] == [3, 5, 8]
 
 
 @pytest.mark.parametrize("eos", [4, [2, 4]])
@@ -352,77 +357,75 @@ def test_a_batch_ends_a_row_at_the_next_instruction_with_the_text_of_a_stream(tm
     model, tokenizer = load(chain(tmp_path / "model", *pieces[-9:], loop=True), "cpu")
     fed = count_fed(model)
     made = answer_batch(model, tokenizer, [[0], [0, 0]], Settings(10**4, 0))
-    assert made == [("word16 word17 word18 word19 .", 8, False)] * 2
-    assert len(fed) == 8 and made[0][0] == "".join(stream_text(model, tokenizer, "x", 10**4, 0))
+    said = [(answer.text, len(answer.tokens), answer.cut) for answer in made]
+    assert said == [("word16 word17 word18 word19 .", 8, False)] * 2
+    assert len(fed) == 8 and made[0].text == "".join(stream_text(model, tokenizer, "x", 10**4, 0))
 
 
-def test_a_batch_that_is_too_large_for_the_memory_is_halved(loaded, monkeypatch):
-    model, tokenizer = loaded
-    prompts, sizes = prompt_ids(tokenizer, PROMPTS), []
-    expected = answer_batch(model, tokenizer, prompts, Settings(5, 0))
+def texts_of(answers) -> list[str]:
+    return [answer.text for answer in answers]
 
-    def small(model, prompts, *args):
-        sizes.append(len(prompts))
-        if len(prompts) > 2:
+
+def limited(sizes: list[int], most: int):
+    """A model's pre-hook that notes how many rows it is given, when these change, and has memory for ``most``."""
+
+    def check(_, args, kwargs):
+        rows = len(kwargs["input_ids"])
+        if [rows] != sizes[-1:]:
+            sizes.append(rows)
+        if rows > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return decode(model, prompts, *args)
 
-    monkeypatch.setattr(generate, "decode", small)
-    assert answer_batch(model, tokenizer, prompts, Settings(5, 0)) == expected
+    return check
+
+
+def test_a_batch_that_is_too_large_for_the_memory_is_halved(tiny_llama):
+    model, tokenizer = load(tiny_llama, "cpu")
+    prompts, sizes = prompt_ids(tokenizer, PROMPTS), []
+    expected = texts_of(answer_batch(model, tokenizer, prompts, Settings(5, 0)))
+    model.register_forward_pre_hook(limited(sizes, 2), with_kwargs=True)
+    assert texts_of(answer_batch(model, tokenizer, prompts, Settings(5, 0))) == expected
     assert sizes == [5, 2, 3, 1, 2]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's memory is limited here, a CPU's cannot be")
-def test_on_cuda_a_batch_that_runs_out_of_memory_is_halved(tiny_llama, monkeypatch):
+def test_on_cuda_a_batch_that_runs_out_of_memory_is_halved(tiny_llama):
     """With three quarters of the memory that it took."""
     model, tokenizer = load(tiny_llama, "cuda", "float32")
     prompts, sizes = [[1, 5 + row % 200] * 200 for row in range(256)], []
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     torch.cuda.reset_peak_memory_stats()
-    expected = answer_batch(model, tokenizer, prompts, Settings(5, 0))
+    expected = texts_of(answer_batch(model, tokenizer, prompts, Settings(5, 0)))
     took = torch.cuda.max_memory_reserved() - before
     torch.cuda.empty_cache()
 
-    def counted(model, prompts, *args):
-        sizes.append(len(prompts))
-        return decode(model, prompts, *args)
-
-    monkeypatch.setattr(generate, "decode", counted)
+    model.register_forward_pre_hook(limited(sizes, 256), with_kwargs=True)
     limit = before + 0.75 * took
     torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
     try:
-        assert answer_batch(model, tokenizer, prompts, Settings(5, 0)) == expected
+        assert texts_of(answer_batch(model, tokenizer, prompts, Settings(5, 0))) == expected
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert sizes[:2] == [256, 128]
 
 
-def test_a_single_prompt_that_is_too_large_for_the_memory_is_told(loaded, monkeypatch):
-    def none(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(generate, "decode", none)
+def test_a_single_prompt_that_is_too_large_for_the_memory_is_told(tiny_llama):
+    model, tokenizer = load(tiny_llama, "cpu")
+    model.register_forward_pre_hook(limited([], 0), with_kwargs=True)
     with pytest.raises(UserError, match="a prompt of 2 tokens and its answer do not fit the memory"):
-        answer_batch(*loaded, [[1, 5]], Settings(5, 0))
+        answer_batch(model, tokenizer, [[1, 5]], Settings(5, 0))
 
 
-def test_a_batch_says_of_broken_bytes_what_a_stream_says(sentencepiece_folder, loaded, monkeypatch):
+def test_what_was_shown_of_broken_bytes_is_not_taken_back(sentencepiece_folder):
     """LLaMA's decoder makes a replacement of each byte of a run that is not UTF-8, also of what was whole before."""
     tokenizer = load_tokenizer(sentencepiece_folder)
     byte = {value: tokenizer.convert_tokens_to_ids(f"<0x{value:02X}>") for value in (0xE5, 0xA5, 0xBD, 0xFF)}
     ids = [byte[value] for value in (0xE5, 0xA5, 0xBD, 0xFF)] + tokenizer(" x", add_special_tokens=False)["input_ids"]
     pieces = [piece for piece in pieces_of(tokenizer, ids) if piece]
     assert pieces[0] == "好" != tokenizer.decode(ids)[0]  # shown before it is known that it would be taken back
-
-    def steps(model, prompts, *_):
-        yield from ([(0, token)] for token in ids)
-
-    for module in ("generate", "chat"):
-        monkeypatch.setattr(f"alpaca.inference.{module}.decode", steps)
-    model = loaded[0]
-    ((text, _, _),) = answer_batch(model, tokenizer, [[1]], Settings(50, 0))
-    assert text == "".join(pieces) == "".join(stream(model, tokenizer, [1], Settings(50, 0)))
+    written = Answer(tokenizer, frozenset(), 50)
+    assert "".join([*map(written.add, ids), written.rest()]) == written.text == "".join(pieces)
 
 
 @pytest.mark.parametrize(

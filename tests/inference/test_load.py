@@ -1,4 +1,4 @@
-"""load.py, checks.py and adapters.py: a model that would answer with garbage is refused in one line, or warned of."""
+"""load.py and adapters.py: a model that would answer with garbage is refused in one line, or warned of."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import assert_user_error
 from made_models import chain
-from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import LlamaForCausalLM
 
 from alpaca import UserError
 from alpaca.inference import load as load_module
@@ -189,20 +189,12 @@ def test_a_bos_without_a_row_is_refused(tiny_llama, tmp_path):
         load(folder, "cpu")
 
 
-def test_a_model_without_a_key_value_cache_is_refused(tiny_llama, tmp_path):
-    folder = shutil.copytree(tiny_llama, tmp_path / "model")
-    shape = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 1, "vocab_size": 300}
-    MambaForCausalLM(MambaConfig(**shape)).save_pretrained(folder)
-    with pytest.raises(UserError, match="is a MambaForCausalLM, which has no key/value cache: choose"):
-        load(folder, "cpu")
-
-
 def test_a_model_that_does_not_fit_the_device_is_told(tiny_llama, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(LlamaForCausalLM, "to", full)
-    with pytest.raises(UserError, match="does not fit the memory of cpu: use dtype bfloat16, device cpu, or"):
+    with pytest.raises(UserError, match="does not fit the memory: use dtype bfloat16, device cpu, or"):
         load(tiny_llama, "cpu")
 
 
@@ -297,9 +289,9 @@ def test_a_template_ends_answers_at_a_token_that_no_config_names(tmp_path):
     template = "{% for m in messages %}{{ m['content'] + ('<eot>' if m['role'] == 'assistant' else '') }}{% endfor %}"
     model, tokenizer = load(folder, "cpu")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<eot>"]})
-    assert "never" in "".join(Conversation(model, tokenizer, Settings(1000, 0)).ask("x"))
+    assert "never" in Conversation(model, tokenizer, Settings(1000, 0)).ask("x")
     tokenizer.chat_template = template
     for way in ("chat", "alpaca"):
-        assert "".join(Conversation(model, tokenizer, Settings(1000, 0), way).ask("x")) == "Hi"
+        assert Conversation(model, tokenizer, Settings(1000, 0), way).ask("x") == "Hi"
     tokenizer.chat_template = "{{ raise_exception('no') }}"  # one that fails ends nothing, where it is not asked
-    assert "never" in "".join(Conversation(model, tokenizer, Settings(1000, 0)).ask("x"))
+    assert "never" in Conversation(model, tokenizer, Settings(1000, 0)).ask("x")

@@ -98,14 +98,14 @@ class Scripted:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.turns, self.cut = [], ""
 
-    def ask(self, instruction, input, stopped):
+    def ask(self, instruction, input, say, stopped):
         record = next_turn(self.turns, instruction, input)
         (ids,) = request_ids(self.tokenizer, saved_template(self.tokenizer), [record])
         held = ""  # white space, which is written only if more follows
         for piece in self.model.write(ids, self.settings, stopped, lambda limit: setattr(self, "cut", limit)):
             held += piece
             if text := held.rstrip():
-                yield text
+                say(text)
                 held = held[len(text) :]
 
 

@@ -27,7 +27,7 @@ from alpaca import UserError
 from alpaca.chat_template import mark_trained
 from alpaca.common import cli
 from alpaca.inference import answer_file
-from alpaca.inference.chat import stream
+from alpaca.inference.generate import answer_batch
 from alpaca.inference.load import load
 from alpaca.inference.web import page as web_page
 
@@ -89,11 +89,11 @@ def asked(monkeypatch) -> list[str]:
     """The prompts that the model is given, special tokens left out; it continues to answer."""
     seen = []
 
-    def note(model, tokenizer, ids, settings, **given):
-        seen.append(tokenizer.decode(ids, skip_special_tokens=True))
-        return stream(model, tokenizer, ids, settings, **given)
+    def note(model, tokenizer, prompts, *given):
+        seen.extend(tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts)
+        return answer_batch(model, tokenizer, prompts, *given)
 
-    monkeypatch.setattr("alpaca.inference.chat.stream", note)
+    monkeypatch.setattr("alpaca.inference.chat.answer_batch", note)
     return seen
 
 
@@ -422,9 +422,8 @@ def test_the_answers_of_a_file_are_those_of_streams_in_the_order_of_the_file(
 ):
     rows = run_file(monkeypatch, tiny_llama, RECORDS, tmp_path / name)
     said = ["".join(stream_text(*loaded, utils.format_prompt(*pair), 8, 0.7, 0.9, 3)).strip() for pair in PAIRS]
-    expected = [
-        record | {"output": text, "generator": "tiny-llama"} for record, text in zip(RECORDS, said, strict=True)
-    ]
+    cut = {"generator": "tiny-llama", "finish_reason": "length"}
+    expected = [record | {"output": text} | cut for record, text in zip(RECORDS, said, strict=True)]
     assert rows == expected
     out, err = capsys.readouterr()
     assert out == "" and f"4 answers in {tmp_path / name} (4 cut off at --max_new_tokens" in err
@@ -492,7 +491,7 @@ def test_any_data_is_answered_and_what_was_recognized_is_said(tiny_llama, tmp_pa
         f"{tmp_path / 'in.jsonl'}: 1 record in Dolly's format\n"
     )
     expected = {"instruction": "Name a colour.", "input": "Dark.", "category": "open_qa", "generator": "tiny-llama"}
-    assert asked == expected | {"output": asked["output"]}
+    assert asked == expected | {"output": asked["output"], "finish_reason": "length"}
     (asked,) = run_file(
         monkeypatch, tiny_llama, '{"question": "Hi"}', tmp_path / "o.jsonl", "--fields=instruction=question"
     )
@@ -513,7 +512,7 @@ def test_a_list_that_is_nested_too_deeply_is_one_line(tmp_path):
 
 def test_an_error_of_an_earlier_run_does_not_stay_beside_an_answer(tiny_llama, tmp_path, monkeypatch):
     rows = run_file(monkeypatch, tiny_llama, [{"instruction": "Hi", "error": "too long"}], tmp_path / "out.jsonl")
-    assert rows[0].keys() == {"instruction", "output", "generator"}
+    assert rows[0].keys() == {"instruction", "output", "generator", "finish_reason"}
 
 
 def test_a_stdout_that_is_not_utf_8_takes_any_answer(tmp_path, monkeypatch):
@@ -528,14 +527,17 @@ def test_a_stdout_that_is_not_utf_8_takes_any_answer(tmp_path, monkeypatch):
     ("pieces", "cut", "note"),
     [
         ([], "", "note: the answer is empty: the model ended at once\n"),
-        ([" \n", ""], "", "note: the answer is empty: the model ended at once\n"),
-        ([" ", "a", " "], "", ""),
+        (["a", " b"], "", ""),
         ([], "max_new_tokens", "note: cut off at --max_new_tokens\n"),
     ],
 )
 def test_an_answer_of_nothing_is_told(capsys, pieces, cut, note):
-    conversation = SimpleNamespace(cut=cut, ask=lambda instruction, input: (piece for piece in pieces))
-    chat.answer(conversation, "x", "")
+    def ask(instruction, input, say):
+        for piece in pieces:
+            say(piece)
+        return "".join(pieces)
+
+    chat.answer(SimpleNamespace(cut=cut, ask=ask), "x", "")
     assert capsys.readouterr() == ("".join(pieces) + "\n", note)
 
 
@@ -550,9 +552,10 @@ def test_a_terminal_gets_control_characters_spelled_out_and_a_file_gets_every_by
     class Conversation:
         cut = ""
 
-        def ask(self, instruction, input):
-            yield "é\tok\x1b]0;title\x07"
-            yield "\x9b\r\x1b[2J\u202eabc\u2066\n"
+        def ask(self, instruction, input, say):
+            for piece in ("é\tok\x1b]0;title\x07", "\x9b\r\x1b[2J\u202eabc\u2066\n"):
+                say(piece)
+            return "é"
 
     out = io.StringIO()
     out.isatty = lambda: terminal
@@ -623,19 +626,19 @@ def test_ctrl_c_says_how_to_go_on(tiny_llama, tmp_path, monkeypatch, capsys):
     assert len(run_file(monkeypatch, tiny_llama, RECORDS, tmp_path / "out.jsonl")) == len(RECORDS)
 
 
-def test_a_torn_batch_is_answered_again_and_its_whole_rows_stay(tiny_llama, tmp_path, monkeypatch):
+def test_a_torn_batch_is_answered_again_with_the_seed_that_was_drawn(tiny_llama, tmp_path, monkeypatch):
     """Also without a seed: the journal holds the one that was drawn."""
 
     class Stop(Exception):
         pass
 
-    def stop(*_):
+    def stop(*_, **__):
         raise Stop
 
     flags = ("--batch_tokens", "700", "--seed", "None")
     out = tmp_path / "out.jsonl"
     with monkeypatch.context() as patch:
-        patch.setattr(answer_file, "_write", stop)
+        patch.setattr(answer_file, "write_records", stop)
         with pytest.raises(Stop):
             run_file(monkeypatch, tiny_llama, MANY, out, *flags)
     journal = out.with_name("out.jsonl.journal")
@@ -649,7 +652,7 @@ def test_a_torn_batch_is_answered_again_and_its_whole_rows_stay(tiny_llama, tmp_
 def test_another_model_in_the_same_folder_does_not_finish_a_run(tiny_llama, tmp_path, monkeypatch):
     model, out = shutil.copytree(tiny_llama, tmp_path / "model"), tmp_path / "out.jsonl"
     with monkeypatch.context() as patch:
-        patch.setattr(answer_file, "_write", lambda *_: 1 / 0)
+        patch.setattr(answer_file, "write_records", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run_file(monkeypatch, model, RECORDS, out)
     os.utime(model / "model.safetensors")
@@ -662,7 +665,7 @@ def test_a_run_goes_on_in_the_template_that_it_began_with_named_or_not(tiny_llam
     model, out = shutil.copytree(tiny_llama, tmp_path / "model"), tmp_path / "out.jsonl"
     (model / "chat_template.jinja").write_text(TURNS)
     with monkeypatch.context() as patch:
-        patch.setattr(answer_file, "_write", lambda *_: 1 / 0)
+        patch.setattr(answer_file, "write_records", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run_file(monkeypatch, model, RECORDS, out)
     with pytest.raises(SystemExit) as exit:
@@ -677,7 +680,7 @@ def test_another_base_or_dtype_does_not_finish_a_run(tiny_llama, tmp_path, monke
     model = peft.get_peft_model(load(base, "cpu")[0], lora)
     model.save_pretrained(adapter)
     with monkeypatch.context() as patch:
-        patch.setattr(answer_file, "_write", lambda *_: 1 / 0)
+        patch.setattr(answer_file, "write_records", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run_file(monkeypatch, adapter, RECORDS, out)
     with pytest.raises(SystemExit) as exit:

@@ -15,14 +15,12 @@ from made_trainer import make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from alpaca import UserError
 from alpaca.inference.generate import Settings, answer_batch
 from alpaca.inference.load import load
 from alpaca.prompts import prompt_ids
 from alpaca.training import lora, packing, receipt
 
 DOCUMENT = ROOT / "docs" / "architectures.md"
-CANNOT_BE_ASKED = ("Mamba",)
 rows: dict[str, dict[str, str]] = {}  # of the document's table, by family
 
 
@@ -106,18 +104,13 @@ def test_a_family_trains_is_saved_reads_back_and_answers(name, adapted, bases, d
     else:
         assert same == images
 
-    if name in CANNOT_BE_ASKED:
-        with pytest.raises(UserError, match="has no key/value cache: choose one that has it"):
-            load(tmp_path)
-    else:
-        model, tokenizer = load(tmp_path)
-        (answer,) = answer_batch(model, tokenizer, prompt_ids(tokenizer, ["Count."]), Settings(5, temperature=0))
-        assert answer[1] > 0
+    model, tokenizer = load(tmp_path)
+    (answer,) = answer_batch(model, tokenizer, prompt_ids(tokenizer, ["Count."]), Settings(5, temperature=0))
+    assert answer.tokens
 
     row = rows.setdefault(name, {"family": name, "class": type(saved).__name__})
     row["lora" if adapted else "full"] = "yes"
     row["packed"] = "" if "examples are padded" in printed else "yes"
-    row["asked"] = "" if name in CANNOT_BE_ASKED else "yes"
     row["left"] = found(r"LoRA leaves [\d.]+% of the parameters .*?: (.*)", printed) if adapted else row.get("left", "")
     row["frozen"] = "the part for images" if "images or sound are not trained" in printed else ""
     row["dropped"] = found(r"of the checkpoint's values: (\S+) \([\d.]+%\)", printed)
@@ -234,15 +227,16 @@ asked. `tests/training/test_architectures.py` does so, with all weights and with
 - **No padding**: the examples of a batch share a row. Other families are padded, and train.py says why.
 - **LoRA leaves**: matrices that have no adapter, beside embeddings. train.py reports their share of the parameters.
 - **Frozen**, **dropped**: what stays as it was, and what of the checkpoint is not in the result. Both are reported.
-- **Chat**: chat.py, judge.py and the page answer with it. A model without a key/value cache is refused in one line.
 
-| Family | Loaded as | All weights | LoRA | No padding | LoRA leaves | Frozen | Dropped | Chat |
-|---|---|---|---|---|---|---|---|---|
+chat.py, judge.py and the page answer with each of them.
+
+| Family | Loaded as | All weights | LoRA | No padding | LoRA leaves | Frozen | Dropped |
+|---|---|---|---|---|---|---|---|
 """
 
 
 def test_the_document_has_this_table():
-    columns = ("family", "class", "full", "lora", "packed", "left", "frozen", "dropped", "asked")
+    columns = ("family", "class", "full", "lora", "packed", "left", "frozen", "dropped")
     if set(rows) != set(FAMILIES) or any(len(row) < len(columns) for row in rows.values()):
         pytest.skip("needs all families, in this process")
     text = HEAD + "".join(f"| {' | '.join(rows[name][key] for key in columns)} |\n" for name in FAMILIES)

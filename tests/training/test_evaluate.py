@@ -116,7 +116,7 @@ def test_the_last_answers_are_those_of_chat_with_the_result(tiny_llama, data, tm
 
 
 def test_a_model_that_cannot_answer_is_reported_once_and_trained(tiny_llama, data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "decode", lambda *args: 1 / 0)
+    monkeypatch.setattr(evaluate, "greedily", lambda *args: 1 / 0)
     paper = run(tiny_llama, data, tmp_path / "out")
     assert paper["samples"] == [] and len(paper["losses"]) == 3
     assert capsys.readouterr().out.count("note: no sample answers") == 1

@@ -92,8 +92,7 @@ async def answers(
             with models[index].streams:
                 if left.is_set():
                     return
-                for piece in conversations[index].ask(*asked, left.is_set):
-                    tell(index, piece)
+                conversations[index].ask(*asked, lambda piece: tell(index, piece), left.is_set)
             tell(index, None)
         except Exception as e:
             tell(index, e)

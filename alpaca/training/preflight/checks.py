@@ -12,7 +12,7 @@ import torch
 
 from alpaca.common.memory import as_text
 from alpaca.common.text import counted
-from alpaca.inference.checks import near_zero
+from alpaca.inference.load import near_zero
 from alpaca.training.distributed import read_config, say
 from alpaca.training.examples import SupervisedDataset
 from alpaca.training.preflight import memory
