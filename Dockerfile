@@ -5,15 +5,14 @@
 #   docker run --rm --user "$(id -u):$(id -g)" -v alpaca-cache:/cache -v "$PWD:/data" alpaca \
 #     python analyze_data.py stats --data_path /data/mine.json    # any script, on your files
 #
-# PyPI's torch brings CUDA's libraries, which a CPU does not need. To leave them out (2.5 GB in place of 6), give pip
+# PyPI's torch brings CUDA's libraries, which a CPU does not need. To leave them out (2 GB in place of 6), give pip
 # PyTorch's own index of CPU wheels (pytorch.org/get-started): docker build --build-arg PIP_EXTRA_INDEX_URL=… .
 
 ARG BASE=python:3.13-slim
 FROM ${BASE}
 
-# git: runs/demo.sh asks it for the commit, and gets an empty answer here.
 RUN apt-get update \
- && apt-get install -y --no-install-recommends git make \
+ && apt-get install -y --no-install-recommends make \
  && rm -rf /var/lib/apt/lists/* \
  && useradd --create-home --uid 1000 alpaca \
  && install -d -o alpaca -g alpaca /app \
