@@ -10,12 +10,17 @@ import subprocess
 import sys
 import time
 import zlib
+from collections import Counter
 
 import pytest
 from conftest import ROOT, assert_one_line_error, assert_user_error, call, run_script
 from made_batch_server import BatchServer
 
 import analyze_data
+
+sys.path.append(str(ROOT / "benchmarks"))
+import bench_review  # noqa: E402
+import plant_faults  # noqa: E402
 
 CRITERIA = ["True", "Complete", "Follows", "Self-contained", "Safe"]
 FILES = ["dropped.jsonl", "kept.json", "report.json", "reviews.jsonl"]
@@ -201,3 +206,60 @@ def test_bad_input_is_refused_in_one_line(teacher, data, tmp_path):
     before = contents(tmp_path / "out")
     assert_user_error(lambda: call(analyze_data.review, **flags, base_url=server.base_url), "kept.json exists: move it")
     assert contents(tmp_path / "out") == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The measurement: planted faults, and what a review finds of them.
+
+
+def test_each_kind_is_planted_so_often_by_seed_and_the_key_restores_the_data():
+    records = json.loads((ROOT / "alpaca_data.json").read_text())
+    planted, key = plant_faults.plant(records, 20, 3)
+    assert (planted, key) == plant_faults.plant(records, 20, 3) != plant_faults.plant(records, 20, 4)
+    kinds = ["contradicted fact", "cut ending", "swapped answer", "wrong sum"]
+    assert Counter(fault["kind"] for fault in key) == dict.fromkeys(kinds, 20)
+    restored = list(planted)
+    for fault in key:
+        place = fault["record"]
+        assert planted[place]["output"] != fault["original_output"]
+        restored[place] = planted[place] | {"output": fault["original_output"]}
+    assert restored == records
+
+
+def test_a_fault_is_what_its_kind_says():
+    rng = random.Random(0)
+    assert re.fullmatch(r"2 \+ 2 = [1-35-9]\.", plant_faults.wrong_sum("2 + 2 = 4.", rng))
+    assert plant_faults.wrong_sum("It is 4.", rng) is None
+    text = "The sky is blue, and grass is green."
+    assert plant_faults.contradicted(text, rng) == "The sky is not blue, and grass is green."
+    assert [plant_faults.contradicted(t, rng) for t in ("Is it blue? It is.", "It is not.", "Run.")] == [None] * 3
+    words = " ".join(f"w{i}" for i in range(30)) + "."
+    assert 12 < len(plant_faults.cut_ending(words, rng).split()) <= 21
+    assert plant_faults.cut_ending("Too short.", rng) is None
+
+
+def test_planted_against_found_by_literal_values():
+    """Of 10 records 9 are reviewed; of 4 faults among them 3 are found, with 2 others."""
+    planted = {0: "wrong sum", 1: "wrong sum", 2: "cut ending", 3: "cut ending", 9: "cut ending"}
+    found = bench_review.confusion(planted, [0, 1, 2, 4, 5], range(9))
+    assert found == {
+        "planted and found": 3,
+        "planted, not found": 1,
+        "found, not planted": 2,
+        "neither": 3,
+        "precision": 0.6,
+        "precision_interval": [0.231, 0.882],  # Wilson's, of 3 in 5
+        "recall": 0.75,
+        "recall_interval": [0.301, 0.954],  # of 3 in 4
+        "cut ending": "1 of 2",
+        "wrong sum": "2 of 2",
+    }
+
+
+def test_a_review_of_planted_faults_is_counted_as_its_reviewer_said(teacher, data, tmp_path):
+    call(analyze_data.review, **data(9), base_url=teacher(reviewer).base_url)  # finds 0, 4 and 8
+    found = bench_review.measured(tmp_path / "out", {0: "a", 1: "a", 8: "b"})
+    assert [found[name] for name in ("planted and found", "planted, not found", "found, not planted", "neither")] == [
+        *(2, 1, 1, 5)
+    ]
+    assert (found["a"], found["b"]) == ("1 of 2", "1 of 1")
