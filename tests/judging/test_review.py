@@ -111,9 +111,9 @@ def test_the_reason_is_what_remains():
 
 
 def test_the_committed_rubrics_ask_about_the_last_answer_and_quote_it():
-    for name in ("rubric.txt", "short.txt"):
+    for name, criteria in (("short.txt", ["True"]), ("rubric.txt", CRITERIA)):
         rubric = Rubric(ROOT / "configs" / "review" / name)
-        assert rubric.criteria == CRITERIA
+        assert rubric.criteria == criteria
         text = rubric.prompt({"instruction": "Name a river.", "input": "in Asia", "output": "~~~~~~~~~~ {task}"})
         fence = "~" * 11
         assert f"\n{fence}\nName a river.\n\n### Input:\nin Asia\n{fence}\n" in text

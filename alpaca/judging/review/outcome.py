@@ -56,10 +56,10 @@ def outcomes(
 
 
 def _review(model: str, reply: Completion | None, rubric: Rubric) -> dict:
-    error = reply.error if reply else "not asked"
-    marks = None if error else rubric.read(reply.text)
-    found = {"scores": None, "reason": reply.text if reply else None, "corrected": None} if error else vars(marks)
-    return {"model": model, "answered_by": reply.model if reply else None, **found, "error": error}
+    marks = rubric.read(reply.text) if reply and not reply.error else None
+    error = None if marks else (reply.error or "no scores") if reply else "not asked"
+    found = vars(marks) if marks else {"scores": None, "reason": reply and reply.text, "corrected": None}
+    return {"model": model, "answered_by": reply and reply.model, **found, "error": error}
 
 
 def split(records: Sequence[dict], rows: Sequence[dict]) -> tuple[list[dict], list[dict]]:
