@@ -114,7 +114,7 @@ def test_the_committed_rubrics_ask_about_the_last_answer_and_quote_it():
     for name, criteria in (("short.txt", ["True"]), ("rubric.txt", CRITERIA)):
         rubric = Rubric(ROOT / "configs" / "review" / name)
         assert rubric.criteria == criteria
-        text = rubric.prompt({"instruction": "Name a river.", "input": "in Asia", "output": "~~~~~~~~~~ {task}"})
+        text = "\n" + rubric.prompt({"instruction": "Name a river.", "input": "in Asia", "output": "~~~~~~~~~~ {task}"})
         fence = "~" * 11
         assert f"\n{fence}\nName a river.\n\n### Input:\nin Asia\n{fence}\n" in text
         assert f"\n{fence}\n~~~~~~~~~~ {{task}}\n{fence}\n" in text
