@@ -20,7 +20,7 @@ ACTIONS = ("kept", "corrected", "dropped", "failed", "not asked")
 def outcomes(
     records: Sequence[dict], replies: dict[str, Sequence[Completion | None]], rubric: Rubric, min_score: int
 ) -> list[dict]:
-    """Return what becomes of each record, with what led to it: a row of reviews.jsonl.
+    """Return what becomes of each record, with what led to it: the rows of reviews.jsonl.
 
     The lowest score counts, of any reviewer and criterion. A record that has one below ``min_score`` is dropped, or
     corrected where a reviewer that gave it such a score wrote another answer, of several the first one's. A record that
@@ -31,10 +31,6 @@ def outcomes(
         replies: reviewer → its reply to each record, or a failure, or None: not asked.
         rubric: that reads them.
         min_score: the lowest score to keep.
-
-    Returns:
-        Rows of record (its place, from 0), record_sha256, action (one of ACTIONS), scores (the lowest by criterion, or
-        None), rubric_sha256, and reviews: of each reviewer model, answered_by, scores, reason, corrected, error.
     """
     rows = []
     for place, record in enumerate(records):
