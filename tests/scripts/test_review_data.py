@@ -98,7 +98,9 @@ def test_two_reviewers_and_how_far_they_agree(teacher, data, tmp_path, capsys):
     # 6 of 8 alike; by chance 1/4·1/2 + 3/4·1/2 = 1/2.
     assert report["agreement"]["kept"] == {"records": 8, "same": 0.75, "kappa": 0.5}
     assert report["agreement"]["Safe"] == {"records": 8, "same": 1.0, "kappa": None}
-    assert sorted(contents(tmp_path / "out")) == FILES and "agreement" in capsys.readouterr().out
+    assert sorted(contents(tmp_path / "out")) == FILES
+    shown = capsys.readouterr()
+    assert "agreement" in shown.out and shown.err.count("8/8") >= 2 and "16/16" not in shown.err  # a bar for each
 
 
 def erratic(_, body) -> str:
