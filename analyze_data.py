@@ -12,13 +12,13 @@ Faults, each with a reason and evidence; clean and rejected records can be writt
 
     python analyze_data.py lint --data_path alpaca_data.json --output_path clean.json --rejects_path rejects.json
 
-Pictures of the diversity, as PNG files and one HTML page:
-
-    python analyze_data.py plot --data_path alpaca_data.json --output_dir pictures
-
 A model's review by a rubric, true and complete and so on; kept, corrected and dropped records, each with its reasons:
 
     python analyze_data.py review --data_path alpaca_data.json --model_name MODEL --output_dir reviewed
+
+Pictures of the diversity, as PNG files and one HTML page:
+
+    python analyze_data.py plot --data_path alpaca_data.json --output_dir pictures
 
 A folder for others: Parquet, JSON Lines and a dataset card; with --push OWNER/NAME also on the Hugging Face hub:
 
