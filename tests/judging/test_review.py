@@ -181,6 +181,12 @@ def test_the_lowest_score_of_all_counts_and_the_first_correction():
     assert drop == [record(1) | {"review": rows[1]}, record(3) | {"review": rows[3]}]
 
 
+@pytest.mark.parametrize(("min_score", "action"), [(1, "kept"), (3, "kept"), (4, "dropped")])
+def test_the_lowest_score_to_keep_is_kept(min_score, action):
+    [row] = outcome.outcomes([record(0)], {"a": [reply(5, 4, 3, 4, 5)]}, RUBRIC, min_score)
+    assert row["action"] == action
+
+
 def test_a_correction_by_one_who_would_keep_the_record_is_not_taken():
     rows = outcome.outcomes([record(0)], {"a": [reply(*GOOD, corrected="x")], "b": [reply(*BAD)]}, RUBRIC, 3)
     assert rows[0]["action"] == "dropped"

@@ -186,6 +186,19 @@ def test_when_the_second_is_useless_the_first_ones_reviews_remain(teacher, data,
     assert {body["model"] for body in server.requests} == {"o"}
 
 
+def test_a_journal_that_an_ended_run_left_does_not_let_its_files_be_overwritten(teacher, data, tmp_path):
+    """It was killed after it had removed the first of two."""
+    server, flags, kept = teacher(reviewer), data(4) | {"model_name": "m,n"}, tmp_path / "out" / "kept.json"
+    call(analyze_data.review, **flags, base_url=server.base_url, max_total_tokens=12, max_concurrency=1)
+    [_, second] = sorted((tmp_path / "out").glob("*.journal"))
+    left = second.read_bytes()
+    call(analyze_data.review, **flags, base_url=server.base_url)
+    second.write_bytes(left)
+    before = kept.read_bytes()
+    assert_user_error(lambda: call(analyze_data.review, **flags, base_url=server.base_url), "kept.json exists: move it")
+    assert kept.read_bytes() == before and json.loads(before)
+
+
 def test_bad_input_is_refused_in_one_line(teacher, data, tmp_path):
     server, flags = teacher(reviewer), data(2)
     rubric, one = tmp_path / "rubric.txt", tmp_path / "one.json"

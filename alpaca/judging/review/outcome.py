@@ -137,7 +137,7 @@ def as_lines(found: dict, min_score: int) -> list[str]:
         for name, by_score in reviewer["scores"].items() if reviewer["reviewed"] else ():
             numbers = "".join(f"{count:>8,}" for count in by_score.values())
             lines.append(f"{shorten(name, 20):<20}{numbers}{reviewer['low'][name]:>10,}")
-    if found["agreement"]:
+    if found["agreement"] and found["agreement"]["kept"]["records"]:
         lines += ["", f"{'agreement':<20}{'records':>8}{'same':>8}{'kappa':>8}"]
         for name, of in found["agreement"].items():
             shares = "".join(f"{'–' if of[key] is None else format(of[key], '.2f'):>8}" for key in ("same", "kappa"))
