@@ -12,6 +12,10 @@ Find faulty records, each with a reason and evidence; write clean and rejected r
 
     python analyze_data.py lint --data_path alpaca_data.json --output_path clean.json --rejects_path rejects.json
 
+Let a model review each record by a rubric: kept, corrected and dropped records, with scores and reasons:
+
+    python analyze_data.py review --data_path alpaca_data.json --model_name MODEL --output_dir reviewed
+
 Plot lengths and diversity, as PNG files and one HTML page:
 
     python analyze_data.py plot --data_path alpaca_data.json --output_dir pictures
@@ -40,11 +44,14 @@ from alpaca.common.files import git_blob_id, new_folder
 from alpaca.common.records import FIELDS, RELEASED_BLOB, files_of, restricted_parts, write_records
 from alpaca.common.shapes import task_key
 from alpaca.common.text import counted, first_line, printable, utc_now
+from alpaca.data.instruction_sets import is_name
 from alpaca.data.lint.classes import CLASSES, OPT_IN, duplicates, find
 from alpaca.data.released import download
 from alpaca.data.rouge import count_words
+from alpaca.endpoint.budget import RequestSettings
 
 SHIPPED_LICENSE = "cc-by-nc-4.0"  # also of the released data
+RUBRIC = Path(__file__).parent / "configs" / "review" / "rubric.txt"
 RELEASED_URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
 
 
@@ -248,6 +255,60 @@ def _refuse_same_files(**paths: str | None) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# review
+
+
+def review(
+    data_path: str,
+    output_dir: str,
+    model_name: str | None = None,
+    rubric: str | None = None,
+    min_score: int = 3,
+    max_tokens: int = 2048,
+    seed: int = 0,
+    fields: str | None = None,
+    requests: RequestSettings = RequestSettings(),  # noqa: B008  never changed
+) -> None:
+    """Have a model score each record by a rubric, at temperature 0, and drop or correct those with a low score.
+
+    OUTPUT_DIR gets kept.json (as they were, or with a corrected answer and the original one in a field "review"),
+    dropped.jsonl, reviews.jsonl (what became of each record, and why) and report.json. DATA_PATH stays as it is. A
+    record without a readable review, after three tries, is neither kept nor dropped. Each reply is on disk before it
+    counts: after Ctrl-C, a crash or kill -9 the same command continues.
+
+    Args:
+        data_path: records to review: a file, a folder, several with commas between, or a name on the hub.
+        output_dir: a folder for the four files.
+        model_name: the reviewer, by the name that its server knows, or two with a comma between: then the lower score
+            counts, and the report says how far they agree.
+        rubric: a file with what is asked (default: configs/review/rubric.txt; the README there describes it).
+        min_score: the lowest score, 1 to 5, with which a record is kept as it is.
+        max_tokens: the longest reply, in tokens; a reasoning model needs more.
+        seed: sent with each request.
+        fields: of data in an unknown format: instruction=question,output=answer, with the names of its fields.
+    """
+    from alpaca.judging.review import marks, run  # the other tasks need no client
+
+    models = [name.strip() for name in (model_name or "").split(",")]
+    for wrong, message in (
+        (not model_name, "no reviewer named: --model_name takes the name that its server knows, or two with a comma"),
+        (not all(map(is_name, models)), f"--model_name {model_name!r} is not a name in one line, or two with a comma"),
+        (len(models) > 2, f"--model_name names {len(models)} reviewers: give one or two"),
+        (len(set(models)) < len(models), f"--model_name names {models[0]!r} twice: it would agree with itself"),
+        (len(models) > 1 and requests.offline, "--batch_write and --batch_read are for one reviewer: name it alone"),
+        (not 1 <= min_score <= 5, "--min_score must be 1 to 5, as scores are"),
+        (
+            Path(output_dir).resolve() in [file.resolve().parent for file in files_of(data_path)],
+            f"--output_dir {output_dir} holds the data: choose another folder",
+        ),
+    ):
+        if wrong:
+            raise UserError(message)
+    asked, records = marks.Rubric(rubric or RUBRIC), utils.load_records(data_path, fields)
+    run.review(records, models, asked, Path(output_dir), min_score, max_tokens, seed, requests)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # plot
 
 
@@ -349,4 +410,4 @@ def _check_license(license: str | None, restricted: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_cli({"fetch": fetch, "stats": stats, "lint": lint, "plot": plot, "publish": publish})
+    cli.run_cli({"fetch": fetch, "stats": stats, "lint": lint, "review": review, "plot": plot, "publish": publish})

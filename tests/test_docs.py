@@ -33,7 +33,7 @@ SCRIPTS = {
     "generate_instruction": ["generate_instruction_following_data", "dedup"],
     "weight_diff": ["make_diff", "recover", "verify", "compare"],
     "chat": None,
-    "analyze_data": ["fetch", "stats", "lint", "plot", "publish"],
+    "analyze_data": ["fetch", "stats", "lint", "review", "plot", "publish"],
     "judge": ["answer", "judge", "people", "report"],
 }
 

@@ -155,7 +155,7 @@ def read_answers(path: str | os.PathLike, items: list[Item]) -> Answers:
                 raise UserError(f"a JSON {type(row).__name__}, not an object")
             instruction, input = task_of(row)
             if has_several_turns(row):
-                instruction, input = _as_text(asked_of(row)), ""
+                instruction, input = as_text(asked_of(row)), ""
             answer = text_of(row, "output" if "output" in row else "response")
         except UserError as e:
             raise UserError(f"{place}: {e}") from None
@@ -223,7 +223,7 @@ def _items(record: dict, number: int) -> list[Item]:
         raise UserError('"instances" must be a list with at least one object')
     if record.get("messages"):
         messages = asked_of(record)
-        texts = (_as_text(messages), "") if has_several_turns(record) else task_of(record)
+        texts = (as_text(messages), "") if has_several_turns(record) else task_of(record)
         reference = "".join(answer["content"] for answer in record["messages"][len(messages) :])
         return [Item(str(id), *texts, reference if reference.strip() else None, category, messages)]
     items = []
@@ -234,7 +234,7 @@ def _items(record: dict, number: int) -> list[Item]:
     return items
 
 
-def _as_text(messages: list[dict]) -> str:
+def as_text(messages: list[dict]) -> str:
     """Return a conversation as judges see it: each message after "User: ", "Assistant: " or "System: "."""
     return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
 

@@ -199,7 +199,7 @@ def ask_each(
         For each prompt the reply, the failure, or None if the run ended before it was sent.
     """
     earlier = sum(reply.text is not None for _, reply in recorded(journal))
-    missing = len(prompts) - earlier
+    missing, before = len(prompts) - earlier, budget.new_replies  # of another model, where two share a budget
     if missing and not budget.exhausted():
         characters = sum(map(len, prompts)) / len(prompts)
         print_forecast(budget, (missing, missing), characters, teacher.decoding.max_tokens)
@@ -213,7 +213,8 @@ def ask_each(
         if budget.settings.batched:
             return await Batches(*what).run()
         refuse_open_batch(journal)
-        counts = (lambda: earlier + budget.new_replies), (lambda: missing - budget.new_replies)
+        new = lambda: budget.new_replies - before  # noqa: E731
+        counts = (lambda: earlier + new()), (lambda: missing - new())
         async with progress_bar(budget, teacher.pace, len(prompts), *counts, exact=True):
             await Direct(*what).run()
 

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import os
 import re
+from collections.abc import Iterable
 
 from alpaca import UserError
 from alpaca.common.files import read_text
@@ -54,11 +55,11 @@ RETRACTED = re.compile(
 )
 
 
-def read_prompt(path: str | os.PathLike) -> tuple[str, str]:
-    """Return a judge's prompt and its SHA-256; UserError if it lacks one of PLACEHOLDERS."""
+def read_prompt(path: str | os.PathLike, places: Iterable[str] = PLACEHOLDERS) -> tuple[str, str]:
+    """Return a judge's prompt and its SHA-256; UserError if it lacks one of ``places``, where texts go."""
     text = read_text(path)
-    if missing := [name for name in PLACEHOLDERS if name not in text]:
-        raise UserError(f"{path} lacks {', '.join(missing)}: add it, as in configs/judge/pairwise.txt")
+    if missing := [name for name in places if name not in text]:
+        raise UserError(f"{path} lacks {', '.join(missing)}: add it, as in configs")
     return text, sha256(text)
 
 
@@ -73,15 +74,20 @@ def to_ask(shown: Shown) -> bool:
 
 
 def fill(prompt: str, item: Item, shown: Shown) -> str:
-    """Return the prompt with the task and two answers, quoted as data.
+    """Return the prompt with the task and two answers."""
+    (_, answer_a), (_, answer_b) = shown
+    return fill_in(prompt, {"{task}": item.task, "{answer_a}": answer_a, "{answer_b}": answer_b})
+
+
+def fill_in(prompt: str, texts: dict[str, str]) -> str:
+    """Return the prompt with texts, by the places where they go, quoted as data.
 
     {fence} becomes a line of tildes, longer than any in the texts, so that no text can end its own quotation.
     """
-    (_, answer_a), (_, answer_b) = shown
-    longest = max(map(len, re.findall("~+", f"{item.task}\n{answer_a}\n{answer_b}")), default=0)
-    texts = {"{task}": item.task, "{answer_a}": answer_a, "{answer_b}": answer_b, "{fence}": "~" * max(8, longest + 1)}
+    longest = max((len(tildes) for text in texts.values() for tildes in re.findall("~+", text)), default=0)
+    texts = texts | {"{fence}": "~" * max(8, longest + 1)}
     # In one pass, so that a placeholder in an answer is not filled in.
-    return re.sub("|".join(map(re.escape, PLACEHOLDERS)), lambda match: texts[match[0]], prompt)
+    return re.sub("|".join(map(re.escape, texts)), lambda match: texts[match[0]], prompt)
 
 
 def verdict(reply: str) -> str | None:
@@ -102,9 +108,15 @@ def verdict(reply: str) -> str | None:
 class Judge(Teacher):
     """A teacher that must give a verdict; after a reply without one it is asked again, with a reminder."""
 
+    reminder = REMINDER
+
+    def readable(self, text: str) -> bool:
+        """Return whether a reply has what it was asked for."""
+        return verdict(text) is not None
+
     def variant(self, prompt: str, seed: int, tries: int) -> tuple[str, int]:
         """Return the prompt and the seed of the request after ``tries`` earlier ones."""
-        return prompt + REMINDER * bool(tries), seed + tries
+        return prompt + self.reminder * bool(tries), seed + tries
 
     def settle(self, reply: Completion, tries: int) -> Completion | None:
         """Return the reply to keep after ``tries`` earlier ones, or None to ask again.
@@ -113,7 +125,7 @@ class Judge(Teacher):
         verdict: what looks like one may be part of unfinished thoughts.
         """
         cut = reply.finish_reason == "length"
-        if reply.text is None or not cut and verdict(reply.text):
+        if reply.text is None or not cut and self.readable(reply.text):
             return super().settle(reply, tries)
         error = CUT_OFF if cut else f"no verdict in {ASKS} replies"
         return dataclasses.replace(reply, error=error) if tries + 1 == ASKS else None

@@ -191,6 +191,19 @@ def cohens_kappa(a: Sequence, b: Sequence) -> float:
     return (raw_agreement(a, b) - expected) / (1 - expected) if expected < 1 else math.nan
 
 
+def weighted_kappa(a: Sequence, b: Sequence) -> float:
+    """Return Cohen's kappa with quadratic weights (1968): 1 less the mean squared difference over that by chance.
+
+    For scores, where 4 beside 5 is less of a difference than 1 beside 5; of two values it is Cohen's kappa. None is
+    missing. NaN where they share no item, or where both always say the same thing.
+    """
+    if not (both := _common(a, b)):
+        return math.nan
+    x, y = np.array(both, np.float64).T
+    by_chance = x.var() + y.var() + (x.mean() - y.mean()) ** 2
+    return float(1 - ((x - y) ** 2).mean() / by_chance) if by_chance else math.nan
+
+
 def _common(a: Sequence, b: Sequence) -> list[tuple]:
     return [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
 

@@ -902,6 +902,6 @@ def test_a_push_that_fails_says_why_in_a_line_and_the_folder_is_whole(own, tmp_p
 def test_the_documented_commands_are_accepted(monkeypatch):
     """Each command of the docstring passes the check that comes before anything runs."""
     lines = [line.split()[2:] for line in analyze_data.__doc__.splitlines() if line.startswith("    python ")]
-    assert [line[0] for line in lines] == ["fetch", "stats", "lint", "plot", "publish"]
+    assert [line[0] for line in lines] == ["fetch", "stats", "lint", "review", "plot", "publish"]
     for line in lines:
         assert cli.parse({line[0]: getattr(analyze_data, line[0])}, line)
