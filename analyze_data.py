@@ -271,35 +271,38 @@ def review(
 ) -> None:
     """Have a model score each record by a rubric, at temperature 0, and drop or correct those with a low score.
 
-    OUTPUT_DIR gets kept.json (as they were, or with a corrected answer and the original one in a field "review"),
-    dropped.jsonl, reviews.jsonl (what became of each record, and why) and report.json. DATA_PATH stays as it is. A
-    record without a readable review, after three tries, is neither kept nor dropped. Each reply is on disk before it
-    counts: after Ctrl-C, a crash or kill -9 the same command continues.
+    OUTPUT_DIR gets kept.json (unchanged, or with a corrected answer and the original one in a field "review"),
+    dropped.jsonl, reviews.jsonl (what became of each record, and why) and report.json. DATA_PATH is not changed. A
+    record without a readable review after three tries is neither kept nor dropped. Each reply is saved before it
+    counts: after Ctrl-C, a crash or kill -9, run the same command to continue.
 
     Args:
-        data_path: records to review: a file, a folder, several with commas between, or a name on the hub.
-        output_dir: a folder for the four files.
-        model_name: the reviewer, by the name that its server knows, or two with a comma between: then the lower score
-            counts, and the report says how far they agree.
-        rubric: a file with what is asked (default: configs/review/rubric.txt; the README there describes it).
-        min_score: the lowest score, 1 to 5, with which a record is kept as it is.
+        data_path: records to review: a file, a folder, several separated by commas, or a hub dataset.
+        output_dir: folder for the four files.
+        model_name: the reviewer's name on its server, or two separated by a comma: then the lower score counts, and the
+            report has their agreement.
+        rubric: file with the reviewer's prompt (default: configs/review/rubric.txt; the README there describes it).
+        min_score: the lowest score, 1 to 5, with which a record is kept unchanged.
         max_tokens: the longest reply, in tokens; a reasoning model needs more.
         seed: sent with each request.
-        fields: of data in an unknown format: instruction=question,output=answer, with the names of its fields.
+        fields: field names of data in another format: instruction=question,output=answer.
     """
     from alpaca.judging.review import marks, run  # the other tasks need no client
 
     models = [name.strip() for name in (model_name or "").split(",")]
     for wrong, message in (
-        (not model_name, "no reviewer named: --model_name takes the name that its server knows, or two with a comma"),
-        (not all(map(is_name, models)), f"--model_name {model_name!r} is not a name in one line, or two with a comma"),
+        (not model_name, "--model_name is missing: name a reviewer as its server does, or two separated by a comma"),
+        (
+            not all(map(is_name, models)),
+            f"--model_name {model_name!r} must be a name in one line, or two separated by a comma",
+        ),
         (len(models) > 2, f"--model_name names {len(models)} reviewers: give one or two"),
         (len(set(models)) < len(models), f"--model_name names {models[0]!r} twice: it would agree with itself"),
         (len(models) > 1 and requests.offline, "--batch_write and --batch_read are for one reviewer: name it alone"),
         (not 1 <= min_score <= 5, "--min_score must be 1 to 5, as scores are"),
         (
             Path(output_dir).resolve() in [file.resolve().parent for file in files_of(data_path)],
-            f"--output_dir {output_dir} holds the data: choose another folder",
+            f"--output_dir {output_dir} is the folder of the data: choose another one",
         ),
     ):
         if wrong:

@@ -137,6 +137,28 @@ def diff_kills(run: dict) -> str:
     return f"{run['kills_with_a_complaint']} of {moments + operations} kills ({both})"
 
 
+def pool(name: str, form: str) -> Callable:
+    def figure(run: dict) -> str:
+        arms = [run["synthetic"]["arms"][arm][name] for arm in ("seeds_only", "growing_pool", "topics")]
+        return ", ".join(f"{arm['mean']:{form}} ({arm['low']:{form}} to {arm['high']:{form}})" for arm in arms)
+
+    return figure
+
+
+def reviewed(run: dict) -> str:
+    found, by_hand = run["key"]["measured"]["a"], run["key"]["expected_by_hand"]["one"]
+    parts = []
+    for name in ("precision", "recall"):
+        low, high = found[f"{name}_interval"]
+        parts.append(f"{name} {found[name]:.2f} ({low:.2f} to {high:.2f}), by hand {by_hand[name]:.2f}")
+    return "; ".join(parts)
+
+
+def reviewed_by_the_embedded_model(run: dict) -> str:
+    found = run["embedded"]["measured"]
+    return f"precision {found['precision']:.2f}, recall {found['recall']:.2f}"
+
+
 FIGURES: dict[str, dict[str, Callable]] = {
     "demo_cpu.json": {"`make demo`": lambda run: minutes(run["seconds"]), "Eval loss": eval_loss},
     "reference_run.json": {
@@ -159,6 +181,16 @@ FIGURES: dict[str, dict[str, Callable]] = {
         "per pair": against_rouge_score,
         "52,000 records": deduplicated("growth with stats", 52_000),
         "1,000,000 records": deduplicated("growth decisions only", 1_000_000),
+    },
+    "pool.json": {
+        "Kept for each request": pool("kept_per_request", ".1f"),
+        "Share of near-duplicates": pool("near_duplicate_share", ".0%"),
+        "Distinct verb-object pairs": pool("distinct_verb_object_pairs", ",.0f"),
+    },
+    "review.json": {
+        "answers from the key": reviewed,
+        "embedded model as the reviewer": reviewed_by_the_embedded_model,
+        "10,000 records": lambda run: f"{run['rate']['share_of_ideal']:.0%}",
     },
     "client.json": {"64 requests in flight": in_flight},
     "throttle.json": {"60 requests a minute": throttled(60), "600 requests a minute": throttled(600)},

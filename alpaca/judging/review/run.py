@@ -42,7 +42,7 @@ def review(
     paths = [output / f"{sha256(model)[:8]}.journal" for model in models]
     there = [output / name for name in FILES if (output / name).exists()]
     if there and not all(path.exists() for path in paths):
-        raise UserError(f"{there[0]} exists: move it away, or choose another folder")
+        raise UserError(f"{there[0]} exists: remove it, or choose another folder")
     decoding, budget = OpenAIDecodingArguments(max_tokens, temperature=0.0), Budget(requests)
     prompts, replies = [rubric.prompt(record) for record in records], {}
     settings = {"max_tokens": max_tokens, "temperature": 0.0, "seed": seed, "extra_body": requests.extra}
