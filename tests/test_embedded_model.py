@@ -38,7 +38,7 @@ def test_a_folder_that_holds_a_model_is_used_again_untouched(tmp_path):
 @pytest.mark.parametrize("make", [lambda path: (path / "notes").mkdir(parents=True), lambda path: path.write_text("x")])
 def test_what_is_there_and_is_no_model_is_not_overwritten(tmp_path, make):
     make(tmp_path / "model")
-    with pytest.raises(UserError, match="model already exists: remove it, or choose another path"):
+    with pytest.raises(UserError, match="model already exists: remove it, or choose another folder"):
         embedded_model.prepare(tmp_path / "model")
     assert os.listdir(tmp_path) == ["model"]
 

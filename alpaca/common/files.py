@@ -256,7 +256,7 @@ def check_space(folder: Path, size: int) -> None:
     """Raise UserError unless ``size`` bytes are free on the disk of ``folder``."""
     free = shutil.disk_usage(folder).free
     if size > free:
-        need = f"{folder.parent} has {free / 1e9:.2f} GB free, of {size / 1e9:.2f} GB needed"
+        need = f"{folder.parent} has {free / 1e9:.2f} GB free, and {size / 1e9:.2f} GB are needed"
         raise UserError(f"{need}: free some, or choose another folder")
 
 

@@ -370,7 +370,9 @@ def test_files_are_written_and_read_without_a_server(batch_server, tmp_path, cap
     replies.write_text(row(lines[2], text="two") + row(lines[1], 500) + row(lines[0], text="zero"))
     why, found, _ = drive(server, tmp_path, 3, read)
     assert f"{replies}: 2 results (1 to retry: HTTP 500: out of memory)" in capsys.readouterr().out
-    assert why == "1 more request to be answered: write them to a file" and [reply.text for reply in found] == ["zero"]
+    assert why == "1 request left: write them to a file with batch_write" and [reply.text for reply in found] == [
+        "zero"
+    ]
     drive(server, tmp_path, 3, read)  # again: nothing counts twice
     assert drive(server, tmp_path, 3, write)[1] == found
     (line,) = [json.loads(line) for line in asked.read_text().splitlines()]

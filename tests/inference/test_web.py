@@ -682,7 +682,7 @@ def test_an_adapter_answers_on_two_pages_at_once_and_ctrl_c_ends_it(visit, tiny_
         model, tokenizer = load(path, "cpu", None, *given)
         ids = request_ids(tokenizer, "alpaca", [{"instruction": task, "input": input} for task, input in TASKS])
         beginnings = answer_batch(model, tokenizer, ids, web_page.Settings(40, 0))
-        return [text.strip().rstrip("\ufffd") for text, *_ in beginnings]  # the last may be half a character
+        return [answer.text.strip().rstrip("\ufffd") for answer in beginnings]  # the last may be half a character
 
     server = subprocess.Popen(
         [sys.executable, str(ROOT / "chat.py"), "--model_path", "adapter", "--base_path", str(tiny_llama), "--web"]

@@ -195,7 +195,7 @@ def test_noise_on_embeddings_is_as_strong_as_with_padding(bases, data, tmp_path,
     for padding in ("longest", "free"):
         run(bases("Llama 3"), data, tmp_path / padding, "--neftune_noise_alpha", 10, "--padding", padding)
         noises[padding] = load_tensors(tmp_path / padding)["model.norm.weight"]
-    assert "padded, as with --padding longest: --neftune_noise_alpha goes by a row's length" in capsys.readouterr().out
+    assert "padded, as with --padding longest: --neftune_noise_alpha depends on row length" in capsys.readouterr().out
     assert torch.equal(noises["longest"], noises["free"])
 
 

@@ -125,7 +125,7 @@ def test_pieces_of_a_tensor_make_the_file_of_the_whole(tmp_path):
 def test_a_disk_with_too_little_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage._replace(free=100))
-    with pytest.raises(UserError, match="has 0.00 GB free, 0.07 GB are needed: free some"):
+    with pytest.raises(UserError, match="has 0.00 GB free, and 0.07 GB are needed: free some"):
         ShardWriter(tmp_path, {"a": (torch.float32, (2**24,))}, "1GB")
     assert list(tmp_path.iterdir()) == []
 
