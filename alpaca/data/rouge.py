@@ -29,6 +29,7 @@ PAIRS_AT_ONCE = 2_000_000  # in a block: 8 MB of lengths, and enough rows to sha
 MARGIN = 1e-9  # keeps rounding from pruning a pair at the threshold; F itself is off by 1e-15 at most
 TEXTS_AT_ONCE = 1024
 POSTINGS_AT_ONCE = 1 << 15
+SLACK = 63
 SHIFT, MASK = 40, (1 << 40) - 1
 
 
@@ -276,6 +277,7 @@ class _Looks(NamedTuple):
     texts: list[str | array]
     lengths: np.ndarray  # int64, in tokens
     bits: np.ndarray  # uint64
+    slack: np.ndarray  # int64, (1 - t)·length, rounded up; up to SLACK
     rows: np.ndarray  # int64, of each of their rarest tokens
     keys: np.ndarray  # int64, twice the rank of the token, + 1 for late ones
 
@@ -321,18 +323,19 @@ class _Index:
         places = np.arange(len(rows)) - starts[rows]
         late = places >= (lengths - (lengths * self._cut).astype(np.int64))[rows]
         rarest = places < (lengths - (lengths * self._ratio).astype(np.int64))[rows]
-        return _Looks(block, lengths, bits, rows[rarest], (2 * ranks + late)[rarest])
+        slack = np.minimum(np.ceil((1 - self._cut) * lengths), SLACK).astype(np.int64)
+        return _Looks(block, lengths, bits, slack, rows[rarest], (2 * ranks + late)[rarest])
 
     def add(self, looks: _Looks, rows: Iterable[int]) -> None:
         """Add some texts of a block, in order."""
-        numbers = dict(zip(rows, range(len(self), 2**32)))
-        bits = looks.bits.tolist()
+        rows, bits, slack = list(rows), looks.bits.tolist(), looks.slack.tolist()
+        labels = {row: number * (SLACK + 1) + slack[row] for number, row in enumerate(rows, len(self))}
         for row, key in zip(looks.rows.tolist(), looks.keys.tolist(), strict=True):
-            if row in numbers:
+            if row in labels:
                 holders = self._holders[key]
                 holders[0].append(bits[row])
-                holders[1].append(numbers[row])
-        self._lengths.extend(looks.lengths[list(numbers)].tolist())
+                holders[1].append(labels[row])
+        self._lengths.extend(looks.lengths[rows].tolist())
 
     def candidates(self, looks: _Looks) -> tuple[np.ndarray, np.ndarray]:
         """Return pairs that include all with F > threshold: rows of the block, and numbers, ascending.
@@ -350,7 +353,7 @@ class _Index:
         chosen = [i for i, held in enumerate(lists) if held]
         rows, lists = rows[chosen], [lists[i] for i in chosen]
         counts = np.array([len(held[1]) for held in lists], np.int64)
-        most = np.minimum(2 * lengths * (1 - self._cut) / max(self._cut, MARGIN) + 1, 64).astype(np.uint8)
+        slack = looks.slack.astype(np.uint8)
         ends = counts.cumsum()
         start = 0
         while start < len(lists):
@@ -358,9 +361,11 @@ class _Index:
             part, repeats = lists[start:stop], counts[start:stop]
             bits = np.frombuffer(b"".join([held[0] for held in part]), np.uint64)
             differing = np.bitwise_count(bits ^ np.repeat(looks.bits[rows[start:stop]], repeats))
-            (few,) = (differing <= np.repeat(most[rows[start:stop]], repeats)).nonzero()
-            numbers = np.frombuffer(b"".join([held[1] for held in part]), np.uint32)[few].astype(np.int64)
-            found.append((np.repeat(rows[start:stop], repeats)[few], numbers, differing[few]))
+            labels = np.frombuffer(b"".join([held[1] for held in part]), np.uint32)
+            few = differing <= np.repeat(slack[rows[start:stop]], repeats) + (labels & SLACK).astype(np.uint8)
+            (few,) = few.nonzero()
+            row = rows[start:stop][repeats.cumsum().searchsorted(few, "right")]
+            found.append((row, (labels[few] >> 6).astype(np.int64), differing[few]))
             start = stop
         if not found:
             found.append((np.zeros(0, np.int64),) * 3)
