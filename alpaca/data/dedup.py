@@ -20,6 +20,7 @@ from alpaca.data.rouge import RougePool, is_mostly_unseen, tokenizer_named
 
 MAX_SIMILARITY = 0.7  # ROUGE-L F; above it two texts are near-duplicates, as in Self-Instruct (Wang et al., 2022)
 NEAREST = 10  # instructions written with each kept one
+LEARNED = 10_000  # records whose tokens are counted first: all of them made lookups no faster
 BLOCK = 64  # records scored at a time: unpacking the other text is two thirds of a comparison, done once per block
 
 
@@ -70,14 +71,9 @@ class DistinctPool:
         A text with None is kept. The fields are ``similarity_fields``, or empty for a dropped text and without stats.
         A block of texts is scored several times faster than the same texts one by one.
         """
-        verdicts: list[tuple[int | None, dict]] = []
         if self._texts is None:
-            for text in texts:
-                nearest = self.pool.exceeds(text, self.threshold)
-                if nearest is None:
-                    self.pool.add(text)
-                verdicts.append((nearest, {}))
-            return verdicts
+            return [(nearest, {}) for nearest in self.pool.admit(texts, self.threshold)]
+        verdicts: list[tuple[int | None, dict]] = []
         kept: list[int] = []  # of this block; the pool gets them after it
         rows = zip(self.pool.scores_of_each(texts), RougePool(texts, self.tokenizer).scores_of_each(texts), strict=True)
         for i, (earlier, here) in enumerate(rows):
@@ -110,7 +106,7 @@ def distinct(
     """
     kept = DistinctPool(seeds, threshold, similarity_stats, tokenizer)
     if not similarity_stats:
-        kept.pool.learn(record["instruction"] for record in records)
+        kept.pool.learn(record["instruction"] for record in islice(records, LEARNED))
     bar = iter(tqdm(records, desc="dedup", unit="record", disable=None))
     while block := list(islice(bar, BLOCK)):
         verdicts = kept.take([record["instruction"] for record in block])

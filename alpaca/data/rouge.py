@@ -15,17 +15,23 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
+from itertools import chain, count, islice, pairwise
+from operator import itemgetter
+from typing import NamedTuple
 
 import numpy as np
 from rapidfuzz.distance import LCSseq
-from rapidfuzz.process import cdist
+from rapidfuzz.process import cdist, cpdist
 
 from alpaca import UserError
 
 CHARACTERS = 0x110000  # code points, including surrogates: rapidfuzz compares numbers and encodes nothing
 PAIRS_AT_ONCE = 2_000_000  # in a block: 8 MB of lengths, and enough rows to share the work on the columns
 MARGIN = 1e-9  # keeps rounding from pruning a pair at the threshold; F itself is off by 1e-15 at most
-CACHED_LENGTH = 4096  # in tokens: longer texts are rare, and their tables large
+TEXTS_AT_ONCE = 128  # looked up in the index; within these each is compared with each
+POSTINGS_AT_ONCE = 1 << 16  # read: 0.8 MB, which fit into a core's cache
+SLACK = 63  # the most that fits beside a text's number
+SHIFT, MASK = 40, (1 << 40) - 1  # two numbers in an int64: the second has 40 bits
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,10 +104,10 @@ class RougePool:
 
     def __init__(self, texts: Iterable[str] = (), tokenizer: str = "rouge"):
         self._tokenize = tokenizer_named(tokenizer)
-        self._numbers: dict[str, int] = {}  # of a token, from 1
+        self._numbers: dict[str, int] = defaultdict(count(1).__next__)  # of a token
         self._pool: list[str | array] = []
         self._lengths = array("q")  # in tokens
-        self._ranks: dict[int, int] = {}
+        self._ranks: dict[int, int] = defaultdict(count().__next__)
         self._index: _Index | None = None
         for text in texts:
             self.add(text)
@@ -110,9 +116,7 @@ class RougePool:
         return len(self._pool)
 
     def add(self, text: str) -> None:
-        encoded = self._encode(text)
-        self._pool.append(encoded)
-        self._lengths.append(len(encoded))
+        self._append(self._encode(text))
 
     def scores(self, text: str) -> np.ndarray:
         """Return ROUGE-L F of ``text`` against each text of the pool: float64, shape (len(self),).
@@ -164,34 +168,77 @@ class RougePool:
         """
         if threshold < 0:
             return int(self.scores(text).argmax()) if self._pool else None
-        if self._index is None or self._index.threshold != threshold:
-            self._index = _Index(threshold, self._ranks)
-        index, query = self._index, self._encode(text)
-        for number in range(len(index), len(self)):
-            index.add(self._pool[number])
-        found = index.candidates(query)
-        if not len(found):
-            return None
-        lcs = _lcs([query], [self._pool[number] for number in found])[0]
-        f = _f_measure(lcs, np.float64(len(query)), np.array([self._lengths[number] for number in found], np.float64))
-        best = f.argmax()
-        return int(found[best]) if f[best] > threshold else None
+        (near,) = self._near([self._encode(text)], threshold)[1]
+        return max(near, key=itemgetter(0))[1] if near else None  # the first of equals
+
+    def admit(
+        self,
+        texts: list[str],
+        threshold: float,
+        is_new: Callable[[int, int | None], bool] = lambda i, nearest: nearest is None,
+    ) -> list[int | None]:
+        """Add the new ones of some texts, one after the other; return what ``exceeds`` gives for each, in its turn.
+
+        Looking up many texts at once takes a third of the time.
+
+        Args:
+            threshold: at least 0.
+            is_new: of text i and the number of the nearest text, or None.
+        """
+        verdicts: list[int | None] = []
+        for first in range(0, len(texts), TEXTS_AT_ONCE):
+            looks, near = self._near(list(map(self._encode, texts[first : first + TEXTS_AT_ONCE])), threshold)
+            start, added = len(self), {}  # number in ``near`` → number in the pool
+            for row, found in enumerate(near):
+                found = [(f, added.get(n, n)) for f, n in found if n < start or n in added]
+                verdicts.append(max(found, key=itemgetter(0))[1] if found else None)  # the first of equals
+                if is_new(first + row, verdicts[-1]):
+                    added[start + row] = len(self)
+                    self._append(looks.texts[row])
+            self._index.add(looks, [number - start for number in added])
+        return verdicts
 
     def learn(self, texts: Iterable[str]) -> None:
         """Count the tokens of texts to come. This makes ``exceeds`` faster, with the same decisions.
 
         Without it, later tokens are assumed to be rarer.
         """
-        counts = Counter(key for text in texts for key in _bag(self._encode(text)))
+        counts, encoded = Counter(), map(self._encode, texts)
+        while block := list(islice(encoded, TEXTS_AT_ONCE)):
+            counts.update(_bags(block)[1].tolist())
         for key, _ in counts.most_common():
-            self._ranks.setdefault(key, len(self._ranks))
+            self._ranks[key]  # noqa: B018 - a missing key gets the next rank
+
+    def _append(self, encoded: str | array) -> None:
+        self._pool.append(encoded)
+        self._lengths.append(len(encoded))
 
     def _encode(self, text: str) -> str | array:
-        numbers = self._numbers
-        encoded = [numbers.setdefault(token, len(numbers) + 1) for token in self._tokenize(text)]
-        if len(numbers) < CHARACTERS or max(encoded, default=0) < CHARACTERS:
+        encoded = list(map(self._numbers.__getitem__, self._tokenize(text)))
+        if len(self._numbers) < CHARACTERS or max(encoded, default=0) < CHARACTERS:
             return "".join(map(chr, encoded))
         return array("Q", encoded)  # four times slower; rapidfuzz compares it with strings like a string
+
+    def _near(self, block: list[str | array], threshold: float) -> tuple[_Looks, list[list[tuple[float, int]]]]:
+        """Return what the index sees of a block, and for each text F > threshold and number of others, ascending.
+
+        The others are the pool and, numbered after it, the texts that come before in the block.
+        """
+        if self._index is None or self._index.threshold != threshold:
+            self._index = _Index(threshold, self._ranks)
+        index, start = self._index, len(self)
+        while len(index) < start:
+            missing = index.look_at(self._pool[len(index) : len(index) + TEXTS_AT_ONCE])
+            index.add(missing, range(len(missing.texts)))
+        looks = index.look_at(block)
+        rows, numbers = (found.tolist() for found in index.candidates(looks))
+        others = [self._pool[n] if n < start else block[n - start] for n in numbers]
+        near: list[list[tuple[float, int]]] = [[] for _ in block]
+        lcs = cpdist([block[row] for row in rows], others, scorer=LCSseq.similarity, dtype=np.int32)
+        f = _f_measure(lcs, looks.lengths[rows].astype(np.float64), np.array(list(map(len, others)), np.float64))
+        for i in (f > threshold).nonzero()[0]:
+            near[rows[i]].append((float(f[i]), numbers[i]))
+        return looks, near
 
 
 def _lcs(rows: list, columns: list) -> np.ndarray:
@@ -216,20 +263,30 @@ def _f_measure(lcs: np.ndarray, query_lengths: np.ndarray, pool_lengths: np.ndar
 # Which texts could score above a threshold.
 
 
-def _bag(encoded: str | array) -> list[int]:
-    """Return a text as a set: its tokens' numbers, with another number for each repeat of a token.
+def _bags(block: list[str | array]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens of texts as sets: int64, the row of each token; its number, with another for each repeat.
 
     So the second "the" of a text matches only the second "the" of another, and the size of the intersection of two such
     sets is the number of tokens that the texts share.
     """
-    numbers = list(map(ord, encoded)) if isinstance(encoded, str) else list(encoded)
-    if len(set(numbers)) == len(numbers):
-        return numbers
-    seen: dict[int, int] = {}
-    for i, number in enumerate(numbers):
-        seen[number] = repeat = seen.get(number, -1) + 1
-        numbers[i] += repeat << 32
-    return numbers
+    rows = np.repeat(np.arange(len(block)), list(map(len, block)))
+    numbers = chain.from_iterable(map(ord, text) if isinstance(text, str) else text for text in block)
+    keys = np.sort(rows << SHIFT | np.fromiter(numbers, np.int64, len(rows)))
+    places = np.arange(len(rows))
+    firsts = np.where(np.diff(keys, prepend=-1) > 0, places, 0)
+    repeats = places - np.maximum.accumulate(firsts)
+    return rows, (keys & MASK) | repeats << SHIFT
+
+
+class _Looks(NamedTuple):
+    """What the index sees of a block of texts."""
+
+    texts: list[str | array]
+    lengths: np.ndarray  # int64, in tokens
+    bits: np.ndarray  # uint64
+    slack: np.ndarray  # uint8, (1 - t)·length, rounded up; up to SLACK
+    rows: np.ndarray  # int64, of each of their rarest tokens
+    keys: np.ndarray  # int64, twice the rank of the token, + 1 for late ones
 
 
 class _Index:
@@ -238,13 +295,15 @@ class _Index:
     F > t means 2·lcs > t·(m + n) for texts of m and n tokens, and they share s ≥ lcs tokens. Hence
 
     - lengths: m·r < n < m/r with r = t/(2 - t), since lcs ≤ min(m, n);
-    - rare tokens: s > m·r, so at least one of the m - floor(m·r) rarest tokens of one text is among the n - floor(n·r)
-      rarest of the other. Only texts that meet in such a token are candidates. Any fixed order will do for "rarest":
-      here a token's rank, assigned once, higher for rarer tokens;
+    - rare tokens: s > n·r, and s > m·t if m ≤ n. So at least one of the m - floor(m·t) rarest tokens of the shorter
+      text, its early ones, is among the n - floor(n·r) rarest of the other, early and late ones. Only texts that meet
+      in such a token are candidates. Any fixed order will do for "rarest": here a token's rank, assigned once, higher
+      for rarer tokens;
     - bits: m + n - 2s tokens are in one text only. A text's 64 bits are the exclusive or of one bit per token, so two
-      texts differ in at most that many bits. At t = 0.7 this leaves about one in a hundred short texts;
-    - meetings: common tokens that are not a meeting of rarest with rarest are all among the other floor(m·r) of one
-      text or floor(n·r) of the other. So there are at least s - floor(max(m, n)·r) meetings. This helps with long
+      texts differ in at most that many bits. At t = 0.7 this leaves about one in a hundred short texts. Bits are kept
+      beside the numbers of texts: to look them up elsewhere took longer than all the rest from 100,000 texts on;
+    - meetings: common tokens that are no such meeting are all among the other floor(m·t) of the shorter text or
+      floor(n·r) of the longer. So there are at least s - max(floor(m·t), floor(n·r)) meetings. This helps with long
       texts, whose bits are all used up.
     """
 
@@ -253,68 +312,78 @@ class _Index:
         self._cut = max(0.0, threshold - MARGIN)
         self._ratio = self._cut / (2 - self._cut)
         self._ranks = ranks
-        # rank → numbers of the texts that have it among their rarest
-        self._holders: dict[int, array] = defaultdict(lambda: array("q"))
-        self._bits = array("Q")
-        self._lengths = array("q")
-        self._longest = 0
-        self._bounds_of: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        # key → bits and numbers of the texts that have it among their rarest
+        self._holders: dict[int, tuple[array, array]] = defaultdict(lambda: (array("Q"), array("I")))
+        self._lengths = array("I")
 
     def __len__(self) -> int:
         return len(self._lengths)
 
-    def add(self, encoded: str | array) -> None:
-        rarest, bits = self._look_at(encoded)
-        for rank in rarest:
-            self._holders[rank].append(len(self))
-        self._bits.append(bits)
-        self._lengths.append(len(encoded))
-        if len(encoded) > self._longest:
-            self._longest = 2 * len(encoded)  # doubled, so that bounds are seldom recomputed
-            self._bounds_of.clear()
+    def look_at(self, block: list[str | array]) -> _Looks:
+        rows, names = _bags(block)
+        lengths = np.array(list(map(len, block)), np.int64)
+        starts = lengths.cumsum() - lengths
+        ranks = np.fromiter(map(self._ranks.__getitem__, names.tolist()), np.int64, len(names))
+        ranks = (rows << SHIFT) - np.sort((rows << SHIFT) - ranks)  # the rarest first
+        bit = np.append(np.uint64(1) << (ranks & 63).astype(np.uint64), np.uint64(0))
+        bits = np.bitwise_xor.reduceat(bit, starts)  # of a text without tokens nonsense, and never used
+        places = np.arange(len(rows)) - starts[rows]
+        late = places >= (lengths - (lengths * self._cut).astype(np.int64))[rows]
+        rarest = places < (lengths - (lengths * self._ratio).astype(np.int64))[rows]
+        slack = np.minimum(np.ceil((1 - self._cut) * lengths), SLACK).astype(np.uint8)
+        return _Looks(block, lengths, bits, slack, rows[rarest], (2 * ranks + late)[rarest])
 
-    def candidates(self, encoded: str | array) -> np.ndarray:
-        """Return numbers of texts in ascending order, including all with F > threshold."""
-        rarest, bits = self._look_at(encoded)
-        lists = [np.frombuffer(self._holders[rank], np.int64) for rank in rarest if rank in self._holders]
-        if not lists or self.threshold >= 1:
-            return np.zeros(0, np.int64)
-        numbers = np.concatenate(lists)
-        all_lengths, (limit, least) = np.frombuffer(self._lengths, np.int64), self._bounds(len(encoded))
-        differing = np.bitwise_count(np.frombuffer(self._bits, np.uint64).take(numbers) ^ np.uint64(bits))
-        (few,) = (differing.view(np.int8) <= limit.max()).nonzero()  # without the lengths first: half the reading
-        numbers, differing = numbers[few], differing[few]
-        numbers = numbers[differing.view(np.int8) <= limit.take(all_lengths.take(numbers), mode="clip")]
-        if len(numbers) < len(self):
-            numbers, meetings = np.unique(numbers, return_counts=True)
-        else:
-            meetings = np.bincount(numbers, minlength=len(self))
-            numbers = meetings.nonzero()[0]
-            meetings = meetings[numbers]
-        return numbers[meetings >= least.take(all_lengths.take(numbers), mode="clip")]
+    def add(self, looks: _Looks, rows: Iterable[int]) -> None:
+        """Add some texts of a block, in order."""
+        bits, slack = looks.bits.tolist(), looks.slack.tolist()
+        labels = {row: number << 6 | slack[row] for number, row in enumerate(rows, len(self))}
+        for row, key in zip(looks.rows.tolist(), looks.keys.tolist(), strict=True):
+            if row in labels:
+                held = self._holders[key]
+                held[0].append(bits[row])
+                held[1].append(labels[row])
+        self._lengths.extend(looks.lengths[list(labels)].tolist())
 
-    def _look_at(self, encoded: str | array) -> tuple[list[int], int]:
-        """Return the ranks of a text's rarest tokens, and its 64 bits."""
-        known = self._ranks
-        ranks = [known.setdefault(key, len(known)) for key in _bag(encoded)]
-        bits = 0
-        for rank in ranks:
-            bits ^= 1 << (rank & 63)
-        ranks.sort(reverse=True)
-        return ranks[: len(ranks) - int(len(ranks) * self._ratio)], bits
+    def candidates(self, looks: _Looks) -> tuple[np.ndarray, np.ndarray]:
+        """Return pairs that include all with F > threshold: rows of the block, and numbers, ascending.
 
-    def _bounds(self, m: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return two bounds by n, for texts of m and n tokens: most differing bits, fewest meetings in rare tokens.
-
-        The first is int8, and -1 where the lengths rule out F > t.
+        Rows of the block count as numbers after those of the index; each is paired with those before it.
         """
-        if m in self._bounds_of:
-            return self._bounds_of[m]
-        highest = self._longest if self._ratio == 0 else min(self._longest, int(m / self._ratio) + 1)
-        n = np.arange(highest + 2)  # the last entry is for all n above
+        if self.threshold >= 1:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        early, nobody, found = looks.keys & 1 == 0, (array("Q"), array("I")), []
+        keys = np.concatenate([looks.keys & ~1, looks.keys[early] + 1])  # late tokens meet early ones only
+        rows = np.concatenate([looks.rows, looks.rows[early]])
+        lists = [self._holders.get(key, nobody) for key in keys.tolist()]
+        counts = np.array([len(held[1]) for held in lists], np.int64)
+        (ends,) = np.diff(counts.cumsum() // POSTINGS_AT_ONCE).nonzero()
+        for start, stop in pairwise([0, *(ends + 1).tolist(), len(lists)]):
+            part, row, count = lists[start:stop], rows[start:stop], counts[start:stop]
+            bits = np.frombuffer(b"".join([held[0] for held in part]), np.uint64)
+            labels = np.frombuffer(b"".join([held[1] for held in part]), np.uint32)
+            differing = np.bitwise_count(bits ^ looks.bits[row].repeat(count))
+            most = looks.slack[row].repeat(count) + (labels & SLACK).astype(np.uint8)
+            (few,) = (differing <= most).nonzero()
+            row = row[count.cumsum().searchsorted(few, "right")]
+            found.append((row << 32 | labels[few] >> 6, differing[few]))
+        pairs, differing = map(np.concatenate, zip(*found, strict=True))
+        pairs, first, meetings = np.unique(pairs, return_index=True, return_counts=True)
+        rows, numbers = pairs >> 32, pairs & 0xFFFFFFFF
+        most, least = self._bounds(
+            looks.lengths[rows], np.frombuffer(self._lengths, np.uint32)[numbers].astype(np.int64)
+        )
+        (chosen,) = ((differing[first] <= most) & (meetings >= least)).nonzero()
+        # Within the block each is compared with each.
+        most, _ = self._bounds(looks.lengths[:, None], looks.lengths)
+        here, there = np.tril(np.bitwise_count(looks.bits[:, None] ^ looks.bits) <= most, -1).nonzero()
+        return np.concatenate([rows[chosen], here]), np.concatenate([numbers[chosen], len(self) + there])
+
+    def _bounds(self, m: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return two bounds for texts of m and n tokens: most differing bits, fewest meetings in rare tokens.
+
+        The first is -1 where the lengths rule out F > t.
+        """
+        shorter, longer = np.minimum(m, n), np.maximum(m, n)
         shared = (self._cut * (m + n) / 2).astype(np.int64) + 1
-        limit = np.where(shared <= np.minimum(m, n), np.minimum(m + n - 2 * shared, 64), -1).astype(np.int8)
-        least = shared - (np.maximum(m, n) * self._ratio).astype(np.int64)
-        if m <= CACHED_LENGTH:
-            self._bounds_of[m] = limit, least
-        return limit, least
+        rest = np.maximum((shorter * self._cut).astype(np.int64), (longer * self._ratio).astype(np.int64))
+        return np.where(shared <= shorter, m + n - 2 * shared, -1), shared - rest

@@ -140,12 +140,14 @@ def test_token_numbers_that_are_surrogates_compare_like_others():
 def test_tokens_beyond_the_last_code_point_compare_with_those_below(texts, threshold):
     """From number 4 on, here, a text with such a token is an array of numbers and the others stay strings."""
     texts = [" ".join(text) for text in texts]
+    expected = RougePool(texts[1:]).nearest()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rouge, "CHARACTERS", 4)
         pool = RougePool(texts[1:])
         assert pool.scores(texts[0]).tolist() == oracles.rouge_l(texts[0], texts[1:])
-        assert pool.exceeds(texts[0], threshold) == exceeds_slowly(texts[0], texts[1:], threshold)
-        assert pool.nearest().tolist() == RougePool(texts[1:]).nearest().tolist()
+        nearest = exceeds_slowly(texts[0], texts[1:], threshold)
+        assert pool.exceeds(texts[0], threshold) == nearest and pool.admit(texts[:1], threshold) == [nearest]
+        assert RougePool(texts[1:]).nearest().tolist() == expected.tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,15 +173,22 @@ THRESHOLDS = (0.0, 0.2, 1 / 3, 0.5, 2 / 3, 0.7, 0.7000000000000001, 0.9, 1.0)
 @example(["a b c", "a b d"], 2 / 3, True)
 @example(["", ""], 0.0, False)
 def test_exceeds_is_the_decision_of_the_scores_while_the_pool_grows(texts, threshold, learn):
-    pool, added = RougePool(), []
+    pool, in_blocks, added, verdicts = RougePool(), RougePool(), [], []
     if learn:
         pool.learn(texts)
+        in_blocks.learn(texts)
     for text in texts:
         found = pool.exceeds(text, threshold)
         assert found == exceeds_slowly(text, added, threshold)
+        verdicts.append(found)
         if found is None:
             pool.add(text)
             added.append(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rouge, "TEXTS_AT_ONCE", 3)
+        patch.setattr(rouge, "POSTINGS_AT_ONCE", 2)
+        assert in_blocks.admit(texts[:4], threshold) + in_blocks.admit(texts[4:], threshold) == verdicts
+    assert len(in_blocks) == len(added)
 
 
 @quick
@@ -197,11 +206,22 @@ def test_exceeds_misses_no_longer_text(rng, threshold, learn):
     pool = RougePool()
     if learn:
         pool.learn(texts[::2])
+    expected = []
     for i, text in enumerate(texts):
         scores = pool.scores(text)
-        expected = int(scores.argmax()) if scores.max(initial=0.0) > threshold else None
-        assert pool.exceeds(text, threshold) == expected, i
+        expected.append(int(scores.argmax()) if scores.max(initial=0.0) > threshold else None)
+        assert pool.exceeds(text, threshold) == expected[-1], i
         pool.add(text)
+    assert RougePool().admit(texts, threshold, lambda i, nearest: nearest == expected[i]) == expected  # all are added
+    kept, some = [], RougePool()
+    assert len(some.admit(texts, threshold, lambda i, nearest: bool(i % 3) and not kept.append(texts[i]))) == len(texts)
+    assert len(some) == len(kept) and some.scores(texts[0]).tolist() == RougePool(kept).scores(texts[0]).tolist()
+
+
+def test_a_text_whose_bits_all_differ_is_compared_where_the_lengths_allow_it():
+    """The other has 64 tokens more, one for each bit: all bits differ, as in F > 0 they may."""
+    pool = RougePool(["a " + " ".join(f"w{i}" for i in range(64))])
+    assert pool.exceeds("a", 0.0) == 0
 
 
 def test_exceeds_at_exactly_7_tenths():
@@ -231,12 +251,11 @@ def test_thresholds_outside_0_to_1_and_a_change_of_threshold():
 def test_the_index_leaves_few_pairs_to_compare(monkeypatch):
     """Else the decisions would be right, and slow."""
     texts = [f"what is the {i} of {i * 7 % 1000} and the {i % 37} in {i % 101}" for i in range(1000)]  # all alike
-    pool, compared = RougePool(texts), []
-    lcs = rouge._lcs
-    monkeypatch.setattr(rouge, "_lcs", lambda rows, columns: compared.append(len(columns)) or lcs(rows, columns))
+    pool, compared, cpdist = RougePool(texts), [], rouge.cpdist
+    monkeypatch.setattr(rouge, "cpdist", lambda a, b, **how: compared.append(len(b)) or cpdist(a, b, **how))
     for text in texts[:100]:
         assert pool.exceeds(text, 0.7) is not None
-    assert sum(compared) < 100 * 100  # of 1,000 each
+    assert 100 <= sum(compared) < 100 * 100  # of 1,000 each
 
 
 # ---------------------------------------------------------------------------------------------------------------------

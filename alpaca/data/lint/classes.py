@@ -43,17 +43,19 @@ def near_duplicates(records: list[dict], threshold: float = MAX_SIMILARITY) -> d
         groups.setdefault(symbols(text), []).append(i)
     for group in groups.values():
         pool, kept = RougePool(tokenizer="unicode"), []
-        pool.learn(texts[i] for i in group)
-        for i in group:
-            nearest = pool.exceeds(texts[i], threshold)
-            other = None if nearest is None else kept[nearest]
+
+        def is_new(n: int, nearest: int | None, group: list[int] = group, kept: list[int] = kept) -> bool:
+            i, other = group[n], None if nearest is None else kept[nearest]
             inputs = [input_of(records[n]) for n in (i, other) if n is not None]
-            if other is None or (all(inputs) and _rouge_l(*inputs) <= threshold):
-                pool.add(texts[i])
+            if new := other is None or (all(inputs) and _rouge_l(*inputs) <= threshold):
                 kept.append(i)
             else:
                 start = around(records[other]["instruction"], 0, 60)
                 found[i] = f"ROUGE-L {_rouge_l(texts[i], texts[other]):.2f} with record {other + 1}: {start}"
+            return new
+
+        pool.learn(texts[i] for i in group)
+        pool.admit([texts[i] for i in group], threshold, is_new)
     return found
 
 
