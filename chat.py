@@ -74,9 +74,9 @@ def chat(
 
     Args:
         model_path: the folder of the model, or of a LoRA adapter.
-        instruction: answer this one and leave; the answer alone is on stdout.
+        instruction: answer this one and exit; only the answer is on stdout.
         input: the text that the instruction is about, if there is one.
-        batch_path: answer the instructions of this file and leave; any data that train.py reads, answers or not.
+        batch_path: answer the instructions in this file and exit; any data that train.py reads, answers or not.
         output_path: where their answers go: the same records with "output", "generator" and "finish_reason" ("length"
             if it was cut off), in the same order; a JSON list, which alpaca_eval reads, if the name ends in .json, else
             JSON Lines. The same command continues a run that was killed.

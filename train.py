@@ -77,7 +77,7 @@ from alpaca.training.preflight.findings import Finding, raise_errors
 from alpaca.training.preflight.rehearsal import rehearsal
 from alpaca.training.stop import Stopped, train_until_stopped
 from alpaca.training.trainer import Trainer, trainer_maker
-from alpaca.weights.checkpoint import check_model_folder
+from alpaca.weights.checkpoint import check_model_folder, is_hub_name
 
 # What a LLaMA tokenizer calls them. A missing one may be None or "" (some conversions of LLaMA have "").
 DEFAULT_PAD_TOKEN, DEFAULT_EOS_TOKEN, DEFAULT_BOS_TOKEN, DEFAULT_UNK_TOKEN = "[PAD]", "</s>", "<s>", "<unk>"
@@ -198,9 +198,10 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
     except (ImportError, RuntimeError, ValueError, TypeError, AssertionError, ArithmeticError) as e:
         raise UserError(" ".join(str(e).split())) from None
     check_writable(args.output_dir, "--output_dir")
-    if os.path.exists(model_args.model_name_or_path) or model_args.model_name_or_path.startswith((".", "/")):
-        check_model_folder(model_args.model_name_or_path, "--model_name_or_path")
-    check_not_quantized(model_args.model_name_or_path, args.cache_dir)
+    model = model_args.model_name_or_path
+    if os.path.exists(model) or "/" in model and not is_hub_name(model):
+        check_model_folder(model, "--model_name_or_path")
+    check_not_quantized(model, args.cache_dir)
     if args.push_to_hub and args.process_index == 0:
         try:
             HfApi(token=args.hub_token).whoami()

@@ -68,7 +68,7 @@ def prepare(model_path: str) -> None:
     if made:
         source = gguf_path()
         if importlib.util.find_spec("gguf") is None:
-            raise UserError("reading the embedded model needs the package gguf: pip install '.[demo]'")
+            raise UserError("reading the embedded model needs the package gguf: pip install -e '.[demo]'")
         with new_folder(path, "model_path") as folder:
             _convert(source, folder)
     size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
@@ -120,7 +120,7 @@ def serve(model_path: str | os.PathLike, log_path: str | os.PathLike, port: int 
     if not (model_path / "config.json").exists():
         raise UserError(f"{model_path} holds no model (no config.json)")
     if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
-        raise UserError("serving a model needs fastapi and uvicorn: pip install '.[demo]'")
+        raise UserError("serving a model needs fastapi and uvicorn: pip install -e '.[demo]'")
     port = free_port(port)
     url = f"http://127.0.0.1:{port}"
     log_path = Path(log_path)

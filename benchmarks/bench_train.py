@@ -16,7 +16,7 @@ Contenders, each run in a process of its own, in turn, --rounds times; the media
 All begin with the same weights in float32 and, but for ours_packed, see the same examples in the same order. On a GPU
 all compute in bf16 with tf32. TRL's gradient checkpointing, on by default, is off as it is for the others; so is its
 bf16 on a CPU, where that is slower. The first steps are a warm-up and do not count; saving and evaluation are no part
-of it. TRL comes with ``pip install '.[bench]'``; without it its rows are left out. Two things to know of its rows: on a
+of it. TRL comes with ``pip install -e '.[bench]'``; without it its rows are left out. Two things to know of them: on a
 CPU its loss lacks the Triton kernels that it is written for; and where the last token of a prompt would merge with the
 answer's first, it leaves the prompt's ":" out, so its losses are others than those of the original and ours.
 
@@ -272,7 +272,7 @@ def main() -> None:
     batch = a.batch or (128 if gpu else 8)
     contenders = [name for name in a.contenders if find_spec("trl") or not name.startswith("trl")]
     if len(contenders) < len(a.contenders):
-        print("trl is not installed (pip install '.[bench]'): left out")
+        print("trl is not installed (pip install -e '.[bench]'): left out")
     if not contenders:
         sys.exit(1)
     embedded_model.prepare(a.model_path)

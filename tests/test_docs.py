@@ -130,7 +130,8 @@ def flag_table(command: str | None) -> str:
         r"^    --(\w+) \(.*?(?:, (required)|, default: (.*))?\)\n((?:        .*\n?)*)", text, re.M
     ):
         default = f"`{default.strip(chr(39))}`" if default else required
-        rows[name] = f"| `--{name}` | {default} | {' '.join(about.split())} |".replace("|  |", "| |")
+        about = " ".join(about.split()).replace("|", r"\|")
+        rows[name] = f"| `--{name}` | {default} | {about} |".replace("|  |", "| |")
     if command is None:
         rows = {name: rows[name] for name in REQUEST}
     elif rows.keys() >= set(REQUEST):

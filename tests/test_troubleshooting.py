@@ -97,7 +97,7 @@ def cures(page: str) -> dict[str, str]:
 
 def table(known: dict[str, str]) -> str:
     text = f"""{HEADING}
-What is filled in is in {{}}. The second column says what to do where the message does not.
+Braces mark what is filled in. The second column says what to do where the message does not.
 """
     for place, texts in sections().items():
         text += f"\n### {place}\n\n| message | what to do |\n|---|---|\n"

@@ -1,6 +1,6 @@
 """Three plots of instruction data, and one page with all of them, for ``analyze_data.py plot``.
 
-``pip install '.[plots]'`` installs the dependency parser (spaCy) and matplotlib; they are imported where they are used.
+``pip install -e '.[plots]'`` installs the dependency parser (spaCy) and matplotlib, which are imported where used.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def plot(data_path: str, output_dir: str, fields: str | None = None) -> None:
         import matplotlib  # noqa: F401
         import spacy  # noqa: F401
     except ImportError as e:
-        raise UserError(f"plot needs {e.name}, which is not installed: pip install '.[plots]'") from None
+        raise UserError(f"plot needs {e.name}, which is not installed: pip install -e '.[plots]'") from None
     records = load_records(data_path, fields)
     instructions = [record["instruction"] for record in records]
     bar = tqdm(parse(instructions), total=len(instructions), desc="verbs and objects", unit="instruction")

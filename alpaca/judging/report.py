@@ -58,7 +58,7 @@ def write(report: dict, output_dir: str | os.PathLike) -> list[str]:
         png = plot.picture(report)
     except ImportError:
         png = None
-        note = "report.png was not drawn, matplotlib is not installed: pip install '.[judge]'"
+        note = "report.png was not drawn, matplotlib is not installed: pip install -e '.[judge]'"
         report = report | {"notes": [*report["notes"], note]}
         print(f"note: {note}")
     jdump(report, folder / "report.json", indent=2)

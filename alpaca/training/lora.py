@@ -36,7 +36,7 @@ def base_options(args) -> dict:
     if not args.load_in_4bit:
         return {"dtype": half}
     if not importlib.util.find_spec("bitsandbytes"):
-        raise UserError("load_in_4bit needs bitsandbytes: pip install 'alpaca-reproduced[qlora]'")
+        raise UserError("load_in_4bit needs bitsandbytes: pip install -e '.[qlora]'")
     # nf4, quantized twice: Dettmers et al., 2023, arXiv:2305.14314
     quantization = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=half

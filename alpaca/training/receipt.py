@@ -175,7 +175,7 @@ def write(receipt: dict, output_dir: str | os.PathLike, **others: str) -> list[s
     if png := loss_plot(receipt):
         files["loss.png"] = png
     else:
-        print("note: loss.png was not drawn, matplotlib is not installed: pip install '.[plots]'")
+        print("note: loss.png was not drawn, matplotlib is not installed: pip install -e '.[plots]'")
     for name, content in files.items():
         with replace_file(Path(output_dir) / name, "wb" if isinstance(content, bytes) else "w") as file:
             file.write(content)

@@ -42,6 +42,12 @@ def size_of(specs: Specs) -> int:
     return sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values())
 
 
+def is_hub_name(path: str | os.PathLike) -> bool:
+    """Return whether ``path`` can only be OWNER/NAME on the hub, which takes half a minute to ask without a network."""
+    folder = Path(path)
+    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path))) and not folder.exists() and not folder.parent.is_dir()
+
+
 def check_model_folder(path: str | os.PathLike, flag: str, tokenizer: bool = True, diff: bool = False) -> Path:
     """Raise UserError unless ``path``, a flag's value, is a folder with a config, weights and, if needed, a tokenizer.
 

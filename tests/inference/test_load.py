@@ -263,9 +263,7 @@ def test_an_adapter_of_another_model_is_refused(adapted, tiny_opt, paris):
 
 def test_an_adapter_without_peft_says_how_to_get_it(adapted, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(
-        UserError, match="is a LoRA adapter, which needs peft: pip install 'alpaca-reproduced\\[lora\\]'"
-    ):
+    with pytest.raises(UserError, match="is a LoRA adapter, which needs peft: pip install -e '.\\[lora\\]'"):
         load(adapted[0], "cpu")
 
 
@@ -274,13 +272,16 @@ def test_a_model_has_no_base(tiny_llama):
         load(tiny_llama, "cpu", base_path=tiny_llama)
 
 
-def test_a_missing_folder_is_told_at_once_and_a_name_of_the_hub_is_asked_for(monkeypatch):
+def test_a_missing_folder_is_told_at_once_and_a_name_of_the_hub_is_asked_for(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     for name in ("typo", "./no/where", "/no/where", "out/sub/typo"):
         with monkeypatch.context() as patch:
             patch.setattr(load_module, "load_tokenizer", lambda *_: pytest.fail("the hub was asked"))
             said = (f"model_path {name} does not exist", "a model of the hub by OWNER/NAME")
             assert_user_error(lambda name=name: load(name, "cpu"), *said)
     assert_user_error(lambda: load("out/typo", "cpu"), "out/typo: this folder does not exist, and from the hub the")
+    (tmp_path / "out").mkdir()  # then the name can only be a folder's
+    assert_user_error(lambda: load("out/typo", "cpu"), "model_path out/typo does not exist")
 
 
 def test_a_template_ends_answers_at_a_token_that_no_config_names(tmp_path):

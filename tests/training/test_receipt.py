@@ -197,7 +197,7 @@ def test_without_matplotlib_the_run_ends_well_and_says_how_to_get_it(finished, t
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
     assert receipt.write(finished[1], tmp_path) == ["training_receipt.json", "model_card.md"]
-    assert "pip install '.[plots]'" in capsys.readouterr().out
+    assert "pip install -e '.[plots]'" in capsys.readouterr().out
     assert not (tmp_path / "loss.png").exists()
 
 
