@@ -28,7 +28,7 @@ from alpaca import UserError
 CHARACTERS = 0x110000  # code points, including surrogates: rapidfuzz compares numbers and encodes nothing
 PAIRS_AT_ONCE = 2_000_000  # in a block: 8 MB of lengths, and enough rows to share the work on the columns
 MARGIN = 1e-9  # keeps rounding from pruning a pair at the threshold; F itself is off by 1e-15 at most
-TEXTS_AT_ONCE = 128  # looked up in the index; within these each is compared with each
+TEXTS_AT_ONCE = 32  # looked up in the index; within these each is compared with each
 POSTINGS_AT_ONCE = 1 << 16  # read: 0.8 MB, which fit into a core's cache
 SLACK = 63  # the most that fits beside a text's number
 SHIFT, MASK = 40, (1 << 40) - 1  # two numbers in an int64: the second has 40 bits
