@@ -28,7 +28,7 @@ from alpaca import UserError
 CHARACTERS = 0x110000  # code points, including surrogates: rapidfuzz compares numbers and encodes nothing
 PAIRS_AT_ONCE = 2_000_000  # in a block: 8 MB of lengths, and enough rows to share the work on the columns
 MARGIN = 1e-9  # keeps rounding from pruning a pair at the threshold; F itself is off by 1e-15 at most
-TEXTS_AT_ONCE = 32  # looked up in the index; within these each is compared with each
+TEXTS_AT_ONCE = 32  # looked up in the index, and compared each with each: with more, long texts take longer
 POSTINGS_AT_ONCE = 1 << 16  # read: 0.8 MB, which fit into a core's cache
 SLACK = 63  # the most that fits beside a text's number
 SHIFT, MASK = 40, (1 << 40) - 1  # two numbers in an int64: the second has 40 bits
@@ -179,7 +179,7 @@ class RougePool:
     ) -> list[int | None]:
         """Add the new ones of some texts, one after the other; return what ``exceeds`` gives for each, in its turn.
 
-        Looking up many texts at once takes a third of the time.
+        Many texts at once take half the time of the same one by one, or less.
 
         Args:
             threshold: at least 0.
@@ -308,7 +308,7 @@ class _Index:
 
     def __init__(self, threshold: float, ranks: dict[int, int]):
         self.threshold = threshold
-        self._cut = max(0.0, threshold - MARGIN)
+        self._cut = min(max(0.0, threshold - MARGIN), 1.0)
         self._ratio = self._cut / (2 - self._cut)
         self._ranks = ranks
         # rank → bits, and numbers with slacks, of the texts that have it among their rarest
@@ -347,8 +347,6 @@ class _Index:
 
         Rows of the block count as numbers after those of the index; each is paired with those before it.
         """
-        if self.threshold >= 1:
-            return np.zeros(0, np.int64), np.zeros(0, np.int64)
         rows, nobody, found = looks.rows, (array("Q"), array("I")), []
         lists = [self._holders.get(rank, nobody) for rank in looks.ranks.tolist()]
         counts = np.array([len(held[1]) for held in lists], np.int64)
