@@ -101,7 +101,7 @@ def distinct(
     Memory: the encoded instructions of the kept records; with stats also their texts.
 
     Args:
-        records: read twice without stats (first to learn which tokens are rare), so not a generator.
+        records: not a generator: without stats the first are read twice, to learn which tokens are rare.
         seeds: instructions that count as kept.
     """
     kept = DistinctPool(seeds, threshold, similarity_stats, tokenizer)
