@@ -14,6 +14,7 @@ A second "the" in a text is a token of its own, as in rouge.py, so the tokens th
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -475,10 +476,14 @@ def _absolute(source: str) -> str:
 
 def _check_schemas(shards: list[str]) -> None:
     """Raise UserError unless all Parquet shards have the same columns: a folder of them could not be read as one."""
-    parquet = [shard for shard in shards if shard.endswith(".parquet")]
-    for shard in parquet[1:]:
-        if not pq.read_schema(shard).equals(pq.read_schema(parquet[0])):
-            raise UserError(f"{shard} has other columns than {parquet[0]}: choose an output_path that ends in .jsonl")
+    schemas = {}
+    for shard in shards:
+        if shard.endswith(".parquet"):
+            with contextlib.suppress(pa.ArrowException, OSError):  # named by the first stage
+                schemas[shard] = pq.read_schema(shard)
+    for shard, schema in schemas.items():
+        if not schema.equals(schemas[first := next(iter(schemas))]):
+            raise UserError(f"{shard} has other columns than {first}: choose an output_path that ends in .jsonl")
 
 
 def _connect(ray, address: str | None, workers: int | None, worker_gb: float, work: Path) -> None:
@@ -488,7 +493,7 @@ def _connect(ray, address: str | None, workers: int | None, worker_gb: float, wo
     if not address:
         workers, size = workers or os.cpu_count() or 1, int(worker_gb * 1e9)
         store = {"object_store_memory": max(100 * 2**20, workers * size // 4), "object_spilling_directory": str(work)}
-        ray.init(num_cpus=workers, include_dashboard=False, _memory=workers * size, **store, **quiet)
+        ray.init("local", num_cpus=workers, include_dashboard=False, _memory=workers * size, **store, **quiet)
         return
     try:
         if (host := address.rpartition(":"))[2].isdecimal() and "://" not in address:  # Ray itself waits for minutes
