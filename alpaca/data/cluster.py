@@ -442,6 +442,8 @@ def dedup_on_ray(
             total, kept = _run(Join(ray, work, threshold, worker_gb), seeds, shards, tokenizer, target)
         except ray.exceptions.OutOfDiskError:
             raise OSError(errno.ENOSPC, "the disk is full while spilling", str(work)) from None
+        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as e:
+            raise UserError(f"workers keep dying ({first_line(e)}): lower worker_gb or workers") from None
         except ray.exceptions.RayTaskError as e:
             if isinstance(e.cause, UserError):
                 shutil.rmtree(work)  # a shard will change

@@ -245,13 +245,25 @@ def test_bad_shards_are_named_and_nothing_is_written(tmp_path, address):
         assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_full_disk_is_one_line(tmp_path, address, monkeypatch):
-    def full(*_):
-        raise ray.exceptions.OutOfDiskError
+@pytest.mark.parametrize(
+    ("fault", "raised", "words"),
+    [
+        (ray.exceptions.OutOfDiskError(), OSError, "the disk is full while spilling"),
+        (ray.exceptions.WorkerCrashedError(), UserError, "workers keep dying .*: lower worker_gb"),
+    ],
+)
+def test_what_ray_gives_up_on_is_one_line_and_what_is_complete_stays(
+    tmp_path, address, monkeypatch, fault, raised, words
+):
+    def fails(*_):
+        raise fault
 
-    monkeypatch.setattr(cluster.Join, "near_duplicates", full)
-    with pytest.raises(OSError, match="the disk is full while spilling"):
-        dedup(write(tmp_path / "in.jsonl", ["a"]), str(tmp_path / "out.jsonl"), engine=Engine("ray", address))
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster.Join, "_plan", fails)
+        with pytest.raises(raised, match=words):
+            dedup(write(tmp_path / "in.jsonl", ["a"]), str(tmp_path / "out.jsonl"), engine=Engine("ray", address))
+    names = sorted(path.name for path in tmp_path.glob(".*.work/*"))
+    assert names == ["ids-00000.ids", "ids-00000.parquet", "words-00000.parquet", "words-00000.texts"]
 
 
 def test_a_driver_killed_with_kill_9_is_continued_and_leaves_no_worker(tmp_path):
