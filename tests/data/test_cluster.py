@@ -23,7 +23,7 @@ from ray.cluster_utils import Cluster
 from test_dedup import make_texts
 
 from alpaca import UserError
-from alpaca.data import cluster
+from alpaca.data import cluster, join
 from alpaca.data.dedup import Engine, dedup, distinct
 
 SCRIPT = ROOT / "generate_instruction.py"
@@ -123,8 +123,8 @@ def test_the_join_keeps_what_one_process_keeps(tmp_path, monkeypatch, make, toke
 @pytest.mark.parametrize("worker_gb", [2.0, 1e-4, 1e-5])
 def test_at_any_threshold_and_in_any_memory(tmp_path, monkeypatch, threshold, worker_gb):
     """Little memory splits tokens into many cells: one of 60 texts at 1e-5 GB, 25 entries."""
-    monkeypatch.setattr(cluster, "DENSE", 30 if worker_gb < 1 else 4096)
-    monkeypatch.setattr(cluster, "PAIRS_AT_ONCE", 500 if worker_gb < 1 else 1 << 21)
+    monkeypatch.setattr(join, "DENSE", 30 if worker_gb < 1 else 4096)
+    monkeypatch.setattr(join, "PAIRS_AT_ONCE", 500 if worker_gb < 1 else 1 << 21)
     texts = make_texts(150) + skewed(60) + near_the_threshold(90)
     assert joined(tmp_path, texts, texts[7:20], threshold, worker_gb=worker_gb) == one_process(
         texts, texts[7:20], threshold
