@@ -7,6 +7,7 @@ instruction kept so far is at most the threshold.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -139,6 +140,25 @@ class Records:
         return self.count
 
 
+@dataclass(frozen=True)
+class Engine:
+    """Where ``dedup`` runs.
+
+    Args:
+        engine: local: one process. ray: many, on this machine or a cluster; the same records are kept, without
+            similarity fields. An output_path without a suffix is then a folder with a shard for each input shard.
+        address: of a running Ray cluster: auto, or HOST:PORT (default: start one on this machine). Its machines need
+            this project installed, and the same files under the same paths.
+        workers: tasks at a time on this machine; default: one a core.
+        worker_gb: memory of a task in GB.
+    """
+
+    engine: str = "local"
+    address: str | None = None
+    workers: int | None = None
+    worker_gb: float = 2.0
+
+
 def dedup(
     input_path: str,
     output_path: str,
@@ -147,6 +167,7 @@ def dedup(
     similarity_stats: bool = True,
     tokenizer: str = "rouge",
     fields: str | None = None,
+    engine: Engine = Engine(),  # noqa: B008  never changed
 ) -> None:
     """Drop near-duplicates from instruction data, as the generator does, and write the rest in the same order.
 
@@ -172,6 +193,14 @@ def dedup(
         raise UserError(f"output_path {output_path} is the input: choose another file")
     if target.is_dir():
         raise UserError(f"output_path {output_path} is a folder: choose a file in it")
+    if engine.engine not in ("local", "ray"):
+        raise UserError(f"engine must be local or ray, not {engine.engine!r}")
+    if engine.engine == "ray":
+        from alpaca.data.cluster import dedup_on_ray
+
+        where = {name: value for name, value in asdict(engine).items() if name != "engine"}
+        dedup_on_ray(input_path, target, seed_tasks_path, threshold, tokenizer, fields, **where)
+        return
     seeds = [record["instruction"] for record in Records(seed_tasks_path)] if seed_tasks_path else []
     records = Records(input_path, fields)
     if tokenizer == "rouge" and (unseen := sum(is_mostly_unseen(record["instruction"]) for record in records)):
