@@ -41,8 +41,8 @@ import utils
 from alpaca import UserError
 from alpaca.common import cli
 from alpaca.common.files import git_blob_id, new_folder
-from alpaca.common.records import FIELDS, RELEASED_BLOB, files_of, restricted_parts, write_records
-from alpaca.common.shapes import task_key
+from alpaca.common.records import RELEASED_BLOB, files_of, read_records, restricted_parts, sources, write_records
+from alpaca.common.shapes import FIELDS, whole_text
 from alpaca.common.text import counted, first_line, printable, utc_now
 from alpaca.data.instruction_sets import is_name
 from alpaca.data.lint.classes import CLASSES, OPT_IN, duplicates, find
@@ -113,7 +113,11 @@ def stats(
     report = figures(records)
     if tokenizer:
         count, texts = _token_counter(tokenizer), _texts(records)
-        texts["example"] = [utils.format_prompt(r["instruction"], r["input"]) + r["output"] for r in records]
+        texts["example"] = [
+            "".join(message["content"] for message in r.get("messages") or ())
+            or utils.format_prompt(r["instruction"], r["input"]) + r["output"]
+            for r in records
+        ]
         report["tokens"] = {field: _spread(count(values)) for field, values in texts.items()}
 
     print(f"records                          {report['records']:>8,}")
@@ -140,7 +144,7 @@ def figures(records: list[dict]) -> dict:
         "records": len(records),
         "with_input": len(texts["input"]),
         "share_with_input": round(len(texts["input"]) / len(records), 4),
-        "duplicate_instructions": len(records) - len({task_key(record, "instruction") for record in records}),
+        "duplicate_instructions": len(records) - len({" ".join(t.split()).casefold() for t in texts["instruction"]}),
         "duplicate_instructions_and_inputs": len(duplicates(records)),
         "words": {field: _spread([count_words(text) for text in values]) for field, values in texts.items()},
         "first_verbs": dict(Counter(match[0].lower() for match in first if match).most_common(20)),
@@ -148,7 +152,7 @@ def figures(records: list[dict]) -> dict:
 
 
 def _texts(records: list[dict]) -> dict[str, list[str]]:
-    return {field: [r[field] for r in records if r[field] or field != "input"] for field in FIELDS}
+    return {field: [whole_text(r, field) for r in records if r[field] or field != "input"] for field in FIELDS}
 
 
 def _spread(lengths: list[int]) -> dict[str, float]:
@@ -192,10 +196,11 @@ def lint(
 ) -> None:
     """Find records that should not be trained on, each with a class, a reason and the evidence.
 
-    DATA_PATH is not changed. The exit code is 0 even with findings; with --strict True it is then 1. The class
-    no-full-stop is checked only if --only names it. All classes: empty-output, na-output, input-field, link,
-    missing-input, empty-code, needs-media, nonsense, merged, chat-token, as-an-ai, error-text, label, chatter, echo,
-    repetition, cut-off, no-full-stop, wrong-arithmetic, mojibake, stray-escape, duplicate, near-duplicate.
+    DATA_PATH is not changed. A record's number is its place in the file (of several files: among all records). The exit
+    code is 0 even with findings; with --strict True it is then 1. The class no-full-stop is checked only if --only
+    names it. All classes: empty-output, na-output, input-field, link, missing-input, empty-code, needs-media, nonsense,
+    merged, chat-token, as-an-ai, error-text, label, chatter, echo, repetition, cut-off, no-full-stop, wrong-arithmetic,
+    mojibake, stray-escape, duplicate, near-duplicate.
 
     Args:
         data_path: records to read: a file, a folder, several separated by commas, or a hub dataset.
@@ -210,8 +215,10 @@ def lint(
     _refuse_same_files(data_path=data_path, output_path=output_path, rejects_path=rejects_path, report_path=report_path)
     wanted = _classes("only", only) or set(CLASSES) - OPT_IN
     wanted -= _classes("skip", skip)
-    records = utils.load_records(data_path, fields)
-    findings = find(records, wanted)
+    rows, one = read_records(data_path, fields, answers=True), len(sources(data_path)) == 1
+    numbered = {int(place.split()[-1]) if one else i: record for i, (place, record) in enumerate(rows, 1)}
+    records = list(numbered.values())
+    findings = find(records, wanted, list(numbered))
 
     counts = Counter(finding["class"] for finding in findings)
     width = max(map(len, CLASSES))
@@ -225,13 +232,13 @@ def lint(
     print(f"\n{counted(len(findings), 'finding')} in {len(bad):,} of {counted(len(records), 'record')}{more}")
 
     if output_path:
-        write_records([record for i, record in enumerate(records, 1) if i not in bad], output_path)
+        write_records([record for number, record in numbered.items() if number not in bad], output_path)
         print(f"{counted(len(records) - len(bad), 'clean record')} in {output_path}")
     if rejects_path:
         reasons: dict[int, list] = {i: [] for i in sorted(bad)}
         for finding in findings:
             reasons[finding["record"]].append({key: finding[key] for key in ("class", "reason", "evidence")})
-        write_records([records[i - 1] | {"lint": found} for i, found in reasons.items()], rejects_path)
+        write_records([numbered[i] | {"lint": found} for i, found in reasons.items()], rejects_path)
         print(f"{counted(len(bad), 'rejected record')} in {rejects_path}")
     if report_path:
         write_records(findings, report_path, lines=True)

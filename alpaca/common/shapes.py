@@ -183,6 +183,18 @@ def has_several_turns(record: dict) -> bool:
     return sum(message["role"] == "user" for message in record.get("messages") or ()) > 1
 
 
+def whole_text(record: dict, field: str = "instruction") -> str:
+    """Return a field's text; of a conversation, all its questions as the instruction, all its answers as the output.
+
+    Records are compared and counted by it: neither a system text that many share nor a greeting that opens many hides
+    what they ask. Like an instruction, the questions are without the input.
+    """
+    role = {"instruction": "user", "output": "assistant"}.get(field)
+    turns = [message["content"] for message in record.get("messages") or () if message["role"] == role]
+    heading_and_input = user_message("", record.get("input") or "")["content"]
+    return "\n\n".join(turns).replace(heading_and_input, "") if turns else record[field]
+
+
 def user_message(instruction: str, input: str = "") -> dict[str, str]:
     """Return a task as a user's message: an input follows the instruction under Alpaca's heading."""
     return {"role": "user", "content": instruction + (INPUT_HEADING + input if input else "")}

@@ -38,6 +38,7 @@ import alpaca
 from alpaca import UserError
 from alpaca.common.files import check_writable, new_folder, only_process, replace_file
 from alpaca.common.records import read_entries, read_records, sources, write_records
+from alpaca.common.shapes import whole_text
 from alpaca.common.text import counted, first_line
 from alpaca.data.join import PAIRS_AT_ONCE, candidates, offsets_of, rarest, spans
 from alpaca.data.rouge import CHARACTERS, _f_measure, is_mostly_unseen, tokenizer_named
@@ -152,7 +153,7 @@ def write_words(path: Path, shard: str, tokenizer: str, fields: str | None) -> N
         replace_file(path.with_suffix(".texts"), "wb") as file,
         pq.ParquetWriter(file, schema) as writer,
     ):
-        found = (record["instruction"] for record in _records(shard, fields, said))
+        found = (whole_text(record) for record in _records(shard, fields, said))
         while texts := list(islice(found, UNIT)):
             keys = [_keys(tokenize(text)) for text in texts]
             for text in keys:

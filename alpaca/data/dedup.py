@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from alpaca import UserError
 from alpaca.common.records import LINES, files_of, read_records, sources, write_records
+from alpaca.common.shapes import whole_text
 from alpaca.common.text import counted
 from alpaca.data.rouge import RougePool, is_mostly_unseen, tokenizer_named
 
@@ -107,10 +108,10 @@ def distinct(
     """
     kept = DistinctPool(seeds, threshold, similarity_stats, tokenizer)
     if not similarity_stats:
-        kept.pool.learn(record["instruction"] for record in islice(records, LEARNED))
+        kept.pool.learn(map(whole_text, islice(records, LEARNED)))
     bar = iter(tqdm(records, desc="dedup", unit="record", disable=None))
     while block := list(islice(bar, BLOCK)):
-        verdicts = kept.take([record["instruction"] for record in block])
+        verdicts = kept.take(list(map(whole_text, block)))
         for record, (nearest, fields) in zip(block, verdicts, strict=True):
             if nearest is None:
                 yield record | fields
@@ -171,9 +172,9 @@ def dedup(
 ) -> None:
     """Drop near-duplicates from instruction data, as the generator does, and write the rest in the same order.
 
-    A record is kept if the highest ROUGE-L of its instruction to the seeds and to every instruction kept so far is at
-    most the threshold. Records need only the field "instruction" and keep all their fields; other formats are written
-    in Alpaca's fields. JSON Lines are streamed, so the records take no memory.
+    A record is kept if the highest ROUGE-L of its instruction (a conversation's: all its questions, no system text) to
+    the seeds and to all kept so far is at most the threshold. Records need only the field "instruction" and keep all
+    their fields; other formats are written in Alpaca's fields. JSON Lines are streamed: the records take no memory.
 
     Args:
         input_path: the data: a file, a folder, several separated by commas, or a hub dataset.
@@ -201,9 +202,9 @@ def dedup(
         where = {name: value for name, value in asdict(engine).items() if name != "engine"}
         dedup_on_ray(input_path, target, seed_tasks_path, threshold, tokenizer, fields, **where)
         return
-    seeds = [record["instruction"] for record in Records(seed_tasks_path)] if seed_tasks_path else []
+    seeds = list(map(whole_text, Records(seed_tasks_path))) if seed_tasks_path else []
     records = Records(input_path, fields)
-    if tokenizer == "rouge" and (unseen := sum(is_mostly_unseen(record["instruction"]) for record in records)):
+    if tokenizer == "rouge" and (unseen := sum(map(is_mostly_unseen, map(whole_text, records)))):
         what = f"{unseen} of {counted(len(records), 'instruction')} {'is' if unseen == 1 else 'are'} mostly non-ASCII"
         print(f"warning: {what}, so near-duplicates may be missed: use tokenizer=unicode")
     kept = write_records(distinct(records, seeds, threshold, similarity_stats, tokenizer), target)

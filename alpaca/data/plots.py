@@ -20,6 +20,7 @@ from tqdm import tqdm
 from alpaca import UserError
 from alpaca.common.files import replace_file
 from alpaca.common.records import load_records, title
+from alpaca.common.shapes import whole_text
 from alpaca.common.text import counted, shorten, templates
 from alpaca.data.dedup import MAX_SIMILARITY
 from alpaca.data.rouge import RougePool, count_words
@@ -68,14 +69,14 @@ def plot(data_path: str, output_dir: str, fields: str | None = None) -> None:
     except ImportError as e:
         raise UserError(f"plot needs {e.name}, which is not installed: pip install -e '.[plots]'") from None
     records = load_records(data_path, fields)
-    instructions = [record["instruction"] for record in records]
+    instructions = list(map(whole_text, records))
     bar = tqdm(parse(instructions), total=len(instructions), desc="verbs and objects", unit="instruction")
     pairs = [pair for sentences in bar if (pair := first_verb_and_object(sentences))]
     pool = RougePool(instructions, tokenizer="unicode")
     with tqdm(total=len(pool) * (len(pool) - 1) // 2, desc="similarity", unit="pair", unit_scale=True) as bar:
         nearest = pool.nearest(bar.update)
     lengths = {
-        field: [count_words(record[field]) for record in records if field != "input" or record[field].strip()]
+        field: [count_words(whole_text(r, field)) for r in records if field != "input" or r[field].strip()]
         for field in ("instruction", "input", "output")
     }
     count = len(records)

@@ -179,6 +179,25 @@ def test_the_seeds_are_compared_and_not_written(tmp_path):
     assert list(kept[0]["most_similar_instructions"]) == ["Describe one canal."]
 
 
+@pytest.mark.parametrize("stats", [True, False])
+def test_conversations_are_compared_by_all_their_questions(tmp_path, stats):
+    """Neither a shared system text nor a shared greeting counts; the fourth repeats the questions of the first."""
+    system = {"role": "system", "content": "You are a careful assistant and answer in short plain sentences. " * 5}
+    asks = ["How do I bake bread?", "Why is the sky blue?", "Who wrote Hamlet?", "How do I bake bread"]
+    talks = [
+        [system] * bool(i)
+        + [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+        + [{"role": "user", "content": ask}, {"role": "assistant", "content": "So."}]
+        for i, ask in enumerate(asks)
+    ]
+    source, out = write(tmp_path / "in.jsonl", [{"messages": one} for one in talks]), tmp_path / "out.json"
+    dedup.dedup(source, str(out), similarity_stats=stats)
+    kept = utils.jload(out)
+    assert [one["messages"] for one in kept] == talks[:3]
+    if stats:
+        assert list(kept[1]["most_similar_instructions"]) == ["Hello\n\nHow do I bake bread?"]
+
+
 def test_half_of_a_surrogate_pair_survives(tmp_path):
     (tmp_path / "in.jsonl").write_text('{"instruction": "a \\ud83d b"}\n')
     for name in ("out.json", "out.jsonl"):

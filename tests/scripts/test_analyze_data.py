@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import analyze_data
 import utils
 from alpaca import UserError
-from alpaca.common import cli
+from alpaca.common import cli, shapes
 from alpaca.common.records import SHIPPED
 from alpaca.data import released, rouge
 from alpaca.data.lint import answers as lint_answers
@@ -516,7 +516,71 @@ def test_importing_analyze_data_loads_no_torch():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Conversations.
+
+SYSTEM = (
+    "You are the careful and friendly assistant of a shop and answer in short plain sentences without guesses. " * 3
+)
+TWO = [("Why is the sky blue?", "Air scatters blue light most."), ("Who wrote Hamlet?", "Shakespeare wrote it.")]
+
+
+def talk(*texts: str, system: str = "") -> dict:
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    return {"messages": [{"role": "system", "content": system}] * bool(system) + turns}
+
+
+def found_in(tmp_path, records: list) -> list[tuple]:
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    analyze_data.lint(str(tmp_path / "talks.jsonl"), report_path=str(tmp_path / "report.jsonl"))
+    report = (tmp_path / "report.jsonl").read_text().splitlines()
+    return [(one["record"], one["class"], one["evidence"]) for one in map(json.loads, report)]
+
+
+def test_a_shared_system_text_or_greeting_makes_no_near_duplicates(tmp_path):
+    assert found_in(tmp_path, [talk(*one, system=SYSTEM) for one in TWO]) == []
+    hello = [talk("Hello", "Hi, how can I help?", *one) for one in TWO]
+    assert found_in(tmp_path, hello) == []
+    again = talk("Hello", "Good day! What do you need?", "Tell me, why is the sky blue?", "Air does it.", system=SYSTEM)
+    near = "ROUGE-L 0.86 with record 1: Hello Why is the sky blue?"  # 6 tokens in common of 6 and 8: F = 12/14
+    assert found_in(tmp_path, [*hello, again, hello[1]]) == [
+        (3, "near-duplicate", near),
+        (4, "duplicate", "same instruction and input as record 2"),
+    ]
+
+
+def test_the_input_of_a_record_with_a_system_text_is_compared_as_an_input(tmp_path):
+    """The question has it too, under a heading; counted twice it would be 0.90. 11 tokens in common of 13 and 14."""
+    text = "bees dance to show the way to flowers that they found"
+    records = [record(task, "A dance.", text) | {"system": SYSTEM} for task in ("Summarize it.", "Add a title.")]
+    assert found_in(tmp_path, records) == [(2, "near-duplicate", "ROUGE-L 0.81 with record 1: Summarize it.")]
+    assert [shapes.whole_text(one) for one in utils.load_records(tmp_path / "talks.jsonl")] == [
+        "Summarize it.",
+        "Add a title.",
+    ]
+
+
+def test_a_finding_has_the_number_that_the_reader_gives(tmp_path, capsys):
+    records = [talk("Name a sea."), talk(*TWO[0]), talk(*TWO[1]), talk("Name a town."), talk(*TWO[0])]
+    assert found_in(tmp_path, records) == [(5, "duplicate", "same instruction and input as record 2")]
+    assert "2 without an answer dropped: 1, 4\n" in capsys.readouterr().out
+    flags = {"output_path": tmp_path / "clean.jsonl", "rejects_path": tmp_path / "rejects.jsonl"}
+    analyze_data.lint(str(tmp_path / "talks.jsonl"), **{name: str(path) for name, path in flags.items()})
+    clean, rejects = map(utils.jload, flags.values())
+    assert [one["instruction"] for one in clean] == [TWO[0][0], TWO[1][0]]
+    assert [one["instruction"] for one in rejects] == [TWO[0][0]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # stats
+
+
+def test_stats_count_all_questions_and_answers_of_a_conversation_and_no_system_text():
+    """Questions of 1 + 5 and 1 + 3 words, answers of 5 + 5 and 5 + 3."""
+    records = [talk("Hello", "Hi, how can I help?", *one, system=SYSTEM) for one in TWO]
+    found = analyze_data.figures([shapes.in_our_fields(one, {}, True)[1] for one in records])
+    assert found["duplicate_instructions"] == 0 and found["first_verbs"] == {"hello": 2}
+    assert found["words"]["instruction"] == {"min": 4, "mean": 5.0, "median": 4, "p90": 6, "p99": 6, "max": 6}
+    assert found["words"]["output"] == {"min": 8, "mean": 9.0, "median": 8, "p90": 10, "p99": 10, "max": 10}
 
 
 def test_stats_counts_words_inputs_duplicates_and_first_verbs(tmp_path, capsys):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-from alpaca.common.shapes import task_key
+from alpaca.common.shapes import task_key, whole_text
 from alpaca.data.dedup import MAX_SIMILARITY
 from alpaca.data.lint import answers, arithmetic, marks, questions
 from alpaca.data.lint.fields import around, input_of, symbols
@@ -21,23 +21,25 @@ from alpaca.data.rouge import RougePool
 # ---------------------------------------------------------------------------------------------------------------------
 # Rules for the set as a whole.
 
+FROM_1 = range(1, 1 << 40)  # records' numbers, unless their places in the file are given
 
-def duplicates(records: list[dict]) -> dict[int, str]:
+
+def duplicates(records: list[dict], numbers=FROM_1) -> dict[int, str]:
     """Return {index of a later copy: evidence}: a record with the same task as an earlier one."""
     first: dict[tuple, int] = {}
     copies = {i: n for i, record in enumerate(records) if (n := first.setdefault(task_key(record), i)) != i}
-    return {i: f"same instruction and input as record {n + 1}" for i, n in copies.items()}
+    return {i: f"same instruction and input as record {numbers[n]}" for i, n in copies.items()}
 
 
-def near_duplicates(records: list[dict], threshold: float = MAX_SIMILARITY) -> dict[int, str]:
+def near_duplicates(records: list[dict], threshold: float = MAX_SIMILARITY, numbers=FROM_1) -> dict[int, str]:
     """Return {index: evidence} of each record whose instruction and input have ROUGE-L F > threshold with a kept one.
 
-    Records are taken in order, as in dedup; those that ``duplicates`` finds are left out. ROUGE-L sees the words of any
-    script, but no symbols: only records with the same symbols are compared. If both have an input, those must be near
-    too, since one long instruction may come with many short inputs.
+    The instruction of a conversation is all its questions. Records are taken in order, as in dedup; those that
+    ``duplicates`` finds are left out. ROUGE-L sees the words of any script, but no symbols: only records with the same
+    symbols are compared. If both have an input, those must be near too: one long instruction may come with many inputs.
     """
     copies, found = duplicates(records), {}
-    texts = {i: f"{r['instruction']} {input_of(r)}" for i, r in enumerate(records) if i not in copies}
+    texts = {i: f"{whole_text(r)} {input_of(r)}" for i, r in enumerate(records) if i not in copies}
     groups: dict[str, list[int]] = {}
     for i, text in texts.items():
         groups.setdefault(symbols(text), []).append(i)
@@ -50,8 +52,8 @@ def near_duplicates(records: list[dict], threshold: float = MAX_SIMILARITY) -> d
             if new := other is None or (all(inputs) and _rouge_l(*inputs) <= threshold):
                 kept.append(i)
             else:
-                start = around(records[other]["instruction"], 0, 60)
-                found[i] = f"ROUGE-L {_rouge_l(texts[i], texts[other]):.2f} with record {other + 1}: {start}"
+                start = around(whole_text(records[other]), 0, 60)
+                found[i] = f"ROUGE-L {_rouge_l(texts[i], texts[other]):.2f} with record {numbers[other]}: {start}"
             return new
 
         pool.learn(texts[i] for i in group)
@@ -89,7 +91,7 @@ RECORD_CLASSES: dict[str, tuple[str, Callable[[dict], str | None]]] = {
     "mojibake": ("text decoded with the wrong encoding", answers.mojibake),
     "stray-escape": ("escape sequences or control characters outside code", answers.stray_escape),
 }
-SET_CLASSES: dict[str, tuple[str, Callable[[list[dict]], dict[int, str]]]] = {
+SET_CLASSES: dict[str, tuple[str, Callable[..., dict[int, str]]]] = {
     "duplicate": ("same instruction and input as an earlier record", duplicates),
     "near-duplicate": ("almost the same instruction and input as an earlier record", near_duplicates),
 }
@@ -97,14 +99,13 @@ CLASSES = {name: reason for name, (reason, _) in (RECORD_CLASSES | SET_CLASSES).
 OPT_IN = {"no-full-stop"}  # under 80% precision: docs/LOG.md
 
 
-def find(records: list[dict], classes: set[str]) -> list[dict]:
-    """Return all findings of these classes, by record: {"record": number from 1, "class", "reason", "evidence"}."""
+def find(records: list[dict], classes: set[str], numbers=FROM_1) -> list[dict]:
+    """Return all findings of these classes, by record: {"record": its number, "class", "reason", "evidence"}."""
     found = []
     rules = [(name, rule) for name, (_, rule) in RECORD_CLASSES.items() if name in classes]
     for i, record in enumerate(tqdm(records, desc="lint", unit="record", disable=None)):
         found += [(i, name, text) for name, rule in rules if (text := rule(record))]
-    for name, (_, rule) in SET_CLASSES.items():
-        if name in classes:
-            found += [(i, name, text) for i, text in rule(records).items()]
+    for name in sorted(SET_CLASSES.keys() & classes):
+        found += [(i, name, text) for i, text in SET_CLASSES[name][1](records, numbers=numbers).items()]
     found.sort(key=lambda finding: finding[0])
-    return [{"record": i + 1, "class": name, "reason": CLASSES[name], "evidence": text} for i, name, text in found]
+    return [{"record": numbers[i], "class": name, "reason": CLASSES[name], "evidence": text} for i, name, text in found]
