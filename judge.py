@@ -48,6 +48,10 @@ from alpaca.judging import prompt as judge_prompt
 # A base model would write the next instruction, and answer it too.
 STOP = ["\n### Instruction:"]
 PROMPT = Path(__file__).parent / "configs" / "judge" / "pairwise.txt"
+TEMPLATES = {
+    "alpaca": "Alpaca's prompt (--template chat is the model's own)",
+    "chat": "the model's own (--template alpaca is Alpaca's prompt)",
+}
 EXAMPLES = 5  # of the clearest wins, and of the clearest losses
 
 
@@ -87,7 +91,8 @@ def answer(
         temperature: sampling temperature; 0 is greedy.
         top_p: nucleus sampling: the share of probability to sample from.
         seed: makes sampling repeatable, as far as the server can.
-        template: of a local model: alpaca, or chat for its own chat template (default: the one it was trained with).
+        template: of a local model: alpaca, or chat for its own chat template (default: the one that train.py trained it
+            with; alpaca for any other model, such as an untrained base).
         reference_loss: also write a local model's loss on the set's reference answers, in nats per token, and the
             number of tokens.
         base_path: folder of a LoRA adapter's base model, if it has moved.
@@ -168,6 +173,7 @@ def _answer_here(items, output_path, model_path, generator, template, sampling, 
     # torch and transformers take seconds to load: check the flags first
     from transformers.utils import logging
 
+    from alpaca.chat_template import saved_template
     from alpaca.inference import answer_file as answers
     from alpaca.inference.generate import Settings
     from alpaca.inference.load import load
@@ -177,6 +183,8 @@ def _answer_here(items, output_path, model_path, generator, template, sampling, 
     settings = Settings(**sampling)
     identity = answers.identity_of(model_path, loading["base_path"])
     model, tokenizer = load(model_path, **loading)
+    template = template or saved_template(tokenizer)
+    print(f"template: {TEMPLATES[template]}")
     counts = answers.answer_file(
         model,
         tokenizer,

@@ -52,7 +52,7 @@ class Journal:
             self.append([{"run": run}])
         begun = self.entries[0].get("run", {})
         if different := sorted(key for key in run.keys() | begun.keys() if run.get(key) != begun.get(key)):
-            what = f"{self.path} was started with another {', '.join(different)}"
+            what = f"{self.path} is from a run that differs in {', '.join(different)}"
             raise UserError(f"{what}: use the same again, or choose another output path")
 
     def append(self, entries: Iterable[dict]) -> None:

@@ -257,7 +257,8 @@ def summarize(
         raise UserError(f"{why}: the run ended; {made}")
     why = unasked and budget.exhausted()
     if (errors or why) and all(reply is None or reply.error for reply in replies):
-        raise UserError(f"{'all requests failed' if errors else f'{why} ended the run'}: {made}")
+        said = ["all requests failed"] * bool(errors) + [f"{why} ended the run"] * bool(why)
+        raise UserError(f"{'; '.join(said)}: {made}")
     if why:
         print(f"{why} ended the run")
     print(made)

@@ -605,7 +605,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_as_an_uninterrupted_one(tiny_lla
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit:
         run_file(monkeypatch, tiny_llama, MANY, out, *flags, "--temperature", "0")
-    assert "was started with another temperature: use the same again" in exit.value.code
+    assert "is from a run that differs in temperature: use the same again" in exit.value.code
     assert run_file(monkeypatch, tiny_llama, MANY, out, *flags) == whole
     assert "of an earlier run" in capsys.readouterr().err
     assert out.read_bytes() == (tmp_path / "a" / "out.jsonl").read_bytes()

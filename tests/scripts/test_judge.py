@@ -289,7 +289,7 @@ def test_a_run_does_not_go_on_from_one_with_other_answers_prompt_judge_settings_
         text = (tmp_path / "set.json").read_text()
         (tmp_path / "set.json").write_text(text.replace('"output": "4"', '"output": "5"'))
     key = {"model": "model_name", "set": "instructions"}.get(change, change)
-    with pytest.raises(UserError, match=f"j.jsonl.journal was started with another {key}: use the same again"):
+    with pytest.raises(UserError, match=f"j.jsonl.journal is from a run that differs in {key}: use the same again"):
         call(judge.judge, **flags, base_url=server.base_url)
     assert len(server.requests) == asked and (tmp_path / "j.jsonl").read_bytes() == before
 
@@ -551,7 +551,7 @@ def test_answers_do_not_go_on_from_another_models(teacher, tmp_path):
     flags = {"base_url": server.base_url, "max_concurrency": 1}
     call(judge.answer, str(instructions), str(tmp_path / "o.jsonl"), model_name="m", **flags, max_total_tokens=5)
     assert read(tmp_path / "o.jsonl")[1]["error"] == "not asked"
-    with pytest.raises(UserError, match="started with another model_name, temperature"):
+    with pytest.raises(UserError, match="from a run that differs in model_name, temperature"):
         call(judge.answer, str(instructions), str(tmp_path / "o.jsonl"), model_name="n", temperature=1.0, **flags)
 
 
