@@ -241,9 +241,9 @@ def compare(path_a: str, path_b: str) -> None:
     if unequal:
         differences.append(f"{len(unequal)} in values, by up to {largest:.2g} ({some(unequal)})")
     if count := len(unequal.union(unlike)):
-        cure = "recover with --dtype for tuned's type, make the diff with --method exact for every bit"
-        why = f"; normal after the method subtract: {cure}" if len(alike) == len(kinds) and largest <= 1e-8 else ""
-        raise UserError(f"{count} of {len(kinds)} tensors differ: {', '.join(differences)}{why}")
+        if len(alike) == len(kinds) and largest <= 1e-8:
+            differences.append("normal after subtract: --dtype of recover gives the type, --method exact the bits")
+        raise UserError(f"{count} of {len(kinds)} tensors differ: {', '.join(differences)}")
     print(f"all {len(kinds)} tensors are equal, bit for bit")
 
 

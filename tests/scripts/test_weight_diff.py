@@ -313,8 +313,7 @@ def test_every_documented_command_runs(tiny_llama, tmp_path, monkeypatch, capsys
 # ---------------------------------------------------------------------------------------------------------------------
 # compare.
 
-NORMAL = "; normal after the method subtract: recover with --dtype for tuned's type, make the diff with --method exact "
-NORMAL += "for every bit"
+NORMAL = ", normal after subtract: --dtype of recover gives the type, --method exact the bits"
 
 
 def test_compare_says_that_all_are_equal_whatever_the_layout(tmp_path, capsys):

@@ -130,7 +130,7 @@ def test_the_card_of_a_diff_says_that_it_is_none_of_a_model(folders, method):
     assert "# Weight diff of raw\n" in card and "not a model" in card and str(folders) not in card
     assert "weight_diff.py recover --path_raw RAW --path_diff DIFF" in card
     assert f"- Method: {method}, every" in card and "- License: CC BY-NC 4.0." in card
-    assert "`model_card.md` beside" in card
+    assert "`model_card.md` beside" in card and "a folder with raw (a/base) in Hugging Face format" in card
     recover(folders / "raw", folders / "new", folders / "recovered")
     assert (folders / "recovered" / "model_card.md").exists() and not (folders / "recovered" / "README.md").exists()
     make_diff(folders / "raw", folders / "tuned", folders / "new", method, overwrite=True)  # its card is its own
