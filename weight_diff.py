@@ -22,24 +22,15 @@ from alpaca.common import cli, memory
 from alpaca.common.text import first_line
 from alpaca.weights.checkpoint import FLOATS, MANIFEST, CheckpointReader, Specs, as_bytes, check_model_folder, size_of
 from alpaca.weights.diff import NotFinite, add_difference, is_finite, mean_row, precise_sum, take_difference
-from alpaca.weights.folder import check_links, copy_side_files, model_folder
-from alpaca.weights.manifest import (
-    METHODS,
-    InputCheck,
-    check_is_a_difference,
-    described,
-    read_manifest,
-    verify_folder,
-    write_manifest,
-)
+from alpaca.weights.folder import check_links, copy_side_files, license_of, model_folder, write_diff_card
+from alpaca.weights.manifest import InputCheck, check_is_a_difference, read_manifest, verify_folder, write_manifest
 from alpaca.weights.names import fit_names, some
 from alpaca.weights.pair import BITS, Hashes, check_floats, matching_specs, pairs
-from alpaca.weights.writer import ShardWriter
+from alpaca.weights.writer import ShardWriter, described
 
 # Alpaca-7B as released: the sum of all values of the recovered model, with its rotary buffers, which were part of the
 # state dict until transformers 4.31.
 RELEASED_SUM, RELEASED_TOLERANCE = 50637.1836, 0.05
-LICENSE = "not stated: see those of the base model and of the data that it was tuned on"
 SMOKE_TEST = "List three technologies that make life easier."
 
 
@@ -50,7 +41,7 @@ def make_diff(
     method: str = "subtract",
     max_shard_size: str = "5GB",
     overwrite: bool = False,
-    license: str = LICENSE,
+    license: str | None = None,
     device: str = "cpu",
 ) -> None:
     """Write the difference tuned - raw to a new folder.
@@ -63,15 +54,16 @@ def make_diff(
             (about 2e-9); exact subtracts the bits, and recovers every tensor bit for bit.
         max_shard_size: size of a file of weights, such as 5GB or 500MB.
         overwrite: replace an existing diff.
-        license: of the diff, for its manifest; "CC BY-NC 4.0" for a model tuned on Alpaca's data.
+        license: of the diff, such as "CC BY-NC 4.0"; by default that of the data, if the tuned model's receipt has it.
         device: of the original's command line. Without effect: the disk is slower than a processor's subtraction.
     """
-    if method not in METHODS:
+    if method not in ("subtract", "exact"):
         raise UserError(f"--method takes subtract or exact, not {method!r}")
     exact = method == "exact"
     raw = CheckpointReader(_folder(path_raw, "--path_raw", tokenizer=False))
     tuned = CheckpointReader(_folder(path_tuned, "--path_tuned"))
     check_floats(tuned, "--path_tuned")
+    license = license_of(tuned.folder, license)
     specs = matching_specs(raw, tuned, ("--path_raw", "--path_tuned"))
     written = {name: (BITS[dtype] if exact else torch.float32, shape) for name, (dtype, shape) in specs.items()}
     hashes = {role: Hashes() for role in ("raw", "tuned", "diff") + (() if exact else ("recovered",))}
@@ -98,7 +90,9 @@ def make_diff(
                 writer.write(name, diff)
         copy_side_files(tuned.folder, folder, tuned.config)
         digests = {role: found.hex() for role, found in hashes.items()}
-        write_manifest(folder, method, raw, tuned, written, digests, errors, means, license)
+        models = {"raw": raw.specs(), "diff": written, "tuned": specs}
+        write_manifest(folder, method, license, models, digests, errors, means)
+        write_diff_card(folder, raw.folder)
     not_finite.warn()
     within = "bit for bit" if exact else f"to within {max(errors.values(), default=0.0):.2g}"
     said = f"{len(specs)} tensors ({method}) in {path_diff}: {size_of(written) / 1e9:.3f} GB"
@@ -159,6 +153,8 @@ def recover(
             copy_side_files(diff.folder, folder, config)
     where = f" in {path_tuned}" if path_tuned else " (neither written nor tested: no --path_tuned)"
     proved = ", each with the manifest's hash" if manifest.get("tensors") else ""
+    if proved and dtype and any(kind != computed[name] for name, (kind, _) in written.items()):
+        proved += f" before rounding to {dtype}"
     print(f"{len(specs)} tensors recovered{where}{proved}")
     if test_inference and path_tuned:
         _smoke_test(path_tuned, device, size_of(written))
@@ -245,6 +241,8 @@ def compare(path_a: str, path_b: str) -> None:
     if unequal:
         differences.append(f"{len(unequal)} in values, by up to {largest:.2g} ({some(unequal)})")
     if count := len(unequal.union(unlike)):
+        if len(alike) == len(kinds) and largest <= 1e-8:
+            differences.append("normal after subtract: --dtype of recover gives the type, --method exact the bits")
         raise UserError(f"{count} of {len(kinds)} tensors differ: {', '.join(differences)}")
     print(f"all {len(kinds)} tensors are equal, bit for bit")
 
@@ -286,6 +284,8 @@ def _smoke_test(path: str, device: str, size: int) -> None:
     if size > (free := memory.host_free()):
         need = f"loading it whole needs {memory.as_text(size)} of memory, {memory.as_text(free)} are free"
         return print(f"not tested: {need}; on a machine with more: python chat.py --model_path {path}")
+    said = "is complete, and now answers one instruction, which takes minutes for a large model"
+    print(f"{path} {said}; Ctrl-C is safe (--test_inference False skips this)", flush=True)
     try:
         answer = Conversation(*load(path, device), Settings(max_new_tokens=128)).ask(SMOKE_TEST)
     except Exception as e:  # the recovery has succeeded, which a traceback would hide

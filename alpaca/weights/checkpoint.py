@@ -72,11 +72,7 @@ def check_model_folder(path: str | os.PathLike, flag: str, tokenizer: bool = Tru
 
 
 class CheckpointReader:
-    """The tensors of a checkpoint folder by name. The last two shards that were asked for are mapped.
-
-    Raises:
-        UserError: the folder has no weights, or its index and shards are damaged or do not fit together.
-    """
+    """A folder's tensors by name; the last two shards in use are mapped. UserError if its files are damaged."""
 
     def __init__(self, folder: str | os.PathLike):
         self.folder, self.config = Path(folder), read_json(Path(folder) / "config.json")

@@ -7,7 +7,6 @@ so nothing is lost. The memory of a run is that of a few blocks, whatever the si
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 
 import torch
 
@@ -23,11 +22,8 @@ def take_difference(
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Return rows of the diff, those that recover() makes of them, and the largest error of these (0 for exact).
 
-    Args:
-        raw: rows of the base model, in the stored type.
-        tuned: the same rows of the tuned model, in the stored type, and perhaps some that training added.
-        exact: take the difference of the bits, as integers.
-        row: subtracted from rows that training added. (columns,) float32; None for zeros.
+    ``raw`` and ``tuned`` are the same rows in the stored types; tuned may have some more, that training added. From
+    these ``row`` is subtracted, (columns,) float32; None for zeros. ``exact`` takes the difference of the bits.
     """
     if exact:
         bits = BITS[tuned.dtype]
@@ -61,20 +57,17 @@ def _grown(raw: torch.Tensor, other: torch.Tensor, dtype: torch.dtype, row: torc
     return torch.cat([raw, new.expand(more, *new.shape)])
 
 
-class NotFinite:
+class NotFinite(dict[str, set[str]]):
     """Collects which tensors have NaN or infinite values, by model."""
-
-    def __init__(self):
-        self.found: dict[str, set[str]] = defaultdict(set)
 
     def look(self, name: str, rows: dict[str, torch.Tensor]) -> None:
         """Look at rows of a tensor, by model."""
         for where, tensor in rows.items():
             if tensor.is_floating_point() and not is_finite(tensor):
-                self.found[where].add(name)
+                self.setdefault(where, set()).add(name)
 
     def warn(self) -> None:
-        for where, names in self.found.items():
+        for where, names in self.items():
             print(f"warning: NaN or infinite values in {len(names)} tensors of {where}: {some(names)}")
 
 

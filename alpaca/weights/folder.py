@@ -1,4 +1,4 @@
-"""Model folders as output: what may be replaced, and the tokenizer and generation files copied into them."""
+"""Model folders as output: what may be replaced, the files beside the weights, and a diff's license and card."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from pathlib import Path
 
 from alpaca import UserError
 from alpaca.common.files import UNFINISHED, new_folder
-from alpaca.common.text import published_receipt
+from alpaca.common.text import printable, public_name, published_receipt, templates
 from alpaca.weights.checkpoint import CHAT_TEMPLATES, MANIFEST, SIDE_FILES, WEIGHTS, read_json
 
 RECEIPT, CARD = "training_receipt.json", "model_card.md"  # by which a model can be repeated, judged and credited
-
+DIFF_CARD = "README.md"  # what the hub shows
+PRIVATE = {"name_or_path", "_name_or_path", "special_tokens_map_file"}  # paths that transformers wrote until version 5
+LICENSE = "not stated: see those of the base model and of the data that it was tuned on"
 SHARD = re.compile(r"(model|pytorch_model)-[0-9]+-of-[0-9]+\.(safetensors|bin)")
 
 
@@ -25,21 +27,19 @@ def model_folder(
     path: str | os.PathLike, flag: str = "", overwrite: bool = False, inputs: Iterable[Path] = ()
 ) -> AbstractContextManager[Path]:
     """Return common.files.new_folder, which with ``overwrite`` replaces a model or a diff."""
-    may_replace = check_is_model if overwrite else _refuse  # called after the inputs are known to be elsewhere
-    return new_folder(path, flag, inputs, partial(may_replace, flag=flag))
+    return new_folder(path, flag, inputs, partial(_check_may_replace, flag=flag, overwrite=overwrite))
 
 
-def _refuse(path: Path, flag: str) -> None:
-    cures = "remove it, choose another path, or overwrite it" if flag else "remove it, or choose another path"
-    raise UserError(f"{flag} {path}".strip() + f" already exists: {cures}")
-
-
-def check_is_model(path: Path, flag: str = "") -> None:
-    """Raise UserError unless a folder has config.json, weights, and only files of a model or a diff."""
+def _check_may_replace(path: Path, flag: str, overwrite: bool) -> None:
+    """Raise UserError unless a folder is to be overwritten and has config.json, weights, and only a model's files."""
     what, cure = f"{flag} {path}".strip(), "so it is not overwritten: choose another path"
+    if not overwrite:
+        cures = "remove it, choose another path, or overwrite it" if flag else "remove it, or choose another path"
+        raise UserError(f"{what} already exists: {cures}")
     if not (path / "config.json").exists() or not any((path / name).exists() for name in WEIGHTS):
         raise UserError(f"{what} is not a model, {cure}")
     own = {"config.json", MANIFEST, RECEIPT, CARD, *WEIGHTS, *SIDE_FILES}
+    own |= {DIFF_CARD} if (path / MANIFEST).exists() else set()
     for entry in sorted(path.iterdir()):
         known = entry.name in own or SHARD.fullmatch(entry.name)
         if entry.is_dir():
@@ -62,13 +62,16 @@ def check_links(source: Path) -> None:
 
 
 def copy_side_files(source: Path, target: Path, config: dict) -> None:
-    """Copy a model's files beside its weights unchanged, and write ``config`` as config.json, which gets its name last.
+    """Copy a model's files beside its weights, and write ``config`` as config.json, which gets its name last.
 
-    The receipt is copied without the folders in its paths, which are private.
+    They stay as they are, but for private paths: those of PRIVATE, and the folders of the receipt's.
     """
     for name in (*SIDE_FILES, CARD):
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)
+    if (copied := target / "tokenizer_config.json").exists() and PRIVATE & (old := read_json(copied)).keys():
+        public = {key: value for key, value in old.items() if key not in PRIVATE}
+        copied.write_text(json.dumps(public, indent=2) + "\n", encoding="utf-8")
     for template in sorted((source / CHAT_TEMPLATES).glob("*.jinja")):
         (target / CHAT_TEMPLATES).mkdir(exist_ok=True)
         shutil.copyfile(template, target / CHAT_TEMPLATES / template.name)
@@ -79,5 +82,25 @@ def copy_side_files(source: Path, target: Path, config: dict) -> None:
         print(f"note: {source / 'config.json'} has a quantization_config, but its weights are not quantized: left out")
     if config.get("auto_map"):
         print(f"note: {source / 'config.json'} names Python code (auto_map), which is not copied: publish it too")
-    config = {key: value for key, value in config.items() if key not in ("_name_or_path", "quantization_config")}
+    config = {key: value for key, value in config.items() if key not in PRIVATE | {"quantization_config"}}
     (target / f"config.json{UNFINISHED}").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def license_of(tuned: Path, given: str | None) -> str:
+    """Return a diff's license: ``given``, with a warning if the tuned model's receipt has another, or the receipt's."""
+    try:
+        found = str(read_json(tuned / RECEIPT)["data"]["train"]["licence"] or "")
+    except (UserError, KeyError, TypeError):  # no receipt, or not train.py's
+        found = ""
+    if given and found and given.lower().replace(" ", "-") != found.lower().replace(" ", "-"):
+        print(printable(f"warning: --license {given}, but the data that the model learned from is {found} ({RECEIPT})"))
+    return given or found or LICENSE
+
+
+def write_diff_card(folder: Path, base: Path) -> None:
+    """Write a diff's README.md, from its manifest and receipt, which are there already."""
+    files = {file.name: file.stat().st_size for file in folder.iterdir()}
+    receipt = read_json(folder / RECEIPT) if RECEIPT in files else {}
+    card = templates(Path(__file__).with_name("templates")).get_template("diff_card.md")
+    text = card.render(read_json(folder / MANIFEST), base=public_name(str(base)), files=files, receipt=receipt)
+    (folder / DIFF_CARD).write_text(text, encoding="utf-8")

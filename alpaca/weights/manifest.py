@@ -17,9 +17,9 @@ import torch
 
 from alpaca import UserError
 from alpaca.weights.checkpoint import MANIFEST, CheckpointReader, Specs, read_json
-from alpaca.weights.names import some, vocab_size
+from alpaca.weights.names import some
 from alpaca.weights.pair import BITS, Hashes, sha256_of_all
-from alpaca.weights.writer import DTYPE_NAMES, DTYPES
+from alpaca.weights.writer import DTYPE_NAMES, DTYPES, described
 
 METHODS = ("subtract", "exact")
 ROLES = {"raw": "the base model", "diff": "the diff", "tuned": "the tuned model", "recovered": "the recovered model"}
@@ -27,28 +27,19 @@ SAMPLE = 1 << 18  # elements of a tensor that show its size without a manifest
 
 
 def write_manifest(
-    folder: Path,
-    method: str,
-    raw: CheckpointReader,
-    tuned: CheckpointReader,
-    written: Specs,
-    hashes: dict[str, dict[str, str]],
-    errors: dict[str, float],
-    mean_rows: dict[str, torch.Tensor],
-    license: str,
+    folder: Path, method: str, license: str, specs: dict[str, Specs], hashes: dict, errors: dict, mean_rows: dict
 ) -> None:
-    """Write weight_diff.json: of each tensor ``written``, the SHA-256 by role, and for subtract the largest error.
+    """Write weight_diff.json: each tensor's type and SHA-256 by role, and for subtract the largest error by name.
 
     ``mean_rows``, the float32 means that were subtracted from new rows, are kept because their bits depend on the
     processor: one without AVX2 adds in another order.
     """
     tensors = {}
-    for name, (dtype, shape) in written.items():
-        dtypes = {"raw": raw.spec(name)[0], "diff": dtype, "tuned": tuned.spec(name)[0]}
+    for name, (_, shape) in specs["diff"].items():
         tensors[name] = {
             "shape": list(shape),
-            "raw_shape": list(raw.spec(name)[1]),
-            "dtype": {role: DTYPE_NAMES[kind] for role, kind in dtypes.items()},
+            "raw_shape": list(specs["raw"][name][1]),
+            "dtype": {role: DTYPE_NAMES[found[name][0]] for role, found in specs.items()},
             "sha256": {role: found[name] for role, found in hashes.items()},
         } | ({"largest_error": errors[name]} if method == "subtract" else {})
     manifest = {"format": 2, "license": license, "method": method, "versions": {"python": sys.version.split()[0]}}
@@ -154,12 +145,10 @@ def _other_tensors(role: str, reader: CheckpointReader, bad: list[str], tensors:
     if kind != wanted:
         this = f"use the one stored as {DTYPE_NAMES[wanted]} (this is {DTYPE_NAMES.get(kind, kind)})"
         return f"{what}: another conversion, or another base model; {this}"
-    if all(len(shape) == 2 and shape[0] == vocab_size(reader.config) for _, shape in map(reader.spec, bad)):
-        return f"{what}: another vocabulary; use the base model as published, without added tokens"
-    if len(bad) == len(tensors):
-        return f"{what}: another base model, or another size or version of it"
-    cure = f"convert it again with the transformers of the diff's time, or get {reader.shards_of(bad)} again"
-    return f"{what}, all others are right: another conversion of the base model, or damage; {cure}"
+    if 2 * len(bad) > len(tensors):
+        return f"{what}: another base model, or another size, version or conversion of it"
+    cure = f"get {reader.shards_of(bad)} again, or convert it with the transformers of the diff's time"
+    return f"{what}, all others are right: damaged or changed, or another conversion; {cure}"
 
 
 def identify(reader: CheckpointReader, names: list[str], tensors: dict, known: dict[str, str]) -> str | None:
@@ -177,13 +166,11 @@ def verify_folder(manifest: dict, reader: CheckpointReader) -> str:
     """Return, as a line of text, which of raw, diff, tuned and recovered a folder is; UserError says what differs."""
     tensors, names = manifest["tensors"], reader.names()
     hashes = sha256_of_all(reader, names, "verify")
-
-    def right(role: str) -> list[str]:
-        same = [name for name in names if tensors[name]["sha256"].get(role) == hashes[name]]
-        return [name for name in same if _spec_of(tensors[name], role) == reader.spec(name)]
-
-    best = max(("tuned", "raw", "diff", "recovered"), key=lambda role: len(right(role)))
-    bad = sorted(set(names).difference(right(best)))
+    wrong = {}
+    for role in ("tuned", "raw", "diff", "recovered"):  # of those that fit equally well, the first counts
+        wanted = {name: (entry["sha256"].get(role), _spec_of(entry, role)) for name, entry in tensors.items()}
+        wrong[role] = sorted(name for name in names if wanted[name] != (hashes[name], reader.spec(name)))
+    bad = wrong[best := min(wrong, key=lambda role: len(wrong[role]))]
     if not bad:
         also = ", to within rounding of the tuned one" if best == "recovered" else ""
         return f"{reader.folder} is {ROLES[best]}{also}: all {len(names)} tensors are right"
@@ -219,8 +206,3 @@ def check_is_a_difference(raw: CheckpointReader, diff: CheckpointReader) -> None
         cause = "the base model and the diff seem swapped" if ratio > 2 else "the diff seems to be a whole model"
         said = f"its values are {ratio:.2g} times as large as those of {raw.folder}, where a diff has 0.01 to 0.1"
         raise UserError(f"{diff.folder}: {said}: {cause} (check_integrity_naively False skips this check)")
-
-
-def described(spec: tuple[torch.dtype, tuple[int, ...]]) -> str:
-    """Return a tensor's type and shape, as in "F16 [32000, 4096]"."""
-    return f"{DTYPE_NAMES.get(spec[0], spec[0])} {list(spec[1])}"

@@ -61,10 +61,8 @@ def match_names(own: Collection[str], what: str, wanted: Collection[str], wanted
     """Return old name → new name by which a checkpoint has the wanted names; {} if it has them already.
 
     They may differ by one prefix, as a base model may be saved without the class around it: "decoder.layers…" for
-    "model.decoder.layers…"; from_pretrained takes both. Such a match is reported on stdout.
-
-    Raises:
-        UserError: other names differ; the message has the cause, as far as names and both ``configs`` state it.
+    "model.decoder.layers…"; from_pretrained takes both. Such a match is reported on stdout. For other differences,
+    UserError has the cause, as far as names and both ``configs`` state it.
     """
     extra, missing = set(own) - set(wanted), set(wanted) - set(own)
     longest = max(extra, key=len, default="")  # "weight" alone may end with anything

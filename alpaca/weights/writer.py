@@ -23,13 +23,15 @@ DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+def described(spec: tuple[torch.dtype, tuple[int, ...]]) -> str:
+    """Return a tensor's type and shape, as in "F16 [32000, 4096]"."""
+    return f"{DTYPE_NAMES.get(spec[0], spec[0])} {list(spec[1])}"
+
+
 class ShardWriter(AbstractContextManager):
     """Writes tensors of known name → (dtype, shape) into ``folder``, in any order, the blocks of each in turn.
 
-    A shard has at most ``max_shard_size``, such as 5GB (powers of 1000), or one tensor.
-
-    Raises:
-        UserError: that is not a size, or the disk has too little free space.
+    A shard has at most ``max_shard_size``, such as 5GB (powers of 1000), or one tensor. UserError if that is no size.
     """
 
     def __init__(self, folder: Path, specs: Specs, max_shard_size: str):

@@ -301,6 +301,8 @@ def test_every_documented_command_runs(tiny_llama, tmp_path, monkeypatch, capsys
         runpy.run_path(weight_diff.__file__, run_name="__main__")
         printed.append(capsys.readouterr().out)
     said = f"21 tensors recovered in {tmp_path / 'recovered'}, each with the manifest's hash\n"
+    said += f"{tmp_path / 'recovered'} is complete, and now answers one instruction, which takes minutes for a large "
+    said += "model; Ctrl-C is safe (--test_inference False skips this)\n"
     assert printed[1].startswith(said + "List three technologies that make life easier.\n")
     assert "is the recovered model" in printed[2]
     assert printed[3] == "all 21 tensors are equal, bit for bit\n"
@@ -310,6 +312,8 @@ def test_every_documented_command_runs(tiny_llama, tmp_path, monkeypatch, capsys
 
 # ---------------------------------------------------------------------------------------------------------------------
 # compare.
+
+NORMAL = ", normal after subtract: --dtype of recover gives the type, --method exact the bits"
 
 
 def test_compare_says_that_all_are_equal_whatever_the_layout(tmp_path, capsys):
@@ -323,13 +327,21 @@ def test_compare_says_that_all_are_equal_whatever_the_layout(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
+        (
+            {"b": torch.tensor([1.0, 2.0 + 2**-22])},
+            "1 of 3 tensors differ: 1 in values, by up to 2.4e-07 (b)",
+        ),
         ({"b": torch.tensor([1.0, 2.5])}, "1 of 3 tensors differ: 1 in values, by up to 0.5 (b)"),
-        ({"a": torch.tensor([-0.0])}, "1 of 3 tensors differ: 1 in values, by up to 0 (a)"),
+        ({"a": torch.tensor([2e-9])}, "1 of 3 tensors differ: 1 in values, by up to 2e-09 (a)" + NORMAL),
+        ({"a": torch.tensor([-0.0])}, "1 of 3 tensors differ: 1 in values, by up to 0 (a)" + NORMAL),
         ({"b": torch.tensor([1.0, NAN])}, "1 of 3 tensors differ: 1 in values, by up to nan (b)"),
-        ({"c": torch.ones(0, dtype=F16)}, "1 of 3 tensors differ: 1 in type or shape (c: F32 [0] and F16 [0])"),
+        (
+            {"c": torch.ones(0, dtype=F16)},
+            "1 of 3 tensors differ: 1 in type or shape (c: F32 [0] and F16 [0])" + NORMAL,
+        ),
         (
             {"b": torch.tensor([1.0, 2.0], dtype=BF16)},
-            "1 of 3 tensors differ: 1 in type or shape (b: F32 [2] and BF16 [2])",
+            "1 of 3 tensors differ: 1 in type or shape (b: F32 [2] and BF16 [2])" + NORMAL,
         ),
         (
             {"b": torch.tensor([1.0]), "a": torch.tensor([9.0])},

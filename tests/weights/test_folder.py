@@ -144,6 +144,14 @@ def test_a_receipt_is_copied_without_folders_and_a_card_as_it_is(tmp_path):
         }
 
 
+def test_a_path_that_old_transformers_wrote_is_left_out_of_the_tokenizers_config(tmp_path):
+    paths = {key: "/home/ann/x" for key in ("name_or_path", "_name_or_path", "special_tokens_map_file")}
+    source = folder_with(tmp_path / "source", tokenizer_config__json=paths | {"pad_token": "[PAD]"})
+    with model_folder(tmp_path / "target") as unfinished:
+        copy_side_files(source, unfinished, {})
+    assert json.loads((tmp_path / "target" / "tokenizer_config.json").read_text()) == {"pad_token": "[PAD]"}
+
+
 def model(path: Path, text: str) -> Path:
     path.mkdir()
     (path / "config.json").write_text(text)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from made_models import assert_same_bits, edit_json, left_in, load_tensors, made_pair, refused, rewrite, write_model
 
 import weight_diff
@@ -76,6 +77,70 @@ def test_the_manifest_has_shape_type_and_hash_of_every_tensor_of_every_model(tmp
 def test_no_licence_is_made_up(folders):
     said = "not stated: see those of the base model and of the data that it was tuned on"
     assert manifest_of(folders / "diff")["license"] == said
+
+
+def receipt(folder: Path, **data) -> None:
+    (folder / "training_receipt.json").write_text(json.dumps({"model": {"started_from": "a/base"}, "data": data}))
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted", "warned"),
+    [
+        (None, "CC BY-NC 4.0", False),
+        ("cc-by-nc-4.0", "cc-by-nc-4.0", False),
+        ("Apache-2.0", "Apache-2.0", True),
+    ],
+)
+def test_the_license_is_that_of_the_receipt_and_another_one_is_warned_of(folders, capsys, given, wanted, warned):
+    receipt(folders / "tuned", train={"licence": "CC BY-NC 4.0"})
+    capsys.readouterr()
+    make_diff(folders / "raw", folders / "tuned", folders / "new", license=given)
+    assert manifest_of(folders / "new")["license"] == wanted
+    said = "warning: --license Apache-2.0, but the data that the model learned from is CC BY-NC 4.0 ("
+    assert (said in capsys.readouterr().out) == warned
+
+
+@pytest.mark.parametrize("data", [{}, {"train": None}, {"train": {"licence": None}}])
+def test_a_receipt_without_a_license_leaves_it_to_the_user(folders, data):
+    receipt(folders / "tuned", **data)
+    make_diff(folders / "raw", folders / "tuned", folders / "new")
+    assert manifest_of(folders / "new")["license"].startswith("not stated")
+    make_diff(folders / "raw", folders / "tuned", folders / "new", license="MIT", overwrite=True)
+    assert manifest_of(folders / "new")["license"] == "MIT"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The card.
+
+
+def front_matter(folder: Path) -> dict:
+    text = (folder / "README.md").read_text()
+    assert text.startswith("---\n")
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+@pytest.mark.parametrize("method", ["subtract", "exact"])
+def test_the_card_of_a_diff_says_that_it_is_none_of_a_model(folders, method):
+    receipt(folders / "tuned", train={"licence": "CC BY-NC 4.0"})
+    (folders / "tuned" / "model_card.md").write_text("---\npipeline_tag: text-generation\n---\n")
+    make_diff(folders / "raw", folders / "tuned", folders / "new", method)
+    head = front_matter(folders / "new")
+    assert head == {"license": "cc-by-nc-4.0", "base_model": "a/base", "tags": ["weight-diff"]}
+    card = (folders / "new" / "README.md").read_text()
+    assert "# Weight diff of raw\n" in card and "not a model" in card and str(folders) not in card
+    assert "weight_diff.py recover --path_raw RAW --path_diff DIFF" in card
+    assert f"- Method: {method}, every" in card and "- License: CC BY-NC 4.0." in card
+    assert "`model_card.md` beside" in card and "a folder with raw (a/base) in Hugging Face format" in card
+    recover(folders / "raw", folders / "new", folders / "recovered")
+    assert (folders / "recovered" / "model_card.md").exists() and not (folders / "recovered" / "README.md").exists()
+    make_diff(folders / "raw", folders / "tuned", folders / "new", method, overwrite=True)  # its card is its own
+
+
+@pytest.mark.parametrize(("license", "head"), [(None, None), ("as you like", "other"), ("MIT", "mit")])
+def test_the_card_states_no_base_and_no_license_that_are_not_known(folders, license, head):
+    make_diff(folders / "raw", folders / "tuned", folders / "new", license=license)
+    assert front_matter(folders / "new") == ({"license": head} if head else {}) | {"tags": ["weight-diff"]}
+    assert "model_card.md" not in (folders / "new" / "README.md").read_text()
 
 
 def test_the_manifest_is_the_same_whatever_the_layout_and_the_chunks(tmp_path, monkeypatch):
@@ -257,9 +322,13 @@ WRONG_RAWS = {
         lambda folders, raw: rewrite(raw, **off(load_tensors(raw), NORM)),
         [f"1 of 3 tensors differ from the manifest ({NORM})", "another conversion", "model.safetensors"],
     ),
-    "another vocabulary": (
+    "most tensors": (
         lambda folders, raw: rewrite(raw, **off(load_tensors(raw), HEAD, EMBED)),
-        ["2 of 3 tensors", HEAD, "another vocabulary"],
+        ["2 of 3 tensors", HEAD, "another base model, or another size, version or conversion"],
+    ),
+    "the output embedding alone": (
+        lambda folders, raw: rewrite(raw, **off(load_tensors(raw), HEAD)),
+        [f"1 of 3 tensors differ from the manifest ({HEAD})", "damaged or changed", "get model.safetensors again"],
     ),
     "rounded to another type": (
         lambda folders, raw: halved(raw, BF16),
@@ -272,7 +341,7 @@ WRONG_RAWS = {
     "the recovered model": (replaced_by("recovered"), ["2 of 3", "tuned model's, recovered already"]),
     "one bit": (
         lambda folders, raw: flip(raw / "model.safetensors"),
-        ["1 of 3 tensors", NORM, "or damage", "get model.safetensors again"],
+        ["1 of 3 tensors", NORM, "damaged or changed", "get model.safetensors again"],
     ),
 }
 
@@ -545,12 +614,14 @@ def test_not_a_number_in_the_base_is_warned_of_where_an_exact_diff_takes_it_away
 
 @pytest.mark.parametrize("method", ["subtract", "exact"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_the_output_is_rounded_to_the_type_that_is_asked_for(folders, method, dtype):
+def test_the_output_is_rounded_to_the_type_that_is_asked_for(folders, capsys, method, dtype):
     make_diff(folders / "raw", folders / "tuned", folders / "new", method)
     recover(folders / "raw", folders / "new", folders / "recovered")
     recover(folders / "raw", folders / "new", folders / dtype, dtype=dtype)
     wanted = {n: t.to(getattr(torch, dtype)) for n, t in load_tensors(folders / "recovered").items()}
     assert_same_bits(load_tensors(folders / dtype), wanted)
+    said = f", each with the manifest's hash{f' before rounding to {dtype}' if dtype != 'float32' else ''}\n"
+    assert capsys.readouterr().out.endswith(said)
     assert json.loads((folders / dtype / "config.json").read_text())["dtype"] == dtype
 
 
