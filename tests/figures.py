@@ -99,7 +99,7 @@ def seven(task: str) -> Callable:
 
 def against_generate(how: str) -> Callable:
     def figure(run: dict) -> str:
-        greedy, sampled = (run["against_generate"][f"{how}, {kind}, decode()"] for kind in ("greedy", "sampled"))
+        greedy, sampled = (run["against_generate"][f"{how}, {kind}"] for kind in ("greedy", "sampled"))
         rounds = [*greedy["rounds"], *sampled["rounds"]]
         both = f"{greedy['median']:.2f}×, {sampled['median']:.2f}×"
         return f"{both} (rounds: {min(rounds):.2f} to {max(rounds):.2f})"
@@ -209,7 +209,7 @@ FIGURES: dict[str, dict[str, Callable]] = {
         "one answer at a time": against_generate("one by one"),
         "in batches": against_generate("by length"),
         "by length against file order": lambda run: (
-            f"{run['batches_by_length_against_file_order']['greedy, decode()']['median']:.2f}×"
+            f"{run['batches_by_length_against_file_order']['greedy, answer_batch()']['median']:.2f}×"
         ),
     },
     "judge.json": {"252 pairs": lambda run: f"{run['share_of_ideal']:.0%}"},
