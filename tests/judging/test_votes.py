@@ -220,9 +220,9 @@ def test_a_name_is_one_person_however_it_is_spaced_or_spelled(opened):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"seed": 4}, "started with another seed: use the same again, or choose another output path"),
-        ({"a": answers("ann-7b", ITEMS[:5])}, "started with another pairs"),
-        ({"b": answers("other")}, "started with another generators, pairs"),
+        ({"seed": 4}, "from a run that differs in seed: use the same again, or choose another output path"),
+        ({"a": answers("ann-7b", ITEMS[:5])}, "from a run that differs in pairs"),
+        ({"b": answers("other")}, "from a run that differs in generators, pairs"),
         ({"b": answers("ann-7b")}, "both answer files are of ann-7b"),
         ({"b": Answers("none", {"t0": ""}, [], {}), "items": ITEMS[1:]}, "no instruction has an answer of both"),
         ({"name": "no/votes.jsonl"}, "must be a file in an existing folder"),

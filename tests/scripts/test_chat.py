@@ -658,7 +658,7 @@ def test_another_model_in_the_same_folder_does_not_finish_a_run(tiny_llama, tmp_
     os.utime(model / "model.safetensors")
     with pytest.raises(SystemExit) as exit:
         run_file(monkeypatch, model, RECORDS[:3], out)
-    assert "started with another model, requests: use the same again, or choose another output path" in exit.value.code
+    assert "from a run that differs in model, requests: use the same again, or choose another output path" in exit.value.code
 
 
 def test_a_run_goes_on_in_the_template_that_it_began_with_named_or_not(tiny_llama, tmp_path, monkeypatch):
@@ -670,7 +670,7 @@ def test_a_run_goes_on_in_the_template_that_it_began_with_named_or_not(tiny_llam
             run_file(monkeypatch, model, RECORDS, out)
     with pytest.raises(SystemExit) as exit:
         run_file(monkeypatch, model, RECORDS, out, "--template", "chat")
-    assert "started with another template: use the same again" in exit.value.code
+    assert "from a run that differs in template: use the same again" in exit.value.code
     assert len(run_file(monkeypatch, model, RECORDS, out, "--template", "alpaca")) == len(RECORDS)
 
 
@@ -685,14 +685,14 @@ def test_another_base_or_dtype_does_not_finish_a_run(tiny_llama, tmp_path, monke
             run_file(monkeypatch, adapter, RECORDS, out)
     with pytest.raises(SystemExit) as exit:
         run_file(monkeypatch, adapter, RECORDS, out, "--dtype", "bfloat16")
-    assert "started with another dtype: use the same again" in exit.value.code
+    assert "from a run that differs in dtype: use the same again" in exit.value.code
     with pytest.raises(SystemExit) as exit:
         run_file(monkeypatch, adapter, RECORDS, out, "--base_path", tiny_llama)
-    assert "started with another base_path: use the same again" in exit.value.code
+    assert "from a run that differs in base_path: use the same again" in exit.value.code
     os.utime(base / "model.safetensors")
     with pytest.raises(SystemExit) as exit:
         run_file(monkeypatch, adapter, RECORDS, out)
-    assert "started with another base: use the same again" in exit.value.code
+    assert "from a run that differs in base: use the same again" in exit.value.code
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -195,7 +195,7 @@ def test_a_journal_that_an_ended_run_left_does_not_let_its_files_be_overwritten(
     call(analyze_data.review, **flags, base_url=server.base_url)
     second.write_bytes(left)
     before = kept.read_bytes()
-    assert_user_error(lambda: call(analyze_data.review, **flags, base_url=server.base_url), "kept.json exists: move it")
+    assert_user_error(lambda: call(analyze_data.review, **flags, base_url=server.base_url), "kept.json exists: remove it")
     assert kept.read_bytes() == before and json.loads(before)
 
 
@@ -205,21 +205,21 @@ def test_bad_input_is_refused_in_one_line(teacher, data, tmp_path):
     rubric.write_text("{fence}{task}{answer} True or not?")
     one.write_text('[{"instruction": "Say 1.", "input": ""}]')
     for more, *words in (
-        ({"model_name": None}, "no reviewer named"),
-        ({"model_name": "m,"}, "is not a name"),
+        ({"model_name": None}, "--model_name is missing"),
+        ({"model_name": "m,"}, "must be a name"),
         ({"model_name": "m,n,o"}, "names 3 reviewers"),
         ({"model_name": "m, m"}, "names 'm' twice"),
         ({"model_name": "m,n", "batch_write": "b.jsonl"}, "are for one reviewer"),
         ({"min_score": 0}, "--min_score must be 1 to 5"),
         ({"rubric": str(rubric)}, "asks for no score"),
-        ({"data_path": str(one)}, 'record 1: no "output" field'),
-        ({"output_dir": str(tmp_path)}, "holds the data"),
+        ({"data_path": str(one)}, 'record 1: no text "output"'),
+        ({"output_dir": str(tmp_path)}, "is the folder of the data"),
     ):
         assert_user_error(lambda more=more: call(analyze_data.review, **flags | more, base_url=server.base_url), *words)
     assert not server.requests and not (tmp_path / "out").exists()
     call(analyze_data.review, **flags, base_url=server.base_url)
     before = contents(tmp_path / "out")
-    assert_user_error(lambda: call(analyze_data.review, **flags, base_url=server.base_url), "kept.json exists: move it")
+    assert_user_error(lambda: call(analyze_data.review, **flags, base_url=server.base_url), "kept.json exists: remove it")
     assert contents(tmp_path / "out") == before
 
 
