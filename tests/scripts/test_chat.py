@@ -658,7 +658,7 @@ def test_another_model_in_the_same_folder_does_not_finish_a_run(tiny_llama, tmp_
     os.utime(model / "model.safetensors")
     with pytest.raises(SystemExit) as exit:
         run_file(monkeypatch, model, RECORDS[:3], out)
-    assert "from a run that differs in model, requests: use the same again, or choose another output path" in exit.value.code
+    assert "from a run that differs in model, requests: use the same again, or choose another" in exit.value.code
 
 
 def test_a_run_goes_on_in_the_template_that_it_began_with_named_or_not(tiny_llama, tmp_path, monkeypatch):

@@ -195,7 +195,7 @@ def test_a_journal_that_an_ended_run_left_does_not_let_its_files_be_overwritten(
     call(analyze_data.review, **flags, base_url=server.base_url)
     second.write_bytes(left)
     before = kept.read_bytes()
-    assert_user_error(lambda: call(analyze_data.review, **flags, base_url=server.base_url), "kept.json exists: remove it")
+    assert_user_error(lambda: call(analyze_data.review, **flags, base_url=server.base_url), "kept.json exists: remove")
     assert kept.read_bytes() == before and json.loads(before)
 
 
@@ -219,7 +219,7 @@ def test_bad_input_is_refused_in_one_line(teacher, data, tmp_path):
     assert not server.requests and not (tmp_path / "out").exists()
     call(analyze_data.review, **flags, base_url=server.base_url)
     before = contents(tmp_path / "out")
-    assert_user_error(lambda: call(analyze_data.review, **flags, base_url=server.base_url), "kept.json exists: remove it")
+    assert_user_error(lambda: call(analyze_data.review, **flags, base_url=server.base_url), "kept.json exists: remove")
     assert contents(tmp_path / "out") == before
 
 
