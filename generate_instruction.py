@@ -46,7 +46,7 @@ from alpaca.data.requests import JSON_SCHEMA, Draw, encode_prompt  # noqa: F401 
 from alpaca.data.rouge import is_mostly_unseen, tokenize_unicode, tokenizer_named
 from alpaca.data.topics import Topic, TopicCounts, in_turn, label_balance, read_topics
 from alpaca.endpoint.batch_api import Batches, refuse_open_batch
-from alpaca.endpoint.budget import Budget, RequestSettings
+from alpaca.endpoint.budget import Budget, RequestSettings, spread
 from alpaca.endpoint.client import Completion, OpenAIDecodingArguments, Teacher
 from alpaca.endpoint.parallel import Direct, print_forecast, progress_bar
 
@@ -463,7 +463,7 @@ def print_spread(counts: dict) -> None:
     if topics := counts.get("topics"):
         kept = [found["kept"] for found in topics.values()]
         dry = f"; run dry: {', '.join(map(printable, counts['dry_topics']))}" if counts["dry_topics"] else ""
-        print(f"{counted(len(topics), 'topic')}: {min(kept):,} to {max(kept):,} kept each (see report.json){dry}")
+        print(f"{counted(len(topics), 'topic')}: {spread(min(kept), max(kept))} kept each (see report.json){dry}")
     if (labels := counts.get("classification")) and labels["records"]:
         first, share = printable(shorten(next(iter(labels["labels"])), 40)), labels["most_common_share"]
         print(f"{counted(labels['records'], 'classification record')}: {share:.0%} have the same label, {first!r}")
