@@ -10,7 +10,7 @@ help:
 	@echo '              2 CPU cores, after installing about 2 GB into $(VENV), once, in a few minutes (6 GB where pip'
 	@echo '              takes PyTorch with CUDA, as it does on Linux).'
 	@echo '              Its results are in demo/ (1.6 GB), the converted model in ~/.cache/alpaca (0.5 GB).'
-	@echo 'make test     Lint and tests: about 6 minutes on 2 quiet cores, after installing their tools (0.6 GB more).'
+	@echo 'make test     Lint and tests: about 7 minutes on 2 quiet cores, after installing their tools (0.9 GB more).'
 	@echo 'make format   Format the code and fix what ruff can fix.'
 	@echo 'make clean    Remove $(VENV), demo/ and the caches here; ~/.cache/alpaca stays.'
 
@@ -39,7 +39,7 @@ $(VENV)/installed: requirements.txt constraints.txt pyproject.toml
 	@touch $@
 
 $(VENV)/installed-for-tests: $(VENV)/installed
-	@echo 'installing what the tests need into $(VENV), 0.6 GB more'
+	@echo 'installing what the tests need into $(VENV), 0.9 GB more'
 	@$(PIP) -e '.[test]'
 	@$(BIN)/pip install -q --no-deps dashscope==2.0.2
 	@touch $@
