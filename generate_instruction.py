@@ -68,12 +68,12 @@ class Variety:
     """What requests show and ask for besides seed tasks. All of it is off by default, as in Alpaca.
 
     Args:
-        generated_in_prompt: so many of the examples in a request are instructions that this run has kept, once there
-            are as many (Self-Instruct: 2 of 8).
-        topics_path: a file of topics, one a line; each request asks for tasks on one of them, in turn. "cooking | 3 |
-            for beginners" comes three times as often, and the request says "for beginners" too.
-        output_first: ask for classification tasks apart from others, the label before the input, so that the labels
-            are balanced; seed tasks with "is_classification": true are their examples.
+        generated_in_prompt: number of examples per request that come from this run's kept instructions, once it has
+            that many (Self-Instruct: 2 of 8).
+        topics_path: file of topics, one per line; requests take them in turn. "cooking | 3 | for beginners" comes up
+            three times as often as weight 1, and adds "for beginners" to the request.
+        output_first: ask for classification tasks in separate requests, the label before the input, to balance the
+            labels; their examples are the seed tasks with "is_classification": true.
     """
 
     generated_in_prompt: int = 0
@@ -173,7 +173,7 @@ class Selection:
         return counts
 
     def kept_by(self, replies: int) -> list[dict]:
-        """Return what was kept after so many replies, all of which have come."""
+        """Return what was kept after the first ``replies`` replies, which have all arrived."""
         return self.kept[: self.sizes[max(0, replies)]]
 
     def feed(self, reply: Completion) -> None:

@@ -38,8 +38,8 @@ class Draw:
         seed_tasks: as from load_seed_tasks().
         seed: the run's.
         examples: tasks that a request shows.
-        generated: so many of them are records that the run has kept, where there are as many (Self-Instruct shows 2 of
-            8: Wang et al., 2022, arXiv:2212.10560).
+        generated: how many of them are records that the run has kept, once there are that many (Self-Instruct shows 2
+            of 8: Wang et al., 2022, arXiv:2212.10560).
         topics: a cycle of topics, one for each request; empty for none.
         output_first: ask for classification tasks apart from the others, their label before their input. A label that
             follows its input is mostly the same one (Self-Instruct, section 2.2). The share of such requests is that of

@@ -42,7 +42,7 @@ def read_topics(path: str | os.PathLike) -> list[Topic]:
         if not (weight or "1").isascii() or not (weight or "1").isdigit() or not 1 <= int(weight or 1) <= 1000:
             raise UserError(f"{where}: the weight must be a whole number from 1 to 1000: name | weight | note")
         if name.casefold() in topics:
-            raise UserError(f"{where}: the topic is there twice: give it a weight instead")
+            raise UserError(f"{where}: a repeated topic: use a weight instead")
         topics[name.casefold()] = Topic(name, int(weight or 1), note)
     if not topics:
         raise UserError(f"{path} holds no topic: write one on each line")

@@ -59,7 +59,7 @@ def read_prompt(path: str | os.PathLike, places: Iterable[str] = PLACEHOLDERS) -
     """Return a judge's prompt and its SHA-256; UserError if it lacks one of ``places``, where texts go."""
     text = read_text(path)
     if missing := [name for name in places if name not in text]:
-        raise UserError(f"{path} lacks {', '.join(missing)}: add it, as in configs")
+        raise UserError(f"{path} lacks {', '.join(missing)}: add it, as in the prompts in configs/")
     return text, sha256(text)
 
 

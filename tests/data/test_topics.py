@@ -27,7 +27,7 @@ def test_a_line_is_a_name_a_weight_and_a_note_and_comments_are_left_out(tmp_path
         ("a\nb | many", "line 2: the weight must be a whole number from 1 to 1000"),
         ("a | 0", "line 1: the weight must be a whole number"),
         ("a | ²", "line 1: the weight must be a whole number"),
-        ("Chess\nchess | 2", "line 2: the topic is there twice: give it a weight instead"),
+        ("Chess\nchess | 2", "line 2: a repeated topic: use a weight instead"),
     ],
 )
 def test_what_is_no_list_of_topics_is_named_with_its_line(tmp_path, text, words):

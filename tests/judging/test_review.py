@@ -126,7 +126,7 @@ def test_the_committed_rubrics_ask_about_the_last_answer_and_quote_it():
 
 def test_a_rubric_without_what_is_filled_in_or_read_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("{task} {fence}\nTrue: <1-5>\n")
-    assert_user_error(lambda: Rubric(tmp_path / "a.txt"), "lacks {answer}: add it, as in configs")
+    assert_user_error(lambda: Rubric(tmp_path / "a.txt"), "lacks {answer}: add it, as in the prompts in configs/")
     (tmp_path / "b.txt").write_text("{task} {answer} {fence}\nGive a score from 1 to 5.\n")
     assert_user_error(lambda: Rubric(tmp_path / "b.txt"), 'asks for no score: give each criterion a line such as "True')
 
