@@ -975,7 +975,7 @@ def drive(models, word, use):
     async def run():
         left = threading.Event()
         try:
-            return await use(asking.answers(models, [[]], (word, ""), web_page.Settings(seed=0), left))
+            return await use(asking.answers(models, [[]], (word, ""), web_page.Settings(seed=0), left.is_set))
         finally:
             left.set()
 
@@ -1017,7 +1017,7 @@ def test_who_asked_first_is_answered_first():
     model, ended = Model(), []
 
     async def ask(name, models):
-        async for _ in asking.answers(models, [[]], ("read", name), web_page.Settings(seed=0), threading.Event()):
+        async for _ in asking.answers(models, [[]], ("read", name), web_page.Settings(seed=0), lambda: False):
             pass
         ended.append(name)
 
@@ -1055,9 +1055,17 @@ def test_the_requests_of_one_address_are_bounded_and_end_with_the_server(sites, 
     site = sites(fresh=True)
     for _ in range(web_page.MAX_OF_ADDRESS):
         site.http("/gradio_api/call/answer", {"data": ["count", "", 512, 1, 1, 0]})
-    wait_until(lambda: site.model.running == asking.STREAMS)
+    wait_until(lambda: [one.name for one in threading.enumerate()].count(web_server.WORKER) == web_page.MAX_OF_ADDRESS)
     event, data = site.call("count", "", 512, 1, 1, 0)
     assert event == "error" and "Requests of your address not answered yet: 20, no more at once." in data
+    close = site.page.close
+
+    def close_late(**kwargs):  # the two end while the others have still to be let go
+        site.model.stop.set()
+        assert site.model.all_stopped.wait(10)
+        close(**kwargs)
+
+    monkeypatch.setattr(site.page, "close", close_late)
     web_server.close(site.page)
     assert site.model.all_stopped.wait(10) and site.model.running == 0
     assert len(site.model.calls) == asking.STREAMS

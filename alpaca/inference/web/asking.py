@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import secrets
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from alpaca import UserError
 from alpaca.chat_template import saved_template
@@ -66,13 +67,17 @@ def check(models: list[Model], turns: list[list[dict]], instruction: str, input:
 
 
 async def answers(
-    models: list[Model], turns: list[list[dict]], asked: tuple[str, str], settings: Settings, left: threading.Event
+    models: list[Model],
+    turns: list[list[dict]],
+    asked: tuple[str, str],
+    settings: Settings,
+    stopped: Callable[[], bool],
 ) -> AsyncIterator[list[tuple[str, str]]]:
     """Yield each model's answer so far and the limit that cut it off, if any; at most some 20 times a second.
 
     Yield again after a second without news: then Gradio sees whether the visitor has left. Each model has its own
     thread, so that none holds up other pages. It keeps its stream until the model has ended, at the next token once
-    ``left`` is set: for Gradio a stopped answer has ended, while the model may still be reading the prompt.
+    ``stopped()``: for Gradio a stopped answer has ended, while the model may still be reading the prompt.
 
     Raises:
         gr.Error: a model failed.
@@ -81,18 +86,16 @@ async def answers(
     conversations = [Conversation(model.model, model.tokenizer, settings) for model in models]
 
     def tell(index: int, what: str | Exception | None) -> None:
-        try:
+        with contextlib.suppress(RuntimeError):  # the server has ended
             loop.call_soon_threadsafe(news.put_nowait, (index, what))
-        except RuntimeError:  # the server has ended
-            left.set()
 
     def work(index: int) -> None:
         try:
             conversations[index].turns = turns[index]
             with models[index].streams:
-                if left.is_set():
+                if stopped():
                     return
-                conversations[index].ask(*asked, lambda piece: tell(index, piece), left.is_set)
+                conversations[index].ask(*asked, lambda piece: tell(index, piece), stopped)
             tell(index, None)
         except Exception as e:
             tell(index, e)

@@ -165,6 +165,10 @@ class Demo:
         instruction, input = instruction or "", input or ""
         settings = check(self.models, turns, instruction, input, (seed or "").strip(), *sliders)
         visitor, left, started = self._visitor(request), threading.Event(), time.monotonic()
+
+        def stopped() -> bool:  # a server that ends lets visitors go one by one: without it, each who waits would begin
+            return left.is_set() or self.page.server.force_exit
+
         question, exchange = user_message(instruction, input), []
         for model, before in zip(self.models, turns, strict=True):
             record = {"instruction": instruction, "input": input, "answer": "", "model": model.name}
@@ -175,7 +179,7 @@ class Demo:
             place = len(self.pending) - STREAMS
             status = f"Waiting: number {place} in line." if place > 0 else "Asking …"
             yield self._show(exchange, status) | dict.fromkeys(self.fields if self.remembers else (), "")
-            async for said in answers(self.models, turns, (instruction, input), settings, left):
+            async for said in answers(self.models, turns, (instruction, input), settings, stopped):
                 for record, (text, _) in zip(exchange, said, strict=True):
                     record["answer"] = text
                 yield self._show(exchange, "Answering …" if any(text for text, _ in said) else status)

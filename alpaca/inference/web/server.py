@@ -216,7 +216,7 @@ def launch(page: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None, 
 
 def close(page: gr.Blocks) -> None:
     """End the server and wait for the models, which stop at their next token."""
-    page.server.force_exit = True  # else it waits 5 s for open pages
+    page.server.force_exit = True  # else it waits 5 s for open pages; and no further answer begins
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it logs each connection that it cuts
     page.close(verbose=False)
     for thread in threading.enumerate():
