@@ -15,6 +15,7 @@ from made_models import assert_same_bits, edit_json, left_in, load_tensors, made
 
 import weight_diff
 from alpaca import UserError
+from alpaca.weights import manifest
 from weight_diff import compare, make_diff, verify
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -359,6 +360,25 @@ def test_a_wrong_base_model_is_refused_with_what_it_is(folders, case):
     change(folders, folders / "raw")
     message = refused(folders, recover, folders / "raw", folders / "diff", folders / "new")
     assert [word for word in ["the base model ", *words] if word not in message] == [], message
+
+
+@pytest.mark.parametrize("wrong", [range(40), range(4, 9), range(4, 40)])
+def test_a_base_model_of_which_most_of_the_first_tensors_are_wrong_is_not_read_to_its_end(tmp_path, monkeypatch, wrong):
+    tensors = {f"model.layers.{i}.weight": torch.full((2, 2), i + 1.0) for i in range(40)}
+    raw = write_model(tmp_path / "raw", tensors)
+    write_model(tmp_path / "tuned", {name: tensor + 0.1 for name, tensor in tensors.items()})
+    make_diff(raw, tmp_path / "tuned", tmp_path / "diff")
+    rewrite(raw, **off(tensors, *(f"model.layers.{i}.weight" for i in wrong)))
+    read, look = [], manifest.InputCheck.look
+    monkeypatch.setattr(
+        manifest.InputCheck, "look", lambda check, name, *rows: look(check, read.append(name) or name, *rows)
+    )
+    message = refused(tmp_path, recover, raw, tmp_path / "diff", tmp_path / "new")
+    if wrong == range(40):
+        assert len(read) == 9 and "8 of the first 8 tensors differ" in message and "another base model" in message
+    else:  # half of the first eight may be damaged: only the rest tells
+        assert len(read) == 40 and f"{len(wrong)} of 40 tensors differ from the manifest" in message
+        assert ("another base model" in message) == (len(wrong) > 20)
 
 
 def test_a_base_model_with_more_digits_than_the_diffs_is_told_which_type_is_wanted(tmp_path):
