@@ -75,7 +75,7 @@ def prepare(model_path: str) -> None:
     try:
         layers = json.loads((path / "config.json").read_text())["num_hidden_layers"]
     except (KeyError, ValueError) as e:
-        raise UserError(f"{path} holds no model, its config.json is broken: {first_line(e)}") from None
+        raise UserError(f"{path} is not a model: its config.json is broken: {first_line(e)}") from None
     print(f"{'converted' if made else 'reused as it is'}: {layers} layers, {size:.0f} MB")
 
 
@@ -118,7 +118,7 @@ def serve(model_path: str | os.PathLike, log_path: str | os.PathLike, port: int 
     """
     model_path = Path(model_path).resolve()
     if not (model_path / "config.json").exists():
-        raise UserError(f"{model_path} holds no model (no config.json)")
+        raise UserError(f"{model_path} has no model (no config.json)")
     if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
         raise UserError("serving a model needs fastapi and uvicorn: pip install -e '.[demo]'")
     port = free_port(port)

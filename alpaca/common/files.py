@@ -153,7 +153,7 @@ def new_folder(
             elif (path / "config.json").exists():
                 shutil.rmtree(replaced)
             else:
-                raise UserError(f"{path} exists, and {replaced} holds what it replaced: remove one of them")
+                raise UserError(f"{path} exists, and {replaced} has what it replaced: remove one of them")
         if not is_free(path):
             if may_replace is None:
                 raise UserError(f"{flag} {path}".strip() + " already exists: remove it, or choose another folder")
@@ -212,7 +212,7 @@ def only_process(folder: str | os.PathLike) -> Iterator[None]:
             if not try_lock(file.fileno()):
                 file.seek(0)
                 raise UserError(
-                    f"another run writes to {folder} ({file.read()}): wait for it, or choose another folder"
+                    f"another run is writing to {folder} ({file.read()}): wait for it, or choose another folder"
                 )
             if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 continue  # the file of a process that has just ended and removed it

@@ -60,7 +60,7 @@ def read_manifest(diff: CheckpointReader) -> dict:
     manifest = read_json(path) if path.exists() else {}
     if manifest.keys().isdisjoint(("format", "method", "tensors")):
         if all(kind in BITS.values() for kind, _ in specs.values()):
-            why = f"holds whole numbers, like a diff made with the method exact, but no {MANIFEST} that names a method"
+            why = f"has whole numbers, like a diff made with the method exact, but no {MANIFEST} that names a method"
             raise UserError(f"{diff.folder} {why}: download that file too")
         return {}
     method, version = manifest.setdefault("method", "subtract"), manifest.get("format", 1)

@@ -41,7 +41,7 @@ def matching_specs(raw: CheckpointReader, other: CheckpointReader, flags: tuple[
 
 
 def _vocabulary_cause(rows: tuple[int, int], vocabularies: tuple, flags: tuple[str, str]) -> str | None:
-    """Return what is wrong with the rows of raw's and the other's embedding; None if they are no embeddings."""
+    """Return what is wrong with the rows of raw's and the other's embedding; None if they are not embeddings."""
     wrong = [i for i in (0, 1) if rows[i] != vocabularies[i]]
     if len(wrong) == 1:
         flag, said, are = (found[wrong[0]] for found in (flags, vocabularies, rows))

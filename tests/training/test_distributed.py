@@ -404,8 +404,8 @@ def spoil(folder, how, tmp_path):
 @pytest.mark.parametrize(
     "how, message",
     [
-        ("no weights", "holds no weights: none of model.safetensors, "),
-        ("no tokenizer", "holds no tokenizer: copy tokenizer.json"),
+        ("no weights", "has no weights: none of model.safetensors, "),
+        ("no tokenizer", "has no tokenizer: copy tokenizer.json"),
         ("diff", "is a weight diff: recover it first"),
         ("adapter", "is a LoRA adapter, not a model: merge it"),
         ("fewer layers", r"has layers that config.json does not count \(model.layers.1.*copy both from one model"),

@@ -54,7 +54,7 @@ def rehearsal(make: Callable, args, rows: Sequence, held_out: Sequence | None, s
     if args.deepspeed:
         what = "saving and resuming were not rehearsed: this is not supported with DeepSpeed"
         cure = "try a short run with max_steps=2 and save_steps=1, and resume it once"
-        return finish([Finding("warning", what, "a failing save would show late", cure)])
+        return finish([Finding("warning", what, "a failing save would show only late in the run", cure)])
     resume = "" if args.save_strategy == "no" else ", a save, a resume"
     say(f"rehearsal: two steps on the longest examples{resume} and the final save")
     try:
