@@ -85,11 +85,9 @@ def read_text(path: str | os.PathLike) -> str:
 
 def git_blob_id(path: str | os.PathLike) -> str:
     """Return the id of ``git hash-object``: SHA-1 of "blob", the length in bytes and a NUL, then the bytes."""
-    digest = hashlib.sha1(f"blob {os.path.getsize(path)}\0".encode())
+    header = f"blob {os.path.getsize(path)}\0".encode()
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 18):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.sha1(header)).hexdigest()
 
 
 @contextlib.contextmanager

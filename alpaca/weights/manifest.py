@@ -172,7 +172,8 @@ def identify(reader: CheckpointReader, names: list[str], tensors: dict, known: d
 
     A tensor that training did not change has several: it is both raw and tuned. ``known`` are SHA-256 known already.
     """
-    known = known | sha256_of_all(reader, [name for name in names if name not in known], "what is it?")
+    if unknown := [name for name in names if name not in known]:
+        known = known | sha256_of_all(reader, unknown, "what is it?")
     counts = {role: sum(tensors[name]["sha256"].get(role) == known[name] for name in names) for role in ROLES}
     best = max(counts, key=counts.get)
     return best if 2 * counts[best] > len(names) else None
