@@ -448,7 +448,7 @@ DAMAGED_DIFFS = {
     "no weights": (lambda d: (d / "model.safetensors").unlink(), ["--path_diff", "has no weights"]),
     "no config": (lambda d: (d / "config.json").unlink(), ["--path_diff", "no config.json"]),
     "malformed config": (lambda d: (d / "config.json").write_text("{"), ["config.json", "malformed"]),
-    "config of another kind": (lambda d: (d / "config.json").write_text("[]"), ["config.json", "a list"]),
+    "config of another kind": (lambda d: (d / "config.json").write_text("[]"), ["config.json", "a JSON list"]),
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), ["--path_diff", "no tokenizer", "copy"]),
     "a file": (in_place_of, ["--path_diff", "is a file, not a folder"]),
     "nothing": (shutil.rmtree, ["--path_diff", "does not exist"]),
