@@ -108,8 +108,7 @@ def replace_file(path: str | os.PathLike, mode: str = "w"):
         os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes 0600 files; others may read what we publish
         os.replace(temporary, path)
     except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
         raise
 
 
