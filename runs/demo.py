@@ -69,6 +69,8 @@ def demo(output_dir: str = "demo", records: int = 64) -> None:
             --per_device_train_batch_size 4 --per_device_eval_batch_size 4 --learning_rate 1e-4 --weight_decay 0.
             --warmup_steps 0.03 --lr_scheduler_type cosine --logging_steps 1 --save_strategy no"""
         stage(folder, "fine-tuning", "eval loss on .*", command)
+        receipt = unfinished / "training_receipt.json"  # its output_dir
+        receipt.write_text(read_text(receipt).replace(UNFINISHED, "tuned"), encoding="utf-8")
 
     command = f"""python weight_diff.py make_diff --path_raw {base} --path_tuned {out}/tuned --path_diff {out}/diff
         --method exact --overwrite True"""
