@@ -99,7 +99,7 @@ def progress(reader: CheckpointReader, names: Collection[str], what: str) -> tqd
 class Hashes:
     """SHA-256 of each tensor's bytes, little-endian in their type, whatever the shards and file format.
 
-    A thread hashes a block while its caller goes on: hashing, 2 GB/s, takes longer than all of the arithmetic.
+    A thread hashes a block while its caller continues: hashing, 2 GB/s, takes longer than all of the arithmetic.
     """
 
     def __init__(self):
