@@ -58,7 +58,7 @@ def make_diff(
         device: of the original's command line. Without effect: the disk is slower than a processor's subtraction.
     """
     if method not in ("subtract", "exact"):
-        raise UserError(f"--method takes subtract or exact, not {method!r}")
+        raise UserError(f"--method must be subtract or exact, not {method!r}")
     exact = method == "exact"
     raw = CheckpointReader(_folder(path_raw, "--path_raw", tokenizer=False))
     tuned = CheckpointReader(_folder(path_tuned, "--path_tuned"))
@@ -126,7 +126,7 @@ def recover(
         overwrite: replace an existing model.
     """
     if dtype is not None and dtype not in FLOATS:
-        raise UserError(f"--dtype takes {', '.join(FLOATS)}, not {dtype!r}")
+        raise UserError(f"--dtype must be {' or '.join(FLOATS)}, not {dtype!r}")
     raw = CheckpointReader(_folder(path_raw, "--path_raw", tokenizer=False))
     diff = CheckpointReader(_folder(path_diff, "--path_diff", diff=True))
     check_links(diff.folder)
@@ -290,7 +290,7 @@ def _smoke_test(path: str, device: str, size: int) -> None:
         answer = Conversation(*load(path, device), Settings(max_new_tokens=128)).ask(SMOKE_TEST)
     except Exception as e:  # the recovery has succeeded, which a traceback would hide
         why = f"did not answer on {device}: {first_line(e)} (--test_inference False skips this)"
-        raise UserError(f"{path} is recovered and whole, but {why}") from None
+        raise UserError(f"{path} is recovered and complete, but {why}") from None
     print(f"{SMOKE_TEST}\n{answer}")
 
 

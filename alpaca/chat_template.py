@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property, lru_cache
 
 from tokenizers import AddedToken, Tokenizer
@@ -119,25 +120,42 @@ def end_token(tokenizer) -> str | None:
 def go_template(tokenizer) -> str:
     """Return the tokenizer's chat template as Ollama needs it, in Go's language, for questions and answers in turn.
 
-    It is derived from a rendered question, answer and question. A BOS that the tokenizer adds by itself is left out:
-    Ollama adds it too.
+    It is derived from a rendered question, answer and question, and from the same after a system text. A system text
+    takes the place of the template's own. One that the template refuses, or writes into the question, is left out. So
+    is a BOS that the tokenizer adds by itself: Ollama adds it too.
 
     Raises:
         UserError: the template fails, or does more than write something around each message.
     """
-    signs, roles = [chr(ord(PRIVATE) + i) for i in range(3)], ("user", "assistant", "user")
-    turns = [{"role": role, "content": sign} for role, sign in zip(roles, signs, strict=True)]
-    parts = re.split("|".join(signs), _rendered(tokenizer, [turns], True)[0])
-    if len(parts) != 4 or not parts[1].startswith(parts[3]):
+    first, answered, between, asks = turns = _around(tokenizer, "user", "assistant", "user")
+    if not answered.startswith(asks):
         raise UserError("this tokenizer's chat template writes earlier turns differently")
-    first, answered, between, asks = parts
-    if tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id:
-        first = first.removeprefix(tokenizer.bos_token)
     before = os.path.commonprefix([first[::-1], between[::-1]])[::-1]  # each question
+    first, system = first.removesuffix(before), ""
+    with suppress(UserError):
+        opens, closes, *others = _around(tokenizer, "system", "user", "assistant", "user")
+        if others == turns[1:] and closes.endswith(before):
+            first = first and "{{ if not .System }}" + first + "{{ end }}"
+            system = '{{ else if eq .Role "system" }}' + opens + "{{ .Content }}" + closes.removesuffix(before)
     user = '{{ if eq .Role "user" }}' + before + "{{ .Content }}" + asks
     assistant = '{{ else if eq .Role "assistant" }}' + answered.removeprefix(asks) + "{{ .Content }}"
-    each = user + assistant + between.removesuffix(before) + "{{ end }}"
-    return first.removesuffix(before) + "{{ range .Messages }}" + each + "{{ end }}"
+    each = user + assistant + between.removesuffix(before) + system + "{{ end }}"
+    return first + "{{ range .Messages }}" + each + "{{ end }}"
+
+
+def _around(tokenizer, *roles: str) -> list[str]:
+    """Return what the chat template writes before, between and after messages of these roles, the last one a question.
+
+    UserError if it fails, or leaves one out.
+    """
+    signs = [chr(ord(PRIVATE) + i) for i in range(len(roles))]
+    turns = [{"role": role, "content": sign} for role, sign in zip(roles, signs, strict=True)]
+    first, *others = re.split("|".join(signs), _rendered(tokenizer, [turns], True)[0])
+    if len(others) != len(roles):
+        raise UserError("this tokenizer's chat template leaves messages out")
+    if tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id:
+        first = first.removeprefix(tokenizer.bos_token)
+    return [first, *others]
 
 
 def chat_ids(tokenizer, messages: Sequence[dict]) -> list[int]:

@@ -20,13 +20,12 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from alpaca import UserError
-from alpaca.common.cli import free_port, run_cli
+from alpaca.common.cli import end_on_signals, free_port, run_cli
 from alpaca.common.files import new_folder
 from alpaca.common.text import first_line
 
@@ -75,7 +74,7 @@ def prepare(model_path: str) -> None:
     try:
         layers = json.loads((path / "config.json").read_text())["num_hidden_layers"]
     except (KeyError, ValueError) as e:
-        raise UserError(f"{path} holds no model, its config.json is broken: {first_line(e)}") from None
+        raise UserError(f"{path} is not a model: its config.json is broken: {first_line(e)}") from None
     print(f"{'converted' if made else 'reused as it is'}: {layers} layers, {size:.0f} MB")
 
 
@@ -118,7 +117,7 @@ def serve(model_path: str | os.PathLike, log_path: str | os.PathLike, port: int 
     """
     model_path = Path(model_path).resolve()
     if not (model_path / "config.json").exists():
-        raise UserError(f"{model_path} holds no model (no config.json)")
+        raise UserError(f"{model_path} has no model (no config.json)")
     if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
         raise UserError("serving a model needs fastapi and uvicorn: pip install -e '.[demo]'")
     port = free_port(port)
@@ -156,12 +155,8 @@ def _wait_until_healthy(server: subprocess.Popen, url: str, log_path: Path, time
     while time.monotonic() < deadline:
         if server.poll() is not None:
             raise UserError(f"the teacher died while starting (exit code {server.returncode}); {_tail(log_path)}")
-        try:
-            with direct.open(f"{url}/health", timeout=2) as reply:
-                if reply.status == 200:
-                    return
-        except (urllib.error.URLError, OSError):
-            pass
+        with suppress(OSError), direct.open(f"{url}/health", timeout=2):  # URLError, and so HTTPError, is an OSError
+            return
         time.sleep(0.2)
     raise UserError(f"the teacher did not answer within {timeout:g} s; {_tail(log_path)}")
 
@@ -207,7 +202,7 @@ def run(model_path: str, log_path: str = "teacher.log", port: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # SIGTERM ends us as Ctrl-C does, through every finally
+    end_on_signals()
     if "--" in sys.argv:
         at = sys.argv.index("--")
         sys.argv, COMMAND = sys.argv[:at], sys.argv[at + 1 :]

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# The published recipe, on one GPU, one node or many; started again with the same line, it goes on where it was.
+# The published recipe, on one GPU, one node or many. The same command continues a run that was stopped.
 #
-#   MODEL=~/llama-7b OUT=~/alpaca-7b bash runs/alpaca_7b.sh                        every GPU of this machine
+#   MODEL=~/llama-7b OUT=~/alpaca-7b bash runs/alpaca_7b.sh                        all GPUs of this machine
 #   MODEL_SIZE=13b MODEL=~/llama-13b OUT=~/alpaca-13b bash runs/alpaca_7b.sh       13B: half the rate, 5 epochs
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=first-host MODEL=… OUT=… bash runs/alpaca_7b.sh    and NODE_RANK=1 on the other
 #   sbatch --export=ALL,MODEL=…,OUT=… runs/slurm.sh                                the same under Slurm
 #
-# MODEL and OUT are folders that every node sees. Further flags for train.py may follow. What may be set as well:
-#   GPUS=8         a node's GPUs (found by itself)        PER_DEVICE=4   examples a GPU computes at once
-#   OFFLOAD=1      parameters and optimizer in the CPU's memory: slower, for GPUs that are too small
-#   DATA=file      instead of ./alpaca_data.json          MASTER_PORT=29500   MAX_RESTARTS=3   after a process has died
+# MODEL and OUT are folders that every node sees. More flags for train.py may follow. You can also set:
+#   GPUS=8         of one node (default: all)             PER_DEVICE=4   examples a GPU computes at once
+#   OFFLOAD=1      weights and optimizer in CPU memory: slower, for GPUs that are too small
+#   DATA=file      instead of ./alpaca_data.json          MASTER_PORT=29500   MAX_RESTARTS=3   after a process dies
 #   DRY_RUN=1      prints the command and ends
 set -euo pipefail
-for name in MODEL DATA; do # they are given from where the caller stands
+for name in MODEL DATA; do # relative paths are the caller's
   [ ! -e "${!name:-}" ] || printf -v "$name" '%s' "$(realpath -s "${!name}")"
 done
 [ -z "${OUT:-}" ] || OUT="$(realpath -m -s "$OUT")"
@@ -24,15 +24,15 @@ fail() {
   exit 1
 }
 
-BATCH=128 # examples an optimizer step, for both sizes
+BATCH=128 # examples per optimizer step, for both sizes
 case "${MODEL_SIZE:-7b}" in
   7b) EPOCHS=3 RATE=2e-5 ;;
   13b) EPOCHS=5 RATE=1e-5 ;;
-  *) fail "MODEL_SIZE=$MODEL_SIZE is not known: take 7b or 13b" ;;
+  *) fail "MODEL_SIZE=$MODEL_SIZE is unknown: use 7b or 13b" ;;
 esac
 [ -n "${MODEL:-}" ] && [ -n "${OUT:-}" ] || fail "set MODEL to the base model's folder and OUT to one for the result"
 
-# Under Slurm, in a task a node as runs/slurm.sh starts it, everything is known already.
+# Under Slurm, with one task per node as in runs/slurm.sh, all of this is known.
 NNODES="${NNODES:-${SLURM_NNODES:-1}}"
 NODE_RANK="${NODE_RANK:-${SLURM_NODEID:-}}"
 GPUS="${GPUS:-${SLURM_GPUS_ON_NODE:-}}"
@@ -43,15 +43,15 @@ if [ -z "$GPUS" ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
   GPUS="$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | wc -l)"
 elif [ -z "$GPUS" ]; then
   GPUS="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)"
-  [ "$GPUS" != 0 ] || fail "no GPU was found (nvidia-smi -L): set GPUS, or try the system on a CPU by make demo"
+  [ "$GPUS" != 0 ] || fail "no GPU was found (nvidia-smi -L): set GPUS, or run make demo, which needs none"
 fi
 
 PER_DEVICE="${PER_DEVICE:-4}"
 for name in NNODES GPUS PER_DEVICE; do
-  [[ "${!name}" =~ ^[1-9][0-9]{0,4}$ ]] || fail "$name=${!name} is no number of at least 1"
+  [[ "${!name}" =~ ^[1-9][0-9]{0,4}$ ]] || fail "$name=${!name} must be a whole number from 1 to 99999"
 done
 at_once=$((PER_DEVICE * GPUS * NNODES))
-[ $((BATCH % at_once)) = 0 ] || fail "the recipe's $BATCH examples a step are no multiple of \
+[ $((BATCH % at_once)) = 0 ] || fail "the recipe's $BATCH examples per step are not a multiple of \
 PER_DEVICE x GPUS x NNODES = $PER_DEVICE x $GPUS x $NNODES = $at_once: change PER_DEVICE or GPUS"
 
 flags=(
@@ -69,7 +69,7 @@ else
     flags+=(--deepspeed configs/deepspeed_zero3_offload.json) # FSDP needs two
   else
     flags+=(--fsdp --fsdp_config "configs/fsdp${OFFLOAD:+_offload}.json")
-    # While gradients accumulate, each GPU else holds all of them: 27 GB of float32 for 7B, 52 GB for 13B.
+    # While gradients accumulate, each GPU would otherwise hold all of them: 27 GB of float32 for 7B, 52 GB for 13B.
     [ "${MODEL_SIZE:-7b}" = 7b ] || flags+=(--accelerator_config '{"gradient_accumulation_kwargs": {"sync_each_batch": true}}')
   fi
   if [ "$NNODES" = 1 ]; then
@@ -77,8 +77,8 @@ else
   else
     [ -n "${MASTER_ADDR:-}" ] || fail "NNODES=$NNODES needs MASTER_ADDR, the name or address of the first node"
     [[ "$NODE_RANK" =~ ^[0-9]+$ && "$NODE_RANK" -lt "$NNODES" ]] ||
-      fail "NNODES=$NNODES needs NODE_RANK on each node: 0 on the one that MASTER_ADDR names, up to $((NNODES - 1))"
-    # Said rather than left to be found: a node does not know itself by every name and address that it has.
+      fail "NNODES=$NNODES needs NODE_RANK on each node: 0 on the one that MASTER_ADDR names, up to $((NNODES - 1)) on the others"
+    # torchrun cannot always tell whether MASTER_ADDR is this node: a node does not know all its names and addresses.
     first=false
     [ "$NODE_RANK" != 0 ] || first=true
     nodes=(--nnodes "$NNODES" --rdzv_backend c10d --rdzv_endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}"
@@ -92,9 +92,9 @@ if [ -n "${DRY_RUN:-}" ]; then
   printf '\n'
   exit
 fi
-# Asked to stop (SIGTERM), torchrun hands that on, and after 30 s kills what still saves its checkpoint.
+# torchrun passes SIGTERM on, and by default kills after 30 s what is still saving its checkpoint.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
-# Started again after one has died, the processes would else find each other's old addresses in torchrun's own store.
+# Otherwise restarted processes find each other's old addresses in torchrun's own store, and hang.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
 exec "${command[@]}"

@@ -29,6 +29,7 @@ from alpaca.embedded_model import DIE_WITH_PARENT  # noqa: E402
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().resolve() / "alpaca"
 ROWS: list[dict] = []  # of the table at the end
+UNFINISHED = ".tuned.unfinished"  # new_folder()'s name for it until it is complete
 
 
 def demo(output_dir: str = "demo", records: int = 64) -> None:
@@ -68,6 +69,8 @@ def demo(output_dir: str = "demo", records: int = 64) -> None:
             --per_device_train_batch_size 4 --per_device_eval_batch_size 4 --learning_rate 1e-4 --weight_decay 0.
             --warmup_steps 0.03 --lr_scheduler_type cosine --logging_steps 1 --save_strategy no"""
         stage(folder, "fine-tuning", "eval loss on .*", command)
+        receipt = unfinished / "training_receipt.json"  # its output_dir
+        receipt.write_text(read_text(receipt).replace(UNFINISHED, "tuned"), encoding="utf-8")
 
     command = f"""python weight_diff.py make_diff --path_raw {base} --path_tuned {out}/tuned --path_diff {out}/diff
         --method exact --overwrite True"""
@@ -87,13 +90,15 @@ def demo(output_dir: str = "demo", records: int = 64) -> None:
 def stage(folder: Path, name: str, made: str, command: str) -> None:
     """Run a command, with both streams shown and in a log, where the pattern ``made`` finds the table's last cell.
 
-    A signal ends the command, which ends what it has started, and nothing of that is shown.
+    A signal ends the command, which ends what it has started, and nothing of that is shown. A folder that is renamed
+    once it is complete is shown under its final name.
 
     Raises:
         UserError: the command failed.
     """
     started, log = time.monotonic(), folder / "logs" / f"{re.sub('[^a-z-]+', '_', name)}.log"
-    print(f"\n── {name}\n   " + " \\\n     ".join(line.strip() for line in command.splitlines()), flush=True)
+    shown = command.replace(UNFINISHED, "tuned")
+    print(f"\n── {name}\n   " + " \\\n     ".join(line.strip() for line in shown.splitlines()), flush=True)
     apart = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     apart |= {"start_new_session": True, "preexec_fn": DIE_WITH_PARENT}  # Ctrl-C reaches us alone
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONUNBUFFERED": "1"}
@@ -104,6 +109,7 @@ def stage(folder: Path, name: str, made: str, command: str) -> None:
     ):
         try:
             while data := child.stdout.read1():
+                data = data.replace(UNFINISHED.encode(), b"tuned")
                 file.write(data)
                 parts = data.decode(errors="replace").split("\r")  # of progress bars
                 print("\r".join(map(printable, parts)), end="", flush=True)

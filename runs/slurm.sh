@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The recipe under Slurm; what it needs is in runs/alpaca_7b.sh:
+# The recipe under Slurm; runs/alpaca_7b.sh lists what to set:
 #
 #   sbatch --export=ALL,MODEL=/shared/llama-7b,OUT=/shared/alpaca-7b runs/slurm.sh
 #
-# Five minutes before its time is up the job saves a checkpoint and puts itself into the queue again; after a
-# preemption or the failure of a node, Slurm does. It goes on from the newest complete checkpoint in OUT.
+# Five minutes before its time is up, the job saves a checkpoint and requeues itself. After a preemption or a node's
+# failure, Slurm requeues it. It continues from the newest complete checkpoint in OUT.
 #SBATCH --job-name=alpaca
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -17,7 +17,7 @@
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 
-# srun hands SIGTERM on to its tasks, and torchrun to its processes: they finish their step, save and end.
+# srun passes SIGTERM on to its tasks, and torchrun to its processes: they finish their step, save and end.
 stop="" step="" ending=""
 end_step() {
   ending=yes

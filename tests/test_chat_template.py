@@ -62,10 +62,14 @@ def test_the_text_is_the_prompts_behind_a_bos_that_the_tokenizer_would_add(token
 
 def go_rendered(template: str, messages: list[dict]) -> str:
     """What Ollama makes of the few words of Go's template language that are used."""
-    form = '(.*?){{ range .Messages }}{{ if eq .Role "user" }}(.*?){{ else if eq .Role "assistant" }}(.*?){{ end }}'
-    start, user, assistant = re.fullmatch(form + "{{ end }}", template, re.DOTALL).groups()
-    forms = {"user": user, "assistant": assistant}
-    return start + "".join(forms[m["role"]].replace("{{ .Content }}", m["content"]) for m in messages)
+    default, start, each = re.fullmatch(
+        "(?:{{ if not .System }}(.*?){{ end }})?(.*?){{ range .Messages }}{{ (if eq .*){{ end }}{{ end }}",
+        template,
+        re.S,
+    ).groups()
+    forms = dict(re.findall(r'if eq .Role "([a-z]+)" }}(.*?)(?={{ else |\Z)', each, re.S))
+    start += (default or "") * (messages[0]["role"] != "system")
+    return start + "".join(forms.get(m["role"], "").replace("{{ .Content }}", m["content"]) for m in messages)
 
 
 @pytest.mark.parametrize("family", ["alpaca", *FAMILIES])
@@ -78,6 +82,24 @@ def test_ollamas_template_writes_what_the_tokenizers_own_writes(tokenizer, famil
     for asked in (messages[:1], messages[:3], messages):
         expected = made.apply_chat_template(asked, tokenize=False, add_generation_prompt=True).removeprefix("<s>")
         assert go_rendered(go_template(made), asked) == expected
+
+
+def test_ollamas_template_puts_a_system_text_where_the_tokenizers_own_does(tokenizer):
+    """In place of the template's default; what a template cannot write apart from the question is left out."""
+    taken = set()
+    said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Sing."}]
+    said += [{"role": "assistant", "content": "La."}, {"role": "user", "content": "Again."}]
+    for name, family in FAMILIES.items():
+        made = family.on(tokenizer)
+        if "system" in (template := go_template(made)):
+            taken.add(name)
+            expected = made.apply_chat_template(said, tokenize=False, add_generation_prompt=True).removeprefix("<s>")
+            assert go_rendered(template, said) == expected
+        else:
+            assert go_rendered(template, said) == go_rendered(template, said[1:])
+    assert taken == {name for name, family in FAMILIES.items() if family.system} | {"llama 2"}  # as one more question
+    made.chat_template = chat_template(made)
+    assert "system" not in go_template(made).casefold()  # Alpaca's prompt has none, whatever the base model's had
 
 
 def test_a_template_that_fails_over_two_turns_is_left_out_of_the_modelfile(tokenizer):

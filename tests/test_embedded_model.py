@@ -82,7 +82,7 @@ def test_port_0_gives_one_that_can_be_bound_at_once():
 
 
 def test_a_folder_without_a_model_is_not_served(tmp_path):
-    with pytest.raises(UserError, match=r"holds no model \(no config.json\)"):
+    with pytest.raises(UserError, match=r"has no model \(no config.json\)"):
         with embedded_model.serve(tmp_path, tmp_path / "teacher.log"):
             raise AssertionError("must not be reached")
     assert os.listdir(tmp_path) == []
@@ -135,7 +135,7 @@ def test_prepare_says_what_is_there(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("command", "words"), [((), ["no command", "-- COMMAND"]), (("--", "touch", "ran"), ["holds no model"])]
+    ("command", "words"), [((), ["no command", "-- COMMAND"]), (("--", "touch", "ran"), ["has no model"])]
 )
 def test_run_is_refused_in_one_line_and_the_command_does_not_run(tmp_path, command, words):
     argv = ["--model_path", tmp_path, "--log_path", tmp_path / "teacher.log"]

@@ -85,11 +85,9 @@ def read_text(path: str | os.PathLike) -> str:
 
 def git_blob_id(path: str | os.PathLike) -> str:
     """Return the id of ``git hash-object``: SHA-1 of "blob", the length in bytes and a NUL, then the bytes."""
-    digest = hashlib.sha1(f"blob {os.path.getsize(path)}\0".encode())
+    header = f"blob {os.path.getsize(path)}\0".encode()
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 18):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.sha1(header)).hexdigest()
 
 
 @contextlib.contextmanager
@@ -110,8 +108,7 @@ def replace_file(path: str | os.PathLike, mode: str = "w"):
         os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes 0600 files; others may read what we publish
         os.replace(temporary, path)
     except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
         raise
 
 
@@ -153,7 +150,7 @@ def new_folder(
             elif (path / "config.json").exists():
                 shutil.rmtree(replaced)
             else:
-                raise UserError(f"{path} exists, and {replaced} holds what it replaced: remove one of them")
+                raise UserError(f"{path} exists, and {replaced} has what it replaced: remove one of them")
         if not is_free(path):
             if may_replace is None:
                 raise UserError(f"{flag} {path}".strip() + " already exists: remove it, or choose another folder")
@@ -212,7 +209,7 @@ def only_process(folder: str | os.PathLike) -> Iterator[None]:
             if not try_lock(file.fileno()):
                 file.seek(0)
                 raise UserError(
-                    f"another run writes to {folder} ({file.read()}): wait for it, or choose another folder"
+                    f"another run is writing to {folder} ({file.read()}): wait for it, or choose another folder"
                 )
             if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 continue  # the file of a process that has just ended and removed it

@@ -127,17 +127,18 @@ class Budget:
         """Return what these tokens cost in direct requests."""
         return (prompt_tokens * self.settings.prompt_price + completion_tokens * self.settings.completion_price) / 1e6
 
-    def exhausted(self, *more: float) -> str | None:
-        """Name the limit that is reached, or return None. Checked before each request; those in flight overshoot it.
+    def exhausted(self, prompt_tokens: float = 0, reply_tokens: float = 0) -> str | None:
+        """Name the limit that is reached, or that these tokens would reach, or return None.
 
-        ``more`` are prompt and reply tokens about to be used.
+        Checked before each request; those in flight overshoot it.
         """
-        limits, tokens = self.settings, self.prompt_tokens + self.completion_tokens + sum(more)
+        limits = self.settings
+        tokens = self.prompt_tokens + self.completion_tokens + prompt_tokens + reply_tokens
+        cost = self.cost + limits.price * self.dollars(prompt_tokens, reply_tokens)
         if limits.time_limit is not None and self.seconds() > limits.time_limit:
             return f"the time limit of {limits.time_limit:g} s"
         if limits.max_total_tokens is not None and tokens >= limits.max_total_tokens:
             return f"the budget of {limits.max_total_tokens:,} tokens"
-        cost = self.cost + (self.settings.price * self.dollars(*more) if more else 0)
         if limits.max_cost_usd is not None and cost >= limits.max_cost_usd:
             return f"the budget of ${limits.max_cost_usd:g}"
         return None

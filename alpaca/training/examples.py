@@ -16,7 +16,7 @@ import tokenizers
 from alpaca import UserError
 from alpaca.chat_template import Unanswerable, chat_turns, messages_of, saved_template
 from alpaca.common.shapes import task_key
-from alpaca.common.text import check_utf8
+from alpaca.common.text import check_utf8, counted
 from alpaca.prompts import answer_ids, format_prompt, prompt_ids
 
 IGNORE_INDEX = -100  # torch's cross entropy skips it
@@ -178,9 +178,10 @@ class SupervisedDataset:
         self.left_out = sorted(set(every).difference(self.numbers))
         self.lengths: list[int] = table["length"][:]
         self.examples = table.select_columns(["input_ids", "labels"])
-        several = "" if (count := len(set(self.numbers))) == len(self) else f" of {count} records"
+        several = "" if (count := len(set(self.numbers))) == len(self) else f" of {counted(count, 'record')}"
+        rows, tokens = counted(len(self), "example"), counted(sum(self.lengths), "token")
         self.summary = (
-            f"{name}: {len(self)} examples{several}, {sum(self.lengths)} tokens; {len(self.cut)} cut to "
+            f"{name}: {rows}{several}, {tokens}; {len(self.cut)} cut to "
             f"{max_length} tokens, {len(self.left_out)} left out (the prompt alone is longer)"
         )
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
+from alpaca.common.text import counted
 from alpaca.training.examples import IGNORE_INDEX
 
 # The signature differs between releases of torch: `window_size` replaced `is_causal`, `enable_gqa` was added (by 2.13).
@@ -273,7 +274,7 @@ class PackedDataset:
         self.dataset = dataset
         self.bins = fill_bins(list(dataset.lengths), capacity)
         self.summary = (
-            f"packing: {len(dataset)} examples in {len(self)} bins of {capacity} tokens, "
+            f"packing: {counted(len(dataset), 'example')} in {counted(len(self), 'bin')} of {capacity} tokens, "
             f"{sum(dataset.lengths) / (len(self) * capacity):.1%} full; the batch size counts bins of "
             f"{len(dataset) / len(self):.1f} examples on average"
         )

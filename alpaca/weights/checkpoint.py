@@ -62,10 +62,10 @@ def check_model_folder(path: str | os.PathLike, flag: str, tokenizer: bool = Tru
             raise UserError(f"{flag} {path} is a LoRA adapter, not a model: merge it into its base model first")
         raise UserError(f"{flag} {path} is not a model: it has no config.json")
     if not any((path / name).exists() for name in WEIGHTS):
-        raise UserError(f"{flag} {path} holds no weights: none of {', '.join(WEIGHTS)} is there")
+        raise UserError(f"{flag} {path} has no weights: none of {', '.join(WEIGHTS)} is there")
     if tokenizer and not any((path / name).exists() for name in TOKENIZER):
         files = f"{', '.join(TOKENIZER[:-1])} or {TOKENIZER[-1]}"
-        raise UserError(f"{flag} {path} holds no tokenizer: copy {files} there from the model it was trained from")
+        raise UserError(f"{flag} {path} has no tokenizer: copy {files} there from the model it was trained from")
     if not diff and (path / MANIFEST).exists():
         raise UserError(f"{flag} {path} is a weight diff: recover it first, with weight_diff.py")
     return path
@@ -109,7 +109,7 @@ class CheckpointReader:
                     raise UserError(f"{index} points outside its folder ({shard!r}): do not trust it")
             if shard_of:
                 return shard_of, sorted(set(shard_of.values()))
-        raise UserError(f"{self.folder} holds no weights")
+        raise UserError(f"{self.folder} has no weights")
 
     def _open(self, shard: str) -> dict:
         """Return name → tensor or safetensors slice of one file. No code in a pickle runs."""
@@ -223,7 +223,7 @@ def _open_bin(path: Path) -> dict:
         for name, tensor in tensors.items()
     )
     if not dense:
-        raise ValueError("it is not a model's state dict, but holds something other than dense tensors by name")
+        raise ValueError("it is not a model's state dict, but has something other than dense tensors by name")
     return tensors
 
 
@@ -246,5 +246,5 @@ def read_json(path: Path) -> dict:
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is malformed: {e}") from None
     if not isinstance(data, dict):
-        raise UserError(f"{path} is malformed: it holds a {type(data).__name__}, not an object")
+        raise UserError(f"{path} is malformed: it is a JSON {type(data).__name__}, not an object")
     return data

@@ -10,6 +10,7 @@ import math
 
 import torch
 
+from alpaca.common.text import counted
 from alpaca.weights.checkpoint import CheckpointReader
 from alpaca.weights.names import some
 from alpaca.weights.pair import BITS
@@ -68,7 +69,8 @@ class NotFinite(dict[str, set[str]]):
 
     def warn(self) -> None:
         for where, names in self.items():
-            print(f"warning: NaN or infinite values in {len(names)} tensors of {where}: {some(names)}")
+            count = counted(len(names), "tensor")
+            print(f"warning: NaN or infinite values in {count} of {where}: {some(names)}")
 
 
 def mean_row(raw: CheckpointReader, name: str) -> torch.Tensor:

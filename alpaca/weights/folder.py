@@ -45,7 +45,7 @@ def _check_may_replace(path: Path, flag: str, overwrite: bool) -> None:
         if entry.is_dir():
             known = entry.name == CHAT_TEMPLATES and all(file.suffix == ".jinja" for file in entry.iterdir())
         if not known:
-            raise UserError(f"{what} holds more than a model ({entry.name}), {cure}")
+            raise UserError(f"{what} has more than a model in it ({entry.name}), {cure}")
 
 
 def check_links(source: Path) -> None:

@@ -24,6 +24,7 @@ from alpaca.weights.writer import DTYPE_NAMES, DTYPES, described
 METHODS = ("subtract", "exact")
 ROLES = {"raw": "the base model", "diff": "the diff", "tuned": "the tuned model", "recovered": "the recovered model"}
 SAMPLE = 1 << 18  # elements of a tensor that show its size without a manifest
+EARLY = 8  # tensors: if most of the base model's first ones are wrong, the others are not read
 
 
 def write_manifest(
@@ -59,7 +60,7 @@ def read_manifest(diff: CheckpointReader) -> dict:
     manifest = read_json(path) if path.exists() else {}
     if manifest.keys().isdisjoint(("format", "method", "tensors")):
         if all(kind in BITS.values() for kind, _ in specs.values()):
-            why = f"holds whole numbers, like a diff made with the method exact, but no {MANIFEST} that names a method"
+            why = f"has whole numbers, like a diff made with the method exact, but no {MANIFEST} that names a method"
             raise UserError(f"{diff.folder} {why}: download that file too")
         return {}
     method, version = manifest.setdefault("method", "subtract"), manifest.get("format", 1)
@@ -99,11 +100,16 @@ class InputCheck:
     def __init__(self, manifest: dict, raw: CheckpointReader, diff: CheckpointReader):
         self.tensors, self._readers = manifest["tensors"], {"raw": raw, "diff": diff}
         self._hashes, self._rounded = {"raw": Hashes(), "diff": Hashes()}, set()  # names whose values the type rounds
+        self._seen: dict[str, dict] = {}  # of ``tensors``
         if odd := [name for name, entry in self.tensors.items() if raw.spec(name)[1] != entry["raw_shape"]]:
             raise UserError(_other_tensors("raw", raw, odd, self.tensors, {}))
 
     def look(self, name: str, raw: torch.Tensor, diff: torch.Tensor) -> None:
         """Take the next rows of raw and diff."""
+        if name not in self._seen:
+            if len(self._seen) == EARLY:
+                self._compare("raw", self._seen, EARLY // 2)
+            self._seen[name] = self.tensors[name]
         cast = raw.to(self.tensors[name]["dtype"]["raw"])
         if cast.dtype != raw.dtype and not torch.equal(cast.to(raw.dtype), raw):
             self._rounded.add(name)
@@ -112,24 +118,34 @@ class InputCheck:
 
     def finish(self, recovered: dict[str, str]) -> None:
         """Raise UserError unless all tensors were right, those of the result too: name → SHA-256."""
-        for role in ("diff", "raw"):
-            reader, known = self._readers[role], self._hashes[role].hex()
-            other = {name for name, entry in self.tensors.items() if reader.spec(name)[0] != entry["dtype"][role]}
-            wrong = {name for name, entry in self.tensors.items() if known[name] != entry["sha256"][role]}
-            if wrong := wrong | (self._rounded if role == "raw" else other):
-                known = {name: sha256 for name, sha256 in known.items() if name not in other}
-                bad = [name for name in self.tensors if name in wrong]
-                raise UserError(_other_tensors(role, reader, bad, self.tensors, known))
-        if other:
+        self._compare("diff", self.tensors)
+        if other := self._compare("raw", self.tensors):
             print(f"note: the base model has the right values, though stored as another type ({some(other)})")
         for name, entry in self.tensors.items():
             if recovered[name] != entry["sha256"].get("recovered", entry["sha256"]["tuned"]):
                 raise UserError(f"{name} came out wrong, though raw and diff are right: try another machine")
 
+    def _compare(self, role: str, tensors: dict, most: int = 0) -> set[str]:
+        """Raise UserError if more than ``most`` of these tensors are wrong; return those stored as another type."""
+        reader, known = self._readers[role], self._hashes[role].hex()
+        other = {name for name, entry in tensors.items() if reader.spec(name)[0] != entry["dtype"][role]}
+        wrong = {name for name, entry in tensors.items() if known[name] != entry["sha256"][role]}
+        wrong |= self._rounded if role == "raw" else other
+        if len(wrong) > most:
+            known = {name: sha256 for name, sha256 in known.items() if name not in other}
+            bad = [name for name in tensors if name in wrong]
+            raise UserError(_other_tensors(role, reader, bad, tensors, known, "the first " if most else ""))
+        return other
 
-def _other_tensors(role: str, reader: CheckpointReader, bad: list[str], tensors: dict, known: dict[str, str]) -> str:
-    """Return why the tensors ``bad`` of raw or diff may differ from the manifest; ``known`` is for ``identify``."""
-    what = f"{ROLES[role]} {reader.folder}: {len(bad)} of {len(tensors)} tensors differ from the manifest"
+
+def _other_tensors(
+    role: str, reader: CheckpointReader, bad: list[str], tensors: dict, known: dict[str, str], which: str = ""
+) -> str:
+    """Return why the tensors ``bad`` of raw or diff may differ from the manifest; ``known`` is for ``identify``.
+
+    ``tensors`` are all of the manifest's, or ``which`` they are.
+    """
+    what = f"{ROLES[role]} {reader.folder}: {len(bad)} of {which}{len(tensors)} tensors differ from the manifest"
     found = identify(reader, bad, tensors, known)
     if found in ("tuned", "recovered"):
         return f"{what}: they are the tuned model's, recovered already; choose {ROLES[role]}"
@@ -156,7 +172,8 @@ def identify(reader: CheckpointReader, names: list[str], tensors: dict, known: d
 
     A tensor that training did not change has several: it is both raw and tuned. ``known`` are SHA-256 known already.
     """
-    known = known | sha256_of_all(reader, [name for name in names if name not in known], "what is it?")
+    if unknown := [name for name in names if name not in known]:
+        known = known | sha256_of_all(reader, unknown, "what is it?")
     counts = {role: sum(tensors[name]["sha256"].get(role) == known[name] for name in names) for role in ROLES}
     best = max(counts, key=counts.get)
     return best if 2 * counts[best] > len(names) else None

@@ -75,7 +75,7 @@ def match_names(own: Collection[str], what: str, wanted: Collection[str], wanted
         without, with_it = (what, wanted_what) if lacks else (wanted_what, what)
         said = f"the names in {without} lack the prefix {prefix!r} of those in {with_it}"
         if not left:
-            print(f"note: {said}; they are taken for the same")
+            print(f"note: {said}; they are treated as the same")
             return renamed
         raise UserError(f"{said}, which does not explain {some(left)}: {cause(left, *configs)}")
     for model, other, names in ((what, wanted_what, missing), (wanted_what, what, extra)):

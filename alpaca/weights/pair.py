@@ -41,7 +41,7 @@ def matching_specs(raw: CheckpointReader, other: CheckpointReader, flags: tuple[
 
 
 def _vocabulary_cause(rows: tuple[int, int], vocabularies: tuple, flags: tuple[str, str]) -> str | None:
-    """Return what is wrong with the rows of raw's and the other's embedding; None if they are no embeddings."""
+    """Return what is wrong with the rows of raw's and the other's embedding; None if they are not embeddings."""
     wrong = [i for i in (0, 1) if rows[i] != vocabularies[i]]
     if len(wrong) == 1:
         flag, said, are = (found[wrong[0]] for found in (flags, vocabularies, rows))
@@ -99,7 +99,7 @@ def progress(reader: CheckpointReader, names: Collection[str], what: str) -> tqd
 class Hashes:
     """SHA-256 of each tensor's bytes, little-endian in their type, whatever the shards and file format.
 
-    A thread hashes a block while its caller goes on: hashing, 2 GB/s, takes longer than all of the arithmetic.
+    A thread hashes a block while its caller continues: hashing, 2 GB/s, takes longer than all of the arithmetic.
     """
 
     def __init__(self):

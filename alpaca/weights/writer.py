@@ -40,7 +40,7 @@ class ShardWriter(AbstractContextManager):
         try:
             plan = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
         except (ValueError, OverflowError):
-            raise UserError(f"max_shard_size takes a size such as 5GB or 500MB, not {max_shard_size!r}") from None
+            raise UserError(f"max_shard_size must be a size such as 5GB or 500MB, not {max_shard_size!r}") from None
         self._places: dict[str, tuple[Path, int]] = {}  # name → file, and the offset of the next block
         self._file = None  # the one that is being written
         for file, names in plan.filename_to_tensors.items():

@@ -59,8 +59,8 @@ def one_more_layer(folder: Path) -> None:
 
 DAMAGED = {
     "missing": (shutil.rmtree, ["does not exist"]),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ["holds no tokenizer", "copy tokenizer.json"]),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), ["holds no weights"]),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ["has no tokenizer", "copy tokenizer.json"]),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), ["has no weights"]),
     "no config": (lambda f: (f / "config.json").unlink(), ["no config.json"]),
     "a diff": (lambda f: (f / "weight_diff.json").write_text("{}"), ["is a weight diff: recover it first"]),
     "malformed tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), ["the tokenizer cannot be loaded"]),

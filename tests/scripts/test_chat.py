@@ -252,7 +252,7 @@ def test_a_bad_flag_is_one_line(paris, monkeypatch, capsys, flags, words):
 @pytest.mark.parametrize(
     ("breakage", "words"),
     [
-        (lambda folder: (folder / "tokenizer.json").unlink(), "holds no tokenizer"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer"),
         (lambda folder: (folder / "weight_diff.json").write_text("{}"), "is a weight diff: recover it first"),
     ],
 )

@@ -83,3 +83,11 @@ def test_what_a_model_writes_does_not_reach_the_terminal_as_control_characters(t
     assert capsys.readouterr().out.endswith("1%\r100%\nclear \\x1b[2J\\x9b2J\n")
     assert "\x1b[2J" in (tmp_path / "logs" / "chat_after.log").read_text()
     assert demo.ROWS.pop()["made"] == "clear \\x1b[2J\\x9b2J"
+
+
+def test_the_model_is_named_as_it_is_found_later(tmp_path, capsys):
+    (tmp_path / "logs").mkdir()
+    demo.stage(tmp_path, "fine-tuning", "saved in .*", "echo saved in demo/.tuned.unfinished")
+    log = (tmp_path / "logs" / "fine-tuning.log").read_text()
+    assert log == "saved in demo/tuned\n" and capsys.readouterr().out.endswith("echo saved in demo/tuned\n" + log)
+    assert demo.ROWS.pop()["made"] == "saved in demo/tuned"

@@ -48,6 +48,9 @@ def test_from_seed_tasks_to_an_answer(teacher, tiny_llama, tmp_path):
         *("runs/demo.py", "--output_dir", tmp_path / "data", "--records", 24), env={"XDG_CACHE_HOME": str(cache)}
     )
     assert demo.returncode == 0, demo.stdout + demo.stderr
+    assert "model in" in demo.stdout and ".unfinished" not in demo.stdout  # a temporary name
+    receipt = json.loads((tmp_path / "data" / "recovered" / "training_receipt.json").read_text())
+    assert receipt["arguments"]["output_dir"] == "tuned"
     before, after = map(float, re.search(r"eval loss .*: ([\d.]+) before, ([\d.]+) after", demo.stdout).groups())
     assert after < before
     end = demo.stdout[demo.stdout.index("\nstage ") :]

@@ -281,7 +281,7 @@ def test_a_model_that_does_not_load_is_said_to_be_recovered_all_the_same(folders
 
     monkeypatch.setattr("alpaca.common.memory.host_free", lambda: 352)
     monkeypatch.setattr("alpaca.inference.load.load", load)
-    with pytest.raises(UserError, match=r"recovered is recovered and whole, but did not answer on cpu: [^\n]+$"):
+    with pytest.raises(UserError, match=r"recovered is recovered and complete, but did not answer on cpu: [^\n]+$"):
         weight_diff.recover(folders / "raw", folders / "diff", folders / "recovered")
     assert "3 tensors recovered in" in capsys.readouterr().out
     weight_diff.verify(folders / "recovered", folders / "diff")
@@ -445,10 +445,10 @@ DAMAGED_DIFFS = {
         index_of(lm_head__weight="pytorch_model-00002-of-00002.bin"),
         ["00002-of-00002.bin", "lacks the tensor lm_head.weight"],
     ),
-    "no weights": (lambda d: (d / "model.safetensors").unlink(), ["--path_diff", "holds no weights"]),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), ["--path_diff", "has no weights"]),
     "no config": (lambda d: (d / "config.json").unlink(), ["--path_diff", "no config.json"]),
     "malformed config": (lambda d: (d / "config.json").write_text("{"), ["config.json", "malformed"]),
-    "config of another kind": (lambda d: (d / "config.json").write_text("[]"), ["config.json", "a list"]),
+    "config of another kind": (lambda d: (d / "config.json").write_text("[]"), ["config.json", "a JSON list"]),
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), ["--path_diff", "no tokenizer", "copy"]),
     "a file": (in_place_of, ["--path_diff", "is a file, not a folder"]),
     "nothing": (shutil.rmtree, ["--path_diff", "does not exist"]),
@@ -561,7 +561,7 @@ def test_make_diff_takes_the_originals_device(folders, monkeypatch):
 
 def test_an_unknown_method_is_refused(folders):
     message = refused(folders, make_diff, folders / "raw", folders / "tuned", folders / "new", method="xor")
-    assert message == "--method takes subtract or exact, not 'xor'"
+    assert message == "--method must be subtract or exact, not 'xor'"
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])

@@ -354,7 +354,7 @@ with only_process({str(interrupted)!r}):
         assert first.stdout.readline() == b"locked\n"
         before = sorted(interrupted.rglob("*"))
         for second in (partial(run, *resume), partial(run, *resume, "--preflight_only", "True")):
-            assert_user_error(second, "another run writes to", f"process {first.pid} on ")
+            assert_user_error(second, "another run is writing to", f"process {first.pid} on ")
         assert sorted(interrupted.rglob("*")) == before
     finally:
         first.kill()

@@ -404,8 +404,8 @@ def spoil(folder, how, tmp_path):
 @pytest.mark.parametrize(
     "how, message",
     [
-        ("no weights", "holds no weights: none of model.safetensors, "),
-        ("no tokenizer", "holds no tokenizer: copy tokenizer.json"),
+        ("no weights", "has no weights: none of model.safetensors, "),
+        ("no tokenizer", "has no tokenizer: copy tokenizer.json"),
         ("diff", "is a weight diff: recover it first"),
         ("adapter", "is a LoRA adapter, not a model: merge it"),
         ("fewer layers", r"has layers that config.json does not count \(model.layers.1.*copy both from one model"),
@@ -532,7 +532,7 @@ def test_the_recipe_keeps_its_batch_of_128_on_any_number_of_gpus(variables, monk
         ({"GPUS": 8, "NNODES": 2}, ("MASTER_ADDR",)),
         ({"GPUS": 8, "NNODES": 2, "MASTER_ADDR": "first"}, ("NODE_RANK",)),
         ({"GPUS": 8, "NNODES": 2, "MASTER_ADDR": "first", "NODE_RANK": 2}, ("NODE_RANK",)),
-        ({"GPUS": 8, "MODEL_SIZE": "65b"}, ("take 7b or 13b",)),
+        ({"GPUS": 8, "MODEL_SIZE": "65b"}, ("use 7b or 13b",)),
         ({"GPUS": 8, "MODEL": ""}, ("set MODEL",)),
     ],
     ids=str,

@@ -303,7 +303,7 @@ def test_records_that_are_cut_or_left_out_are_known_by_their_numbers(tokenizer):
     assert dataset.lengths == [len(dataset[i]["input_ids"]) for i in range(3)]
     assert set(dataset[0]) == {"input_ids", "labels"}
     assert dataset.summary == (
-        f"training: 3 examples, {sum(dataset.lengths)} tokens; 1 cut to 256 tokens, 1 left out (the prompt alone is "
+        f"training: 3 examples, {sum(dataset.lengths):,} tokens; 1 cut to 256 tokens, 1 left out (the prompt alone is "
         "longer)"
     )
 
@@ -476,7 +476,7 @@ def test_a_conversation_is_cut_left_out_and_counted_once_however_many_rows_it_ha
     records = [{"instruction": "", "input": "", "output": ""} | record for record in records]
     dataset = examples.SupervisedDataset(records, tokenizer, 200, "training")
     assert (dataset.numbers, dataset.cut, dataset.left_out) == ([1, 1, 3, 3, 4], [3, 4], [2])
-    assert dataset.summary.startswith(f"training: 5 examples of 3 records, {sum(dataset.lengths)} tokens; 2 cut to 200")
+    assert dataset.summary.startswith(f"training: 5 examples of 3 records, {sum(dataset.lengths):,} tokens; 2 cut to")
     assert max(dataset.lengths) == 200
 
 

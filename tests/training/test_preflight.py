@@ -112,7 +112,7 @@ def test_a_tokenizer_of_another_model_is_an_error_and_an_added_token_without_a_r
     assert "20 tokens beyond the model's 280 rows" in whats(check_tokenizer(broken, 280), "error")
     broken.add_special_tokens({"pad_token": "[PAD]"})
     findings = list(check_tokenizer(broken, 300))
-    assert "1 added tokens have no row" in whats(findings, "warning") and "error" not in levels(findings)
+    assert "1 added token without a row" in whats(findings, "warning") and "error" not in levels(findings)
 
 
 def test_a_config_that_ends_text_with_another_id_is_found(broken, tiny_llama):
@@ -438,7 +438,7 @@ def saves_other_values(trainer, folder):
         ({"save": saves_no_weights}, "the final save cannot be read"),
         ({"save": saves_half}, "the final save cannot be read: .*lacks"),
         ({"save": saves_rounded}, "has other values than were trained"),
-        ({"save": saves_other_values}, "other values than were trained .1 values: model.decoder.layers.1.fc1.bias"),
+        ({"save": saves_other_values}, "other values than were trained .1 value: model.decoder.layers.1.fc1.bias"),
         ({"save": saves_half, "save_strategy": "no"}, "the final save cannot be read: .*lacks"),
     ],
     ids=lambda value: (

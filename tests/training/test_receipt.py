@@ -113,6 +113,16 @@ def test_the_card_is_filled_and_honest(finished):
     assert "Its license is unknown" in card and "No GPU-hours." in card
 
 
+def test_the_card_to_copy_in_docs_has_the_parts_and_the_fixed_words_of_a_runs(finished):
+    written = (finished[0] / "model_card.md").read_text()
+    copied = (ROOT / "docs" / "model_card.md").read_text().partition("```markdown\n")[2].partition("```")[0]
+    parts = [re.findall(r"^(?:\*\*(.*?)\.\*\*|([a-z_]+):)", card, re.M) for card in (written, copied)]
+    assert parts[0] == parts[1] and len(parts[0]) == 14
+    words, plain = (" ".join(card.split()) for card in (written, copied))
+    for part in ("Recipe", "Limits"):
+        assert re.search(rf"\*\*{part}\.\*\* [^…;]*[.;]", plain)[0] in words
+
+
 def test_one_epoch_and_warm_up_steps_read_as_english(finished):
     card = receipt.model_card(
         finished[1] | {"epochs": 1.0, "arguments": finished[1]["arguments"] | {"warmup_steps": 10}}

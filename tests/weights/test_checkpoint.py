@@ -147,7 +147,7 @@ BAD_WEIGHTS = {
     "index with a map to numbers": ({"model__safetensors__index__json": {"weight_map": {"a": 1}}}, ["no weight_map"]),
     "malformed index": ({"model__safetensors__index__json": "{"}, ["index.json is malformed"]),
     "index that is a list": ({"model__safetensors__index__json": []}, ["index.json is malformed", "list"]),
-    "no weights": ({"training_args__bin": b"x"}, ["holds no weights"]),
+    "no weights": ({"training_args__bin": b"x"}, ["has no weights"]),
     "text as safetensors": ({"model__safetensors": b"version https://git-lfs"}, ["model.safetensors", "Git LFS"]),
     "text as bin": ({"pytorch_model__bin": b"version https://git-lfs"}, ["pytorch_model.bin", "Git LFS"]),
     "empty bin": ({"pytorch_model__bin": b""}, ["pytorch_model.bin", "truncated"]),
@@ -374,7 +374,7 @@ def test_a_storage_that_is_shorter_than_its_tensor_is_refused(tmp_path):
 
 
 def test_a_sparse_tensor_is_refused(tmp_path):
-    with pytest.raises(UserError, match="holds something other than dense tensors by name"):
+    with pytest.raises(UserError, match="has something other than dense tensors by name"):
         CheckpointReader(bin_folder(tmp_path, {"a": torch.eye(3).to_sparse()}))
 
 
@@ -482,7 +482,7 @@ def test_read_json_says_what_is_wrong_in_one_line(tmp_path):
         ("missing.json", None, "does not exist"),
         ("half.json", '{"a": ', "is malformed"),
         ("bytes.json", None, "is malformed"),
-        ("list.json", "[1]", "it holds a list, not an object"),
+        ("list.json", "[1]", "it is a JSON list, not an object"),
     ):
         if content:
             (tmp_path / name).write_text(content)
@@ -509,10 +509,10 @@ def test_check_model_folder_says_what_a_folder_lacks(tmp_path):
     assert "no config.json" in message(folder)
     (folder / "config.json").write_text("{}")
     assert "is a file, not a folder" in message(folder / "config.json")
-    assert "holds no weights" in message(folder)
+    assert "has no weights" in message(folder)
     (folder / "model.safetensors").touch()
     assert (
-        "holds no tokenizer: copy tokenizer.json, tokenizer.model, vocab.json, vocab.txt, spiece.model or tekken.json"
+        "has no tokenizer: copy tokenizer.json, tokenizer.model, vocab.json, vocab.txt, spiece.model or tekken.json"
         in message(folder)
     )
     assert check_model_folder(folder, "--flag", tokenizer=False) == folder

@@ -210,7 +210,9 @@ def test_overwrite_leaves_a_model_that_has_something_beside_it_and_names_that(tm
     target = model(tmp_path / "target", "old")
     (target / more).parent.mkdir(exist_ok=True)
     (target / more).mkdir() if more.endswith("/") else (target / more).touch()
-    with pytest.raises(UserError, match=rf"holds more than a model \({more.split('/')[0]}\), so it is not overwritten"):
+    with pytest.raises(
+        UserError, match=rf"has more than a model in it \({more.split('/')[0]}\), so it is not overwritten"
+    ):
         with model_folder(target, "--out", overwrite=True):
             raise AssertionError("not reached")
     assert (target / "config.json").read_text() == "old" and left_in(tmp_path) == ["target"]
@@ -297,7 +299,7 @@ def test_the_only_copy_stays_when_something_else_has_come_to_its_place(tmp_path)
     target.mkdir()
     (target / "thesis").touch()
     with (
-        pytest.raises(UserError, match="exists, and .*replaced holds what it replaced"),
+        pytest.raises(UserError, match="exists, and .*replaced has what it replaced"),
         model_folder(target, "--out", True),
     ):
         raise AssertionError("not reached")

@@ -15,6 +15,7 @@ from made_models import assert_same_bits, edit_json, left_in, load_tensors, made
 
 import weight_diff
 from alpaca import UserError
+from alpaca.weights import manifest
 from weight_diff import compare, make_diff, verify
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -237,7 +238,7 @@ def test_an_exact_diff_without_its_manifest_is_told_that_it_needs_it(folders, ma
         (folders / "exact" / "weight_diff.json").write_text(manifest)
     message = refused(folders, recover, folders / "raw", folders / "exact", folders / "new")
     assert message == (
-        f"{folders / 'exact'} holds whole numbers, like a diff made with the method exact, but no weight_diff.json "
+        f"{folders / 'exact'} has whole numbers, like a diff made with the method exact, but no weight_diff.json "
         "that names a method: download that file too"
     )
 
@@ -359,6 +360,25 @@ def test_a_wrong_base_model_is_refused_with_what_it_is(folders, case):
     change(folders, folders / "raw")
     message = refused(folders, recover, folders / "raw", folders / "diff", folders / "new")
     assert [word for word in ["the base model ", *words] if word not in message] == [], message
+
+
+@pytest.mark.parametrize("wrong", [range(40), range(4, 9), range(4, 40)])
+def test_a_base_model_of_which_most_of_the_first_tensors_are_wrong_is_not_read_to_its_end(tmp_path, monkeypatch, wrong):
+    tensors = {f"model.layers.{i}.weight": torch.full((2, 2), i + 1.0) for i in range(40)}
+    raw = write_model(tmp_path / "raw", tensors)
+    write_model(tmp_path / "tuned", {name: tensor + 0.1 for name, tensor in tensors.items()})
+    make_diff(raw, tmp_path / "tuned", tmp_path / "diff")
+    rewrite(raw, **off(tensors, *(f"model.layers.{i}.weight" for i in wrong)))
+    read, look = [], manifest.InputCheck.look
+    monkeypatch.setattr(
+        manifest.InputCheck, "look", lambda check, name, *rows: look(check, read.append(name) or name, *rows)
+    )
+    message = refused(tmp_path, recover, raw, tmp_path / "diff", tmp_path / "new")
+    if wrong == range(40):
+        assert len(read) == 9 and "8 of the first 8 tensors differ" in message and "another base model" in message
+    else:  # half of the first eight may be damaged: only the rest tells
+        assert len(read) == 40 and f"{len(wrong)} of 40 tensors differ from the manifest" in message
+        assert ("another base model" in message) == (len(wrong) > 20)
 
 
 def test_a_base_model_with_more_digits_than_the_diffs_is_told_which_type_is_wanted(tmp_path):
@@ -586,15 +606,15 @@ def test_not_a_number_is_warned_of_by_name_and_goes_through(folders, capsys, met
     capsys.readouterr()
     make_diff(folders / "raw", folders / "tuned", folders / "new", method)
     said = capsys.readouterr().out
-    assert f"warning: NaN or infinite values in 1 tensors of the base model: {NORM}\n" in said
-    assert f"warning: NaN or infinite values in 1 tensors of the tuned model: {HEAD}\n" in said
+    assert f"warning: NaN or infinite values in 1 tensor of the base model: {NORM}\n" in said
+    assert f"warning: NaN or infinite values in 1 tensor of the tuned model: {HEAD}\n" in said
     json.loads((folders / "new" / "weight_diff.json").read_text(), parse_constant=None)
     assert "NaN" not in (folders / "new" / "weight_diff.json").read_text()
     recover(folders / "raw", folders / "new", folders / "recovered")
     said = capsys.readouterr().out
     assert HEAD in said and "of the recovered model: " in said
     if method == "subtract":
-        assert f"1 tensors of the diff: {HEAD}" not in said  # of both
+        assert f"1 tensor of the diff: {HEAD}" not in said  # of both
         assert f"2 tensors of the diff: {HEAD}, {NORM}\n" in said
     else:
         compare(folders / "tuned", folders / "recovered")
@@ -608,7 +628,7 @@ def test_not_a_number_in_the_base_is_warned_of_where_an_exact_diff_takes_it_away
     capsys.readouterr()
     recover(folders / "raw", folders / "new", folders / "recovered")
     said = capsys.readouterr().out
-    assert f"warning: NaN or infinite values in 1 tensors of the base model: {NORM}\n" in said
+    assert f"warning: NaN or infinite values in 1 tensor of the base model: {NORM}\n" in said
     assert said.count("warning") == 1
 
 
@@ -640,13 +660,13 @@ def test_values_too_large_for_the_type_are_warned_of(folders, capsys):
     make_diff(folders / "raw", folders / "tuned", folders / "new")
     capsys.readouterr()
     recover(folders / "raw", folders / "new", folders / "recovered", dtype="float16")
-    assert f"in 1 tensors of what is written as torch.float16: {NORM}\n" in capsys.readouterr().out
+    assert f"in 1 tensor of what is written as torch.float16: {NORM}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("value", ["fp16", "int8", ""])
 def test_a_type_that_is_none_is_refused(folders, value):
     message = refused(folders, recover, folders / "raw", folders / "diff", folders / "new", dtype=value)
-    assert message == f"--dtype takes float32, bfloat16, float16, not {value!r}"
+    assert message == f"--dtype must be float32 or bfloat16 or float16, not {value!r}"
 
 
 @pytest.mark.parametrize("method", ["subtract", "exact"])

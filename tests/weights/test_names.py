@@ -356,7 +356,7 @@ def test_a_base_saved_without_the_models_prefix_gives_the_diff_of_one_saved_with
     write_model(tmp_path / "tuned", fine_tuned(full), like=tmp_path / "full")
 
     make_diff(tmp_path / "base", tmp_path / "tuned", tmp_path / "diff", method)
-    said = f"note: the names in --path_raw lack the prefix '{prefix}' of those in --path_tuned; they are taken for"
+    said = f"note: the names in --path_raw lack the prefix '{prefix}' of those in --path_tuned; they are treated as"
     assert said in capsys.readouterr().out
     make_diff(tmp_path / "full", tmp_path / "tuned", tmp_path / "wanted", method)
     assert "prefix" not in capsys.readouterr().out

@@ -132,7 +132,7 @@ def test_a_disk_with_too_little_room_is_refused_before_anything_is_written(tmp_p
 
 @pytest.mark.parametrize("text", ["", "5", "GB", "5GBs", "5PB", "five", "9" * 400 + "B", "infGB", "nanMB"])
 def test_what_is_no_size_is_refused(tmp_path, text):
-    with pytest.raises(UserError, match="max_shard_size takes a size such as 5GB or 500MB, not '"):
+    with pytest.raises(UserError, match="max_shard_size must be a size such as 5GB or 500MB, not '"):
         ShardWriter(tmp_path, {"a": (torch.float32, (2,))}, text)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from alpaca.common.text import printable
+from alpaca.common.text import counted, printable
 from alpaca.training.examples import IGNORE_INDEX, SupervisedDataset, columns
 from alpaca.training.preflight.findings import Finding, colour_wanted, paint
 
@@ -23,11 +23,13 @@ def check_tokenizer(tokenizer, rows: int, config=None) -> Iterator[Finding]:
     added = set(tokenizer.get_added_vocab().values())
     beyond = sorted(id_ for id_ in tokenizer.get_vocab().values() if id_ >= rows)
     if words := [id_ for id_ in beyond if id_ not in added]:
-        what = f"the tokenizer has {len(words)} tokens beyond the model's {rows} rows (ids {words[0]} to {words[-1]})"
+        count = counted(len(words), "token")
+        what = f"the tokenizer has {count} beyond the model's {rows} rows (ids {words[0]} to {words[-1]})"
         why = "it belongs to another model: its ids mean other words to this one"
         yield Finding("error", what, why, "use the tokenizer files of the base model")
     elif beyond:
-        what = f"{len(beyond)} added tokens have no row in the model ({tokenizer.convert_ids_to_tokens(beyond[0])!r})"
+        name, count = tokenizer.convert_ids_to_tokens(beyond[0]), counted(len(beyond), "added token")
+        what = f"{count} without a row in the model ({name!r})"
         cure = "none needed if they were added on purpose, without resizing the model"
         yield Finding("warning", what, "they get rows that start as the mean of all rows", cure)
     for role in ("bos", "eos", "pad", "unk"):

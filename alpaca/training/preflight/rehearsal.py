@@ -24,7 +24,7 @@ from transformers import IntervalStrategy, TrainerCallback
 
 from alpaca import RankError, UserError
 from alpaca.common.memory import as_text
-from alpaca.common.text import first_line
+from alpaca.common.text import counted, first_line
 from alpaca.inference.adapters import ADAPTER
 from alpaca.inference.load import load_model
 from alpaca.training.checkpoints import REHEARSAL
@@ -54,7 +54,7 @@ def rehearsal(make: Callable, args, rows: Sequence, held_out: Sequence | None, s
     if args.deepspeed:
         what = "saving and resuming were not rehearsed: this is not supported with DeepSpeed"
         cure = "try a short run with max_steps=2 and save_steps=1, and resume it once"
-        return finish([Finding("warning", what, "a failing save would show late", cure)])
+        return finish([Finding("warning", what, "a failing save would show only late in the run", cure)])
     resume = "" if args.save_strategy == "no" else ", a save, a resume"
     say(f"rehearsal: two steps on the longest examples{resume} and the final save")
     try:
@@ -265,4 +265,4 @@ def _states(optimizer) -> dict[str, int | float | tuple]:
 def _differences(a: dict, b: dict) -> str:
     """Return how many values differ and the first one's name; empty if they are equal."""
     names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
-    return f"{len(names)} values: {names[0]}" + (", …" if len(names) > 1 else "") if names else ""
+    return f"{counted(len(names), 'value')}: {names[0]}" + (", …" if len(names) > 1 else "") if names else ""
