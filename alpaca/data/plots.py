@@ -11,6 +11,7 @@ import io
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,8 +31,8 @@ PAPER, INK, FAINT = "#fcfcfa", "#1f2328", "#8b949e"
 # Paul Tol's "muted" scheme: nine hues that can be distinguished with any kind of color blindness.
 HUES = ("#332288", "#88ccee", "#44aa99", "#117733", "#999933", "#ddcc77", "#cc6677", "#882255", "#aa4499")
 BAR, WARNING = "#44aa99", "#cc6677"
-HALF, TEXT = 5.0, 12  # the sunburst's half width in inches and its letters in points
-MOST_LETTERS = 20  # of a name in the sunburst
+RADIUS, INNER, MIDDLE = 3.2, 0.36, 0.71  # of the sunburst, in inches, and of its rings' inner edges as shares of it
+TEXT, MOST_LETTERS = 12, 20  # points and letters of a name in the sunburst
 NO_GLYPH = "Glyph .* missing from"  # the warning for each letter that the font lacks: the plot shows a box instead
 
 
@@ -106,8 +107,7 @@ def verb_noun_figure(pairs: Sequence[tuple[str, str]], records: int) -> Figure:
     """Draw the sunburst: angles proportional to the counts, but no slice too thin for its name."""
     top = most_common_pairs(pairs)
     shown = sum(count for verb in top for _, count in verb.objects)
-    figure, (axes,) = _canvas(2 * HALF, 2 * HALF)
-    axes.axis("off")
+    figure, (axes,) = _canvas(2.5 * RADIUS, 2.5 * RADIUS)  # 2.5: pie()'s axes
     figure.subplots_adjust(0, 0, 1, 1)
     widened = _draw_sunburst(axes, top)
     axes.text(0, 0.02, f"{shown:,}", ha="center", va="bottom", size=2 * TEXT, weight="bold", color=INK)
@@ -137,52 +137,28 @@ def verb_noun_figure(pairs: Sequence[tuple[str, str]], records: int) -> Figure:
 def _draw_sunburst(axes, top: list[Verb]) -> bool:
     """Draw the rings and their names. Return whether a slice had to be widened for its name."""
     from matplotlib.colors import to_rgb
-    from matplotlib.patches import Wedge
 
-    # The radii of the two rings, and of the start of the objects' names.
-    inner, middle, outer, text = 0.25, 0.49, 0.69, 0.71
-    longest = max((_width(shorten(noun, MOST_LETTERS)) for verb in top for noun, _ in verb.objects), default=0)
-    limit = text / (1 - 1.02 * longest / HALF)
-    axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
-    # A slice is at least as wide as a line of text: objects at their inner end, verbs at two fifths of their ring.
-    line = np.degrees(1.08 * TEXT / 72 / HALF * limit)
-    verb_line = line / (inner + 0.4 * (middle - inner))
-    floors = [max(line / text, verb_line / len(verb.objects)) for verb in top for _ in verb.objects]
+    # A slice is at least as wide as a line of text: objects at the outer edge, verbs at two fifths of their ring.
+    line = np.degrees(1.08 * TEXT / 72 / RADIUS)
+    verb_line = line / (0.6 * INNER + 0.4 * MIDDLE)
     counts = [count for verb in top for _, count in verb.objects]
-    angles = slice_angles(counts, floors)
-    widths, start = iter(angles), 90.0  # slices run clockwise from the top
-    for i, verb in enumerate(top):
-        hue, first = np.array(to_rgb(HUES[i % len(HUES)])), start
-        pale = tuple(hue + (1 - hue) * 0.45)
-        for noun, _ in verb.objects:
-            stop = start - next(widths)
-            axes.add_patch(Wedge((0, 0), outer, stop, start, width=outer - middle, fc=pale, ec=PAPER, lw=1))
-            _radial_text(axes, noun, (start + stop) / 2, text, "left", color=INK)
-            start = stop
-        axes.add_patch(Wedge((0, 0), middle, start, first, width=middle - inner, fc=tuple(hue), ec=PAPER, lw=1.5))
-        dark = hue @ (0.299, 0.587, 0.114) < 0.47
-        color = "white" if dark else INK
-        _radial_text(axes, verb.verb, (first + start) / 2, (inner + middle) / 2, "center", color=color, weight="bold")
+    angles = slice_angles(counts, [max(line, verb_line / len(verb.objects)) for verb in top for _ in verb.objects])
+    hues = [np.array(to_rgb(HUES[i % len(HUES)])) for i in range(len(top))]
+    pale = [hue + (1 - hue) * 0.45 for verb, hue in zip(top, hues, strict=True) for _ in verb.objects]
+    left = iter(angles)
+    of_verbs = [sum(islice(left, len(verb.objects))) for verb in top]
+    turned = {"startangle": 90, "counterclock": False, "rotatelabels": True}
+    style = {"size": TEXT, "color": INK, "rotation_mode": "anchor", "va": "center_baseline", "parse_math": False}
+    nouns = [shorten(noun, MOST_LETTERS) for verb in top for noun, _ in verb.objects]
+    ring = {"colors": pale, "wedgeprops": {"width": 1 - MIDDLE, "ec": PAPER, "lw": 1}}
+    axes.pie(angles, labels=nouns, labeldistance=1.03, textprops=style, **ring, **turned)
+    style |= {"ha": "center", "weight": "bold"}
+    ring = {"radius": MIDDLE, "colors": hues, "wedgeprops": {"width": MIDDLE - INNER, "ec": PAPER, "lw": 1.5}}
+    verbs, half = [shorten(verb.verb, MOST_LETTERS) for verb in top], (INNER + MIDDLE) / 2 / MIDDLE
+    _, names = axes.pie(of_verbs, labels=verbs, labeldistance=half, textprops=style, **ring, **turned)
+    for name, hue in zip(names, hues, strict=True):
+        name.set_color("white" if hue @ (0.299, 0.587, 0.114) < 0.47 else INK)
     return not np.allclose(angles, 360 * np.array(counts) / max(sum(counts), 1))
-
-
-def _width(text: str) -> float:
-    """Return the width of a name in inches."""
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import text_to_path
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=NO_GLYPH)
-        return text_to_path.get_text_width_height_descent(text, FontProperties(size=TEXT), ismath=False)[0] / 72
-
-
-def _radial_text(axes, text: str, angle: float, radius: float, align: str, **style) -> None:
-    """Write along the radius, never upside down; "left" is the end nearer to the center."""
-    x, y = radius * np.cos(np.radians(angle)), radius * np.sin(np.radians(angle))
-    if x < 0:
-        angle, align = angle - 180, {"left": "right"}.get(align, align)
-    style |= {"rotation": angle, "rotation_mode": "anchor", "ha": align, "va": "center_baseline"}
-    axes.text(x, y, shorten(text, MOST_LETTERS), size=TEXT, parse_math=False, **style)
 
 
 def slice_angles(counts: Sequence[int], floors: Sequence[float]) -> list[float]:
@@ -287,13 +263,11 @@ def similarity_figure(nearest: np.ndarray) -> Figure:
 
 
 def _canvas(width: float, height: float, rows: int = 1):
-    """Return a new figure (no pyplot, no global state) on solid paper and its axes. In inches; 1,500 pixels wide."""
+    """Return a new figure (no pyplot, no global state) on solid paper and its axes. In inches; about 1,500 pixels wide."""
     from matplotlib.figure import Figure as Canvas
 
     figure = Canvas(figsize=(width, height), dpi=1500 / width, facecolor=PAPER)
-    axes = figure.subplots(rows, 1, squeeze=False)[:, 0]
-    figure.subplots_adjust(left=0.95 / width, right=0.97, top=1 - 0.6 / height, bottom=0.5 / height, hspace=0.45)
-    return figure, axes
+    return figure, figure.subplots(rows, 1, squeeze=False, gridspec_kw={"hspace": 0.45})[:, 0]
 
 
 def _mark(axes, place: float, height: float, note: str, to_the_left: bool = False) -> None:
@@ -327,7 +301,7 @@ def png_bytes(figure) -> bytes:
     raw, small = io.BytesIO(), io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=NO_GLYPH)
-        figure.savefig(raw, format="png", facecolor=PAPER)
+        figure.savefig(raw, format="png", bbox_inches="tight", pad_inches=0.1)  # with the names around the rings
     Image.open(raw).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
     return small.getvalue()
 
