@@ -263,7 +263,7 @@ def similarity_figure(nearest: np.ndarray) -> Figure:
 
 
 def _canvas(width: float, height: float, rows: int = 1):
-    """Return a new figure (no pyplot, no global state) on solid paper and its axes. In inches; about 1,500 pixels wide."""
+    """Return a new figure (no pyplot, no global state) on solid paper and its axes. In inches; 1,500 pixels or so."""
     from matplotlib.figure import Figure as Canvas
 
     figure = Canvas(figsize=(width, height), dpi=1500 / width, facecolor=PAPER)
