@@ -44,7 +44,7 @@ from alpaca.common.text import counted, printable, shorten, utc_now
 from alpaca.data.dedup import MAX_SIMILARITY, DistinctPool, dedup
 from alpaca.data.replies import CutOff, parse_json, parse_response
 from alpaca.data.requests import JSON_SCHEMA, Draw, encode_prompt  # noqa: F401  encode_prompt: the original's name
-from alpaca.data.rouge import is_mostly_unseen, tokenize_unicode, tokenizer_named
+from alpaca.data.rouge import is_mostly_unseen, tokenize_unicode, tokenizer_named, unseen_warning
 from alpaca.data.topics import Topic, TopicCounts, in_turn, label_balance, read_topics
 from alpaca.endpoint.batch_api import Batches, refuse_open_batch
 from alpaca.endpoint.budget import Budget, RequestSettings, spread
@@ -230,10 +230,6 @@ class Selection:
         if self.barren:
             self.shown = reply.text
 
-    def unseen_warning(self) -> str:
-        what = f"{self.unseen} of {counted(self.new(), 'kept instruction')} {'is' if self.unseen == 1 else 'are'}"
-        return f"warning: {what} mostly non-ASCII, so near-duplicates may be missed: use --tokenizer unicode"
-
     def _drop(self, reason: str, record: dict | str, **more: str) -> None:
         self.dropped[reason] += 1
         self.rejected.write(utils.json_text({"reason": reason, "record": record} | more) + "\n")
@@ -417,7 +413,7 @@ async def collect(teacher, run, journal, budget, selection, save) -> str | None:
         selection.feed(reply)
         if not warned and selection.unseen >= ENOUGH_UNSEEN:  # now, while stopping still saves requests
             warned = True
-            tqdm.write(selection.unseen_warning())
+            tqdm.write(unseen_warning(selection.unseen, counted(selection.new(), "kept instruction")))
 
     def want(number: int, in_flight: int) -> bool:
         if selection.is_over() or budget.failing():
@@ -452,7 +448,7 @@ def conclude(selection: Selection, budget: Budget, regen_path: Path, more: str |
     new = f" ({selection.new():,} new)" if selection.start else ""
     made = f"{counted(len(selection.kept), 'instruction')} in {regen_path}{new}"
     if selection.unseen:
-        print(selection.unseen_warning())
+        print(unseen_warning(selection.unseen, counted(selection.new(), "kept instruction")))
     if cut := selection.dropped["cut off"]:
         print(f"{counted(cut, 'item')} cut off at the end of a reply: raise --max_tokens")
     if len(selection.kept) < selection.target:

@@ -40,8 +40,9 @@ from alpaca.common.files import check_writable, new_folder, only_process, replac
 from alpaca.common.records import read_entries, read_records, sources, write_records
 from alpaca.common.shapes import whole_text
 from alpaca.common.text import counted, first_line
+from alpaca.data.dedup import Engine
 from alpaca.data.join import PAIRS_AT_ONCE, candidates, offsets_of, rarest, spans
-from alpaca.data.rouge import CHARACTERS, _f_measure, is_mostly_unseen, tokenizer_named
+from alpaca.data.rouge import CHARACTERS, _f_measure, is_mostly_unseen, tokenizer_named, unseen_warning
 
 UNIT = 50_000  # texts of a task: about 100 MB of Python objects
 ENTRY_BYTES = 400  # of a token in a partition, with its text, and what sorting and comparing copy
@@ -314,9 +315,7 @@ def dedup_on_ray(
     threshold: float,
     tokenizer: str,
     fields: str | None,
-    address: str | None,
-    workers: int | None,
-    worker_gb: float,
+    engine: Engine,
 ) -> None:
     """Do what ``dedup`` does, without similarity statistics; see there.
 
@@ -334,12 +333,12 @@ def dedup_on_ray(
         _check_schemas([shard for shard, _ in shards])
     check_writable(target.parent, "output_path")
     stamps = [os.stat(one)[6:9:2] for one, _ in seeds + shards if os.path.exists(one)]  # bytes and time of change
-    given = json.dumps([seeds, shards, stamps, threshold, tokenizer, worker_gb, UNIT])
+    given = json.dumps([seeds, shards, stamps, threshold, tokenizer, engine.worker_gb, UNIT])
     work = target.parent / f".{target.name}.{hashlib.sha256(given.encode()).hexdigest()[:12]}.work"
     with only_process(work):
-        _connect(ray, address, workers, worker_gb, work)
+        _connect(ray, engine, work)
         try:
-            total, kept = _run(Join(ray, work, threshold, worker_gb), seeds, shards, tokenizer, target)
+            total, kept = _run(Join(ray, work, threshold, engine.worker_gb), seeds, shards, tokenizer, target)
         except ray.exceptions.OutOfDiskError:
             raise OSError(errno.ENOSPC, "the disk is full while spilling", str(work)) from None
         except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as e:
@@ -365,8 +364,7 @@ def _run(join: Join, seeds: list, shards: list, tokenizer: str, target: Path) ->
     for said in filter(None, (one[b"said"].decode() for one in about)):
         print(said)
     if unseen:
-        what = f"{unseen} of {counted(total, 'instruction')} {'is' if unseen == 1 else 'are'} mostly non-ASCII"
-        print(f"warning: {what}, so near-duplicates may be missed: use tokenizer=unicode")
+        print(unseen_warning(unseen, counted(total, "instruction")))
     kept = bytes(keep(repeats, pairs, first)[first:])
     _write(join, shards, counts[len(seeds) :], kept, target)
     return total, sum(kept)
@@ -388,12 +386,13 @@ def _check_schemas(shards: list[str]) -> None:
             raise UserError(f"{shard} has other columns than {first}: choose an output_path that ends in .jsonl")
 
 
-def _connect(ray, address: str | None, workers: int | None, worker_gb: float, work: Path) -> None:
+def _connect(ray, engine: Engine, work: Path) -> None:
     """Join the cluster at an address, or start one of ``workers`` processes here."""
+    address, size = engine.address, int(engine.worker_gb * 1e9)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if not address:
-        workers, size = workers or os.cpu_count() or 1, int(worker_gb * 1e9)
+        workers = engine.workers or os.cpu_count() or 1
         store = {"object_store_memory": max(100 * 2**20, workers * size // 4), "object_spilling_directory": str(work)}
         ray.init("local", num_cpus=workers, include_dashboard=False, _memory=workers * size, **store, **quiet)
         return
@@ -403,9 +402,9 @@ def _connect(ray, address: str | None, workers: int | None, worker_gb: float, wo
         ray.init(address, runtime_env={"py_modules": [str(Path(alpaca.__file__).parent)]}, **quiet)
     except Exception as e:  # of the network, and of Ray
         raise UserError(f"no Ray cluster at {address} ({first_line(e)}): start one with ray start --head") from None
-    if max(node["Resources"].get("memory", 0) for node in ray.nodes()) < worker_gb * 1e9:  # Ray would wait for one
+    if max(node["Resources"].get("memory", 0) for node in ray.nodes()) < size:  # Ray would wait for one
         ray.shutdown()
-        raise UserError(f"no machine of the cluster has {worker_gb} GB for a worker: lower worker_gb")
+        raise UserError(f"no machine of the cluster has {engine.worker_gb} GB for a worker: lower worker_gb")
 
 
 def _write(join: Join, shards: list, counts: list[int], kept: bytes, target: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from alpaca.data.rouge import MARGIN
+from alpaca.data.rouge import pruning
 
 PAIRS_AT_ONCE = 1 << 21  # compared at a time: 40 MB
 DENSE = 4096  # a block of so many pairs is compared as a matrix, in a tenth of the time that a list takes
@@ -25,18 +25,13 @@ def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.repeat(starts - offsets_of(lengths)[:-1], lengths) + np.arange(lengths.sum())
 
 
-def _bounds(threshold: float) -> tuple[float, float]:
-    cut = max(0.0, threshold - MARGIN)
-    return cut, cut / (2 - cut)
-
-
 def rarest(numbers: np.ndarray, offsets: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the keys that may be the rarest in common with another text, the number of the text, and the position."""
     lengths = np.diff(offsets)
     text = np.repeat(np.arange(len(lengths)), lengths)
     ordered = numbers[np.lexsort((numbers, text))]
     position = np.arange(len(ordered)) - offsets[text]
-    rare = position < (lengths - (lengths * _bounds(threshold)[1]).astype(np.int64))[text]
+    rare = position < (lengths - (lengths * pruning(threshold)[1]).astype(np.int64))[text]
     return ordered[rare], text[rare], position[rare]
 
 
@@ -57,7 +52,7 @@ def candidates(cell, text, position, side, number, lengths, bits, threshold) -> 
     at positions up to m - s, and columns up to n - s (PPJoin). Texts differ in m + n - 2s tokens, and so in at most as
     many of their 64 bits.
     """
-    cut, ratio = _bounds(threshold)
+    cut, ratio = pruning(threshold)
     top = int(lengths.max(initial=0)) + 2
     runs = []
     for bit in (1, 2):
