@@ -21,9 +21,9 @@ import json
 import os
 import shutil
 import socket
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from itertools import compress, islice
+from itertools import compress, count, islice
 from pathlib import Path
 
 import numpy as np
@@ -173,12 +173,8 @@ def _keys(tokens: list[str]) -> list[str]:
     """Return tokens with a number after each repeat: "the", "the 1", "the 2"."""
     if len(set(tokens)) == len(tokens):
         return tokens
-    seen: Counter[str] = Counter()
-    keys = []
-    for token in tokens:
-        keys.append(f"{token} {seen[token]}" if seen[token] else token)
-        seen[token] += 1
-    return keys
+    seen: dict[str, Iterator[int]] = defaultdict(count)
+    return [f"{token} {repeat}" if (repeat := next(seen[token])) else token for token in tokens]
 
 
 def _repeats(digests: list[pa.Table]) -> np.ndarray:
@@ -345,6 +341,7 @@ def dedup_on_ray(
             raise UserError(f"workers keep dying ({first_line(e)}): lower worker_gb or workers") from None
         except ray.exceptions.RayTaskError as e:
             if isinstance(e.cause, UserError):
+                ray.shutdown()  # first: another task, still running, would make the folder again
                 shutil.rmtree(work)  # a shard will change
             raise e.cause if isinstance(e.cause, UserError | OSError) else e from None
         finally:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import colorsys
 import io
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
@@ -33,7 +32,6 @@ HUES = ("#332288", "#88ccee", "#44aa99", "#117733", "#999933", "#ddcc77", "#cc66
 BAR, WARNING = "#44aa99", "#cc6677"
 RADIUS, INNER, MIDDLE = 3.2, 0.36, 0.71  # of the sunburst, in inches, and of its rings' inner edges as shares of it
 TEXT, MOST_LETTERS = 12, 20  # points and letters of a name in the sunburst
-NO_GLYPH = "Glyph .* missing from"  # the warning for each letter that the font lacks: the plot shows a box instead
 
 
 class Figure(NamedTuple):
@@ -299,9 +297,7 @@ def png_bytes(figure) -> bytes:
     from PIL import Image
 
     raw, small = io.BytesIO(), io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=NO_GLYPH)
-        figure.savefig(raw, format="png", bbox_inches="tight", pad_inches=0.1)  # with the names around the rings
+    figure.savefig(raw, format="png", bbox_inches="tight", pad_inches=0.1)  # with the names around the rings
     Image.open(raw).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
     return small.getvalue()
 

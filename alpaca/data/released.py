@@ -81,9 +81,8 @@ def _request(url: str, part: Path, size: int) -> str:
             tqdm(total=end, initial=start, unit="B", unit_scale=True, desc=part.stem) as bar,
         ):
             try:
-                while chunk := reply.read1(
-                    CHUNK
-                ):  # read() waits for a full chunk, and loses it if the connection breaks
+                # read() would wait for a full chunk, and lose it if the connection breaks
+                while chunk := reply.read1(CHUNK):
                     out.write(chunk)
                     bar.update(len(chunk))
             except (OSError, http.client.HTTPException) as e:
