@@ -9,7 +9,7 @@ folder beside the result, complete by rename; a task whose file exists is not ru
     ids     a task for 50,000 texts: their tokens as numbers, the rarest first
     pairs   the shuffle, then a task for each partition: the pairs above the threshold
 
-A second "the" in a text is a token of its own, as in rouge.py, so the tokens that two texts share are an intersection.
+What the tasks do is in join.py, which knows nothing of Ray.
 """
 
 from __future__ import annotations
@@ -21,30 +21,34 @@ import json
 import os
 import shutil
 import socket
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from itertools import compress, count, islice
+from collections.abc import Callable
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from rapidfuzz.distance import LCSseq
-from rapidfuzz.process import cpdist
 from tqdm import tqdm
 
 import alpaca
 from alpaca import UserError
-from alpaca.common.files import check_writable, new_folder, only_process, replace_file
-from alpaca.common.records import read_entries, read_records, sources, write_records
-from alpaca.common.shapes import whole_text
+from alpaca.common.files import check_writable, new_folder, only_process
+from alpaca.common.records import sources, write_records
 from alpaca.common.text import counted, first_line
 from alpaca.data.dedup import Engine
-from alpaca.data.join import PAIRS_AT_ONCE, candidates, offsets_of, rarest, spans
-from alpaca.data.rouge import CHARACTERS, _f_measure, is_mostly_unseen, tokenizer_named, unseen_warning
+from alpaca.data.join import (
+    PAIRS_AT_ONCE,
+    UNIT,
+    offsets_of,
+    records_of,
+    spread_unit,
+    write_ids,
+    write_pairs,
+    write_words,
+)
+from alpaca.data.rouge import unseen_warning
 
-UNIT = 50_000  # texts of a task: about 100 MB of Python objects
 ENTRY_BYTES = 400  # of a token in a partition, with its text, and what sorting and comparing copy
 PARTITIONS = (16, 500)  # at least, for balance; at most one a unit, since each unit sends something to each
 
@@ -131,52 +135,6 @@ class Join:
         return first, chunks.astype(np.int32), partition
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tasks.
-
-
-def _save(path: Path, table: pa.Table) -> None:
-    with replace_file(path, "wb") as file:
-        pq.write_table(table, file)
-
-
-def _records(shard: str, fields: str | None, said: list[str]) -> Iterator[dict]:
-    """Yield the records of a shard, which may be empty."""
-    if next(read_entries(shard), None) is not None:
-        yield from (record for _, record in read_records(shard, fields, said.append))
-
-
-def write_words(path: Path, shard: str, tokenizer: str, fields: str | None) -> None:
-    """Write the tokens of each text to NAME.texts, in row groups of UNIT, and the shard's counts of tokens to NAME."""
-    tokenize, counts, said, unseen, records = tokenizer_named(tokenizer), Counter(), [], 0, 0
-    schema = pa.schema({"keys": pa.list_(pa.string()), "high": pa.uint64(), "low": pa.uint64()})
-    with (
-        replace_file(path.with_suffix(".texts"), "wb") as file,
-        pq.ParquetWriter(file, schema) as writer,
-    ):
-        found = (whole_text(record) for record in _records(shard, fields, said))
-        while texts := list(islice(found, UNIT)):
-            keys = [_keys(tokenize(text)) for text in texts]
-            for text in keys:
-                counts.update(text)
-            digests = b"".join(hashlib.blake2b(" ".join(text).encode(), digest_size=16).digest() for text in keys)
-            high, low = np.frombuffer(digests, np.uint64).reshape(-1, 2).T
-            writer.write_table(pa.table([keys, high, low], schema=schema), row_group_size=UNIT)
-            unseen += tokenizer == "rouge" and sum(map(is_mostly_unseen, texts))
-            records += len(texts)
-    table = pa.table({"key": pa.array(counts.keys(), pa.string()), "count": pa.array(counts.values(), pa.int64())})
-    about = {"records": str(records), "unseen": str(unseen), "said": "\n".join(said)}
-    _save(path, table.replace_schema_metadata(about))
-
-
-def _keys(tokens: list[str]) -> list[str]:
-    """Return tokens with a number after each repeat: "the", "the 1", "the 2"."""
-    if len(set(tokens)) == len(tokens):
-        return tokens
-    seen: dict[str, Iterator[int]] = defaultdict(count)
-    return [f"{token} {repeat}" if (repeat := next(seen[token])) else token for token in tokens]
-
-
 def _repeats(digests: list[pa.Table]) -> np.ndarray:
     """Return which texts have the tokens of an earlier one, by 128 bits of a hash; a text without tokens never does."""
     table = pa.concat_tables(digests)
@@ -194,80 +152,6 @@ def _vocabulary(words: list[Path]) -> tuple[pa.Array, np.ndarray]:
     keys = counts.sort_by([("count_sum", "ascending"), ("key", "ascending")])["key"].combine_chunks()
     token = pc.index_in(pc.replace_substring_regex(keys, " .*", ""), value_set=keys)
     return keys, token.to_numpy(zero_copy_only=False).astype(np.int32)
-
-
-def write_ids(
-    path: Path, texts: Path, group: int, repeats: np.ndarray, threshold: float, keys: pa.Array, token_of: np.ndarray
-) -> None:
-    """Write a unit's texts as numbers of keys and of tokens to NAME.ids, and how many texts hold a key to NAME.
-
-    A text that repeats an earlier one is left empty: it is dropped without a comparison.
-    """
-    column = pq.ParquetFile(texts).read_row_group(group, ["keys"])["keys"].combine_chunks()
-    lengths = np.diff(column.offsets.to_numpy())
-    numbers = pc.index_in(column.flatten(), value_set=keys).to_numpy(zero_copy_only=False).astype(np.int32)
-    numbers = numbers[np.repeat(~repeats, lengths)]
-    offsets = offsets_of(np.where(repeats, 0, lengths)).astype(np.int32)
-    columns = {name: pa.ListArray.from_arrays(offsets, one) for name, one in [("k", numbers), ("t", token_of[numbers])]}
-    _save(path.with_suffix(".ids"), pa.table(columns))
-    held, count = np.unique(rarest(numbers, offsets, threshold)[0], return_counts=True)
-    _save(path, pa.table({"key": held, "count": count}))
-
-
-def spread_unit(ids: Path, start: int, threshold: float, wanted: list[int], plan: tuple) -> list[tuple] | tuple:
-    """Return what a unit sends to each partition: entries (cell, text, position, side) and their texts."""
-    table = pq.read_table(ids)
-    columns = [table[name].combine_chunks() for name in ("k", "t")]
-    numbers, tokens = (column.flatten().to_numpy() for column in columns)
-    offsets = columns[0].offsets.to_numpy().astype(np.int64)
-    bits = np.zeros(len(offsets) - 1, np.uint64)
-    full = np.diff(offsets) > 0
-    if full.any():
-        one = np.uint64(1) << (numbers.astype(np.uint64) & np.uint64(63))
-        bits[full] = np.bitwise_xor.reduceat(one, offsets[:-1][full])
-    key, text, position = rarest(numbers, offsets, threshold)
-    first, chunks, partition = plan
-    times = chunks[key]  # a text of chunk a goes to the cells (a, ·) as a row and to (·, a) as a column
-    entry = np.repeat(np.arange(len(key)), times)
-    key, text, position, other = key[entry], text[entry], position[entry], spans(np.zeros_like(times), times)
-    mine = (start + text) % chunks[key]
-    low, high = np.minimum(mine, other), np.maximum(mine, other)
-    side = ((mine <= other) + 2 * (mine >= other)).astype(np.uint8)  # 1: row, 2: column, 3: both
-    cell = first[key] + low * chunks[key] + high
-    place = partition[cell]
-    sent = []
-    for p in wanted:
-        here = (place == p).nonzero()[0]
-        texts, local = np.unique(text[here], return_inverse=True)
-        lengths = np.diff(offsets)[texts]
-        entries = cell[here], local.astype(np.int32), position[here].astype(np.int32), side[here]
-        sent.append((entries, start + texts, lengths, bits[texts], tokens[spans(offsets[texts], lengths)]))
-    return sent if len(wanted) > 1 else sent[0]
-
-
-def write_pairs(path: Path, threshold: float, *sent: tuple) -> None:
-    """Write the pairs of a partition's texts that have F > threshold: earlier and later number."""
-    shift = offsets_of(np.array([len(texts) for _, texts, *_ in sent]))
-    cell, text, position, side = (np.concatenate([entries[i] for entries, *_ in sent]) for i in range(4))
-    text = text + np.repeat(shift[:-1], [len(entries[0]) for entries, *_ in sent])
-    number, lengths, bits, tokens = (np.concatenate([one[i] for one in sent]) for i in range(1, 5))
-    offsets, strings = offsets_of(lengths), _as_characters(tokens)
-    found = [np.zeros((0, 2), np.int64)]
-    for i, j in candidates(cell, text, position, side, number, lengths[text], bits[text], threshold):
-        one, two = ([strings[offsets[k] : offsets[k + 1]] for k in which.tolist()] for which in (i, j))
-        lcs = cpdist(one, two, scorer=LCSseq.similarity, dtype=np.int32)
-        near = _f_measure(lcs, lengths[i].astype(np.float64), lengths[j].astype(np.float64)) > threshold
-        found.append(np.sort(np.stack([number[i[near]], number[j[near]]], axis=1), axis=1))
-    pairs = np.unique(np.concatenate(found), axis=0)
-    _save(path, pa.table({"earlier": pairs[:, 0], "later": pairs[:, 1]}))
-
-
-def _as_characters(tokens: np.ndarray) -> str | list[int]:
-    """Return a character for each token, or its number where there are more tokens than characters."""
-    known, numbers = np.unique(tokens, return_inverse=True)
-    if len(known) > CHARACTERS:
-        return numbers.tolist()
-    return numbers.astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -292,7 +176,7 @@ def keep(repeats: np.ndarray, pairs: list[Path], seeds: int) -> bytearray:
 def write_shard(path: Path, shard: str, fields: str | None, kept: bytes) -> None:
     """Write the kept records of a shard: the rows of Parquet as they are, others as JSON Lines."""
     if path.suffix == ".jsonl":
-        write_records(compress(_records(shard, fields, []), kept), path)
+        write_records(compress(records_of(shard, fields, []), kept), path)
         return
     file, start = pq.ParquetFile(shard), 0
     if file.metadata.num_rows != len(kept):
@@ -406,7 +290,7 @@ def _connect(ray, engine: Engine, work: Path) -> None:
 
 def _write(join: Join, shards: list, counts: list[int], kept: bytes, target: Path) -> None:
     if target.suffix:
-        records = (record for shard, fields in shards for record in _records(shard, fields, []))
+        records = (record for shard, fields in shards for record in records_of(shard, fields, []))
         write_records(compress(records, kept), target)
         return
     remote, ends = join._remote(write_shard), offsets_of(np.array(counts))

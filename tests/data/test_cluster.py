@@ -113,7 +113,7 @@ def joined(work: Path, texts, seeds=(), threshold=0.7, tokenizer="rouge", worker
 @pytest.mark.parametrize("make", [natural, skewed, near_the_threshold, foreign, make_texts])
 @pytest.mark.parametrize("tokenizer", ["rouge", "unicode"])
 def test_the_join_keeps_what_one_process_keeps(tmp_path, monkeypatch, make, tokenizer):
-    monkeypatch.setattr(cluster, "UNIT", 301)
+    monkeypatch.setattr(join, "UNIT", 301)
     texts = make(1000)
     kept = joined(tmp_path, texts, tokenizer=tokenizer)
     assert kept == one_process(texts, tokenizer=tokenizer) and len(kept) < len(texts)
@@ -132,7 +132,7 @@ def test_at_any_threshold_and_in_any_memory(tmp_path, monkeypatch, threshold, wo
 
 
 def test_a_text_of_more_tokens_than_characters_is_compared_by_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster, "CHARACTERS", 3)
+    monkeypatch.setattr(join, "CHARACTERS", 3)
     texts = near_the_threshold(300)
     assert joined(tmp_path, texts) == one_process(texts)
 
