@@ -36,17 +36,8 @@ from alpaca import UserError
 from alpaca.common.files import check_writable, new_folder, only_process
 from alpaca.common.records import sources, write_records
 from alpaca.common.text import counted, first_line
+from alpaca.data import join
 from alpaca.data.dedup import Engine
-from alpaca.data.join import (
-    PAIRS_AT_ONCE,
-    UNIT,
-    offsets_of,
-    records_of,
-    spread_unit,
-    write_ids,
-    write_pairs,
-    write_words,
-)
 from alpaca.data.rouge import unseen_warning
 
 ENTRY_BYTES = 400  # of a token in a partition, with its text, and what sorting and comparing copy
@@ -76,7 +67,7 @@ class Join:
 
     def near_duplicates(self, shards: list[tuple[str, str | None]], tokenizer: str) -> tuple[list, np.ndarray, list]:
         """Return what the shards hold, as metadata; which texts repeat an earlier one; and the files of the pairs."""
-        words = self.stage("words", write_words, [(one, tokenizer, fields) for one, fields in shards])
+        words = self.stage("words", join.write_words, [(one, tokenizer, fields) for one, fields in shards])
         texts = [pq.ParquetFile(path.with_suffix(".texts")) for path in words]
         repeats = _repeats([file.read(["high", "low"]) for file in texts]) & (self.threshold < 1)
         vocabulary = _vocabulary(words)
@@ -91,13 +82,13 @@ class Join:
             (path, group, repeats[first:end], self.threshold, *shared)
             for (path, group, first), end in zip(units, ends, strict=True)
         ]
-        ids = self.stage("ids", write_ids, tasks)
+        ids = self.stage("ids", join.write_ids, tasks)
         plan = self._plan(ids, len(vocabulary[0]))
         count = plan[2].max(initial=0) + 1
         wanted = [p for p in range(count) if not (self.work / f"pairs-{p:05}.parquet").exists()]
         parts: list[tuple] = [()] * count
         if wanted:
-            spread, plan = self._remote(spread_unit, num_returns=len(wanted)), self.ray.put(plan)
+            spread, plan = self._remote(join.spread_unit, num_returns=len(wanted)), self.ray.put(plan)
             sent = [
                 spread.remote(path.with_suffix(".ids"), first, self.threshold, wanted, plan)
                 for path, (_, _, first) in zip(ids, units, strict=True)
@@ -106,7 +97,7 @@ class Join:
             for p, of_each_unit in zip(wanted, zip(*sent, strict=True), strict=True):
                 parts[p] = (self.threshold, *of_each_unit)
             del sent
-        pairs = self.stage("pairs", write_pairs, parts)
+        pairs = self.stage("pairs", join.write_pairs, parts)
         return [pq.read_schema(path).metadata for path in words], repeats, pairs
 
     def _plan(self, ids: list[Path], count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -165,8 +156,8 @@ def keep(repeats: np.ndarray, pairs: list[Path], seeds: int) -> bytearray:
     order = later.argsort(kind="stable")
     kept = bytearray((~repeats).astype(np.uint8).tobytes())
     kept[:seeds] = b"\1" * seeds
-    for part in range(0, len(order), PAIRS_AT_ONCE):  # as Python numbers they take eight times the memory
-        some = order[part : part + PAIRS_AT_ONCE]
+    for part in range(0, len(order), join.PAIRS_AT_ONCE):  # as Python numbers they take eight times the memory
+        some = order[part : part + join.PAIRS_AT_ONCE]
         for i, j in zip(earlier[some].tolist(), later[some].tolist(), strict=True):
             if kept[i] and j >= seeds:
                 kept[j] = 0
@@ -176,7 +167,7 @@ def keep(repeats: np.ndarray, pairs: list[Path], seeds: int) -> bytearray:
 def write_shard(path: Path, shard: str, fields: str | None, kept: bytes) -> None:
     """Write the kept records of a shard: the rows of Parquet as they are, others as JSON Lines."""
     if path.suffix == ".jsonl":
-        write_records(compress(records_of(shard, fields, []), kept), path)
+        write_records(compress(join.records_of(shard, fields, []), kept), path)
         return
     file, start = pq.ParquetFile(shard), 0
     if file.metadata.num_rows != len(kept):
@@ -213,7 +204,7 @@ def dedup_on_ray(
         _check_schemas([shard for shard, _ in shards])
     check_writable(target.parent, "output_path")
     stamps = [os.stat(one)[6:9:2] for one, _ in seeds + shards if os.path.exists(one)]  # bytes and time of change
-    given = json.dumps([seeds, shards, stamps, threshold, tokenizer, engine.worker_gb, UNIT])
+    given = json.dumps([seeds, shards, stamps, threshold, tokenizer, engine.worker_gb, join.UNIT])
     work = target.parent / f".{target.name}.{hashlib.sha256(given.encode()).hexdigest()[:12]}.work"
     with only_process(work):
         _connect(ray, engine, work)
@@ -234,9 +225,9 @@ def dedup_on_ray(
     print(f"{counted(total, 'record')}: {kept:,} kept in {target}, {counted(total - kept, 'near-duplicate')} dropped")
 
 
-def _run(join: Join, seeds: list, shards: list, tokenizer: str, target: Path) -> tuple[int, int]:
+def _run(job: Join, seeds: list, shards: list, tokenizer: str, target: Path) -> tuple[int, int]:
     """Write what is kept; return how many records there are, and how many were kept."""
-    about, repeats, pairs = join.near_duplicates(seeds + shards, tokenizer)
+    about, repeats, pairs = job.near_duplicates(seeds + shards, tokenizer)
     counts, about = [int(one[b"records"]) for one in about], about[len(seeds) :]
     first = sum(counts[: len(seeds)])
     total, unseen = sum(counts) - first, sum(int(one[b"unseen"]) for one in about)
@@ -247,7 +238,7 @@ def _run(join: Join, seeds: list, shards: list, tokenizer: str, target: Path) ->
     if unseen:
         print(unseen_warning(unseen, counted(total, "instruction")))
     kept = bytes(keep(repeats, pairs, first)[first:])
-    _write(join, shards, counts[len(seeds) :], kept, target)
+    _write(job, shards, counts[len(seeds) :], kept, target)
     return total, sum(kept)
 
 
@@ -288,15 +279,15 @@ def _connect(ray, engine: Engine, work: Path) -> None:
         raise UserError(f"no machine of the cluster has {engine.worker_gb} GB for a worker: lower worker_gb")
 
 
-def _write(join: Join, shards: list, counts: list[int], kept: bytes, target: Path) -> None:
+def _write(job: Join, shards: list, counts: list[int], kept: bytes, target: Path) -> None:
     if target.suffix:
-        records = (record for shard, fields in shards for record in records_of(shard, fields, []))
+        records = (record for shard, fields in shards for record in join.records_of(shard, fields, []))
         write_records(compress(records, kept), target)
         return
-    remote, ends = join._remote(write_shard), offsets_of(np.array(counts))
+    remote, ends = job._remote(write_shard), join.offsets_of(np.array(counts))
     with new_folder(target, "output_path", [Path(shard) for shard, _ in shards]) as folder:
         tasks = []
         for i, (shard, fields) in enumerate(shards):
             name = f"part-{i:05}" + (".parquet" if shard.endswith(".parquet") else ".jsonl")
             tasks.append(remote.remote(folder / name, shard, fields, kept[ends[i] : ends[i + 1]]))
-        join.ray.get(tasks)
+        job.ray.get(tasks)

@@ -150,17 +150,17 @@ def test_a_heavy_token_is_spread_over_the_partitions():
 
 
 def test_a_killed_driver_repeats_only_what_was_not_complete(tmp_path, monkeypatch):
-    texts, pairs = make_texts(600), cluster.write_pairs
+    texts, pairs = make_texts(600), join.write_pairs
 
     def killed_at_the_third(path, *task):
         if path.name == "pairs-00002.parquet":
             raise KeyboardInterrupt
         pairs(path, *task)
 
-    monkeypatch.setattr(cluster, "write_pairs", killed_at_the_third)
+    monkeypatch.setattr(join, "write_pairs", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         joined(tmp_path, texts)
-    monkeypatch.setattr(cluster, "write_pairs", pairs)
+    monkeypatch.setattr(join, "write_pairs", pairs)
     again = Here()
     assert joined(tmp_path, texts, here=again) == one_process(texts)
     assert again.ran == ["spread_unit"] * 2 + ["write_pairs"] * 14
