@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import json
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -72,7 +73,8 @@ def timed(source: Path, target: Path, *flags: str) -> dict:
     """Run one de-duplication in a process of its own."""
     command = ["dedup", "--input_path", source, "--output_path", target, "--similarity_stats", "False", *flags]
     start, peak = time.perf_counter(), 0
-    run = subprocess.Popen([sys.executable, ROOT / "generate_instruction.py", *map(str, command)], cwd=ROOT)
+    command = [sys.executable, ROOT / "generate_instruction.py", *map(str, command)]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)  # a few lines: no pipe is filled
     while run.poll() is None:
         size, root = 0, psutil.Process(run.pid)
         with suppress(psutil.Error):
@@ -82,15 +84,19 @@ def timed(source: Path, target: Path, *flags: str) -> dict:
         peak = max(peak, size)
         with suppress(subprocess.TimeoutExpired):
             run.wait(1)
+    seconds = time.perf_counter() - start
     if run.returncode:
         sys.exit(run.returncode)
-    data = target.read_bytes()
-    return {
-        "seconds": round(time.perf_counter() - start, 1),
-        "peak_mb": round(peak / 2**20),
-        "kept": data.count(b"\n"),
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
+    kept, digest = 0, hashlib.sha256()
+    for file in [target] if target.is_file() else sorted(target.iterdir()):
+        with open(file, "rb") as lines:
+            for line in lines:
+                kept += 1
+                digest.update(line)
+    result = {"seconds": round(seconds, 1), "peak_mb": round(peak / 2**20), "kept": kept, "sha256": digest.hexdigest()}
+    if stages := re.search("^seconds: (.*)", run.stdout.read(), re.M):
+        result["stages"] = {name: float(value) for name, value in map(str.split, stages[1].split(", "))}
+    return result
 
 
 def main() -> None:
@@ -112,7 +118,7 @@ def main() -> None:
                 runs = {}
                 for workers in arguments.workers:
                     flags = ("--engine", "ray", "--workers", str(workers), "--worker_gb", str(arguments.worker_gb))
-                    runs[f"ray, {workers} workers"] = timed(folder / "in", folder / "ray.jsonl", *flags)
+                    runs[f"ray, {workers} workers"] = timed(folder / "in", folder / f"ray{workers}", *flags)
                 if arguments.local:
                     runs["one process"] = timed(folder / "in", folder / "local.jsonl")
             result["runs"] = runs

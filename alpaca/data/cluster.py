@@ -21,6 +21,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable
 from itertools import compress
 from pathlib import Path
@@ -49,6 +50,13 @@ class Join:
 
     def __init__(self, ray, work: Path, threshold: float, worker_gb: float):
         self.ray, self.work, self.threshold, self.worker_gb = ray, work, threshold, worker_gb
+        self.seconds: dict[str, float] = {}  # stage → since the end of the one before
+        self._since = time.monotonic()
+
+    def ended(self, name: str) -> None:
+        """Note that a stage has ended."""
+        now = time.monotonic()
+        self.seconds[name], self._since = now - self._since, now
 
     def stage(self, name: str, function: Callable, tasks: list[tuple]) -> list[Path]:
         """Run ``function(path, *task)`` for each task whose file does not exist; return the files."""
@@ -60,6 +68,7 @@ class Join:
                 done, left = self.ray.wait(left)
                 self.ray.get(done)
                 bar.update(len(done))
+        self.ended(name)
         return paths
 
     def _remote(self, function: Callable, **options):
@@ -209,7 +218,8 @@ def dedup_on_ray(
     with only_process(work):
         _connect(ray, engine, work)
         try:
-            total, kept = _run(Join(ray, work, threshold, engine.worker_gb), seeds, shards, tokenizer, target)
+            job = Join(ray, work, threshold, engine.worker_gb)
+            total, kept = _run(job, seeds, shards, tokenizer, target)
         except ray.exceptions.OutOfDiskError:
             raise OSError(errno.ENOSPC, "the disk is full while spilling", str(work)) from None
         except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as e:
@@ -223,6 +233,7 @@ def dedup_on_ray(
             ray.shutdown()
         shutil.rmtree(work)  # Ray makes it again until it has ended
     print(f"{counted(total, 'record')}: {kept:,} kept in {target}, {counted(total - kept, 'near-duplicate')} dropped")
+    print("seconds:", ", ".join(f"{name} {seconds:.1f}" for name, seconds in job.seconds.items()))
 
 
 def _run(job: Join, seeds: list, shards: list, tokenizer: str, target: Path) -> tuple[int, int]:
@@ -238,7 +249,9 @@ def _run(job: Join, seeds: list, shards: list, tokenizer: str, target: Path) -> 
     if unseen:
         print(unseen_warning(unseen, counted(total, "instruction")))
     kept = bytes(keep(repeats, pairs, first)[first:])
+    job.ended("decisions")
     _write(job, shards, counts[len(seeds) :], kept, target)
+    job.ended("result")
     return total, sum(kept)
 
 
