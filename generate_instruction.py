@@ -28,6 +28,7 @@ import string
 import sys
 import unicodedata
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -43,7 +44,7 @@ from alpaca.common.text import counted, printable, shorten, utc_now
 from alpaca.data.dedup import MAX_SIMILARITY, DistinctPool, dedup
 from alpaca.data.replies import CutOff, parse_json, parse_response
 from alpaca.data.requests import JSON_SCHEMA, Draw, encode_prompt  # noqa: F401  encode_prompt: the original's name
-from alpaca.data.rouge import is_mostly_unseen, tokenize_unicode, tokenizer_named
+from alpaca.data.rouge import is_mostly_unseen, tokenize_unicode, tokenizer_named, unseen_warning
 from alpaca.data.topics import Topic, TopicCounts, in_turn, label_balance, read_topics
 from alpaca.endpoint.batch_api import Batches, refuse_open_batch
 from alpaca.endpoint.budget import Budget, RequestSettings, spread
@@ -58,7 +59,7 @@ KEYWORDS = (
 PATIENCE = 100  # replies in a row with nothing new: the teacher repeats itself
 UNREADABLE = 10  # replies in a row without a complete item: the teacher does not follow the format
 ENOUGH_UNSEEN = 10  # instructions that the tokenizer mostly drops, before the run warns about it
-MOST_NEW, FEW_NEW = 17, 1  # new instructions a reply, for the forecast: the prompt asks for 17
+MOST_NEW, FEW_NEW = 17, 0.5  # new instructions a reply: the prompt asks for 17; small teachers bring one in two
 SPREAD = ("topics", "dry_topics", "classification")  # of the report; see print_spread()
 FIRST_BATCH = 100  # requests in the first round, at most: a teacher with nothing new should not cost more
 
@@ -176,6 +177,18 @@ class Selection:
         """Return what was kept after the first ``replies`` replies, which have all arrived."""
         return self.kept[: self.sizes[max(0, replies)]]
 
+    def replies_left(self, others: float) -> float:
+        """Estimate as if there had been other replies too, with 2 new instructions each: the first few say little."""
+        each = (self.new() + 2 * others) / (self.fed - self.unused + others)
+        return (self.target - len(self.kept)) / each
+
+    def round_left(self) -> float:
+        """Estimate for a round, whose requests are all sent at once: low by two standard errors."""
+        left, replies = self.target - len(self.kept), self.fed - self.unused
+        if not self.new():
+            return min(left / MOST_NEW, FIRST_BATCH)
+        return left / min(self.new() * (1 + 2 / replies**0.5) / replies, MOST_NEW)
+
     def feed(self, reply: Completion) -> None:
         """Take the next reply."""
         if self.is_over():
@@ -216,10 +229,6 @@ class Selection:
         self.barren = 0 if kept else self.barren + 1
         if self.barren:
             self.shown = reply.text
-
-    def unseen_warning(self) -> str:
-        what = f"{self.unseen} of {counted(self.new(), 'kept instruction')} {'is' if self.unseen == 1 else 'are'}"
-        return f"warning: {what} mostly non-ASCII, so near-duplicates may be missed: use --tokenizer unicode"
 
     def _drop(self, reason: str, record: dict | str, **more: str) -> None:
         self.dropped[reason] += 1
@@ -302,53 +311,67 @@ def generate_instruction_following_data(
     tokenizer_named(filters.tokenizer)
     if request_batch_size is not None or num_cpus is not None:
         print("note: --request_batch_size and --num_cpus are ignored: use --max_concurrency")
-    seed_tasks, prompt = utils.load_seed_tasks(seed_tasks_path), utils.read_text(prompt_path)
-    if not 1 <= num_prompt_instructions <= len(seed_tasks):
-        raise UserError(f"--num_prompt_instructions must be 1 to {len(seed_tasks)}, the tasks in {seed_tasks_path}")
-    if format not in ("text", "json"):
-        raise UserError(f"--format must be text or json, not {format!r}")
-    if (as_json := format == "json") and api == "completions":
+    if format == "json" and api == "completions":
         raise UserError("--format json needs --api chat: for a base model use --format text")
-    if as_json and variety.output_first:
-        raise UserError("--output_first needs --format text: a JSON schema fixes the order of the fields")
+    seed_tasks, prompt = utils.load_seed_tasks(seed_tasks_path), utils.read_text(prompt_path)
+    draw, given = what_to_ask(prompt, seed_tasks, num_prompt_instructions, format, variety)
     # The prompt asks for 20 tasks; a base model would not stop there.
-    way = {"response_format": JSON_SCHEMA} if as_json else {"stop": ["\n21. Instruction:"]}
+    way = {"response_format": JSON_SCHEMA} if format == "json" else {"stop": ["\n21. Instruction:"]}
     decoding = OpenAIDecodingArguments(max_tokens, temperature, top_p, **way)
     teacher, budget = Teacher(model_name, decoding, api, requests), Budget(requests)
+    about = {"model_name": model_name, "api": api, "temperature": temperature, "top_p": top_p}
+    about |= {"prompt": Path(prompt_path).name, "seed_tasks": Path(seed_tasks_path).name}
 
-    topics = read_topics(variety.topics_path) if variety.topics_path else []
-    given = {"num_prompt_instructions": num_prompt_instructions, "format": format}
-    given |= asdict(variety) | {"topics_path": [list(asdict(topic).values()) for topic in topics]}
-    draw = partial(Draw, prompt, seed_tasks, examples=num_prompt_instructions, generated=variety.generated_in_prompt)
-    draw = partial(draw, topics=in_turn(topics), output_first=variety.output_first, as_json=as_json)
-    draw(0)  # finds what is wrong before there is a journal
-
-    output = Path(output_dir)
+    output, target = Path(output_dir), num_instructions_to_generate
     output.mkdir(parents=True, exist_ok=True)
     with Journal(output / "regen.journal") as journal:
-        lag = request_lag(num_instructions_to_generate, requests)
-        run, start = begin(journal, output / "regen.json", seed, given, lag)
+        run, start = begin(journal, output / "regen.json", seed, given, request_lag(target, requests))
         with open(output / "rejected.jsonl", "w", encoding="utf-8") as rejected:
-            numbers = num_instructions_to_generate, draw(run["seed"])
-            selection = Selection(seed_tasks, start, *numbers, filters, similarity_stats, rejected)
-            earlier = sum("i" in entry for entry in journal.entries)
-            about = {"model_name": model_name, "api": api, "temperature": temperature, "top_p": top_p}
-            about |= {"prompt": Path(prompt_path).name, "seed_tasks": Path(seed_tasks_path).name}
-            about |= {name: run.get(name) for name in ("num_prompt_instructions", "format", "seed", "started")}
-            about |= {name: run[name] for name in ("generated_in_prompt", "output_first") if run[name]}
-            save = partial(write_results, output, about, earlier, budget, selection)
-            try:
-                more = asyncio.run(collect(teacher, run, journal, budget, selection, save))
-            except KeyboardInterrupt:
-                if not requests.batched:  # a batch says how to continue
-                    print(f"\nreplies so far are in {journal.path}: the same command continues", file=sys.stderr)
-                raise
-            finally:  # after Ctrl-C and errors too
-                counts = save()
-                if counts["requests"]:
-                    print_counts({name: n for name, n in counts.items() if name not in SPREAD})
-                    print_spread(counts)
+            what = draw(run["seed"]), filters, similarity_stats, rejected
+            selection = Selection(seed_tasks, start, target, *what)
+            more = ask(teacher, run, journal, budget, selection, about)
     conclude(selection, budget, output / "regen.json", more)
+
+
+def what_to_ask(
+    prompt: str, seed_tasks: list[dict], examples: int, format: str, variety: Variety
+) -> tuple[Callable[[int], Draw], dict]:
+    """Return the requests of a run, given its seed, and by flag what else they depend on.
+
+    Raises:
+        UserError: flags that do not go together, or a malformed file of topics.
+    """
+    if format not in ("text", "json"):
+        raise UserError(f"--format must be text or json, not {format!r}")
+    if format == "json" and variety.output_first:
+        raise UserError("--output_first needs --format text: a JSON schema fixes the order of the fields")
+    if not 1 <= examples <= len(seed_tasks):
+        raise UserError(f"--num_prompt_instructions must be 1 to {len(seed_tasks)}, the number of seed tasks")
+    topics = read_topics(variety.topics_path) if variety.topics_path else []
+    draw = partial(Draw, prompt, seed_tasks, examples=examples, generated=variety.generated_in_prompt)
+    draw = partial(draw, topics=in_turn(topics), output_first=variety.output_first, as_json=format == "json")
+    draw(0)  # finds what is wrong before there is a journal
+    given = {"num_prompt_instructions": examples, "format": format} | asdict(variety)
+    return draw, given | {"topics_path": [list(asdict(topic).values()) for topic in topics]}
+
+
+def ask(teacher: Teacher, run: dict, journal: Journal, budget: Budget, selection: Selection, about: dict) -> str | None:
+    """Send requests and write the results, after Ctrl-C and errors too; return why a batch is not finished, or None."""
+    earlier = sum("i" in entry for entry in journal.entries)
+    about |= {name: run.get(name) for name in ("num_prompt_instructions", "format", "seed", "started")}
+    about |= {name: run[name] for name in ("generated_in_prompt", "output_first") if run[name]}
+    save = partial(write_results, journal.path.parent, about, earlier, budget, selection)
+    try:
+        return asyncio.run(collect(teacher, run, journal, budget, selection, save))
+    except KeyboardInterrupt:
+        if not budget.settings.batched:  # a batch says how to continue
+            print(f"\nreplies so far are in {journal.path}: the same command continues", file=sys.stderr)
+        raise
+    finally:
+        counts = save()
+        if counts["requests"]:
+            print_counts({name: n for name, n in counts.items() if name not in SPREAD})
+            print_spread(counts)
 
 
 def write_results(output: Path, about: dict, earlier: int, budget: Budget, selection: Selection) -> dict:
@@ -385,24 +408,12 @@ async def collect(teacher, run, journal, budget, selection, save) -> str | None:
         text, seed = selection.draw.request(i, selection.kept_by(i - run["lag"]) if selection.draw.generated else [])
         return text, seed if run["seeded"] else None
 
-    def replies_left() -> float:
-        """Estimate, as if there had been 4 more replies with 2 new instructions each: the first few say too little."""
-        each = (selection.new() + 8) / (selection.fed - selection.unused + 4)
-        return (selection.target - len(selection.kept)) / each
-
-    def round_left() -> float:
-        """Estimate for a round, whose requests are all sent at once: low by two standard errors."""
-        replies = selection.fed - selection.unused  # others wait for an earlier one that is retried
-        each = min(selection.new() * (1 + 2 / replies**0.5) / replies if selection.new() else MOST_NEW, MOST_NEW)
-        left = (selection.target - len(selection.kept)) / each
-        return left if selection.new() else min(left, FIRST_BATCH)
-
     def in_order(reply: Completion) -> None:
         nonlocal warned
         selection.feed(reply)
         if not warned and selection.unseen >= ENOUGH_UNSEEN:  # now, while stopping still saves requests
             warned = True
-            tqdm.write(selection.unseen_warning())
+            tqdm.write(unseen_warning(selection.unseen, counted(selection.new(), "kept instruction")))
 
     def want(number: int, in_flight: int) -> bool:
         if selection.is_over() or budget.failing():
@@ -412,7 +423,8 @@ async def collect(teacher, run, journal, budget, selection, save) -> str | None:
         if number < last:  # was in flight when an earlier run was killed: later replies wait for it
             return True
         # Near the end, send no more requests than needed: each is paid for.
-        return not budget.exhausted() and in_flight < (round_left() if budget.settings.batched else replies_left())
+        left = selection.round_left() if budget.settings.batched else selection.replies_left(others=4)
+        return not budget.exhausted() and in_flight < left
 
     if last < 0 and not selection.is_over():
         left = selection.target - len(selection.kept)
@@ -422,7 +434,7 @@ async def collect(teacher, run, journal, budget, selection, save) -> str | None:
     if budget.settings.batched:
         return await Batches(*what).run()
     refuse_open_batch(journal)
-    counts = (lambda: len(selection.kept)), replies_left
+    counts = (lambda: len(selection.kept)), (lambda: selection.replies_left(others=0.5))
     async with progress_bar(budget, teacher.pace, selection.target, *counts, exact=False):
         await Direct(*what, at_intervals=save).run()
 
@@ -436,7 +448,7 @@ def conclude(selection: Selection, budget: Budget, regen_path: Path, more: str |
     new = f" ({selection.new():,} new)" if selection.start else ""
     made = f"{counted(len(selection.kept), 'instruction')} in {regen_path}{new}"
     if selection.unseen:
-        print(selection.unseen_warning())
+        print(unseen_warning(selection.unseen, counted(selection.new(), "kept instruction")))
     if cut := selection.dropped["cut off"]:
         print(f"{counted(cut, 'item')} cut off at the end of a reply: raise --max_tokens")
     if len(selection.kept) < selection.target:

@@ -9,7 +9,7 @@ folder beside the result, complete by rename; a task whose file exists is not ru
     ids     a task for 50,000 texts: their tokens as numbers, the rarest first
     pairs   the shuffle, then a task for each partition: the pairs above the threshold
 
-A second "the" in a text is a token of its own, as in rouge.py, so the tokens that two texts share are an intersection.
+What the tasks do is in join.py, which knows nothing of Ray.
 """
 
 from __future__ import annotations
@@ -22,29 +22,25 @@ import os
 import shutil
 import socket
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from itertools import compress, islice
+from collections.abc import Callable
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from rapidfuzz.distance import LCSseq
-from rapidfuzz.process import cpdist
 from tqdm import tqdm
 
 import alpaca
 from alpaca import UserError
-from alpaca.common.files import check_writable, new_folder, only_process, replace_file
-from alpaca.common.records import read_entries, read_records, sources, write_records
-from alpaca.common.shapes import whole_text
+from alpaca.common.files import check_writable, new_folder, only_process
+from alpaca.common.records import sources, write_records
 from alpaca.common.text import counted, first_line
-from alpaca.data.join import PAIRS_AT_ONCE, candidates, offsets_of, rarest, spans
-from alpaca.data.rouge import CHARACTERS, _f_measure, is_mostly_unseen, tokenizer_named
+from alpaca.data import join
+from alpaca.data.dedup import Engine
+from alpaca.data.rouge import unseen_warning
 
-UNIT = 50_000  # texts of a task: about 100 MB of Python objects
 ENTRY_BYTES = 400  # of a token in a partition, with its text, and what sorting and comparing copy
 PARTITIONS = (16, 500)  # at least, for balance; at most one a unit, since each unit sends something to each
 
@@ -80,7 +76,7 @@ class Join:
 
     def near_duplicates(self, shards: list[tuple[str, str | None]], tokenizer: str) -> tuple[list, np.ndarray, list]:
         """Return what the shards hold, as metadata; which texts repeat an earlier one; and the files of the pairs."""
-        words = self.stage("words", write_words, [(one, tokenizer, fields) for one, fields in shards])
+        words = self.stage("words", join.write_words, [(one, tokenizer, fields) for one, fields in shards])
         texts = [pq.ParquetFile(path.with_suffix(".texts")) for path in words]
         repeats = _repeats([file.read(["high", "low"]) for file in texts]) & (self.threshold < 1)
         vocabulary = _vocabulary(words)
@@ -95,13 +91,13 @@ class Join:
             (path, group, repeats[first:end], self.threshold, *shared)
             for (path, group, first), end in zip(units, ends, strict=True)
         ]
-        ids = self.stage("ids", write_ids, tasks)
+        ids = self.stage("ids", join.write_ids, tasks)
         plan = self._plan(ids, len(vocabulary[0]))
         count = plan[2].max(initial=0) + 1
         wanted = [p for p in range(count) if not (self.work / f"pairs-{p:05}.parquet").exists()]
         parts: list[tuple] = [()] * count
         if wanted:
-            spread, plan = self._remote(spread_unit, num_returns=len(wanted)), self.ray.put(plan)
+            spread, plan = self._remote(join.spread_unit, num_returns=len(wanted)), self.ray.put(plan)
             sent = [
                 spread.remote(path.with_suffix(".ids"), first, self.threshold, wanted, plan)
                 for path, (_, _, first) in zip(ids, units, strict=True)
@@ -110,7 +106,7 @@ class Join:
             for p, of_each_unit in zip(wanted, zip(*sent, strict=True), strict=True):
                 parts[p] = (self.threshold, *of_each_unit)
             del sent
-        pairs = self.stage("pairs", write_pairs, parts)
+        pairs = self.stage("pairs", join.write_pairs, parts)
         return [pq.read_schema(path).metadata for path in words], repeats, pairs
 
     def _plan(self, ids: list[Path], count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -139,56 +135,6 @@ class Join:
         return first, chunks.astype(np.int32), partition
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tasks.
-
-
-def _save(path: Path, table: pa.Table) -> None:
-    with replace_file(path, "wb") as file:
-        pq.write_table(table, file)
-
-
-def _records(shard: str, fields: str | None, said: list[str]) -> Iterator[dict]:
-    """Yield the records of a shard, which may be empty."""
-    if next(read_entries(shard), None) is not None:
-        yield from (record for _, record in read_records(shard, fields, said.append))
-
-
-def write_words(path: Path, shard: str, tokenizer: str, fields: str | None) -> None:
-    """Write the tokens of each text to NAME.texts, in row groups of UNIT, and the shard's counts of tokens to NAME."""
-    tokenize, counts, said, unseen, records = tokenizer_named(tokenizer), Counter(), [], 0, 0
-    schema = pa.schema({"keys": pa.list_(pa.string()), "high": pa.uint64(), "low": pa.uint64()})
-    with (
-        replace_file(path.with_suffix(".texts"), "wb") as file,
-        pq.ParquetWriter(file, schema) as writer,
-    ):
-        found = (whole_text(record) for record in _records(shard, fields, said))
-        while texts := list(islice(found, UNIT)):
-            keys = [_keys(tokenize(text)) for text in texts]
-            for text in keys:
-                counts.update(text)
-            digests = b"".join(hashlib.blake2b(" ".join(text).encode(), digest_size=16).digest() for text in keys)
-            high, low = np.frombuffer(digests, np.uint64).reshape(-1, 2).T
-            writer.write_table(pa.table([keys, high, low], schema=schema), row_group_size=UNIT)
-            unseen += tokenizer == "rouge" and sum(map(is_mostly_unseen, texts))
-            records += len(texts)
-    table = pa.table({"key": pa.array(counts.keys(), pa.string()), "count": pa.array(counts.values(), pa.int64())})
-    about = {"records": str(records), "unseen": str(unseen), "said": "\n".join(said)}
-    _save(path, table.replace_schema_metadata(about))
-
-
-def _keys(tokens: list[str]) -> list[str]:
-    """Return tokens with a number after each repeat: "the", "the 1", "the 2"."""
-    if len(set(tokens)) == len(tokens):
-        return tokens
-    seen: Counter[str] = Counter()
-    keys = []
-    for token in tokens:
-        keys.append(f"{token} {seen[token]}" if seen[token] else token)
-        seen[token] += 1
-    return keys
-
-
 def _repeats(digests: list[pa.Table]) -> np.ndarray:
     """Return which texts have the tokens of an earlier one, by 128 bits of a hash; a text without tokens never does."""
     table = pa.concat_tables(digests)
@@ -208,80 +154,6 @@ def _vocabulary(words: list[Path]) -> tuple[pa.Array, np.ndarray]:
     return keys, token.to_numpy(zero_copy_only=False).astype(np.int32)
 
 
-def write_ids(
-    path: Path, texts: Path, group: int, repeats: np.ndarray, threshold: float, keys: pa.Array, token_of: np.ndarray
-) -> None:
-    """Write a unit's texts as numbers of keys and of tokens to NAME.ids, and how many texts hold a key to NAME.
-
-    A text that repeats an earlier one is left empty: it is dropped without a comparison.
-    """
-    column = pq.ParquetFile(texts).read_row_group(group, ["keys"])["keys"].combine_chunks()
-    lengths = np.diff(column.offsets.to_numpy())
-    numbers = pc.index_in(column.flatten(), value_set=keys).to_numpy(zero_copy_only=False).astype(np.int32)
-    numbers = numbers[np.repeat(~repeats, lengths)]
-    offsets = offsets_of(np.where(repeats, 0, lengths)).astype(np.int32)
-    columns = {name: pa.ListArray.from_arrays(offsets, one) for name, one in [("k", numbers), ("t", token_of[numbers])]}
-    _save(path.with_suffix(".ids"), pa.table(columns))
-    held, count = np.unique(rarest(numbers, offsets, threshold)[0], return_counts=True)
-    _save(path, pa.table({"key": held, "count": count}))
-
-
-def spread_unit(ids: Path, start: int, threshold: float, wanted: list[int], plan: tuple) -> list[tuple] | tuple:
-    """Return what a unit sends to each partition: entries (cell, text, position, side) and their texts."""
-    table = pq.read_table(ids)
-    columns = [table[name].combine_chunks() for name in ("k", "t")]
-    numbers, tokens = (column.flatten().to_numpy() for column in columns)
-    offsets = columns[0].offsets.to_numpy().astype(np.int64)
-    bits = np.zeros(len(offsets) - 1, np.uint64)
-    full = np.diff(offsets) > 0
-    if full.any():
-        one = np.uint64(1) << (numbers.astype(np.uint64) & np.uint64(63))
-        bits[full] = np.bitwise_xor.reduceat(one, offsets[:-1][full])
-    key, text, position = rarest(numbers, offsets, threshold)
-    first, chunks, partition = plan
-    times = chunks[key]  # a text of chunk a goes to the cells (a, ·) as a row and to (·, a) as a column
-    entry = np.repeat(np.arange(len(key)), times)
-    key, text, position, other = key[entry], text[entry], position[entry], spans(np.zeros_like(times), times)
-    mine = (start + text) % chunks[key]
-    low, high = np.minimum(mine, other), np.maximum(mine, other)
-    side = ((mine <= other) + 2 * (mine >= other)).astype(np.uint8)  # 1: row, 2: column, 3: both
-    cell = first[key] + low * chunks[key] + high
-    place = partition[cell]
-    sent = []
-    for p in wanted:
-        here = (place == p).nonzero()[0]
-        texts, local = np.unique(text[here], return_inverse=True)
-        lengths = np.diff(offsets)[texts]
-        entries = cell[here], local.astype(np.int32), position[here].astype(np.int32), side[here]
-        sent.append((entries, start + texts, lengths, bits[texts], tokens[spans(offsets[texts], lengths)]))
-    return sent if len(wanted) > 1 else sent[0]
-
-
-def write_pairs(path: Path, threshold: float, *sent: tuple) -> None:
-    """Write the pairs of a partition's texts that have F > threshold: earlier and later number."""
-    shift = offsets_of(np.array([len(texts) for _, texts, *_ in sent]))
-    cell, text, position, side = (np.concatenate([entries[i] for entries, *_ in sent]) for i in range(4))
-    text = text + np.repeat(shift[:-1], [len(entries[0]) for entries, *_ in sent])
-    number, lengths, bits, tokens = (np.concatenate([one[i] for one in sent]) for i in range(1, 5))
-    offsets, strings = offsets_of(lengths), _as_characters(tokens)
-    found = [np.zeros((0, 2), np.int64)]
-    for i, j in candidates(cell, text, position, side, number, lengths[text], bits[text], threshold):
-        one, two = ([strings[offsets[k] : offsets[k + 1]] for k in which.tolist()] for which in (i, j))
-        lcs = cpdist(one, two, scorer=LCSseq.similarity, dtype=np.int32)
-        near = _f_measure(lcs, lengths[i].astype(np.float64), lengths[j].astype(np.float64)) > threshold
-        found.append(np.sort(np.stack([number[i[near]], number[j[near]]], axis=1), axis=1))
-    pairs = np.unique(np.concatenate(found), axis=0)
-    _save(path, pa.table({"earlier": pairs[:, 0], "later": pairs[:, 1]}))
-
-
-def _as_characters(tokens: np.ndarray) -> str | list[int]:
-    """Return a character for each token, or its number where there are more tokens than characters."""
-    known, numbers = np.unique(tokens, return_inverse=True)
-    if len(known) > CHARACTERS:
-        return numbers.tolist()
-    return numbers.astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The whole.
 
@@ -293,8 +165,8 @@ def keep(repeats: np.ndarray, pairs: list[Path], seeds: int) -> bytearray:
     order = later.argsort(kind="stable")
     kept = bytearray((~repeats).astype(np.uint8).tobytes())
     kept[:seeds] = b"\1" * seeds
-    for part in range(0, len(order), PAIRS_AT_ONCE):  # as Python numbers they take eight times the memory
-        some = order[part : part + PAIRS_AT_ONCE]
+    for part in range(0, len(order), join.PAIRS_AT_ONCE):  # as Python numbers they take eight times the memory
+        some = order[part : part + join.PAIRS_AT_ONCE]
         for i, j in zip(earlier[some].tolist(), later[some].tolist(), strict=True):
             if kept[i] and j >= seeds:
                 kept[j] = 0
@@ -304,7 +176,7 @@ def keep(repeats: np.ndarray, pairs: list[Path], seeds: int) -> bytearray:
 def write_shard(path: Path, shard: str, fields: str | None, kept: bytes) -> None:
     """Write the kept records of a shard: the rows of Parquet as they are, others as JSON Lines."""
     if path.suffix == ".jsonl":
-        write_records(compress(_records(shard, fields, []), kept), path)
+        write_records(compress(join.records_of(shard, fields, []), kept), path)
         return
     file, start = pq.ParquetFile(shard), 0
     if file.metadata.num_rows != len(kept):
@@ -323,9 +195,7 @@ def dedup_on_ray(
     threshold: float,
     tokenizer: str,
     fields: str | None,
-    address: str | None,
-    workers: int | None,
-    worker_gb: float,
+    engine: Engine,
 ) -> None:
     """Do what ``dedup`` does, without similarity statistics; see there.
 
@@ -343,31 +213,32 @@ def dedup_on_ray(
         _check_schemas([shard for shard, _ in shards])
     check_writable(target.parent, "output_path")
     stamps = [os.stat(one)[6:9:2] for one, _ in seeds + shards if os.path.exists(one)]  # bytes and time of change
-    given = json.dumps([seeds, shards, stamps, threshold, tokenizer, worker_gb, UNIT])
+    given = json.dumps([seeds, shards, stamps, threshold, tokenizer, engine.worker_gb, join.UNIT])
     work = target.parent / f".{target.name}.{hashlib.sha256(given.encode()).hexdigest()[:12]}.work"
     with only_process(work):
-        _connect(ray, address, workers, worker_gb, work)
+        _connect(ray, engine, work)
         try:
-            join = Join(ray, work, threshold, worker_gb)
-            total, kept = _run(join, seeds, shards, tokenizer, target)
+            job = Join(ray, work, threshold, engine.worker_gb)
+            total, kept = _run(job, seeds, shards, tokenizer, target)
         except ray.exceptions.OutOfDiskError:
             raise OSError(errno.ENOSPC, "the disk is full while spilling", str(work)) from None
         except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as e:
             raise UserError(f"workers keep dying ({first_line(e)}): lower worker_gb or workers") from None
         except ray.exceptions.RayTaskError as e:
             if isinstance(e.cause, UserError):
+                ray.shutdown()  # first: another task, still running, would make the folder again
                 shutil.rmtree(work)  # a shard will change
             raise e.cause if isinstance(e.cause, UserError | OSError) else e from None
         finally:
             ray.shutdown()
         shutil.rmtree(work)  # Ray makes it again until it has ended
     print(f"{counted(total, 'record')}: {kept:,} kept in {target}, {counted(total - kept, 'near-duplicate')} dropped")
-    print("seconds:", ", ".join(f"{name} {seconds:.1f}" for name, seconds in join.seconds.items()))
+    print("seconds:", ", ".join(f"{name} {seconds:.1f}" for name, seconds in job.seconds.items()))
 
 
-def _run(join: Join, seeds: list, shards: list, tokenizer: str, target: Path) -> tuple[int, int]:
+def _run(job: Join, seeds: list, shards: list, tokenizer: str, target: Path) -> tuple[int, int]:
     """Write what is kept; return how many records there are, and how many were kept."""
-    about, repeats, pairs = join.near_duplicates(seeds + shards, tokenizer)
+    about, repeats, pairs = job.near_duplicates(seeds + shards, tokenizer)
     counts, about = [int(one[b"records"]) for one in about], about[len(seeds) :]
     first = sum(counts[: len(seeds)])
     total, unseen = sum(counts) - first, sum(int(one[b"unseen"]) for one in about)
@@ -376,12 +247,11 @@ def _run(join: Join, seeds: list, shards: list, tokenizer: str, target: Path) ->
     for said in filter(None, (one[b"said"].decode() for one in about)):
         print(said)
     if unseen:
-        what = f"{unseen} of {counted(total, 'instruction')} {'is' if unseen == 1 else 'are'} mostly non-ASCII"
-        print(f"warning: {what}, so near-duplicates may be missed: use tokenizer=unicode")
+        print(unseen_warning(unseen, counted(total, "instruction")))
     kept = bytes(keep(repeats, pairs, first)[first:])
-    join.ended("decisions")
-    _write(join, shards, counts[len(seeds) :], kept, target)
-    join.ended("result")
+    job.ended("decisions")
+    _write(job, shards, counts[len(seeds) :], kept, target)
+    job.ended("result")
     return total, sum(kept)
 
 
@@ -401,12 +271,13 @@ def _check_schemas(shards: list[str]) -> None:
             raise UserError(f"{shard} has other columns than {first}: choose an output_path that ends in .jsonl")
 
 
-def _connect(ray, address: str | None, workers: int | None, worker_gb: float, work: Path) -> None:
+def _connect(ray, engine: Engine, work: Path) -> None:
     """Join the cluster at an address, or start one of ``workers`` processes here."""
+    address, size = engine.address, int(engine.worker_gb * 1e9)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if not address:
-        workers, size = workers or os.cpu_count() or 1, int(worker_gb * 1e9)
+        workers = engine.workers or os.cpu_count() or 1
         store = {"object_store_memory": max(100 * 2**20, workers * size // 4), "object_spilling_directory": str(work)}
         ray.init("local", num_cpus=workers, include_dashboard=False, _memory=workers * size, **store, **quiet)
         return
@@ -416,20 +287,20 @@ def _connect(ray, address: str | None, workers: int | None, worker_gb: float, wo
         ray.init(address, runtime_env={"py_modules": [str(Path(alpaca.__file__).parent)]}, **quiet)
     except Exception as e:  # of the network, and of Ray
         raise UserError(f"no Ray cluster at {address} ({first_line(e)}): start one with ray start --head") from None
-    if max(node["Resources"].get("memory", 0) for node in ray.nodes()) < worker_gb * 1e9:  # Ray would wait for one
+    if max(node["Resources"].get("memory", 0) for node in ray.nodes()) < size:  # Ray would wait for one
         ray.shutdown()
-        raise UserError(f"no machine of the cluster has {worker_gb} GB for a worker: lower worker_gb")
+        raise UserError(f"no machine of the cluster has {engine.worker_gb} GB for a worker: lower worker_gb")
 
 
-def _write(join: Join, shards: list, counts: list[int], kept: bytes, target: Path) -> None:
+def _write(job: Join, shards: list, counts: list[int], kept: bytes, target: Path) -> None:
     if target.suffix:
-        records = (record for shard, fields in shards for record in _records(shard, fields, []))
+        records = (record for shard, fields in shards for record in join.records_of(shard, fields, []))
         write_records(compress(records, kept), target)
         return
-    remote, ends = join._remote(write_shard), offsets_of(np.array(counts))
+    remote, ends = job._remote(write_shard), join.offsets_of(np.array(counts))
     with new_folder(target, "output_path", [Path(shard) for shard, _ in shards]) as folder:
         tasks = []
         for i, (shard, fields) in enumerate(shards):
             name = f"part-{i:05}" + (".parquet" if shard.endswith(".parquet") else ".jsonl")
             tasks.append(remote.remote(folder / name, shard, fields, kept[ends[i] : ends[i + 1]]))
-        join.ray.get(tasks)
+        job.ray.get(tasks)

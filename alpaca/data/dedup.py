@@ -7,7 +7,7 @@ instruction kept so far is at most the threshold.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from alpaca import UserError
 from alpaca.common.records import LINES, files_of, read_records, sources, write_records
 from alpaca.common.shapes import whole_text
 from alpaca.common.text import counted
-from alpaca.data.rouge import RougePool, is_mostly_unseen, tokenizer_named
+from alpaca.data.rouge import RougePool, is_mostly_unseen, tokenizer_named, unseen_warning
 
 MAX_SIMILARITY = 0.7  # ROUGE-L F; above it two texts are near-duplicates, as in Self-Instruct (Wang et al., 2022)
 NEAREST = 10  # instructions written with each kept one
@@ -199,14 +199,11 @@ def dedup(
     if engine.engine == "ray":
         from alpaca.data.cluster import dedup_on_ray
 
-        where = {name: value for name, value in asdict(engine).items() if name != "engine"}
-        dedup_on_ray(input_path, target, seed_tasks_path, threshold, tokenizer, fields, **where)
-        return
+        return dedup_on_ray(input_path, target, seed_tasks_path, threshold, tokenizer, fields, engine)
     seeds = list(map(whole_text, Records(seed_tasks_path))) if seed_tasks_path else []
     records = Records(input_path, fields)
     if tokenizer == "rouge" and (unseen := sum(map(is_mostly_unseen, map(whole_text, records)))):
-        what = f"{unseen} of {counted(len(records), 'instruction')} {'is' if unseen == 1 else 'are'} mostly non-ASCII"
-        print(f"warning: {what}, so near-duplicates may be missed: use tokenizer=unicode")
+        print(unseen_warning(unseen, counted(len(records), "instruction")))
     kept = write_records(distinct(records, seeds, threshold, similarity_stats, tokenizer), target)
     dropped = counted(len(records) - kept, "near-duplicate")
     print(f"{counted(len(records), 'record')}: {kept:,} kept in {output_path}, {dropped} dropped")

@@ -146,7 +146,6 @@ def read_answers(path: str | os.PathLike, items: list[Item]) -> Answers:
             places.setdefault(texts, []).append(item)
     outputs: dict[str, str] = {}
     rows: dict[str, dict] = {}
-    strangers: list[str] = []
     names: dict[str, None] = {}
     for number, row in enumerate(jload(path), 1):
         place = f"{path}, record {number}"
@@ -165,8 +164,7 @@ def read_answers(path: str | os.PathLike, items: list[Item]) -> Answers:
             raise UserError(f'{place}: "generator" must be a name in one line')
         same = places.get((instruction.strip(), input.strip()), [])
         if not same:
-            strangers.append(f"record {number}, {shorten(instruction)!r}")
-            continue
+            raise UserError(f"{place} answers another set, {shorten(instruction)!r}: give the set that it answers")
         named = [item for item in same if item.id == str(row.get("id"))]
         free = [item for item in named or same if item.id not in rows]
         if not free:
@@ -176,11 +174,6 @@ def read_answers(path: str | os.PathLike, items: list[Item]) -> Answers:
         rows[free[0].id] = row
         if answer is not None:
             outputs[free[0].id] = answer.strip()
-    if strangers:
-        raise UserError(
-            f"{path} has answers to another set, {len(strangers)} of {len(strangers) + len(rows)} ({strangers[0]}): "
-            "give the set that they answer"
-        )
     if not outputs:
         raise UserError(f"{path} has no answers: choose another file")
     if len(names) > 1:

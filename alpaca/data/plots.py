@@ -8,11 +8,10 @@ from __future__ import annotations
 import base64
 import colorsys
 import io
-import warnings
 from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -30,24 +29,10 @@ PAPER, INK, FAINT = "#fcfcfa", "#1f2328", "#8b949e"
 # Paul Tol's "muted" scheme: nine hues that can be distinguished with any kind of color blindness.
 HUES = ("#332288", "#88ccee", "#44aa99", "#117733", "#999933", "#ddcc77", "#cc6677", "#882255", "#aa4499")
 BAR, WARNING = "#44aa99", "#cc6677"
-HALF, TEXT = 5.0, 12  # the sunburst's half width in inches and its letters in points
-MOST_LETTERS = 20  # of a name in the sunburst
-NO_GLYPH = "Glyph .* missing from"  # the warning for each letter that the font lacks: the plot shows a box instead
-
-
-class Figure(NamedTuple):
-    """A plot and what the page says about it."""
-
-    name: str
-    png: bytes
-    title: str
-    caption: str
-    alt: str
-    table: list[tuple[str, ...]]  # the numbers behind it; the first row is the header
-
-    @property
-    def src(self) -> str:
-        return "data:image/png;base64," + base64.b64encode(self.png).decode()
+BINS = 20  # of the similarities
+EDGES = np.arange(BINS + 1) / BINS
+RADIUS, INNER, MIDDLE = 3.2, 0.36, 0.71  # of the sunburst, in inches, and of its rings' inner edges as shares of it
+TEXT, MOST_LETTERS = 12, 20  # points and letters of a name in the sunburst
 
 
 def plot(data_path: str, output_dir: str, fields: str | None = None) -> None:
@@ -80,109 +65,97 @@ def plot(data_path: str, output_dir: str, fields: str | None = None) -> None:
         for field in ("instruction", "input", "output")
     }
     count = len(records)
-    figures = [verb_noun_figure(pairs, count), lengths_figure(lengths, count), similarity_figure(nearest)]
+    pictures = {"verb_noun": verb_noun_figure(pairs, count), "lengths": lengths_figure(lengths, count)}
+    pictures["similarity"] = similarity_figure(nearest)
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    for figure in figures:
-        (folder / figure.name).write_bytes(figure.png)
-        (folder / figure.name.replace(".png", "_dark.png")).write_bytes(dark(figure.png))
+    for name, png in pictures.items():
+        (folder / f"{name}.png").write_bytes(png)
+        (folder / f"{name}_dark.png").write_bytes(dark(png))
     with replace_file(folder / "index.html") as file:
-        file.write(page(title(data_path), count, figures))
-    names = ", ".join(figure.name for figure in figures)
+        file.write(page(title(data_path), count, pictures, pairs, lengths, nearest))
+    names = ", ".join(f"{name}.png" for name in pictures)
     print(f"wrote {names} (and each as _dark.png) and index.html to {folder}")
 
 
-def page(name: str, records: int, figures: Sequence[Figure]) -> str:
-    """Return one self-contained HTML page with the plots inside."""
+def page(
+    name: str,
+    records: int,
+    pictures: dict[str, bytes],
+    pairs: Sequence[tuple[str, str]],
+    lengths: dict[str, list[int]],
+    nearest: np.ndarray,
+) -> str:
+    """Return one self-contained HTML page with the pictures inside, and the numbers behind them."""
+    top, bars = most_common_pairs(pairs), zip(EDGES, _similarity_bars(nearest), strict=False)
+    objects = [(v.verb, f"{v.count:,}", ", ".join(f"{noun} {count:,}" for noun, count in v.objects)) for v in top]
+    spreads = [(field, *_spread(counts)) for field, counts in lengths.items()]
+    similarities = [(f"{edge:.2f} – {edge + 1 / BINS:.2f}", f"{count:,}") for edge, count in bars if count]
+    tables = {
+        "verb_noun": [("verb", "pairs", "most common objects"), *objects],
+        "lengths": [("field", "records", "shortest", "median", "mean", "99%", "longest"), *spreads],
+        "similarity": [("ROUGE-L", "instructions"), *similarities],
+    }
+    facts = {
+        "pairs": pairs,
+        "most": [f"{verb} {noun} ({count})" for (verb, noun), count in Counter(pairs).most_common(5)],
+        "verbs": len(top),
+        "objects": TOP_OBJECTS,
+        "shown": sum(count for verb in top for _, count in verb.objects),
+        "inputs": len(lengths["input"]),
+        "medians": [f"{field} {np.median(counts):g}" for field, counts in lengths.items() if counts],
+        "median": np.median(nearest),
+        "highest": nearest.max(),
+        "limit": MAX_SIMILARITY,
+        "above": int((nearest > MAX_SIMILARITY).sum()),
+    }
+    sources = {name: "data:image/png;base64," + base64.b64encode(png).decode() for name, png in pictures.items()}
     template = templates(Path(__file__).with_name("templates"), html=True).get_template("plots.html")
-    return template.render(name=name, records=records, figures=figures)
+    how = {"counted": counted, "percent": _percent}
+    return template.render(facts, name=name, records=records, sources=sources, tables=tables, **how)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures.
 
 
-def verb_noun_figure(pairs: Sequence[tuple[str, str]], records: int) -> Figure:
+def verb_noun_figure(pairs: Sequence[tuple[str, str]], records: int) -> bytes:
     """Draw the sunburst: angles proportional to the counts, but no slice too thin for its name."""
     top = most_common_pairs(pairs)
     shown = sum(count for verb in top for _, count in verb.objects)
-    figure, (axes,) = _canvas(2 * HALF, 2 * HALF)
-    axes.axis("off")
+    figure, (axes,) = _canvas(2.5 * RADIUS, 2.5 * RADIUS)  # 2.5: pie()'s axes
     figure.subplots_adjust(0, 0, 1, 1)
-    widened = _draw_sunburst(axes, top)
+    _draw_sunburst(axes, top)
     axes.text(0, 0.02, f"{shown:,}", ha="center", va="bottom", size=2 * TEXT, weight="bold", color=INK)
     center = f"of {records:,}\ninstruction{'s' * (records != 1)}"
     axes.text(0, -0.01, center, ha="center", va="top", size=TEXT, linespacing=1.4, color=INK)
-    most = Counter({(v.verb, noun): count for v in top for noun, count in v.objects}).most_common(5)
-    return Figure(
-        name="verb_noun.png",
-        png=png_bytes(figure),
-        title="What the instructions ask for",
-        caption=(
-            f"The {len(top)} most common root verbs (inside) and up to {TOP_OBJECTS} of the most common direct objects "
-            f"of each (outside), from the first English command in each instruction. With such a pair: {len(pairs):,} "
-            f"of {counted(records, 'instruction')} ({_percent(len(pairs), records)}), {len(set(pairs)):,} of the pairs "
-            "distinct; the others are questions, statements, commands without an object, or not English. Shown: "
-            f"{counted(shown, 'instruction')} ({_percent(shown, records)})."
-            f"{' Slices too thin for their names are widened.' * widened}"
-        ),
-        alt="Sunburst of verbs and their objects. Most common: "
-        + (", ".join(f"{verb} {noun} ({count})" for (verb, noun), count in most) or "none")
-        + ".",
-        table=[("verb", "pairs", "most common objects")]
-        + [(v.verb, f"{v.count:,}", ", ".join(f"{noun} {count:,}" for noun, count in v.objects)) for v in top],
-    )
+    return png_bytes(figure)
 
 
-def _draw_sunburst(axes, top: list[Verb]) -> bool:
-    """Draw the rings and their names. Return whether a slice had to be widened for its name."""
+def _draw_sunburst(axes, top: list[Verb]) -> None:
+    """Draw the rings and their names."""
     from matplotlib.colors import to_rgb
-    from matplotlib.patches import Wedge
 
-    # The radii of the two rings, and of the start of the objects' names.
-    inner, middle, outer, text = 0.25, 0.49, 0.69, 0.71
-    longest = max((_width(shorten(noun, MOST_LETTERS)) for verb in top for noun, _ in verb.objects), default=0)
-    limit = text / (1 - 1.02 * longest / HALF)
-    axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
-    # A slice is at least as wide as a line of text: objects at their inner end, verbs at two fifths of their ring.
-    line = np.degrees(1.08 * TEXT / 72 / HALF * limit)
-    verb_line = line / (inner + 0.4 * (middle - inner))
-    floors = [max(line / text, verb_line / len(verb.objects)) for verb in top for _ in verb.objects]
+    # A slice is at least as wide as a line of text: objects at the outer edge, verbs at two fifths of their ring.
+    line = np.degrees(1.08 * TEXT / 72 / RADIUS)
+    verb_line = line / (0.6 * INNER + 0.4 * MIDDLE)
     counts = [count for verb in top for _, count in verb.objects]
-    angles = slice_angles(counts, floors)
-    widths, start = iter(angles), 90.0  # slices run clockwise from the top
-    for i, verb in enumerate(top):
-        hue, first = np.array(to_rgb(HUES[i % len(HUES)])), start
-        pale = tuple(hue + (1 - hue) * 0.45)
-        for noun, _ in verb.objects:
-            stop = start - next(widths)
-            axes.add_patch(Wedge((0, 0), outer, stop, start, width=outer - middle, fc=pale, ec=PAPER, lw=1))
-            _radial_text(axes, noun, (start + stop) / 2, text, "left", color=INK)
-            start = stop
-        axes.add_patch(Wedge((0, 0), middle, start, first, width=middle - inner, fc=tuple(hue), ec=PAPER, lw=1.5))
-        dark = hue @ (0.299, 0.587, 0.114) < 0.47
-        color = "white" if dark else INK
-        _radial_text(axes, verb.verb, (first + start) / 2, (inner + middle) / 2, "center", color=color, weight="bold")
-    return not np.allclose(angles, 360 * np.array(counts) / max(sum(counts), 1))
-
-
-def _width(text: str) -> float:
-    """Return the width of a name in inches."""
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import text_to_path
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=NO_GLYPH)
-        return text_to_path.get_text_width_height_descent(text, FontProperties(size=TEXT), ismath=False)[0] / 72
-
-
-def _radial_text(axes, text: str, angle: float, radius: float, align: str, **style) -> None:
-    """Write along the radius, never upside down; "left" is the end nearer to the center."""
-    x, y = radius * np.cos(np.radians(angle)), radius * np.sin(np.radians(angle))
-    if x < 0:
-        angle, align = angle - 180, {"left": "right"}.get(align, align)
-    style |= {"rotation": angle, "rotation_mode": "anchor", "ha": align, "va": "center_baseline"}
-    axes.text(x, y, shorten(text, MOST_LETTERS), size=TEXT, parse_math=False, **style)
+    angles = slice_angles(counts, [max(line, verb_line / len(verb.objects)) for verb in top for _ in verb.objects])
+    hues = [np.array(to_rgb(HUES[i % len(HUES)])) for i in range(len(top))]
+    pale = [hue + (1 - hue) * 0.45 for verb, hue in zip(top, hues, strict=True) for _ in verb.objects]
+    left = iter(angles)
+    of_verbs = [sum(islice(left, len(verb.objects))) for verb in top]
+    turned = {"startangle": 90, "counterclock": False, "rotatelabels": True}
+    style = {"size": TEXT, "color": INK, "rotation_mode": "anchor", "va": "center_baseline", "parse_math": False}
+    nouns = [shorten(noun, MOST_LETTERS) for verb in top for noun, _ in verb.objects]
+    ring = {"colors": pale, "wedgeprops": {"width": 1 - MIDDLE, "ec": PAPER, "lw": 1}}
+    axes.pie(angles, labels=nouns, labeldistance=1.03, textprops=style, **ring, **turned)
+    style |= {"ha": "center", "weight": "bold"}
+    ring = {"radius": MIDDLE, "colors": hues, "wedgeprops": {"width": MIDDLE - INNER, "ec": PAPER, "lw": 1.5}}
+    verbs, half = [shorten(verb.verb, MOST_LETTERS) for verb in top], (INNER + MIDDLE) / 2 / MIDDLE
+    _, names = axes.pie(of_verbs, labels=verbs, labeldistance=half, textprops=style, **ring, **turned)
+    for name, hue in zip(names, hues, strict=True):
+        name.set_color("white" if hue @ (0.299, 0.587, 0.114) < 0.47 else INK)
 
 
 def slice_angles(counts: Sequence[int], floors: Sequence[float]) -> list[float]:
@@ -201,42 +174,32 @@ def slice_angles(counts: Sequence[int], floors: Sequence[float]) -> list[float]:
         low |= angles < floor - 1e-9
 
 
-def lengths_figure(lengths: dict[str, list[int]], records: int) -> Figure:
+def lengths_figure(lengths: dict[str, list[int]], records: int) -> bytes:
     """Draw a histogram of the words in each field; the last bar collects the longest, at most 1%."""
     figure, axes = _canvas(7, 9, rows=3)
-    rows = [("field", "records", "shortest", "median", "mean", "99%", "longest")]
     for ax, (field, counts) in zip(axes, lengths.items(), strict=True):
         given = f" ({len(counts):,} of {records:,} records)" if field == "input" else ""
         _style(ax, f"{field.capitalize()}, in words{given}", "records")
         if not counts:
             ax.text(0.5, 0.5, "none", transform=ax.transAxes, ha="center", size=14, color=INK)
             ax.set(xticks=[], yticks=[])
-            rows.append((field, "0", *("–",) * 5))
-            continue
-        _draw_lengths(ax, np.array(counts))
-        mean, median = f"{np.mean(counts):.1f}", f"{np.median(counts):g}"
-        figures = (f"{min(counts):,}", median, mean, f"{_most(counts):,}", f"{max(counts):,}")
-        rows.append((field, f"{len(counts):,}", *figures))
+        else:
+            _draw_lengths(ax, np.array(counts))
     figure.align_ylabels()
-    medians = ", ".join(f"{field} {np.median(counts):g}" for field, counts in lengths.items() if counts)
-    return Figure(
-        name="lengths.png",
-        png=png_bytes(figure),
-        title="How long they are",
-        caption=(
-            f"Words (separated by white space; in Chinese, Japanese, Thai and similar scripts, characters) of "
-            f"{counted(records, 'instruction')}, {counted(len(lengths['input']), 'input')} "
-            f"(in {_percent(len(lengths['input']), records)} of the records) and {counted(records, 'output')}. "
-            "The gray bar collects the longest, at most 1%."
-        ),
-        alt=f"Three histograms of lengths in words. Medians: {medians}.",
-        table=rows,
-    )
+    return png_bytes(figure)
 
 
 def _most(counts: Sequence[int]) -> int:
     """Return the smallest length that 99% do not exceed."""
     return int(np.percentile(counts, 99, method="inverted_cdf"))
+
+
+def _spread(counts: Sequence[int]) -> tuple[str, ...]:
+    """Return how many there are, the shortest, median and mean, the one that 99% do not exceed, and the longest."""
+    if not counts:
+        return ("0", *("–",) * 5)
+    mean, median = f"{np.mean(counts):.1f}", f"{np.median(counts):g}"
+    return f"{len(counts):,}", f"{min(counts):,}", median, mean, f"{_most(counts):,}", f"{max(counts):,}"
 
 
 def _draw_lengths(axes, counts: np.ndarray) -> None:
@@ -256,44 +219,31 @@ def _draw_lengths(axes, counts: np.ndarray) -> None:
     _mark(axes, place, heights.max(), f"median {median:g}", to_the_left=place >= 0.75 * bins)
 
 
-def similarity_figure(nearest: np.ndarray) -> Figure:
-    """Draw a histogram of the highest ROUGE-L of each. Bars include their right edge, like the generator's ≤ 0.7."""
-    bins = 20
-    edges = np.arange(bins + 1) / bins
-    heights = np.bincount(np.maximum(np.digitize(nearest, edges, right=True), 1), minlength=bins + 1)[1 : bins + 1]
+def _similarity_bars(nearest: np.ndarray) -> np.ndarray:
+    """Return the number of scores in each bar. Bars include their right edge, like the generator's ≤ 0.7."""
+    return np.bincount(np.maximum(np.digitize(nearest, EDGES, right=True), 1), minlength=BINS + 1)[1 : BINS + 1]
+
+
+def similarity_figure(nearest: np.ndarray) -> bytes:
+    """Draw a histogram of the highest ROUGE-L of each."""
+    heights = _similarity_bars(nearest)
     above = int((nearest > MAX_SIMILARITY).sum())
     figure, (axes,) = _canvas(7, 4.5)
-    colors = [WARNING if edge >= MAX_SIMILARITY else BAR for edge in edges[:-1]]
-    axes.bar(edges[:-1] + 0.5 / bins, heights, width=0.9 / bins, color=colors)
+    colors = [WARNING if edge >= MAX_SIMILARITY else BAR for edge in EDGES[:-1]]
+    axes.bar(EDGES[:-1] + 0.5 / BINS, heights, width=0.9 / BINS, color=colors)
     _style(axes, "ROUGE-L to the nearest other instruction", "instructions")
     axes.set(xlim=(-0.01, 1.01), ylim=(0, max(heights.max(), 1) * 1.2), xticks=np.arange(6) / 5)
     note = f"above {MAX_SIMILARITY}:\n{above:,} ({_percent(above, len(nearest))})"
     _mark(axes, MAX_SIMILARITY, max(heights.max(), 1), note)
-    median = np.median(nearest)
-    return Figure(
-        name="similarity.png",
-        png=png_bytes(figure),
-        title="How similar they are",
-        caption=(
-            f"The highest ROUGE-L of each of {counted(len(nearest), 'instruction')} to any other: median {median:.2f}, "
-            f"highest {nearest.max():.2f}. The generator drops a candidate above {MAX_SIMILARITY}; "
-            f"{above:,} ({_percent(above, len(nearest))}) are above it here."
-        ),
-        alt=f"Histogram of the ROUGE-L of each instruction to its nearest neighbor: median {median:.2f}, "
-        f"{above:,} above {MAX_SIMILARITY}.",
-        table=[("ROUGE-L", "instructions")]
-        + [(f"{edge:.2f} – {edge + 1 / bins:.2f}", f"{n:,}") for edge, n in zip(edges, heights, strict=False) if n],
-    )
+    return png_bytes(figure)
 
 
 def _canvas(width: float, height: float, rows: int = 1):
-    """Return a new figure (no pyplot, no global state) on solid paper and its axes. In inches; 1,500 pixels wide."""
+    """Return a new figure (no pyplot, no global state) on solid paper and its axes. In inches; 1,500 pixels or so."""
     from matplotlib.figure import Figure as Canvas
 
     figure = Canvas(figsize=(width, height), dpi=1500 / width, facecolor=PAPER)
-    axes = figure.subplots(rows, 1, squeeze=False)[:, 0]
-    figure.subplots_adjust(left=0.95 / width, right=0.97, top=1 - 0.6 / height, bottom=0.5 / height, hspace=0.45)
-    return figure, axes
+    return figure, figure.subplots(rows, 1, squeeze=False, gridspec_kw={"hspace": 0.45})[:, 0]
 
 
 def _mark(axes, place: float, height: float, note: str, to_the_left: bool = False) -> None:
@@ -325,9 +275,7 @@ def png_bytes(figure) -> bytes:
     from PIL import Image
 
     raw, small = io.BytesIO(), io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=NO_GLYPH)
-        figure.savefig(raw, format="png", facecolor=PAPER)
+    figure.savefig(raw, format="png", bbox_inches="tight", pad_inches=0.1)  # with the names around the rings
     Image.open(raw).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
     return small.getvalue()
 

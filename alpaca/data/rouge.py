@@ -4,7 +4,7 @@ Each distinct token becomes one character, so a text is a string and rapidfuzz's
 common subsequence of two texts in one call. The oracle is ``rouge_score`` (tests/oracles.py).
 
 Scores need every pair. Whether any text of the pool scores above a threshold can be decided from a few of them:
-``RougePool.exceeds`` uses an inverted index of rare tokens.
+``RougePool.admit`` uses an inverted index of rare tokens.
 """
 
 from __future__ import annotations
@@ -90,6 +90,12 @@ def is_mostly_unseen(text: str) -> bool:
     return 2 * sum(c.isascii() for c in letters) < len(letters)
 
 
+def unseen_warning(unseen: int, what: str) -> str:
+    """Return a warning that so many of what was compared, "12 instructions", are mostly unseen."""
+    which = f"{unseen:,} of {what} {'is' if unseen == 1 else 'are'} mostly non-ASCII"
+    return f"warning: {which}, so near-duplicates may be missed: use tokenizer=unicode"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The pool.
 
@@ -160,26 +166,18 @@ class RougePool:
             start = stop
         return best
 
-    def exceeds(self, text: str, threshold: float) -> int | None:
-        """Return the number of the nearest text if its score is > threshold, else None.
-
-        That is ``scores(text).argmax()``, decided by the same floats, but most pairs are skipped. The first call builds
-        an index, which then grows with the pool; a call with another threshold rebuilds it.
-        """
-        if threshold < 0:
-            return int(self.scores(text).argmax()) if self._pool else None
-        (near,) = self._near([self._encode(text)], threshold)[1]
-        return max(near, key=itemgetter(0))[1] if near else None  # the first of equals
-
     def admit(
         self,
         texts: list[str],
         threshold: float,
         is_new: Callable[[int, int | None], bool] = lambda i, nearest: nearest is None,
     ) -> list[int | None]:
-        """Add the new ones of some texts, one after the other; return what ``exceeds`` gives for each, in its turn.
+        """Add the new ones of some texts, one after the other.
 
-        Many texts at once take half the time of the same one by one, or less.
+        Return for each, in its turn, the number of the nearest text if its score is > threshold, else None. That is
+        ``scores(text).argmax()``, decided by the same floats, but most pairs are skipped. Many texts at once take half
+        the time of the same one by one, or less. The first call builds the index, which then grows with the pool; one
+        with another threshold rebuilds it.
 
         Args:
             threshold: at least 0.
@@ -199,7 +197,7 @@ class RougePool:
         return verdicts
 
     def learn(self, texts: Iterable[str]) -> None:
-        """Count the tokens of texts to come. This makes ``exceeds`` faster, with the same decisions.
+        """Count the tokens of texts to come. This makes ``admit`` faster, with the same decisions.
 
         Without it, later tokens are assumed to be rarer.
         """
@@ -243,8 +241,6 @@ class RougePool:
 
 def _lcs(rows: list, columns: list) -> np.ndarray:
     """Return the lengths of the longest common subsequences: int32, shape (len(rows), len(columns))."""
-    if not rows or not columns:
-        return np.zeros((len(rows), len(columns)), np.int32)
     return cdist(rows, columns, scorer=LCSseq.similarity, dtype=np.int32, workers=1 if len(rows) == 1 else -1)
 
 
@@ -289,6 +285,12 @@ class _Looks(NamedTuple):
     ranks: np.ndarray  # int64, theirs
 
 
+def pruning(threshold: float) -> tuple[float, float]:
+    """Return what _Index calls t and r, a little lower."""
+    cut = min(max(0.0, threshold - MARGIN), 1.0)
+    return cut, cut / (2 - cut)
+
+
 class _Index:
     """Finds the few texts that may have F > t with a query, and never misses one.
 
@@ -308,8 +310,7 @@ class _Index:
 
     def __init__(self, threshold: float, ranks: dict[int, int]):
         self.threshold = threshold
-        self._cut = min(max(0.0, threshold - MARGIN), 1.0)
-        self._ratio = self._cut / (2 - self._cut)
+        self._cut, self._ratio = pruning(threshold)
         self._ranks = ranks
         # rank → bits, and numbers with slacks, of the texts that have it among their rarest
         self._holders: dict[int, tuple[array, array]] = defaultdict(lambda: (array("Q"), array("I")))

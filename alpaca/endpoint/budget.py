@@ -171,7 +171,7 @@ class Budget:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "cost_usd": round(self.cost, 4),
-            "seconds": round(self.seconds(), 1),
+            "session_seconds": round(self.seconds(), 1),
         }
 
 

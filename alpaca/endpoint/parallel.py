@@ -173,7 +173,9 @@ async def progress_bar(
     often = 0.5 if sys.stderr.isatty() else 30  # s
     # Without the rate: in 80 columns it would leave no room for failures and cost.
     form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-    bar = tqdm(total=total, initial=done(), bar_format=form, disable=not total, mininterval=often, miniters=0)
+    # The time left is by the mean so far: tqdm's moving average leaves out the time in which nothing was added.
+    how = {"disable": not total, "mininterval": often, "miniters": 0, "smoothing": 0}
+    bar = tqdm(total=total, initial=done(), bar_format=form, **how)
     with bar:
         redrawing = asyncio.create_task(keep_redrawing())
         try:

@@ -113,7 +113,7 @@ def joined(work: Path, texts, seeds=(), threshold=0.7, tokenizer="rouge", worker
 @pytest.mark.parametrize("make", [natural, skewed, near_the_threshold, foreign, make_texts])
 @pytest.mark.parametrize("tokenizer", ["rouge", "unicode"])
 def test_the_join_keeps_what_one_process_keeps(tmp_path, monkeypatch, make, tokenizer):
-    monkeypatch.setattr(cluster, "UNIT", 301)
+    monkeypatch.setattr(join, "UNIT", 301)
     texts = make(1000)
     kept = joined(tmp_path, texts, tokenizer=tokenizer)
     assert kept == one_process(texts, tokenizer=tokenizer) and len(kept) < len(texts)
@@ -132,7 +132,7 @@ def test_at_any_threshold_and_in_any_memory(tmp_path, monkeypatch, threshold, wo
 
 
 def test_a_text_of_more_tokens_than_characters_is_compared_by_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster, "CHARACTERS", 3)
+    monkeypatch.setattr(join, "CHARACTERS", 3)
     texts = near_the_threshold(300)
     assert joined(tmp_path, texts) == one_process(texts)
 
@@ -150,17 +150,17 @@ def test_a_heavy_token_is_spread_over_the_partitions():
 
 
 def test_a_killed_driver_repeats_only_what_was_not_complete(tmp_path, monkeypatch):
-    texts, pairs = make_texts(600), cluster.write_pairs
+    texts, pairs = make_texts(600), join.write_pairs
 
     def killed_at_the_third(path, *task):
         if path.name == "pairs-00002.parquet":
             raise KeyboardInterrupt
         pairs(path, *task)
 
-    monkeypatch.setattr(cluster, "write_pairs", killed_at_the_third)
+    monkeypatch.setattr(join, "write_pairs", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         joined(tmp_path, texts)
-    monkeypatch.setattr(cluster, "write_pairs", pairs)
+    monkeypatch.setattr(join, "write_pairs", pairs)
     again = Here()
     assert joined(tmp_path, texts, here=again) == one_process(texts)
     assert again.ran == ["spread_unit"] * 2 + ["write_pairs"] * 14

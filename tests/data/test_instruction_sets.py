@@ -169,10 +169,7 @@ def test_an_error_is_unanswered_and_an_empty_answer_is_one(tmp_path):
     [
         ([], "has no answers"),
         ([{"instruction": "a", "error": "x"}], "has no answers"),
-        (
-            [{"instruction": "z" * 80, "output": "x"}],
-            "has answers to another set, 1 of 1 .record 1, 'z{59}…'",
-        ),
+        ([{"instruction": "z" * 80, "output": "x"}], "record 1 answers another set, 'z{59}…'"),
         ([{"instruction": "a", "output": "x"}] * 2, "record 2 answers 'a' again"),
         ([{"instruction": "a", "output": "x", "id": 1}, {"instruction": "a", "id": "1"}], "record 2 answers 'a' again"),
         ([{"instruction": "a", "output": 3}], 'record 1: "output" must be text'),

@@ -13,7 +13,6 @@ from conftest import ROOT
 
 from alpaca import UserError
 from alpaca.data import plots, verbs
-from alpaca.data.plots import Figure
 from alpaca.data.rouge import RougePool
 from alpaca.data.verbs import Verb, Word
 
@@ -146,13 +145,15 @@ def test_nearest_crosses_blocks_and_reports_every_pair():
 
 def test_the_page_is_self_contained_and_escapes_what_it_shows():
     png = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (1500).to_bytes(4, "big") + (900).to_bytes(4, "big")
-    figure = Figure("a.png", png, "A <title>", "1 < 2", 'the "alt"', [("head",), ("<b>cell</b>",)])
-    text = plots.page("<script src=x>.json", 3, [figure])
+    pairs, lengths = [("<b>", '"x"')], {"instruction": [3], "input": [], "output": [4]}
+    pictures = dict.fromkeys(("verb_noun", "lengths", "similarity"), png)
+    text = plots.page("<script src=x>.json", 1, pictures, pairs, lengths, np.array([0.0]))
     references = References(text)
     assert references.outside == []
-    assert references.images == [{"alt": 'the "alt"', "src": references.images[0]["src"]}]
+    most = 'Sunburst of verbs and their objects. Most common: <b> "x" (1).'
+    assert references.images[0] == {"alt": most, "src": references.images[0]["src"]}
     assert "<script" not in text and "<b>" not in text
-    assert "&lt;b&gt;cell&lt;/b&gt;" in text and "1 &lt; 2" in text
+    assert "<td>&lt;b&gt;</td><td>1</td><td>&#34;x&#34; 1</td>" in text
     assert not re.search(r"https?:|@import|url\(", text)
     assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
 
@@ -174,7 +175,7 @@ SKEWED = [("write", "story")] * 500 + [(f"verb{v}", f"characteristic{n}") for v 
     [[], [("summarize", "announcement")], [("w", "m" * 20)], SKEWED, [("tell", "x" * 60), ("ask", "$a$")]],
     ids=["none", "one", "wide", "skewed", "long"],
 )
-def test_no_name_in_the_sunburst_is_clipped_or_covered(pairs, monkeypatch):
+def test_no_name_in_the_sunburst_is_covered(pairs, monkeypatch):
     pytest.importorskip("matplotlib")
     drawn = []
     monkeypatch.setattr(plots, "png_bytes", lambda figure: drawn.append(figure) or b"")
@@ -184,8 +185,6 @@ def test_no_name_in_the_sunburst_is_clipped_or_covered(pairs, monkeypatch):
     names = [text for text in figure.axes[0].texts if text.get_text()]
     assert len(names) == 2 + sum(1 + len(verb.objects) for verb in verbs.most_common_pairs(pairs))
     corners = [oriented_box(text) for text in names]
-    for box in corners:
-        assert box.min() >= 0 and box.max() <= 1500
     for i, a in enumerate(corners):
         for b in corners[:i]:
             assert apart(a, b)
@@ -262,6 +261,6 @@ def test_chinese_is_counted_and_compared_by_its_characters(tmp_path):
     records = [{"instruction": task, "input": "", "output": "好 (OK)。"} for task in tasks]
     (tmp_path / "zh.json").write_text(json.dumps(records))
     plots.plot(str(tmp_path / "zh.json"), str(tmp_path))
-    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    page = " ".join((tmp_path / "index.html").read_text(encoding="utf-8").split())
     assert "median 0.50, highest 0.89" in page and "2 (50%) are above it here" in page
     assert "Medians: instruction 9, output 2." in page

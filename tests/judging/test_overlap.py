@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import oracles
 import pytest
 
 from alpaca.data.instruction_sets import Item
@@ -72,6 +73,16 @@ def test_an_item_is_compared_with_instruction_input_and_output_of_a_record():
     assert (two.words, two.longest, two.ngram, two.ngram_record) == (4, 3, "зачем это нужно", 2)
     assert (one.rouge_l, one.nearest_record) == (0.0, 0)
     assert (two.rouge_l, two.nearest_record) == (0.75, 2)  # 3 of 4 words on both sides
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_nearest_record_is_the_oracles(seed):
+    random = np.random.default_rng(seed)
+    texts = [" ".join(random.choice(list("abcdef"), size=random.integers(1, 25))) for _ in range(60)]
+    items, records = [item(str(i), text) for i, text in enumerate(texts[:20])], [record(text) for text in texts[20:]]
+    for text, found in zip(texts, overlap.measure(items, records), strict=False):
+        scores = oracles.rouge_l(text, texts[20:])
+        assert (found.rouge_l, found.nearest_record) == (max(scores), scores.index(max(scores)))
 
 
 def test_duplicates_are_told_with_and_without_their_input():

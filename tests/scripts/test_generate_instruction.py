@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import itertools
 import json
@@ -28,6 +29,7 @@ from alpaca.common.journal import Journal
 from alpaca.data.replies import parse_json
 from alpaca.data.requests import JSON_SCHEMA, Draw, encode_json_prompt
 from alpaca.endpoint import parallel
+from alpaca.endpoint.budget import Budget, RequestSettings
 from alpaca.endpoint.client import Completion
 from generate_instruction import Filters, encode_prompt, filter_reason, parse_response
 
@@ -439,8 +441,8 @@ def test_the_run_goes_on_through_faults_and_ends_with_enough(teacher, run, tmp_p
         ({"api": "responses"}, ["api must be chat or completions"]),
         ({"model_name": None}, ["no model to ask: set model_name"]),
         ({"max_concurrency": 0}, ["max_concurrency must be at least 1"]),
-        ({"num_prompt_instructions": 0}, ["--num_prompt_instructions must be 1 to 4, the tasks in"]),
-        ({"num_prompt_instructions": 5}, ["--num_prompt_instructions must be 1 to 4, the tasks in"]),
+        ({"num_prompt_instructions": 0}, ["--num_prompt_instructions must be 1 to 4, the number of seed tasks"]),
+        ({"num_prompt_instructions": 5}, ["--num_prompt_instructions must be 1 to 4, the number of seed tasks"]),
         ({"format": "xml"}, ["--format must be text or json, not 'xml'"]),
         ({"format": "json", "api": "completions"}, ["--format json needs --api chat"]),
         ({"max_tokens": 0}, ["max_tokens must be at least 1"]),
@@ -648,6 +650,37 @@ def test_after_a_run_is_over_a_late_reply_changes_nothing():
     assert selection.is_over()
     selection.feed(Completion(item(fresh(0)), "stop"))
     assert (selection.kept, selection.parsed, selection.unused) == ([], generate_instruction.PATIENCE, 1)
+
+
+def test_the_forecast_follows_what_a_teacher_brings_and_in_flight_requests_stay_few():
+    """A teacher that brings one new instruction in two replies: 12 more take 24."""
+    selection = generate_instruction.Selection([seed_task(SEEDS[0])], [], 20, DRAW, Filters(), True, io.StringIO())
+    assert selection.replies_left(others=4) == 10
+    for i in range(16):
+        selection.feed(Completion(item(fresh(i)) if i % 2 else item("Too short"), "stop"))
+    assert selection.new() == 8
+    assert selection.replies_left(others=0.5) == 12 / (9 / 16.5) == 22
+    assert selection.replies_left(others=4) == 12 / (16 / 20) == 15
+    assert selection.round_left() == 12 / (8 * 1.5 / 16) == 16
+
+
+def test_the_bars_time_left_counts_the_time_in_which_nothing_was_new(monkeypatch, capsys):
+    """One of ten in 131 seconds, none of them in the first 100: nine take 1,179 seconds."""
+    now, done = [0.0], [0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    budget = Budget(RequestSettings())
+
+    async def ten() -> None:
+        async with parallel.progress_bar(budget, "", 10, lambda: done[0], lambda: 9, exact=False):
+            await asyncio.sleep(0.1)
+            now[0] += 100
+            await asyncio.sleep(0.6)
+            now[0] += 31
+            done[0] += 1
+
+    asyncio.run(ten())
+    drawn = capsys.readouterr().err
+    assert re.findall(r"1/10 \[02:11<([\d:]+)", drawn) == ["19:39", "19:39"], drawn  # with the news, and at the end
 
 
 def test_a_rejected_record_is_kept_with_its_reason_its_text_and_its_nearest():
