@@ -215,8 +215,7 @@ def lint(
     _refuse_same_files(data_path=data_path, output_path=output_path, rejects_path=rejects_path, report_path=report_path)
     wanted = _classes("only", only) or set(CLASSES) - OPT_IN
     wanted -= _classes("skip", skip)
-    rows, one = read_records(data_path, fields, answers=True), len(sources(data_path)) == 1
-    numbered = {int(place.split()[-1]) if one else i: record for i, (place, record) in enumerate(rows, 1)}
+    numbered = _numbered(data_path, fields)
     records = list(numbered.values())
     findings = find(records, wanted, list(numbered))
 
@@ -244,6 +243,12 @@ def lint(
         write_records(findings, report_path, lines=True)
     if strict and findings:
         sys.exit(1)
+
+
+def _numbered(data_path: str, fields: str | None) -> dict[int, dict]:
+    """Return records by number: their places in the file from 1; of several files, their places among all records."""
+    rows, one = read_records(data_path, fields, answers=True), len(sources(data_path)) == 1
+    return {int(place.split()[-1]) if one else i: record for i, (place, record) in enumerate(rows, 1)}
 
 
 def _classes(flag: str, text: str | None) -> set[str]:
@@ -314,8 +319,8 @@ def review(
     ):
         if wrong:
             raise UserError(message)
-    asked, records = marks.Rubric(rubric or RUBRIC), utils.load_records(data_path, fields)
-    run.review(records, models, asked, Path(output_dir), min_score, max_tokens, seed, requests)
+    asked, numbered = marks.Rubric(rubric or RUBRIC), _numbered(data_path, fields)
+    run.review(numbered, models, asked, Path(output_dir), min_score, max_tokens, seed, requests)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -420,4 +425,5 @@ def _check_license(license: str | None, restricted: str) -> None:
 
 
 if __name__ == "__main__":
+    cli.end_on_signals()
     cli.run_cli({"fetch": fetch, "stats": stats, "lint": lint, "review": review, "plot": plot, "publish": publish})

@@ -34,7 +34,7 @@ from pathlib import Path
 
 import utils
 from alpaca import UserError
-from alpaca.common.cli import run_cli
+from alpaca.common.cli import end_on_signals, run_cli
 from alpaca.common.journal import Journal, check_output
 from alpaca.common.records import files_of, title, write_records
 from alpaca.common.shapes import has_several_turns
@@ -403,4 +403,5 @@ def _paths(flag: str, text: str) -> list[str]:
 
 
 if __name__ == "__main__":
+    end_on_signals()
     run_cli({"answer": answer, "judge": judge, "people": people, "report": report})
