@@ -22,9 +22,8 @@ from alpaca.judging.votes import CHOICES, MAX_NAME_CHARS, Ballots
 
 TITLE = "Which answer is better?"
 GUIDE = (
-    "Read the instruction, then both answers. The better one does what was asked, is right, and is clear; a longer one "
-    "is not better for its length. If neither is, it is a tie; skip what you cannot judge. The two change sides at "
-    "random, so that neither place says anything."
+    "Read the instruction, then both answers. The better one does what was asked, is correct, and is clear; longer is "
+    "not better. If neither is better, choose Tie. Skip what you cannot judge. The two models switch sides at random."
 )
 BUTTONS = {  # id: label, keys shown on it. The arrows up and down are for scrolling.
     "first": ("1 is better", "← or 1"),
@@ -34,7 +33,7 @@ BUTTONS = {  # id: label, keys shown on it. The arrows up and down are for scrol
     "undo": ("Undo", "U"),
 }
 KEYS_SAID = "Keys: " + ", ".join(f"{label} ({key})" for label, key in BUTTONS.values()) + "."
-CUT = "Cut off here: it had more to say."
+CUT = "This answer was cut off here."
 # A key clicks its button. A key that is held down is ignored, and so is one within 0.3 s of a new pair, before anybody
 # can have read it. The browser keeps the name for a reload.
 KEYS = """() => {
@@ -103,7 +102,7 @@ class _Events:
         except UserError as e:
             raise page_error(str(e), "No name") from None
         done = self.ballots.done(session["name"])
-        return self.show(session, f"Going on after {done:,}." if done else "")
+        return self.show(session, f"Continuing after {counted(done, 'pair')}." if done else "")
 
     def vote(self, choice: str, session: dict | None, place) -> tuple:
         annotator = self._annotator(session)
@@ -111,16 +110,16 @@ class _Events:
             raise page_error("There is no such pair: reload the page.", "Not saved")
         kept = self._keep(self.ballots.vote, annotator, place, choice)
         session["voted"] += [place] * kept
-        return self.show(session, "" if kept else "You had judged that pair already: the first choice stands.")
+        return self.show(session, "" if kept else "You have already judged that pair: your first choice counts.")
 
     def undo(self, session: dict | None) -> tuple:
         annotator = self._annotator(session)
         taken_back = session["voted"] and self._keep(self.ballots.undo, annotator, session["voted"].pop())
-        return self.show(session, "Taken back: choose again." if taken_back else "There is nothing to take back here.")
+        return self.show(session, "Undone: choose again." if taken_back else "There is nothing to undo.")
 
     def _annotator(self, session: dict | None) -> str:
         if not session:
-            raise page_error("The server does not know your name any more: reload the page.", "Not saved")
+            raise page_error("The server no longer knows your name: reload the page.", "Not saved")
         return self.ballots.annotator(session["name"])  # again: another may have voted under it, spelled otherwise
 
     def _keep(self, change, *args) -> bool:
@@ -128,7 +127,7 @@ class _Events:
             return change(*args)
         except OSError as e:
             logging.error("%s", e)
-            raise page_error("It could not be saved; the terminal of the server says why.", "Not saved") from None
+            raise page_error("The vote could not be saved: see the server's terminal.", "Not saved") from None
 
 
 def build(ballots: Ballots) -> gr.Blocks:
@@ -202,7 +201,7 @@ def serve(
     ballots = Ballots(items, a, b, output_path, seed)
     notes = [f"votes go to {ballots.path.resolve()}"]
     if left_out := len(items) - len(ballots.items):
-        notes.append(f"{left_out:,} of {counted(len(items), 'instruction')} without two answers, not shown")
+        notes.append(f"{left_out:,} of {counted(len(items), 'instruction')} without two answers are not shown")
     try:
         run(build(ballots), host, port, login, f"{counted(len(ballots.items), 'pair')} to judge", notes, CSS)
     finally:

@@ -54,10 +54,12 @@ class Ballots:
         self._answers = sorted((a, b), key=lambda answers: answers.generator)
         self.items = [item for item in items if all(item.id in answers.outputs for answers in self._answers)]
         if not self.items:
-            raise UserError(f"no instruction has an answer of both {a.generator} and {b.generator}: nothing to judge")
+            raise UserError(
+                f"no instruction has answers by both {a.generator} and {b.generator}: give answers to the same set"
+            )
         self.path, journal = check_output(output_path)
         if self.path.suffix != ".jsonl":
-            raise UserError(f"{self.path} becomes JSON Lines: let its name end in .jsonl")
+            raise UserError(f"output_path {self.path} must end in .jsonl: votes are JSON Lines")
         self._journal = Journal(journal)
         try:
             self.seed = self._begin(seed)
@@ -105,7 +107,7 @@ class Ballots:
             UserError: it is empty, too long, or not text.
         """
         if not isinstance(name, str) or not name.isprintable() or len(name) > MAX_NAME_CHARS or not name.strip():
-            raise UserError(f"A name has 1 to {MAX_NAME_CHARS} letters, in one line.")
+            raise UserError(f"Enter a name of 1 to {MAX_NAME_CHARS} characters, in one line.")
         name = " ".join(unicodedata.normalize("NFC", name).split())
         with self._lock:
             return next((known for known in self._votes if known.casefold() == name.casefold()), name)
@@ -166,7 +168,7 @@ class Ballots:
             return True
 
     def undo(self, annotator: str, place: int) -> bool:
-        """Take back this annotator's vote on a pair; return False if it is not their last one, or if there is none."""
+        """Take back this annotator's vote on a pair; return False if it is not their last one."""
         with self._lock:
             if next(reversed(self._votes.get(annotator, {})), None) != self.items[place].id:
                 return False
