@@ -732,11 +732,6 @@ def test_fetch_puts_a_verified_file_in_place_and_does_nothing_the_second_time(mi
     assert "exists and is correct" in capsys.readouterr().out
 
 
-def test_fetch_into_a_folder_says_to_name_a_file(tmp_path):
-    with pytest.raises(UserError, match="is a folder: choose a file"):
-        analyze_data.fetch(str(tmp_path))
-
-
 def test_fetch_resumes_where_the_server_broke_off(mirror, blob, tmp_path):
     server, out = mirror("half", "half", None), tmp_path / "data.json"
     analyze_data.fetch(str(out), server.url, blob)

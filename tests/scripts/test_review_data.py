@@ -229,8 +229,8 @@ def test_bad_input_is_refused_in_one_line(teacher, data, tmp_path):
     rubric.write_text("{fence}{task}{answer} True or not?")
     one.write_text('[{"instruction": "Say 1.", "input": ""}]')
     for more, *words in (
-        ({"model_name": None}, "--model_name is missing"),
-        ({"model_name": "m,"}, "must be a name"),
+        ({"model_name": None}, "--model_name must be a reviewer's name"),
+        ({"model_name": "m,"}, "--model_name must be a reviewer's name"),
         ({"model_name": "m,n,o"}, "names 3 reviewers"),
         ({"model_name": "m, m"}, "names 'm' twice"),
         ({"model_name": "m,n", "batch_write": "b.jsonl"}, "are for one reviewer"),
