@@ -338,7 +338,7 @@ def report(
     # numpy, scipy and plotting: the other tasks do not need them
     from alpaca.common.files import check_writable
     from alpaca.data import rouge
-    from alpaca.judging import metrics, overlap, report_text
+    from alpaca.judging import metrics, overlap, report_text, statistics
     from alpaca.judging import report as report_page
 
     check_writable(output_dir, "--output_dir")
@@ -363,7 +363,7 @@ def report(
     found |= report_page.made_from({kind: files_of(path) if path else [] for kind, path in files.items()})
     found["notes"] = report_text.notes(found, answerers)
 
-    found = report_page.without_nan(found)
+    found = statistics.without_nan(found)
     print(report_text.terminal(found))
     for name in report_page.write(found, output_dir):
         print(f"wrote {Path(output_dir) / name}")

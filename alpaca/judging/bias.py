@@ -18,6 +18,12 @@ SMALL = 10  # items; for fewer no rate is given: for 9, evenly split, the interv
 NONE = (math.nan, math.nan)
 
 
+def rate_of(outcomes: Sequence[float]) -> dict:
+    """Return the counts, win rate and Wilson interval of a bin or a category, which has few items."""
+    rate = sum(outcomes) / len(outcomes)
+    return counts(outcomes) | {"win_rate": rate, "interval": statistics.wilson_interval(rate, len(outcomes))}
+
+
 def position_bias(asks: Sequence[Ask], seed: int = 0) -> dict:
     """Return how often one judge preferred what it saw first, among the asks that it decided.
 
@@ -70,16 +76,8 @@ def length_bias(verdicts: Sequence[Verdict], lengths: Mapping[str, tuple[int, in
     differences = np.array([lengths[v.id][0] - lengths[v.id][1] for v in judged], np.float64)
     bins = []
     for places in statistics.equal_bins(differences, min(5, len(judged) // SMALL)):
-        inside = outcomes[places]
-        bins.append(
-            {
-                "from": int(differences[places].min()),
-                "to": int(differences[places].max()),
-                **counts(inside.tolist()),
-                "win_rate": float(inside.mean()),
-                "interval": statistics.wilson_interval(float(inside.mean()), len(inside)),
-            }
-        )
+        ends = {"from": int(differences[places].min()), "to": int(differences[places].max())}
+        bins.append(ends | rate_of(outcomes[places].tolist()))
     controlled, enough = statistics.length_controlled, len(judged) >= statistics.FEWEST
     return {
         "longer": float(differences.mean()) if judged else math.nan,

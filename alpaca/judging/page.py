@@ -34,27 +34,12 @@ BUTTONS = {  # id: label, keys shown on it. The arrows up and down are for scrol
 }
 KEYS_SAID = "Keys: " + ", ".join(f"{label} ({key})" for label, key in BUTTONS.values()) + "."
 CUT = "This answer was cut off here."
-# A key clicks its button. A key that is held down is ignored, and so is one within 0.3 s of a new pair, before anybody
-# can have read it. The browser keeps the name for a reload.
-KEYS = """() => {
-  const keys = {ArrowLeft: "first", 1: "first", ArrowRight: "second", 2: "second", 3: "tie", 4: "skip", u: "undo"};
-  document.addEventListener("keydown", (event) => {
-    const choice = keys[event.key.length === 1 ? event.key.toLowerCase() : event.key];
-    if (!choice || event.repeat || event.ctrlKey || event.altKey || event.metaKey || event.isComposing) return;
-    if (event.target.closest?.("input, textarea, select, [contenteditable]")) return;
-    const button = document.getElementById("choose-" + choice);
-    if (!button?.checkVisibility() || performance.now() - (window.pairShown ?? 0) < 300) return;
-    event.preventDefault();
-    button.click();
-  });
-}"""
-SHOWN = """() => {
-  window.pairShown = performance.now(); scrollTo(0, 0); document.activeElement?.closest("button")?.blur();
-}"""
+TEMPLATES = Path(__file__).parent / "templates"
+CSS, KEYS = ((TEMPLATES / name).read_text() for name in ("page.css", "page.js"))
+SHOWN = "() => { pairShown = performance.now(); scrollTo(0, 0); document.activeElement?.closest('button')?.blur(); }"
 KEEP_NAME = "(name) => { localStorage.setItem('annotator', name); }"
 KEPT_NAME = "() => localStorage.getItem('annotator') ?? ''"
 FORGET_NAME = "() => { localStorage.removeItem('annotator'); }"
-CSS = (Path(__file__).parent / "templates" / "page.css").read_text()
 
 
 def render_pair(instruction: str, input: str, first: str, second: str, cut_off=(False, False)) -> str:
@@ -183,19 +168,9 @@ def serve(
     auth: str | None = None,
     seed: int | None = None,
 ) -> None:
-    """Serve the page until Ctrl-C or SIGTERM. Several people can judge at once, each under their own name.
+    """Serve the page until Ctrl-C or SIGTERM: several people can judge at once, each under their own name.
 
-    Args:
-        items: the instruction set.
-        a, b: two models' answers to it.
-        output_path: the judgments, one row for each vote; the same command continues an earlier one.
-        host: the address to listen at; any but this machine's own needs ``auth``.
-        port: 0 takes a free one.
-        auth: "user:password", one for all.
-        seed: see Ballots.
-
-    Raises:
-        UserError: an argument is wrong, the port is taken, or see Ballots.
+    Arguments and errors are those of Ballots, check_exposure() and free_port().
     """
     login, port = check_exposure(host, auth), free_port(port)
     ballots = Ballots(items, a, b, output_path, seed)

@@ -41,16 +41,14 @@ class Ballots:
             who can guess it could tell whether left is the same generator as the last time.
 
     Raises:
-        UserError: both have one name, no item has two answers, the output exists without a journal, or the journal is
-            of other answers, of another seed, or in use.
+        UserError: no item has two answers, the output exists without a journal, or the journal is of other answers, of
+            another seed, or in use.
     """
 
     def __init__(
         self, items: list[Item], a: Answers, b: Answers, output_path: str | os.PathLike, seed: int | None = None
     ):
-        if a.generator == b.generator:
-            raise UserError(f"both answer files are of {a.generator}: give their rows different generators")
-        # Named in the other order on the command line, the same pairs go on.
+        # Named in the other order on the command line, they are the same pairs.
         self._answers = sorted((a, b), key=lambda answers: answers.generator)
         self.items = [item for item in items if all(item.id in answers.outputs for answers in self._answers)]
         if not self.items:
@@ -61,16 +59,12 @@ class Ballots:
         if self.path.suffix != ".jsonl":
             raise UserError(f"output_path {self.path} must end in .jsonl: votes are JSON Lines")
         self._journal = Journal(journal)
-        try:
-            self.seed = self._begin(seed)
-            self._votes: dict[str, dict[str, dict]] = {}  # annotator → item id → row, in the order of voting
-            for entry in self._journal.entries[1:]:
-                self._count(entry)
-            self._written = False  # whether OUT has all rows; then the next one is appended
-            self._write()
-        except BaseException:
-            self._journal.close()
-            raise
+        self.seed = self._begin(seed)
+        self._votes: dict[str, dict[str, dict]] = {}  # annotator → item id → row, in the order of voting
+        for entry in self._journal.entries[1:]:
+            self._count(entry)
+        self._written = False  # whether OUT has all rows; then the next one is appended
+        self._write()
         self.items.sort(key=lambda item: self._draw("order", item.id))
         self._lock = threading.Lock()
         self._shown: dict[tuple[str, int], float] = {}

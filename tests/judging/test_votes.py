@@ -223,7 +223,6 @@ def test_a_name_is_one_person_however_it_is_spaced_or_spelled(opened):
         ({"seed": 4}, "from a run that differs in seed: use the same again, or choose another output path"),
         ({"a": answers("ann-7b", ITEMS[:5])}, "from a run that differs in pairs"),
         ({"b": answers("other")}, "from a run that differs in generators, pairs"),
-        ({"b": answers("ann-7b")}, "both answer files are of ann-7b"),
         ({"b": Answers("none", {"t0": ""}, [], {}), "items": ITEMS[1:]}, "no instruction has answers by both"),
         ({"name": "no/votes.jsonl"}, "must be a file in an existing folder"),
         ({"name": "votes.json"}, "must end in .jsonl: votes are JSON Lines"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -120,18 +119,13 @@ def figures(rows: Sequence[dict], criteria: Sequence[str], min_score: int) -> di
         keeps = [[one and min(one.values()) >= min_score for one in column] for column in columns[:2]]
         found["agreement"] = {
             name: {
-                "records": sum(None not in both for both in zip(*pair, strict=True)),
-                "same": _figure(statistics.raw_agreement(*pair)),
-                "kappa": _figure(statistics.weighted_kappa(*pair)),
+                "records": len(statistics.in_common(*pair)),
+                "same": statistics.raw_agreement(*pair),
+                "kappa": statistics.weighted_kappa(*pair),
             }
             for name, pair in (pairs | {"kept": keeps}).items()
         }
-    return found
-
-
-def _figure(value: float) -> float | None:
-    """Return a figure as JSON can hold it: None where it does not exist."""
-    return None if math.isnan(value) else value
+    return statistics.without_nan(found)
 
 
 def as_lines(found: dict, min_score: int) -> list[str]:
