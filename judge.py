@@ -26,7 +26,6 @@ OUT.journal before it counts: after Ctrl-C, a crash or kill -9 the same command 
 from __future__ import annotations
 
 import alpaca.common.environment  # noqa: F401  # isort: skip
-import hashlib
 import json
 import sys
 from dataclasses import asdict, dataclass
@@ -307,7 +306,7 @@ def people(
 
 
 def _digest(content) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return judge_prompt.sha256(json.dumps(content, sort_keys=True))
 
 
 def report(

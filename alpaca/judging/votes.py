@@ -75,16 +75,13 @@ class Ballots:
             [item.id, item.instruction, item.input, *(answers.outputs[item.id] for answers in self._answers)]
             for item in self.items
         )
-        run = {
-            "task": "people",
-            "generators": [answers.generator for answers in self._answers],
-            "pairs": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
-        }
+        generators = [answers.generator for answers in self._answers]
         if seed is None and self._journal.entries:
             seed = self._journal.entries[0].get("run", {}).get("seed")
         elif seed is None:
             seed = random.SystemRandom().getrandbits(48)
-        self._journal.begin(run | {"seed": seed})
+        about = {"task": "people", "generators": generators, "pairs": sha256(json.dumps(pairs)), "seed": seed}
+        self._journal.begin(about)
         return seed
 
     def _draw(self, *what: str) -> bytes:

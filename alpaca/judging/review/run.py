@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,7 +46,7 @@ def review(
     decoding, budget = OpenAIDecodingArguments(max_tokens, temperature=0.0), Budget(requests)
     prompts, replies = [rubric.prompt(record) for record in records], {}
     settings = {"max_tokens": max_tokens, "temperature": 0.0, "seed": seed, "extra_body": requests.extra}
-    digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    digest = sha256(json.dumps(prompts))
     for model, path in zip(models, paths, strict=True):
         teacher = Reviewer(rubric, model, decoding, "chat", requests)
         with Journal(path) as journal:
