@@ -2,8 +2,8 @@
 
 What would unblind stays on the server: the page gets the texts of one pair at a time, in the order drawn for this
 annotator, and sends back a place and a choice. It never receives names of generators, the seed or the ids of the set.
-Both answers are rendered alike; what one says about itself is part of it and stays. Who votes is held for each visit by
-the server, and a visit can take back only its own votes.
+Both answers are rendered alike; what an answer says about itself stays in it. The server holds the name of each visit,
+and a visit can undo only its own votes.
 """
 
 from __future__ import annotations

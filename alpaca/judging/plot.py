@@ -69,48 +69,43 @@ def _rows(axes, names: list[str], room: float = 0.0) -> None:
         axes.text(left, row - 0.3, without_middle(name, 48), bbox=box, va="center").set_in_layout(False)
 
 
-def _legend(axes, handles: list, labels: list[str]) -> None:
-    """Write a row of labels at the bottom of the axes, in the room that _rows left."""
-    axes.legend(handles, labels, loc="lower left", ncols=3).set_in_layout(False)  # a wide one would narrow all panels
-
-
 def _counts(axes, judges: list[dict], names: list[str]) -> None:
     axes.set(title="Verdicts", xlim=(0, 1), xticks=[])
     axes.spines["bottom"].set_visible(False)
     _rows(axes, [judge["judge"] for judge in judges], room=0.5)
-    left, bars = np.zeros(len(judges)), []
-    for key, color, ink in zip(COUNTS, (A_COLOR, TIE_COLOR, B_COLOR), ("white", INK, INK), strict=True):
+    places, left = np.arange(len(judges)) + 0.12, np.zeros(len(judges))
+    a, b = (f"{without_middle(name, 18)} wins" for name in names)
+    parts = (A_COLOR, "white", a), (TIE_COLOR, INK, "ties"), (B_COLOR, INK, b)
+    for key, (color, ink, name) in zip(COUNTS, parts, strict=True):
         shares = np.array([judge[key] / judge["judged"] for judge in judges])
-        places = np.arange(len(judges)) + 0.12
-        bars.append(axes.barh(places, shares, height=0.42, left=left, color=color, edgecolor=PAPER))
+        bars = axes.barh(places, shares, height=0.42, left=left, color=color, edgecolor=PAPER, label=name)
         labels = [f"{judge[key]:,}" if share > 0.05 else "" for judge, share in zip(judges, shares, strict=True)]
-        axes.bar_label(bars[-1], labels, label_type="center", color=ink)
+        axes.bar_label(bars, labels, label_type="center", color=ink)
         left += shares
-    a, b = (without_middle(name, 18) for name in names)
-    _legend(axes, bars, [f"{a} wins", "ties", f"{b} wins"])
+    axes.legend(loc="lower left", ncols=3).set_in_layout(False)  # a wide one would narrow all panels
 
 
 def _rates(axes, judges: list[dict], name: str) -> None:
-    axes.set(title=f"Win rate of {name}", xlim=(0, 1))
-    axes.set(xticks=np.arange(0, 1.01, 0.25), xticklabels=["0", "25%", "50%", "75%", "100%"])
+    axes.set(title=f"Win rate of {name}", xlim=(0, 1), xticks=np.arange(0, 1.01, 0.25))
+    axes.xaxis.set_major_formatter("{x:.0%}")
     _rows(axes, [judge["judge"] for judge in judges], room=0.5)
     above_legend = -0.6, len(judges) - 0.45
     axes.vlines([0.25, 0.75, 1], *above_legend, color=GRID, lw=0.8)
     axes.vlines(0.5, *above_legend, **HALF)
-    drawn = {}
-    for row, judge in enumerate(judges):
-        drawn["as the answers are"] = _interval(axes, judge["win_rate"], judge["interval"], row, "o", A_COLOR)
-        if (equal := judge["length"])["length_controlled"] is not None:
-            rate, place = equal["length_controlled"], row + 0.27
-            drawn["at equal length"] = _interval(axes, rate, equal["interval"], place, "D", FAINT)
-    _legend(axes, list(drawn.values()), list(drawn))
+    rates = [(row, judge["win_rate"], judge["interval"]) for row, judge in enumerate(judges)]
+    lengths = [(row + 0.27, judge["length"]) for row, judge in enumerate(judges)]
+    equal = [(row, length["length_controlled"], length["interval"]) for row, length in lengths]
+    _intervals(axes, rates, label="as the answers are")
+    _intervals(axes, equal, "D", FAINT, label="at equal length")
+    axes.legend(loc="lower left", ncols=3).set_in_layout(False)
 
 
-def _interval(axes, value: float, interval: list, y: float, marker: str, color: str, scale: float = 1.0):
-    """Draw a figure and its interval; the ends are None for a single item."""
-    ends = [scale * end for end in interval if end is not None]
-    axes.plot(ends, [y] * len(ends), color=color)
-    return axes.plot([scale * value], [y], marker, color=color, clip_on=False)[0]
+def _intervals(axes, figures: list[tuple], marker: str = "o", color: str = A_COLOR, label: str | None = None) -> None:
+    """Draw figures, each (row, value, its interval), without those that are None; a single item has no interval."""
+    for row, value, ends in (figure for figure in figures if figure[1] is not None):
+        axes.plot([value if end is None else end for end in ends], [row] * 2, color=color)
+        axes.plot([value], [row], marker, color=color, clip_on=False, label=label)
+        label = None  # once in the legend
 
 
 def _bins(axes, judge: dict) -> None:
@@ -120,8 +115,8 @@ def _bins(axes, judge: dict) -> None:
     axes.plot([bin["win_rate"] for bin in bins], "o", color=A_COLOR)
     labels = [f"{signed(bin['from'])}\nto {signed(bin['to'])}" for bin in bins]
     axes.set(title=f"… by length ({without_middle(judge['judge'], 36)})")
-    axes.set(xlim=(-0.6, len(bins) - 0.4), xticks=range(len(bins)), xticklabels=labels)
-    axes.set(ylim=(0, 1), yticks=[0, 0.5, 1], yticklabels=["0", "50%", "100%"])
+    axes.set(xlim=(-0.6, len(bins) - 0.4), xticks=range(len(bins)), xticklabels=labels, ylim=(0, 1), yticks=[0, 0.5, 1])
+    axes.yaxis.set_major_formatter("{x:.0%}")
     axes.axhline(0.5, **HALF)
     axes.grid(axis="y")
     axes.set_xlabel("characters longer than the other answer")
@@ -129,8 +124,9 @@ def _bins(axes, judge: dict) -> None:
 
 def _rouge(axes, answerers: list[dict]) -> None:
     highest = max(each["rouge_l"]["interval"][1] or each["rouge_l"]["mean"] for each in answerers)
-    axes.set(title="ROUGE-L to the reference", xlim=(0, 100 * min(1.0, 1.15 * highest + 0.02)))
+    axes.set(title="ROUGE-L to the reference", xlim=(0, min(1.0, 1.15 * highest + 0.02)))
+    axes.xaxis.set_major_formatter(lambda score, _: f"{100 * score:g}")
     _rows(axes, [each["name"] for each in answerers])
     axes.grid(axis="x")
-    for row, each in enumerate(answerers):
-        _interval(axes, each["rouge_l"]["mean"], each["rouge_l"]["interval"], row + 0.05, "o", A_COLOR, 100)
+    scores = [each["rouge_l"] for each in answerers]
+    _intervals(axes, [(row + 0.05, score["mean"], score["interval"]) for row, score in enumerate(scores)])

@@ -127,14 +127,14 @@ class Ballots:
         return [one.rows.get(id, {}).get("finish_reason") == "length" for one in self._sides(annotator, id)]
 
     def vote(self, annotator: str, place: int, choice: str) -> bool:
-        """Keep a vote; return False if the pair has one, from a second press or another window, which counts.
+        """Keep a vote; return False if the pair already has one (a second press, another window), which stays.
 
         Args:
             place: the pair's, from next().
             choice: one of CHOICES.
 
         Raises:
-            OSError: it could not be kept, and none can be before the server is restarted.
+            OSError: it could not be saved, and no further vote can be until the server is restarted.
         """
         item = self.items[place]
         with self._lock:
