@@ -122,36 +122,9 @@ def words(judge: dict) -> list[str]:
     return [text for text in (judge["words"], judge["length_words"], judge["position_words"]) if text]
 
 
-def asked_with(judge: dict) -> list[str]:
-    """Return how a model was asked, one line for each way: prompt, settings, and the model named by its server."""
-    said = []
-    for way in judge["asked_with"] if judge["kind"] == "model" else ():
-        settings = way.get("settings")
-        facts = [f"prompt {way['prompt_sha256'][:8]}"] if way.get("prompt_sha256") else []
-        facts += [f"{name} {value}" for name, value in settings.items()] if isinstance(settings, dict) else []
-        by = f"; its server names {way['answered_by']}" if way.get("answered_by") else ""
-        said.append(f"Asked with {', '.join(facts) or 'unknown settings'}{by}.")
-    return said
-
-
 def set_words(report: dict) -> str:
     published = ", Self-Instruct's published set" if report["set"]["is_the_252"] else ""
     return f"{counted(report['set']['items'], 'instruction')} from {report['set']['file']}{published}"
-
-
-def length_figures(report: dict, judge: dict) -> str:
-    """Return how a judge's verdicts relate to length."""
-    (a, b), length = (each["name"] for each in report["answerers"]), judge["length"]
-    longer = counted(round(abs(length["longer"])), "character") + (" longer" if length["longer"] >= 0 else " shorter")
-    text = f"{a}'s answers are {longer} than {b}'s on average."
-    if length["length_controlled"] is not None:
-        controlled = with_interval(length["length_controlled"], length["interval"])
-        text += f" At equal length its win rate would be {controlled} instead of {percent(judge['win_rate'])} "
-        text += f"({judge['judge']})."
-    if length["correlation"] is not None:
-        correlation = f"{length['correlation']:+.2f}".replace("-", "−")
-        text += f" The correlation of outcome and length difference is {correlation}."
-    return text
 
 
 def agreement_words(report: dict) -> str:

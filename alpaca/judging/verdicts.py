@@ -86,7 +86,8 @@ def _is_judgment(row) -> bool:
         judge, hashes = row["judge"], row["answers_sha256"]
         texts = [row["id"], row["first"], row["second"], *filter(None, [judge.get("prompt_sha256"), *hashes])]
         known = row["preferred"] in PREFERRED and judge["kind"] in ("model", "person") and is_name(judge["name"])
-        return known and len(hashes) == 2 and all(isinstance(text, str) for text in texts)
+        known = known and len(hashes) == 2 and isinstance(judge.get("settings"), dict | None)
+        return known and all(isinstance(text, str) for text in texts)
     except (AttributeError, KeyError, TypeError):
         return False
 
@@ -142,9 +143,9 @@ def judge_names(rows: Sequence[dict]) -> list[str]:
 
 
 def _facts(judge: dict) -> tuple[str, ...]:
-    prompt, settings = judge.get("prompt_sha256"), judge.get("settings")
+    prompt, settings = judge.get("prompt_sha256"), judge.get("settings") or {}
     facts = [judge["kind"]] + ([f"prompt {prompt[:8]}"] if prompt else [])
-    if judge["kind"] == "person" and isinstance(settings, dict) and "seed" in settings:
+    if judge["kind"] == "person" and "seed" in settings:
         facts.append(f"votes of seed {settings['seed']}")
     return tuple(facts)
 

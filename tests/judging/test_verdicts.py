@@ -154,6 +154,7 @@ def test_an_item_without_an_answer_is_no_verdict_at_all():
         {"judge": {"kind": "person", "name": ["Ada"]}},
         {"judge": {"kind": "person", "name": "half \ud83d"}},
         {"judge": {"kind": "model", "name": "gpt", "prompt_sha256": [1]}},
+        {"judge": {"kind": "model", "name": "gpt", "settings": "none"}},
         {"answers_sha256": ["one"]},
     ],
 )
