@@ -55,10 +55,6 @@ RUBRIC = Path(__file__).parent / "configs" / "review" / "rubric.txt"
 RELEASED_URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# fetch
-
-
 def fetch(output_path: str, url: str = RELEASED_URL, blob_id: str = RELEASED_BLOB) -> None:
     """Download the released 52,002 records, and verify them before OUTPUT_PATH appears.
 
@@ -72,8 +68,6 @@ def fetch(output_path: str, url: str = RELEASED_URL, blob_id: str = RELEASED_BLO
     """
     output = Path(output_path)
     part, wrong = (output.with_name(output.name + suffix) for suffix in (".part", ".wrong"))
-    if output.is_dir():
-        raise UserError(f"--output_path {output} is a folder: choose a file in it")
     if output.exists():
         if (found := git_blob_id(output)) != blob_id:
             raise UserError(
@@ -91,10 +85,6 @@ def fetch(output_path: str, url: str = RELEASED_URL, blob_id: str = RELEASED_BLO
         )
     os.replace(part, output)
     print(f"{output}: {output.stat().st_size:,} bytes, with the correct blob id {blob_id}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# stats
 
 
 def stats(
@@ -171,17 +161,13 @@ def _token_counter(name: str) -> Callable[[list[str]], list[int]]:
     except (OSError, ValueError) as e:
         raise UserError(f"--tokenizer {name} cannot be loaded: {first_line(e)}") from None
 
-    return (
-        lambda texts: [
-            len(ids)
-            for start in range(0, len(texts), 1000)  # all at once took 2.6 GB for 52,000 long records
-            for ids in tokenizer(texts[start : start + 1000], add_special_tokens=False)["input_ids"]
-        ]
-    )
+    def count(texts: list[str]) -> list[int]:
+        lengths: list[int] = []
+        for start in range(0, len(texts), 1000):  # all at once took 2.6 GB for 52,000 long records
+            lengths += map(len, tokenizer(texts[start : start + 1000], add_special_tokens=False)["input_ids"])
+        return lengths
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# lint
+    return count
 
 
 def lint(
@@ -215,8 +201,7 @@ def lint(
     _refuse_same_files(data_path=data_path, output_path=output_path, rejects_path=rejects_path, report_path=report_path)
     wanted = _classes("only", only) or set(CLASSES) - OPT_IN
     wanted -= _classes("skip", skip)
-    rows, one = read_records(data_path, fields, answers=True), len(sources(data_path)) == 1
-    numbered = {int(place.split()[-1]) if one else i: record for i, (place, record) in enumerate(rows, 1)}
+    numbered = _numbered(data_path, fields)
     records = list(numbered.values())
     findings = find(records, wanted, list(numbered))
 
@@ -246,6 +231,12 @@ def lint(
         sys.exit(1)
 
 
+def _numbered(data_path: str, fields: str | None) -> dict[int, dict]:
+    """Return records by number: their places in the file from 1; of several files, their places among all records."""
+    rows, one = read_records(data_path, fields, answers=True), len(sources(data_path)) == 1
+    return {int(place.split()[-1]) if one else i: record for i, (place, record) in enumerate(rows, 1)}
+
+
 def _classes(flag: str, text: str | None) -> set[str]:
     names = {name.strip() for name in (text or "").split(",") if name.strip()}
     for name in sorted(names - set(CLASSES)):
@@ -259,10 +250,6 @@ def _refuse_same_files(**paths: str | None) -> None:
         for file in files_of(path) if path and name == "data_path" else filter(None, [path]):
             if (other := seen.setdefault(os.path.realpath(file), name)) != name:
                 raise UserError(f"--{name} and --{other} are the same file, {path}: give each its own")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# review
 
 
 def review(
@@ -297,29 +284,20 @@ def review(
     from alpaca.judging.review import marks, run  # the other tasks need no client
 
     models = [name.strip() for name in (model_name or "").split(",")]
-    for wrong, message in (
-        (not model_name, "--model_name is missing: name a reviewer as its server does, or two separated by a comma"),
-        (
-            not all(map(is_name, models)),
-            f"--model_name {model_name!r} must be a name in one line, or two separated by a comma",
-        ),
-        (len(models) > 2, f"--model_name names {len(models)} reviewers: give one or two"),
-        (len(set(models)) < len(models), f"--model_name names {models[0]!r} twice: it would agree with itself"),
-        (len(models) > 1 and requests.offline, "--batch_write and --batch_read are for one reviewer: name it alone"),
-        (not 1 <= min_score <= 5, "--min_score must be 1 to 5, as scores are"),
-        (
-            Path(output_dir).resolve() in [file.resolve().parent for file in files_of(data_path)],
-            f"--output_dir {output_dir} is the folder of the data: choose another one",
-        ),
-    ):
-        if wrong:
-            raise UserError(message)
-    asked, records = marks.Rubric(rubric or RUBRIC), utils.load_records(data_path, fields)
-    run.review(records, models, asked, Path(output_dir), min_score, max_tokens, seed, requests)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# plot
+    if not all(map(is_name, models)):
+        raise UserError("--model_name must be a reviewer's name on its server, or two separated by a comma")
+    if len(models) > 2:
+        raise UserError(f"--model_name names {len(models)} reviewers: give one or two")
+    if len(set(models)) < len(models):
+        raise UserError(f"--model_name names {models[0]!r} twice: it would agree with itself")
+    if len(models) > 1 and requests.offline:
+        raise UserError("--batch_write and --batch_read are for one reviewer: name it alone")
+    if not 1 <= min_score <= 5:
+        raise UserError("--min_score must be 1 to 5, as scores are")
+    if Path(output_dir).resolve() in [file.resolve().parent for file in files_of(data_path)]:
+        raise UserError(f"--output_dir {output_dir} is the folder of the data: choose another one")
+    asked, numbered = marks.Rubric(rubric or RUBRIC), _numbered(data_path, fields)
+    run.review(numbered, models, asked, Path(output_dir), min_score, max_tokens, seed, requests)
 
 
 def plot(data_path: str, output_dir: str, fields: str | None = None) -> None:
@@ -333,10 +311,6 @@ def plot(data_path: str, output_dir: str, fields: str | None = None) -> None:
     from alpaca.data import plots  # the other tasks need neither matplotlib nor spaCy
 
     plots.plot(data_path, output_dir, fields)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# publish
 
 
 def publish(
@@ -420,4 +394,5 @@ def _check_license(license: str | None, restricted: str) -> None:
 
 
 if __name__ == "__main__":
+    cli.end_on_signals()
     cli.run_cli({"fetch": fetch, "stats": stats, "lint": lint, "review": review, "plot": plot, "publish": publish})

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import utils
 from alpaca import UserError
-from alpaca.common.cli import run_cli
+from alpaca.common.cli import end_on_signals, run_cli
 from alpaca.common.journal import Journal
 from alpaca.common.text import counted, printable, shorten, utc_now
 from alpaca.data.dedup import MAX_SIMILARITY, DistinctPool, dedup
@@ -495,4 +495,5 @@ def print_counts(counts: dict) -> None:
 
 
 if __name__ == "__main__":
+    end_on_signals()
     run_cli({"generate_instruction_following_data": generate_instruction_following_data, "dedup": dedup})

@@ -26,15 +26,15 @@ OUT.journal before it counts: after Ctrl-C, a crash or kill -9 the same command 
 from __future__ import annotations
 
 import alpaca.common.environment  # noqa: F401  # isort: skip
-import hashlib
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import utils
 from alpaca import UserError
-from alpaca.common.cli import run_cli
+from alpaca.common.cli import end_on_signals, run_cli
 from alpaca.common.journal import Journal, check_output
 from alpaca.common.records import files_of, title, write_records
 from alpaca.common.shapes import has_several_turns
@@ -45,14 +45,36 @@ from alpaca.endpoint.client import THOUGHT, Answerer, Completion, OpenAIDecoding
 from alpaca.endpoint.parallel import ask_each, summarize
 from alpaca.judging import prompt as judge_prompt
 
-# A base model would write the next instruction, and answer it too.
-STOP = ["\n### Instruction:"]
+STOP = ["\n### Instruction:"]  # a base model would write the next one, and answer it too
 PROMPT = Path(__file__).parent / "configs" / "judge" / "pairwise.txt"
 TEMPLATES = {
     "alpaca": "Alpaca's prompt (--template chat is the model's own)",
     "chat": "the model's own (--template alpaca is Alpaca's prompt)",
 }
 EXAMPLES = 5  # of the clearest wins, and of the clearest losses
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """How a model on this machine answers.
+
+    Args:
+        template: of a local model: alpaca, or chat for its own chat template (default: the one that train.py trained it
+            with; alpaca for any other model, such as an untrained base).
+        reference_loss: also write a local model's loss on the set's reference answers, in nats per token, and the
+            number of tokens.
+        base_path: folder of a LoRA adapter's base model, if it has moved.
+        device: of a local model: cpu, cuda, mps, … (default: the accelerator if there is one).
+        dtype: of a local model: float32, bfloat16 or float16 (default: depends on the device).
+        batch_tokens: of a local model: the most tokens in a batch, prompts and answers together.
+    """
+
+    template: str | None = None
+    reference_loss: bool = False
+    base_path: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    batch_tokens: int = 16384
 
 
 def answer(
@@ -65,15 +87,10 @@ def answer(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int | None = None,
-    template: str | None = None,
-    reference_loss: bool = False,
-    base_path: str | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    batch_tokens: int = 16384,
+    local: LocalModel = LocalModel(),  # noqa: B008  never changed
     api: str = "chat",
     fields: str | None = None,
-    requests: RequestSettings = RequestSettings(),  # noqa: B008  never changed
+    requests: RequestSettings = RequestSettings(),  # noqa: B008
 ) -> None:
     """Answer an instruction set with a local model (--model_path) or one on a server (--model_name).
 
@@ -91,42 +108,26 @@ def answer(
         temperature: sampling temperature; 0 is greedy.
         top_p: nucleus sampling: the share of probability to sample from.
         seed: makes sampling repeatable, as far as the server can.
-        template: of a local model: alpaca, or chat for its own chat template (default: the one that train.py trained it
-            with; alpaca for any other model, such as an untrained base).
-        reference_loss: also write a local model's loss on the set's reference answers, in nats per token, and the
-            number of tokens.
-        base_path: folder of a LoRA adapter's base model, if it has moved.
-        device: of a local model: cpu, cuda, mps, … (default: the accelerator if there is one).
-        dtype: of a local model: float32, bfloat16 or float16 (default: depends on the device).
-        batch_tokens: of a local model: the most tokens in a batch, prompts and answers together.
         api: of a server: chat sends the instruction, with the input after it under "### Input:"; completions lets the
             model continue Alpaca's prompt.
         fields: field names of a set in another format: instruction=question,output=answer.
     """
-    local = model_path is not None
-    for wrong, message in (
-        (local == (model_name is not None), "give either --model_path (a folder) or --model_name (on a server)"),
-        (template not in (None, "alpaca", "chat"), f"--template must be alpaca or chat, not {template!r}"),
-        (batch_tokens < 1, "--batch_tokens must be at least 1"),
-        (
-            not local and (reference_loss or base_path or device or dtype or template),
-            "--reference_loss, --base_path, --device, --dtype and --template need --model_path, a local model",
-        ),
-        (
-            local and (requests.base_url or api != "chat" or requests.batched),
-            "--base_url, --api and --batch need --model_name, a model on a server",
-        ),
-    ):
-        if wrong:
-            raise UserError(message)
+    if (model_path is None) == (model_name is None):
+        raise UserError("give either --model_path (a folder) or --model_name (on a server)")
+    if model_name is not None and local != LocalModel():
+        flags = ", ".join(f"--{name}" for name in asdict(local))
+        raise UserError(f"{flags} need --model_path, a local model")
+    if model_path is not None and (requests.base_url or api != "chat" or requests.batched):
+        raise UserError("--base_url, --api and --batch need --model_name, a model on a server")
+    if local.template not in (None, "alpaca", "chat"):
+        raise UserError(f"--template must be alpaca or chat, not {local.template!r}")
+    if local.batch_tokens < 1:
+        raise UserError("--batch_tokens must be at least 1")
     items = read_set(instructions, fields)
     check_output(output_path)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    if local:
-        loading = {"device": device, "dtype": dtype, "base_path": base_path}
-        _answer_here(
-            items, output_path, model_path, generator, template, sampling, loading, batch_tokens, reference_loss
-        )
+    if model_path is not None:
+        _answer_here(items, output_path, model_path, generator, sampling, local)
     else:
         _answer_there(items, output_path, model_name, generator or model_name, api, requests, **sampling)
 
@@ -139,8 +140,8 @@ def _answer_there(items, output_path, model_name, generator, api, requests, max_
     if api == "chat":
         prompts = [Talk(item.task, item.messages) if item.messages else item.task for item in items]
     elif talks := sum(map(has_several_turns, map(vars, items))):
-        what = f"{counted(talks, 'conversation')} of several turns"
-        raise UserError(f"--api completions cannot send {what}: use --api chat")
+        talks = counted(talks, "conversation")
+        raise UserError(f"--api completions cannot send {talks} of several turns: use --api chat")
     else:
         prompts = [utils.format_prompt(item.instruction, item.input) for item in items]
     run = {"task": "answer", "model_name": model_name, "api": api, "seed": seed, "prompts": _digest(prompts)}
@@ -168,7 +169,7 @@ def _answered(reply: Completion | None) -> dict:
     return {"output": reply.text.strip(), "finish_reason": reply.finish_reason, "model": reply.model} | changed
 
 
-def _answer_here(items, output_path, model_path, generator, template, sampling, loading, batch_tokens, reference_loss):
+def _answer_here(items, output_path, model_path, generator, sampling, local):
     """Answer with a model on this machine, as chat.py --batch_path does."""
     # torch and transformers take seconds to load: check the flags first
     from transformers.utils import logging
@@ -181,23 +182,15 @@ def _answer_here(items, output_path, model_path, generator, template, sampling, 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     settings = Settings(**sampling)
-    identity = answers.identity_of(model_path, loading["base_path"])
-    model, tokenizer = load(model_path, **loading)
-    template = template or saved_template(tokenizer)
+    identity = answers.identity_of(model_path, local.base_path)
+    model, tokenizer = load(model_path, device=local.device, dtype=local.dtype, base_path=local.base_path)
+    template = local.template or saved_template(tokenizer)
     print(f"template: {TEMPLATES[template]}")
-    counts = answers.answer_file(
-        model,
-        tokenizer,
-        [answers.Request(f"id {i.id}", i.row(output_path), i.instruction, i.input, i.messages) for i in items],
-        output_path,
-        template,
-        settings,
-        batch_tokens,
-        generator or answers.name_of(model_path),
-        identity,
-        skip_errors=True,
-        more=(lambda: _reference_fields(model, tokenizer, template, items)) if reference_loss else None,
-    )
+    requests = [answers.Request(f"id {i.id}", i.row(output_path), i.instruction, i.input, i.messages) for i in items]
+    losses = partial(_reference_fields, model, tokenizer, template, items) if local.reference_loss else None
+    run = model, tokenizer, requests, output_path, template, settings, local.batch_tokens
+    name = generator or answers.name_of(model_path)
+    counts = answers.answer_file(*run, name, identity, skip_errors=True, more=losses)
     notes = [(counts["earlier"], "from an earlier run")]
     notes += [(counts["cut"], "cut off at --max_new_tokens or the end of the context")]
     notes += [(counts["too_long"], 'too long for the context: "error" in their rows')]
@@ -253,8 +246,8 @@ def judge(
     text, prompt_sha256 = judge_prompt.read_prompt(PROMPT if prompt is None else prompt)
     decoding = OpenAIDecodingArguments(max_tokens, temperature=0.0)
     teacher, budget = judge_prompt.Judge(model_name, decoding, "chat", requests), Budget(requests)
-    orders = [(item, shown) for item in items for shown in ((a, b), (b, a))]
-    pairs = [(item, [(one.generator, one.outputs.get(item.id)) for one in shown]) for item, shown in orders]
+    both = [(item, [(one.generator, one.outputs.get(item.id)) for one in (a, b)]) for item in items]
+    pairs = [(item, shown) for item, pair in both for shown in (pair, pair[::-1])]
     to_ask = [place for place, (_, shown) in enumerate(pairs) if judge_prompt.to_ask(shown)]
     prompts = [judge_prompt.fill(text, *pairs[place]) for place in to_ask]
     settings = {name: value for name, value in asdict(decoding).items() if value is not None} | {"seed": seed}
@@ -313,11 +306,7 @@ def people(
 
 
 def _digest(content) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# report
+    return judge_prompt.sha256(json.dumps(content, sort_keys=True))
 
 
 def report(
@@ -348,40 +337,24 @@ def report(
     # numpy, scipy and plotting: the other tasks do not need them
     from alpaca.common.files import check_writable
     from alpaca.data import rouge
-    from alpaca.judging import comparison, metrics, overlap, report_text, verdicts
+    from alpaca.judging import metrics, overlap, report_text, statistics
     from alpaca.judging import report as report_page
 
     check_writable(output_dir, "--output_dir")
     items = read_set(instructions, fields)
     answerers = [read_answers(path, items) for path in _paths("answers", answers)]
-    names = [one.generator for one in answerers]
-    if len(set(names)) < len(names):
+    if len(set(names := [one.generator for one in answerers])) < len(names):
         raise UserError(f'--answers are by {", ".join(names)}: give each its own name ("generator" in its rows)')
     if judgments is not None and len(answerers) != 2:
         raise UserError(f"--judgments needs two files of --answers, not {len(answerers)}: give A.jsonl,B.jsonl")
 
-    found: dict = {
-        "set": {
-            "file": title(instructions),
-            "items": len(items),
-            "is_the_252": is_the_252(instructions),
-            "without_reference": sum(item.reference is None for item in items),
-            "unseen_by_rouge": sum(rouge.is_mostly_unseen(item.reference or "") for item in items),
-        },
-    }
-    found |= {"judges": [], "agreement": None, "examples": [], "overlap": None, "seed": seed}
+    about = {"file": title(instructions), "items": len(items), "is_the_252": is_the_252(instructions)}
+    about["without_reference"] = sum(item.reference is None for item in items)
+    about["unseen_by_rouge"] = sum(rouge.is_mostly_unseen(item.reference or "") for item in items)
+    found: dict = {"set": about, "judges": [], "agreement": None, "examples": [], "overlap": None, "seed": seed}
     found["answerers"], scores = metrics.summary(items, answerers, seed)
     if judgments is not None:
-        rows = verdicts.read_judgments(_paths("judgments", judgments))
-        asks = verdicts.read_asks(rows, *answerers)
-        repeated = verdicts.repeated(rows, asks)
-        found["judges"], found["agreement"], folded = comparison.judge_figures(asks, items, *answerers, seed)
-        for figures in found["judges"]:
-            figures["asked_with"] = verdicts.settings_of(rows, figures["judge"])
-            figures["repeated"] = repeated[figures["judge"]]
-        # ROUGE-L breaks ties between examples: it may confirm what a person or a model saw as a clear win.
-        margins = {id: scores[0][id] - scores[1][id] for id in scores[0] if id in scores[1]}
-        found["examples"] = comparison.examples(folded, items, *answerers, margins, EXAMPLES)
+        found |= _judged(_paths("judgments", judgments), items, answerers, scores, seed)
     if data_path is not None:
         records = utils.load_records(data_path, data_fields)
         found["overlap"] = {"file": title(data_path)} | overlap.summary(items, records)
@@ -389,10 +362,27 @@ def report(
     found |= report_page.made_from({kind: files_of(path) if path else [] for kind, path in files.items()})
     found["notes"] = report_text.notes(found, answerers)
 
-    found = report_page.without_nan(found)
+    found = statistics.without_nan(found)
     print(report_text.terminal(found))
     for name in report_page.write(found, output_dir):
         print(f"wrote {Path(output_dir) / name}")
+
+
+def _judged(paths, items, answerers, scores, seed) -> dict:
+    """Return the figures of each judge, their agreement, and examples of clear wins."""
+    from alpaca.judging import comparison, verdicts
+
+    rows = verdicts.read_judgments(paths)
+    asks = verdicts.read_asks(rows, *answerers)
+    repeated = verdicts.repeated(rows, asks)
+    judges, agreement, folded = comparison.judge_figures(asks, items, *answerers, seed)
+    for figures in judges:
+        figures["asked_with"] = verdicts.settings_of(rows, figures["judge"])
+        figures["repeated"] = repeated[figures["judge"]]
+    # ROUGE-L breaks ties between examples: it may confirm what a person or a model saw as a clear win.
+    margins = {id: scores[0][id] - scores[1][id] for id in scores[0] if id in scores[1]}
+    clear = comparison.examples(folded, items, *answerers, margins, EXAMPLES)
+    return {"judges": judges, "agreement": agreement, "examples": clear}
 
 
 def _paths(flag: str, text: str) -> list[str]:
@@ -403,4 +393,5 @@ def _paths(flag: str, text: str) -> list[str]:
 
 
 if __name__ == "__main__":
+    end_on_signals()
     run_cli({"answer": answer, "judge": judge, "people": people, "report": report})

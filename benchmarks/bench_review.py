@@ -77,7 +77,7 @@ def confusion(planted: dict[int, str], found: Iterable[int], reviewed: Iterable[
 
 def measured(folder: Path, planted: dict[int, str], model: int | None = None) -> dict:
     """The confusion of a finished review: of its actions, or of what one of two models would drop."""
-    rows = jload(folder / "reviews.jsonl")
+    rows = [row | {"record": row["record"] - 1} for row in jload(folder / "reviews.jsonl")]  # the key counts from 0
     low = {row["record"] for row in rows if row["action"] in ("dropped", "corrected")}
     if model is not None:
         low = {row["record"] for row in rows if min(row["reviews"][model]["scores"].values()) < row["min_score"]}

@@ -57,11 +57,10 @@ def main(
         ("after.jsonl", after, "after make demo", "alpaca"),
         ("before_chat.jsonl", before, f"{MODEL} with its own template", "chat"),
     )
-    options = {"max_new_tokens": 256, "device": "cpu"}
     for file, model, name, template in runs:
         if not (folder / file).exists():
-            options |= {"template": template, "reference_loss": template == "alpaca"}
-            judge.answer(instructions, str(folder / file), model, generator=name, **options)
+            local = judge.LocalModel(template, reference_loss=template == "alpaca", device="cpu")
+            judge.answer(instructions, str(folder / file), model, generator=name, max_new_tokens=256, local=local)
     files = [str(folder / file) for file, *_ in runs]
     judge.report(instructions, ",".join([*files, predictions]), work_dir, data_path=data_path)
     found = json.loads((folder / "report.json").read_text())

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import call
 from forward_spy import spied
 from openai import OpenAI
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -163,7 +164,7 @@ def test_single_turns_are_asked_with_the_tokens_before_their_answers_in_training
     data = write_lines(tmp_path / "in.jsonl", SINGLE)
     chat.chat(str(folder), batch_path=data, output_path=str(tmp_path / "batch.jsonl"), **QUICK)
     assert sorted(sent()) == sorted(expected)
-    judge.answer(data, str(tmp_path / "judge.jsonl"), model_path=str(folder), reference_loss=True, **QUICK)
+    call(judge.answer, data, str(tmp_path / "judge.jsonl"), model_path=str(folder), reference_loss=True, **QUICK)
     assert sorted(sent()) == sorted([*expected, *rows])  # and the prompts with their references
 
 
@@ -183,7 +184,7 @@ def test_two_turns_are_asked_with_the_tokens_before_the_second_answer_in_trainin
     data = write_lines(tmp_path / "in.jsonl", [{"messages": TALK}])
     chat.chat(str(folder), batch_path=data, output_path=str(tmp_path / "batch.jsonl"), **QUICK)
     assert fed[4:] == [expected]
-    judge.answer(data, str(tmp_path / "judge.jsonl"), model_path=str(folder), reference_loss=True, **QUICK)
+    call(judge.answer, data, str(tmp_path / "judge.jsonl"), model_path=str(folder), reference_loss=True, **QUICK)
     assert fed[5:] == [expected, row]
     answered = json.loads((tmp_path / "batch.jsonl").read_text())
     assert answered["messages"] == [*TALK[:3], {"role": "assistant", "content": SAID.strip()}]

@@ -49,9 +49,9 @@ def run_cli(commands: Commands) -> None:
         function(**arguments)
     except UserError as e:
         fail(e)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
         print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(getattr(e, "code", 130))
     except BrokenPipeError:  # the reader (head, less) went away
         sys.stdout = None
         sys.exit(141)
@@ -59,11 +59,19 @@ def run_cli(commands: Commands) -> None:
         sys.exit(f"error: {printable(os_error_message(e))}")
 
 
+class Ended(SystemExit, KeyboardInterrupt):
+    """SIGTERM or SIGHUP has ended the process: all that catches Ctrl-C catches it, but the exit code is its own."""
+
+
 def end_on_signals() -> None:
-    """Let SIGTERM and SIGHUP end the process like Ctrl-C: half-written files are removed."""
+    """Let SIGTERM and SIGHUP end the process like Ctrl-C, with what a run prints and removes at its end."""
+
+    def end(number: int, _) -> NoReturn:
+        raise Ended(128 + number)
+
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # Windows has no SIGHUP
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores it
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
+            signal.signal(number, end)
 
 
 def parse(commands: Commands, argv: list[str]) -> tuple[Callable, dict[str, object]] | None:

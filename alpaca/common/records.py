@@ -19,7 +19,16 @@ from typing import Any, TextIO
 
 from alpaca import UserError
 from alpaca.common.files import git_blob_id, open_bytes, open_text, replace_file
-from alpaca.common.shapes import ALPACA, CONVERSATIONS, FIELDS, has_several_turns, in_our_fields, task_key
+from alpaca.common.shapes import (
+    ALPACA,
+    CONVERSATIONS,
+    FIELDS,
+    has_several_turns,
+    in_our_fields,
+    task_key,
+    user_message,
+    without_system,
+)
 from alpaca.common.text import counted, first_line, shorten
 
 SHIPPED = Path(__file__).resolve().parents[2] / "alpaca_data.json"  # this project's; absent where it is installed
@@ -276,15 +285,21 @@ def load_records(
 def restricted_parts(records: Iterable[dict], files: Iterable[Path]) -> dict[str, int]:
     """Return how many records are from data under CC BY-NC 4.0, by the name of that data: this project's or Stanford's.
 
-    Records are compared by their texts. Stanford's are recognized only if their whole file is among ``files``.
+    Records are compared by their texts, of a conversation the first question and answer, without a system text.
+    Stanford's are recognized only if their whole file is among ``files``.
     """
+
+    def key(record: dict) -> tuple[str, ...]:
+        own = without_system(record)
+        return task_key(user_message(own["instruction"], own["input"]) | {"output": own["output"]}, "content", "output")
+
     places = [("alpaca_data.json of alpaca-reproduced", SHIPPED)] if SHIPPED.exists() else []
     released = [file for file in files if file.is_file() and git_blob_id(file) == RELEASED_BLOB]
     places += [("the data that Stanford Alpaca released", file) for file in released[:1]]
-    keys, parts = [task_key(record, *FIELDS) for record in records], {}
+    keys, parts = [key(record) for record in records], {}
     for name, place in places:
-        known = {task_key(record, *FIELDS) for record in load_records(place, say=lambda line: None)}
-        if count := sum(key in known for key in keys):
+        known = {key(record) for record in load_records(place, say=lambda line: None)}
+        if count := sum(one in known for one in keys):
             parts[name] = count
     return parts
 

@@ -195,6 +195,13 @@ def whole_text(record: dict, field: str = "instruction") -> str:
     return "\n\n".join(turns).replace(heading_and_input, "") if turns else record[field]
 
 
+def without_system(record: dict) -> dict:
+    """Return a record whose instruction is without the conversation's system text, which Alpaca's fields begin with."""
+    system = [message["content"] for message in record.get("messages") or () if message["role"] == "system"]
+    own = record["instruction"].removeprefix("\n\n".join([*system, ""]))
+    return record | {"instruction": own} if system else record
+
+
 def user_message(instruction: str, input: str = "") -> dict[str, str]:
     """Return a task as a user's message: an input follows the instruction under Alpaca's heading."""
     return {"role": "user", "content": instruction + (INPUT_HEADING + input if input else "")}

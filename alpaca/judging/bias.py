@@ -12,10 +12,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from alpaca.judging import statistics
-from alpaca.judging.verdicts import Ask, Verdict, counts, fold
+from alpaca.judging.verdicts import Ask, Verdict, counts, fold, grouped
 
 SMALL = 10  # items; for fewer no rate is given: for 9, evenly split, the interval is 55 points wide
 NONE = (math.nan, math.nan)
+
+
+def rate_of(outcomes: Sequence[float]) -> dict:
+    """Return the counts, win rate and Wilson interval of a bin or a category, which has few items."""
+    rate = sum(outcomes) / len(outcomes)
+    return counts(outcomes) | {"win_rate": rate, "interval": statistics.wilson_interval(rate, len(outcomes))}
 
 
 def position_bias(asks: Sequence[Ask], seed: int = 0) -> dict:
@@ -31,22 +37,18 @@ def position_bias(asks: Sequence[Ask], seed: int = 0) -> dict:
         the number of items with unequal answers that were asked in both orders without a failure, and agreed, the
         share of them with the same verdict in both.
     """
-    firsts: Counter = Counter()
-    decided: Counter = Counter()
     answered = Counter(ask.id for ask in asks if ask.preferred is not None)
-    for ask in asks:
-        if ask.preferred in ("first", "second") and (ask.kind == "person" or answered[ask.id] == 2):
-            firsts[ask.id] += ask.preferred == "first"
-            decided[ask.id] += 1
-    net = [2 * firsts[id] - decided[id] for id in decided]
+    counting = [ask for ask in asks if ask.kind == "person" or answered[ask.id] == 2]
+    decided = grouped((ask.id, ask.preferred == "first") for ask in counting if ask.preferred in ("first", "second"))
+    firsts, weights = [sum(each) for each in decided.values()], [len(each) for each in decided.values()]
+    shares = [first / weight for first, weight in zip(firsts, weights, strict=True)]
     both = [v.agreed for v in fold(ask for ask in asks if not ask.equal) if v.agreed is not None]
-    shares, weights = [firsts[id] / decided[id] for id in decided], list(decided.values())
     return {
-        "decided": decided.total(),
+        "decided": sum(weights),
         "decided_items": len(decided),
-        "share_first": firsts.total() / decided.total() if decided else math.nan,
+        "share_first": sum(firsts) / sum(weights) if decided else math.nan,
         "interval": statistics.bootstrap_interval(statistics.weighted_mean, shares, weights, seed=seed),
-        "p": statistics.sign_test(sum(n > 0 for n in net), sum(n < 0 for n in net)),
+        "p": statistics.sign_test(sum(share > 0.5 for share in shares), sum(share < 0.5 for share in shares)),
         "both_orders": len(both),
         "agreed": sum(both) / len(both) if both else math.nan,
     }
@@ -70,16 +72,8 @@ def length_bias(verdicts: Sequence[Verdict], lengths: Mapping[str, tuple[int, in
     differences = np.array([lengths[v.id][0] - lengths[v.id][1] for v in judged], np.float64)
     bins = []
     for places in statistics.equal_bins(differences, min(5, len(judged) // SMALL)):
-        inside = outcomes[places]
-        bins.append(
-            {
-                "from": int(differences[places].min()),
-                "to": int(differences[places].max()),
-                **counts(inside.tolist()),
-                "win_rate": float(inside.mean()),
-                "interval": statistics.wilson_interval(float(inside.mean()), len(inside)),
-            }
-        )
+        ends = {"from": int(differences[places].min()), "to": int(differences[places].max())}
+        bins.append(ends | rate_of(outcomes[places].tolist()))
     controlled, enough = statistics.length_controlled, len(judged) >= statistics.FEWEST
     return {
         "longer": float(differences.mean()) if judged else math.nan,

@@ -14,8 +14,8 @@ import numpy as np
 
 from alpaca.data.instruction_sets import Answers, Item
 from alpaca.judging import report_text, statistics
-from alpaca.judging.bias import NONE, SMALL, length_bias, position_bias
-from alpaca.judging.verdicts import PEOPLE, Ask, Verdict, counts, fold, majority
+from alpaca.judging.bias import NONE, SMALL, length_bias, position_bias, rate_of
+from alpaca.judging.verdicts import PEOPLE, Ask, Verdict, counts, fold, grouped, majority
 
 
 def judge_figures(
@@ -33,12 +33,10 @@ def judge_figures(
     together = majority(people) if len({verdict.judge for verdict in people}) > 1 else []
     lengths = {id: (len(a.outputs[id]), len(b.outputs[id])) for id in a.outputs if id in b.outputs}
     categories = {item.id: item.category for item in items}
-    groups: dict[str, list[Verdict]] = {}
-    for verdict in verdicts:
-        groups.setdefault(verdict.judge, []).append(verdict)
+    groups = [(PEOPLE, together)] * bool(together)  # not by name: a person may have the same one
+    groups += grouped((verdict.judge, verdict) for verdict in verdicts).items()
     figures = []
-    # Not one more group: a person may have the same name.
-    for judge, own in [*([(PEOPLE, together)] if together else []), *groups.items()]:
+    for judge, own in groups:
         rate = win_rate(own, seed)
         length = length_bias(own, lengths, seed)
         position = position_bias([ask for ask in asks if ask.judge == judge], seed) if own is not together else None
@@ -89,17 +87,18 @@ def win_rate(verdicts: Sequence[Verdict], seed: int = 0) -> dict:
     outcomes = [verdict.outcome for verdict in verdicts if verdict.outcome is not None]
     counted = counts(outcomes)
     skipped = sum(verdict.failure == "skipped" for verdict in verdicts)
-    rate, alike = float(np.mean(outcomes)) if outcomes else math.nan, len(set(outcomes)) == 1
+    rate = float(np.mean(outcomes)) if outcomes else math.nan
+    if len(set(outcomes)) == 1:  # resamples of equal outcomes are equal too, however few they are
+        interval = statistics.wilson_interval(rate, len(outcomes))
+    else:
+        interval = statistics.bootstrap_interval(np.mean, outcomes, seed=seed)
     return {
         "judged": len(outcomes),
         **counted,
         "failed": len(verdicts) - len(outcomes) - skipped,
         "skipped": skipped,
         "win_rate": rate,
-        # Resamples of equal outcomes are equal too, however few they are.
-        "interval": statistics.wilson_interval(rate, len(outcomes))
-        if alike
-        else statistics.bootstrap_interval(np.mean, outcomes, seed=seed),
+        "interval": interval,
         "p": statistics.sign_test(counted["wins"], counted["losses"]),
         "detectable": statistics.detectable_win_rate(len(outcomes), counted["wins"] + counted["losses"]),
     }
@@ -107,16 +106,12 @@ def win_rate(verdicts: Sequence[Verdict], seed: int = 0) -> dict:
 
 def by_category(verdicts: Sequence[Verdict], categories: Mapping[str, str]) -> list[dict]:
     """Return counts for each category, largest first; a rate and its Wilson interval only from SMALL items on."""
-    groups: dict[str, list[float]] = {}
-    for verdict in verdicts:
-        if verdict.outcome is not None:
-            groups.setdefault(categories[verdict.id], []).append(verdict.outcome)
-    rows = []
-    for category, outcomes in sorted(groups.items(), key=lambda group: (-len(group[1]), group[0].casefold())):
-        rate = sum(outcomes) / len(outcomes) if len(outcomes) >= SMALL else math.nan
-        interval = statistics.wilson_interval(rate, len(outcomes)) if len(outcomes) >= SMALL else NONE
-        rows.append({"category": category, **counts(outcomes), "win_rate": rate, "interval": interval})
-    return rows
+    groups = grouped((categories[verdict.id], verdict.outcome) for verdict in verdicts if verdict.outcome is not None)
+    none = {"win_rate": math.nan, "interval": NONE}
+    return [
+        {"category": category} | rate_of(outcomes) | (none if len(outcomes) < SMALL else {})
+        for category, outcomes in sorted(groups.items(), key=lambda group: (-len(group[1]), group[0].casefold()))
+    ]
 
 
 def agreement(verdicts: Sequence[Verdict]) -> dict:
@@ -129,27 +124,18 @@ def agreement(verdicts: Sequence[Verdict]) -> dict:
         agreement over all pairs of two kinds, each weighted by its items; alpha of all judges and alpha_people of the
         people among them, NaN for two or fewer.
     """
-    table: dict[str, dict[str, float | None]] = {}
-    kinds: dict[str, str] = {}
     verdicts = [verdict for verdict in verdicts if not verdict.equal]
-    for verdict in verdicts:
-        table.setdefault(verdict.judge, {})[verdict.id] = verdict.outcome
-        kinds[verdict.judge] = verdict.kind
+    kinds = {verdict.judge: verdict.kind for verdict in verdicts}
+    outcomes = {(verdict.judge, verdict.id): verdict.outcome for verdict in verdicts}
     ids = list(dict.fromkeys(verdict.id for verdict in verdicts))
-    columns = {judge: [outcomes.get(id) for id in ids] for judge, outcomes in table.items()}
-    names = sorted(columns, key=lambda judge: kinds[judge] != "person")
+    names = sorted(kinds, key=lambda judge: kinds[judge] != "person")
+    columns = {judge: [outcomes.get((judge, id)) for id in ids] for judge in names}
     pairs = []
-    for one, other in combinations(names, 2):
-        x, y = columns[one], columns[other]
-        pairs.append(
-            {
-                "judges": [one, other],
-                "kinds": f"{kinds[one]}–{kinds[other]}",
-                "items": sum(p is not None and q is not None for p, q in zip(x, y, strict=True)),
-                "raw": statistics.raw_agreement(x, y),
-                "kappa": statistics.cohens_kappa(x, y),
-            }
-        )
+    for both in combinations(names, 2):
+        said = [columns[judge] for judge in both]
+        found = {"judges": list(both), "kinds": "–".join(kinds[judge] for judge in both)}
+        found |= {"items": len(statistics.in_common(*said)), "raw": statistics.raw_agreement(*said)}
+        pairs.append(found | {"kappa": statistics.cohens_kappa(*said)})
     by_kinds = []
     for both in dict.fromkeys(pair["kinds"] for pair in pairs):
         of_these = [pair for pair in pairs if pair["kinds"] == both and pair["items"]]
@@ -178,10 +164,7 @@ def clearest(verdicts: Sequence[Verdict], side: float, witness: Mapping[str, flo
         witness: item id → a margin of a over b that does not come from a judge (such as ROUGE-L to the reference).
         most: how many ids.
     """
-    shares: dict[str, list[float]] = {}
-    for verdict in verdicts:
-        if verdict.outcome is not None:
-            shares.setdefault(verdict.id, []).append(1 - abs(verdict.outcome - side))
+    shares = grouped((v.id, 1 - abs(v.outcome - side)) for v in verdicts if v.outcome is not None)
     won = [id for id, each in shares.items() if sum(each) > len(each) / 2]
     margin = {id: (2 * side - 1) * witness.get(id, 0) for id in won}
     return sorted(won, key=lambda id: (-sum(shares[id]) / len(shares[id]), -len(shares[id]), -margin[id]))[:most]

@@ -2,8 +2,8 @@
 
 What would unblind stays on the server: the page gets the texts of one pair at a time, in the order drawn for this
 annotator, and sends back a place and a choice. It never receives names of generators, the seed or the ids of the set.
-Both answers are rendered alike; what one says about itself is part of it and stays. Who votes is held for each visit by
-the server, and a visit can take back only its own votes.
+Both answers are rendered alike; what an answer says about itself stays in it. The server holds the name of each visit,
+and a visit can undo only its own votes.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from alpaca.judging.votes import CHOICES, MAX_NAME_CHARS, Ballots
 
 TITLE = "Which answer is better?"
 GUIDE = (
-    "Read the instruction, then both answers. The better one does what was asked, is right, and is clear; a longer one "
-    "is not better for its length. If neither is, it is a tie; skip what you cannot judge. The two change sides at "
-    "random, so that neither place says anything."
+    "Read the instruction, then both answers. The better one does what was asked, is correct, and is clear; longer is "
+    "not better. If neither is better, choose Tie. Skip what you cannot judge. The two models switch sides at random."
 )
 BUTTONS = {  # id: label, keys shown on it. The arrows up and down are for scrolling.
     "first": ("1 is better", "← or 1"),
@@ -34,28 +33,13 @@ BUTTONS = {  # id: label, keys shown on it. The arrows up and down are for scrol
     "undo": ("Undo", "U"),
 }
 KEYS_SAID = "Keys: " + ", ".join(f"{label} ({key})" for label, key in BUTTONS.values()) + "."
-CUT = "Cut off here: it had more to say."
-# A key clicks its button. A key that is held down is ignored, and so is one within 0.3 s of a new pair, before anybody
-# can have read it. The browser keeps the name for a reload.
-KEYS = """() => {
-  const keys = {ArrowLeft: "first", 1: "first", ArrowRight: "second", 2: "second", 3: "tie", 4: "skip", u: "undo"};
-  document.addEventListener("keydown", (event) => {
-    const choice = keys[event.key.length === 1 ? event.key.toLowerCase() : event.key];
-    if (!choice || event.repeat || event.ctrlKey || event.altKey || event.metaKey || event.isComposing) return;
-    if (event.target.closest?.("input, textarea, select, [contenteditable]")) return;
-    const button = document.getElementById("choose-" + choice);
-    if (!button?.checkVisibility() || performance.now() - (window.pairShown ?? 0) < 300) return;
-    event.preventDefault();
-    button.click();
-  });
-}"""
-SHOWN = """() => {
-  window.pairShown = performance.now(); scrollTo(0, 0); document.activeElement?.closest("button")?.blur();
-}"""
+CUT = "This answer was cut off here."
+TEMPLATES = Path(__file__).parent / "templates"
+CSS, KEYS = ((TEMPLATES / name).read_text() for name in ("page.css", "page.js"))
+SHOWN = "() => { pairShown = performance.now(); scrollTo(0, 0); document.activeElement?.closest('button')?.blur(); }"
 KEEP_NAME = "(name) => { localStorage.setItem('annotator', name); }"
 KEPT_NAME = "() => localStorage.getItem('annotator') ?? ''"
 FORGET_NAME = "() => { localStorage.removeItem('annotator'); }"
-CSS = (Path(__file__).parent / "templates" / "page.css").read_text()
 
 
 def render_pair(instruction: str, input: str, first: str, second: str, cut_off=(False, False)) -> str:
@@ -103,7 +87,7 @@ class _Events:
         except UserError as e:
             raise page_error(str(e), "No name") from None
         done = self.ballots.done(session["name"])
-        return self.show(session, f"Going on after {done:,}." if done else "")
+        return self.show(session, f"Continuing after {counted(done, 'pair')}." if done else "")
 
     def vote(self, choice: str, session: dict | None, place) -> tuple:
         annotator = self._annotator(session)
@@ -111,16 +95,16 @@ class _Events:
             raise page_error("There is no such pair: reload the page.", "Not saved")
         kept = self._keep(self.ballots.vote, annotator, place, choice)
         session["voted"] += [place] * kept
-        return self.show(session, "" if kept else "You had judged that pair already: the first choice stands.")
+        return self.show(session, "" if kept else "You have already judged that pair: your first choice counts.")
 
     def undo(self, session: dict | None) -> tuple:
         annotator = self._annotator(session)
         taken_back = session["voted"] and self._keep(self.ballots.undo, annotator, session["voted"].pop())
-        return self.show(session, "Taken back: choose again." if taken_back else "There is nothing to take back here.")
+        return self.show(session, "Undone: choose again." if taken_back else "There is nothing to undo.")
 
     def _annotator(self, session: dict | None) -> str:
         if not session:
-            raise page_error("The server does not know your name any more: reload the page.", "Not saved")
+            raise page_error("The server no longer knows your name: reload the page.", "Not saved")
         return self.ballots.annotator(session["name"])  # again: another may have voted under it, spelled otherwise
 
     def _keep(self, change, *args) -> bool:
@@ -128,7 +112,7 @@ class _Events:
             return change(*args)
         except OSError as e:
             logging.error("%s", e)
-            raise page_error("It could not be saved; the terminal of the server says why.", "Not saved") from None
+            raise page_error("The vote could not be saved: see the server's terminal.", "Not saved") from None
 
 
 def build(ballots: Ballots) -> gr.Blocks:
@@ -184,25 +168,15 @@ def serve(
     auth: str | None = None,
     seed: int | None = None,
 ) -> None:
-    """Serve the page until Ctrl-C or SIGTERM. Several people can judge at once, each under their own name.
+    """Serve the page until Ctrl-C or SIGTERM: several people can judge at once, each under their own name.
 
-    Args:
-        items: the instruction set.
-        a, b: two models' answers to it.
-        output_path: the judgments, one row for each vote; the same command continues an earlier one.
-        host: the address to listen at; any but this machine's own needs ``auth``.
-        port: 0 takes a free one.
-        auth: "user:password", one for all.
-        seed: see Ballots.
-
-    Raises:
-        UserError: an argument is wrong, the port is taken, or see Ballots.
+    Arguments and errors are those of Ballots, check_exposure() and free_port().
     """
     login, port = check_exposure(host, auth), free_port(port)
     ballots = Ballots(items, a, b, output_path, seed)
     notes = [f"votes go to {ballots.path.resolve()}"]
     if left_out := len(items) - len(ballots.items):
-        notes.append(f"{left_out:,} of {counted(len(items), 'instruction')} without two answers, not shown")
+        notes.append(f"{left_out:,} of {counted(len(items), 'instruction')} without two answers are not shown")
     try:
         run(build(ballots), host, port, login, f"{counted(len(ballots.items), 'pair')} to judge", notes, CSS)
     finally:

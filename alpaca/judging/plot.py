@@ -9,8 +9,21 @@ from alpaca.judging.report_text import COUNTS, signed, without_middle
 
 A_COLOR, TIE_COLOR, B_COLOR = "#332288", "#ddcc77", "#cc6677"  # of Paul Tol's "muted" scheme; distinct in gray, too
 GRID = "#dfe2e5"
-WIDTH, LETTERS = 7.0, 13  # inches at 1,500 pixels; points
+WIDTH = 7.0  # inches at 1,500 pixels
 MOST_JUDGES = 8  # drawn; the page's table has them all
+STYLE = {
+    "font.size": 13,
+    "text.parse_math": False,  # "$" in a name is a dollar
+    "figure.facecolor": PAPER,
+    "axes.facecolor": PAPER,
+    "axes.axisbelow": True,
+    **{"axes.spines.left": False, "axes.spines.top": False, "axes.spines.right": False},
+    **{"axes.titlelocation": "left", "axes.titlesize": 15, "axes.titleweight": "bold", "axes.titlepad": 10},
+    **{"grid.color": GRID, "lines.linewidth": 2.5, "lines.markersize": 9},
+    **{"legend.facecolor": PAPER, "legend.edgecolor": "none", "legend.framealpha": 1},  # hides the lines behind it
+    **{"legend.fontsize": 12, "legend.handlelength": 1, "legend.columnspacing": 1.2},
+}
+HALF = {"color": INK, "lw": 1.2, "ls": (0, (4, 2))}  # the line at a win rate of one half
 
 
 def picture(report: dict) -> bytes | None:
@@ -19,6 +32,7 @@ def picture(report: dict) -> bytes | None:
     Raises:
         ImportError: matplotlib is not installed.
     """
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -36,23 +50,14 @@ def picture(report: dict) -> bytes | None:
     if not panels:
         return None
     heights = [height for height, _ in panels]
-    figure = Figure(figsize=(WIDTH, sum(heights)), dpi=1500 / WIDTH, facecolor=PAPER, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(h_pad=0.12, w_pad=0.12, hspace=0.03)
-    grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, (_, draw) in zip(grid, panels, strict=True):
-        draw(axes)
-    return png_bytes(figure)
-
-
-def _style(axes, title: str) -> None:
-    axes.set_title(title, loc="left", size=15, weight="bold", color=INK, pad=10, parse_math=False)
-    axes.set_facecolor(PAPER)
-    axes.tick_params(labelsize=LETTERS, colors=INK, length=0, pad=6)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(FAINT)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, sum(heights)), dpi=1500 / WIDTH, layout="constrained")
+        FigureCanvasAgg(figure)
+        figure.get_layout_engine().set(h_pad=0.12, w_pad=0.12, hspace=0.03)
+        grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for axes, (_, draw) in zip(grid, panels, strict=True):
+            draw(axes)
+        return png_bytes(figure)
 
 
 def _rows(axes, names: list[str], room: float = 0.0) -> None:
@@ -60,84 +65,68 @@ def _rows(axes, names: list[str], room: float = 0.0) -> None:
     axes.set(ylim=(len(names) - 0.45 + room, -0.6), yticks=[])
     left, _ = axes.get_xlim()
     for row, name in enumerate(names):
-        style = {"size": LETTERS, "color": INK, "ha": "left", "va": "center", "parse_math": False}
         box = {"fc": PAPER, "ec": "none", "pad": 1.5}  # hides the lines behind a long name
-        axes.text(left, row - 0.3, without_middle(name, 48), bbox=box, **style).set_in_layout(False)
+        axes.text(left, row - 0.3, without_middle(name, 48), bbox=box, va="center").set_in_layout(False)
 
 
 def _counts(axes, judges: list[dict], names: list[str]) -> None:
-    _style(axes, "Verdicts")
-    axes.set(xlim=(0, 1), xticks=[])
+    axes.set(title="Verdicts", xlim=(0, 1), xticks=[])
     axes.spines["bottom"].set_visible(False)
     _rows(axes, [judge["judge"] for judge in judges], room=0.5)
-    parts = list(zip(COUNTS, (A_COLOR, TIE_COLOR, B_COLOR), ("white", INK, INK), strict=True))
-    for row, judge in enumerate(judges):
-        left = 0.0
-        for key, color, ink in parts:
-            width = judge[key] / judge["judged"]
-            axes.barh(row + 0.12, width, left=left, height=0.42, color=color, edgecolor=PAPER)
-            if width > 0.05:
-                style = {"size": LETTERS, "color": ink, "ha": "center", "va": "center_baseline"}
-                axes.text(left + width / 2, row + 0.12, f"{judge[key]:,}", **style)
-            left += width
-    handles = [axes.barh([-9], [0], color=color) for _, color, _ in parts]  # rows out of sight
-    a, b = (without_middle(name, 18) for name in names)
-    _legend(axes, handles, [f"{a} wins", "ties", f"{b} wins"])
-
-
-def _legend(axes, handles: list, labels: list[str]) -> None:
-    """Write a row of labels at the bottom of the axes, in the room that _rows left."""
-    style = {"loc": "lower left", "ncols": 3, "fontsize": LETTERS - 1, "labelcolor": INK}
-    style |= {"facecolor": PAPER, "edgecolor": "none", "framealpha": 1}  # hides the lines behind it
-    space = {"handlelength": 1, "columnspacing": 1.2, "borderaxespad": 0.2, "borderpad": 0}
-    legend = axes.legend(handles, labels, **style, **space)
-    legend.set_in_layout(False)  # a wide one would narrow all panels
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    places, left = np.arange(len(judges)) + 0.12, np.zeros(len(judges))
+    a, b = (f"{without_middle(name, 18)} wins" for name in names)
+    parts = (A_COLOR, "white", a), (TIE_COLOR, INK, "ties"), (B_COLOR, INK, b)
+    for key, (color, ink, name) in zip(COUNTS, parts, strict=True):
+        shares = np.array([judge[key] / judge["judged"] for judge in judges])
+        bars = axes.barh(places, shares, height=0.42, left=left, color=color, edgecolor=PAPER, label=name)
+        labels = [f"{judge[key]:,}" if share > 0.05 else "" for judge, share in zip(judges, shares, strict=True)]
+        axes.bar_label(bars, labels, label_type="center", color=ink)
+        left += shares
+    axes.legend(loc="lower left", ncols=3).set_in_layout(False)  # a wide one would narrow all panels
 
 
 def _rates(axes, judges: list[dict], name: str) -> None:
-    _style(axes, f"Win rate of {name}")
-    axes.set(xlim=(0, 1), xticks=np.arange(0, 1.01, 0.25), xticklabels=["0", "25%", "50%", "75%", "100%"])
+    axes.set(title=f"Win rate of {name}", xlim=(0, 1), xticks=np.arange(0, 1.01, 0.25))
+    axes.xaxis.set_major_formatter("{x:.0%}")
     _rows(axes, [judge["judge"] for judge in judges], room=0.5)
     above_legend = -0.6, len(judges) - 0.45
     axes.vlines([0.25, 0.75, 1], *above_legend, color=GRID, lw=0.8)
-    axes.vlines(0.5, *above_legend, color=INK, lw=1.2, ls=(0, (4, 2)))
-    drawn = {}
-    for row, judge in enumerate(judges):
-        drawn["as the answers are"] = _interval(axes, judge["win_rate"], judge["interval"], row, "o", A_COLOR)
-        if (equal := judge["length"])["length_controlled"] is not None:
-            rate, place = equal["length_controlled"], row + 0.27
-            drawn["at equal length"] = _interval(axes, rate, equal["interval"], place, "D", FAINT)
-    _legend(axes, list(drawn.values()), list(drawn))
+    axes.vlines(0.5, *above_legend, **HALF)
+    rates = [(row, judge["win_rate"], judge["interval"]) for row, judge in enumerate(judges)]
+    lengths = [(row + 0.27, judge["length"]) for row, judge in enumerate(judges)]
+    equal = [(row, length["length_controlled"], length["interval"]) for row, length in lengths]
+    _intervals(axes, rates, label="as the answers are")
+    _intervals(axes, equal, "D", FAINT, label="at equal length")
+    axes.legend(loc="lower left", ncols=3).set_in_layout(False)
 
 
-def _interval(axes, value: float, interval: list, y: float, marker: str, color: str, scale: float = 1.0):
-    """Draw a figure and its interval; the ends are None for a single item."""
-    ends = [scale * end for end in interval if end is not None]
-    axes.plot(ends, [y] * len(ends), color=color, lw=2.5, solid_capstyle="round")
-    return axes.plot([scale * value], [y], marker, ms=9, color=color, ls="", clip_on=False)[0]
+def _intervals(axes, figures: list[tuple], marker: str = "o", color: str = A_COLOR, label: str | None = None) -> None:
+    """Draw figures, each (row, value, its interval), without those that are None; a single item has no interval."""
+    for row, value, ends in (figure for figure in figures if figure[1] is not None):
+        axes.plot([value if end is None else end for end in ends], [row] * 2, color=color)
+        axes.plot([value], [row], marker, color=color, clip_on=False, label=label)
+        label = None  # once in the legend
 
 
 def _bins(axes, judge: dict) -> None:
-    _style(axes, f"… by length ({without_middle(judge['judge'], 36)})")
     bins = judge["length"]["bins"]
-    for x, bin in enumerate(bins):
-        axes.plot([x, x], bin["interval"], color=A_COLOR, lw=2.5, solid_capstyle="round")
-        axes.plot([x], [bin["win_rate"]], "o", ms=9, color=A_COLOR)
+    lows, highs = zip(*(bin["interval"] for bin in bins), strict=True)
+    axes.vlines(range(len(bins)), lows, highs, color=A_COLOR, lw=2.5)
+    axes.plot([bin["win_rate"] for bin in bins], "o", color=A_COLOR)
     labels = [f"{signed(bin['from'])}\nto {signed(bin['to'])}" for bin in bins]
-    axes.set(xlim=(-0.6, len(bins) - 0.4), ylim=(0, 1), xticks=range(len(bins)), xticklabels=labels)
-    axes.set(yticks=[0, 0.5, 1], yticklabels=["0", "50%", "100%"])
-    axes.axhline(0.5, color=INK, lw=1.2, ls=(0, (4, 2)))
-    axes.grid(axis="y", color=GRID, lw=0.8)
-    axes.set_xlabel("characters longer than the other answer", size=LETTERS, color=INK, labelpad=8)
+    axes.set(title=f"… by length ({without_middle(judge['judge'], 36)})")
+    axes.set(xlim=(-0.6, len(bins) - 0.4), xticks=range(len(bins)), xticklabels=labels, ylim=(0, 1), yticks=[0, 0.5, 1])
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.axhline(0.5, **HALF)
+    axes.grid(axis="y")
+    axes.set_xlabel("characters longer than the other answer")
 
 
 def _rouge(axes, answerers: list[dict]) -> None:
-    _style(axes, "ROUGE-L to the reference")
     highest = max(each["rouge_l"]["interval"][1] or each["rouge_l"]["mean"] for each in answerers)
-    axes.set_xlim(0, 100 * min(1.0, 1.15 * highest + 0.02))
+    axes.set(title="ROUGE-L to the reference", xlim=(0, min(1.0, 1.15 * highest + 0.02)))
+    axes.xaxis.set_major_formatter(lambda score, _: f"{100 * score:g}")
     _rows(axes, [each["name"] for each in answerers])
-    axes.grid(axis="x", color=GRID, lw=0.8)
-    for row, each in enumerate(answerers):
-        _interval(axes, each["rouge_l"]["mean"], each["rouge_l"]["interval"], row + 0.05, "o", A_COLOR, 100)
+    axes.grid(axis="x")
+    scores = [each["rouge_l"] for each in answerers]
+    _intervals(axes, [(row + 0.05, score["mean"], score["interval"]) for row, score in enumerate(scores)])

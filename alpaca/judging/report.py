@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import math
 import os
 import platform
 import re
@@ -29,22 +28,12 @@ def made_from(files: Mapping[str, Iterable[Path]]) -> dict:
     Returns:
         files: under the same names lists of {"file": its name, "sha256"}; versions of Python and of COUNTED_WITH.
     """
-
-    def named(path: Path) -> dict[str, str]:
-        return {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-
-    found = {kind: [named(path) for path in of_kind] for kind, of_kind in files.items()}
+    found = {
+        kind: [{"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in of_kind]
+        for kind, of_kind in files.items()
+    }
     versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in COUNTED_WITH}
     return {"files": found, "versions": versions}
-
-
-def without_nan(value):
-    """Return a report with None for NaN, which JSON does not have; tuples become lists."""
-    if isinstance(value, dict):
-        return {key: without_nan(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def write(report: dict, output_dir: str | os.PathLike) -> list[str]:
@@ -82,7 +71,6 @@ def page(report: dict, png: bytes | None) -> str:
         say=report_text,
         title=(" vs. " if report["judges"] else ", ").join(names),
         picture=base64.b64encode(png).decode() if png else None,
-        size=[int.from_bytes(png[at : at + 4], "big") for at in (16, 20)] if png else None,  # in the PNG's header
     )
 
 

@@ -122,39 +122,9 @@ def words(judge: dict) -> list[str]:
     return [text for text in (judge["words"], judge["length_words"], judge["position_words"]) if text]
 
 
-def asked_with(judge: dict) -> list[str]:
-    """Return how a model was asked, one line for each way: prompt, settings, and the model named by its server."""
-    said = []
-    for way in judge["asked_with"] if judge["kind"] == "model" else ():
-        settings = way.get("settings")
-        facts = [f"prompt {way['prompt_sha256'][:8]}"] if way.get("prompt_sha256") else []
-        facts += [f"{name} {value}" for name, value in settings.items()] if isinstance(settings, dict) else []
-        by = f"; its server names {way['answered_by']}" if way.get("answered_by") else ""
-        said.append(f"Asked with {', '.join(facts) or 'unknown settings'}{by}.")
-    return said
-
-
 def set_words(report: dict) -> str:
     published = ", Self-Instruct's published set" if report["set"]["is_the_252"] else ""
     return f"{counted(report['set']['items'], 'instruction')} from {report['set']['file']}{published}"
-
-
-def length_figures(report: dict, judge: dict) -> str:
-    """Return how a judge's verdicts relate to length."""
-    (a, b), length = (each["name"] for each in report["answerers"]), judge["length"]
-    longer, direction = (
-        counted(round(abs(length["longer"])), "character"),
-        "longer" if length["longer"] >= 0 else "shorter",
-    )
-    text = f"{a}'s answers are {longer} {direction} than {b}'s on average."
-    if length["length_controlled"] is not None:
-        controlled = with_interval(length["length_controlled"], length["interval"])
-        text += f" At equal length its win rate would be {controlled} instead of {percent(judge['win_rate'])} "
-        text += f"({judge['judge']})."
-    if length["correlation"] is not None:
-        correlation = f"{length['correlation']:+.2f}".replace("-", "−")
-        text += f" The correlation of outcome and length difference is {correlation}."
-    return text
 
 
 def agreement_words(report: dict) -> str:
@@ -175,10 +145,8 @@ def agreement_words(report: dict) -> str:
 
 
 def overlap_words(overlap: dict) -> str:
-    shared = "; ".join(
-        f"{g['n']} consecutive words with a record: {g['shared']} of the {g['long_enough']} that are long enough"
-        for g in overlap["ngrams"]
-    )
+    each = "{n} consecutive words with a record: {shared} of the {long_enough} that are long enough"
+    shared = "; ".join(each.format(**ngrams) for ngrams in overlap["ngrams"])
     return (
         f"Compared with {overlap['file']} ({counted(overlap['records'], 'record')}). Instructions (with input) that "
         f"share {shared}. Instructions with the same words as a record's: {len(overlap['same_instruction'])}, with the "
@@ -229,16 +197,10 @@ def judge_table(report: dict) -> list[list[str]]:
     rows = [["judge", "items", *COUNTS, "failed", "win rate", "p", "at equal length", "first preferred"]]
     for judge in report["judges"]:
         length, position = judge["length"], judge["position"]
-        rows.append(
-            [
-                judge["judge"],
-                *(f"{judge[key]:,}" for key in ("judged", *COUNTS, "failed")),
-                with_interval(judge["win_rate"], judge["interval"]),
-                f"{judge['p']:.4f}" if judge["judged"] else "–",
-                with_interval(length["length_controlled"], length["interval"]),
-                percent(position["share_first"]) if position else "–",
-            ]
-        )
+        row = [judge["judge"], *(f"{judge[key]:,}" for key in ("judged", *COUNTS, "failed"))]
+        row += [with_interval(judge["win_rate"], judge["interval"]), f"{judge['p']:.4f}" if judge["judged"] else "–"]
+        row.append(with_interval(length["length_controlled"], length["interval"]))
+        rows.append([*row, percent(position["share_first"] if position else None)])
     return rows
 
 
@@ -253,12 +215,9 @@ def rate_table(what: str, groups: list[dict]) -> list[list[str]]:
 
 
 def reference_table(report: dict) -> list[list[str]]:
-    rows = [
-        ["answers of", "answered", "characters", "ROUGE-L", "difference from the first", "reference loss", "perplexity"]
-    ]
+    head = ["answers of", "answered", "characters", "ROUGE-L", "difference from the first", "reference loss"]
     compared = any(each["loss_difference"] for each in report["answerers"])
-    if compared:
-        rows[0].append("loss difference")
+    rows = [[*head, "perplexity"] + ["loss difference"] * compared]
     for each in report["answerers"]:
         row = [each["name"], f"{each['answered']:,}", f"{each['characters']:,.0f}"]
         row += [_mean(each["rouge_l"], 100), _mean(each["rouge_l_difference"], 100, "+"), _mean(each["loss"], 1)]

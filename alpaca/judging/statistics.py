@@ -6,9 +6,9 @@ An outcome is 1.0 if a wins, 0.5 for a tie, 0.0 if b wins. Failed verdicts are l
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import permutations
 
 import numpy as np
 from scipy import stats
@@ -17,6 +17,15 @@ RESAMPLES = 10_000  # the ends of a 95% interval then move by about a twentieth 
 AT_ONCE = 1_000_000  # numbers in a block of resamples: 8 MB each
 Z_LEVEL, Z_POWER = stats.norm.ppf([0.975, 0.8])
 FEWEST = 6  # decided items: with five, even a clean sweep has p = 2/2^5 = 0.06 in a sign test
+
+
+def without_nan(value):
+    """Return figures with None for NaN, which JSON does not have; tuples become lists."""
+    if isinstance(value, dict):
+        return {key: without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def bootstrap_interval(
@@ -171,48 +180,40 @@ def equal_bins(values: Sequence[float], bins: int) -> list[np.ndarray]:
     return [np.flatnonzero(number == n) for n in np.unique(number)]
 
 
+def in_common(a: Sequence, b: Sequence) -> list[tuple]:
+    """Return what two judges say of each item that both judged; None is missing."""
+    return [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+
+
 def raw_agreement(a: Sequence, b: Sequence) -> float:
     """Return the share of items on which two judges agree; None is missing. NaN where they share no item."""
-    both = _common(a, b)
+    both = in_common(a, b)
     return sum(x == y for x, y in both) / len(both) if both else math.nan
 
 
-def cohens_kappa(a: Sequence, b: Sequence) -> float:
-    """Return (p_o - p_e)/(1 - p_e): agreement of two judges beyond what their own habits give (Cohen, 1960).
+def cohens_kappa(a: Sequence, b: Sequence, distance: Callable = operator.ne) -> float:
+    """Return 1 - d_o/d_e: agreement of two judges beyond what their own habits give (Cohen, 1960).
 
-    Nominal; None is missing. NaN where they share no item, or where both always say the same thing. Neither numpy nor
-    scipy has this or Krippendorff's alpha.
+    d_o is the mean distance of their values on an item, and d_e that of any two of their values. None is missing. NaN
+    where they share no item, or where both always say the same thing. Neither numpy nor scipy has this or
+    Krippendorff's alpha.
     """
-    both = _common(a, b)
-    if not both:
-        return math.nan
-    said, other = Counter(x for x, _ in both), Counter(y for _, y in both)
-    expected = sum(said[category] * other[category] for category in said) / len(both) ** 2
-    return (raw_agreement(a, b) - expected) / (1 - expected) if expected < 1 else math.nan
+    both = in_common(a, b)
+    of_a, of_b = Counter(x for x, _ in both), Counter(y for _, y in both)
+    by_chance = sum(distance(x, y) * n * m for x, n in of_a.items() for y, m in of_b.items())
+    return float(1 - sum(distance(x, y) for x, y in both) * len(both) / by_chance) if by_chance else math.nan
 
 
 def weighted_kappa(a: Sequence, b: Sequence) -> float:
-    """Return Cohen's kappa with quadratic weights (1968): 1 less the mean squared difference over that by chance.
-
-    For scores, where 4 beside 5 is less of a difference than 1 beside 5; of two values it is Cohen's kappa. None is
-    missing. NaN where they share no item, or where both always say the same thing.
-    """
-    if not (both := _common(a, b)):
-        return math.nan
-    x, y = np.array(both, np.float64).T
-    by_chance = x.var() + y.var() + (x.mean() - y.mean()) ** 2
-    return float(1 - ((x - y) ** 2).mean() / by_chance) if by_chance else math.nan
-
-
-def _common(a: Sequence, b: Sequence) -> list[tuple]:
-    return [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+    """Return Cohen's kappa with quadratic weights (1968), for scores: 4 and 5 differ less than 1 and 5."""
+    return cohens_kappa(a, b, lambda x, y: (x - y) ** 2)
 
 
 def krippendorffs_alpha(judges: Sequence[Sequence]) -> float:
     """Return 1 - D_o/D_e for nominal data, any number of judges and missing values.
 
-    Krippendorff, "Computing Krippendorff's Alpha-Reliability" (2011). From the matrix of coincidences: a pair of values
-    within an item of m values counts 1/(m - 1), so that items with fewer than two values count nothing.
+    Krippendorff, "Computing Krippendorff's Alpha-Reliability" (2011). Each ordered pair of values within an item of m
+    values counts 1/(m - 1), so that an item's values count m together, and those of items with one value nothing.
 
     Args:
         judges: for each the categories of all items, hashable; None is missing.
@@ -220,16 +221,11 @@ def krippendorffs_alpha(judges: Sequence[Sequence]) -> float:
     Returns:
         1 is perfect agreement, 0 what chance would give; NaN where no two values meet or all are the same.
     """
-    coincidences: Counter = Counter()
-    totals: Counter = Counter()
+    observed, totals = 0.0, Counter()
     for values in zip(*judges, strict=True):
-        given = [value for value in values if value is not None]
-        for first, second in permutations(given, 2):
-            coincidences[first, second] += 1 / (len(given) - 1)
-            totals[first] += 1 / (len(given) - 1)
-    count = totals.total()
-    expected = count**2 - sum(total**2 for total in totals.values())
-    if count <= 1 or expected < 1e-9:
-        return math.nan
-    observed = sum(weight for (first, second), weight in coincidences.items() if first != second)
-    return 1 - (count - 1) * observed / expected
+        given = Counter(value for value in values if value is not None)
+        if (m := given.total()) > 1:
+            observed += (m**2 - sum(n**2 for n in given.values())) / (m - 1)
+            totals += given
+    expected = totals.total() ** 2 - sum(n**2 for n in totals.values())
+    return 1 - (totals.total() - 1) * observed / expected if expected else math.nan

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from alpaca import UserError
 from alpaca.common.records import jload
@@ -68,37 +69,27 @@ def read_judgments(paths: Iterable[str | os.PathLike]) -> list[dict]:
     """Return the rows of files that judge.py judge and judge.py people wrote.
 
     Raises:
-        UserError: a file that cannot be read or has no rows, or a row without a required field.
+        UserError: a file that cannot be read or has no rows, or a row that is not a judgment.
     """
     rows: list[dict] = []
     for path in paths:
-        found = jload(path)
-        if not found:
+        if not (found := jload(path)):
             raise UserError(f"{path} has no judgments: choose another file")
-        for number, row in enumerate(found, 1):
-            if fault := _fault(row):
-                raise UserError(f"{path}, row {number}: {fault}; give files that judge.py judge or people wrote")
+        if odd := next((number for number, row in enumerate(found, 1) if not _is_judgment(row)), None):
+            raise UserError(f"{path}, row {odd} is not a judgment: give files that judge.py judge or people wrote")
         rows += found
     return rows
 
 
-def _fault(row) -> str | None:
-    if not isinstance(row, dict):
-        return f"a JSON {type(row).__name__}, not an object"
-    for field in ("id", "first", "second"):
-        if not isinstance(row.get(field), str):
-            return f'no text "{field}"'
-    if "preferred" not in row or row["preferred"] not in PREFERRED:
-        return '"preferred" must be "first", "second", "tie" or null'
-    judge = row.get("judge")
-    if not isinstance(judge, dict) or judge.get("kind") not in ("model", "person") or not is_name(judge.get("name")):
-        return 'no "judge" with a "kind" (model, person) and a "name"'
-    if not isinstance(judge.get("prompt_sha256"), str | None):
-        return 'the judge\'s "prompt_sha256" must be a hash or null'
-    hashes = row.get("answers_sha256")
-    if not isinstance(hashes, list) or len(hashes) != 2 or not all(isinstance(one, str | None) for one in hashes):
-        return '"answers_sha256" must be the hashes of the two answers'
-    return None
+def _is_judgment(row) -> bool:
+    try:
+        judge, hashes = row["judge"], row["answers_sha256"]
+        texts = [row["id"], row["first"], row["second"], *filter(None, [judge.get("prompt_sha256"), *hashes])]
+        known = row["preferred"] in PREFERRED and judge["kind"] in ("model", "person") and is_name(judge["name"])
+        known = known and len(hashes) == 2 and isinstance(judge.get("settings"), dict | None)
+        return known and all(isinstance(text, str) for text in texts)
+    except (AttributeError, KeyError, TypeError):
+        return False
 
 
 def read_asks(rows: Sequence[dict], a: Answers, b: Answers) -> list[Ask]:
@@ -146,19 +137,15 @@ def judge_names(rows: Sequence[dict]) -> list[str]:
 
     A person's seed is the page's: on two pages, which draw their sides separately, one name may be two people.
     """
-    different: dict[str, set] = {}
-    for judge in (row["judge"] for row in rows):
-        different.setdefault(judge["name"], set()).add(_facts(judge))
-    return [
-        judge["name"] + (f" ({', '.join(_facts(judge))})" if len(different[judge["name"]]) > 1 else "")
-        for judge in (row["judge"] for row in rows)
-    ]
+    judges = [(row["judge"]["name"], _facts(row["judge"])) for row in rows]
+    different = Counter(name for name, _ in set(judges))
+    return [name + (f" ({', '.join(facts)})" if different[name] > 1 else "") for name, facts in judges]
 
 
 def _facts(judge: dict) -> tuple[str, ...]:
-    prompt, settings = judge.get("prompt_sha256"), judge.get("settings")
+    prompt, settings = judge.get("prompt_sha256"), judge.get("settings") or {}
     facts = [judge["kind"]] + ([f"prompt {prompt[:8]}"] if prompt else [])
-    if judge["kind"] == "person" and isinstance(settings, dict) and "seed" in settings:
+    if judge["kind"] == "person" and "seed" in settings:
         facts.append(f"votes of seed {settings['seed']}")
     return tuple(facts)
 
@@ -169,13 +156,13 @@ def settings_of(rows: Sequence[dict], judge: str) -> list[dict]:
     Rows without a reply (failed, or equal answers) lack the server's model name: they count as a separate way only if
     no row with a reply was asked that way.
     """
-    found, silent = [], []
-    for row, name in zip(rows, judge_names(rows), strict=True):
-        answered_by = {"answered_by": row["answered_by"]} if row.get("answered_by") else {}
-        if name == judge and (settings := row["judge"] | answered_by) not in (ways := found if answered_by else silent):
-            ways.append(settings)
-    known = [{key: value for key, value in way.items() if key != "answered_by"} for way in found]
-    return found + [way for way in silent if way not in known]
+    own = [row for row, name in zip(rows, judge_names(rows), strict=True) if name == judge]
+    ways = [row["judge"] | ({"answered_by": by} if (by := row.get("answered_by")) else {}) for row in own]
+    found: list[dict] = []
+    for way in sorted(ways, key=lambda way: "answered_by" not in way):
+        if all(other | way != other for other in found):
+            found.append(way)
+    return found
 
 
 def fold(asks: Iterable[Ask]) -> list[Verdict]:
@@ -183,9 +170,7 @@ def fold(asks: Iterable[Ask]) -> list[Verdict]:
 
     An item that a model has seen in one order only, because its run has not finished, has none yet.
     """
-    groups: dict[tuple[str, str], list[Ask]] = {}
-    for ask in asks:
-        groups.setdefault((ask.judge, ask.id), []).append(ask)
+    groups = grouped(((ask.judge, ask.id), ask) for ask in asks)
     return [verdict for group in groups.values() if (verdict := _verdict(group)) is not None]
 
 
@@ -203,12 +188,17 @@ def _verdict(asks: list[Ask]) -> Verdict | None:
 
 def majority(verdicts: Iterable[Verdict]) -> list[Verdict]:
     """Return one verdict of all judges together on each item: the side with more votes, else a tie."""
-    votes: dict[str, list[float]] = {}
-    for verdict in verdicts:
-        if verdict.outcome is not None:
-            votes.setdefault(verdict.id, []).append(verdict.outcome)
+    votes = grouped((verdict.id, verdict.outcome) for verdict in verdicts if verdict.outcome is not None)
     leads = {id: sum(outcome - 0.5 for outcome in each) for id, each in votes.items()}
     return [Verdict(id, PEOPLE, "person", 0.5 + 0.5 * ((lead > 0) - (lead < 0))) for id, lead in leads.items()]
+
+
+def grouped(pairs: Iterable[tuple[Hashable, Any]]) -> dict[Any, list]:
+    """Return the values of each key, in order of appearance."""
+    groups: dict[Any, list] = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups
 
 
 def counts(outcomes: Sequence[float]) -> dict[str, int]:

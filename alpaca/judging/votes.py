@@ -41,34 +41,30 @@ class Ballots:
             who can guess it could tell whether left is the same generator as the last time.
 
     Raises:
-        UserError: both have one name, no item has two answers, the output exists without a journal, or the journal is
-            of other answers, of another seed, or in use.
+        UserError: no item has two answers, the output exists without a journal, or the journal is of other answers, of
+            another seed, or in use.
     """
 
     def __init__(
         self, items: list[Item], a: Answers, b: Answers, output_path: str | os.PathLike, seed: int | None = None
     ):
-        if a.generator == b.generator:
-            raise UserError(f"both answer files are of {a.generator}: give their rows different generators")
-        # Named in the other order on the command line, the same pairs go on.
+        # Named in the other order on the command line, they are the same pairs.
         self._answers = sorted((a, b), key=lambda answers: answers.generator)
         self.items = [item for item in items if all(item.id in answers.outputs for answers in self._answers)]
         if not self.items:
-            raise UserError(f"no instruction has an answer of both {a.generator} and {b.generator}: nothing to judge")
+            raise UserError(
+                f"no instruction has answers by both {a.generator} and {b.generator}: give answers to the same set"
+            )
         self.path, journal = check_output(output_path)
         if self.path.suffix != ".jsonl":
-            raise UserError(f"{self.path} becomes JSON Lines: let its name end in .jsonl")
+            raise UserError(f"output_path {self.path} must end in .jsonl: votes are JSON Lines")
         self._journal = Journal(journal)
-        try:
-            self.seed = self._begin(seed)
-            self._votes: dict[str, dict[str, dict]] = {}  # annotator → item id → row, in the order of voting
-            for entry in self._journal.entries[1:]:
-                self._count(entry)
-            self._written = False  # whether OUT has all rows; then the next one is appended
-            self._write()
-        except BaseException:
-            self._journal.close()
-            raise
+        self.seed = self._begin(seed)
+        self._votes: dict[str, dict[str, dict]] = {}  # annotator → item id → row, in the order of voting
+        for entry in self._journal.entries[1:]:
+            self._count(entry)
+        self._written = False  # whether OUT has all rows; then the next one is appended
+        self._write()
         self.items.sort(key=lambda item: self._draw("order", item.id))
         self._lock = threading.Lock()
         self._shown: dict[tuple[str, int], float] = {}
@@ -79,16 +75,13 @@ class Ballots:
             [item.id, item.instruction, item.input, *(answers.outputs[item.id] for answers in self._answers)]
             for item in self.items
         )
-        run = {
-            "task": "people",
-            "generators": [answers.generator for answers in self._answers],
-            "pairs": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
-        }
+        generators = [answers.generator for answers in self._answers]
         if seed is None and self._journal.entries:
             seed = self._journal.entries[0].get("run", {}).get("seed")
         elif seed is None:
             seed = random.SystemRandom().getrandbits(48)
-        self._journal.begin(run | {"seed": seed})
+        about = {"task": "people", "generators": generators, "pairs": sha256(json.dumps(pairs)), "seed": seed}
+        self._journal.begin(about)
         return seed
 
     def _draw(self, *what: str) -> bytes:
@@ -105,7 +98,7 @@ class Ballots:
             UserError: it is empty, too long, or not text.
         """
         if not isinstance(name, str) or not name.isprintable() or len(name) > MAX_NAME_CHARS or not name.strip():
-            raise UserError(f"A name has 1 to {MAX_NAME_CHARS} letters, in one line.")
+            raise UserError(f"Enter a name of 1 to {MAX_NAME_CHARS} characters, in one line.")
         name = " ".join(unicodedata.normalize("NFC", name).split())
         with self._lock:
             return next((known for known in self._votes if known.casefold() == name.casefold()), name)
@@ -134,14 +127,14 @@ class Ballots:
         return [one.rows.get(id, {}).get("finish_reason") == "length" for one in self._sides(annotator, id)]
 
     def vote(self, annotator: str, place: int, choice: str) -> bool:
-        """Keep a vote; return False if the pair has one, from a second press or another window, which counts.
+        """Keep a vote; return False if the pair already has one (a second press, another window), which stays.
 
         Args:
             place: the pair's, from next().
             choice: one of CHOICES.
 
         Raises:
-            OSError: it could not be kept, and none can be before the server is restarted.
+            OSError: it could not be saved, and no further vote can be until the server is restarted.
         """
         item = self.items[place]
         with self._lock:
@@ -166,7 +159,7 @@ class Ballots:
             return True
 
     def undo(self, annotator: str, place: int) -> bool:
-        """Take back this annotator's vote on a pair; return False if it is not their last one, or if there is none."""
+        """Take back this annotator's vote on a pair; return False if it is not their last one."""
         with self._lock:
             if next(reversed(self._votes.get(annotator, {})), None) != self.items[place].id:
                 return False

@@ -84,7 +84,7 @@ class CheckpointReader:
                 if listed.get(name, shard) == shard:
                     self._stored[name] = Stored(shard, name, *_spec(tensor))
         if odd := next((name for name in (*self._stored, *listed) if not name.isprintable()), None):
-            raise UserError(f"{self.folder}: the name {odd[:99]!r} has control characters: do not trust it")
+            raise UserError(f"{self.folder}: the name {odd[:99]!r} has control characters: get another copy")
         for name in listed.keys() - self._stored.keys():
             shard = self.folder / listed[name]
             raise UserError(f"{shard} lacks the tensor {name} that the index puts there: download both again")
@@ -106,7 +106,7 @@ class CheckpointReader:
                 return {}, [name]
             for shard in shard_of.values():
                 if Path(shard).name != shard or "\\" in shard or not shard.isprintable():
-                    raise UserError(f"{index} points outside its folder ({shard!r}): do not trust it")
+                    raise UserError(f"{index} points outside its folder ({shard!r}): get the model elsewhere")
             if shard_of:
                 return shard_of, sorted(set(shard_of.values()))
         raise UserError(f"{self.folder} has no weights")
@@ -123,7 +123,7 @@ class CheckpointReader:
         except pickle.UnpicklingError as e:  # torch's own message suggests loading it with weights_only=False
             why = re.search("(?:WeightsUnpickler error: |Trying to load )(.{,200})|$", str(e))[1] or "it is malformed"
             what = f"is damaged (a Git LFS pointer?), or its pickle asks to run code ({why})"
-            raise UserError(f"{path} {what}, and was not loaded: do not trust it") from None
+            raise UserError(f"{path} {what}: do not trust it; get the model as safetensors") from None
         except Exception as e:  # a damaged or hostile file can make a parser raise anything
             why = f"(truncated, or a Git LFS pointer?): {first_line(e)}"
             raise UserError(f"{path} cannot be read {why}; download it again") from None

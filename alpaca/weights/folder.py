@@ -58,7 +58,7 @@ def check_links(source: Path) -> None:
     templates = (source / CHAT_TEMPLATES).glob("*.jinja")
     for path in [*(source / name for name in (*SIDE_FILES, RECEIPT, CARD, "config.json")), *templates]:
         if not any(path.resolve().is_relative_to(root) for root in roots):
-            raise UserError(f"{path} is a link out of its folder: do not trust it, or copy the file there yourself")
+            raise UserError(f"{path} is a link out of its folder: remove it, or copy the file there if you trust it")
 
 
 def copy_side_files(source: Path, target: Path, config: dict) -> None:

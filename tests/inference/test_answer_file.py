@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_records
+from conftest import call, make_records
 from made_models import stream_text
 from torch.nn import functional
 
@@ -84,7 +84,7 @@ def test_a_local_models_answers_are_greedy_in_the_sets_order_with_their_losses(t
     records = [*make_records(6), {"instruction": "Rest.", "input": "", "output": ""}]
     instructions, output = write(tmp_path / "set.jsonl", records), tmp_path / "out.jsonl"
     flags = {"model_path": str(tiny_llama), "max_new_tokens": 6, "device": "cpu", "reference_loss": True}
-    judge.answer(instructions, str(output), **flags)
+    call(judge.answer, instructions, str(output), **flags)
     rows = read(output)
     assert [row["id"] for row in rows] == ["1", "2", "3", "4", "5", "6", "7"]
     assert {row["generator"] for row in rows} == {"tiny-llama"}
@@ -102,7 +102,15 @@ def test_a_local_models_answers_are_greedy_in_the_sets_order_with_their_losses(t
 def test_an_instruction_that_does_not_fit_is_told_and_has_an_error(tiny_llama, tmp_path, capsys):
     records = [{"instruction": "long " * 600, "input": "", "output": "y"}, {"instruction": "x", "output": "y"}]
     instructions, output = write(tmp_path / "set.jsonl", records), tmp_path / "out.json"
-    judge.answer(instructions, str(output), model_path=str(tiny_llama), max_new_tokens=3, device="cpu", generator="me")
+    call(
+        judge.answer,
+        instructions,
+        str(output),
+        model_path=str(tiny_llama),
+        max_new_tokens=3,
+        device="cpu",
+        generator="me",
+    )
     rows = json.loads(output.read_text())
     assert "the model reads at most 1024" in rows[0]["error"] and "output" not in rows[0]
     assert rows[1]["generator"] == "me" and rows[1]["finish_reason"] == "length" and "finish_reason" not in rows[0]
@@ -114,7 +122,7 @@ def test_an_answer_that_ended_by_itself_says_stop_and_one_that_was_cut_length(ti
     made = iter([answered("It ends.", 3, False), answered("It goes on and", 3, True)])
     monkeypatch.setattr(answer_file, "answer_batch", lambda model, tokenizer, ids, *_: [next(made) for _ in ids])
     instructions, output = write(tmp_path / "set.jsonl", make_records(2)), tmp_path / "out.jsonl"
-    judge.answer(instructions, str(output), model_path=str(tiny_llama), max_new_tokens=3, device="cpu")
+    call(judge.answer, instructions, str(output), model_path=str(tiny_llama), max_new_tokens=3, device="cpu")
     ends = {row["output"]: row["finish_reason"] for row in read(output)}
     assert ends == {"It ends.": "stop", "It goes on and": "length"}
 
@@ -145,7 +153,7 @@ def test_a_run_that_ends_before_its_losses_goes_on_without_answering_again(tiny_
     """test_chat.py kills runs between answers; this is the stage behind them."""
     instructions = write(tmp_path / "set.jsonl", make_records(9))
     flags = {"model_path": str(tiny_llama), "device": "cpu", "reference_loss": True, "max_new_tokens": 5}
-    judge.answer(instructions, str(tmp_path / "whole.jsonl"), **flags)
+    call(judge.answer, instructions, str(tmp_path / "whole.jsonl"), **flags)
 
     def killed(*_):
         raise KeyboardInterrupt
@@ -153,8 +161,8 @@ def test_a_run_that_ends_before_its_losses_goes_on_without_answering_again(tiny_
     with monkeypatch.context() as patch:
         patch.setattr("judge._reference_fields", killed)
         with pytest.raises(KeyboardInterrupt):
-            judge.answer(instructions, str(tmp_path / "killed.jsonl"), **flags)
+            call(judge.answer, instructions, str(tmp_path / "killed.jsonl"), **flags)
     assert not (tmp_path / "killed.jsonl").exists()
     monkeypatch.setattr(answer_file, "answer_batch", killed)
-    judge.answer(instructions, str(tmp_path / "killed.jsonl"), **flags)
+    call(judge.answer, instructions, str(tmp_path / "killed.jsonl"), **flags)
     assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

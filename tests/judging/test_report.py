@@ -232,7 +232,7 @@ def test_a_model_whose_losses_are_all_nan_has_none_and_that_is_told(files, tmp_p
         ({"answers": "{0}/a.jsonl,{0}/a.jsonl"}, "give each its own name"),
         ({"answers": "{0}/a.jsonl", "judgments": "{0}/model.jsonl"}, "--judgments needs two files of --answers, not 1"),
         ({"judgments": "{0}/missing.jsonl"}, "missing.jsonl does not exist"),
-        ({"judgments": "{0}/a.jsonl"}, 'a.jsonl, row 1: no text "first"'),
+        ({"judgments": "{0}/a.jsonl"}, "a.jsonl, row 1 is not a judgment: give files that judge.py"),
         ({"data_path": "{0}/missing.json"}, "missing.json does not exist"),
         ({"output_dir": "{0}/a.jsonl"}, "--output_dir .*a.jsonl is a file or read-only: choose another folder"),
         ({"output_dir": "{0}/a.jsonl/new"}, "--output_dir .*a.jsonl/new .*a.jsonl is a file or read-only: choose"),

@@ -213,7 +213,7 @@ def test_a_name_is_one_person_however_it_is_spaced_or_spelled(opened):
     assert all(box.pair("ann lee", place) == box.pair("Ann Lee", place) for place in range(40))
     assert box.annotator("Zoë") == box.annotator("Zoe\u0308")
     for bad in ("", "  ", "x" * 61, "a\nb", "\x00", "half \ud83d", None, 5, ["a"]):
-        with pytest.raises(UserError, match="A name has 1 to 60 letters"):
+        with pytest.raises(UserError, match="Enter a name of 1 to 60 characters"):
             box.annotator(bad)
 
 
@@ -223,10 +223,9 @@ def test_a_name_is_one_person_however_it_is_spaced_or_spelled(opened):
         ({"seed": 4}, "from a run that differs in seed: use the same again, or choose another output path"),
         ({"a": answers("ann-7b", ITEMS[:5])}, "from a run that differs in pairs"),
         ({"b": answers("other")}, "from a run that differs in generators, pairs"),
-        ({"b": answers("ann-7b")}, "both answer files are of ann-7b"),
-        ({"b": Answers("none", {"t0": ""}, [], {}), "items": ITEMS[1:]}, "no instruction has an answer of both"),
+        ({"b": Answers("none", {"t0": ""}, [], {}), "items": ITEMS[1:]}, "no instruction has answers by both"),
         ({"name": "no/votes.jsonl"}, "must be a file in an existing folder"),
-        ({"name": "votes.json"}, "becomes JSON Lines: let its name end in .jsonl"),
+        ({"name": "votes.json"}, "must end in .jsonl: votes are JSON Lines"),
         ({"name": "old.jsonl"}, "old.jsonl already exists: remove it, or choose another name"),
     ],
 )

@@ -155,7 +155,7 @@ def test_buttons_skip_and_undo_do_as_keys_do(visit, site):
     page.press("4", 2)
     assert [(vote["preferred"], vote["error"]) for vote in site.votes("Bo")] == [("second", None), (None, "skipped")]
     page.press("u", 1)
-    page.see("Taken back: choose again.", ".status")
+    page.see("Undone: choose again.", ".status")
     assert page.button("Undo (U)").is_enabled()
     page.press("U", 0)
     assert page.text(0) == first and site.votes("Bo") == []
@@ -290,7 +290,7 @@ def test_a_second_window_does_not_judge_a_pair_twice(visit, site):
     other = visit().begin("twin")
     page.press("1", 1)
     other.page.keyboard.press("2")
-    other.see("You had judged that pair already: the first choice stands.", ".status")
+    other.see("You have already judged that pair: your first choice counts.", ".status")
     other.at(1)
     assert [vote["preferred"] for vote in site.votes() if vote["judge"]["name"].casefold() == "twin"] == ["first"]
 
@@ -340,7 +340,7 @@ judge_page.serve(ITEMS, SPARROW, RAVEN, "votes.jsonl", port=int(sys.argv[1]))
         page.page.keyboard.press("3")
         page.page.get_by_text("Connection to the server was lost").wait_for()
         server = start(port)
-        page.see("Going on after 2.", ".status")
+        page.see("Continuing after 2 pairs.", ".status")
         assert page.sides() == sides and (tmp_path / "votes.jsonl.journal").read_bytes() == journal
         page.at(2)
         page.press("3", 3)
@@ -377,7 +377,7 @@ def test_a_program_needs_a_name(site, name):
     before = site.votes()
     assert site.begin(name)[0] == 500
     status, body = site.call("choose-tie", [None, 0], "nobody")
-    assert (status, site.votes()) == (500, before) and "does not know your name" in body
+    assert (status, site.votes()) == (500, before) and "no longer knows your name" in body
 
 
 def test_a_vote_and_an_undo_belong_to_the_visit_that_voted(site):
@@ -389,9 +389,9 @@ def test_a_vote_and_an_undo_belong_to_the_visit_that_voted(site):
     assert site.call("choose-second", [forged, 1], "stranger")[0] == 500
     site.call(None, ["owner"], "another visit")  # under the same name
     status, body = site.call("choose-undo", [forged], "another visit")
-    assert status == 200 and "There is nothing to take back here." in body
+    assert status == 200 and "There is nothing to undo." in body
     assert site.votes("Owner") == kept and len(kept) == 1
-    assert "Taken back" in site.call("choose-undo", [None], "Owner")[1] and site.votes("Owner") == []
+    assert "Undone" in site.call("choose-undo", [None], "Owner")[1] and site.votes("Owner") == []
 
 
 def test_a_function_that_does_not_exist_is_one_line_in_the_log(site, caplog):
@@ -410,7 +410,7 @@ def test_a_vote_that_cannot_be_saved_is_told_and_tells_no_path(site, monkeypatch
     site.begin("Full")
     monkeypatch.setattr(site.ballots._journal, "append", full)
     status, body = site.call("choose-first", [None, 0], "Full")
-    assert status == 500 and "could not be saved; the terminal of the server says why" in body
+    assert status == 500 and "could not be saved: see the server" in body
     assert not [secret for secret in SECRETS if secret in body] and "No space left" in caplog.text
 
 

@@ -559,6 +559,15 @@ def test_the_input_of_a_record_with_a_system_text_is_compared_as_an_input(tmp_pa
     ]
 
 
+def test_rules_for_one_record_see_no_system_text(tmp_path):
+    """It points at a text and at a page to read, and hides that an answer begins with a copy of its question."""
+    system = "Summarize the following text from https://example.com/news in one word."
+    talks = [talk(*TWO[0], system=system), talk(*TWO[0], *TWO[1], system=system)]
+    assert [found for found in found_in(tmp_path, talks) if found[1] != "near-duplicate"] == []
+    echo = talk("Write one line of praise for tea.", "Write one line of praise for tea. Tea warms.", system=SYSTEM)
+    assert [(number, name) for number, name, _ in found_in(tmp_path, [echo])] == [(1, "echo")]
+
+
 def test_a_finding_has_the_number_that_the_reader_gives(tmp_path, capsys):
     records = [talk("Name a sea."), talk(*TWO[0]), talk(*TWO[1]), talk("Name a town."), talk(*TWO[0])]
     assert found_in(tmp_path, records) == [(5, "duplicate", "same instruction and input as record 2")]
@@ -723,11 +732,6 @@ def test_fetch_puts_a_verified_file_in_place_and_does_nothing_the_second_time(mi
     assert "exists and is correct" in capsys.readouterr().out
 
 
-def test_fetch_into_a_folder_says_to_name_a_file(tmp_path):
-    with pytest.raises(UserError, match="is a folder: choose a file"):
-        analyze_data.fetch(str(tmp_path))
-
-
 def test_fetch_resumes_where_the_server_broke_off(mirror, blob, tmp_path):
     server, out = mirror("half", "half", None), tmp_path / "data.json"
     analyze_data.fetch(str(out), server.url, blob)
@@ -848,6 +852,15 @@ def test_one_shipped_record_among_others_keeps_its_license(own, tmp_path):
         analyze_data.publish(str(own), str(tmp_path / "out"), "apache-2.0")
     analyze_data.publish(str(own), str(tmp_path / "out"), "cc-by-nc-4.0")
     assert "1 record is from alpaca_data.json" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_shipped_record_keeps_its_license_as_a_conversation_and_under_a_system_text(own, tmp_path):
+    shipped = next(one for one in utils.load_records(SHIPPED) if one["input"])
+    question = shapes.user_message(shipped["instruction"], shipped["input"])["content"]
+    again = [talk(question, shipped["output"]), talk(question, shipped["output"], system=SYSTEM)]
+    utils.jdump([*OWN, *again, shipped | {"system": SYSTEM}], own)
+    with pytest.raises(UserError, match="^3 records are from alpaca_data.json"):
+        analyze_data.publish(str(own), str(tmp_path / "out"))
 
 
 def test_the_released_file_keeps_its_license(own, tmp_path, monkeypatch):

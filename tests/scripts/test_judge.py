@@ -351,7 +351,8 @@ def test_killed_again_and_again_a_run_asks_nothing_twice_and_ends_where_an_unint
     assert not (tmp_path / "j.jsonl.journal").exists()
 
 
-def test_ctrl_c_loses_no_reply_and_says_how_to_go_on(teacher, files, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_lose_no_reply_and_say_how_to_continue(teacher, files, tmp_path, number):
     server, flags = teacher(erratic), files(60)
     process = subprocess.Popen(
         [sys.executable, *command(server, flags)],
@@ -362,10 +363,10 @@ def test_ctrl_c_loses_no_reply_and_says_how_to_go_on(teacher, files, tmp_path):
     )
     while len(server.requests) < 20 and process.poll() is None:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in said
-    assert "replies so far are in" in said
+    assert process.returncode == 128 + number and "Traceback" not in said
+    assert "j.jsonl.journal: the same command continues" in said and said.endswith("\ninterrupted\n")
     entries = (tmp_path / "j.jsonl.journal").read_bytes().splitlines()
     assert 20 - 1 - 4 * 3 <= len(entries) - 1  # all that was answered; at most 4 were being asked
 

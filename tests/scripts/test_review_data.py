@@ -77,7 +77,7 @@ def test_each_record_is_kept_corrected_or_dropped_and_the_data_stays(teacher, da
     assert [record["output"] for record in kept] == ["0 it is", "1", "2", "3", "5", "6", "7", "8 it is"]
     assert [name for name in kept[1]] == ["instruction", "input", "output"]
     assert kept[0]["review"]["original_output"] == "0"
-    assert [(r["output"], r["review"]["record"], r["review"]["action"]) for r in dropped] == [("4", 4, "dropped")]
+    assert [(r["output"], r["review"]["record"], r["review"]["action"]) for r in dropped] == [("4", 5, "dropped")]
     rows = lines(tmp_path / "out" / "reviews.jsonl")
     assert [row["action"] for row in rows] == ["corrected", *["kept"] * 3, "dropped", *["kept"] * 3, "corrected"]
     assert rows[4]["reviews"][0]["reason"] == "So it is."
@@ -134,6 +134,30 @@ def test_killed_again_and_again_a_review_ends_with_the_bytes_of_an_uninterrupted
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     # What was in flight at a kill is lost, and its tries before: 4 requests of at most 3 tries each.
     assert whole <= len(server.requests) <= whole + kills * 4 * 3
+
+
+def test_sigterm_loses_no_review_and_says_how_to_continue(teacher, data, tmp_path):
+    server, flags = teacher(erratic), data(60)
+    argv = [sys.executable, *command(flags, server, "--max_concurrency", 4)]
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while len(server.requests) < 20 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in said
+    assert ".journal: the same command continues" in said and said.endswith("\ninterrupted\n")
+    [journal] = (tmp_path / "out").glob("*.journal")
+    assert 20 - 1 - 4 * 3 <= len(journal.read_bytes().splitlines()) - 1  # all but the at most 4 that were in flight
+
+
+def test_a_record_has_the_number_that_the_reader_gives(teacher, data, tmp_path):
+    """As in lint: the first of three is without an answer, and dropped by the reader."""
+    asked = [{"role": "user", "content": "Say 1."}]
+    talks = [{"messages": asked + [{"role": "assistant", "content": text}]} for text in ("", "One.", "1")]
+    flags = data(0) | {"data_path": str(tmp_path / "talks.json")}
+    (tmp_path / "talks.json").write_text(json.dumps(talks))
+    call(analyze_data.review, **flags, base_url=teacher(lambda number, body: marks(5)).base_url)
+    assert [row["record"] for row in lines(tmp_path / "out" / "reviews.jsonl")] == [2, 3]
 
 
 def test_within_a_budget_the_rest_is_not_asked_and_the_same_command_asks_it(teacher, data, tmp_path):
@@ -205,8 +229,8 @@ def test_bad_input_is_refused_in_one_line(teacher, data, tmp_path):
     rubric.write_text("{fence}{task}{answer} True or not?")
     one.write_text('[{"instruction": "Say 1.", "input": ""}]')
     for more, *words in (
-        ({"model_name": None}, "--model_name is missing"),
-        ({"model_name": "m,"}, "must be a name"),
+        ({"model_name": None}, "--model_name must be a reviewer's name"),
+        ({"model_name": "m,"}, "--model_name must be a reviewer's name"),
         ({"model_name": "m,n,o"}, "names 3 reviewers"),
         ({"model_name": "m, m"}, "names 'm' twice"),
         ({"model_name": "m,n", "batch_write": "b.jsonl"}, "are for one reviewer"),

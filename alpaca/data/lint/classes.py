@@ -1,9 +1,9 @@
 """The classes of faults that lint looks for, and the search for all of them.
 
-A rule is a pure function: a record in, evidence or None out. The classes are the ten that AlpacaDataCleaned lists for
-the released 52,002 records, as far as a program can see them, and the marks that a teacher, its prompt and its stop
-string leave behind. Precision comes before recall: a rule in doubt reports nothing. Its findings on released records
-were read and judged one by one; docs/LOG.md has the figures.
+A rule is a pure function: a record in, evidence or None out. Of a conversation it sees the first question and answer.
+The classes are the ten that AlpacaDataCleaned lists for the released 52,002 records, as far as a program can see them,
+and the marks that a teacher, its prompt and its stop string leave behind. Precision comes before recall: a rule in
+doubt reports nothing. Its findings on released records were read and judged one by one; docs/LOG.md has the figures.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-from alpaca.common.shapes import task_key, whole_text
+from alpaca.common.shapes import task_key, whole_text, without_system
 from alpaca.data.dedup import MAX_SIMILARITY
 from alpaca.data.lint import answers, arithmetic, marks, questions
 from alpaca.data.lint.fields import around, input_of, symbols
@@ -104,7 +104,8 @@ def find(records: list[dict], classes: set[str], numbers=FROM_1) -> list[dict]:
     found = []
     rules = [(name, rule) for name, (_, rule) in RECORD_CLASSES.items() if name in classes]
     for i, record in enumerate(tqdm(records, desc="lint", unit="record", disable=None)):
-        found += [(i, name, text) for name, rule in rules if (text := rule(record))]
+        seen = without_system(record)
+        found += [(i, name, text) for name, rule in rules if (text := rule(seen))]
     for name in sorted(SET_CLASSES.keys() & classes):
         found += [(i, name, text) for i, text in SET_CLASSES[name][1](records, numbers=numbers).items()]
     found.sort(key=lambda finding: finding[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -14,11 +13,16 @@ from alpaca.endpoint.client import Completion
 from alpaca.judging.prompt import sha256
 from alpaca.judging.review.marks import Rubric
 
+FROM_1 = range(1, 1 << 40)  # records' numbers, unless their places in the file are given
 ACTIONS = ("kept", "corrected", "dropped", "failed", "not asked")
 
 
 def outcomes(
-    records: Sequence[dict], replies: dict[str, Sequence[Completion | None]], rubric: Rubric, min_score: int
+    records: Sequence[dict],
+    replies: dict[str, Sequence[Completion | None]],
+    rubric: Rubric,
+    min_score: int,
+    numbers: Sequence[int] = FROM_1,
 ) -> list[dict]:
     """Return what becomes of each record, with what led to it: the rows of reviews.jsonl.
 
@@ -31,11 +35,12 @@ def outcomes(
         replies: reviewer → its reply to each record, or a failure, or None: not asked.
         rubric: that reads them.
         min_score: the lowest score to keep.
+        numbers: of the records, as in lint: their places in the file, from 1.
     """
     rows = []
     for place, record in enumerate(records):
         reviews = [_review(model, each[place], rubric) for model, each in replies.items()]
-        row = {"record": place, "record_sha256": sha256(json_text(record)), "scores": None}
+        row = {"record": numbers[place], "record_sha256": sha256(json_text(record)), "scores": None}
         marked = [review["scores"] for review in reviews if review["scores"]]
         if len(marked) == len(reviews):
             lowest = {name: min(scores[name] for scores in marked) for name in rubric.criteria}
@@ -114,18 +119,13 @@ def figures(rows: Sequence[dict], criteria: Sequence[str], min_score: int) -> di
         keeps = [[one and min(one.values()) >= min_score for one in column] for column in columns[:2]]
         found["agreement"] = {
             name: {
-                "records": sum(None not in both for both in zip(*pair, strict=True)),
-                "same": _figure(statistics.raw_agreement(*pair)),
-                "kappa": _figure(statistics.weighted_kappa(*pair)),
+                "records": len(statistics.in_common(*pair)),
+                "same": statistics.raw_agreement(*pair),
+                "kappa": statistics.weighted_kappa(*pair),
             }
             for name, pair in (pairs | {"kept": keeps}).items()
         }
-    return found
-
-
-def _figure(value: float) -> float | None:
-    """Return a figure as JSON can hold it: None where it does not exist."""
-    return None if math.isnan(value) else value
+    return statistics.without_nan(found)
 
 
 def as_lines(found: dict, min_score: int) -> list[str]:

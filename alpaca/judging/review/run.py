@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from alpaca import UserError
@@ -22,7 +21,7 @@ FILES = ("kept.json", "dropped.jsonl", "reviews.jsonl", "report.json")
 
 
 def review(
-    records: Sequence[dict],
+    numbered: Mapping[int, dict],
     models: Sequence[str],
     rubric: Rubric,
     output: Path,
@@ -31,13 +30,14 @@ def review(
     seed: int,
     requests: RequestSettings,
 ) -> None:
-    """Have one or two models review records, one after the other, and write FILES into a folder.
+    """Have one or two models review records (by number), one after the other, and write FILES into a folder.
 
     Each has a journal of its own, so that what one was paid for remains when the other turns out to be useless.
 
     Raises:
         UserError: one of FILES exists and the run that made it has ended; also see ask_each() and summarize().
     """
+    records = list(numbered.values())
     output.mkdir(parents=True, exist_ok=True)
     paths = [output / f"{sha256(model)[:8]}.journal" for model in models]
     there = [output / name for name in FILES if (output / name).exists()]
@@ -46,14 +46,14 @@ def review(
     decoding, budget = OpenAIDecodingArguments(max_tokens, temperature=0.0), Budget(requests)
     prompts, replies = [rubric.prompt(record) for record in records], {}
     settings = {"max_tokens": max_tokens, "temperature": 0.0, "seed": seed, "extra_body": requests.extra}
-    digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    digest = sha256(json.dumps(prompts))
     for model, path in zip(models, paths, strict=True):
         teacher = Reviewer(rubric, model, decoding, "chat", requests)
         with Journal(path) as journal:
             journal.begin({"task": "review", "model_name": model, "prompts": digest, "settings": settings})
             replies[model] = ask_each(teacher, prompts, seed, journal, budget)
 
-    rows = outcome.outcomes(records, replies, rubric, min_score)
+    rows = outcome.outcomes(records, replies, rubric, min_score, list(numbered))
     figures = outcome.figures(rows, rubric.criteria, min_score)
     about = {"rubric_sha256": rubric.sha256, "prompts_sha256": digest, "min_score": min_score, "settings": settings}
     about |= {"changed_settings": sorted(budget.changed), "records": len(records)}
