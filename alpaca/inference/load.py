@@ -23,7 +23,7 @@ from alpaca import UserError
 from alpaca.common.memory import as_text, available_bytes
 from alpaca.common.text import printable, shorten
 from alpaca.inference.adapters import base_of, is_adapter, merge_adapter
-from alpaca.inference.generate import context_length, end_ids
+from alpaca.inference.generate import end_ids
 from alpaca.prompts import prompt_ids
 from alpaca.weights.checkpoint import FLOATS, TOKENIZER, CheckpointReader, check_model_folder, is_hub_name
 
@@ -138,6 +138,7 @@ def _left_out(model, folder: Path) -> list[str]:
     return [f"not in the result, of the checkpoint's values: {', '.join(parts)}"] if parts else []
 
 
+@torch.no_grad()
 def near_zero(model) -> str:
     """Say why the weights look like the difference of two models, as Alpaca's were released; "" if they do not.
 
@@ -145,19 +146,14 @@ def near_zero(model) -> str:
     to 1 (Gemma); its embeddings are of order 0.01 to 0.1. Fine-tuning at a learning rate of 2e-5 moves either by 1e-3
     at most.
     """
-    weights = [
-        module.weight
-        for module in model.modules()
-        if "norm" in type(module).__name__.lower() and getattr(module, "weight", None) is not None
-    ]
+    norms = [module for module in model.modules() if "norm" in type(module).__name__.lower()]
+    weights = [module.weight for module in norms if getattr(module, "weight", None) is not None]
     words = model.get_input_embeddings().weight
-    # None, or ZeRO-3 has them apart, or another process has read them.
-    if not weights or words.is_meta or 0 in (words.numel(), *(weight.numel() for weight in weights)):
+    if not weights or any(weight.is_meta or not weight.numel() for weight in (words, *weights)):
+        return ""  # there is none, another process has read it, or ZeRO-3 has it apart
+    norm = max(float(weight.abs().max()) for weight in weights)
+    if norm > 0.1 or (word := float(words.float().abs().mean())) > 2e-3:
         return ""
-    with torch.no_grad():
-        norm = max(float(weight.abs().max()) for weight in weights)
-        if norm > 0.1 or (word := float(words.float().abs().mean())) > 2e-3:
-            return ""
     return f"all weights are near 0 (norms below {norm:.1g}, embeddings {word:.1g} on average)"
 
 
@@ -169,8 +165,6 @@ def check_model(model, tokenizer, path: str | os.PathLike) -> None:
     """
     end_ids(model, tokenizer)  # before the first question: the configs may have odd values
     DynamicCache(config=model.config)
-    if (context := context_length(model)) is not None and context < 2:
-        raise UserError(f"{path}: config.json has max_position_embeddings {context}: copy it from its base")
     if what := near_zero(model):
         raise UserError(f"{path}: {what}, as in a weight diff: recover the model first (python weight_diff.py recover)")
     rows, bos = model.get_input_embeddings().weight.shape[0], tokenizer.bos_token_id
@@ -210,23 +204,19 @@ def load(
     """
     if dtype is not None and dtype not in FLOATS:
         raise UserError(f"dtype {dtype} is unknown: choose from {', '.join(FLOATS)}")
-    place = _device(device)
     with reading(path):
+        try:  # a build of torch for GPUs names its accelerator on a machine without one, too
+            place = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+            torch.empty(0, device=place)
+        except (RuntimeError, AssertionError):
+            raise UserError(f"device {device} is not available: choose cpu, or leave it out") from None
         model, tokenizer = _read(path, place, dtype, base_path)
-        if dtype is None and place.type != "cpu":
-            model = model.to(_fast(model.dtype, place))
+        if dtype is None and place.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            model = model.half()
+        elif dtype is None and place.type != "cpu" and model.dtype == torch.float32:
+            model = model.bfloat16()
         check_model(model, tokenizer, path)
         return model.to(place).eval(), tokenizer
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        # A build of torch for GPUs names its accelerator on a machine without one, too.
-        device = torch.device(name or torch.accelerator.current_accelerator(check_available=True) or "cpu")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"device {name} is not available: choose cpu, or leave it out for the best there is") from None
-    return device
 
 
 def _read(path: str | os.PathLike, device: torch.device, dtype: str | None, base_path: str | os.PathLike | None):
@@ -235,9 +225,7 @@ def _read(path: str | os.PathLike, device: torch.device, dtype: str | None, base
     if not is_adapter(folder):
         if base_path is not None:
             raise UserError(f"base_path is for LoRA adapters, and {path} is not one: leave it out")
-        if not folder.exists() and not is_hub_name(path):
-            raise UserError(f"model_path {path} does not exist: choose a folder, or a model of the hub by OWNER/NAME")
-        if folder.exists():
+        if not is_hub_name(path):
             check_model_folder(path, "model_path")
         tokenizer = load_tokenizer(path)
         return load_model(path, _dtype(path, device, dtype)), tokenizer
@@ -252,7 +240,7 @@ def _read(path: str | os.PathLike, device: torch.device, dtype: str | None, base
 
 def _dtype(path: str | os.PathLike, device: torch.device, dtype: str | None) -> torch.dtype | str:
     """The type to load in: what was asked for, "auto" (as saved), or float32 on a CPU with the memory for it."""
-    if dtype is not None or device.type != "cpu":
+    if dtype or device.type != "cpu":
         return FLOATS[dtype] if dtype else "auto"
     files = [file for name in ("model*.safetensors", "pytorch_model*.bin") for file in Path(path).glob(name)]
     needed, free = 2 * sum(file.stat().st_size for file in files), available_bytes(device)  # where 16 bits were saved
@@ -264,10 +252,3 @@ def _dtype(path: str | os.PathLike, device: torch.device, dtype: str | None) -> 
         file=sys.stderr,
     )
     return "auto"
-
-
-def _fast(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the type to compute in on an accelerator: bfloat16 for float32, and float16 where it has no bfloat16."""
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16 if dtype == torch.float32 else dtype
