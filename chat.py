@@ -180,7 +180,7 @@ def talk(conversation, input: str = "") -> bool:
                 input = text
             elif command == "/reset":
                 input = ""
-                conversation.reset()
+                conversation.turns = []
             elif command:
                 say(obey(conversation, command, text))
             elif text:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -60,27 +60,21 @@ def add_mean_rows(model, count: int) -> None:
     model.resize_token_embeddings(count, mean_resizing=False)
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     weights = list({layer.weight: None for layer in layers if layer is not None})  # one, if they are tied
-    with torch.no_grad(), _whole(weights):
+    whole = nullcontext()
+    if any(hasattr(weight, "ds_id") for weight in weights):  # ZeRO-3 has partitioned them
+        import deepspeed
+
+        whole = deepspeed.zero.GatheredParameters(weights, modifier_rank=0)  # the first process's changes are kept
+    with torch.no_grad(), whole:
         for weight in weights:
             weight[-new:] = weight[:-new].mean(dim=0, keepdim=True, dtype=torch.float32)
-
-
-def _whole(weights: list[torch.Tensor]) -> AbstractContextManager:
-    """Make parameters that ZeRO-3 has partitioned whole within it, and keep what the first process changes."""
-    if not any(hasattr(weight, "ds_id") for weight in weights):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(weights, modifier_rank=0)
 
 
 def merge_adapter(base, folder: Path, tokens: int):
     """Return ``base`` with a saved adapter's B A added to its weights.
 
     Our adapters hold no embeddings; those of other trainers may, with rows for added tokens. The base grows to these,
-    and to the tokenizer's size, by mean rows, as in training.
-
-    ``base`` is changed in place; ``tokens`` is the size of the tokenizer.
+    and to ``tokens``, the tokenizer's size, by mean rows, as in training. It is changed in place.
 
     Raises:
         UserError: peft is not installed, or the adapter is damaged, another model's, or changes nothing.

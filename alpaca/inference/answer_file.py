@@ -111,28 +111,21 @@ def answer_file(
     output_path, journal_path = check_output(output_path)
     template = template or saved_template(tokenizer)
     prompts = request_ids(tokenizer, template, [vars(request) for request in requests])
-    errors = {}
-    for row, (request, ids) in enumerate(zip(requests, prompts, strict=True)):
-        try:
-            longest_answer(model, ids, settings.max_new_tokens)
-        except UserError as e:
-            if not skip_errors:
-                raise UserError(f"{request.place}: {e}{SKIP}") from None
-            errors[row] = str(e)
+    errors = _too_long(model, requests, prompts, settings, skip_errors)
     fitting = [row for row in range(len(requests)) if row not in errors]
     places = batches([len(prompts[row]) for row in fitting], settings.max_new_tokens, max_tokens)
     planned = [[fitting[place] for place in batch] for batch in places]
-    asked = [(request.record, request.instruction, request.input) for request in requests]
-    content = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-    identity |= {"template": template, "requests": content, "batch_tokens": max_tokens}
+    asked = _digest([(request.record, request.instruction, request.input) for request in requests])
+    identity |= {"template": template, "requests": asked, "batch_tokens": max_tokens}
     identity |= {"dtype": str(model.dtype).removeprefix("torch.")}
     with Journal(journal_path) as journal:
-        begun = journal.entries[0].get("run", {}) if journal.entries else {}
         if settings.seed is None:
+            begun = journal.entries[0].get("run", {}) if journal.entries else {}
             settings = replace(settings, seed=begun.get("seed", random.SystemRandom().getrandbits(48)))
         journal.begin(identity | asdict(settings))
         earlier = len(journal.entries) - 1
-        replies = _answer_rest(model, tokenizer, prompts, planned, settings, journal)
+        _answer_rest(model, tokenizer, prompts, planned, settings, journal)
+        replies = {entry["row"]: entry for entry in journal.entries[1:]}
         rows = [_row(request, errors.get(i), replies.get(i), generator) for i, request in enumerate(requests)]
         if more:
             rows = [row | fields for row, fields in zip(rows, more(), strict=True)]
@@ -149,11 +142,24 @@ def answer_file(
     }
 
 
-def _answer_rest(model, tokenizer, prompts, planned, settings: Settings, journal: Journal) -> dict[int, dict]:
-    """Answer the planned batches that the journal has no replies to, and return all replies by the request's place."""
-    replies, written = {entry["row"]: entry for entry in journal.entries[1:]}, 0
+def _too_long(model, requests: list[Request], prompts, settings: Settings, skip_errors: bool) -> dict[int, str]:
+    """Return why a prompt has no answer, by its place; raise the first of these without ``skip_errors``."""
+    errors = {}
+    for place, (request, ids) in enumerate(zip(requests, prompts, strict=True)):
+        try:
+            longest_answer(model, ids, settings.max_new_tokens)
+        except UserError as e:
+            if not skip_errors:
+                raise UserError(f"{request.place}: {e}{SKIP}") from None
+            errors[place] = str(e)
+    return errors
+
+
+def _answer_rest(model, tokenizer, prompts, planned, settings: Settings, journal: Journal) -> None:
+    """Answer the planned batches that the journal has no replies to, and write the replies there."""
+    answered, written = {entry["row"] for entry in journal.entries[1:]}, 0
     interval = 0.5 if sys.stderr.isatty() else 30  # s; a log file would fill with it
-    bar = tqdm(total=sum(map(len, planned)), initial=len(replies), unit="answer", mininterval=interval, miniters=0)
+    bar = tqdm(total=sum(map(len, planned)), initial=len(answered), unit="answer", mininterval=interval, miniters=0)
 
     def count(pieces: list[str]) -> None:
         nonlocal written
@@ -163,7 +169,7 @@ def _answer_rest(model, tokenizer, prompts, planned, settings: Settings, journal
 
     with bar:
         for rows in planned:
-            if all(row in replies for row in rows):
+            if answered.issuperset(rows):
                 continue
             try:
                 answers = answer_batch(model, tokenizer, [prompts[row] for row in rows], settings, count)
@@ -171,11 +177,8 @@ def _answer_rest(model, tokenizer, prompts, planned, settings: Settings, journal
                 print(f"\nrun the same command to continue: the answers are in {journal.path}", file=sys.stderr)
                 raise
             pairs = zip(rows, answers, strict=True)
-            entries = [{"row": row, "output": answer.text, "cut": answer.cut} for row, answer in pairs]
-            journal.append(entries)
-            replies |= {entry["row"]: entry for entry in entries}
-            bar.update(len(entries))
-    return replies
+            journal.append({"row": row, "output": answer.text, "cut": answer.cut} for row, answer in pairs)
+            bar.update(len(rows))
 
 
 def _row(request: Request, error: str | None, reply: dict | None, generator: str) -> dict:
@@ -215,4 +218,8 @@ def weights_state(path: str | os.PathLike) -> str | None:
         return None
     files = sorted(file for file in Path(path).iterdir() if file.suffix in (".safetensors", ".bin", ".json", ".jinja"))
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return _digest(facts)[:16]
+
+
+def _digest(data) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

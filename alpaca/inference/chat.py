@@ -48,10 +48,6 @@ class Conversation:
         self.cut = ""  # "max_new_tokens" or "context" if the last answer reached that limit
         self.turns: list[dict[str, str]] = []
 
-    def reset(self) -> None:
-        """Forget the turns."""
-        self.turns = []
-
     def ask(
         self,
         instruction: str,

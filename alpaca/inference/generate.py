@@ -13,12 +13,12 @@ import inspect
 import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn import functional
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from alpaca import UserError
 from alpaca.chat_template import end_token
@@ -54,17 +54,17 @@ class Settings:
             )
 
 
+@dataclass
 class Memory:
     """What the model has read of a conversation: the tokens, with their keys and values."""
 
-    def __init__(self):
-        self.ids: list[int] = []
-        self.cache = None
+    ids: list[int] = field(default_factory=list)
+    cache: Cache | None = None
 
     def take(self, ids: list[int]):
         """Take out the cache of the beginning that it shares with ``ids``, the last of them left out; None if empty.
 
-        It stays out until keep(): what Ctrl-C interrupts anywhere before has lost it, and reads all again.
+        It stays out until new tokens are kept: what Ctrl-C interrupts before that has lost it, and reads all again.
         """
         cache, self.cache = self.cache, None
         same = next((i for i, (a, b) in enumerate(zip(self.ids, ids, strict=False)) if a != b), len(self.ids))
@@ -75,10 +75,6 @@ class Memory:
         if same < len(self.ids):
             cache.crop(same - len(self.ids))
         return cache
-
-    def keep(self, ids: list[int], cache) -> None:
-        """Note the tokens that ``cache`` holds."""
-        self.ids, self.cache = ids, cache
 
 
 def choose(logits: torch.Tensor, temperature: float, top_p: float, draws: torch.Tensor | None = None) -> torch.Tensor:
@@ -147,12 +143,9 @@ def longest_answer(model, ids: list[int], max_new_tokens: int) -> int:
 
 
 class Answer:
-    """A row's answer as its tokens come. Its text has no white space around it, and ends at STOP.
+    """A row's answer as its tokens come: at most ``limit``, before one of ``ends``.
 
-    Args:
-        tokenizer: the model's.
-        ends: tokens that end it; they are no part of it.
-        limit: the most tokens that it can have.
+    Its text has no white space around it, and ends at STOP.
     """
 
     def __init__(self, tokenizer, ends: frozenset[int], limit: int):
@@ -259,7 +252,7 @@ def _answer(model, tokenizer, prompts, settings: Settings, on_step, stopped, mem
         if not goes_on or type(cache) is not DynamicCache:  # MiniMax's own kind cannot lose a row
             cache = None
         if memory:
-            memory.keep(ids[0, :-1].tolist(), cache)
+            memory.ids, memory.cache = ids[0, :-1].tolist(), cache
         mask = functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
         stay = [place for place, answer in enumerate(running) if not answer.ended]
         if 0 < len(stay) < len(running):
@@ -285,7 +278,7 @@ def answer_batch(
     An answer ends at a token of end_ids(), at STOP, at max_new_tokens, or at the end of the context.
 
     Args:
-        model, tokenizer, prompts, settings: the prompts are token ids.
+        prompts: token ids.
         on_step: called after each step with the text to show now of each row that was still running.
         stopped: called before each token; True ends all answers where they are.
         memory: of the conversation that the only prompt continues; what it holds is not computed again.
@@ -301,9 +294,7 @@ def answer_batch(
                 f"a prompt of {len(prompts[0])} tokens and its answer do not fit the memory: lower max_new_tokens, or "
                 "use dtype bfloat16 or device cpu"
             ) from None
-    if torch.accelerator.is_available():  # outside the handler, which keeps the tensors of the failed call alive
-        torch.accelerator.empty_cache()
-    half = len(prompts) // 2
+    half = len(prompts) // 2  # outside the handler, which keeps the tensors of the failed call alive
     parts = prompts[:half], prompts[half:]
     return [answer for part in parts for answer in answer_batch(model, tokenizer, part, settings, on_step, stopped)]
 
