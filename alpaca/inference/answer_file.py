@@ -86,10 +86,9 @@ def answer_file(
 ) -> dict[str, int]:
     """Write the requests' records with "output", "generator" and "finish_reason" to ``output_path``, in their order.
 
-    It is JSON Lines, or a JSON list if the name ends in ``.json``: alpaca_eval reads that. As with servers,
-    "finish_reason" is "length" for an answer that was cut off, else "stop". An instruction that does not fit the
-    context gets "error" and no "output", and so does a reply whose thoughts do not end; thoughts before an answer are
-    left out. A record with "messages" gets the answer at their end as well.
+    It is JSON Lines, or a JSON list if the name ends in ``.json``. "finish_reason" is "length" for an answer that was
+    cut off, else "stop". An instruction that does not fit the context gets "error" and no "output", and so does a reply
+    whose thoughts do not end; thoughts before an answer are left out. "messages" get the answer at their end as well.
 
     Args:
         requests: from read_requests().
@@ -101,9 +100,8 @@ def answer_file(
         more: called when all answers are there; returns further fields for the row of each request.
 
     Returns:
-        Counts: "answers", "earlier" (replies found in the journal), "cut" (answers that reached max_new_tokens or the
-        end of the context), "too_long" (instructions), "unended" (thoughts), "examples" (conversations of several turns
-        in Alpaca's template).
+        Counts: "answers", "earlier" (replies in the journal), "cut" (answers, at max_new_tokens or the context's end),
+        "too_long" (instructions), "unended" (thoughts), "examples" (conversations in Alpaca's template).
 
     Raises:
         UserError: the file exists, the journal is of another run, or an instruction does not fit the context.
@@ -111,10 +109,7 @@ def answer_file(
     output_path, journal_path = check_output(output_path)
     template = template or saved_template(tokenizer)
     prompts = request_ids(tokenizer, template, [vars(request) for request in requests])
-    errors = _too_long(model, requests, prompts, settings, skip_errors)
-    fitting = [row for row in range(len(requests)) if row not in errors]
-    places = batches([len(prompts[row]) for row in fitting], settings.max_new_tokens, max_tokens)
-    planned = [[fitting[place] for place in batch] for batch in places]
+    planned, errors = _plan(model, requests, prompts, settings, max_tokens, skip_errors)
     asked = _digest([(request.record, request.instruction, request.input) for request in requests])
     identity |= {"template": template, "requests": asked, "batch_tokens": max_tokens}
     identity |= {"dtype": str(model.dtype).removeprefix("torch.")}
@@ -142,8 +137,8 @@ def answer_file(
     }
 
 
-def _too_long(model, requests: list[Request], prompts, settings: Settings, skip_errors: bool) -> dict[int, str]:
-    """Return why a prompt has no answer, by its place; raise the first of these without ``skip_errors``."""
+def _plan(model, requests: list[Request], prompts, settings: Settings, max_tokens: int, skip_errors: bool):
+    """Return batches of the prompts' places, and by place why a prompt is in none; raise that without skip_errors."""
     errors = {}
     for place, (request, ids) in enumerate(zip(requests, prompts, strict=True)):
         try:
@@ -152,27 +147,23 @@ def _too_long(model, requests: list[Request], prompts, settings: Settings, skip_
             if not skip_errors:
                 raise UserError(f"{request.place}: {e}{SKIP}") from None
             errors[place] = str(e)
-    return errors
+    fitting = [place for place in range(len(prompts)) if place not in errors]
+    made = batches([len(prompts[place]) for place in fitting], settings.max_new_tokens, max_tokens)
+    return [[fitting[i] for i in batch] for batch in made], errors
 
 
 def _answer_rest(model, tokenizer, prompts, planned, settings: Settings, journal: Journal) -> None:
     """Answer the planned batches that the journal has no replies to, and write the replies there."""
-    answered, written = {entry["row"] for entry in journal.entries[1:]}, 0
+    answered = {entry["row"] for entry in journal.entries[1:]}
     interval = 0.5 if sys.stderr.isatty() else 30  # s; a log file would fill with it
     bar = tqdm(total=sum(map(len, planned)), initial=len(answered), unit="answer", mininterval=interval, miniters=0)
-
-    def count(pieces: list[str]) -> None:
-        nonlocal written
-        written += len(pieces)
-        bar.set_postfix_str(f"{written:,} tokens", refresh=False)
-        bar.update(0)
-
     with bar:
         for rows in planned:
             if answered.issuperset(rows):
                 continue
+            ids = [prompts[row] for row in rows]
             try:
-                answers = answer_batch(model, tokenizer, [prompts[row] for row in rows], settings, count)
+                answers = answer_batch(model, tokenizer, ids, settings, lambda _: bar.update(0))
             except KeyboardInterrupt:
                 print(f"\nrun the same command to continue: the answers are in {journal.path}", file=sys.stderr)
                 raise

@@ -15,7 +15,6 @@ def request_ids(tokenizer, template: str, records: Sequence[dict]) -> list[list[
     """Return the tokens with which a model is asked each record: those before the answer in training.
 
     Args:
-        tokenizer: the model's.
         template: "alpaca", or "chat" for the tokenizer's own.
         records: with "instruction", "input" and, where these cannot hold the conversation, "messages". In Alpaca's
             template, earlier turns become examples before the question.

@@ -78,15 +78,12 @@ class Memory:
 
 
 def choose(logits: torch.Tensor, temperature: float, top_p: float, draws: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the next token of each row.
+    """Return the next token of each row: (rows,), int64.
 
     Args:
         logits: (rows, vocabulary), float32.
         temperature, top_p: as in Settings.
         draws: (rows,), float32, uniform in [0, 1); unused when ``temperature`` is 0.
-
-    Returns:
-        (rows,), int64.
 
     Raises:
         UserError: a row holds NaN.

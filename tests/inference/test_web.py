@@ -616,7 +616,7 @@ def test_an_error_is_told_and_keeps_the_servers_secrets(visit, caplog):
     page.ask("  ")
     page.page.get_by_text("Type an instruction first.").wait_for()
     page.ask("many words", "w " * 1_000)
-    page.page.get_by_text(re.compile("have 1,0.. tokens.*at most 1,000 here: shorten them")).wait_for()
+    page.page.get_by_text(re.compile("has 1,0.. tokens.*at most 1,000 here: shorten it")).wait_for()
 
 
 @needs_browser
