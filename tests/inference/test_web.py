@@ -632,7 +632,7 @@ def test_a_report_is_a_line_of_json_on_this_machine(visit, tmp_path, monkeypatch
     (record,) = utils.jload(tmp_path / "flagged.jsonl")
     settings = record.pop("settings")
     assert settings.keys() == {"max_new_tokens", "temperature", "top_p", "seed"}
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", record.pop("time"))
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", record.pop("time"))
     assert record == {
         "instruction": "say",
         "input": "something bad",

@@ -7,8 +7,6 @@ the page. What a model writes is untrusted: its Markdown is rendered, its HTML a
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import html
 import os
 import threading
 import time
@@ -17,12 +15,13 @@ from pathlib import Path
 from alpaca.common.cli import free_port
 from alpaca.common.records import json_text
 from alpaca.common.shapes import user_message
+from alpaca.common.text import utc_now
 from alpaca.inference.adapters import is_adapter
 from alpaca.inference.answer_file import name_of
 from alpaca.inference.generate import Settings
 from alpaca.inference.load import load
 from alpaca.inference.web.asking import STREAMS, Model, answers, check
-from alpaca.inference.web.server import check_exposure, gr, page_error, render_answer, render_status, run
+from alpaca.inference.web.server import check_exposure, gr, page_error, render, render_answer, render_status, run
 
 FLAGGED = "flagged.jsonl"  # reports of harmful answers, on the machine that serves the page
 MAX_OF_LOGIN = 1  # requests of one login that wait or are answered: a stream is left to the others
@@ -34,20 +33,10 @@ EXAMPLES = [
     ["Rewrite this sentence so that it is polite.", "Send me the report now."],
     ["Sort these animals by their weight.", "cat, elephant, mouse, horse"],
 ]
-HEADING = """<h1>{}</h1><p class="notice"><b>{}</b> {} fine-tuned to follow instructions, without safety training:
-answers may be wrong, biased or harmful; check them before you use them. What was trained on Alpaca data (CC BY-NC
-4.0) or on LLaMA is licensed for research only, not for commercial use. {}</p>"""
 TITLE = "Ask an Alpaca model"
-REMEMBERS = "remembers the conversation until you start a new one"
-ALONE = "answers each instruction on its own and remembers nothing"
+COPY = (Path(__file__).parent / "templates" / "copy.js").read_text()
 # The browser says at once that it asks: new values of the status and of the button Stop.
 SAY = "() => ['" + render_status("{}") + "', {{__type__: 'update', interactive: {}}}]"
-# Browsers have no clipboard object in a page that comes neither by https nor from this machine.
-COPY = """(shown) => {
-  const area = document.createElement("textarea");
-  area.value = new DOMParser().parseFromString(shown, "text/html").querySelector(".answer").dataset.text;
-  document.body.append(area); area.select(); document.execCommand("copy"); area.remove();
-}"""
 
 
 class Demo:
@@ -70,10 +59,7 @@ class Demo:
         self.page.queue(max_size=MAX_OF_ADDRESS, api_open=False, default_concurrency_limit=8)
 
     def _lay_out(self) -> None:
-        names = html.escape(" and ".join(model.name for model in self.models))
-        said = [REMEMBERS if model.remembers else ALONE for model in self.models]
-        memory = f"It {said[0]}." if len(set(said)) == 1 else f"A {said[0]}; B {said[1]}."
-        gr.HTML(HEADING.format(TITLE, names, "were" if self.models[1:] else "was", memory), js_on_load=None)
+        gr.HTML(render("heading.html", title=TITLE, models=self.models), js_on_load=None)
         for lay_out in [self._lay_out_answers, self._lay_out_fields][:: 1 if self.remembers else -1]:
             lay_out()
         labels = [" ".join(pair).strip() for pair in EXAMPLES]
@@ -204,7 +190,7 @@ def flag(exchange: list[dict] | None, reason: str | None) -> None:
     records = [record for record in exchange or () if record["answer"]]
     if not records:
         raise page_error("There is no answer to report yet.", "Not reported")
-    more = {"reason": reason or "", "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+    more = {"reason": reason or "", "time": utc_now()}
     # Unbuffered: reports at the same time stay whole lines. Private: people typed it.
     with open(FLAGGED, "ab", buffering=0, opener=lambda *args: os.open(*args, 0o600)) as file:
         file.write("".join(json_text(record | more) + "\n" for record in records).encode())

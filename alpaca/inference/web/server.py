@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alpaca import UserError
-from alpaca.common.text import first_line, printable
+from alpaca.common.text import first_line, printable, templates
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(10**9)  # else pandas counts all requests again after each one
@@ -46,32 +46,29 @@ PAUSE = 0.25  # s after an attempt to log in or a question, before the next one 
 POLICY = b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; object-src 'none'; frame-ancestors 'self'"
 WORKER = "alpaca-answer"  # the name of each thread in which a model writes an answer
 CSS = (Path(__file__).parent / "templates" / "page.css").read_text()
-
-
-def _open_link(self, tokens, i, options, env) -> str:
-    tokens[i].attrSet("target", "_blank")
-    tokens[i].attrSet("rel", "noopener noreferrer nofollow")
-    return self.renderToken(tokens, i, options, env)
-
-
 # With html off, < and & come out escaped. javascript:, vbscript:, file: and data: links are left as text. Loading an
 # image would tell another machine that the answer was read. gr.Chatbot (6.31) renders HTML and loads images; given
 # escaped text it shows "a&lt;b" in code.
 _MARKDOWN = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable(["table", "strikethrough"])
-_MARKDOWN.disable("image").add_render_rule("link_open", _open_link)
+_MARKDOWN.disable("image")
+_TEMPLATES = templates(Path(__file__).parent / "templates", html=True)
+
+
+def render(template: str, **values) -> str:
+    """Return the HTML of a template, with its values escaped."""
+    return _TEMPLATES.get_template(template).render(values)
 
 
 def render_answer(name: str, text: str, before: Sequence[dict] = (), note: str = "") -> str:
     """Return the HTML of an answer under its model's name, between the messages before it and a note on it."""
-    name, body = html.escape(name), ""
-    for message in [*before, {"role": "assistant", "content": text}]:
-        if message["role"] == "user":
-            body += f'<div class="asked" role="note" aria-label="You">{html.escape(message["content"])}</div>'
-        else:
-            body += _MARKDOWN.render(message["content"].strip("\n"))
-    body += f'<p class="notice">{html.escape(note)}</p>' if note else ""
-    text = html.escape(text)  # as the model wrote it, for who copies it
-    return f'<section class="answer" data-text="{text}" aria-label="{name}" dir="auto"><h2>{name}</h2>{body}</section>'
+    messages = [*before, {"role": "assistant", "content": text}]
+    return render("answer.html", name=name, text=text, messages=messages, note=note, markdown=_markdown)
+
+
+def _markdown(text: str) -> str:
+    # "<" that a model wrote comes out escaped: this one begins a link.
+    link = '<a target="_blank" rel="noopener noreferrer nofollow" '
+    return _MARKDOWN.render(text.strip("\n")).replace("<a ", link)
 
 
 def render_status(text: str) -> str:
