@@ -96,7 +96,7 @@ def chat(
         compare_path: with --web, a second model that answers the same instructions beside the first.
         host: with --web, the address to listen at; any but this machine's own needs --auth.
         port: with --web; 0 takes a free one.
-        auth: with --web, user:password, which the page then asks for.
+        auth: with --web, user:password, which the page then asks for (default: the variable ALPACA_AUTH, if it is set).
     """
     check_flags(locals())
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}

@@ -38,6 +38,7 @@ from starlette.responses import PlainTextResponse  # noqa: E402
 from uvicorn.protocols.http.h11_impl import H11Protocol  # noqa: E402
 
 LOCAL = ["127.0.0.1", "localhost"]
+AUTH = "ALPACA_AUTH"
 MAX_BODY_BYTES = 256_000  # two texts of 8,000 characters, each escaped as \uXXXX\uXXXX, and what is around them
 MAX_CONNECTIONS = 800  # below the 1,024 files that a process may usually have open
 REQUEST_SECONDS = 20.0  # for a whole request to arrive; uvicorn waits for ever
@@ -159,14 +160,18 @@ class Guard:
 def check_exposure(host: str, auth: str | None) -> tuple[str, str] | None:
     """Return user and password of ``auth`` ("user:password"); any ``host`` but this machine's own needs them.
 
+    Without ``auth`` they come from the environment's ALPACA_AUTH, which no list of processes shows.
+
     Raises:
-        UserError: ``auth`` is malformed, or needed and missing.
+        UserError: they are malformed, or needed and missing.
     """
+    if auth is None:
+        auth = os.environ.get(AUTH) or None
     user, _, password = (auth or "").partition(":")
     if auth is not None and not (user.strip() and password):
-        raise UserError("auth must be user:password, neither of them empty")
+        raise UserError(f"auth, or {AUTH} in the environment, must be user:password, neither of them empty")
     if host not in LOCAL and not auth:
-        raise UserError(f"host {host} lets other machines in: set auth to user:password too")
+        raise UserError(f"host {host} lets other machines in: set auth, or {AUTH} in the environment, to user:password")
     return (user.strip(), password) if auth else None
 
 
