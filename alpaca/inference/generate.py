@@ -49,9 +49,7 @@ class Settings:
 
     def __post_init__(self):
         if self.max_new_tokens < 1 or not self.temperature >= 0 or not 0 < self.top_p <= 1:  # NaN fails too
-            raise UserError(
-                "max_new_tokens must be at least 1, temperature at least 0, and top_p above 0 and at most 1"
-            )
+            raise UserError("max_new_tokens must be at least 1, temperature at least 0, top_p above 0 and at most 1")
 
 
 @dataclass
@@ -287,10 +285,8 @@ def answer_batch(
         return _answer(model, tokenizer, prompts, settings, on_step, stopped, memory)
     except torch.OutOfMemoryError:
         if len(prompts) == 1:
-            raise UserError(
-                f"a prompt of {len(prompts[0])} tokens and its answer do not fit the memory: lower max_new_tokens, or "
-                "use dtype bfloat16 or device cpu"
-            ) from None
+            what = f"a prompt of {len(prompts[0])} tokens and its answer do not fit the memory"
+            raise UserError(f"{what}: lower max_new_tokens, or use dtype bfloat16 or device cpu") from None
     half = len(prompts) // 2  # outside the handler, which keeps the tensors of the failed call alive
     parts = prompts[:half], prompts[half:]
     return [answer for part in parts for answer in answer_batch(model, tokenizer, part, settings, on_step, stopped)]

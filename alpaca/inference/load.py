@@ -83,9 +83,8 @@ def set_merges(tokenizer, merges: list[tuple[str, str]]) -> None:
 def load_model(path: str | os.PathLike, dtype: torch.dtype | str, dropped: list[str] | None = None, **kwargs):
     """Return AutoModelForCausalLM's model, with every weight read from the folder.
 
-    Left to itself, from_pretrained fills missing tensors with random numbers, drops layers that config.json does not
-    count, and loads a BERT as a causal model. What a text model leaves out of the checkpoint is added to ``dropped``,
-    in a line.
+    Left to itself, from_pretrained fills missing tensors with random numbers, and drops layers beyond config.json's
+    number. What a text model leaves out of the checkpoint is added to ``dropped``, in a line.
 
     Raises:
         UserError: the model cannot be read, or its weights and config.json do not belong together.
@@ -108,33 +107,26 @@ def load_model(path: str | os.PathLike, dtype: torch.dtype | str, dropped: list[
 
 def _check_report(path: str | os.PathLike, model, report: dict) -> None:
     """Raise UserError for tensors that from_pretrained made up or left out."""
-    for name, found, expected in sorted(report["mismatched_keys"]):
-        raise UserError(
-            f"{path}: {name} is {tuple(found)}, but config.json makes it {tuple(expected)}: weights and config.json "
-            "are of different models, copy both from one"
-        )
+    for name, found, made in sorted(report["mismatched_keys"]):
+        sizes = f"{name} is {tuple(found)}, but config.json makes it {tuple(made)}"
+        raise UserError(f"{path}: {sizes}: weights and config.json are of different models, copy both from one")
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{path} lacks {len(missing)} of the model's tensors ({missing[0]}, …): copy it again")
     kinds = {re.sub(r"\d+", "N", name) for name, _ in model.named_parameters()}
     if beyond := sorted(name for name in report["unexpected_keys"] if re.sub(r"\d+", "N", name) in kinds):
         raise UserError(f"{path} has layers that config.json does not count ({beyond[0]}, …): copy both from one model")
-    if any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in model.config.architectures or ()):
-        raise UserError(
-            f"{path} is a {model.config.architectures[0]}, which reads the words to come: choose a causal model"
-        )
 
 
 def _left_out(model, folder: Path) -> list[str]:
     """Say which parts of the checkpoint are no part of the model, such as one that reads images, and their share."""
     ours = {part for name, _ in model.named_modules() for part in name.split(".")}
     silent = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()  # private: no report has them (5.23)
-    reader, left, total = CheckpointReader(folder), Counter(), 0
-    for name, (_, shape) in reader.specs().items():
-        total += math.prod(shape)
-        parts = name.split(".")[:-1]
-        if any(re.search(pattern, name) for pattern in silent) and (other := [p for p in parts if p not in ours]):
-            left[name[: name.index(other[0]) + len(other[0])]] += math.prod(shape)
-    parts = [f"{name} ({size / total:.1%})" for name, size in left.items()]
+    sizes, left = {name: math.prod(shape) for name, (_, shape) in CheckpointReader(folder).specs().items()}, Counter()
+    for name, size in sizes.items():
+        other = [part for part in name.split(".")[:-1] if part not in ours]
+        if other and any(re.search(pattern, name) for pattern in silent):
+            left[name[: name.index(other[0]) + len(other[0])]] += size
+    parts = [f"{name} ({size / sum(sizes.values()):.1%})" for name, size in left.items()]
     return [f"not in the result, of the checkpoint's values: {', '.join(parts)}"] if parts else []
 
 
@@ -169,18 +161,14 @@ def check_model(model, tokenizer, path: str | os.PathLike) -> None:
         raise UserError(f"{path}: {what}, as in a weight diff: recover the model first (python weight_diff.py recover)")
     rows, bos = model.get_input_embeddings().weight.shape[0], tokenizer.bos_token_id
     if tokenizer.vocab_size > rows or (bos is not None and bos >= rows):
-        raise UserError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, BOS is token {bos} ({tokenizer.bos_token!r}), "
-            f"and the model has {rows} rows: copy the tokenizer of the model that was trained"
-        )
+        tokens = f"the tokenizer has {tokenizer.vocab_size} tokens, BOS is token {bos} ({tokenizer.bos_token!r})"
+        raise UserError(f"{path}: {tokens}, and the model has {rows} rows: copy the tokenizer of the trained model")
     eos, id_ = tokenizer.eos_token, tokenizer.eos_token_id
     if not eos or id_ is None or id_ >= rows:
         why = f"token {id_}, and the model has {rows} rows" if eos else "none"
-        print(
-            f"warning: the tokenizer's EOS is {eos!r}, {why}: the model never learned to end an answer, which runs to "
-            "a new '### Instruction:' or to max_new_tokens; set eos_token in tokenizer_config.json and train again",
-            file=sys.stderr,
-        )
+        why += ": the model never learned to end an answer, which runs to a new '### Instruction:' or to max_new_tokens"
+        cure = "set eos_token in tokenizer_config.json and train again"
+        print(f"warning: the tokenizer's EOS is {eos!r}, {why}; {cure}", file=sys.stderr)
 
 
 def load(
@@ -246,9 +234,6 @@ def _dtype(path: str | os.PathLike, device: torch.device, dtype: str | None) -> 
     needed, free = 2 * sum(file.stat().st_size for file in files), available_bytes(device)  # where 16 bits were saved
     if needed <= free:
         return torch.float32
-    print(
-        f"note: float32 may need {as_text(needed)}, and {as_text(free)} are free: loaded as it was saved, which is "
-        "slower on a CPU",
-        file=sys.stderr,
-    )
+    why = f"float32 may need {as_text(needed)}, and {as_text(free)} are free"
+    print(f"note: {why}: loaded as it was saved, which is slower on a CPU", file=sys.stderr)
     return "auto"

@@ -277,7 +277,7 @@ def test_a_missing_folder_is_told_at_once_and_a_name_of_the_hub_is_asked_for(mon
     for name in ("typo", "./no/where", "/no/where", "out/sub/typo"):
         with monkeypatch.context() as patch:
             patch.setattr(load_module, "load_tokenizer", lambda *_: pytest.fail("the hub was asked"))
-            assert_user_error(lambda name=name: load(name, "cpu"), f"model_path {name} does not exist")
+            assert_user_error(lambda name=name: load(name, "cpu"), f"model_path {Path(name)} does not exist")
     assert_user_error(lambda: load("out/typo", "cpu"), "out/typo: this folder does not exist, and from the hub the")
     (tmp_path / "out").mkdir()  # then the name can only be a folder's
     assert_user_error(lambda: load("out/typo", "cpu"), "model_path out/typo does not exist")
