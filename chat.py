@@ -22,7 +22,7 @@ from types import SimpleNamespace
 from alpaca import UserError
 from alpaca.common import cli
 from alpaca.common.journal import check_output
-from alpaca.common.text import counted, in_brackets, printable
+from alpaca.common.text import counted, in_brackets, printable, public_name
 
 HELP = r'''Type an instruction. {}
   \ at the end of a line continues it on the next; put a text of several lines between two """
@@ -312,7 +312,7 @@ def _prepare_terminal() -> None:
 
 def answer_records(flags: SimpleNamespace, settings) -> None:
     """Answer the records of a file, and report on stderr how many."""
-    from alpaca.inference.answer_file import answer_file, identity_of, name_of, read_requests
+    from alpaca.inference.answer_file import answer_file, identity_of, read_requests
     from alpaca.inference.load import load
 
     model_path, output_path = flags.model_path, flags.output_path
@@ -320,7 +320,8 @@ def answer_records(flags: SimpleNamespace, settings) -> None:
     identity = identity_of(model_path, flags.base_path)  # of the files as they are loaded
     check_output(output_path)
     model, tokenizer = load(model_path, flags.device, flags.dtype, flags.base_path)
-    output = output_path, flags.template, settings, flags.batch_tokens, name_of(model_path), identity, flags.skip_errors
+    name = public_name(model_path)
+    output = output_path, flags.template, settings, flags.batch_tokens, name, identity, flags.skip_errors
     counts = answer_file(model, tokenizer, requests, *output)
     for fault in faults[:LISTED]:
         say_error(f"left out: {fault}")

@@ -38,7 +38,7 @@ from alpaca.common.cli import run_cli
 from alpaca.common.journal import Journal, check_output
 from alpaca.common.records import files_of, title, write_records
 from alpaca.common.shapes import has_several_turns
-from alpaca.common.text import counted, in_brackets
+from alpaca.common.text import counted, in_brackets, public_name
 from alpaca.data.instruction_sets import is_the_252, read_answers, read_pair, read_set
 from alpaca.endpoint.budget import Budget, RequestSettings
 from alpaca.endpoint.client import THOUGHT, Answerer, Completion, OpenAIDecodingArguments, Talk
@@ -193,7 +193,7 @@ def _answer_here(items, output_path, model_path, generator, template, sampling, 
         template,
         settings,
         batch_tokens,
-        generator or answers.name_of(model_path),
+        generator or public_name(model_path),
         identity,
         skip_errors=True,
         more=(lambda: _reference_fields(model, tokenizer, template, items)) if reference_loss else None,

@@ -74,10 +74,8 @@ def merge_adapter(base, folder: Path, tokens: int):
     """Return ``base`` with a saved adapter's B A added to its weights.
 
     Our adapters hold no embeddings; those of other trainers may, with rows for added tokens. The base grows to these,
-    and to ``tokens``, the tokenizer's size, by mean rows, as in training. It is changed in place.
-
-    Raises:
-        UserError: peft is not installed, or the adapter is damaged, another model's, or changes nothing.
+    and to ``tokens``, the tokenizer's size, by mean rows, as in training. It is changed in place. An adapter that is
+    damaged, another model's, or changes nothing raises UserError.
     """
     peft = need_peft(f"{folder} is a LoRA adapter, which")
     if (folder / ADAPTER).exists():

@@ -96,15 +96,12 @@ def answer_file(
         settings: how to sample; without a seed one is drawn, and kept for a resumed run.
         generator: the model's name in the rows.
         identity: what else the answers depend on (see identity_of); a journal that differs in it is refused.
-        skip_errors: whether to pass over an instruction that does not fit the context.
+        skip_errors: whether to pass over an instruction that does not fit the context; else it is a UserError.
         more: called when all answers are there; returns further fields for the row of each request.
 
     Returns:
         Counts: "answers", "earlier" (replies in the journal), "cut" (answers, at max_new_tokens or the context's end),
         "too_long" (instructions), "unended" (thoughts), "examples" (conversations in Alpaca's template).
-
-    Raises:
-        UserError: the file exists, the journal is of another run, or an instruction does not fit the context.
     """
     output_path, journal_path = check_output(output_path)
     template = template or saved_template(tokenizer)
@@ -118,8 +115,7 @@ def answer_file(
             begun = journal.entries[0].get("run", {}) if journal.entries else {}
             settings = replace(settings, seed=begun.get("seed", random.SystemRandom().getrandbits(48)))
         journal.begin(identity | asdict(settings))
-        earlier = len(journal.entries) - 1
-        _answer_rest(model, tokenizer, prompts, planned, settings, journal)
+        earlier = _answer_rest(model, tokenizer, prompts, planned, settings, journal)
         replies = {entry["row"]: entry for entry in journal.entries[1:]}
         rows = [_row(request, errors.get(i), replies.get(i), generator) for i, request in enumerate(requests)]
         if more:
@@ -152,8 +148,8 @@ def _plan(model, requests: list[Request], prompts, settings: Settings, max_token
     return [[fitting[i] for i in batch] for batch in made], errors
 
 
-def _answer_rest(model, tokenizer, prompts, planned, settings: Settings, journal: Journal) -> None:
-    """Answer the planned batches that the journal has no replies to, and write the replies there."""
+def _answer_rest(model, tokenizer, prompts, planned, settings: Settings, journal: Journal) -> int:
+    """Answer the planned batches that the journal has no replies to; return how many replies it had."""
     answered = {entry["row"] for entry in journal.entries[1:]}
     interval = 0.5 if sys.stderr.isatty() else 30  # s; a log file would fill with it
     bar = tqdm(total=sum(map(len, planned)), initial=len(answered), unit="answer", mininterval=interval, miniters=0)
@@ -170,6 +166,7 @@ def _answer_rest(model, tokenizer, prompts, planned, settings: Settings, journal
             pairs = zip(rows, answers, strict=True)
             journal.append({"row": row, "output": answer.text, "cut": answer.cut} for row, answer in pairs)
             bar.update(len(rows))
+    return len(answered)
 
 
 def _row(request: Request, error: str | None, reply: dict | None, generator: str) -> dict:
@@ -193,11 +190,6 @@ def identity_of(model_path: str, base_path: str | None) -> dict:
         base = base_of(Path(model_path), base_path)
         identity |= {"base_path": base, "base": weights_state(base)}
     return identity
-
-
-def name_of(model_path: str) -> str:
-    """Return a model's name for its rows: its folder's own name, or the hub's."""
-    return Path(model_path).resolve().name if Path(model_path).exists() else model_path
 
 
 def weights_state(path: str | os.PathLike) -> str | None:

@@ -18,9 +18,6 @@ def request_ids(tokenizer, template: str, records: Sequence[dict]) -> list[list[
         template: "alpaca", or "chat" for the tokenizer's own.
         records: with "instruction", "input" and, where these cannot hold the conversation, "messages". In Alpaca's
             template, earlier turns become examples before the question.
-
-    Raises:
-        UserError: see prompt_ids() and chat_ids().
     """
     if template == "chat":
         return [chat_ids(tokenizer, asked_of(record)) for record in records]

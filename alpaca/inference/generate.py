@@ -29,7 +29,7 @@ NUCLEUS = 1024  # the likeliest tokens, searched first: sorting 49,152 takes 27 
 
 @dataclass(frozen=True)
 class Settings:
-    """How answers are sampled.
+    """How answers are sampled; UserError if a value is out of range.
 
     Args:
         max_new_tokens: the longest answer, EOS included.
@@ -37,9 +37,6 @@ class Settings:
         top_p: sample from the fewest tokens whose probabilities add up to it (nucleus: Holtzman et al., 2020,
             arXiv:1904.09751).
         seed: the same seed gives the same prompt the same answer; None draws one.
-
-    Raises:
-        UserError: one of them is out of range.
     """
 
     max_new_tokens: int = 512
@@ -76,15 +73,12 @@ class Memory:
 
 
 def choose(logits: torch.Tensor, temperature: float, top_p: float, draws: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the next token of each row: (rows,), int64.
+    """Return the next token of each row: (rows,), int64; raise UserError if a row holds NaN.
 
     Args:
         logits: (rows, vocabulary), float32.
         temperature, top_p: as in Settings.
         draws: (rows,), float32, uniform in [0, 1); unused when ``temperature`` is 0.
-
-    Raises:
-        UserError: a row holds NaN.
     """
     highest, likeliest = logits.max(dim=-1)
     if highest.isnan().any():
@@ -126,8 +120,7 @@ def context_length(model) -> int | None:
 def longest_answer(model, ids: list[int], max_new_tokens: int) -> int:
     """Return the number of tokens that the answer to a prompt can have.
 
-    Raises:
-        UserError: the prompt is empty, or leaves no room in the context for an answer; it is never cut silently.
+    A prompt that is empty, or leaves no room in the context, raises UserError: it is never cut silently.
     """
     if not ids:
         raise UserError("the prompt is empty: there is nothing to answer")
@@ -233,16 +226,10 @@ def _answer(model, tokenizer, prompts, settings: Settings, on_step, stopped, mem
     (ids, mask), cache = left_padded(prompts, model.device), memory.take(prompts[0]) if memory else None
     goes_on = "past_key_values" in inspect.signature(model.forward).parameters  # Mamba begins again from the text
     while running and not stopped():
-        output = greedily(
-            model,
-            ids,
-            mask,
-            max(answer.limit - len(answer.tokens) for answer in running),
-            logits_processor=LogitsProcessorList([draw]),
-            stopping_criteria=StoppingCriteriaList([Watch(running, on_step, stopped)]),
-            return_dict_in_generate=True,
-            **({"past_key_values": cache} if cache else {}),
-        )
+        longest = max(answer.limit - len(answer.tokens) for answer in running)
+        steps = {"logits_processor": LogitsProcessorList([draw]), "past_key_values": cache}
+        steps |= {"stopping_criteria": StoppingCriteriaList([Watch(running, on_step, stopped)])}
+        output = greedily(model, ids, mask, longest, return_dict_in_generate=True, **steps)
         ids, cache = output.sequences, output.past_key_values
         if not goes_on or type(cache) is not DynamicCache:  # MiniMax's own kind cannot lose a row
             cache = None
@@ -268,18 +255,16 @@ def answer_batch(
     stopped: Callable[[], bool] = lambda: False,
     memory: Memory | None = None,
 ) -> list[Answer]:
-    """Answer prompts, all at once; a batch that does not fit the memory is halved.
+    """Answer prompts, all at once; a batch that does not fit the memory is halved, one prompt that does not is refused.
 
-    An answer ends at a token of end_ids(), at STOP, at max_new_tokens, or at the end of the context.
+    An answer ends at a token of end_ids(), at STOP, at max_new_tokens, or at the end of the context. A prompt without
+    room in the context, and a model that computes NaN, raise UserError.
 
     Args:
         prompts: token ids.
         on_step: called after each step with the text to show now of each row that was still running.
         stopped: called before each token; True ends all answers where they are.
         memory: of the conversation that the only prompt continues; what it holds is not computed again.
-
-    Raises:
-        UserError: a prompt is empty or fills the context, one alone does not fit the memory, or the model computes NaN.
     """
     try:
         return _answer(model, tokenizer, prompts, settings, on_step, stopped, memory)

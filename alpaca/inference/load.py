@@ -81,23 +81,15 @@ def set_merges(tokenizer, merges: list[tuple[str, str]]) -> None:
 
 
 def load_model(path: str | os.PathLike, dtype: torch.dtype | str, dropped: list[str] | None = None, **kwargs):
-    """Return AutoModelForCausalLM's model, with every weight read from the folder.
+    """Return AutoModelForCausalLM's model, with every weight read from the folder; raise UserError if that cannot be.
 
     Left to itself, from_pretrained fills missing tensors with random numbers, and drops layers beyond config.json's
     number. What a text model leaves out of the checkpoint is added to ``dropped``, in a line.
-
-    Raises:
-        UserError: the model cannot be read, or its weights and config.json do not belong together.
     """
     with reading(path):
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            trust_remote_code=False,  # by default the library asks on stdin, where a piped instruction may say "y"
-            **kwargs,
-        )
+        # trust_remote_code: by default the library asks on stdin, where a piped instruction may say "y"
+        options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False} | kwargs
+        model, report = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
         _check_report(path, model, report)
         if dropped is not None:
             config = cached_file(path, "config.json", cache_dir=kwargs.get("cache_dir"))
@@ -142,7 +134,7 @@ def near_zero(model) -> str:
     weights = [module.weight for module in norms if getattr(module, "weight", None) is not None]
     words = model.get_input_embeddings().weight
     if not weights or any(weight.is_meta or not weight.numel() for weight in (words, *weights)):
-        return ""  # there is none, another process has read it, or ZeRO-3 has it apart
+        return ""  # without norms, in another process than the one that read them, or under ZeRO-3
     norm = max(float(weight.abs().max()) for weight in weights)
     if norm > 0.1 or (word := float(words.float().abs().mean())) > 2e-3:
         return ""
@@ -171,24 +163,16 @@ def check_model(model, tokenizer, path: str | os.PathLike) -> None:
         print(f"warning: the tokenizer's EOS is {eos!r}, {why}; {cure}", file=sys.stderr)
 
 
-def load(
-    path: str | os.PathLike,
-    device: str | None = None,
-    dtype: str | None = None,
-    base_path: str | os.PathLike | None = None,
-):
-    """Return (model, tokenizer) for inference, from a local folder or a hub name; print warnings about odd tokens.
+def load(path: str | Path, device: str | None = None, dtype: str | None = None, base_path: str | Path | None = None):
+    """Return (model, tokenizer) for inference; print a warning about an odd EOS, raise UserError for all that is worse.
 
     Args:
-        path: a model, or a LoRA adapter, which is merged into its base.
+        path: the folder or hub name of a model, or the folder of a LoRA adapter, which is merged into its base.
         device: "cpu", "cuda", "mps", …; by default the accelerator if there is one.
         dtype: "float32", "bfloat16" or "float16". By default, an accelerator keeps the type that was saved, except that
             float32 becomes bfloat16 (float16 on a GPU without bfloat16). A CPU takes float32, which is faster there,
             if the memory suffices.
         base_path: the base of an adapter; by default the one that the adapter names.
-
-    Raises:
-        UserError: it cannot be loaded; the message says why.
     """
     if dtype is not None and dtype not in FLOATS:
         raise UserError(f"dtype {dtype} is unknown: choose from {', '.join(FLOATS)}")
@@ -207,7 +191,7 @@ def load(
         return model.to(place).eval(), tokenizer
 
 
-def _read(path: str | os.PathLike, device: torch.device, dtype: str | None, base_path: str | os.PathLike | None):
+def _read(path: str | Path, device: torch.device, dtype: str | None, base_path: str | Path | None):
     """Return (model, tokenizer); an adapter is merged into its base."""
     folder = Path(path)
     if not is_adapter(folder):

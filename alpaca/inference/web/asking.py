@@ -38,12 +38,10 @@ class Model:
 
 
 def check(models: list[Model], turns: list[list[dict]], instruction: str, input: str, seed: str, *sliders) -> Settings:
-    """Check a request from a page or a program, and return its settings; without a seed they get one.
+    """Return the settings of a request from a page or a program; without a seed they get one.
 
-    ``sliders`` are max_new_tokens, temperature and top_p: Gradio has kept them within their bounds.
-
-    Raises:
-        gr.Error: a text is out of bounds, for one of the models after its turns; the message names them.
+    A text that is out of bounds, for one of the models after its turns, is a gr.Error. ``sliders`` are max_new_tokens,
+    temperature and top_p: Gradio has kept them within their bounds.
     """
     if not instruction.strip():
         raise page_error("Type an instruction first.")
@@ -74,10 +72,8 @@ async def answers(
 
     Yield again after a second without news: then Gradio sees whether the visitor has left. Each model has its own
     thread, so that none holds up other pages. It keeps its stream until the model has ended, at the next token once
-    ``stopped()``: for Gradio a stopped answer has ended, while the model may still be reading the prompt.
-
-    Raises:
-        gr.Error: a model failed.
+    ``stopped()``: for Gradio a stopped answer has ended, while the model may still be reading the prompt. A model that
+    fails is a gr.Error.
     """
     conversations = [Conversation(model.model, model.tokenizer, settings) for model in models]
     pieces, failures = [[] for _ in models], []
@@ -88,8 +84,11 @@ async def answers(
             with models[index].streams:
                 if not stopped():
                     conversations[index].ask(*asked, pieces[index].append, stopped)
-        except Exception as e:
-            failures.append((models[index].name, e))
+        except UserError as e:
+            failures.append(str(e))
+        except Exception:
+            logging.exception("%s failed", models[index].name)
+            failures.append(f"{models[index].name} failed; the terminal of the server says why.")
 
     threads = [threading.Thread(target=work, args=(i,), name=WORKER, daemon=True) for i in range(len(models))]
     for thread in threads:
@@ -98,11 +97,8 @@ async def answers(
     while running:
         await asyncio.sleep(0.05)
         running = any(thread.is_alive() for thread in threads)
-        for name, e in failures:
-            if isinstance(e, UserError):
-                raise page_error(str(e))
-            logging.error("%s failed", name, exc_info=e)
-            raise page_error(f"{name} failed; the terminal of the server says why.")
+        if failures:
+            raise page_error(failures[0])
         said = [("".join(each), conversation.cut) for each, conversation in zip(pieces, conversations, strict=True)]
         if said != shown or time.monotonic() > since + 1:
             shown, since = said, time.monotonic()

@@ -15,9 +15,8 @@ from pathlib import Path
 from alpaca.common.cli import free_port
 from alpaca.common.records import json_text
 from alpaca.common.shapes import user_message
-from alpaca.common.text import utc_now
+from alpaca.common.text import public_name, utc_now
 from alpaca.inference.adapters import is_adapter
-from alpaca.inference.answer_file import name_of
 from alpaca.inference.generate import Settings
 from alpaca.inference.load import load
 from alpaca.inference.web.asking import STREAMS, Model, answers, check
@@ -105,11 +104,7 @@ class Demo:
                 # not a Number: an empty one turns into 0 as soon as it is shown
                 gr.Textbox(seed, label="Seed", placeholder="new each time", min_width=240),
             ]
-        gr.HTML(
-            '<p class="notice">Temperature 0 takes the likeliest token each time. The same seed gives the same answer. '
-            f"{STREAMS} answers are written at once; further ones wait in line.</p>",
-            js_on_load=None,
-        )
+        gr.HTML(render("sampling.html", streams=STREAMS), js_on_load=None)
 
     def _connect(self) -> None:
         """Say what happens on a click: ask, stop, start a new conversation, report."""
@@ -124,8 +119,7 @@ class Demo:
         # a refusal, an error or a press on Stop; the front end (6.31) runs then() after an answer and Stop alone
         asked.failure(None, js=SAY.format("Stopped.", "false"), **said)
         asked.then(None, js="() => ({__type__: 'update', interactive: false})", outputs=self.stop, **quiet)
-        self.stop.click(None, cancels=asked)
-        self.new.click(None, cancels=asked)
+        gr.on([self.stop.click, self.new.click], None, cancels=asked)
         empty = *(render_answer(name, "") for name in self.names), None, render_status("")
         self.new.click(lambda: empty, None, outputs, queue=False, **quiet)
         self.report.click(flag, [self.exchange, self.reason], **quiet)
@@ -208,20 +202,17 @@ def serve(
     base_path: str | None = None,
     **defaults,
 ) -> None:
-    """Load the models and serve the page until Ctrl-C or SIGTERM.
+    """Load the models and serve the page until Ctrl-C or SIGTERM; raise UserError for an argument that is wrong.
 
     Args:
         model_path, compare_path: folders; the second model answers the same prompts beside the first.
         device, dtype, base_path: see load().
         host, port, auth: see check_exposure() and free_port().
         defaults: fields of Settings; max_new_tokens is also the most that a visitor can ask for.
-
-    Raises:
-        UserError: an argument is wrong, the port is taken, or a model cannot be loaded.
     """
     login, settings, port, models = check_exposure(host, auth), Settings(**defaults), free_port(port), []
     for path in filter(None, [model_path, compare_path]):
         base = base_path if is_adapter(path) else None
-        models.append(Model(name_of(path), *load(path, device, dtype, base), str(path)))
+        models.append(Model(public_name(path), *load(path, device, dtype, base), str(path)))
     notes = [f"reports of harmful answers go to {Path(FLAGGED).resolve()}"]
     run(Demo(models, settings).page, host, port, login, " and ".join(model.name for model in models), notes)

@@ -158,12 +158,10 @@ class Guard:
 
 
 def check_exposure(host: str, auth: str | None) -> tuple[str, str] | None:
-    """Return user and password of ``auth`` ("user:password"); any ``host`` but this machine's own needs them.
+    """Return user and password of ``auth`` ("user:password"); raise UserError if they are malformed or missing.
 
-    Without ``auth`` they come from the environment's ALPACA_AUTH, which no list of processes shows.
-
-    Raises:
-        UserError: they are malformed, or needed and missing.
+    Any ``host`` but this machine's own needs them. Without ``auth`` they come from the environment's ALPACA_AUTH, which
+    no list of processes shows.
     """
     if auth is None:
         auth = os.environ.get(AUTH) or None
@@ -204,10 +202,9 @@ def launch(page: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None, 
     theme.set(button_primary_background_fill="*primary_700", button_primary_background_fill_dark="*primary_700")
     off = {"share": False, "ssr_mode": False, "mcp_server": False, "run_history": False, "footer_links": []}
     options = {"theme": theme, "css": CSS + css, "max_threads": MAX_JOBS, "app_kwargs": {"middleware": guards}} | off
+    options |= {"server_name": host, "server_port": port, "auth": auth, "quiet": True, "prevent_thread_lock": True}
     try:
-        _, url, _ = page.launch(
-            server_name=host, server_port=port, auth=auth, quiet=True, prevent_thread_lock=True, **options
-        )
+        _, url, _ = page.launch(**options)
     except OSError:
         raise UserError(f"{host}:{port} cannot be used: choose another port or host") from None
     # launch() passes nothing on to uvicorn (Gradio 6.31), which reads these again for a connection, and each second
