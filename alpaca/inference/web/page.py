@@ -202,13 +202,10 @@ def serve(
     base_path: str | None = None,
     **defaults,
 ) -> None:
-    """Load the models and serve the page until Ctrl-C or SIGTERM; raise UserError for an argument that is wrong.
+    """Load one model or two and serve the page until Ctrl-C or SIGTERM; raise UserError for an argument that is wrong.
 
-    Args:
-        model_path, compare_path: folders; the second model answers the same prompts beside the first.
-        device, dtype, base_path: see load().
-        host, port, auth: see check_exposure() and free_port().
-        defaults: fields of Settings; max_new_tokens is also the most that a visitor can ask for.
+    See check_exposure(), free_port() and load(). ``defaults`` are fields of Settings; max_new_tokens is also the most
+    that a visitor can ask for.
     """
     login, settings, port, models = check_exposure(host, auth), Settings(**defaults), free_port(port), []
     for path in filter(None, [model_path, compare_path]):
