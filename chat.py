@@ -17,22 +17,24 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 from alpaca import UserError
 from alpaca.common import cli
 from alpaca.common.journal import check_output
-from alpaca.common.text import counted, in_brackets, printable
+from alpaca.common.text import counted, in_brackets, printable, public_name
 
 HELP = r'''Type an instruction. {}
   \ at the end of a line continues it on the next; put a text of several lines between two """
   /input TEXT   what the next instruction is about, in one line or several
-  /reset        forgets the input{}
+  /reset        forgets the input{}{}
   /temperature 0, /top_p 0.9, /max_new_tokens 200, /seed 1   change how answers are sampled
   /help         prints this
   /quit         leaves, like Ctrl-D; Ctrl-C stops an answer or clears the line, and leaves if pressed twice
 An instruction that begins with / and a single word goes between two """'''
-ALONE = HELP.format("Each is answered on its own, without those before it.", "")
-TURNS = HELP.format("The turns so far are remembered.", " and the turns so far")
+SYSTEM = "\n  /system TEXT  begins a new conversation with this system text"
+ALONE = HELP.format("Each is answered on its own, without those before it.", "", "")
+TURNS = HELP.format("The turns so far are remembered.", " and the turns so far", SYSTEM)
 COMMAND = re.compile(r"/[A-Za-z_]+|/\?")  # a path, "/etc/passwd", is an instruction
 NUMBERS = {"/temperature": float, "/top_p": float, "/max_new_tokens": int, "/seed": int}
 BATCH_TOKENS = 16384
@@ -96,14 +98,22 @@ def chat(
         compare_path: with --web, a second model that answers the same instructions beside the first.
         host: with --web, the address to listen at; any but this machine's own needs --auth.
         port: with --web; 0 takes a free one.
-        auth: with --web, user:password, which the page then asks for.
+        auth: with --web, user:password, which the page then asks for (default: the variable ALPACA_AUTH, if it is set).
     """
-    check_flags(locals())
-    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    if web:
+    flags = SimpleNamespace(**locals())
+    check_flags(vars(flags))
+    run(flags)
+
+
+def run(flags: SimpleNamespace) -> None:
+    """Do what chat()'s flags ask for: serve a page, answer a file or one instruction, or talk."""
+    sampling = {name: getattr(flags, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+    loading = flags.device, flags.dtype, flags.base_path
+    if flags.web:
         from alpaca.inference.web import page
 
-        return page.serve(model_path, compare_path, host, port, auth, device, dtype, base_path, **sampling)
+        exposed = flags.host, flags.port, flags.auth
+        return page.serve(flags.model_path, flags.compare_path, *exposed, *loading, **sampling)
     # torch and transformers take seconds to load: not before the flags are known to be good
     from transformers.utils import logging
 
@@ -114,13 +124,12 @@ def chat(
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     settings = Settings(**sampling)
-    if batch_path is not None:
-        paths = model_path, base_path, batch_path, output_path
-        return answer_records(*paths, template, settings, batch_tokens, skip_errors, fields, device, dtype)
-    conversation = Conversation(*load(model_path, device, dtype, base_path), settings, template)
-    if instruction is not None:
-        answer(conversation, instruction, input)
-    elif not talk(conversation, input):
+    if flags.batch_path is not None:
+        return answer_records(flags, settings)
+    conversation = Conversation(*load(flags.model_path, *loading), settings, flags.template)
+    if flags.instruction is not None:
+        answer(conversation, flags.instruction, flags.input)
+    elif not talk(conversation, flags.input):
         sys.exit(1)
 
 
@@ -180,7 +189,7 @@ def talk(conversation, input: str = "") -> bool:
                 input = text
             elif command == "/reset":
                 input = ""
-                conversation.reset()
+                conversation.turns = []
             elif command:
                 say(obey(conversation, command, text))
             elif text:
@@ -203,6 +212,11 @@ def obey(conversation, command: str, text: str) -> str:
     """Do what a command asks, and return what there is to say; raise UserError for one that is unknown or wrong."""
     if command in ("/help", "/?"):
         return TURNS if conversation.template == "chat" else ALONE
+    if command == "/system":
+        if conversation.template != "chat":
+            raise UserError("Alpaca's prompt has no system text: put it into the instruction")
+        conversation.turns = [{"role": "system", "content": text}] if text else []
+        return "a new conversation" + (" with this system text" if text else "")
     if command not in NUMBERS:
         raise UserError(f"unknown command {command}: /help lists them")
     name = command[1:]
@@ -296,18 +310,18 @@ def _prepare_terminal() -> None:
 # Files.
 
 
-def answer_records(
-    model_path, base_path, batch_path, output_path, template, settings, batch_tokens, skip_errors, fields, device, dtype
-) -> None:
+def answer_records(flags: SimpleNamespace, settings) -> None:
     """Answer the records of a file, and report on stderr how many."""
-    from alpaca.inference.answer_file import answer_file, identity_of, name_of, read_requests
+    from alpaca.inference.answer_file import answer_file, identity_of, read_requests
     from alpaca.inference.load import load
 
-    requests, faults = read_requests(batch_path, skip_errors, fields, say_error)
-    identity = identity_of(model_path, base_path)  # of the files as they are loaded
+    model_path, output_path = flags.model_path, flags.output_path
+    requests, faults = read_requests(flags.batch_path, flags.skip_errors, flags.fields, say_error)
+    identity = identity_of(model_path, flags.base_path)  # of the files as they are loaded
     check_output(output_path)
-    model, tokenizer = load(model_path, device, dtype, base_path)
-    output = output_path, template, settings, batch_tokens, name_of(model_path), identity, skip_errors
+    model, tokenizer = load(model_path, flags.device, flags.dtype, flags.base_path)
+    name = public_name(model_path)
+    output = output_path, flags.template, settings, flags.batch_tokens, name, identity, flags.skip_errors
     counts = answer_file(model, tokenizer, requests, *output)
     for fault in faults[:LISTED]:
         say_error(f"left out: {fault}")

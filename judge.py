@@ -38,7 +38,7 @@ from alpaca.common.cli import end_on_signals, run_cli
 from alpaca.common.journal import Journal, check_output
 from alpaca.common.records import files_of, title, write_records
 from alpaca.common.shapes import has_several_turns
-from alpaca.common.text import counted, in_brackets
+from alpaca.common.text import counted, in_brackets, public_name
 from alpaca.data.instruction_sets import is_the_252, read_answers, read_pair, read_set
 from alpaca.endpoint.budget import Budget, RequestSettings
 from alpaca.endpoint.client import THOUGHT, Answerer, Completion, OpenAIDecodingArguments, Talk
@@ -189,7 +189,7 @@ def _answer_here(items, output_path, model_path, generator, sampling, local):
     requests = [answers.Request(f"id {i.id}", i.row(output_path), i.instruction, i.input, i.messages) for i in items]
     losses = partial(_reference_fields, model, tokenizer, template, items) if local.reference_loss else None
     run = model, tokenizer, requests, output_path, template, settings, local.batch_tokens
-    name = generator or answers.name_of(model_path)
+    name = generator or public_name(model_path)
     counts = answers.answer_file(*run, name, identity, skip_errors=True, more=losses)
     notes = [(counts["earlier"], "from an earlier run")]
     notes += [(counts["cut"], "cut off at --max_new_tokens or the end of the context")]

@@ -121,6 +121,7 @@ def on_the_page(folder, questions) -> None:
 
     async def ask() -> None:
         demo, exchange = web_page.Demo([web_page.Model("m", *load(folder, "cpu"))], Settings()), None
+        demo.page.server = SimpleNamespace(force_exit=False)  # it is asked past its server
         visitor = SimpleNamespace(client=SimpleNamespace(host="127.0.0.1"))
         for question in questions:
             async for shown in demo.answer(visitor, exchange, *question, 1, 0, 1, "0"):

@@ -1,10 +1,10 @@
-"""LoRA adapters: recognize one, find its base, check it, and merge it into its base; mean rows for added tokens."""
+"""LoRA adapters: recognize one, find its base, and merge it into that; mean rows for added tokens."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER = "adapter_model.safetensors"
 
 
-def need_peft(what: str = "training a LoRA adapter"):
+def need_peft(what: str):
     """Return the peft module, or raise a UserError that says how to install it."""
     try:
         import peft
@@ -34,29 +34,12 @@ def is_adapter(path: str | os.PathLike) -> bool:
 
 def base_of(folder: Path, base_path: str | os.PathLike | None) -> str:
     """Return the base of the adapter in ``folder``: a folder that holds a model, or a hub name."""
-    named = base_path or read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not named:
+    base = base_path or read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not base:
         raise UserError(f"{folder} is a LoRA adapter that does not name its base: set base_path to its folder")
-    if base_path or not is_hub_name(named):
-        check_model_folder(named, f"{folder} is a LoRA adapter, and its base (base_path)", tokenizer=False)
-    return str(named)
-
-
-def check_adapter(folder: Path) -> None:
-    """Raise UserError unless a saved adapter has both matrices of each layer and has learned something.
-
-    An adapter that lost its state dict while it was saved is a valid file of a few hundred bytes, and one whose B are
-    all zero changes nothing; both load silently.
-    """
-    path = folder / ADAPTER
-    with safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-        b = sorted(name for name in names if name.endswith(".lora_B.weight"))
-        lacking = [name for name in b if name.replace(".lora_B.", ".lora_A.") not in names]
-        if not b or lacking:
-            raise UserError(f"{path} is empty or lacks tensors (it has {len(names)}): train it again")
-        if not any(file.get_tensor(name).any() for name in b):
-            raise UserError(f"{path} changes nothing (each B is zero): is the learning rate 0?")
+    if not is_hub_name(base):
+        check_model_folder(base, f"{folder} is a LoRA adapter, and its base (base_path)", tokenizer=False)
+    return str(base)
 
 
 def embedding_rows(model) -> int:
@@ -77,34 +60,25 @@ def add_mean_rows(model, count: int) -> None:
     model.resize_token_embeddings(count, mean_resizing=False)
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     weights = list({layer.weight: None for layer in layers if layer is not None})  # one, if they are tied
-    with torch.no_grad(), _whole(weights):
+    whole = nullcontext()
+    if any(hasattr(weight, "ds_id") for weight in weights):  # ZeRO-3 has partitioned them
+        import deepspeed
+
+        whole = deepspeed.zero.GatheredParameters(weights, modifier_rank=0)  # the first process's changes are kept
+    with torch.no_grad(), whole:
         for weight in weights:
             weight[-new:] = weight[:-new].mean(dim=0, keepdim=True, dtype=torch.float32)
-
-
-def _whole(weights: list[torch.Tensor]) -> AbstractContextManager:
-    """Make parameters that ZeRO-3 has partitioned whole within it, and keep what the first process changes."""
-    if not any(hasattr(weight, "ds_id") for weight in weights):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(weights, modifier_rank=0)
 
 
 def merge_adapter(base, folder: Path, tokens: int):
     """Return ``base`` with a saved adapter's B A added to its weights.
 
     Our adapters hold no embeddings; those of other trainers may, with rows for added tokens. The base grows to these,
-    and to the tokenizer's size, by mean rows, as in training.
-
-    ``base`` is changed in place; ``tokens`` is the size of the tokenizer.
-
-    Raises:
-        UserError: peft is not installed, the adapter is empty, or it is another model's.
+    and to ``tokens``, the tokenizer's size, by mean rows, as in training. It is changed in place. An adapter that is
+    damaged, another model's, or changes nothing raises UserError.
     """
     peft = need_peft(f"{folder} is a LoRA adapter, which")
     if (folder / ADAPTER).exists():
-        check_adapter(folder)
         with safe_open(folder / ADAPTER, framework="pt") as file:
             stored = [name for name in file.keys() if name.endswith(("embed_tokens.weight", "lm_head.weight"))]
             tokens = max([tokens, *(file.get_slice(name).get_shape()[0] for name in stored)])
@@ -113,8 +87,11 @@ def merge_adapter(base, folder: Path, tokens: int):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the vocabulary grew
             warnings.filterwarnings("error", message=".*missing adapter keys")  # else they stay zero
-            return peft.PeftModel.from_pretrained(base, folder).merge_and_unload()
+            model = peft.PeftModel.from_pretrained(base, folder)
     except Exception as e:
-        raise UserError(
-            f"{folder}: the adapter does not fit its base, is it another model's? ({shorten(str(e), 200)})"
-        ) from None
+        why = shorten(str(e), 200)
+        raise UserError(f"{folder}: the adapter does not fit its base, is it another's, or damaged? ({why})") from None
+    b = [parameter for name, parameter in model.named_parameters() if ".lora_B." in name]
+    if b and not any(parameter.any() for parameter in b):
+        raise UserError(f"{folder}: the adapter changes nothing (each B is zero): is the learning rate 0?")
+    return model.merge_and_unload()

@@ -86,10 +86,9 @@ def answer_file(
 ) -> dict[str, int]:
     """Write the requests' records with "output", "generator" and "finish_reason" to ``output_path``, in their order.
 
-    It is JSON Lines, or a JSON list if the name ends in ``.json``: alpaca_eval reads that. As with servers,
-    "finish_reason" is "length" for an answer that was cut off, else "stop". An instruction that does not fit the
-    context gets "error" and no "output", and so does a reply whose thoughts do not end; thoughts before an answer are
-    left out. A record with "messages" gets the answer at their end as well.
+    It is JSON Lines, or a JSON list if the name ends in ``.json``. "finish_reason" is "length" for an answer that was
+    cut off, else "stop". An instruction that does not fit the context gets "error" and no "output", and so does a reply
+    whose thoughts do not end; thoughts before an answer are left out. "messages" get the answer at their end as well.
 
     Args:
         requests: from read_requests().
@@ -97,42 +96,27 @@ def answer_file(
         settings: how to sample; without a seed one is drawn, and kept for a resumed run.
         generator: the model's name in the rows.
         identity: what else the answers depend on (see identity_of); a journal that differs in it is refused.
-        skip_errors: whether to pass over an instruction that does not fit the context.
+        skip_errors: whether to pass over an instruction that does not fit the context; else it is a UserError.
         more: called when all answers are there; returns further fields for the row of each request.
 
     Returns:
-        Counts: "answers", "earlier" (replies found in the journal), "cut" (answers that reached max_new_tokens or the
-        end of the context), "too_long" (instructions), "unended" (thoughts), "examples" (conversations of several turns
-        in Alpaca's template).
-
-    Raises:
-        UserError: the file exists, the journal is of another run, or an instruction does not fit the context.
+        Counts: "answers", "earlier" (replies in the journal), "cut" (answers, at max_new_tokens or the context's end),
+        "too_long" (instructions), "unended" (thoughts), "examples" (conversations in Alpaca's template).
     """
     output_path, journal_path = check_output(output_path)
     template = template or saved_template(tokenizer)
     prompts = request_ids(tokenizer, template, [vars(request) for request in requests])
-    errors = {}
-    for row, (request, ids) in enumerate(zip(requests, prompts, strict=True)):
-        try:
-            longest_answer(model, ids, settings.max_new_tokens)
-        except UserError as e:
-            if not skip_errors:
-                raise UserError(f"{request.place}: {e}{SKIP}") from None
-            errors[row] = str(e)
-    fitting = [row for row in range(len(requests)) if row not in errors]
-    places = batches([len(prompts[row]) for row in fitting], settings.max_new_tokens, max_tokens)
-    planned = [[fitting[place] for place in batch] for batch in places]
-    asked = [(request.record, request.instruction, request.input) for request in requests]
-    content = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-    identity |= {"template": template, "requests": content, "batch_tokens": max_tokens}
+    planned, errors = _plan(model, requests, prompts, settings, max_tokens, skip_errors)
+    asked = _digest([(request.record, request.instruction, request.input) for request in requests])
+    identity |= {"template": template, "requests": asked, "batch_tokens": max_tokens}
     identity |= {"dtype": str(model.dtype).removeprefix("torch.")}
     with Journal(journal_path) as journal:
-        begun = journal.entries[0].get("run", {}) if journal.entries else {}
         if settings.seed is None:
+            begun = journal.entries[0].get("run", {}) if journal.entries else {}
             settings = replace(settings, seed=begun.get("seed", random.SystemRandom().getrandbits(48)))
         journal.begin(identity | asdict(settings))
-        earlier = len(journal.entries) - 1
-        replies = _answer_rest(model, tokenizer, prompts, planned, settings, journal)
+        earlier = _answer_rest(model, tokenizer, prompts, planned, settings, journal)
+        replies = {entry["row"]: entry for entry in journal.entries[1:]}
         rows = [_row(request, errors.get(i), replies.get(i), generator) for i, request in enumerate(requests)]
         if more:
             rows = [row | fields for row, fields in zip(rows, more(), strict=True)]
@@ -149,33 +133,40 @@ def answer_file(
     }
 
 
-def _answer_rest(model, tokenizer, prompts, planned, settings: Settings, journal: Journal) -> dict[int, dict]:
-    """Answer the planned batches that the journal has no replies to, and return all replies by the request's place."""
-    replies, written = {entry["row"]: entry for entry in journal.entries[1:]}, 0
+def _plan(model, requests: list[Request], prompts, settings: Settings, max_tokens: int, skip_errors: bool):
+    """Return batches of the prompts' places, and by place why a prompt is in none; raise that without skip_errors."""
+    errors = {}
+    for place, (request, ids) in enumerate(zip(requests, prompts, strict=True)):
+        try:
+            longest_answer(model, ids, settings.max_new_tokens)
+        except UserError as e:
+            if not skip_errors:
+                raise UserError(f"{request.place}: {e}{SKIP}") from None
+            errors[place] = str(e)
+    fitting = [place for place in range(len(prompts)) if place not in errors]
+    made = batches([len(prompts[place]) for place in fitting], settings.max_new_tokens, max_tokens)
+    return [[fitting[i] for i in batch] for batch in made], errors
+
+
+def _answer_rest(model, tokenizer, prompts, planned, settings: Settings, journal: Journal) -> int:
+    """Answer the planned batches that the journal has no replies to; return how many replies it had."""
+    answered = {entry["row"] for entry in journal.entries[1:]}
     interval = 0.5 if sys.stderr.isatty() else 30  # s; a log file would fill with it
-    bar = tqdm(total=sum(map(len, planned)), initial=len(replies), unit="answer", mininterval=interval, miniters=0)
-
-    def count(pieces: list[str]) -> None:
-        nonlocal written
-        written += len(pieces)
-        bar.set_postfix_str(f"{written:,} tokens", refresh=False)
-        bar.update(0)
-
+    bar = tqdm(total=sum(map(len, planned)), initial=len(answered), unit="answer", mininterval=interval, miniters=0)
     with bar:
         for rows in planned:
-            if all(row in replies for row in rows):
+            if answered.issuperset(rows):
                 continue
+            ids = [prompts[row] for row in rows]
             try:
-                answers = answer_batch(model, tokenizer, [prompts[row] for row in rows], settings, count)
+                answers = answer_batch(model, tokenizer, ids, settings, lambda _: bar.update(0))
             except KeyboardInterrupt:
                 print(f"\nrun the same command to continue: the answers are in {journal.path}", file=sys.stderr)
                 raise
             pairs = zip(rows, answers, strict=True)
-            entries = [{"row": row, "output": answer.text, "cut": answer.cut} for row, answer in pairs]
-            journal.append(entries)
-            replies |= {entry["row"]: entry for entry in entries}
-            bar.update(len(entries))
-    return replies
+            journal.append({"row": row, "output": answer.text, "cut": answer.cut} for row, answer in pairs)
+            bar.update(len(rows))
+    return len(answered)
 
 
 def _row(request: Request, error: str | None, reply: dict | None, generator: str) -> dict:
@@ -201,11 +192,6 @@ def identity_of(model_path: str, base_path: str | None) -> dict:
     return identity
 
 
-def name_of(model_path: str) -> str:
-    """Return a model's name for its rows: its folder's own name, or the hub's."""
-    return Path(model_path).resolve().name if Path(model_path).exists() else model_path
-
-
 def weights_state(path: str | os.PathLike) -> str | None:
     """Return a digest of the names, sizes and times of a local folder's files; None for a hub name.
 
@@ -215,4 +201,8 @@ def weights_state(path: str | os.PathLike) -> str | None:
         return None
     files = sorted(file for file in Path(path).iterdir() if file.suffix in (".safetensors", ".bin", ".json", ".jinja"))
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return _digest(facts)[:16]
+
+
+def _digest(data) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

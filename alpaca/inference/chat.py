@@ -15,13 +15,9 @@ def request_ids(tokenizer, template: str, records: Sequence[dict]) -> list[list[
     """Return the tokens with which a model is asked each record: those before the answer in training.
 
     Args:
-        tokenizer: the model's.
         template: "alpaca", or "chat" for the tokenizer's own.
         records: with "instruction", "input" and, where these cannot hold the conversation, "messages". In Alpaca's
             template, earlier turns become examples before the question.
-
-    Raises:
-        UserError: see prompt_ids() and chat_ids().
     """
     if template == "chat":
         return [chat_ids(tokenizer, asked_of(record)) for record in records]
@@ -47,10 +43,6 @@ class Conversation:
         self.memory = Memory()
         self.cut = ""  # "max_new_tokens" or "context" if the last answer reached that limit
         self.turns: list[dict[str, str]] = []
-
-    def reset(self) -> None:
-        """Forget the turns."""
-        self.turns = []
 
     def ask(
         self,

@@ -13,12 +13,12 @@ import inspect
 import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn import functional
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from alpaca import UserError
 from alpaca.chat_template import end_token
@@ -29,7 +29,7 @@ NUCLEUS = 1024  # the likeliest tokens, searched first: sorting 49,152 takes 27 
 
 @dataclass(frozen=True)
 class Settings:
-    """How answers are sampled.
+    """How answers are sampled; UserError if a value is out of range.
 
     Args:
         max_new_tokens: the longest answer, EOS included.
@@ -37,9 +37,6 @@ class Settings:
         top_p: sample from the fewest tokens whose probabilities add up to it (nucleus: Holtzman et al., 2020,
             arXiv:1904.09751).
         seed: the same seed gives the same prompt the same answer; None draws one.
-
-    Raises:
-        UserError: one of them is out of range.
     """
 
     max_new_tokens: int = 512
@@ -49,22 +46,20 @@ class Settings:
 
     def __post_init__(self):
         if self.max_new_tokens < 1 or not self.temperature >= 0 or not 0 < self.top_p <= 1:  # NaN fails too
-            raise UserError(
-                "max_new_tokens must be at least 1, temperature at least 0, and top_p above 0 and at most 1"
-            )
+            raise UserError("max_new_tokens must be at least 1, temperature at least 0, top_p above 0 and at most 1")
 
 
+@dataclass
 class Memory:
     """What the model has read of a conversation: the tokens, with their keys and values."""
 
-    def __init__(self):
-        self.ids: list[int] = []
-        self.cache = None
+    ids: list[int] = field(default_factory=list)
+    cache: Cache | None = None
 
     def take(self, ids: list[int]):
         """Take out the cache of the beginning that it shares with ``ids``, the last of them left out; None if empty.
 
-        It stays out until keep(): what Ctrl-C interrupts anywhere before has lost it, and reads all again.
+        It stays out until new tokens are kept: what Ctrl-C interrupts before that has lost it, and reads all again.
         """
         cache, self.cache = self.cache, None
         same = next((i for i, (a, b) in enumerate(zip(self.ids, ids, strict=False)) if a != b), len(self.ids))
@@ -76,24 +71,14 @@ class Memory:
             cache.crop(same - len(self.ids))
         return cache
 
-    def keep(self, ids: list[int], cache) -> None:
-        """Note the tokens that ``cache`` holds."""
-        self.ids, self.cache = ids, cache
-
 
 def choose(logits: torch.Tensor, temperature: float, top_p: float, draws: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the next token of each row.
+    """Return the next token of each row: (rows,), int64; raise UserError if a row holds NaN.
 
     Args:
         logits: (rows, vocabulary), float32.
         temperature, top_p: as in Settings.
         draws: (rows,), float32, uniform in [0, 1); unused when ``temperature`` is 0.
-
-    Returns:
-        (rows,), int64.
-
-    Raises:
-        UserError: a row holds NaN.
     """
     highest, likeliest = logits.max(dim=-1)
     if highest.isnan().any():
@@ -135,8 +120,7 @@ def context_length(model) -> int | None:
 def longest_answer(model, ids: list[int], max_new_tokens: int) -> int:
     """Return the number of tokens that the answer to a prompt can have.
 
-    Raises:
-        UserError: the prompt is empty, or leaves no room in the context for an answer; it is never cut silently.
+    A prompt that is empty, or leaves no room in the context, raises UserError: it is never cut silently.
     """
     if not ids:
         raise UserError("the prompt is empty: there is nothing to answer")
@@ -147,12 +131,9 @@ def longest_answer(model, ids: list[int], max_new_tokens: int) -> int:
 
 
 class Answer:
-    """A row's answer as its tokens come. Its text has no white space around it, and ends at STOP.
+    """A row's answer as its tokens come: at most ``limit``, before one of ``ends``.
 
-    Args:
-        tokenizer: the model's.
-        ends: tokens that end it; they are no part of it.
-        limit: the most tokens that it can have.
+    Its text has no white space around it, and ends at STOP.
     """
 
     def __init__(self, tokenizer, ends: frozenset[int], limit: int):
@@ -245,21 +226,15 @@ def _answer(model, tokenizer, prompts, settings: Settings, on_step, stopped, mem
     (ids, mask), cache = left_padded(prompts, model.device), memory.take(prompts[0]) if memory else None
     goes_on = "past_key_values" in inspect.signature(model.forward).parameters  # Mamba begins again from the text
     while running and not stopped():
-        output = greedily(
-            model,
-            ids,
-            mask,
-            max(answer.limit - len(answer.tokens) for answer in running),
-            logits_processor=LogitsProcessorList([draw]),
-            stopping_criteria=StoppingCriteriaList([Watch(running, on_step, stopped)]),
-            return_dict_in_generate=True,
-            **({"past_key_values": cache} if cache else {}),
-        )
+        longest = max(answer.limit - len(answer.tokens) for answer in running)
+        steps = {"logits_processor": LogitsProcessorList([draw]), "past_key_values": cache}
+        steps |= {"stopping_criteria": StoppingCriteriaList([Watch(running, on_step, stopped)])}
+        output = greedily(model, ids, mask, longest, return_dict_in_generate=True, **steps)
         ids, cache = output.sequences, output.past_key_values
         if not goes_on or type(cache) is not DynamicCache:  # MiniMax's own kind cannot lose a row
             cache = None
         if memory:
-            memory.keep(ids[0, :-1].tolist(), cache)
+            memory.ids, memory.cache = ids[0, :-1].tolist(), cache
         mask = functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
         stay = [place for place, answer in enumerate(running) if not answer.ended]
         if 0 < len(stay) < len(running):
@@ -280,30 +255,24 @@ def answer_batch(
     stopped: Callable[[], bool] = lambda: False,
     memory: Memory | None = None,
 ) -> list[Answer]:
-    """Answer prompts, all at once; a batch that does not fit the memory is halved.
+    """Answer prompts, all at once; a batch that does not fit the memory is halved, one prompt that does not is refused.
 
-    An answer ends at a token of end_ids(), at STOP, at max_new_tokens, or at the end of the context.
+    An answer ends at a token of end_ids(), at STOP, at max_new_tokens, or at the end of the context. A prompt without
+    room in the context, and a model that computes NaN, raise UserError.
 
     Args:
-        model, tokenizer, prompts, settings: the prompts are token ids.
+        prompts: token ids.
         on_step: called after each step with the text to show now of each row that was still running.
         stopped: called before each token; True ends all answers where they are.
         memory: of the conversation that the only prompt continues; what it holds is not computed again.
-
-    Raises:
-        UserError: a prompt is empty or fills the context, one alone does not fit the memory, or the model computes NaN.
     """
     try:
         return _answer(model, tokenizer, prompts, settings, on_step, stopped, memory)
     except torch.OutOfMemoryError:
         if len(prompts) == 1:
-            raise UserError(
-                f"a prompt of {len(prompts[0])} tokens and its answer do not fit the memory: lower max_new_tokens, or "
-                "use dtype bfloat16 or device cpu"
-            ) from None
-    if torch.accelerator.is_available():  # outside the handler, which keeps the tensors of the failed call alive
-        torch.accelerator.empty_cache()
-    half = len(prompts) // 2
+            what = f"a prompt of {len(prompts[0])} tokens and its answer do not fit the memory"
+            raise UserError(f"{what}: lower max_new_tokens, or use dtype bfloat16 or device cpu") from None
+    half = len(prompts) // 2  # outside the handler, which keeps the tensors of the failed call alive
     parts = prompts[:half], prompts[half:]
     return [answer for part in parts for answer in answer_batch(model, tokenizer, part, settings, on_step, stopped)]
 

@@ -23,7 +23,7 @@ from alpaca import UserError
 from alpaca.common.memory import as_text, available_bytes
 from alpaca.common.text import printable, shorten
 from alpaca.inference.adapters import base_of, is_adapter, merge_adapter
-from alpaca.inference.generate import context_length, end_ids
+from alpaca.inference.generate import end_ids
 from alpaca.prompts import prompt_ids
 from alpaca.weights.checkpoint import FLOATS, TOKENIZER, CheckpointReader, check_model_folder, is_hub_name
 
@@ -81,24 +81,15 @@ def set_merges(tokenizer, merges: list[tuple[str, str]]) -> None:
 
 
 def load_model(path: str | os.PathLike, dtype: torch.dtype | str, dropped: list[str] | None = None, **kwargs):
-    """Return AutoModelForCausalLM's model, with every weight read from the folder.
+    """Return AutoModelForCausalLM's model, with every weight read from the folder; raise UserError if that cannot be.
 
-    Left to itself, from_pretrained fills missing tensors with random numbers, drops layers that config.json does not
-    count, and loads a BERT as a causal model. What a text model leaves out of the checkpoint is added to ``dropped``,
-    in a line.
-
-    Raises:
-        UserError: the model cannot be read, or its weights and config.json do not belong together.
+    Left to itself, from_pretrained fills missing tensors with random numbers, and drops layers beyond config.json's
+    number. What a text model leaves out of the checkpoint is added to ``dropped``, in a line.
     """
     with reading(path):
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            trust_remote_code=False,  # by default the library asks on stdin, where a piped instruction may say "y"
-            **kwargs,
-        )
+        # trust_remote_code: by default the library asks on stdin, where a piped instruction may say "y"
+        options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False} | kwargs
+        model, report = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
         _check_report(path, model, report)
         if dropped is not None:
             config = cached_file(path, "config.json", cache_dir=kwargs.get("cache_dir"))
@@ -108,36 +99,30 @@ def load_model(path: str | os.PathLike, dtype: torch.dtype | str, dropped: list[
 
 def _check_report(path: str | os.PathLike, model, report: dict) -> None:
     """Raise UserError for tensors that from_pretrained made up or left out."""
-    for name, found, expected in sorted(report["mismatched_keys"]):
-        raise UserError(
-            f"{path}: {name} is {tuple(found)}, but config.json makes it {tuple(expected)}: weights and config.json "
-            "are of different models, copy both from one"
-        )
+    for name, found, made in sorted(report["mismatched_keys"]):
+        sizes = f"{name} is {tuple(found)}, but config.json makes it {tuple(made)}"
+        raise UserError(f"{path}: {sizes}: weights and config.json are of different models, copy both from one")
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{path} lacks {len(missing)} of the model's tensors ({missing[0]}, …): copy it again")
     kinds = {re.sub(r"\d+", "N", name) for name, _ in model.named_parameters()}
     if beyond := sorted(name for name in report["unexpected_keys"] if re.sub(r"\d+", "N", name) in kinds):
         raise UserError(f"{path} has layers that config.json does not count ({beyond[0]}, …): copy both from one model")
-    if any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in model.config.architectures or ()):
-        raise UserError(
-            f"{path} is a {model.config.architectures[0]}, which reads the words to come: choose a causal model"
-        )
 
 
 def _left_out(model, folder: Path) -> list[str]:
     """Say which parts of the checkpoint are no part of the model, such as one that reads images, and their share."""
     ours = {part for name, _ in model.named_modules() for part in name.split(".")}
     silent = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()  # private: no report has them (5.23)
-    reader, left, total = CheckpointReader(folder), Counter(), 0
-    for name, (_, shape) in reader.specs().items():
-        total += math.prod(shape)
-        parts = name.split(".")[:-1]
-        if any(re.search(pattern, name) for pattern in silent) and (other := [p for p in parts if p not in ours]):
-            left[name[: name.index(other[0]) + len(other[0])]] += math.prod(shape)
-    parts = [f"{name} ({size / total:.1%})" for name, size in left.items()]
+    sizes, left = {name: math.prod(shape) for name, (_, shape) in CheckpointReader(folder).specs().items()}, Counter()
+    for name, size in sizes.items():
+        other = [part for part in name.split(".")[:-1] if part not in ours]
+        if other and any(re.search(pattern, name) for pattern in silent):
+            left[name[: name.index(other[0]) + len(other[0])]] += size
+    parts = [f"{name} ({size / sum(sizes.values()):.1%})" for name, size in left.items()]
     return [f"not in the result, of the checkpoint's values: {', '.join(parts)}"] if parts else []
 
 
+@torch.no_grad()
 def near_zero(model) -> str:
     """Say why the weights look like the difference of two models, as Alpaca's were released; "" if they do not.
 
@@ -145,19 +130,14 @@ def near_zero(model) -> str:
     to 1 (Gemma); its embeddings are of order 0.01 to 0.1. Fine-tuning at a learning rate of 2e-5 moves either by 1e-3
     at most.
     """
-    weights = [
-        module.weight
-        for module in model.modules()
-        if "norm" in type(module).__name__.lower() and getattr(module, "weight", None) is not None
-    ]
+    norms = [module for module in model.modules() if "norm" in type(module).__name__.lower()]
+    weights = [module.weight for module in norms if getattr(module, "weight", None) is not None]
     words = model.get_input_embeddings().weight
-    # None, or ZeRO-3 has them apart, or another process has read them.
-    if not weights or words.is_meta or 0 in (words.numel(), *(weight.numel() for weight in weights)):
+    if not weights or any(weight.is_meta or not weight.numel() for weight in (words, *weights)):
+        return ""  # without norms, in another process than the one that read them, or under ZeRO-3
+    norm = max(float(weight.abs().max()) for weight in weights)
+    if norm > 0.1 or (word := float(words.float().abs().mean())) > 2e-3:
         return ""
-    with torch.no_grad():
-        norm = max(float(weight.abs().max()) for weight in weights)
-        if norm > 0.1 or (word := float(words.float().abs().mean())) > 2e-3:
-            return ""
     return f"all weights are near 0 (norms below {norm:.1g}, embeddings {word:.1g} on average)"
 
 
@@ -169,75 +149,55 @@ def check_model(model, tokenizer, path: str | os.PathLike) -> None:
     """
     end_ids(model, tokenizer)  # before the first question: the configs may have odd values
     DynamicCache(config=model.config)
-    if (context := context_length(model)) is not None and context < 2:
-        raise UserError(f"{path}: config.json has max_position_embeddings {context}: copy it from its base")
     if what := near_zero(model):
         raise UserError(f"{path}: {what}, as in a weight diff: recover the model first (python weight_diff.py recover)")
     rows, bos = model.get_input_embeddings().weight.shape[0], tokenizer.bos_token_id
     if tokenizer.vocab_size > rows or (bos is not None and bos >= rows):
-        raise UserError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, BOS is token {bos} ({tokenizer.bos_token!r}), "
-            f"and the model has {rows} rows: copy the tokenizer of the model that was trained"
-        )
+        tokens = f"the tokenizer has {tokenizer.vocab_size} tokens, BOS is token {bos} ({tokenizer.bos_token!r})"
+        raise UserError(f"{path}: {tokens}, and the model has {rows} rows: copy the tokenizer of the trained model")
     eos, id_ = tokenizer.eos_token, tokenizer.eos_token_id
     if not eos or id_ is None or id_ >= rows:
         why = f"token {id_}, and the model has {rows} rows" if eos else "none"
-        print(
-            f"warning: the tokenizer's EOS is {eos!r}, {why}: the model never learned to end an answer, which runs to "
-            "a new '### Instruction:' or to max_new_tokens; set eos_token in tokenizer_config.json and train again",
-            file=sys.stderr,
-        )
+        why += ": the model never learned to end an answer, which runs to a new '### Instruction:' or to max_new_tokens"
+        cure = "set eos_token in tokenizer_config.json and train again"
+        print(f"warning: the tokenizer's EOS is {eos!r}, {why}; {cure}", file=sys.stderr)
 
 
-def load(
-    path: str | os.PathLike,
-    device: str | None = None,
-    dtype: str | None = None,
-    base_path: str | os.PathLike | None = None,
-):
-    """Return (model, tokenizer) for inference, from a local folder or a hub name; print warnings about odd tokens.
+def load(path: str | Path, device: str | None = None, dtype: str | None = None, base_path: str | Path | None = None):
+    """Return (model, tokenizer) for inference; print a warning about an odd EOS, raise UserError for all that is worse.
 
     Args:
-        path: a model, or a LoRA adapter, which is merged into its base.
+        path: the folder or hub name of a model, or the folder of a LoRA adapter, which is merged into its base.
         device: "cpu", "cuda", "mps", …; by default the accelerator if there is one.
         dtype: "float32", "bfloat16" or "float16". By default, an accelerator keeps the type that was saved, except that
             float32 becomes bfloat16 (float16 on a GPU without bfloat16). A CPU takes float32, which is faster there,
             if the memory suffices.
         base_path: the base of an adapter; by default the one that the adapter names.
-
-    Raises:
-        UserError: it cannot be loaded; the message says why.
     """
     if dtype is not None and dtype not in FLOATS:
         raise UserError(f"dtype {dtype} is unknown: choose from {', '.join(FLOATS)}")
-    place = _device(device)
     with reading(path):
+        try:  # a build of torch for GPUs names its accelerator on a machine without one, too
+            place = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+            torch.empty(0, device=place)
+        except (RuntimeError, AssertionError):
+            raise UserError(f"device {device} is not available: choose cpu, or leave it out") from None
         model, tokenizer = _read(path, place, dtype, base_path)
-        if dtype is None and place.type != "cpu":
-            model = model.to(_fast(model.dtype, place))
+        if dtype is None and place.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            model = model.half()
+        elif dtype is None and place.type != "cpu" and model.dtype == torch.float32:
+            model = model.bfloat16()
         check_model(model, tokenizer, path)
         return model.to(place).eval(), tokenizer
 
 
-def _device(name: str | None) -> torch.device:
-    try:
-        # A build of torch for GPUs names its accelerator on a machine without one, too.
-        device = torch.device(name or torch.accelerator.current_accelerator(check_available=True) or "cpu")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"device {name} is not available: choose cpu, or leave it out for the best there is") from None
-    return device
-
-
-def _read(path: str | os.PathLike, device: torch.device, dtype: str | None, base_path: str | os.PathLike | None):
+def _read(path: str | Path, device: torch.device, dtype: str | None, base_path: str | Path | None):
     """Return (model, tokenizer); an adapter is merged into its base."""
     folder = Path(path)
     if not is_adapter(folder):
         if base_path is not None:
             raise UserError(f"base_path is for LoRA adapters, and {path} is not one: leave it out")
-        if not folder.exists() and not is_hub_name(path):
-            raise UserError(f"model_path {path} does not exist: choose a folder, or a model of the hub by OWNER/NAME")
-        if folder.exists():
+        if not is_hub_name(path):
             check_model_folder(path, "model_path")
         tokenizer = load_tokenizer(path)
         return load_model(path, _dtype(path, device, dtype)), tokenizer
@@ -252,22 +212,12 @@ def _read(path: str | os.PathLike, device: torch.device, dtype: str | None, base
 
 def _dtype(path: str | os.PathLike, device: torch.device, dtype: str | None) -> torch.dtype | str:
     """The type to load in: what was asked for, "auto" (as saved), or float32 on a CPU with the memory for it."""
-    if dtype is not None or device.type != "cpu":
+    if dtype or device.type != "cpu":
         return FLOATS[dtype] if dtype else "auto"
     files = [file for name in ("model*.safetensors", "pytorch_model*.bin") for file in Path(path).glob(name)]
     needed, free = 2 * sum(file.stat().st_size for file in files), available_bytes(device)  # where 16 bits were saved
     if needed <= free:
         return torch.float32
-    print(
-        f"note: float32 may need {as_text(needed)}, and {as_text(free)} are free: loaded as it was saved, which is "
-        "slower on a CPU",
-        file=sys.stderr,
-    )
+    why = f"float32 may need {as_text(needed)}, and {as_text(free)} are free"
+    print(f"note: {why}: loaded as it was saved, which is slower on a CPU", file=sys.stderr)
     return "auto"
-
-
-def _fast(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the type to compute in on an accelerator: bfloat16 for float32, and float16 where it has no bfloat16."""
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16 if dtype == torch.float32 else dtype

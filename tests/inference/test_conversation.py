@@ -76,7 +76,7 @@ def interrupt(*_):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("place", ["the first layer", "a later step", "crop", "keep"])
+@pytest.mark.parametrize("place", ["the first layer", "a later step", "crop", "the end"])
 def test_ctrl_c_anywhere_leaves_a_conversation_that_answers_as_a_new_one(talking, place, monkeypatch):
     """Between the first layer and the second, and while the cache is cut to what two prompts share."""
     model, tokenizer, fed = talking
@@ -85,11 +85,12 @@ def test_ctrl_c_anywhere_leaves_a_conversation_that_answers_as_a_new_one(talking
     turns, memory, said = conversation.turns, conversation.memory, []
     with monkeypatch.context() as patch:
         if place == "crop":
-            conversation.reset()
+            conversation.turns = []
             inner = memory.cache.crop
             memory.cache.crop = lambda length: (inner(length), interrupt())
-        elif place == "keep":
-            patch.setattr(memory, "keep", interrupt)
+        elif place == "the end":
+            generate = model.generate
+            patch.setattr(model, "generate", lambda **given: (generate(**given), interrupt()))
         else:
             fed.clear()
             step = 1 if place == "the first layer" else 4
@@ -101,7 +102,7 @@ def test_ctrl_c_anywhere_leaves_a_conversation_that_answers_as_a_new_one(talking
         handle.remove()
     assert memory.cache is None
     assert len(conversation.turns) == 2 * (place != "crop") + 2 * bool(said)  # a turn, as far as it got
-    assert bool(said) == (place in ("a later step", "keep"))
+    assert bool(said) == (place in ("a later step", "the end"))
     conversation.turns = turns
     new = Conversation(model, tokenizer, Settings(8, 0), "chat")
     new.turns = turns
@@ -134,7 +135,7 @@ def test_a_stopped_answer_is_a_turn_and_a_refused_one_is_none(talking):
     with pytest.raises(UserError, match="reads at most 1024: shorten it$"):
         conversation.ask("Q" * 2000)
     assert conversation.turns is turns
-    conversation.reset()
+    conversation.turns = []
     assert conversation.turns == []
 
 

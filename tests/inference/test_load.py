@@ -256,7 +256,7 @@ def test_a_hub_base_that_cannot_be_fetched_is_told_with_the_way_out(adapted):
 
 def test_an_adapter_of_another_model_is_refused(adapted, tiny_opt, paris):
     for base in (tiny_opt, paris):
-        with pytest.raises(UserError, match="the adapter does not fit its base, is it another model's?") as error:
+        with pytest.raises(UserError, match="the adapter does not fit its base, is it another's, or damaged?") as error:
             load(adapted[0], "cpu", base_path=base)
         assert "\n" not in str(error.value)
 
@@ -277,8 +277,7 @@ def test_a_missing_folder_is_told_at_once_and_a_name_of_the_hub_is_asked_for(mon
     for name in ("typo", "./no/where", "/no/where", "out/sub/typo"):
         with monkeypatch.context() as patch:
             patch.setattr(load_module, "load_tokenizer", lambda *_: pytest.fail("the hub was asked"))
-            said = (f"model_path {name} does not exist", "a model of the hub by OWNER/NAME")
-            assert_user_error(lambda name=name: load(name, "cpu"), *said)
+            assert_user_error(lambda name=name: load(name, "cpu"), f"model_path {Path(name)} does not exist")
     assert_user_error(lambda: load("out/typo", "cpu"), "out/typo: this folder does not exist, and from the hub the")
     (tmp_path / "out").mkdir()  # then the name can only be a folder's
     assert_user_error(lambda: load("out/typo", "cpu"), "model_path out/typo does not exist")

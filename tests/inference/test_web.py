@@ -616,7 +616,7 @@ def test_an_error_is_told_and_keeps_the_servers_secrets(visit, caplog):
     page.ask("  ")
     page.page.get_by_text("Type an instruction first.").wait_for()
     page.ask("many words", "w " * 1_000)
-    page.page.get_by_text(re.compile("have 1,0.. tokens.*at most 1,000 here: shorten them")).wait_for()
+    page.page.get_by_text(re.compile("has 1,0.. tokens.*at most 1,000 here: shorten it")).wait_for()
 
 
 @needs_browser
@@ -632,7 +632,7 @@ def test_a_report_is_a_line_of_json_on_this_machine(visit, tmp_path, monkeypatch
     (record,) = utils.jload(tmp_path / "flagged.jsonl")
     settings = record.pop("settings")
     assert settings.keys() == {"max_new_tokens", "temperature", "top_p", "seed"}
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", record.pop("time"))
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", record.pop("time"))
     assert record == {
         "instruction": "say",
         "input": "something bad",
@@ -1107,9 +1107,9 @@ def test_reports_from_many_threads_stay_whole_lines(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"host": "0.0.0.0"}, "host 0.0.0.0 lets other machines in: set auth to user:password too"),
-        ({"host": "0.0.0.0", "auth": "user:"}, "auth must be user:password"),
-        ({"auth": ":password"}, "auth must be user:password"),
+        ({"host": "0.0.0.0"}, "host 0.0.0.0 lets other machines in: set auth, or ALPACA_AUTH in the"),
+        ({"host": "0.0.0.0", "auth": "user:"}, "auth, or ALPACA_AUTH in the environment, must be user:password"),
+        ({"auth": ":password"}, "auth, or ALPACA_AUTH in the environment, must be user:password"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"port": 70_000}, "port 70000 cannot be used"),
     ],
@@ -1118,6 +1118,17 @@ def test_a_bad_flag_is_told_before_a_model_is_loaded(flags, words):
     with pytest.raises(UserError) as error:
         web_page.serve("no-such-folder", **flags)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_password_may_stand_in_the_environment_and_a_flag_comes_first(monkeypatch):
+    monkeypatch.setenv("ALPACA_AUTH", "ann:right:er")
+    assert web_server.check_exposure("0.0.0.0", None) == ("ann", "right:er")
+    assert web_server.check_exposure("127.0.0.1", "bob:other") == ("bob", "other")
+    monkeypatch.setenv("ALPACA_AUTH", "ann")
+    with pytest.raises(UserError, match="ALPACA_AUTH in the environment, must be user:password"):
+        web_server.check_exposure("127.0.0.1", None)
+    monkeypatch.setenv("ALPACA_AUTH", "")
+    assert web_server.check_exposure("127.0.0.1", None) is None
 
 
 def test_a_port_in_use_is_one_line(sites):

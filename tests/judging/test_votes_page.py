@@ -417,8 +417,8 @@ def test_a_vote_that_cannot_be_saved_is_told_and_tells_no_path(site, monkeypatch
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"host": "0.0.0.0"}, "host 0.0.0.0 lets other machines in: set auth to user:password too"),
-        ({"auth": "user"}, "auth must be user:password"),
+        ({"host": "0.0.0.0"}, "host 0.0.0.0 lets other machines in: set auth, or ALPACA_AUTH in the"),
+        ({"auth": "user"}, "auth, or ALPACA_AUTH in the environment, must be user:password"),
         ({"port": 70_000}, "port 70000 cannot be used"),
         ({"output_path": "no/votes.jsonl"}, "must be a file in an existing folder"),
     ],

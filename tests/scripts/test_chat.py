@@ -164,7 +164,7 @@ def test_sampling_can_be_set_in_a_conversation_and_a_wrong_command_is_an_error(t
         "temperature is 0.0",
         "max_new_tokens is 3",
         "error: unknown command /temprature: /help lists them",
-        "error: max_new_tokens must be at least 1, temperature at least 0, and top_p above 0 and at most 1",
+        "error: max_new_tokens must be at least 1, temperature at least 0, top_p above 0 and at most 1",
         "error: /seed needs a number, as in the line that /help shows",
         "top_p is 0.9",
         "note: cut off at --max_new_tokens",
@@ -185,6 +185,17 @@ def test_with_the_models_chat_template_turns_are_remembered(tiny_llama, tmp_path
     first = asked[1].removeprefix("user: one\nassistant: ").removesuffix("\nuser: two\n\n### Input:\nx\n")
     assert asked[0] == "user: one\n" and asked[2] == "user: three\n"
     assert capsys.readouterr().out.split("\n")[0] == first.strip() != ""
+
+
+def test_a_system_text_begins_a_conversation_of_a_chat_template_alone(tiny_llama, tmp_path, monkeypatch, asked, capsys):
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(TURNS)
+    lines = "zero\n/system Be brief.\none\n/reset\ntwo\n"
+    run_chat(monkeypatch, "--model_path", model, *QUICK, "--template", "chat", stdin=lines)
+    assert asked[1:] == ["system: Be brief.\nuser: one\n", "user: two\n"]
+    with pytest.raises(SystemExit):
+        run_chat(monkeypatch, "--model_path", model, *QUICK, "--template", "alpaca", stdin="/system Be brief.\n")
+    assert "error: Alpaca's prompt has no system text: put it into the instruction\n" in capsys.readouterr().err
 
 
 def test_a_model_that_was_trained_with_its_template_remembers_turns_unless_told_otherwise(
@@ -267,7 +278,7 @@ def test_a_folder_without_a_tokenizer_or_with_a_diff_is_one_line(paris, tmp_path
 
 CONFIG, TOKENIZER, GENERATION = "config.json", "tokenizer_config.json", "generation_config.json"
 ODD_VALUES = [
-    *((CONFIG, "max_position_embeddings", value) for value in (None, "2048", 0, -1, 2.5, [1])),
+    *((CONFIG, "max_position_embeddings", value) for value in (None, "2048", 0, 2.5, [1])),
     *((CONFIG, "num_attention_heads", value) for value in (0, None, "1", 3, -1)),
     *((CONFIG, "eos_token_id", value) for value in ("</s>", [[2]], {"a": 1}, -1)),
     *((CONFIG, "vocab_size", value) for value in (None, "7", 0, -7)),

@@ -113,7 +113,7 @@ def test_the_first_word_of_an_answer_is_learned_with_each_kind_of_tokenizer(whic
     assert saved_template(saved) == template
     talk = Conversation(model, saved, Settings(max_new_tokens=20, temperature=0), template)
     for n in range(1, len(ELEMENTS) + 1):
-        talk.reset()
+        talk.turns = []
         assert "".join(talk.ask(f"Name element {n}.")).startswith("The element ")
         assert talk.cut == ""  # it ended by itself
 

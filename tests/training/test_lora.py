@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from alpaca import UserError
-from alpaca.inference.adapters import ADAPTER, check_adapter
+from alpaca.inference.adapters import ADAPTER, merge_adapter
 from alpaca.training import lora
 
 
@@ -155,20 +155,19 @@ def test_a_checkpoint_with_another_kind_of_weights_is_refused(trained, data, tmp
             run(base, data, tmp_path, *resume, "--lora_r", rank)
 
 
-def test_an_empty_adapter_is_refused(trained, tmp_path):
-    _, out, _ = trained
-    path = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(out / "adapter" / "adapter_model.safetensors")
-    save_file({}, path)
-    with pytest.raises(UserError, match="is empty or lacks tensors"):
-        check_adapter(tmp_path)
+def test_a_damaged_adapter_is_refused(trained, tmp_path):
+    base, out, _ = trained
+    adapter = shutil.copytree(out / "adapter", tmp_path / "adapter")
+    tensors = load_file(adapter / ADAPTER)
     first = next(name for name in tensors if ".lora_A." in name)
-    save_file({name: tensor for name, tensor in tensors.items() if name != first}, path)
-    with pytest.raises(UserError, match="is empty or lacks tensors"):
-        check_adapter(tmp_path)
-    save_file({name: tensor * (".lora_A." in name) for name, tensor in tensors.items()}, path)
-    with pytest.raises(UserError, match="changes nothing"):
-        check_adapter(tmp_path)
+    for damaged, words in (
+        ({}, "does not fit its base, .* damaged"),
+        ({name: tensor for name, tensor in tensors.items() if name != first}, "does not fit its base, .* damaged"),
+        ({name: tensor * (".lora_A." in name) for name, tensor in tensors.items()}, "changes nothing"),
+    ):
+        save_file(damaged, adapter / ADAPTER)
+        with pytest.raises(UserError, match=words):
+            merge_adapter(load(base), adapter, 1)
 
 
 def test_an_adapter_that_learned_nothing_leaves_no_model(tiny_llama, data, tmp_path):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
 import secrets
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 
 from alpaca import UserError
@@ -38,12 +38,10 @@ class Model:
 
 
 def check(models: list[Model], turns: list[list[dict]], instruction: str, input: str, seed: str, *sliders) -> Settings:
-    """Check a request from a page or a program, and return its settings; without a seed they get one.
+    """Return the settings of a request from a page or a program; without a seed they get one.
 
-    ``sliders`` are max_new_tokens, temperature and top_p: Gradio has kept them within their bounds.
-
-    Raises:
-        gr.Error: a text is out of bounds, for one of the models after its turns; the message names them.
+    A text that is out of bounds, for one of the models after its turns, is a gr.Error. ``sliders`` are max_new_tokens,
+    temperature and top_p: Gradio has kept them within their bounds.
     """
     if not instruction.strip():
         raise page_error("Type an instruction first.")
@@ -56,11 +54,8 @@ def check(models: list[Model], turns: list[list[dict]], instruction: str, input:
             (ids,) = request_ids(model.tokenizer, saved_template(model.tokenizer), [record])
             most = min(MAX_PROMPT_TOKENS, (context_length(model.model) or 2 * MAX_PROMPT_TOKENS) // 2)
             if len(ids) > most:
-                what = "The conversation and this instruction" if before else "Instruction and input"
-                raise UserError(
-                    f"{what} have {len(ids):,} tokens; {model.name} reads at most {most:,} here: "
-                    + ("start a new conversation." if before else "shorten them.")
-                )
+                cure = "start a new conversation." if before else "shorten it."
+                raise UserError(f"This has {len(ids):,} tokens; {model.name} reads at most {most:,} here: {cure}")
     except UserError as e:
         raise page_error(str(e)) from None
     return settings
@@ -73,48 +68,38 @@ async def answers(
     settings: Settings,
     stopped: Callable[[], bool],
 ) -> AsyncIterator[list[tuple[str, str]]]:
-    """Yield each model's answer so far and the limit that cut it off, if any; at most some 20 times a second.
+    """Yield each model's answer so far and the limit that cut it off, if any: what is new, at most 20 times a second.
 
     Yield again after a second without news: then Gradio sees whether the visitor has left. Each model has its own
     thread, so that none holds up other pages. It keeps its stream until the model has ended, at the next token once
-    ``stopped()``: for Gradio a stopped answer has ended, while the model may still be reading the prompt.
-
-    Raises:
-        gr.Error: a model failed.
+    ``stopped()``: for Gradio a stopped answer has ended, while the model may still be reading the prompt. A model that
+    fails is a gr.Error.
     """
-    loop, news = asyncio.get_running_loop(), asyncio.Queue()
     conversations = [Conversation(model.model, model.tokenizer, settings) for model in models]
-
-    def tell(index: int, what: str | Exception | None) -> None:
-        with contextlib.suppress(RuntimeError):  # the server has ended
-            loop.call_soon_threadsafe(news.put_nowait, (index, what))
+    pieces, failures = [[] for _ in models], []
 
     def work(index: int) -> None:
         try:
             conversations[index].turns = turns[index]
             with models[index].streams:
-                if stopped():
-                    return
-                conversations[index].ask(*asked, lambda piece: tell(index, piece), stopped)
-            tell(index, None)
-        except Exception as e:
-            tell(index, e)
+                if not stopped():
+                    conversations[index].ask(*asked, pieces[index].append, stopped)
+        except UserError as e:
+            failures.append(str(e))
+        except Exception:
+            logging.exception("%s failed", models[index].name)
+            failures.append(f"{models[index].name} failed; the terminal of the server says why.")
 
-    for index in range(len(models)):
-        threading.Thread(target=work, args=(index,), name=WORKER, daemon=True).start()
-    texts, running = [""] * len(models), len(models)
+    threads = [threading.Thread(target=work, args=(i,), name=WORKER, daemon=True) for i in range(len(models))]
+    for thread in threads:
+        thread.start()
+    running, shown, since = True, None, 0.0
     while running:
-        try:
-            index, what = await asyncio.wait_for(news.get(), 1)
-        except TimeoutError:
-            index, what = 0, ""
-        if isinstance(what, UserError):
-            raise page_error(str(what))
-        if isinstance(what, Exception):
-            logging.error("%s failed", models[index].name, exc_info=what)
-            raise page_error(f"{models[index].name} failed; the terminal of the server says why.")
-        running -= what is None
-        texts[index] += what or ""
-        if news.empty():
-            yield [(text, conversation.cut) for text, conversation in zip(texts, conversations, strict=True)]
-            await asyncio.sleep(0.05)
+        await asyncio.sleep(0.05)
+        running = any(thread.is_alive() for thread in threads)
+        if failures:
+            raise page_error(failures[0])
+        said = [("".join(each), conversation.cut) for each, conversation in zip(pieces, conversations, strict=True)]
+        if said != shown or time.monotonic() > since + 1:
+            shown, since = said, time.monotonic()
+            yield said

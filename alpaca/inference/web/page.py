@@ -7,8 +7,6 @@ the page. What a model writes is untrusted: its Markdown is rendered, its HTML a
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import html
 import os
 import threading
 import time
@@ -17,12 +15,12 @@ from pathlib import Path
 from alpaca.common.cli import free_port
 from alpaca.common.records import json_text
 from alpaca.common.shapes import user_message
+from alpaca.common.text import public_name, utc_now
 from alpaca.inference.adapters import is_adapter
-from alpaca.inference.answer_file import name_of
 from alpaca.inference.generate import Settings
 from alpaca.inference.load import load
 from alpaca.inference.web.asking import STREAMS, Model, answers, check
-from alpaca.inference.web.server import check_exposure, gr, page_error, render_answer, render_status, run
+from alpaca.inference.web.server import check_exposure, gr, page_error, render, render_answer, render_status, run
 
 FLAGGED = "flagged.jsonl"  # reports of harmful answers, on the machine that serves the page
 MAX_OF_LOGIN = 1  # requests of one login that wait or are answered: a stream is left to the others
@@ -34,20 +32,10 @@ EXAMPLES = [
     ["Rewrite this sentence so that it is polite.", "Send me the report now."],
     ["Sort these animals by their weight.", "cat, elephant, mouse, horse"],
 ]
-HEADING = """<h1>{}</h1><p class="notice"><b>{}</b> {} fine-tuned to follow instructions, without safety training:
-answers may be wrong, biased or harmful; check them before you use them. What was trained on Alpaca data (CC BY-NC
-4.0) or on LLaMA is licensed for research only, not for commercial use. {}</p>"""
 TITLE = "Ask an Alpaca model"
-REMEMBERS = "remembers the conversation until you start a new one"
-ALONE = "answers each instruction on its own and remembers nothing"
+COPY = (Path(__file__).parent / "templates" / "copy.js").read_text()
 # The browser says at once that it asks: new values of the status and of the button Stop.
 SAY = "() => ['" + render_status("{}") + "', {{__type__: 'update', interactive: {}}}]"
-# Browsers have no clipboard object in a page that comes neither by https nor from this machine.
-COPY = """(shown) => {
-  const area = document.createElement("textarea");
-  area.value = new DOMParser().parseFromString(shown, "text/html").querySelector(".answer").dataset.text;
-  document.body.append(area); area.select(); document.execCommand("copy"); area.remove();
-}"""
 
 
 class Demo:
@@ -70,10 +58,7 @@ class Demo:
         self.page.queue(max_size=MAX_OF_ADDRESS, api_open=False, default_concurrency_limit=8)
 
     def _lay_out(self) -> None:
-        names = html.escape(" and ".join(model.name for model in self.models))
-        said = [REMEMBERS if model.remembers else ALONE for model in self.models]
-        memory = f"It {said[0]}." if len(set(said)) == 1 else f"A {said[0]}; B {said[1]}."
-        gr.HTML(HEADING.format(TITLE, names, "were" if self.models[1:] else "was", memory), js_on_load=None)
+        gr.HTML(render("heading.html", title=TITLE, models=self.models), js_on_load=None)
         for lay_out in [self._lay_out_answers, self._lay_out_fields][:: 1 if self.remembers else -1]:
             lay_out()
         labels = [" ".join(pair).strip() for pair in EXAMPLES]
@@ -119,11 +104,7 @@ class Demo:
                 # not a Number: an empty one turns into 0 as soon as it is shown
                 gr.Textbox(seed, label="Seed", placeholder="new each time", min_width=240),
             ]
-        gr.HTML(
-            '<p class="notice">Temperature 0 takes the likeliest token each time. The same seed gives the same answer. '
-            f"{STREAMS} answers are written at once; further ones wait in line.</p>",
-            js_on_load=None,
-        )
+        gr.HTML(render("sampling.html", streams=STREAMS), js_on_load=None)
 
     def _connect(self) -> None:
         """Say what happens on a click: ask, stop, start a new conversation, report."""
@@ -138,8 +119,7 @@ class Demo:
         # a refusal, an error or a press on Stop; the front end (6.31) runs then() after an answer and Stop alone
         asked.failure(None, js=SAY.format("Stopped.", "false"), **said)
         asked.then(None, js="() => ({__type__: 'update', interactive: false})", outputs=self.stop, **quiet)
-        self.stop.click(None, cancels=asked)
-        self.new.click(None, cancels=asked)
+        gr.on([self.stop.click, self.new.click], None, cancels=asked)
         empty = *(render_answer(name, "") for name in self.names), None, render_status("")
         self.new.click(lambda: empty, None, outputs, queue=False, **quiet)
         self.report.click(flag, [self.exchange, self.reason], **quiet)
@@ -204,7 +184,7 @@ def flag(exchange: list[dict] | None, reason: str | None) -> None:
     records = [record for record in exchange or () if record["answer"]]
     if not records:
         raise page_error("There is no answer to report yet.", "Not reported")
-    more = {"reason": reason or "", "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+    more = {"reason": reason or "", "time": utc_now()}
     # Unbuffered: reports at the same time stay whole lines. Private: people typed it.
     with open(FLAGGED, "ab", buffering=0, opener=lambda *args: os.open(*args, 0o600)) as file:
         file.write("".join(json_text(record | more) + "\n" for record in records).encode())
@@ -222,20 +202,14 @@ def serve(
     base_path: str | None = None,
     **defaults,
 ) -> None:
-    """Load the models and serve the page until Ctrl-C or SIGTERM.
+    """Load one model or two and serve the page until Ctrl-C or SIGTERM; raise UserError for an argument that is wrong.
 
-    Args:
-        model_path, compare_path: folders; the second model answers the same prompts beside the first.
-        device, dtype, base_path: see load().
-        host, port, auth: see check_exposure() and free_port().
-        defaults: fields of Settings; max_new_tokens is also the most that a visitor can ask for.
-
-    Raises:
-        UserError: an argument is wrong, the port is taken, or a model cannot be loaded.
+    See check_exposure(), free_port() and load(). ``defaults`` are fields of Settings; max_new_tokens is also the most
+    that a visitor can ask for.
     """
     login, settings, port, models = check_exposure(host, auth), Settings(**defaults), free_port(port), []
     for path in filter(None, [model_path, compare_path]):
         base = base_path if is_adapter(path) else None
-        models.append(Model(name_of(path), *load(path, device, dtype, base), str(path)))
+        models.append(Model(public_name(path), *load(path, device, dtype, base), str(path)))
     notes = [f"reports of harmful answers go to {Path(FLAGGED).resolve()}"]
     run(Demo(models, settings).page, host, port, login, " and ".join(model.name for model in models), notes)

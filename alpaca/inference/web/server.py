@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alpaca import UserError
-from alpaca.common.text import first_line, printable
+from alpaca.common.text import first_line, printable, templates
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(10**9)  # else pandas counts all requests again after each one
@@ -38,6 +38,7 @@ from starlette.responses import PlainTextResponse  # noqa: E402
 from uvicorn.protocols.http.h11_impl import H11Protocol  # noqa: E402
 
 LOCAL = ["127.0.0.1", "localhost"]
+AUTH = "ALPACA_AUTH"
 MAX_BODY_BYTES = 256_000  # two texts of 8,000 characters, each escaped as \uXXXX\uXXXX, and what is around them
 MAX_CONNECTIONS = 800  # below the 1,024 files that a process may usually have open
 REQUEST_SECONDS = 20.0  # for a whole request to arrive; uvicorn waits for ever
@@ -46,32 +47,29 @@ PAUSE = 0.25  # s after an attempt to log in or a question, before the next one 
 POLICY = b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; object-src 'none'; frame-ancestors 'self'"
 WORKER = "alpaca-answer"  # the name of each thread in which a model writes an answer
 CSS = (Path(__file__).parent / "templates" / "page.css").read_text()
-
-
-def _open_link(self, tokens, i, options, env) -> str:
-    tokens[i].attrSet("target", "_blank")
-    tokens[i].attrSet("rel", "noopener noreferrer nofollow")
-    return self.renderToken(tokens, i, options, env)
-
-
 # With html off, < and & come out escaped. javascript:, vbscript:, file: and data: links are left as text. Loading an
 # image would tell another machine that the answer was read. gr.Chatbot (6.31) renders HTML and loads images; given
 # escaped text it shows "a&lt;b" in code.
 _MARKDOWN = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable(["table", "strikethrough"])
-_MARKDOWN.disable("image").add_render_rule("link_open", _open_link)
+_MARKDOWN.disable("image")
+_TEMPLATES = templates(Path(__file__).parent / "templates", html=True)
+
+
+def render(template: str, **values) -> str:
+    """Return the HTML of a template, with its values escaped."""
+    return _TEMPLATES.get_template(template).render(values)
 
 
 def render_answer(name: str, text: str, before: Sequence[dict] = (), note: str = "") -> str:
     """Return the HTML of an answer under its model's name, between the messages before it and a note on it."""
-    name, body = html.escape(name), ""
-    for message in [*before, {"role": "assistant", "content": text}]:
-        if message["role"] == "user":
-            body += f'<div class="asked" role="note" aria-label="You">{html.escape(message["content"])}</div>'
-        else:
-            body += _MARKDOWN.render(message["content"].strip("\n"))
-    body += f'<p class="notice">{html.escape(note)}</p>' if note else ""
-    text = html.escape(text)  # as the model wrote it, for who copies it
-    return f'<section class="answer" data-text="{text}" aria-label="{name}" dir="auto"><h2>{name}</h2>{body}</section>'
+    messages = [*before, {"role": "assistant", "content": text}]
+    return render("answer.html", name=name, text=text, messages=messages, note=note, markdown=_markdown)
+
+
+def _markdown(text: str) -> str:
+    # "<" that a model wrote comes out escaped: this one begins a link.
+    link = '<a target="_blank" rel="noopener noreferrer nofollow" '
+    return _MARKDOWN.render(text.strip("\n")).replace("<a ", link)
 
 
 def render_status(text: str) -> str:
@@ -160,16 +158,18 @@ class Guard:
 
 
 def check_exposure(host: str, auth: str | None) -> tuple[str, str] | None:
-    """Return user and password of ``auth`` ("user:password"); any ``host`` but this machine's own needs them.
+    """Return user and password of ``auth`` ("user:password"); raise UserError if they are malformed or missing.
 
-    Raises:
-        UserError: ``auth`` is malformed, or needed and missing.
+    Any ``host`` but this machine's own needs them. Without ``auth`` they come from the environment's ALPACA_AUTH, which
+    no list of processes shows.
     """
+    if auth is None:
+        auth = os.environ.get(AUTH) or None
     user, _, password = (auth or "").partition(":")
     if auth is not None and not (user.strip() and password):
-        raise UserError("auth must be user:password, neither of them empty")
+        raise UserError(f"auth, or {AUTH} in the environment, must be user:password, neither of them empty")
     if host not in LOCAL and not auth:
-        raise UserError(f"host {host} lets other machines in: set auth to user:password too")
+        raise UserError(f"host {host} lets other machines in: set auth, or {AUTH} in the environment, to user:password")
     return (user.strip(), password) if auth else None
 
 
@@ -202,10 +202,9 @@ def launch(page: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None, 
     theme.set(button_primary_background_fill="*primary_700", button_primary_background_fill_dark="*primary_700")
     off = {"share": False, "ssr_mode": False, "mcp_server": False, "run_history": False, "footer_links": []}
     options = {"theme": theme, "css": CSS + css, "max_threads": MAX_JOBS, "app_kwargs": {"middleware": guards}} | off
+    options |= {"server_name": host, "server_port": port, "auth": auth, "quiet": True, "prevent_thread_lock": True}
     try:
-        _, url, _ = page.launch(
-            server_name=host, server_port=port, auth=auth, quiet=True, prevent_thread_lock=True, **options
-        )
+        _, url, _ = page.launch(**options)
     except OSError:
         raise UserError(f"{host}:{port} cannot be used: choose another port or host") from None
     # launch() passes nothing on to uvicorn (Gradio 6.31), which reads these again for a connection, and each second
