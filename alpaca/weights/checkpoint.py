@@ -76,8 +76,7 @@ class CheckpointReader:
 
     def __init__(self, folder: str | os.PathLike):
         self.folder, self.config = Path(folder), read_json(Path(folder) / "config.json")
-        self._mapped: dict[str, dict] = {}
-        self._stored: dict[str, Stored] = {}
+        self._mapped, self._stored = {}, {}  # shard → name → tensor or slice; name → Stored
         listed, self.shards = self._index()
         for shard in self.shards:
             for name, tensor in self._open(shard).items():
@@ -185,14 +184,10 @@ class CheckpointReader:
         """Return the files that hold the named tensors, in one line."""
         return ", ".join(sorted({self._stored[name].shard for name in names}))
 
-    def bins(self, zipped: bool) -> list[Path]:
-        """Return ``.bin`` shards: zip files, or those from before PyTorch 1.6, loaded whole and without checksums."""
-        paths = [self.folder / shard for shard in self.shards if shard.endswith(".bin")]
-        return [path for path in paths if zipfile.is_zipfile(path) == zipped]
-
     def check_checksums(self) -> None:
         """Raise UserError if a record of a ``.bin`` shard does not match its CRC-32, which torch never checks."""
-        for path in self.bins(zipped=True):
+        bins = (self.folder / shard for shard in self.shards if shard.endswith(".bin"))
+        for path in filter(zipfile.is_zipfile, bins):  # before PyTorch 1.6 they were no zip files, without checksums
             with zipfile.ZipFile(path) as archive:
                 for record in archive.infolist():
                     if record.compress_type:  # torch would take the compressed bytes for the values

@@ -69,8 +69,7 @@ class NotFinite(dict[str, set[str]]):
 
     def warn(self) -> None:
         for where, names in self.items():
-            count = counted(len(names), "tensor")
-            print(f"warning: NaN or infinite values in {count} of {where}: {some(names)}")
+            print(f"warning: NaN or infinite values in {counted(len(names), 'tensor')} of {where}: {some(names)}")
 
 
 def mean_row(raw: CheckpointReader, name: str) -> torch.Tensor:

@@ -98,18 +98,16 @@ class InputCheck:
     """
 
     def __init__(self, manifest: dict, raw: CheckpointReader, diff: CheckpointReader):
-        self.tensors, self._readers = manifest["tensors"], {"raw": raw, "diff": diff}
+        self.tensors, self._seen, self._readers = manifest["tensors"], {}, {"raw": raw, "diff": diff}
         self._hashes, self._rounded = {"raw": Hashes(), "diff": Hashes()}, set()  # names whose values the type rounds
-        self._seen: dict[str, dict] = {}  # of ``tensors``
         if odd := [name for name, entry in self.tensors.items() if raw.spec(name)[1] != entry["raw_shape"]]:
             raise UserError(_other_tensors("raw", raw, odd, self.tensors, {}))
 
     def look(self, name: str, raw: torch.Tensor, diff: torch.Tensor) -> None:
         """Take the next rows of raw and diff."""
-        if name not in self._seen:
-            if len(self._seen) == EARLY:
-                self._compare("raw", self._seen, EARLY // 2)
-            self._seen[name] = self.tensors[name]
+        if name not in self._seen and len(self._seen) == EARLY:
+            self._compare("raw", self._seen, EARLY // 2)
+        self._seen[name] = self.tensors[name]
         cast = raw.to(self.tensors[name]["dtype"]["raw"])
         if cast.dtype != raw.dtype and not torch.equal(cast.to(raw.dtype), raw):
             self._rounded.add(name)
@@ -133,19 +131,13 @@ class InputCheck:
         wrong |= self._rounded if role == "raw" else other
         if len(wrong) > most:
             known = {name: sha256 for name, sha256 in known.items() if name not in other}
-            bad = [name for name in tensors if name in wrong]
-            raise UserError(_other_tensors(role, reader, bad, tensors, known, "the first " if most else ""))
+            raise UserError(_other_tensors(role, reader, [n for n in tensors if n in wrong], tensors, known))
         return other
 
 
-def _other_tensors(
-    role: str, reader: CheckpointReader, bad: list[str], tensors: dict, known: dict[str, str], which: str = ""
-) -> str:
-    """Return why the tensors ``bad`` of raw or diff may differ from the manifest; ``known`` is for ``identify``.
-
-    ``tensors`` are all of the manifest's, or ``which`` they are.
-    """
-    what = f"{ROLES[role]} {reader.folder}: {len(bad)} of {which}{len(tensors)} tensors differ from the manifest"
+def _other_tensors(role: str, reader: CheckpointReader, bad: list[str], tensors: dict, known: dict[str, str]) -> str:
+    """Return why ``bad``, of the compared tensors of raw or diff, differ from the manifest; see ``identify``."""
+    what = f"{ROLES[role]} {reader.folder}: {len(bad)} of {len(tensors)} compared tensors differ from the manifest"
     found = identify(reader, bad, tensors, known)
     if found in ("tuned", "recovered"):
         return f"{what}: they are the tuned model's, recovered already; choose {ROLES[role]}"
@@ -172,8 +164,7 @@ def identify(reader: CheckpointReader, names: list[str], tensors: dict, known: d
 
     A tensor that training did not change has several: it is both raw and tuned. ``known`` are SHA-256 known already.
     """
-    if unknown := [name for name in names if name not in known]:
-        known = known | sha256_of_all(reader, unknown, "what is it?")
+    known = known | sha256_of_all(reader, [name for name in names if name not in known], "what is it?")
     counts = {role: sum(tensors[name]["sha256"].get(role) == known[name] for name in names) for role in ROLES}
     best = max(counts, key=counts.get)
     return best if 2 * counts[best] > len(names) else None
@@ -191,11 +182,10 @@ def verify_folder(manifest: dict, reader: CheckpointReader) -> str:
     if not bad:
         also = ", to within rounding of the tuned one" if best == "recovered" else ""
         return f"{reader.folder} is {ROLES[best]}{also}: all {len(names)} tensors are right"
-    if len(bad) == len(names):
-        why = f"none of its {len(names)} tensors is in the manifest; another model or another type?"
-        raise UserError(f"{reader.folder} is not raw, diff, tuned or recovered: {why}")
     kind, wanted = reader.spec(bad[0]), _spec_of(tensors[bad[0]], best)
     why = f"{bad[0]} is {described(kind)}, not {described(wanted)}" if kind != wanted else some(bad)
+    if len(bad) == len(names):
+        raise UserError(f"{reader.folder} is not raw, diff, tuned or recovered: all tensors differ ({why})")
     why = f"{len(bad)} of {len(names)} tensors differ ({why}), in {reader.shards_of(bad)}: damaged or changed"
     raise UserError(f"{reader.folder} is nearest to {ROLES[best]}, but {why}; get those files again")
 

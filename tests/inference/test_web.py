@@ -1023,10 +1023,11 @@ def test_who_asked_first_is_answered_first():
 
     async def scenario():
         models = [asking.Model("m", model, Words())]
-        tasks = []
+        tasks, line = [], models[0].streams._cond
         for name in "abcdef":
             tasks.append(asyncio.create_task(ask(name, models)))
-            await asyncio.sleep(0.1)
+            while model.running + len(line._waiters) < len(tasks):
+                await asyncio.sleep(0.01)
         model.may_go_on.set()
         await asyncio.gather(*tasks)
 

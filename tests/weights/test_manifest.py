@@ -213,7 +213,7 @@ def test_a_manifest_without_a_format_is_checked_for_the_hashes_that_it_has(folde
     recover(folders / "raw", folders / "diff", folders / "recovered")
     verify(folders / "recovered", folders / "diff")
     flip(folders / "diff" / "model.safetensors")
-    assert "1 of 3 tensors differ from the manifest" in refused(
+    assert "1 of 3 compared tensors differ from the manifest" in refused(
         folders, recover, folders / "raw", folders / "diff", folders / "new"
     )
 
@@ -317,23 +317,27 @@ NORM, HEAD, EMBED = "model.norm.weight", "lm_head.weight", "model.embed_tokens.w
 WRONG_RAWS = {
     "another model": (
         lambda folders, raw: rewrite(raw, **off(load_tensors(raw))),
-        ["3 of 3 tensors", "another base model"],
+        ["3 of 3 compared tensors", "another base model"],
     ),
     "another conversion": (
         lambda folders, raw: rewrite(raw, **off(load_tensors(raw), NORM)),
-        [f"1 of 3 tensors differ from the manifest ({NORM})", "another conversion", "model.safetensors"],
+        [f"1 of 3 compared tensors differ from the manifest ({NORM})", "another conversion", "model.safetensors"],
     ),
     "most tensors": (
         lambda folders, raw: rewrite(raw, **off(load_tensors(raw), HEAD, EMBED)),
-        ["2 of 3 tensors", HEAD, "another base model, or another size, version or conversion"],
+        ["2 of 3 compared tensors", HEAD, "another base model, or another size, version or conversion"],
     ),
     "the output embedding alone": (
         lambda folders, raw: rewrite(raw, **off(load_tensors(raw), HEAD)),
-        [f"1 of 3 tensors differ from the manifest ({HEAD})", "damaged or changed", "get model.safetensors again"],
+        [
+            f"1 of 3 compared tensors differ from the manifest ({HEAD})",
+            "damaged or changed",
+            "get model.safetensors again",
+        ],
     ),
     "rounded to another type": (
         lambda folders, raw: halved(raw, BF16),
-        ["2 of 3 tensors", "another conversion", "use the one stored as F32 (this is BF16)"],
+        ["2 of 3 compared tensors", "another conversion", "use the one stored as F32 (this is BF16)"],
     ),
     "the tuned model": (
         replaced_by("tuned"),
@@ -342,7 +346,7 @@ WRONG_RAWS = {
     "the recovered model": (replaced_by("recovered"), ["2 of 3", "tuned model's, recovered already"]),
     "one bit": (
         lambda folders, raw: flip(raw / "model.safetensors"),
-        ["1 of 3 tensors", NORM, "damaged or changed", "get model.safetensors again"],
+        ["1 of 3 compared tensors", NORM, "damaged or changed", "get model.safetensors again"],
     ),
 }
 
@@ -375,9 +379,9 @@ def test_a_base_model_of_which_most_of_the_first_tensors_are_wrong_is_not_read_t
     )
     message = refused(tmp_path, recover, raw, tmp_path / "diff", tmp_path / "new")
     if wrong == range(40):
-        assert len(read) == 9 and "8 of the first 8 tensors differ" in message and "another base model" in message
+        assert len(read) == 9 and "8 of 8 compared tensors differ" in message and "another base model" in message
     else:  # half of the first eight may be damaged: only the rest tells
-        assert len(read) == 40 and f"{len(wrong)} of 40 tensors differ from the manifest" in message
+        assert len(read) == 40 and f"{len(wrong)} of 40 compared tensors differ from the manifest" in message
         assert ("another base model" in message) == (len(wrong) > 20)
 
 
@@ -409,7 +413,10 @@ def test_a_base_model_with_the_same_values_in_another_type_gives_the_same_bits(t
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ("one tensor", ["1 of 3 tensors differ from the manifest (model.norm.weight)", "get model.safetensors again"]),
+        (
+            "one tensor",
+            ["1 of 3 compared tensors differ from the manifest (model.norm.weight)", "get model.safetensors again"],
+        ),
         ("recovered", ["3 of 3", "they are the tuned model's, recovered already"]),
         ("tuned", ["3 of 3", "they are the tuned model's, recovered already"]),
     ],
@@ -444,7 +451,7 @@ def test_a_model_with_the_norms_of_its_base_is_still_known(tmp_path, given, dtyp
     assert "they are the tuned model's, recovered already; choose the base model" in message
     shutil.copy(tmp_path / given / "model.safetensors", tmp_path / "diff")
     message = refused(tmp_path, recover, tmp_path / "raw", tmp_path / "diff", tmp_path / "new")
-    assert "7 of 7 tensors differ from the manifest: they are the tuned model's, recovered already" in message
+    assert "7 of 7 compared tensors differ from the manifest: they are the tuned model's, recovered already" in message
     flip(tmp_path / "diff" / "model.safetensors")  # and is damaged
     message = refused(tmp_path, recover, tmp_path / "raw", tmp_path / "diff", tmp_path / "new")
     assert "they are the tuned model's, recovered already" in message
@@ -464,7 +471,7 @@ def test_a_base_model_of_more_or_fewer_rows_than_the_diffs_is_told_both_shapes(t
         message = refused(tmp_path, recover, tmp_path / other, tmp_path / f"diff of {raw}", tmp_path / "new")
         shapes = {"raw": "[4, 8]", "grown": "[5, 8]"}
         assert (
-            f"{other}: 2 of 3 tensors" in message
+            f"{other}: 2 of 3 compared tensors" in message
             and f": {HEAD} is {shapes[other]}, the diff was made from {shapes[raw]}: " in message
         )
         cure = {"raw": "as published, without added tokens", "grown": "with the tokens added before"}
