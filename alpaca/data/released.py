@@ -65,6 +65,8 @@ def _request(url: str, part: Path, size: int) -> str:
         if e.code in (408, 425, 429) or e.code >= 500:
             return f"HTTP {e.code}"
         raise UserError(f"{url} answers HTTP {e.code} ({e.reason}): check the url, or give a mirror's") from None
+    except ValueError as e:
+        raise UserError(f"{url} is not a URL ({e}): give an https address or the path of a copy") from None
     except (OSError, http.client.HTTPException) as e:
         if url.startswith("file:"):
             raise UserError(f"{url} is not a file: give an https address or the path of a copy") from None
@@ -79,8 +81,9 @@ def _request(url: str, part: Path, size: int) -> str:
             tqdm(total=end, initial=start, unit="B", unit_scale=True, desc=part.stem) as bar,
         ):
             try:
-                # read() would wait for a full chunk, and lose it if the connection breaks
-                while chunk := reply.read1(CHUNK):
+                while chunk := reply.read1(
+                    CHUNK
+                ):  # read() waits for a full chunk, and loses it if the connection breaks
                     out.write(chunk)
                     bar.update(len(chunk))
             except (OSError, http.client.HTTPException) as e:

@@ -1,17 +1,19 @@
 """How much of an evaluation set is in the training data: shared n-grams, equal instructions, nearest by ROUGE-L.
 
 Words are those of rouge.tokenize_unicode: runs of letters and digits, case-folded. An item's instruction and input are
-one text, and so are instruction, input and output of a training record.
+one text, and so are instruction, input and output of a training record. Of a conversation, its questions and answers
+count, without a system text that many share.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from alpaca.common.shapes import whole_text
 from alpaca.data.dedup import MAX_SIMILARITY
 from alpaca.data.instruction_sets import Item
 from alpaca.data.rouge import RougePool, tokenize_unicode
@@ -85,6 +87,8 @@ def summary(items: Sequence[Item], records: Sequence[dict], most: int = 10) -> d
         instruction is nearer than MAX_SIMILARITY; rouge_l: median and highest; nearest and longest: the ``most`` items
         nearest by ROUGE-L and with the longest n-grams, each with its record.
     """
+    items = [replace(item, instruction=whole_text(vars(item))) for item in items]
+    records = [record | {field: whole_text(record, field) for field in ("instruction", "output")} for record in records]
     overlaps = measure(items, records)
     same_instruction, same_task = duplicates(items, records)
     instructions = {item.id: item.instruction for item in items}

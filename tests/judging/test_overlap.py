@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import oracles
 import pytest
@@ -101,3 +103,21 @@ def test_the_summary_counts_items_that_are_long_enough():
     assert found["nearest"][0]["record_instruction"] == "So: " + eight
     assert [(long["id"], long["words"], long["record"]) for long in found["longest"]] == [("13", 13, 1), ("8", 8, 0)]
     assert found["above_duplicate"] == 2 and found["same_instruction"] == [] and found["records"] == 2
+
+
+def test_a_conversation_is_compared_by_its_questions_and_answers_not_by_a_system_text_that_all_share():
+    system, question = "You are a patient tutor who explains every step.", "Name the longest river of Peru."
+    turns = [("system", system), ("user", question), ("assistant", "The Ucayali."), ("user", "How long is it?")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    chat = {"instruction": f"{system}\n\n{question}", "input": "", "output": "The Ucayali.", "messages": messages}
+    other = record(f"{system}\n\nTranslate this letter into Danish.")
+    asked = replace(item("a", f"{system}\n\n{question}"), messages=messages[:2])
+    found = overlap.summary([asked], [other | {"messages": [messages[0], user("Translate this letter.")]}, chat])
+    assert found["same_instruction"] == [] and found["nearest"][0]["record"] == 1
+    assert found["nearest"][0]["record_instruction"] == f"{question}\n\nHow long is it?"
+    assert found["nearest"][0]["rouge_l"] == pytest.approx(2 * 6 / (6 + 10))
+    assert found["longest"][0] == {"id": "a", "words": 6, "ngram": question[:-1].lower(), "record": 1}
+
+
+def user(content: str) -> dict:
+    return {"role": "user", "content": content}
