@@ -73,7 +73,8 @@ else
     [ "${MODEL_SIZE:-7b}" = 7b ] || flags+=(--accelerator_config '{"gradient_accumulation_kwargs": {"sync_each_batch": true}}')
   fi
   if [ "$NNODES" = 1 ]; then
-    nodes=(--standalone)
+    # Without the address torchrun asks for that of the host name, which a container or a laptop may not know.
+    nodes=(--standalone --local-addr 127.0.0.1)
   else
     [ -n "${MASTER_ADDR:-}" ] || fail "NNODES=$NNODES needs MASTER_ADDR, the name or address of the first node"
     [[ "$NODE_RANK" =~ ^[0-9]+$ && "$NODE_RANK" -lt "$NNODES" ]] ||

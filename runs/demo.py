@@ -63,7 +63,7 @@ def demo(output_dir: str = "demo", records: int = 64) -> None:
     info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     bf16 = "avx512_bf16" in info or "amx_bf16" in info
     with new_folder(folder / "tuned", may_replace=lambda old: None) as unfinished:
-        command = f"""torchrun --standalone --nproc_per_node=2 train.py
+        command = f"""torchrun --standalone --local-addr 127.0.0.1 --nproc_per_node=2 train.py
             --model_name_or_path {base} --data_path {out}/train_data.json --output_dir {out}/{unfinished.name}
             --eval_fraction 0.2 --fsdp --fsdp_config configs/fsdp.json --bf16 {bf16} --num_train_epochs 1
             --per_device_train_batch_size 4 --per_device_eval_batch_size 4 --learning_rate 1e-4 --weight_decay 0.

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -537,6 +538,16 @@ def test_what_does_not_divide_or_is_not_said_is_refused(variables, words):
     assert result.returncode == 1 and result.stdout == ""
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert all(word in result.stderr for word in words)
+
+
+@pytest.mark.parametrize("command", [lambda: dry_run(GPUS=2).stdout, (ROOT / "runs" / "demo.py").read_text])
+def test_processes_meet_on_a_machine_that_does_not_know_its_own_name(command, tmp_path):
+    flags = re.search(r"torchrun (--standalone .*?) train\.py", command())[1].split()
+    meet = tmp_path / "meet.py"
+    meet.write_text("from torch import distributed as d\nd.init_process_group('gloo')\nd.barrier()\nprint('met')")
+    run = "import socket; socket.gethostname = lambda: 'nowhere.invalid'; from torch.distributed import run; run.main()"
+    done = subprocess.run([sys.executable, "-c", run, *flags, meet], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.count("met") == 2, done.stderr
 
 
 def fake(folder, name, text):
