@@ -107,6 +107,9 @@ def _check_report(path: str | os.PathLike, model, report: dict) -> None:
     kinds = {re.sub(r"\d+", "N", name) for name, _ in model.named_parameters()}
     if beyond := sorted(name for name in report["unexpected_keys"] if re.sub(r"\d+", "N", name) in kinds):
         raise UserError(f"{path} has layers that config.json does not count ({beyond[0]}, …): copy both from one model")
+    classes = model.config.architectures or ()
+    if masked := [name for name in classes if name.endswith(("ForMaskedLM", "ForPreTraining"))]:
+        raise UserError(f"{path} is a {masked[0]}, which reads the words to come: choose a causal model")
 
 
 def _left_out(model, folder: Path) -> list[str]:

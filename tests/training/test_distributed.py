@@ -388,6 +388,10 @@ def spoil(folder, how, tmp_path):
         config["intermediate_size"] = 256
     elif how == "other model":
         config |= {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"]}
+    elif how == "masked":
+        bert = transformers.BertConfig(vocab_size=300, intermediate_size=64, **SMALL)
+        transformers.BertForMaskedLM(bert).save_pretrained(spoilt)
+        return spoilt
     elif how == "truncated":
         (spoilt / "model.safetensors").write_bytes((spoilt / "model.safetensors").read_bytes()[:5000])
     elif how == "larger tokenizer":
@@ -409,6 +413,7 @@ def spoil(folder, how, tmp_path):
         ("more layers", r"lacks 9 of the model's tensors \(model.layers.2.*copy it again"),
         ("other shapes", r"mlp.*is \(.*128.*\), but config.json makes it \(.*256.*\): .* copy both from one"),
         ("other model", r"lacks \d+ of the model's tensors"),
+        ("masked", "is a BertForMaskedLM, which reads the words to come: choose a causal model"),
         ("truncated", "the model cannot be loaded"),
         (
             "larger tokenizer",
