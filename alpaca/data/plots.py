@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import colorsys
 import io
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
@@ -129,7 +130,7 @@ def verb_noun_figure(pairs: Sequence[tuple[str, str]], records: int) -> bytes:
     axes.text(0, 0.02, f"{shown:,}", ha="center", va="bottom", size=2 * TEXT, weight="bold", color=INK)
     center = f"of {records:,}\ninstruction{'s' * (records != 1)}"
     axes.text(0, -0.01, center, ha="center", va="top", size=TEXT, linespacing=1.4, color=INK)
-    return png_bytes(figure)
+    return png_bytes(figure, bbox_inches="tight", pad_inches=0.1)  # with the names around the rings
 
 
 def _draw_sunburst(axes, top: list[Verb]) -> None:
@@ -270,12 +271,14 @@ def _style(axes, title: str, unit: str) -> None:
         spine.set_color(FAINT)
 
 
-def png_bytes(figure) -> bytes:
+def png_bytes(figure, **saving) -> bytes:
     """Return the figure in 256 colors: flat plots lose nothing visible, and are a third of the size."""
     from PIL import Image
 
     raw, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(raw, format="png", bbox_inches="tight", pad_inches=0.1)  # with the names around the rings
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # one for each foreign letter
+        figure.savefig(raw, format="png", **saving)
     Image.open(raw).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
     return small.getvalue()
 
