@@ -130,7 +130,7 @@ def verb_noun_figure(pairs: Sequence[tuple[str, str]], records: int) -> bytes:
     axes.text(0, 0.02, f"{shown:,}", ha="center", va="bottom", size=2 * TEXT, weight="bold", color=INK)
     center = f"of {records:,}\ninstruction{'s' * (records != 1)}"
     axes.text(0, -0.01, center, ha="center", va="top", size=TEXT, linespacing=1.4, color=INK)
-    return png_bytes(figure, bbox_inches="tight", pad_inches=0.1)  # with the names around the rings
+    return png_bytes(figure)
 
 
 def _draw_sunburst(axes, top: list[Verb]) -> None:
@@ -271,14 +271,17 @@ def _style(axes, title: str, unit: str) -> None:
         spine.set_color(FAINT)
 
 
-def png_bytes(figure, **saving) -> bytes:
-    """Return the figure in 256 colors: flat plots lose nothing visible, and are a third of the size."""
+def png_bytes(figure, tight: bool = True) -> bytes:
+    """Return the figure in 256 colors: flat plots lose nothing visible, and are a third of the size.
+
+    ``tight`` fits the edges to what is drawn, such as the names around the sunburst.
+    """
     from PIL import Image
 
     raw, small = io.BytesIO(), io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # one for each foreign letter
-        figure.savefig(raw, format="png", **saving)
+        figure.savefig(raw, format="png", bbox_inches="tight" if tight else None, pad_inches=0.1)
     Image.open(raw).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
     return small.getvalue()
 

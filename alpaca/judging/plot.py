@@ -57,7 +57,7 @@ def picture(report: dict) -> bytes | None:
         grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
         for axes, (_, draw) in zip(grid, panels, strict=True):
             draw(axes)
-        return png_bytes(figure)
+        return png_bytes(figure, tight=False)
 
 
 def _rows(axes, names: list[str], room: float = 0.0) -> None:

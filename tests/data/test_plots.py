@@ -112,7 +112,7 @@ def test_slices_are_in_proportion_until_one_is_too_thin():
 def test_the_last_bar_of_the_lengths_holds_at_most_one_in_a_hundred(counts, monkeypatch):
     pytest.importorskip("matplotlib")
     drawn = []
-    monkeypatch.setattr(plots, "png_bytes", lambda figure, **saving: drawn.append(figure) or b"")
+    monkeypatch.setattr(plots, "png_bytes", lambda figure: drawn.append(figure) or b"")
     plots.lengths_figure({"instruction": counts, "input": [], "output": counts}, len(counts))
     heights = [bar.get_height() for bar in drawn[0].axes[0].patches]
     assert sum(heights) == len(counts) and heights[-1] <= len(counts) / 100
@@ -178,7 +178,7 @@ SKEWED = [("write", "story")] * 500 + [(f"verb{v}", f"characteristic{n}") for v 
 def test_no_name_in_the_sunburst_is_covered(pairs, monkeypatch):
     pytest.importorskip("matplotlib")
     drawn = []
-    monkeypatch.setattr(plots, "png_bytes", lambda figure, **saving: drawn.append(figure) or b"")
+    monkeypatch.setattr(plots, "png_bytes", lambda figure: drawn.append(figure) or b"")
     plots.verb_noun_figure(pairs, 1000)
     (figure,) = drawn
     figure.canvas.draw()
