@@ -24,6 +24,7 @@ from alpaca.common.text import printable
 Commands = Callable | dict[str, Callable]  # a function, or several by the names of their tasks
 KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+ENDED_BY: list[int] = []  # signals other than Ctrl-C
 
 
 class Flag(typing.NamedTuple):
@@ -49,9 +50,9 @@ def run_cli(commands: Commands) -> None:
         function(**arguments)
     except UserError as e:
         fail(e)
-    except KeyboardInterrupt as e:
+    except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        sys.exit(getattr(e, "code", 130))
+        sys.exit(128 + (ENDED_BY or [signal.SIGINT])[0])
     except BrokenPipeError:  # the reader (head, less) went away
         sys.stdout = None
         sys.exit(141)
@@ -59,15 +60,13 @@ def run_cli(commands: Commands) -> None:
         sys.exit(f"error: {printable(os_error_message(e))}")
 
 
-class Ended(SystemExit, KeyboardInterrupt):
-    """SIGTERM or SIGHUP has ended the process: all that catches Ctrl-C catches it, but the exit code is its own."""
-
-
 def end_on_signals() -> None:
-    """Let SIGTERM and SIGHUP end the process like Ctrl-C, with what a run prints and removes at its end."""
+    """Let SIGTERM and SIGHUP end the process like Ctrl-C, with what a run saves, prints and removes at its end."""
 
-    def end(number: int, _) -> NoReturn:
-        raise Ended(128 + number)
+    def end(number: int, frame) -> None:
+        ENDED_BY.append(number)
+        interrupt = signal.getsignal(signal.SIGINT)  # in asyncio.run() its own, which lets replies be saved
+        (interrupt if callable(interrupt) else signal.default_int_handler)(number, frame)
 
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # Windows has no SIGHUP
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores it

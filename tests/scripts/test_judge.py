@@ -371,6 +371,25 @@ def test_ctrl_c_and_sigterm_lose_no_reply_and_say_how_to_continue(teacher, files
     assert 20 - 1 - 4 * 3 <= len(entries) - 1  # all that was answered; at most 4 were being asked
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_arrives_while_the_disk_is_slow_is_saved_too(teacher, files, tmp_path, number):
+    """The first reply takes the disk more than a second; three more have arrived when the run is ended."""
+    server, flags = teacher(lambda n, body: time.sleep(0.2 if n else 0) or prefers_long(n, body)), files(2)
+    code = (
+        "import runpy, sys, time; sys.argv.pop(0); from alpaca.common.journal import Journal; append = Journal.append; "
+    )
+    code += "Journal.append = lambda log, new: (log.entries and time.sleep(1.2), append(log, new)); "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    argv = [sys.executable, "-c", code, *command(server, flags)]
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(server.requests) < 4 and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.6)
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    assert len((tmp_path / "j.jsonl.journal").read_bytes().splitlines()) == 1 + 4
+
+
 def test_faults_of_every_kind_cost_no_judgment(teacher, files, tmp_path):
     rng = random.Random(1)
     faults = [429, ("wait", 0.1), 500, 503, "reset", "half", "null", "empty", "garbage", ("", "content_filter")]

@@ -623,8 +623,8 @@ def test_a_signal_ends_it_as_ctrl_c_does_unless_it_is_ignored(folders, monkeypat
             else:
                 recover(folders / "raw", folders / "diff", folders / "new")
             code = 0
-        except SystemExit as e:
-            code = e.code
+        except KeyboardInterrupt:
+            code = 128 + cli.ENDED_BY[0]
         finally:
             os._exit(code)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
