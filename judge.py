@@ -295,7 +295,7 @@ def people(
         output_path: file for the votes, as JSON Lines in the format of the task judge.
         host: address to listen on; any address but this machine's own needs --auth.
         port: port to listen on; 0 picks a free one.
-        auth: user:password to log in to the page.
+        auth: user:password to log in to the page (default: the variable ALPACA_AUTH, if it is set).
         seed: for the order of pairs and sides (default: random, so that no voter can guess it).
         fields: see the task answer.
     """
