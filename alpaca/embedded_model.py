@@ -197,6 +197,7 @@ def run(model_path: str, log_path: str = "teacher.log", port: int = 0) -> None:
                 code = child.wait()
             except BaseException:
                 child.terminate()
+                child.wait()  # it may have something to save; after Ctrl-C, Popen waits for 0.25 s
                 raise
     sys.exit(code)
 

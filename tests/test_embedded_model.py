@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
@@ -211,23 +212,39 @@ HTTPServer(("127.0.0.1", int(port.removeprefix("--port="))), Handler).serve_fore
 """
 
 
+# A command that takes a second to save something when it is ended, and cannot when it is ended again.
+SAVES = """
+import signal, sys, time
+def save(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(1)
+    sys.exit(open(sys.argv[1] + "/saved", "w").close())
+signal.signal(signal.SIGTERM, save)
+open(sys.argv[1] + "/ready", "w").close()
+time.sleep(600)
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_the_server_ends_when_its_wrapper_is_ended(tiny_llama, tmp_path, number, monkeypatch):
-    """With SIGKILL, it is the real server; the others end it as it is ended after its command."""
+    """With SIGKILL, it is the real server; the others end it as it is ended after its command, which is waited for."""
     if number != signal.SIGKILL:
         (package := tmp_path / "site" / "transformers").mkdir(parents=True)
         (package / "__init__.py").touch()  # before the installed one
         (package / "cli").mkdir()
         (package / "cli" / "transformers.py").write_text(HEALTHY)
         monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
-    wrapper = run_teacher(tiny_llama, tmp_path / "log", sys.executable, "-c", "import time; time.sleep(600)")
+    wrapper = run_teacher(tiny_llama, tmp_path / "log", sys.executable, "-c", SAVES, tmp_path)
     server, others = children(wrapper)
+    while not (tmp_path / "ready").exists() and wrapper.poll() is None:
+        time.sleep(0.01)
     wrapper.send_signal(number)
     _, err = wrapper.communicate(timeout=60) if number != signal.SIGKILL else (wrapper.wait(60), "")
     assert wrapper.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
     assert "Traceback" not in err
     assert_gone(server)
     assert_gone(*others)
+    assert (tmp_path / "saved").exists() or number == signal.SIGKILL
 
 
 def test_a_server_that_dies_is_told_with_the_end_of_its_log(tiny_llama, tmp_path):
