@@ -132,6 +132,8 @@ def test_an_input_holds_for_one_instruction_and_quit_or_the_end_leaves(tiny_llam
         (['"""', "/quit", '"""'], ("", "/quit"), 0),
         (["pasted\n/quit\nat once", "next"], ("", "pasted\n/quit\nat once"), 1),
         (['say """x"""', "next"], ("", 'say """x"""'), 1),
+        (['/system """You', 'are."""', "next"], ("/system", "You\nare."), 1),
+        (["/system You\\", "are.", "next"], ("/system", "You\nare."), 1),
         (["/input a b ", "next"], ("/input", "a b"), 1),
         (["/input a\\", "b"], ("/input", "a\nb"), 0),
         (['/input """', "a", " b", '"""', "next"], ("/input", "a\n b"), 1),
