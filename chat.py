@@ -216,7 +216,14 @@ def obey(conversation, command: str, text: str) -> str:
     if command == "/system":
         if conversation.template != "chat":
             raise UserError("Alpaca's prompt has no system text: put it into the instruction")
-        conversation.turns = [{"role": "system", "content": text}] if text else []
+        from alpaca.inference.chat import next_turn, request_ids
+
+        system = [{"role": "system", "content": text}] if text else []
+        asked = [next_turn(turns, "x", "") for turns in (system, [])]
+        with_it, without = request_ids(conversation.tokenizer, "chat", asked)  # a template may also refuse it
+        if text and with_it == without:
+            raise UserError("this model's chat template leaves a system text out: put it into the instruction")
+        conversation.turns = system
         return "a new conversation" + (" with this system text" if text else "")
     if command not in NUMBERS:
         raise UserError(f"unknown command {command}: /help lists them")
