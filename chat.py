@@ -32,9 +32,10 @@ HELP = r'''Type an instruction. {}
   /help         prints this
   /quit         leaves, like Ctrl-D; Ctrl-C stops an answer or clears the line, and leaves if pressed twice
 An instruction that begins with / and a single word goes between two """'''
-SYSTEM = "\n  /system TEXT  begins a new conversation with this system text"
+SYSTEM = "\n  /system TEXT  begins a new conversation with this system text, in one line or several"
 ALONE = HELP.format("Each is answered on its own, without those before it.", "", "")
 TURNS = HELP.format("The turns so far are remembered.", " and the turns so far", SYSTEM)
+TEXTS = "/input", "/system"  # commands with a text of one line or several
 COMMAND = re.compile(r"/[A-Za-z_]+|/\?")  # a path, "/etc/passwd", is an instruction
 NUMBERS = {"/temperature": float, "/top_p": float, "/max_new_tokens": int, "/seed": int}
 BATCH_TOKENS = 16384
@@ -215,7 +216,14 @@ def obey(conversation, command: str, text: str) -> str:
     if command == "/system":
         if conversation.template != "chat":
             raise UserError("Alpaca's prompt has no system text: put it into the instruction")
-        conversation.turns = [{"role": "system", "content": text}] if text else []
+        from alpaca.inference.chat import next_turn, request_ids
+
+        system = [{"role": "system", "content": text}] if text else []
+        asked = [next_turn(turns, "x", "") for turns in (system, [])]
+        with_it, without = request_ids(conversation.tokenizer, "chat", asked)  # a template may also refuse it
+        if text and with_it == without:
+            raise UserError("this model's chat template leaves a system text out: put it into the instruction")
+        conversation.turns = system
         return "a new conversation" + (" with this system text" if text else "")
     if command not in NUMBERS:
         raise UserError(f"unknown command {command}: /help lists them")
@@ -254,7 +262,7 @@ def read_message(read_line: Callable[[str], str | None]) -> tuple[str, str] | No
     if line is None:
         return None
     head, fence, text = line.partition(FENCE)
-    if fence and head.strip() in ("", "/input"):
+    if fence and head.strip() in ("", *TEXTS):
         while FENCE not in text and (more := read_line("… ")) is not None:
             text += "\n" + more
         return head.strip(), text.partition(FENCE)[0].strip("\n")
@@ -263,8 +271,8 @@ def read_message(read_line: Callable[[str], str | None]) -> tuple[str, str] | No
         line = line[:-1] + ("" if more is None else "\n" + more)
     line = line.strip()
     command, *text = line.split(maxsplit=1) or [""]
-    # A pasted text of several lines that happens to begin with a command other than /input is an instruction.
-    is_command = COMMAND.fullmatch(command) and (command == "/input" or "\n" not in line)
+    # A pasted text of several lines that happens to begin with a command other than these two is an instruction.
+    is_command = COMMAND.fullmatch(command) and (command in TEXTS or "\n" not in line)
     return (command, "".join(text)) if is_command else ("", line)
 
 

@@ -132,6 +132,8 @@ def test_an_input_holds_for_one_instruction_and_quit_or_the_end_leaves(tiny_llam
         (['"""', "/quit", '"""'], ("", "/quit"), 0),
         (["pasted\n/quit\nat once", "next"], ("", "pasted\n/quit\nat once"), 1),
         (['say """x"""', "next"], ("", 'say """x"""'), 1),
+        (['/system """You', 'are."""', "next"], ("/system", "You\nare."), 1),
+        (["/system You\\", "are.", "next"], ("/system", "You\nare."), 1),
         (["/input a b ", "next"], ("/input", "a b"), 1),
         (["/input a\\", "b"], ("/input", "a\nb"), 0),
         (['/input """', "a", " b", '"""', "next"], ("/input", "a\n b"), 1),
@@ -196,6 +198,26 @@ def test_a_system_text_begins_a_conversation_of_a_chat_template_alone(tiny_llama
     with pytest.raises(SystemExit):
         run_chat(monkeypatch, "--model_path", model, *QUICK, "--template", "alpaca", stdin="/system Be brief.\n")
     assert "error: Alpaca's prompt has no system text: put it into the instruction\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("system", "words"),
+    [
+        ("", "leaves a system text out: put it into the instruction"),
+        ("{{ raise_exception('no system') }}", "no system"),
+    ],
+)
+def test_a_system_text_that_the_template_does_not_write_is_refused_at_once(
+    tiny_llama, tmp_path, monkeypatch, asked, capsys, system, words
+):
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    around = "{% for m in messages %}{% if m['role'] == 'system' %}" + system + "{% else %}"
+    template = TURNS.replace("{% for m in messages %}", around).replace("{% endfor %}", "{% endif %}{% endfor %}")
+    (model / "chat_template.jinja").write_text(template)
+    with pytest.raises(SystemExit):
+        run_chat(monkeypatch, "--model_path", model, *QUICK, "--template", "chat", stdin="/system Be brief.\none\n")
+    assert words in capsys.readouterr().err
+    assert asked == ["user: one\n"]
 
 
 def test_a_model_that_was_trained_with_its_template_remembers_turns_unless_told_otherwise(
