@@ -59,6 +59,18 @@ def deduplicated(growth: str, records: int) -> Callable:
     return figure
 
 
+def on_ray(run: dict) -> str:
+    runs = run["natural 1000000"]["runs"]
+    one, two, local = (runs[name]["seconds"] for name in ("ray, 1 workers", "ray, 2 workers", "one process"))
+    assert run["natural 1000000"]["same_bytes"]
+    return f"{two:.0f} s, {one / two:.2f}×, {local / two:.1f}×"
+
+
+def ten_million(run: dict) -> str:
+    two = run["natural 10000000"]["runs"]["ray, 2 workers"]
+    return f"{two['seconds'] / 60:.0f} min, {two['peak_mb'] / 1024:.1f} GB"
+
+
 def in_flight(run: dict) -> str:
     (row,) = [row for row in run["rows"] if row["in_flight"] == 64]
     return f"{row['share_of_ideal']:.0%}"
@@ -182,6 +194,7 @@ FIGURES: dict[str, dict[str, Callable]] = {
         "52,000 records": deduplicated("growth with stats", 52_000),
         "1,000,000 records": deduplicated("growth decisions only", 1_000_000),
     },
+    "scale.json": {"1,000,000 records": on_ray, "10,000,000 records": ten_million},
     "pool.json": {
         "Kept for each request": pool("kept_per_request", ".1f"),
         "Share of near-duplicates": pool("near_duplicate_share", ".0%"),
