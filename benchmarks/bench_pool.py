@@ -127,7 +127,7 @@ def measure(section: str, teacher, tasks, prompt, topics, pairs, requests: int, 
         arm: {name: interval([run[name] for run in results]) for name in results[0]} for arm, results in found.items()
     }
     result = provenance("scipy") | {"requests": requests, "runs": runs, "arms": figures}
-    everything = utils.jload(RESULT) if RESULT.exists() else {}
+    everything = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     utils.jdump(everything | {section: result}, RESULT, indent=2)
     print(json.dumps(figures, indent=2))
 
