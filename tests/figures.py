@@ -149,9 +149,9 @@ def diff_kills(run: dict) -> str:
     return f"{run['kills_with_a_complaint']} of {moments + operations} kills ({both})"
 
 
-def pool(name: str, form: str) -> Callable:
+def pool(name: str, form: str, teacher: str = "synthetic") -> Callable:
     def figure(run: dict) -> str:
-        arms = [run["synthetic"]["arms"][arm][name] for arm in ("seeds_only", "growing_pool", "topics")]
+        arms = [run[teacher]["arms"][arm][name] for arm in ("seeds_only", "growing_pool", "topics")]
         return ", ".join(f"{arm['mean']:{form}} ({arm['low']:{form}} to {arm['high']:{form}})" for arm in arms)
 
     return figure
@@ -199,6 +199,7 @@ FIGURES: dict[str, dict[str, Callable]] = {
         "Kept for each request": pool("kept_per_request", ".1f"),
         "Share of near-duplicates": pool("near_duplicate_share", ".0%"),
         "Distinct verb-object pairs": pool("distinct_verb_object_pairs", ",.0f"),
+        "embedded teacher": pool("kept_per_request", ".1f", "embedded"),
     },
     "review.json": {
         "answers from the key": reviewed,
