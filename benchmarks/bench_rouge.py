@@ -32,7 +32,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from provenance import provenance  # noqa: E402
-from rouge_score import rouge_scorer  # noqa: E402
 
 import utils  # noqa: E402
 from alpaca.data.dedup import dedup  # noqa: E402
@@ -53,6 +52,8 @@ def pairs(arguments: argparse.Namespace) -> dict:
     The pool is made before the clock starts, as a generator has it; a candidate comes as text. Of the rivals only
     rapidrouge can be given tokens; rouge-score-rs tokenizes both texts of each pair, in Rust.
     """
+    from rouge_score import rouge_scorer  # here: its nltk takes 60 MB, which would count as dedup's
+
     texts = [record["instruction"] for record in utils.load_records(arguments.data)]
     random.Random(0).shuffle(texts)
     candidates, others = texts[: arguments.candidates], texts[arguments.candidates :][: arguments.pool]
